@@ -29,8 +29,8 @@ inline DeviceLimits device_limits() {
 }
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t /*stream*/, Args&&... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t /*stream*/,
+            Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     emulator::launch(kernel, grid, block, shared_bytes, std::forward<Args>(args)...);
 }
@@ -60,8 +60,8 @@ inline DeviceLimits device_limits() {
 
 // A grid without blocks is no launch.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, Args&&... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared_bytes > 48 * 1024) {  // above this a kernel must ask, each device anew
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -36,6 +36,12 @@ constexpr int kWarpSize = 32;
 // The element type of a tf32 product; the operands are floats in 32-bit registers.
 struct Tf32 {};
 
+// How many elements along k one mma takes.
+template <typename T>
+constexpr int kMmaK = 16;
+template <>
+constexpr int kMmaK<Tf32> = 8;
+
 }  // namespace dml
 
 #if defined(DML_CUDA_ON_HOST)
@@ -132,12 +138,6 @@ DML_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
                  : "memory");
 }
 
-// How many elements along k one mma takes.
-template <typename T>
-constexpr int kMmaK = 16;
-template <>
-constexpr int kMmaK<Tf32> = 8;
-
 // acc += A B for a 16 x 8 tile, T in __half, __nv_bfloat16, Tf32.
 template <typename T>
 DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -152,8 +152,7 @@ DML_DEVICE void mma<__half>(float (&acc)[4], const uint32_t (&a)[4], const uint3
 }
 
 template <>
-DML_DEVICE void mma<__nv_bfloat16>(float (&acc)[4], const uint32_t (&a)[4],
-                                   const uint32_t (&b)[2]) {
+DML_DEVICE void mma<__nv_bfloat16>(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -172,8 +171,8 @@ DML_DEVICE void mma<Tf32>(float (&acc)[4], const uint32_t (&a)[4], const uint32_
 
 // ---- conversions ------------------------------------------------------------------------------
 
-// x rounded to tf32 (10 stored mantissa bits, ties away from zero), as the bits of a float. For
-// full float32 accuracy: big = to_tf32(x), small = to_tf32(x - __uint_as_float(big)).
+// x rounded to tf32 (10 stored mantissa bits, ties away from zero), as the bits of a float whose
+// lower 13 bits are unspecified: good for mma only. (See split_tf32 for float32 accuracy.)
 DML_DEVICE uint32_t to_tf32(float x) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -237,3 +236,15 @@ DML_DEVICE unsigned count_arrival(unsigned* counter) {
 }  // namespace dml
 
 #endif  // DML_CUDA_ON_HOST
+
+namespace dml {
+
+// x as the sum of two tf32 numbers, for float32 accuracy from tf32 products (big big + big small +
+// small big). big is x rounded to nearest, small the exact rest, of which mma keeps 11 bits:
+// together they are x to 2^-23. Integer arithmetic, as it is several times faster than cvt.
+DML_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
+    big = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+    small = __float_as_uint(x - __uint_as_float(big));
+}
+
+}  // namespace dml

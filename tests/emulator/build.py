@@ -1,0 +1,70 @@
+"""Builds kernel sources for the emulator with g++, and runs the programs.
+
+Objects and programs are cached under build/emulator by the hash of everything that goes in.
+"""
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "emulator"
+
+# The machine itself is not instrumented: the sanitizers watch the kernels, not the emulator.
+RUNTIME = [HERE / "fiber.cpp", HERE / "machine.cpp", HERE / "warp_math.cpp"]
+COMMON = ["-std=c++17", "-g", "-DDML_CUDA_ON_HOST", f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+SANITIZERS = {
+    # Local variables start as garbage, as registers do on a GPU.
+    "address": ["-fsanitize=address,alignment,signed-integer-overflow,shift", "-fno-sanitize-recover=all",
+                "-ftrivial-auto-var-init=pattern"],
+    "thread": ["-fsanitize=thread"],
+    "none": [],
+}
+
+
+def build(sources, *, sanitizer="address", flags=(), optimize="-O1"):
+    """Compiles .cu and .cpp sources, links them with the emulator and returns the program's path."""
+    sanitize = SANITIZERS[sanitizer]
+    kernel_flags = [*COMMON, *WARNINGS, optimize, *sanitize, *flags]
+    objects = [_compile(source, [*COMMON, *WARNINGS, "-O3"]) for source in RUNTIME]
+    objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
+    return _cached([*objects], ["g++", *sanitize, *map(str, objects)], suffix="")
+
+
+def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
+    """Runs a program under one schedule and seed; returns the CompletedProcess, with bytes."""
+    environment = {
+        **os.environ,
+        "DML_EMULATOR_SCHEDULE": schedule,
+        "DML_EMULATOR_SEED": str(seed),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "exitcode=66 report_bugs=1 atexit_sleep_ms=0",
+    }
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, env=environment, input=stdin, capture_output=True, timeout=timeout, check=False)
+
+
+def _compile(source, flags):
+    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"),
+               *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
+    inputs = [source, *sorted(set(headers))]
+    return _cached(inputs, ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
+
+
+def _cached(inputs, command, suffix):
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in inputs:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = CACHE / (inputs[0].stem + "-" + digest.hexdigest()[:20] + suffix)
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f"{target.name}.{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        os.replace(fresh, target)  # whole or not at all, also when two sessions build at once
+    return target

@@ -1,0 +1,195 @@
+// Runs the CUDA kernels on a CPU, from their own source, to prove them right without a GPU.
+//
+// The kernels call only the functions of primitives.cuh and launch.h. Built by a host compiler with
+// -DDML_CUDA_ON_HOST, those come from here instead (below), and mean the same:
+//
+// - A thread is a fiber. A block's fibers take turns on one core, and change only where a thread
+//   waits: at a barrier or a warp function. Blocks run one after another in shuffled order.
+// - A warp function waits for its 32 lanes; the last to arrive computes for all of them, fragments
+//   laid out as PTX says, tensor-core sums truncated as the hardware does.
+// - cp.async fills its destination with NaN when it starts and with the data at the wait. Both a
+//   reader that is too early and one that still wanted the old contents see NaN.
+// - Shared memory is NaN at block start. Every shared_array is a heap block of its own, so
+//   AddressSanitizer names the line that runs over its end, as it does for global memory.
+// - A barrier that not all live threads reach, or that they reach at different lines, ends the
+//   launch with an exception that says who waits where.
+//
+// A missing barrier shows only if some thread overtakes another. Hence two schedules
+// (machine.h): round-robin, where all warps advance in step, and warp-first, where one warp runs
+// ahead as far as it can. A test runs both with several seeds. Built with -fsanitize=thread instead,
+// barriers (not turns) are what orders accesses, and a race is reported even if nobody overtook.
+//
+// Not modelled: time, banks, caches, registers, memory order between blocks (but count_arrival is
+// honoured), and lanes of a warp overtaking each other between two warp functions that order no
+// memory on the GPU either (except under -fsanitize=thread).
+//
+// Included by primitives.cuh, never directly.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_language.h"
+#include "float16.h"
+#include "machine.h"
+#include "warp_math.h"
+
+#define DML_DEVICE inline
+
+namespace dml {
+
+using emulator::Site;
+
+DML_DEVICE int lane_id() { return int(threadIdx.x) % kWarpSize; }
+DML_DEVICE int warp_id() { return int(threadIdx.x) / kWarpSize; }
+
+// ---- barriers and fences ----------------------------------------------------------------------
+
+DML_DEVICE void block_sync(Site site = Site::here()) { emulator::block_barrier(site); }
+
+DML_DEVICE void warp_sync(Site site = Site::here()) {
+    emulator::warp_rendezvous([](void* const*) {}, nullptr, site, true);
+}
+
+DML_DEVICE void thread_fence() {}
+
+DML_DEVICE unsigned count_arrival(unsigned* counter) {
+    emulator::release(counter);
+    emulator::acquire(counter);
+    return (*counter)++;
+}
+
+// ---- shared memory and asynchronous copies ----------------------------------------------------
+
+template <typename T>
+DML_DEVICE T* shared_array(int byte_offset, int count) {
+    return static_cast<T*>(emulator::shared_array(byte_offset, sizeof(T) * size_t(count)));
+}
+
+DML_DEVICE void require_aligned(const void* address, int bytes, const char* what, Site site) {
+    if (reinterpret_cast<uintptr_t>(address) % uintptr_t(bytes) == 0) return;
+    emulator::fail(std::string(what) + " at " + site.file + ":" + std::to_string(site.line) +
+                   " is not aligned to " + std::to_string(bytes) + " bytes");
+}
+
+template <int Bytes>
+DML_DEVICE void cp_async(void* shared, const void* global, int valid_bytes = Bytes,
+                         Site site = Site::here()) {
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async moves 4, 8 or 16 bytes");
+    require_aligned(shared, Bytes, "the destination of cp_async", site);
+    require_aligned(global, Bytes, "the source of cp_async", site);
+    if (valid_bytes < 0 || valid_bytes > Bytes) emulator::fail("cp_async: bad valid_bytes");
+    emulator::Copy copy{shared, Bytes, {}};
+    std::memcpy(copy.data, global, size_t(valid_bytes));
+    std::memset(shared, 0xff, Bytes);
+    emulator::start_copy(copy);
+}
+
+DML_DEVICE void cp_async_commit() { emulator::commit_copies(); }
+
+template <int Pending>
+DML_DEVICE void cp_async_wait() {
+    emulator::Copy copy;
+    while (emulator::next_landed_copy(Pending, copy)) {
+        std::memcpy(copy.destination, copy.data, size_t(copy.bytes));
+    }
+}
+
+// ---- matrix fragments -------------------------------------------------------------------------
+
+template <int Matrices>
+DML_DEVICE void ldmatrix(uint32_t (&r)[Matrices], const void* row, bool transposed, Site site) {
+    emulator::LoadMatrix own{Matrices, transposed, {}, r};
+    if (lane_id() < 8 * Matrices) {  // the other lanes' addresses do not count
+        require_aligned(row, 16, "the row of ldmatrix", site);
+        std::memcpy(own.row, row, 16);
+    }
+    emulator::warp_rendezvous(emulator::load_matrix, &own, site);
+}
+
+DML_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+    ldmatrix<4>(r, row, false, site);
+}
+DML_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
+    ldmatrix<2>(r, row, false, site);
+}
+DML_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+    ldmatrix<4>(r, row, true, site);
+}
+DML_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
+    ldmatrix<2>(r, row, true, site);
+}
+
+template <typename T>
+struct MmaOnHost;
+template <>
+struct MmaOnHost<__half> {
+    static constexpr auto multiply = emulator::multiply_half;
+};
+template <>
+struct MmaOnHost<__nv_bfloat16> {
+    static constexpr auto multiply = emulator::multiply_bfloat16;
+};
+template <>
+struct MmaOnHost<Tf32> {
+    static constexpr auto multiply = emulator::multiply_tf32;
+};
+
+template <typename T>
+DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    Site site = Site::here()) {
+    emulator::Multiply own{acc, a, b};
+    emulator::warp_rendezvous(MmaOnHost<T>::multiply, &own, site);
+}
+
+// ---- conversions ------------------------------------------------------------------------------
+
+// The bits below tf32 are unspecified on the device: here they are set, so that whoever takes them
+// for zero is wrong.
+DML_DEVICE uint32_t to_tf32(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return bits;  // infinity or NaN
+    return ((bits + 0x1000u) & 0xffffe000u) | 0x1555u;
+}
+
+template <typename T>
+DML_DEVICE uint32_t pack2(float low, float high) {
+    return uint32_t(T(low).bits) | uint32_t(T(high).bits) << 16;
+}
+
+DML_DEVICE float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
+// ---- between the lanes of a warp --------------------------------------------------------------
+
+template <typename T>
+DML_DEVICE T shfl(T value, int source_lane, Site site = Site::here()) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+    emulator::Shuffle own{0, source_lane};
+    std::memcpy(&own.value, &value, sizeof value);
+    emulator::warp_rendezvous(emulator::shuffle, &own, site);
+    std::memcpy(&value, &own.value, sizeof value);
+    return value;
+}
+
+template <typename T>
+DML_DEVICE T shfl_xor(T value, int lane_mask, Site site = Site::here()) {
+    return shfl(value, lane_id() ^ lane_mask, site);
+}
+
+DML_DEVICE uint32_t warp_ballot(bool predicate, Site site = Site::here()) {
+    emulator::Vote own{predicate, 0};
+    emulator::warp_rendezvous(emulator::vote, &own, site);
+    return own.result;
+}
+
+DML_DEVICE bool warp_any(bool predicate, Site site = Site::here()) {
+    return warp_ballot(predicate, site) != 0;
+}
+DML_DEVICE bool warp_all(bool predicate, Site site = Site::here()) {
+    return warp_ballot(predicate, site) == 0xffffffffu;
+}
+
+}  // namespace dml

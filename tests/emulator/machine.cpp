@@ -1,0 +1,492 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "fiber.h"
+
+extern "C" {
+[[gnu::weak]] void __asan_poison_memory_region(void const volatile*, size_t);
+[[gnu::weak]] void __asan_unpoison_memory_region(void const volatile*, size_t);
+[[gnu::weak]] void __tsan_acquire(void*);
+[[gnu::weak]] void __tsan_release(void*);
+}
+
+namespace emulator {
+namespace {
+
+constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer type
+
+class Random {  // splitmix64
+   public:
+    explicit Random(uint64_t seed) : state_(seed) {}
+    uint32_t below(uint32_t bound) { return uint32_t((uint64_t(next()) * bound) >> 32); }
+
+    template <typename T>
+    void shuffle(std::vector<T>& items) {
+        for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[below(uint32_t(i))]);
+    }
+
+   private:
+    uint32_t next() {
+        uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return uint32_t((z ^ (z >> 31)) >> 32);
+    }
+    uint64_t state_;
+};
+
+enum class State { kReady, kAtBarrier, kAtRendezvous, kDone };
+
+struct PendingCopy {
+    Copy copy;
+    int group;
+};
+
+struct Thread {
+    Fiber fiber;
+    uint3 index;
+    State state;
+    Site site;  // where it waits
+    std::vector<PendingCopy> copies;
+    size_t landed;  // how many of them have been handed back
+    int groups;     // committed so far
+};
+
+struct Warp {
+    int lanes;
+    int ready;
+    int arrived;
+    Operation operation;
+    unsigned meetings;  // that ordered memory, so far
+    char parity[2];     // as Machine::barrier_parity_
+    void* operands[kLanes];
+};
+
+struct SharedArray {
+    size_t bytes;
+    char* start;
+    std::unique_ptr<char, decltype(&std::free)> allocation{nullptr, &std::free};
+};
+
+class Machine {
+   public:
+    Schedule schedule = Schedule::kRoundRobin;
+    Random random{0};
+    Device device;
+
+    Machine() {
+        const char* name = std::getenv("DML_EMULATOR_SCHEDULE");
+        const char* seed = std::getenv("DML_EMULATOR_SEED");
+        if (name && std::strcmp(name, "warp_first") == 0) {
+            schedule = Schedule::kWarpFirst;
+        } else if (name && std::strcmp(name, "round_robin") != 0) {
+            throw Failure("DML_EMULATOR_SCHEDULE is round_robin or warp_first, not " + std::string(name));
+        }
+        if (seed) random = Random(std::strtoull(seed, nullptr, 10));
+    }
+
+    void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+    void block_barrier(Site site);
+    void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory);
+    void* shared_array(int byte_offset, size_t bytes);
+    [[noreturn]] void fail(const std::string& what);
+
+    Thread& self() { return *threads_[current_]; }
+
+   private:
+    static void thread_main();
+    void check_launch(dim3 grid, dim3 block, size_t shared_bytes) const;
+    void run_block();
+    int next_ready();
+    void yield();
+    void make_ready(int thread);
+    void wait(State state, Site site);
+    void release_barrier();
+    std::string describe_waiting() const;
+
+    int live_ = 0;   // threads that have not returned
+    int ready_ = 0;  // of these, able to run
+    int at_barrier_ = 0;
+    unsigned barriers_ = 0;  // passed so far
+    int current_ = -1;
+    std::vector<std::unique_ptr<Thread>> threads_;  // kept from block to block, for their stacks
+    std::vector<Warp> warps_;
+    std::vector<int> round_;  // the threads to visit, from next_ on
+    size_t next_ = 0;
+    int round_warp_ = -1;
+
+    std::map<int, SharedArray> shared_;
+    size_t shared_bytes_ = 0;
+    const std::function<void()>* kernel_ = nullptr;
+    Fiber main_;
+    bool running_ = false;
+    std::string failure_;
+
+    // Addresses that release() and acquire() speak of. Two for the barriers in turn: whoever is late
+    // in leaving one must not learn of what the others did before the next.
+    char start_ = 0, end_ = 0, barrier_parity_[2] = {};
+};
+
+Machine& machine() {
+    static Machine machine;
+    return machine;
+}
+
+std::string text(uint3 i) {
+    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// ---- launching --------------------------------------------------------------------------------
+
+void Machine::check_launch(dim3 grid, dim3 block, size_t shared_bytes) const {
+    if (running_) throw Failure("a kernel cannot launch a kernel");
+    if (uint64_t(block.x) * block.y * block.z > 1024 || block.x * block.y * block.z == 0) {
+        throw Failure("a block has 1 to 1024 threads");
+    }
+    if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+        throw Failure("the grid is too large: at most 2^31 - 1, 65535, 65535");
+    }
+    if (shared_bytes > size_t(device.shared_bytes_per_block)) {
+        throw Failure("the kernel needs more shared memory than the device has: " +
+                      std::to_string(shared_bytes) + " bytes");
+    }
+}
+
+void Machine::run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+    check_launch(grid, block, shared_bytes);
+    gridDim = grid;
+    blockDim = block;
+    shared_bytes_ = shared_bytes;
+    kernel_ = &kernel;
+
+    std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+    for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
+    random.shuffle(order);
+    for (uint64_t i : order) {
+        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+        run_block();
+        shared_.clear();
+        if (!failure_.empty()) throw Failure(std::exchange(failure_, {}));
+    }
+}
+
+void Machine::run_block() {
+    const int count = int(blockDim.x * blockDim.y * blockDim.z);
+    while (int(threads_.size()) < count) threads_.push_back(std::make_unique<Thread>());
+    warps_.assign((count + kLanes - 1) / kLanes, Warp{});
+    for (int i = 0; i < count; ++i) {
+        Thread& thread = *threads_[i];
+        thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        thread.state = State::kReady;
+        thread.copies.clear();
+        thread.landed = 0;
+        thread.groups = 0;
+        thread.fiber.prepare(&Machine::thread_main);
+        Warp& warp = warps_[i / kLanes];
+        ++warp.lanes;
+        ++warp.ready;
+    }
+    live_ = ready_ = count;
+    at_barrier_ = 0;
+    round_.clear();
+    next_ = 0;
+    round_warp_ = -1;
+
+    running_ = true;
+    release(&start_);  // what earlier blocks and the host did comes before this block
+    current_ = next_ready();
+    main_.switch_to(self().fiber);
+    running_ = false;
+    acquire(&end_);
+}
+
+void Machine::thread_main() {
+    Machine& m = machine();
+    threadIdx = m.self().index;
+    acquire(&m.start_);
+    (*m.kernel_)();
+    release(&m.end_);
+    m.self().state = State::kDone;
+    --m.ready_;
+    --m.warps_[m.current_ / kLanes].ready;
+    --m.live_;
+    if (m.live_ > 0 && m.at_barrier_ == m.live_) m.release_barrier();
+    m.yield();
+}
+
+// ---- taking turns -----------------------------------------------------------------------------
+
+// Which thread goes on, or -1 when none can.
+int Machine::next_ready() {
+    for (;;) {
+        for (; next_ < round_.size(); ++next_) {
+            if (threads_[round_[next_]]->state == State::kReady) return round_[next_++];
+        }
+        if (ready_ == 0) return -1;
+
+        // A new round: all threads, or the same warp while it can run, else another one.
+        const int warps = int(warps_.size());
+        int first_warp = 0;
+        int last_warp = warps;
+        if (schedule == Schedule::kWarpFirst) {
+            if (round_warp_ < 0 || warps_[round_warp_].ready == 0) {
+                do round_warp_ = int(random.below(warps));
+                while (warps_[round_warp_].ready == 0);
+            }
+            first_warp = round_warp_;
+            last_warp = round_warp_ + 1;
+        }
+        round_.clear();
+        next_ = 0;
+        for (int w = first_warp; w < last_warp; ++w) {
+            for (int lane = 0; lane < warps_[w].lanes; ++lane) round_.push_back(w * kLanes + lane);
+        }
+        random.shuffle(round_);
+    }
+}
+
+// Lets another thread run; returns when this one is chosen again, which for a finished one is never.
+void Machine::yield() {
+    Thread& from = self();
+    const int next = next_ready();
+    if (next < 0) {
+        if (live_ > 0) fail("deadlock: " + describe_waiting());
+        from.fiber.switch_to(main_, true);
+    }
+    if (next == current_) return;
+    current_ = next;
+    from.fiber.switch_to(self().fiber, from.state == State::kDone);
+    threadIdx = from.index;
+}
+
+void Machine::wait(State state, Site site) {
+    self().state = state;
+    self().site = site;
+    --ready_;
+    --warps_[current_ / kLanes].ready;
+    yield();
+}
+
+void Machine::make_ready(int thread) {
+    threads_[thread]->state = State::kReady;
+    ++ready_;
+    ++warps_[thread / kLanes].ready;
+}
+
+// ---- meeting ----------------------------------------------------------------------------------
+
+void Machine::block_barrier(Site site) {
+    const char* meeting = &barrier_parity_[barriers_ % 2];
+    release(meeting);
+    ++at_barrier_;
+    if (at_barrier_ == live_) {
+        Thread& last = self();
+        last.state = State::kAtBarrier;
+        last.site = site;
+        --ready_;
+        --warps_[current_ / kLanes].ready;
+        release_barrier();
+        yield();  // the last to arrive has no right to go first
+    } else {
+        wait(State::kAtBarrier, site);
+    }
+    acquire(meeting);
+}
+
+void Machine::release_barrier() {
+    const int count = int(blockDim.x * blockDim.y * blockDim.z);
+    int first = -1;
+    for (int i = 0; i < count; ++i) {
+        if (threads_[i]->state != State::kAtBarrier) continue;
+        if (first < 0) first = i;
+        if (!same(threads_[i]->site, threads_[first]->site)) {
+            fail("divergent barrier: " + describe_waiting());
+        }
+    }
+    for (int i = 0; i < count; ++i) {
+        if (threads_[i]->state == State::kAtBarrier) make_ready(i);
+    }
+    at_barrier_ = 0;
+    ++barriers_;
+}
+
+void Machine::warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory) {
+    const int first = current_ / kLanes * kLanes;
+    const int lane = current_ - first;
+    Warp& warp = warps_[current_ / kLanes];
+    if (warp.lanes != kLanes)
+        fail("a warp function at " + text(site) + " in a warp of " + std::to_string(warp.lanes) +
+             " lanes: all 32 must exist");
+    if (warp.arrived == 0) {
+        warp.operation = operation;
+        self().site = site;
+    } else {
+        for (int i = 0; i < kLanes; ++i) {
+            const Thread& other = *threads_[first + i];
+            if (other.state != State::kAtRendezvous) continue;
+            if (warp.operation == operation && same(other.site, site)) break;
+            fail("divergent warp: lane " + std::to_string(lane) + " is at " + text(site) + " while " +
+                 describe_waiting());
+        }
+    }
+    warp.operands[lane] = operand;
+    const char* meeting = &warp.parity[warp.meetings % 2];
+    if (orders_memory) release(meeting);
+    if (++warp.arrived < kLanes) {
+        wait(State::kAtRendezvous, site);
+    } else {
+        warp.arrived = 0;
+        if (orders_memory) ++warp.meetings;
+        operation(warp.operands);
+        for (int i = 0; i < kLanes; ++i) {
+            if (i != lane) make_ready(first + i);
+        }
+    }
+    if (orders_memory) acquire(meeting);
+}
+
+std::string Machine::describe_waiting() const {
+    struct Group {
+        std::string what;
+        int threads;
+        int first;
+    };
+    std::vector<Group> groups;
+    int done = 0;
+    const int count = int(blockDim.x * blockDim.y * blockDim.z);
+    for (int i = 0; i < count; ++i) {
+        const Thread& thread = *threads_[i];
+        if (thread.state == State::kDone) ++done;
+        if (thread.state == State::kDone || thread.state == State::kReady) continue;
+        const std::string what =
+            (thread.state == State::kAtBarrier ? "the block barrier at " : "the warp function at ") +
+            text(thread.site);
+        auto group =
+            std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.what == what; });
+        if (group == groups.end()) group = groups.insert(groups.end(), {what, 0, i});
+        ++group->threads;
+    }
+    std::string all;
+    for (const Group& group : groups) {
+        all += std::to_string(group.threads) + " threads wait at " + group.what + " (first: thread " +
+               std::to_string(group.first) + "); ";
+    }
+    return all + std::to_string(done) + " have returned";
+}
+
+void Machine::fail(const std::string& what) {
+    if (!running_) throw Failure(what);
+    failure_ = what + " [block " + text(blockIdx) + ", thread " + text(self().index) + "]";
+    self().fiber.switch_to(main_, true);
+    __builtin_unreachable();
+}
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+void* Machine::shared_array(int byte_offset, size_t bytes) {
+    const auto found = shared_.find(byte_offset);
+    if (found != shared_.end()) {
+        SharedArray& array = found->second;
+        if (array.bytes != bytes) {
+            fail("the shared array at byte " + std::to_string(byte_offset) + " has " +
+                 std::to_string(array.bytes) + " bytes in one place and " + std::to_string(bytes) +
+                 " in another");
+        }
+        acquire(array.start);
+        return array.start;
+    }
+    if (byte_offset < 0 || byte_offset + bytes > shared_bytes_) {
+        fail("the shared array at byte " + std::to_string(byte_offset) + " of " + std::to_string(bytes) +
+             " bytes does not fit in the " + std::to_string(shared_bytes_) +
+             " bytes that the launch asked for");
+    }
+    for (const auto& [offset, array] : shared_) {
+        if (byte_offset < offset + int64_t(array.bytes) && offset < byte_offset + int64_t(bytes)) {
+            fail("the shared arrays at bytes " + std::to_string(offset) + " and " +
+                 std::to_string(byte_offset) + " overlap");
+        }
+    }
+
+    // Aligned exactly as the offset is: an address that the device would refuse, or a conflict of
+    // banks, must look the same here.
+    constexpr size_t kAlignment = 128;
+    const size_t skew = byte_offset % kAlignment;
+    SharedArray& array = shared_[byte_offset];
+    array.bytes = bytes;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, skew + bytes)) throw std::bad_alloc();
+    array.allocation.reset(static_cast<char*>(memory));
+    array.start = array.allocation.get() + skew;
+    std::memset(array.start, kPoison, bytes);
+    if (skew && __asan_poison_memory_region) {
+        __asan_poison_memory_region(array.allocation.get(), skew);
+    }
+    release(array.start);
+    return array.start;
+}
+
+}  // namespace
+
+// ---- what machine.h promises ------------------------------------------------------------------
+
+void set_schedule(Schedule schedule, uint64_t seed) {
+    machine().schedule = schedule;
+    machine().random = Random(seed);
+}
+
+Device& device() { return machine().device; }
+
+void fail(const std::string& what) { machine().fail(what); }
+
+void block_barrier(Site site) { machine().block_barrier(site); }
+
+void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory) {
+    machine().warp_rendezvous(operation, operand, site, orders_memory);
+}
+
+void* shared_array(int byte_offset, size_t bytes) { return machine().shared_array(byte_offset, bytes); }
+
+void start_copy(const Copy& copy) {
+    Thread& thread = machine().self();
+    thread.copies.push_back({copy, thread.groups});
+}
+
+void commit_copies() { ++machine().self().groups; }
+
+bool next_landed_copy(int pending, Copy& copy) {
+    Thread& thread = machine().self();
+    if (thread.landed == thread.copies.size()) {
+        thread.copies.clear();
+        thread.landed = 0;
+        return false;
+    }
+    const PendingCopy& oldest = thread.copies[thread.landed];
+    if (oldest.group >= thread.groups - pending) return false;
+    copy = oldest.copy;
+    ++thread.landed;
+    return true;
+}
+
+void release(const void* address) {
+    if (__tsan_release) __tsan_release(const_cast<void*>(address));
+}
+
+void acquire(const void* address) {
+    if (__tsan_acquire) __tsan_acquire(const_cast<void*>(address));
+}
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+    machine().run_grid(grid, block, shared_bytes, kernel);
+}
+
+}  // namespace emulator
