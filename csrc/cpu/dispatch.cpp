@@ -1,0 +1,67 @@
+// Chooses, at run time, the widest instruction set that this machine has.
+#include <stdexcept>
+
+#include "tile_kernels.h"
+
+namespace dml::cpu {
+
+#define DML_DECLARE(isa)                              \
+    namespace isa {                                   \
+    template <typename T>                             \
+    const TileKernels<T>& kernels(PairLoss loss);     \
+    extern template const TileKernels<float>& kernels<float>(PairLoss);   \
+    extern template const TileKernels<double>& kernels<double>(PairLoss); \
+    }
+DML_DECLARE(baseline)
+#if defined(__x86_64__)
+DML_DECLARE(avx2)
+DML_DECLARE(avx512)
+#endif
+#undef DML_DECLARE
+
+std::vector<std::string> available_instruction_sets() {
+    std::vector<std::string> names = {"baseline"};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) names.push_back("avx2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        names.push_back("avx512");
+    }
+#endif
+    return names;
+}
+
+namespace {
+std::string& chosen() {
+    static std::string name = available_instruction_sets().back();
+    return name;
+}
+}  // namespace
+
+std::string instruction_set() { return chosen(); }
+
+void set_instruction_set(const std::string& name) {
+    for (const std::string& available : available_instruction_sets()) {
+        if (available == name) {
+            chosen() = name;
+            return;
+        }
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
+}
+
+template <typename T>
+const TileKernels<T>& tile_kernels(PairLoss loss) {
+#if defined(__x86_64__)
+    if (chosen() == "avx512") return avx512::kernels<T>(loss);
+    if (chosen() == "avx2") return avx2::kernels<T>(loss);
+#endif
+    return baseline::kernels<T>(loss);
+}
+
+template const TileKernels<float>& tile_kernels<float>(PairLoss);
+template const TileKernels<double>& tile_kernels<double>(PairLoss);
+
+}  // namespace dml::cpu

@@ -1,0 +1,53 @@
+// The order in which the engine sees the points: rows and columns sorted by label, so that the
+// positives of a row are one run of columns. Only indices are sorted.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace dml::cpu {
+
+// plan, int32: [row_order N | pos_begin N | pos_end N | col_order M], the last only when rectangular.
+struct Plan {
+    const int32_t* row_order;
+    const int32_t* pos_begin;
+    const int32_t* pos_end;
+    const int32_t* col_order;
+
+    Plan(const int32_t* data, int64_t n, bool square)
+        : row_order(data),
+          pos_begin(data + n),
+          pos_end(data + 2 * n),
+          col_order(square ? data : data + 3 * n) {}
+
+    static int64_t numel(int64_t n, int64_t m, bool square) { return square ? 3 * n : 3 * n + m; }
+};
+
+inline void sort_by_label(const int64_t* labels, int64_t n, int32_t* order) {
+    std::iota(order, order + n, 0);
+    if (std::is_sorted(labels, labels + n)) return;
+    std::stable_sort(order, order + n, [&](int32_t a, int32_t b) { return labels[a] < labels[b]; });
+}
+
+inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_labels, int64_t m, bool square,
+                      int32_t* plan) {
+    int32_t* row_order = plan;
+    int32_t* pos_begin = plan + n;
+    int32_t* pos_end = plan + 2 * n;
+    int32_t* col_order = square ? row_order : plan + 3 * n;
+    sort_by_label(labels, n, row_order);
+    if (!square) sort_by_label(ref_labels, m, col_order);
+    int64_t begin = 0, end = 0;
+    for (int64_t i = 0; i < n; ++i) {  // both sides are sorted: the run only ever moves forward
+        const int64_t label = labels[row_order[i]];
+        while (begin < m && ref_labels[col_order[begin]] < label) ++begin;
+        if (end < begin) end = begin;
+        while (end < m && ref_labels[col_order[end]] == label) ++end;
+        pos_begin[i] = static_cast<int32_t>(begin);
+        pos_end[i] = static_cast<int32_t>(end);
+    }
+}
+
+}  // namespace dml::cpu

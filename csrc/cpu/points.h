@@ -1,0 +1,114 @@
+// Points as the tiles want them, sorted, normalised and in the compute type, and the way back for
+// their gradient.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+namespace dml::cpu {
+
+inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
+
+template <typename T>
+struct Points {
+    at::Tensor x;          // [N, D] sorted; unit rows when normalised, zero rows where |q| is tiny
+    at::Tensor inv_norm;   // [N] sorted: 1 / |q|, 0 for tiny rows, 1 when not normalised
+    bool finite = true;    // false: a value, or for the dot product a squared norm, overflows or is NaN
+
+    T* row(int64_t i) const { return x.data_ptr<T>() + i * x.size(1); }
+};
+
+// Rows per task: enough that a task is worth handing to a thread.
+inline int64_t row_grain(int64_t dim) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1)); }
+
+// Rows are short compared with N * N work, so the norm is taken in double: it cannot overflow for any
+// finite float input.
+template <typename T, typename Input>
+bool pack_rows(const Input* source, int64_t row_stride, const int32_t* order, int64_t n, int64_t dim,
+               bool normalize, T* x, T* inv_norm) {
+    std::atomic<bool> finite{true};
+    at::parallel_for(0, n, row_grain(dim), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const Input* q = source + order[i] * row_stride;
+            T* out = x + i * dim;
+            double square = 0, largest = 0;
+#pragma omp simd reduction(+ : square)
+            for (int64_t d = 0; d < dim; ++d) {
+                out[d] = static_cast<T>(q[d]);
+                const double value = out[d];
+                square += value * value;
+            }
+            if (!std::isfinite(square)) {  // a true inf or NaN, or doubles too large to square
+                square = 0;
+                for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(double(out[d])));
+                for (int64_t d = 0; d < dim; ++d) square += (out[d] / largest) * (out[d] / largest);
+            } else {
+                largest = 1;
+            }
+            const double norm = largest * std::sqrt(square);
+            const bool fits = normalize ? std::isfinite(norm) : norm * norm <= double(std::numeric_limits<T>::max());
+            if (!fits) finite.store(false, std::memory_order_relaxed);
+            const T scale = !normalize ? T(1) : norm > kTinyNorm ? T(1 / norm) : T(0);
+            inv_norm[i] = scale;
+            if (normalize) {
+                for (int64_t d = 0; d < dim; ++d) out[d] *= scale;
+            }
+        }
+    });
+    return finite.load();
+}
+
+template <typename T>
+Points<T> pack(const at::Tensor& embeddings, const int32_t* order, bool normalize) {
+    const at::Tensor source = embeddings.size(1) > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings;
+    const int64_t n = source.size(0), dim = source.size(1);
+    const auto options = source.options().dtype(c10::CppTypeToScalarType<T>::value);
+    Points<T> points{at::empty({n, dim}, options), at::empty({n}, options)};
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "pack", [&] {
+        points.finite = pack_rows<T, scalar_t>(source.const_data_ptr<scalar_t>(), source.stride(0), order, n, dim,
+                                               normalize, points.x.template data_ptr<T>(),
+                                               points.inv_norm.template data_ptr<T>());
+    });
+    return points;
+}
+
+// From the gradient G with respect to the packed rows to that of the embeddings:
+// dq = (G - (x . G) x) / |q| for unit rows, G itself for the dot product.
+template <typename T, typename Output>
+void unpack_rows(const T* gradient, const T* x, const T* inv_norm, const int32_t* order, int64_t n, int64_t dim,
+                 bool normalize, Output* out) {
+    at::parallel_for(0, n, row_grain(dim), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const T* g = gradient + i * dim;
+            const T* unit = x + i * dim;
+            Output* q = out + order[i] * dim;
+            T along = 0;
+            if (normalize) {
+#pragma omp simd reduction(+ : along)
+                for (int64_t d = 0; d < dim; ++d) along += g[d] * unit[d];
+            }
+            for (int64_t d = 0; d < dim; ++d) q[d] = static_cast<Output>((g[d] - along * unit[d]) * inv_norm[i]);
+        }
+    });
+}
+
+template <typename T>
+at::Tensor unpack_gradient(const at::Tensor& gradient, const Points<T>& points, const int32_t* order,
+                           const at::Tensor& like, bool normalize) {
+    at::Tensor out = at::empty(like.sizes(), like.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "unpack_gradient", [&] {
+        unpack_rows(gradient.const_data_ptr<T>(), points.x.template const_data_ptr<T>(),
+                    points.inv_norm.template const_data_ptr<T>(), order, like.size(0), like.size(1), normalize,
+                    out.data_ptr<scalar_t>());
+    });
+    return out;
+}
+
+}  // namespace dml::cpu

@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+#include <cstdint>
+#include <type_traits>
+
+#include "exp.h"
+#include "tile_kernels.h"
+
+// After the includes: what those headers define stays baseline, so that no copy of it made with wider
+// instructions can be linked into code that must run without them.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define DML_ISA avx2
+#include "tile_kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

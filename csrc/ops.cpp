@@ -1,0 +1,42 @@
+// The op schemas, and the pybind11 module that loads them and tells what was built.
+//
+// Both ops are functional. What one forward pass must hand to its backward pass travels in four
+// tensors whose layout is the private matter of each device's kernels:
+//   stats  the rows' bounds and log-sum-exps      plan  the sorted order of the rows
+//   tiles  the similarity tiles that were cached  kept  per tile, whether any pair was kept
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include "cpu/tile_kernels.h"
+
+#ifndef DML_CUDA_ARCHS
+#define DML_CUDA_ARCHS ""
+#endif
+#ifndef DML_CUDA_VERSION
+#define DML_CUDA_VERSION ""
+#endif
+
+TORCH_LIBRARY(dml_cuda, m) {
+    m.def(
+        "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, str loss, "
+        "float[] params, float? epsilon, bool normalize, str reduction, bool save_for_backward) -> "
+        "(Tensor loss, Tensor stats, Tensor plan, Tensor tiles, Tensor kept)");
+    m.def(
+        "pair_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor labels, Tensor? ref_emb, "
+        "Tensor? ref_labels, Tensor stats, Tensor plan, Tensor tiles, Tensor kept, str loss, float[] params, "
+        "bool normalize, str reduction, bool need_emb, bool need_ref) -> (Tensor grad_emb, Tensor grad_ref)");
+}
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "The compiled kernels of dml_cuda; importing it registers torch.ops.dml_cuda.";
+    m.attr("version") = DML_VERSION;
+    m.attr("torch_version") = DML_TORCH_VERSION;
+    m.attr("cuda_version") = DML_CUDA_VERSION;
+    m.attr("cuda_archs") = DML_CUDA_ARCHS;
+    m.def("cpu_instruction_sets", &dml::cpu::available_instruction_sets,
+          "Instruction sets of this machine that there are kernels for, slowest first.");
+    m.def("cpu_instruction_set", &dml::cpu::instruction_set, "The instruction set in use.");
+    m.def("set_cpu_instruction_set", &dml::cpu::set_instruction_set, "Choose one, to test or compare.",
+          pybind11::arg("name"));
+}

@@ -1,0 +1,37 @@
+"""Deep-metric-learning pair losses as fused kernels: forward and backward without the N x N matrix."""
+
+import torch  # noqa: F401  (its libraries must be loaded before ours)
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"the compiled part of dml_cuda cannot be loaded ({error}). It must be built against the torch that "
+        f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
+    ) from error
+
+from . import functional, reference
+from .losses import CircleLoss, MultiSimilarityLoss
+
+__version__: str = _C.version
+
+__all__ = ["CircleLoss", "MultiSimilarityLoss", "build_info", "functional", "reference"]
+
+
+def build_info() -> dict:
+    """What this installation was built with and which kernels it has.
+
+    Returns:
+        ``version``; ``torch``, the version built against; ``cuda``, ``None`` or a dict of ``version``
+        and ``architectures``; ``cpu``, a dict of the instruction sets ``available`` on this machine
+        and the one ``in_use``.
+    """
+    cuda = None
+    if _C.cuda_version:
+        cuda = {"version": _C.cuda_version, "architectures": _C.cuda_archs.split(";")}
+    return {
+        "version": _C.version,
+        "torch": _C.torch_version,
+        "cuda": cuda,
+        "cpu": {"available": _C.cpu_instruction_sets(), "in_use": _C.cpu_instruction_set()},
+    }

@@ -1,0 +1,94 @@
+"""Checks of what callers pass: each error names the argument, what was expected and what came."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+SIMILARITIES = ("cosine", "dot")
+REDUCTIONS = ("mean", "mean_nonzero", "mean_valid", "sum", "none")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, one of {', '.join(choices)}; got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if positive and value <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def _check_points(name: str, points: object) -> None:
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name}: expected a floating-point tensor of shape [rows, D], got {type(points).__name__}")
+    if points.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {points.dtype}")
+    if points.ndim != 2:
+        raise ValueError(f"{name}: expected shape [rows, D], got {list(points.shape)}")
+
+
+def _check_labels(name: str, labels: object, points_name: str, points: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape [rows], got {type(labels).__name__}")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"{name}: expected shape [{points.shape[0]}], got {list(labels.shape)}")
+    if labels.shape[0] != points.shape[0]:
+        raise ValueError(
+            f"{name}: expected {points.shape[0]} labels, one for each row of {points_name}; got {labels.shape[0]}"
+        )
+    if labels.device != points.device:
+        raise ValueError(f"{name}: expected on {points.device} beside {points_name}, got on {labels.device}")
+
+
+def check_arguments(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    similarity: str,
+    reduction: str,
+    epsilon: float | None,
+) -> None:
+    """Raises TypeError or ValueError for whatever the losses cannot work with."""
+    _check_points("embeddings", embeddings)
+    _check_labels("labels", labels, "embeddings", embeddings)
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if epsilon is not None:
+        check_number("epsilon", epsilon)
+    if ref_emb is None and ref_labels is None:
+        return
+    if ref_labels is None:
+        raise ValueError("ref_labels: expected labels for the rows of ref_emb, got None")
+    if ref_emb is None:
+        raise ValueError("ref_emb: expected embeddings for ref_labels, got None")
+    _check_points("ref_emb", ref_emb)
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"ref_emb: expected {embeddings.shape[1]} columns as embeddings have, got {ref_emb.shape[1]}")
+    if ref_emb.dtype != embeddings.dtype:
+        raise TypeError(f"ref_emb: expected {embeddings.dtype} as embeddings have, got {ref_emb.dtype}")
+    if ref_emb.device != embeddings.device:
+        raise ValueError(f"ref_emb: expected on {embeddings.device} as embeddings are, got on {ref_emb.device}")
+    _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)

@@ -1,0 +1,99 @@
+"""What PyTorch must know of the compiled ops beyond their kernels: shapes and derivatives."""
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
+
+# As in csrc/cpu: the side of a tile, and the memory that may hold tiles from forward to backward.
+_CPU_TILE = 128
+_CPU_CACHE_BYTES = 64 << 20
+
+
+def _cpu_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
+    """Numbers of elements of stats, plan, tiles and kept, as the CPU kernels make them."""
+    rows, cols = -(-n // _CPU_TILE), -(-m // _CPU_TILE)
+    tiles = rows * (rows + 1) // 2 if square else rows * cols
+    area = _CPU_TILE * _CPU_TILE
+    cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // (area * itemsize)) if save else 0
+    return 4 * n + 2, 3 * n + (0 if square else m), cached * area, tiles
+
+
+@torch.library.register_fake("dml_cuda::pair_loss")
+def _pair_loss_fake(
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    loss,
+    params,
+    epsilon,
+    normalize,
+    reduction,
+    save_for_backward,
+):
+    n = embeddings.shape[0]
+    m = n if ref_emb is None else ref_emb.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    stats, plan, tiles, kept = _cpu_sizes(n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    return (
+        embeddings.new_empty((n,) if reduction == "none" else (), dtype=dtype),
+        embeddings.new_empty(stats, dtype=dtype),
+        embeddings.new_empty(plan, dtype=torch.int32),
+        embeddings.new_empty(tiles, dtype=dtype),
+        embeddings.new_empty(kept, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("dml_cuda::pair_loss_backward")
+def _pair_loss_backward_fake(
+    grad_loss,
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    stats,
+    plan,
+    tiles,
+    kept,
+    loss,
+    params,
+    normalize,
+    reduction,
+    need_emb,
+    need_ref,
+):
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return embeddings.new_empty(of.shape if needed and of is not None else (0,))
+
+    return gradient(embeddings, need_emb), gradient(ref_emb, need_ref)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    embeddings, labels, ref_emb, ref_labels, loss, params, _, normalize, reduction, _ = inputs
+    _, stats, plan, tiles, kept = output
+    ctx.mark_non_differentiable(stats, plan, tiles, kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(embeddings, labels, ref_emb, ref_labels, stats, plan, tiles, kept)
+    ctx.arguments = (loss, params, normalize, reduction)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
+    need_emb, _, need_ref = ctx.needs_input_grad[:3]
+    grad_emb, grad_ref = torch.ops.dml_cuda.pair_loss_backward(
+        grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
+    )
+    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 7)
+
+
+def _double_backward(ctx, *_):
+    raise RuntimeError(
+        "the fused losses of dml_cuda have no second derivative: "
+        'pass backend="reference" to differentiate their gradient'
+    )
+
+
+torch.library.register_autograd("dml_cuda::pair_loss", _backward, setup_context=_setup_context)
+torch.library.register_autograd("dml_cuda::pair_loss_backward", _double_backward)
