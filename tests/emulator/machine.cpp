@@ -14,12 +14,34 @@ extern "C" {
 [[gnu::weak]] void __asan_unpoison_memory_region(void const volatile*, size_t);
 [[gnu::weak]] void __tsan_acquire(void*);
 [[gnu::weak]] void __tsan_release(void*);
+[[gnu::weak]] void AnnotateIgnoreReadsBegin(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreReadsEnd(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreWritesBegin(const char* file, int line);
+[[gnu::weak]] void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 
 namespace emulator {
 namespace {
 
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer type
+
+// While the emulator works on behalf of a thread, its own memory accesses are nobody's race. (It is
+// not instrumented, but ThreadSanitizer sees what it does by way of malloc and memcpy.)
+class Unwatched {
+   public:
+    Unwatched() {
+        if (!AnnotateIgnoreReadsBegin) return;
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unwatched() {
+        if (!AnnotateIgnoreReadsEnd) return;
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    }
+    Unwatched(const Unwatched&) = delete;
+    Unwatched& operator=(const Unwatched&) = delete;
+};
 
 class Random {  // splitmix64
    public:
@@ -104,6 +126,7 @@ class Machine {
     void check_launch(dim3 grid, dim3 block, size_t shared_bytes) const;
     void run_block();
     int next_ready();
+    void add_to_round(int warp);
     void yield();
     void make_ready(int thread);
     void wait(State state, Site site);
@@ -172,17 +195,21 @@ void Machine::run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
     std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
     for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
     random.shuffle(order);
+    release(&start_);  // what the host did comes before the kernel, but no block before another
     for (uint64_t i : order) {
         blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
         run_block();
         shared_.clear();
         if (!failure_.empty()) throw Failure(std::exchange(failure_, {}));
     }
+    acquire(&end_);
 }
 
 void Machine::run_block() {
     const int count = int(blockDim.x * blockDim.y * blockDim.z);
     while (int(threads_.size()) < count) threads_.push_back(std::make_unique<Thread>());
+    // ThreadSanitizer knows fibers only. Dealt out anew, the same thread of two blocks is rarely one.
+    random.shuffle(threads_);
     warps_.assign((count + kLanes - 1) / kLanes, Warp{});
     for (int i = 0; i < count; ++i) {
         Thread& thread = *threads_[i];
@@ -196,6 +223,7 @@ void Machine::run_block() {
         ++warp.lanes;
         ++warp.ready;
     }
+    round_.reserve(1024);
     live_ = ready_ = count;
     at_barrier_ = 0;
     round_.clear();
@@ -203,11 +231,9 @@ void Machine::run_block() {
     round_warp_ = -1;
 
     running_ = true;
-    release(&start_);  // what earlier blocks and the host did comes before this block
     current_ = next_ready();
     main_.switch_to(self().fiber);
     running_ = false;
-    acquire(&end_);
 }
 
 void Machine::thread_main() {
@@ -234,25 +260,25 @@ int Machine::next_ready() {
         }
         if (ready_ == 0) return -1;
 
-        // A new round: all threads, or the same warp while it can run, else another one.
+        // A new round: the same warp while it can run, else another one; or every warp, except
+        // those that chance lets sleep, so that warps drift apart.
         const int warps = int(warps_.size());
-        int first_warp = 0;
-        int last_warp = warps;
-        if (schedule == Schedule::kWarpFirst) {
-            if (round_warp_ < 0 || warps_[round_warp_].ready == 0) {
-                do round_warp_ = int(random.below(warps));
-                while (warps_[round_warp_].ready == 0);
-            }
-            first_warp = round_warp_;
-            last_warp = round_warp_ + 1;
-        }
         round_.clear();
         next_ = 0;
-        for (int w = first_warp; w < last_warp; ++w) {
-            for (int lane = 0; lane < warps_[w].lanes; ++lane) round_.push_back(w * kLanes + lane);
+        if (schedule == Schedule::kWarpFirst) {
+            while (round_warp_ < 0 || warps_[round_warp_].ready == 0) round_warp_ = int(random.below(warps));
+            add_to_round(round_warp_);
+        } else {
+            for (int w = 0; w < warps; ++w) {
+                if (warps_[w].ready > 0 && random.below(4) > 0) add_to_round(w);
+            }
         }
         random.shuffle(round_);
     }
+}
+
+void Machine::add_to_round(int warp) {
+    for (int lane = 0; lane < warps_[warp].lanes; ++lane) round_.push_back(warp * kLanes + lane);
 }
 
 // Lets another thread run; returns when this one is chosen again, which for a finished one is never.
@@ -402,7 +428,6 @@ void* Machine::shared_array(int byte_offset, size_t bytes) {
                  std::to_string(array.bytes) + " bytes in one place and " + std::to_string(bytes) +
                  " in another");
         }
-        acquire(array.start);
         return array.start;
     }
     if (byte_offset < 0 || byte_offset + bytes > shared_bytes_) {
@@ -431,7 +456,6 @@ void* Machine::shared_array(int byte_offset, size_t bytes) {
     if (skew && __asan_poison_memory_region) {
         __asan_poison_memory_region(array.allocation.get(), skew);
     }
-    release(array.start);
     return array.start;
 }
 
@@ -448,15 +472,23 @@ Device& device() { return machine().device; }
 
 void fail(const std::string& what) { machine().fail(what); }
 
-void block_barrier(Site site) { machine().block_barrier(site); }
+void block_barrier(Site site) {
+    const Unwatched unwatched;
+    machine().block_barrier(site);
+}
 
 void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory) {
+    const Unwatched unwatched;
     machine().warp_rendezvous(operation, operand, site, orders_memory);
 }
 
-void* shared_array(int byte_offset, size_t bytes) { return machine().shared_array(byte_offset, bytes); }
+void* shared_array(int byte_offset, size_t bytes) {
+    const Unwatched unwatched;
+    return machine().shared_array(byte_offset, bytes);
+}
 
 void start_copy(const Copy& copy) {
+    const Unwatched unwatched;
     Thread& thread = machine().self();
     thread.copies.push_back({copy, thread.groups});
 }
@@ -464,6 +496,7 @@ void start_copy(const Copy& copy) {
 void commit_copies() { ++machine().self().groups; }
 
 bool next_landed_copy(int pending, Copy& copy) {
+    const Unwatched unwatched;
     Thread& thread = machine().self();
     if (thread.landed == thread.copies.size()) {
         thread.copies.clear();
@@ -486,6 +519,7 @@ void acquire(const void* address) {
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+    const Unwatched unwatched;
     machine().run_grid(grid, block, shared_bytes, kernel);
 }
 

@@ -15,7 +15,7 @@ namespace emulator {
 
 // How the threads of a block take turns. Each finds mistakes that the other misses.
 enum class Schedule {
-    kRoundRobin,  // all threads, in an order drawn anew each round, each as far as it can
+    kRoundRobin,  // all threads but those of some sleeping warps, in an order drawn each round
     kWarpFirst,   // one warp runs as far as it can before another does, lanes in shuffled order
 };
 

@@ -1,0 +1,120 @@
+"""The CUDA engine as a shared library for the host, called with torch CPU tensors."""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+
+import build
+import torch
+
+SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), build.HERE / "pair_loss_host.cpp"]
+SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+PRECISIONS = ["full", "tf32", "bf16", "plain"]
+LOSSES = ["multi_similarity", "circle"]
+REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
+GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
+
+
+class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
+    _fields_ = [
+        *[(name, ctypes.c_void_p if name in ("queries", "query_labels", "refs", "ref_labels") else ctypes.c_int64)
+          for name in ("queries", "query_stride", "query_labels", "query_count",
+                       "refs", "ref_stride", "ref_labels", "ref_count")],
+        *[(name, ctypes.c_int64)
+          for name in ("square", "dim", "scalar", "precision", "loss", "normalize", "reduction", "mining",
+                       "strip_limit", "super_tile", "cache_bytes")],
+        ("params", ctypes.c_double * 3),
+        ("epsilon", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in ("stats", "plan", "tiles", "kept", "workspace")],
+    ]
+
+
+@cache
+def load():
+    """Compiles what is not cached, two files at a time."""
+    native = ["-mfma"] if "fma" in open("/proc/cpuinfo").read() else []  # else std::fma is a slow function
+    kernel = [*build.COMMON, *build.WARNINGS, "-O2", "-fPIC", *native]
+    with ThreadPoolExecutor(2) as pool:
+        objects = [*pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
+                   *pool.map(lambda s: build._compile(s, kernel), SOURCES)]
+    return ctypes.CDLL(str(build._cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
+
+
+def poisoned(count, dtype):
+    """An uninitialised buffer between two guards: every byte 0xFF, which is NaN in every float type."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    raw = torch.full((count * size + 2 * GUARD,), 255, dtype=torch.uint8)
+    return raw[GUARD : GUARD + count * size].view(dtype), raw
+
+
+@dataclass
+class Engine:
+    """One problem: forward, then backward, as often as wanted."""
+
+    q: torch.Tensor
+    labels: torch.Tensor
+    r: torch.Tensor | None = None
+    ref_labels: torch.Tensor | None = None
+    loss: str = "multi_similarity"
+    params: tuple = (2.0, 50.0, 0.5)
+    epsilon: float | None = None
+    normalize: bool = True
+    reduction: str = "mean"
+    precision: str = "full"
+    save_for_backward: bool = True
+    tuning: dict = field(default_factory=dict)  # strip_limit, super_tile, cache_bytes
+    schedule: tuple = ("round_robin", 0)
+
+    def __post_init__(self):
+        self.library = load()
+        self.acc = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        refs, ref_labels = (self.q, self.labels) if self.r is None else (self.r, self.ref_labels)
+        self.arguments = Arguments(
+            self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
+            refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
+            self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
+            LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction), self.epsilon is not None,
+            *[self.tuning.get(name, -1) for name in ("strip_limit", "super_tile", "cache_bytes")],
+            (ctypes.c_double * 3)(*self.params), self.epsilon or 0.0,
+        )  # fmt: skip
+        sizes = (ctypes.c_int64 * 6)()
+        self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
+        self.sizes = list(sizes)
+        self.buffers = []
+        dtypes = (self.acc, torch.int32, self.acc, torch.uint8)
+        for name, count, dtype in zip(("stats", "plan", "tiles", "kept"), self.sizes, dtypes, strict=False):
+            setattr(self.arguments, name, self.buffer(count, dtype).data_ptr())
+
+    def buffer(self, count, dtype):
+        view, raw = poisoned(count, dtype)
+        self.buffers.append(raw)
+        return view
+
+    def call(self, function, *arguments):
+        name, seed = self.schedule
+        self.library.dml_set_schedule(name == "warp_first", ctypes.c_int64(seed))
+        error = ctypes.create_string_buffer(1000)
+        if function(ctypes.byref(self.arguments), *arguments, error, ctypes.c_int64(1000)):
+            raise RuntimeError(error.value.decode())
+        for raw in self.buffers:
+            assert (raw[:GUARD] == 255).all() and (raw[-GUARD:] == 255).all(), "a guard was overwritten"
+
+    def forward(self):
+        loss = self.buffer(len(self.q) if self.reduction == "none" else 1, self.acc)
+        self.arguments.workspace = self.buffer(self.sizes[4], torch.uint8).data_ptr()
+        self.call(self.library.dml_forward, int(self.save_for_backward), ctypes.c_void_p(loss.data_ptr()))
+        return loss if self.reduction == "none" else loss[0]
+
+    def backward(self, upstream=None, need_q=True, need_r=True):
+        if upstream is None:
+            upstream = torch.ones(len(self.q) if self.reduction == "none" else 1)
+        upstream = upstream.to(self.acc).contiguous()
+        grads = []
+        for points, needed in ((self.q, need_q), (self.r, need_r)):
+            wanted = points is not None and needed
+            grads.append(self.buffer(points.numel(), self.q.dtype).view(points.shape) if wanted else None)
+        self.arguments.workspace = self.buffer(self.sizes[5], torch.uint8).data_ptr()
+        pointers = [ctypes.c_void_p(g.data_ptr() if g is not None else None) for g in grads]
+        self.call(self.library.dml_backward, ctypes.c_void_p(upstream.data_ptr()), *pointers)
+        return grads
