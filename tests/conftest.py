@@ -1,0 +1,23 @@
+"""What every test file may rely on."""
+
+import pytest
+import torch
+
+import dml_cuda
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Every test starts from the same random numbers, threads and instruction set."""
+    torch.manual_seed(0)
+    threads, instruction_set = torch.get_num_threads(), dml_cuda._C.cpu_instruction_set()
+    yield
+    torch.set_num_threads(threads)
+    dml_cuda._C.set_cpu_instruction_set(instruction_set)
+
+
+@pytest.fixture(params=dml_cuda._C.cpu_instruction_sets())
+def instruction_set(request):
+    """Runs a test once for every instruction set that this machine has."""
+    dml_cuda._C.set_cpu_instruction_set(request.param)
+    return request.param
