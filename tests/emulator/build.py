@@ -20,19 +20,23 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 SANITIZERS = {
     # Local variables start as garbage, as registers do on a GPU.
-    "address": ["-fsanitize=address,alignment,signed-integer-overflow,shift", "-fno-sanitize-recover=all",
-                "-ftrivial-auto-var-init=pattern"],
+    "address": [
+        "-fsanitize=address,alignment,signed-integer-overflow,shift",
+        "-fno-sanitize-recover=all",
+        "-ftrivial-auto-var-init=pattern",
+    ],
     # Expanded in place, a memcpy is invisible to ThreadSanitizer; as a call it is seen.
     "thread": ["-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset"],
     "none": [],
 }
 
 
-def build(sources, *, sanitizer="address", flags=(), optimize="-O1"):
+def build(sources, *, sanitizer="address", defines=(), optimize="-O1"):
     """Compiles .cu and .cpp sources, links them with the emulator and returns the program's path."""
     sanitize = SANITIZERS[sanitizer]
-    kernel_flags = [*COMMON, *WARNINGS, optimize, *sanitize, *flags]
-    objects = [_compile(source, [*COMMON, *WARNINGS, "-O3"]) for source in RUNTIME]
+    common = [*COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
+    kernel_flags = [*common, optimize, *sanitize]
+    objects = [_compile(source, [*common, "-O3"]) for source in RUNTIME]
     objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
     return _cached([*reversed(objects)], ["g++", *sanitize, *map(str, objects)], suffix="")
 
@@ -53,9 +57,9 @@ def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=
 
 
 def _compile(source, flags):
-    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"),
-               *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
-    inputs = [source, *sorted(set(headers))]
+    folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "cuda", source.parent}
+    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
+    inputs = [source, *sorted(headers)]
     return _cached(inputs, ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
 
 
