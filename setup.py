@@ -93,7 +93,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             )
         super().build_extensions()
         kernels = f"CPU and CUDA {torch.version.cuda} ({cuda_architectures()})" if CUDA else "CPU"
-        print(f"dml_cuda {VERSION}: built the {kernels} kernels for torch {torch.__version__}", file=sys.stderr)
+        print(
+            f"dml_cuda {VERSION}: built the {kernels} kernels for torch {torch.__version__}", file=sys.stderr
+        )
 
 
 CUDA = wants_cuda()

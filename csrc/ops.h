@@ -35,13 +35,15 @@ inline void check_points(const at::Tensor& points, const at::Tensor& labels, con
     TORCH_CHECK_VALUE(points.dim() == 2, name, ": expected a 2-D tensor, got ", points.dim(), " dimensions");
     TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == points.size(0), name, ": ", points.size(0),
                       " rows need as many labels in one dimension, got ", labels.sizes());
-    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: the op takes int64, got ", labels.scalar_type());
+    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: the op takes int64, got ",
+                     labels.scalar_type());
     TORCH_CHECK_VALUE(labels.device() == points.device(), "labels: on ", labels.device(), ", but ", name,
                       " on ", points.device());
 }
 
 inline void check_inputs(const at::Tensor& embeddings, const at::Tensor& labels,
-                         const std::optional<at::Tensor>& ref_emb, const std::optional<at::Tensor>& ref_labels) {
+                         const std::optional<at::Tensor>& ref_emb,
+                         const std::optional<at::Tensor>& ref_labels) {
     check_points(embeddings, labels, "embeddings");
     TORCH_CHECK_VALUE(ref_emb.has_value() == ref_labels.has_value(), "ref_emb and ref_labels go together");
     if (!ref_emb) return;

@@ -49,9 +49,8 @@ DML_INLINE T sigmoid(T x) {
 // params: alpha, beta, base.
 template <typename T>
 struct MultiSimilarity {
-    static constexpr bool kCountsOne = true;    // the 1 in log(1 + sum)
-    static constexpr bool kNeedsBoth = false;   // a row with one kind of pair only has a loss
-    static constexpr bool kMonotone = true;     // logit_neg grows and logit_pos falls with s
+    static constexpr bool kCountsOne = true;   // the 1 in log(1 + sum)
+    static constexpr bool kNeedsBoth = false;  // a row with one kind of pair only has a loss
     static constexpr int kParams = 3;
 
     T alpha, beta, base;
@@ -73,30 +72,29 @@ struct MultiSimilarity {
 template <typename T>
 struct Circle {
     static constexpr bool kCountsOne = false;
-    static constexpr bool kNeedsBoth = true;    // softplus(lse_pos + lse_neg) needs both
-    static constexpr bool kMonotone = false;    // logit_neg has its minimum at s = 0
+    static constexpr bool kNeedsBoth = true;  // softplus(lse_pos + lse_neg) needs both
     static constexpr int kParams = 3;
 
     T m, gamma;
-    bool detach_weights;
+    T slope_scale, slope_shift;
 
+    // The paper holds the weights relu(..) constant: then dlogit_neg/ds = gamma (s + m) where the relu
+    // is open. Without that the product rule makes it gamma 2 s. Likewise, with 1 - s for s, for
+    // positives. Both are gamma (slope_scale s + slope_shift), so that no loop branches on it.
     DML_INLINE explicit Circle(const double* params)
-        : m(T(params[0])), gamma(T(params[1])), detach_weights(params[2] != 0.0) {}
+        : m(T(params[0])),
+          gamma(T(params[1])),
+          slope_scale(params[2] != 0.0 ? T(1) : T(2)),
+          slope_shift(params[2] != 0.0 ? m : T(0)) {}
 
     DML_INLINE T logit_pos(T s) const { return -gamma * relu(T(1) + m - s) * (s - (T(1) - m)); }
     DML_INLINE T logit_neg(T s) const { return gamma * relu(s + m) * (s - m); }
 
-    // The paper holds the weights relu(..) constant; without that, the product rule adds a term,
-    // and (1 + m - s) + (s - 1 + m) collapse to 2 - 2s and 2s where the relu is open.
     DML_INLINE T slope_pos(T s) const {
-        const T weight = relu(T(1) + m - s);
-        if (detach_weights) return -gamma * weight;
-        return weight > T(0) ? -gamma * (T(2) - T(2) * s) : T(0);
+        return T(1) + m - s > T(0) ? -gamma * (slope_scale * (T(1) - s) + slope_shift) : T(0);
     }
     DML_INLINE T slope_neg(T s) const {
-        const T weight = relu(s + m);
-        if (detach_weights) return gamma * weight;
-        return weight > T(0) ? gamma * T(2) * s : T(0);
+        return s + m > T(0) ? gamma * (slope_scale * s + slope_shift) : T(0);
     }
     DML_INLINE T loss(T lse_pos, T lse_neg) const { return softplus(lse_pos + lse_neg); }
     DML_INLINE PosNeg<T> dloss_dlse(T lse_pos, T lse_neg) const {

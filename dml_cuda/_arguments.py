@@ -40,7 +40,9 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
 
 def _check_points(name: str, points: object) -> None:
     if not isinstance(points, Tensor):
-        raise TypeError(f"{name}: expected a floating-point tensor of shape [rows, D], got {type(points).__name__}")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor of shape [rows, D], got {type(points).__name__}"
+        )
     if points.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {points.dtype}")
     if points.ndim != 2:
@@ -86,9 +88,13 @@ def check_arguments(
         raise ValueError("ref_emb: expected embeddings for ref_labels, got None")
     _check_points("ref_emb", ref_emb)
     if ref_emb.shape[1] != embeddings.shape[1]:
-        raise ValueError(f"ref_emb: expected {embeddings.shape[1]} columns as embeddings have, got {ref_emb.shape[1]}")
+        raise ValueError(
+            f"ref_emb: expected {embeddings.shape[1]} columns as embeddings have, got {ref_emb.shape[1]}"
+        )
     if ref_emb.dtype != embeddings.dtype:
         raise TypeError(f"ref_emb: expected {embeddings.dtype} as embeddings have, got {ref_emb.dtype}")
     if ref_emb.device != embeddings.device:
-        raise ValueError(f"ref_emb: expected on {embeddings.device} as embeddings are, got on {ref_emb.device}")
+        raise ValueError(
+            f"ref_emb: expected on {embeddings.device} as embeddings are, got on {ref_emb.device}"
+        )
     _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)

@@ -27,7 +27,7 @@ def _use_kernel(device: torch.device, backend: str) -> bool:
         return True
     if backend == "fused":
         raise RuntimeError(
-            f"backend: expected a device with a kernel for \"fused\", got embeddings on {device}; "
+            f'backend: expected a device with a kernel for "fused", got embeddings on {device}; '
             "dml_cuda.build_info() tells what was built"
         )
     if device.type not in _warned:
@@ -129,7 +129,15 @@ def multi_similarity_loss(
     if _use_kernel(embeddings.device, backend):
         params = [float(alpha), float(beta), float(base)]
         return _fused(
-            embeddings, labels, ref_emb, ref_labels, "multi_similarity", params, epsilon, similarity, reduction
+            embeddings,
+            labels,
+            ref_emb,
+            ref_labels,
+            "multi_similarity",
+            params,
+            epsilon,
+            similarity,
+            reduction,
         )
     return reference.multi_similarity_loss(
         embeddings,
@@ -202,7 +210,9 @@ def circle_loss(
         raise TypeError(f"detach_weights: expected True or False, got {type(detach_weights).__name__}")
     if _use_kernel(embeddings.device, backend):
         params = [float(m), float(gamma), float(detach_weights)]
-        return _fused(embeddings, labels, ref_emb, ref_labels, "circle", params, epsilon, similarity, reduction)
+        return _fused(
+            embeddings, labels, ref_emb, ref_labels, "circle", params, epsilon, similarity, reduction
+        )
     return reference.circle_loss(
         embeddings,
         labels,

@@ -58,7 +58,9 @@ def _logsumexp(logits: Tensor, keep: Tensor, plus_one: bool) -> Tensor:
         return torch.logsumexp(logits, dim=1)
     some = keep.any(dim=1)
     # A row of -inf alone would give NaN gradients: give it a harmless row, then put -inf in its place.
-    value = torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1) if logits.shape[1] else logits.sum(1)
+    value = (
+        torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1) if logits.shape[1] else logits.sum(1)
+    )
     return torch.where(some, value, float("-inf"))
 
 

@@ -5,10 +5,10 @@
 
 namespace dml::cpu {
 
-#define DML_DECLARE(isa)                              \
-    namespace isa {                                   \
-    template <typename T>                             \
-    const TileKernels<T>& kernels(PairLoss loss);     \
+#define DML_DECLARE(isa)                                                  \
+    namespace isa {                                                       \
+    template <typename T>                                                 \
+    const TileKernels<T>& kernels(PairLoss loss);                         \
     extern template const TileKernels<float>& kernels<float>(PairLoss);   \
     extern template const TileKernels<double>& kernels<double>(PairLoss); \
     }

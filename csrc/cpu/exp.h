@@ -56,7 +56,8 @@ DML_INLINE T exp_fast(T x) {
 #pragma GCC unroll 16
     for (int k = Traits::kTerms; k >= 1; --k) series = series * r * T(1.0 / k) + T(1);
     // The low bits of shifted hold n; moved to the exponent field they multiply by 2^n.
-    const Bits exponent = static_cast<Bits>(static_cast<uint64_t>(bit_cast<Bits>(shifted)) << Traits::kMantissa);
+    const Bits exponent =
+        static_cast<Bits>(static_cast<uint64_t>(bit_cast<Bits>(shifted)) << Traits::kMantissa);
     return bit_cast<T>(static_cast<Bits>(bit_cast<Bits>(series) + exponent));
 }
 

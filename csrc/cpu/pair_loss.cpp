@@ -59,7 +59,8 @@ Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t c
 template <typename T>
 class Batch {
    public:
-    Batch(const Tensor& embeddings, const OptionalTensor& ref_emb, const Tensor& plan, Tensor tiles, bool normalize)
+    Batch(const Tensor& embeddings, const OptionalTensor& ref_emb, const Tensor& plan, Tensor tiles,
+          bool normalize)
         : square(!ref_emb),
           n(embeddings.size(0)),
           m(ref_emb ? ref_emb->size(0) : n),
@@ -67,7 +68,7 @@ class Batch {
           plan(plan.const_data_ptr<int32_t>(), n, square),
           rows(pack<T>(embeddings, this->plan.row_order, normalize)),
           cols(square ? rows : pack<T>(*ref_emb, this->plan.col_order, normalize)),
-          schedule(n, m, square),
+          schedule(n, m, square, at::get_num_threads()),
           tiles_(std::move(tiles)),
           cached_(tiles_.numel() / (kTile * kTile)) {
         for (int t = 0; t < at::get_num_threads(); ++t) scratch_.emplace_back(new Scratch<T>);
@@ -102,25 +103,30 @@ class Batch {
         T* s = cached ? tiles_.data_ptr<T>() + at.index * kTile * kTile : scratch().similarities;
         if (!cached || !known) {
             Tensor out = matrix(s, tile.rows, tile.cols, tile.cols, 1);
-            at::cpu::mm_out(out, matrix(rows.row(tile.row0), tile.rows, dim, dim, 1),
-                            matrix(cols.row(tile.col0), dim, tile.cols, 1, dim));
+            at::cpu::mm_out(out, matrix(rows.row(tile.row0), tile.rows, dim, rows.stride(), 1),
+                            matrix(cols.row(tile.col0), dim, tile.cols, 1, cols.stride()));
         }
         tile.s = s;
         return tile;
     }
 
-    // Calls visit for every tile that is wanted, in rounds whose tiles share no rows and no columns.
+    // Calls visit for every tile that is wanted, in rounds that share no rows and no columns.
     template <typename Wanted, typename Visit>
     void for_each_tile(const Wanted& wanted, const Visit& visit) const {
-        std::vector<TileAt> round_tiles;
+        std::vector<std::vector<TileAt>> tasks;
         for (int64_t round = 0; round < schedule.rounds(); ++round) {
-            round_tiles.clear();
+            tasks.clear();
             for (int64_t k = 0; k < schedule.round_size(round); ++k) {
-                TileAt at;
-                if (schedule.tile(round, k, at) && wanted(at)) round_tiles.push_back(at);
+                std::vector<TileAt> task;
+                schedule.for_each_tile(round, k, [&](const TileAt& at) {
+                    if (wanted(at)) task.push_back(at);
+                });
+                if (!task.empty()) tasks.push_back(std::move(task));
             }
-            at::parallel_for(0, static_cast<int64_t>(round_tiles.size()), 1, [&](int64_t from, int64_t to) {
-                for (int64_t k = from; k < to; ++k) visit(round_tiles[k]);
+            at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
+                for (int64_t k = from; k < to; ++k) {
+                    for (const TileAt& at : tasks[k]) visit(at);
+                }
             });
         }
     }
@@ -163,7 +169,7 @@ template <typename T>
 void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, const double* params,
                       std::optional<double> epsilon, std::vector<RowState<T>>& state, uint8_t* kept) {
     const int64_t n = batch.n;
-    std::vector<uint8_t> block_active(batch.schedule.row_blocks(), 0);
+    std::vector<uint8_t> block_active(Schedule::blocks(n), 0);
     for (int64_t i = 0; i < n; ++i) {
         const bool both = batch.positives(i) > 0 && batch.negatives(i) > 0;
         const bool active = both || (!epsilon && !kernels.needs_both);
@@ -173,7 +179,9 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     const auto active = [&](const TileAt& at) {
         return block_active[at.row_block] || (batch.square && block_active[at.col_block]);
     };
-    const auto with_positives = [&](const TileAt& at) { return active(at) && batch.holds_positives(batch.place(at)); };
+    const auto with_positives = [&](const TileAt& at) {
+        return active(at) && batch.holds_positives(batch.place(at));
+    };
     std::vector<uint8_t> known(batch.schedule.tiles(), 0);
     const auto load = [&](const TileAt& at) {
         const Tile<T> tile = batch.tile(at, known[at.index]);
@@ -191,11 +199,13 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     }
     const T margin = static_cast<T>(*epsilon);
     std::vector<T> min_pos(n, infinity<T>());
-    batch.for_each_tile(with_positives, [&](const TileAt& at) { kernels.min_positives(load(at), min_pos.data()); });
+    batch.for_each_tile(with_positives,
+                        [&](const TileAt& at) { kernels.min_positives(load(at), min_pos.data()); });
     for (int64_t i = 0; i < n; ++i) {
         if (state[i].bounds.pos_below == infinity<T>()) state[i].bounds.neg_above = min_pos[i] - margin;
     }
-    pass([&](const TileAt& at) { return active(at) && batch.holds_negatives(batch.place(at)); }, Kinds::kNegatives);
+    pass([&](const TileAt& at) { return active(at) && batch.holds_negatives(batch.place(at)); },
+         Kinds::kNegatives);
     for (int64_t i = 0; i < n; ++i) {
         state[i].bounds.pos_below = state[i].neg.empty() ? -infinity<T>() : state[i].max_neg + margin;
     }
@@ -207,7 +217,8 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
 }
 
 template <typename T>
-double reduction_scale(Reduction reduction, const std::vector<T>& loss, const std::vector<RowState<T>>& state) {
+double reduction_scale(Reduction reduction, const std::vector<T>& loss,
+                       const std::vector<RowState<T>>& state) {
     int64_t count = 1;
     if (reduction == Reduction::kMean) count = static_cast<int64_t>(loss.size());
     if (reduction == Reduction::kMeanNonzero) {
@@ -221,23 +232,26 @@ double reduction_scale(Reduction reduction, const std::vector<T>& loss, const st
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-    PairLoss which, const double* params, std::optional<double> epsilon, bool normalize, Reduction reduction,
-    bool save_for_backward) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& labels,
+                                                           const OptionalTensor& ref_emb,
+                                                           const OptionalTensor& ref_labels, PairLoss which,
+                                                           const double* params,
+                                                           std::optional<double> epsilon, bool normalize,
+                                                           Reduction reduction, bool save_for_backward) {
     const bool square = !ref_emb;
     const int64_t n = embeddings.size(0), m = square ? n : ref_emb->size(0);
     TORCH_CHECK_VALUE(std::max(n, m) < std::numeric_limits<int32_t>::max(), "embeddings: too many rows, ", n);
     const auto options = embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
-    const Schedule schedule(n, m, square);
+    const int64_t all_tiles = Schedule(n, m, square, 1).tiles();
     const int64_t cached =
-        save_for_backward ? std::min<int64_t>(schedule.tiles(), kCacheBytes / (kTile * kTile * sizeof(T))) : 0;
+        save_for_backward ? std::min<int64_t>(all_tiles, kCacheBytes / (kTile * kTile * sizeof(T))) : 0;
     Tensor stats = at::empty({Stats<T>::numel(n)}, options);
     Tensor plan = at::empty({Plan::numel(n, m, square)}, options.dtype(at::kInt));
     Tensor tiles = at::empty({cached * kTile * kTile}, options);
-    Tensor kept = at::zeros({schedule.tiles()}, options.dtype(at::kByte));
+    Tensor kept = at::zeros({all_tiles}, options.dtype(at::kByte));
 
-    const Tensor row_labels = labels.contiguous(), col_labels = square ? row_labels : ref_labels->contiguous();
+    const Tensor row_labels = labels.contiguous(),
+                 col_labels = square ? row_labels : ref_labels->contiguous();
     make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), m, square,
               plan.data_ptr<int32_t>());
     const Batch<T> batch(embeddings, ref_emb, plan, tiles, normalize);
@@ -281,10 +295,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings, const OptionalTensor& ref_emb,
-                                    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept,
-                                    PairLoss which, const double* params, bool normalize, Reduction reduction,
-                                    bool need_emb, bool need_ref) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings,
+                                    const OptionalTensor& ref_emb, const Tensor& stats, const Tensor& plan,
+                                    const Tensor& tiles, const Tensor& kept, PairLoss which,
+                                    const double* params, bool normalize, Reduction reduction, bool need_emb,
+                                    bool need_ref) {
     const Stats<T> saved(stats.data_ptr<T>(), embeddings.size(0));
     const Tensor none = at::empty({0}, embeddings.options());
     if (*saved.poisoned != T(0)) {
@@ -295,7 +310,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
     const Batch<T> batch(embeddings, ref_emb, plan, tiles, normalize);
     const TileKernels<T>& kernels = tile_kernels<T>(which);
     const bool square = batch.square;
-    const int64_t n = batch.n, dim = batch.dim;
+    const int64_t n = batch.n, dim = batch.dim, stride = batch.rows.stride();
     const bool rows_wanted = square || need_emb, cols_wanted = !square && need_ref;
 
     const Tensor upstream = grad_loss.to(stats.scalar_type()).contiguous();
@@ -314,31 +329,38 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
     Tensor grad_rows = at::zeros({rows_wanted ? n : 0, dim}, options);
     Tensor grad_cols = at::zeros({cols_wanted ? batch.m : 0, dim}, options);
     const uint8_t* any = kept.const_data_ptr<uint8_t>();
-    batch.for_each_tile([&](const TileAt& at) { return any[at.index] != 0; }, [&](const TileAt& at) {
-        Tile<T> tile = batch.tile(at, true);
-        tile.both_sides = square;  // W + W^T, for the diagonal tiles too
-        const bool to_cols = square ? at.row_block != at.col_block : cols_wanted;
-        Scratch<T>& scratch = batch.scratch();
-        const int64_t count = kernels.weights(tile, params, rows, scratch.weights);
-        const int64_t pairs = int64_t(tile.rows) * tile.cols;
-        T* x = batch.rows.row(tile.row0);
-        T* y = batch.cols.row(tile.col0);
-        T* out_x = rows_wanted ? grad_rows.data_ptr<T>() + tile.row0 * dim : nullptr;
-        T* out_y = (square ? grad_rows : grad_cols).template data_ptr<T>() + tile.col0 * dim;
-        if (count < kSparseShare * pairs) {
-            kernels.compress(scratch.weights, tile.rows, tile.cols, scratch.by_row, scratch.by_col);
-            if (rows_wanted) kernels.add_product(scratch.by_row, tile.rows, y, dim, out_x);
-            if (to_cols) kernels.add_product(scratch.by_col, tile.cols, x, dim, out_y);
-            return;
-        }
-        const auto add = [&](T* out, int64_t lines, const Tensor& w, T* points, int64_t inner) {
-            Tensor sum = matrix(out, lines, dim, dim, 1);
-            at::cpu::addmm_out(sum, sum, w, matrix(points, inner, dim, dim, 1), 1, 1);
-        };
-        if (rows_wanted) add(out_x, tile.rows, matrix(scratch.weights, tile.rows, tile.cols, tile.cols, 1), y, tile.cols);
-        if (to_cols) add(out_y, tile.cols, matrix(scratch.weights, tile.cols, tile.rows, 1, tile.cols), x, tile.rows);
-    });
-    const auto finish = [&](const Tensor& gradient, const Points<T>& points, const int32_t* order, const Tensor& like) {
+    batch.for_each_tile(
+        [&](const TileAt& at) { return any[at.index] != 0; },
+        [&](const TileAt& at) {
+            Tile<T> tile = batch.tile(at, true);
+            tile.both_sides = square;  // W + W^T, for the diagonal tiles too
+            const bool to_cols = square ? at.row_block != at.col_block : cols_wanted;
+            Scratch<T>& scratch = batch.scratch();
+            const int64_t count = kernels.weights(tile, params, rows, scratch.weights);
+            const int64_t pairs = int64_t(tile.rows) * tile.cols;
+            T* x = batch.rows.row(tile.row0);
+            T* y = batch.cols.row(tile.col0);
+            T* out_x = rows_wanted ? grad_rows.data_ptr<T>() + tile.row0 * dim : nullptr;
+            T* out_y = (square ? grad_rows : grad_cols).template data_ptr<T>() + tile.col0 * dim;
+            if (count < kSparseShare * pairs) {
+                kernels.compress(scratch.weights, tile.rows, tile.cols, scratch.by_row, scratch.by_col);
+                if (rows_wanted) kernels.add_product(scratch.by_row, tile.rows, y, stride, dim, out_x, dim);
+                if (to_cols) kernels.add_product(scratch.by_col, tile.cols, x, stride, dim, out_y, dim);
+                return;
+            }
+            const auto add = [&](T* out, int64_t lines, const Tensor& w, T* points, int64_t inner) {
+                Tensor sum = matrix(out, lines, dim, dim, 1);
+                at::cpu::addmm_out(sum, sum, w, matrix(points, inner, dim, stride, 1), 1, 1);
+            };
+            if (rows_wanted)
+                add(out_x, tile.rows, matrix(scratch.weights, tile.rows, tile.cols, tile.cols, 1), y,
+                    tile.cols);
+            if (to_cols)
+                add(out_y, tile.cols, matrix(scratch.weights, tile.cols, tile.rows, 1, tile.cols), x,
+                    tile.rows);
+        });
+    const auto finish = [&](const Tensor& gradient, const Points<T>& points, const int32_t* order,
+                            const Tensor& like) {
         return unpack_gradient<T>(gradient, points, order, like, normalize);
     };
     return {need_emb ? finish(grad_rows, batch.rows, batch.plan.row_order, embeddings) : none,
@@ -346,9 +368,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
-    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-    c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
-    c10::string_view reduction, bool save_for_backward) {
+    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
+    const OptionalTensor& ref_labels, c10::string_view loss, at::ArrayRef<double> params,
+    std::optional<double> epsilon, bool normalize, c10::string_view reduction, bool save_for_backward) {
     check_inputs(embeddings, labels, ref_emb, ref_labels);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);
@@ -357,11 +379,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
                save_for_backward);
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(
-    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const Tensor& stats, const Tensor& plan, const Tensor& tiles,
-    const Tensor& kept, c10::string_view loss, at::ArrayRef<double> params, bool normalize,
-    c10::string_view reduction, bool need_emb, bool need_ref) {
+std::tuple<Tensor, Tensor> pair_loss_backward(const Tensor& grad_loss, const Tensor& embeddings,
+                                              const Tensor& labels, const OptionalTensor& ref_emb,
+                                              const OptionalTensor& ref_labels, const Tensor& stats,
+                                              const Tensor& plan, const Tensor& tiles, const Tensor& kept,
+                                              c10::string_view loss, at::ArrayRef<double> params,
+                                              bool normalize, c10::string_view reduction, bool need_emb,
+                                              bool need_ref) {
     check_inputs(embeddings, labels, ref_emb, ref_labels);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);

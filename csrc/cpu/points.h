@@ -2,9 +2,9 @@
 // their gradient.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -18,12 +18,21 @@ inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has sim
 
 template <typename T>
 struct Points {
-    at::Tensor x;          // [N, D] sorted; unit rows when normalised, zero rows where |q| is tiny
-    at::Tensor inv_norm;   // [N] sorted: 1 / |q|, 0 for tiny rows, 1 when not normalised
-    bool finite = true;    // false: a value, or for the dot product a squared norm, overflows or is NaN
+    at::Tensor x;         // [N, stride] sorted, D columns used; unit rows when normalised, else as given
+    at::Tensor inv_norm;  // [N] sorted: 1 / |q|, 0 for tiny rows, 1 when not normalised
+    bool finite = true;   // false: a value, or for the dot product a squared norm, overflows or is NaN
 
-    T* row(int64_t i) const { return x.data_ptr<T>() + i * x.size(1); }
+    int64_t stride() const { return x.size(1); }
+    T* row(int64_t i) const { return x.data_ptr<T>() + i * stride(); }
 };
+
+// An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
+// of the first-level cache.
+template <typename T>
+int64_t row_stride(int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return ((dim + kLine - 1) / kLine | 1) * kLine;
+}
 
 // Rows per task: enough that a task is worth handing to a thread.
 inline int64_t row_grain(int64_t dim) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1)); }
@@ -31,13 +40,13 @@ inline int64_t row_grain(int64_t dim) { return std::max<int64_t>(1, 32768 / std:
 // Rows are short compared with N * N work, so the norm is taken in double: it cannot overflow for any
 // finite float input.
 template <typename T, typename Input>
-bool pack_rows(const Input* source, int64_t row_stride, const int32_t* order, int64_t n, int64_t dim,
-               bool normalize, T* x, T* inv_norm) {
+bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n, int64_t dim,
+               bool normalize, T* x, int64_t x_stride, T* inv_norm) {
     std::atomic<bool> finite{true};
     at::parallel_for(0, n, row_grain(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const Input* q = source + order[i] * row_stride;
-            T* out = x + i * dim;
+            const Input* q = source + order[i] * source_stride;
+            T* out = x + i * x_stride;
             double square = 0, largest = 0;
 #pragma omp simd reduction(+ : square)
             for (int64_t d = 0; d < dim; ++d) {
@@ -53,7 +62,8 @@ bool pack_rows(const Input* source, int64_t row_stride, const int32_t* order, in
                 largest = 1;
             }
             const double norm = largest * std::sqrt(square);
-            const bool fits = normalize ? std::isfinite(norm) : norm * norm <= double(std::numeric_limits<T>::max());
+            const bool fits =
+                normalize ? std::isfinite(norm) : norm * norm <= double(std::numeric_limits<T>::max());
             if (!fits) finite.store(false, std::memory_order_relaxed);
             const T scale = !normalize ? T(1) : norm > kTinyNorm ? T(1 / norm) : T(0);
             inv_norm[i] = scale;
@@ -67,14 +77,15 @@ bool pack_rows(const Input* source, int64_t row_stride, const int32_t* order, in
 
 template <typename T>
 Points<T> pack(const at::Tensor& embeddings, const int32_t* order, bool normalize) {
-    const at::Tensor source = embeddings.size(1) > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings;
+    const at::Tensor source =
+        embeddings.size(1) > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings;
     const int64_t n = source.size(0), dim = source.size(1);
     const auto options = source.options().dtype(c10::CppTypeToScalarType<T>::value);
-    Points<T> points{at::empty({n, dim}, options), at::empty({n}, options)};
+    Points<T> points{at::empty({n, row_stride<T>(dim)}, options), at::empty({n}, options)};
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "pack", [&] {
-        points.finite = pack_rows<T, scalar_t>(source.const_data_ptr<scalar_t>(), source.stride(0), order, n, dim,
-                                               normalize, points.x.template data_ptr<T>(),
-                                               points.inv_norm.template data_ptr<T>());
+        points.finite = pack_rows<T, scalar_t>(source.const_data_ptr<scalar_t>(), source.stride(0), order, n,
+                                               dim, normalize, points.x.template data_ptr<T>(),
+                                               points.stride(), points.inv_norm.template data_ptr<T>());
     });
     return points;
 }
@@ -82,19 +93,20 @@ Points<T> pack(const at::Tensor& embeddings, const int32_t* order, bool normaliz
 // From the gradient G with respect to the packed rows to that of the embeddings:
 // dq = (G - (x . G) x) / |q| for unit rows, G itself for the dot product.
 template <typename T, typename Output>
-void unpack_rows(const T* gradient, const T* x, const T* inv_norm, const int32_t* order, int64_t n, int64_t dim,
-                 bool normalize, Output* out) {
+void unpack_rows(const T* gradient, const T* x, int64_t x_stride, const T* inv_norm, const int32_t* order,
+                 int64_t n, int64_t dim, bool normalize, Output* out) {
     at::parallel_for(0, n, row_grain(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const T* g = gradient + i * dim;
-            const T* unit = x + i * dim;
+            const T* unit = x + i * x_stride;
             Output* q = out + order[i] * dim;
             T along = 0;
             if (normalize) {
 #pragma omp simd reduction(+ : along)
                 for (int64_t d = 0; d < dim; ++d) along += g[d] * unit[d];
             }
-            for (int64_t d = 0; d < dim; ++d) q[d] = static_cast<Output>((g[d] - along * unit[d]) * inv_norm[i]);
+            for (int64_t d = 0; d < dim; ++d)
+                q[d] = static_cast<Output>((g[d] - along * unit[d]) * inv_norm[i]);
         }
     });
 }
@@ -104,9 +116,9 @@ at::Tensor unpack_gradient(const at::Tensor& gradient, const Points<T>& points, 
                            const at::Tensor& like, bool normalize) {
     at::Tensor out = at::empty(like.sizes(), like.options());
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "unpack_gradient", [&] {
-        unpack_rows(gradient.const_data_ptr<T>(), points.x.template const_data_ptr<T>(),
-                    points.inv_norm.template const_data_ptr<T>(), order, like.size(0), like.size(1), normalize,
-                    out.data_ptr<scalar_t>());
+        unpack_rows(gradient.const_data_ptr<T>(), points.x.template const_data_ptr<T>(), points.stride(),
+                    points.inv_norm.template const_data_ptr<T>(), order, like.size(0), like.size(1),
+                    normalize, out.data_ptr<scalar_t>());
     });
     return out;
 }

@@ -18,13 +18,13 @@ inline constexpr int kTile = 128;  // rows and columns of a tile
 // One block of similarities, and where it lies in the sorted matrix.
 template <typename T>
 struct Tile {
-    const T* s;              // [rows, cols], contiguous
+    const T* s;  // [rows, cols], contiguous
     int rows, cols;
-    int64_t row0, col0;      // global index of the first row and column
+    int64_t row0, col0;        // global index of the first row and column
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
     const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
-    bool skip_self;          // rows and columns are the same points: (i, i) is no pair
-    bool both_sides;         // the tile serves its columns as rows too (by symmetry)
+    bool skip_self;            // rows and columns are the same points: (i, i) is no pair
+    bool both_sides;           // the tile serves its columns as rows too (by symmetry)
 };
 
 enum class Kinds : int { kNegatives = 1, kPositives = 2, kBoth = 3 };
@@ -52,8 +52,8 @@ struct RowWeights {
 // The non-zeros of a weight tile, by row or by column.
 template <typename T>
 struct SparseTile {
-    int start[kTile + 1];             // [lines + 1]
-    uint8_t index[kTile * kTile];     // position across the line
+    int start[kTile + 1];          // [lines + 1]
+    uint8_t index[kTile * kTile];  // position across the line
     T value[kTile * kTile];
 };
 
@@ -71,8 +71,9 @@ struct TileKernels {
     PosNeg<T> (*dloss_dlse)(const double* params, T lse_pos, T lse_neg);
     // The non-zeros of weights by row and by column.
     void (*compress)(const T* weights, int rows, int cols, SparseTile<T>& by_row, SparseTile<T>& by_col);
-    // out[i] += sum_k value_k * x[index_k] for every line of the sparse tile. out and x: [., dim].
-    void (*add_product)(const SparseTile<T>&, int lines, const T* x, int64_t dim, T* out);
+    // out[i] += sum_k value_k * x[index_k] for every line of the sparse tile. x, out: [., dim], strided.
+    void (*add_product)(const SparseTile<T>&, int lines, const T* x, int64_t x_stride, int64_t dim, T* out,
+                        int64_t out_stride);
     bool counts_one, needs_both;
 };
 

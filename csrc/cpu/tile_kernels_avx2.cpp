@@ -14,6 +14,7 @@
 #endif
 
 #define DML_ISA avx2
+#define DML_VECTOR_BYTES 32
 #include "tile_kernels_impl.h"
 
 #if defined(__clang__)

@@ -8,12 +8,14 @@
 // After the includes: what those headers define stays baseline, so that no copy of it made with wider
 // instructions can be linked into code that must run without them.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 
 #define DML_ISA avx512
+#define DML_VECTOR_BYTES 64
 #include "tile_kernels_impl.h"
 
 #if defined(__clang__)

@@ -4,6 +4,6 @@
 #include "exp.h"
 #include "tile_kernels.h"
 
-
 #define DML_ISA baseline
+#define DML_VECTOR_BYTES 16
 #include "tile_kernels_impl.h"

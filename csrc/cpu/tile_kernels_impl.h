@@ -1,6 +1,7 @@
 // The bodies of tile_kernels.h. No include guard and no includes of its own beyond that header: each
 // tile_kernels_<set>.cpp includes this file once, after telling the compiler its instruction set,
-// with DML_ISA naming the namespace, so that no two sets ever share a function.
+// with DML_ISA naming the namespace, so that no two sets ever share a function, and DML_VECTOR_BYTES
+// the width of its registers.
 
 namespace dml::cpu::DML_ISA {
 
@@ -105,8 +106,8 @@ DML_INLINE void range_maxima(const Kind& kind, const T* s, const int (&range)[2]
 
 // sum of exp(logit - max) over the kept pairs, for row i and for the columns of the range.
 template <typename T, typename Kind, bool kBothSides>
-DML_INLINE void range_sums(const Kind& kind, const T* s, const int (&range)[2], T bound, T max_logit,
-                           T& sum, TileStats<T>& cols) {
+DML_INLINE void range_sums(const Kind& kind, const T* s, const int (&range)[2], T bound, T max_logit, T& sum,
+                           TileStats<T>& cols) {
     T row_sum = sum;
 #pragma omp simd reduction(+ : row_sum)
     for (int j = range[0]; j < range[1]; ++j) {
@@ -122,8 +123,8 @@ DML_INLINE void range_sums(const Kind& kind, const T* s, const int (&range)[2], 
 }
 
 template <typename T>
-DML_INLINE bool merge_stats(const TileStats<T>& stats, RowState<T>* state, int n, LogSumExp<T> RowState<T>::*lse,
-                            bool track_max) {
+DML_INLINE bool merge_stats(const TileStats<T>& stats, RowState<T>* state, int n,
+                            LogSumExp<T> RowState<T>::* lse, bool track_max) {
     bool any = false;
     for (int i = 0; i < n; ++i) {
         if (stats.max_logit[i] == -infinity<T>()) continue;
@@ -138,7 +139,7 @@ DML_INLINE bool merge_stats(const TileStats<T>& stats, RowState<T>* state, int n
 // then sums. Where mining has left nothing the second sweep does not run.
 template <typename T, typename Kind, bool kBothSides>
 bool accumulate_kind(const Tile<T>& tile, const Kind& kind, const int (Segments::*ranges)[2][2],
-                     LogSumExp<T> RowState<T>::*lse, bool track_max, RowState<T>* state) {
+                     LogSumExp<T> RowState<T>::* lse, bool track_max, RowState<T>* state) {
     TileStats<T> rows, cols;
     begin_stats<T, Kind>(rows, state + tile.row0, tile.rows);
     if (kBothSides) begin_stats<T, Kind>(cols, state + tile.col0, tile.cols);
@@ -164,7 +165,8 @@ bool accumulate_kind(const Tile<T>& tile, const Kind& kind, const int (Segments:
                 range_sums<T, Kind, kBothSides>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.sum[i],
                                                 cols);
             } else {
-                range_sums<T, Kind, false>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.sum[i], cols);
+                range_sums<T, Kind, false>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.sum[i],
+                                           cols);
             }
         }
     }
@@ -194,7 +196,7 @@ bool accumulate(const Tile<T>& tile, const double* params, Kinds kinds, RowState
 
 template <typename T, typename Kind, bool kBothSides>
 DML_INLINE int range_weights(const Kind& kind, const T* s, const int (&range)[2], T bound, T lse, T weight,
-                                 const T* col_bound, const T* col_lse, const T* col_weight, T* out) {
+                             const T* col_bound, const T* col_lse, const T* col_weight, T* out) {
     int count = 0;
 #pragma omp simd reduction(+ : count)
     for (int j = range[0]; j < range[1]; ++j) {
@@ -255,20 +257,19 @@ PosNeg<T> row_derivatives(const double* params, T lse_pos, T lse_neg) {
 
 template <typename T>
 void compress(const T* weights, int rows, int cols, SparseTile<T>& by_row, SparseTile<T>& by_col) {
-    int column_count[kTile] = {};
     int n = 0;
     for (int i = 0; i < rows; ++i) {
         by_row.start[i] = n;
         const T* w = weights + static_cast<int64_t>(i) * cols;
         for (int j = 0; j < cols; ++j) {  // no branch: always write, advance only past a non-zero
-            const bool nonzero = w[j] != T(0);
             by_row.index[n] = static_cast<uint8_t>(j);
             by_row.value[n] = w[j];
-            n += nonzero;
-            column_count[j] += nonzero;
+            n += w[j] != T(0);
         }
     }
     by_row.start[rows] = n;
+    int column_count[kTile] = {};
+    for (int k = 0; k < n; ++k) ++column_count[by_row.index[k]];
     int next[kTile];
     int total = 0;
     for (int j = 0; j < cols; ++j) {
@@ -285,29 +286,28 @@ void compress(const T* weights, int rows, int cols, SparseTile<T>& by_row, Spars
     }
 }
 
-// 64 bytes, whatever the instruction set: the compiler splits it where registers are narrower.
+// As wide as a register of the instruction set.
 template <typename T>
-using Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias)) = T;
+using Vector __attribute__((vector_size(DML_VECTOR_BYTES), aligned(sizeof(T)), may_alias)) = T;
 
 template <typename T, int kVectors>
-DML_INLINE void add_product_columns(const SparseTile<T>& sparse, int lines, const T* x, int64_t dim, T* out,
-                                    int64_t at) {
-    constexpr int kLanes = 64 / sizeof(T);
+DML_INLINE void add_product_strip(const SparseTile<T>& sparse, int lines, const T* x, int64_t x_stride,
+                                  T* out, int64_t out_stride) {
+    constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T);
     using V = Vector<T>;
     for (int i = 0; i < lines; ++i) {
         const int begin = sparse.start[i], end = sparse.start[i + 1];
         if (begin == end) continue;
-        V* line = reinterpret_cast<V*>(out + i * dim + at);
+        V* line = reinterpret_cast<V*>(out + i * out_stride);
         V sum[kVectors];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[v] = line[v];
         for (int k = begin; k < end; ++k) {
             const T value = sparse.value[k];
-            const T* source = x + sparse.index[k] * dim + at;
+            const T* source = x + sparse.index[k] * x_stride;
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) {
+            for (int v = 0; v < kVectors; ++v)
                 sum[v] += value * *reinterpret_cast<const V*>(source + v * kLanes);
-            }
         }
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) line[v] = sum[v];
@@ -316,28 +316,31 @@ DML_INLINE void add_product_columns(const SparseTile<T>& sparse, int lines, cons
 
 // A strip of columns at a time, so that the strip of x stays in the first-level cache.
 template <typename T>
-void add_product(const SparseTile<T>& sparse, int lines, const T* x, int64_t dim, T* out) {
-    constexpr int kLanes = 64 / sizeof(T);
-    constexpr int kWide = 4;
+void add_product(const SparseTile<T>& sparse, int lines, const T* x, int64_t x_stride, int64_t dim, T* out,
+                 int64_t out_stride) {
+    constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T);
+    constexpr int kWide = DML_VECTOR_BYTES == 64 ? 4 : 8;
     int64_t at = 0;
     for (; at + kWide * kLanes <= dim; at += kWide * kLanes) {
-        add_product_columns<T, kWide>(sparse, lines, x, dim, out, at);
+        add_product_strip<T, kWide>(sparse, lines, x + at, x_stride, out + at, out_stride);
     }
-    for (; at + kLanes <= dim; at += kLanes) add_product_columns<T, 1>(sparse, lines, x, dim, out, at);
+    for (; at + kLanes <= dim; at += kLanes) {
+        add_product_strip<T, 1>(sparse, lines, x + at, x_stride, out + at, out_stride);
+    }
     if (at == dim) return;
     for (int i = 0; i < lines; ++i) {
         for (int k = sparse.start[i]; k < sparse.start[i + 1]; ++k) {
-            const T* source = x + sparse.index[k] * dim;
-            for (int64_t d = at; d < dim; ++d) out[i * dim + d] += sparse.value[k] * source[d];
+            const T* source = x + sparse.index[k] * x_stride;
+            for (int64_t d = at; d < dim; ++d) out[i * out_stride + d] += sparse.value[k] * source[d];
         }
     }
 }
 
 template <typename T, typename Loss>
 TileKernels<T> make_kernels() {
-    return {min_positives<T>,         accumulate<T, Loss>, weights<T, Loss>, row_loss<T, Loss>,
-            row_derivatives<T, Loss>, compress<T>,         add_product<T>,   Loss::kCountsOne,
-            Loss::kNeedsBoth};
+    return {min_positives<T>,  accumulate<T, Loss>,      weights<T, Loss>,
+            row_loss<T, Loss>, row_derivatives<T, Loss>, compress<T>,
+            add_product<T>,    Loss::kCountsOne,         Loss::kNeedsBoth};
 }
 
 template <typename T>
