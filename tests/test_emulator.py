@@ -2,16 +2,27 @@
 
 Both halves matter. A green kernel test means something only if a kernel that lacks a barrier, a wait
 or a bound is seen to fail, under each schedule and whatever the seed.
+
+What the emulator computes is compared with formulas; where there is a GPU, what that computes is too.
 """
 
 import numpy as np
 import pytest
-from emulator.build import HERE, build, run
+import torch
+from emulator.build import HERE, build, build_for_gpu, run
+
+from benchmarks.ptxas import find_nvcc
 
 SCHEDULES = ["round_robin", "warp_first"]
 SEEDS = [0, 1, 2]
 LANES = np.arange(32)
 NAN_WORD = 0xFFFFFFFF
+
+no_gpu = not torch.cuda.is_available() or find_nvcc() is None
+anywhere = pytest.fixture(
+    scope="module",
+    params=["host", pytest.param("gpu", marks=pytest.mark.skipif(no_gpu, reason="needs a GPU and nvcc"))],
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +43,18 @@ def race_gemm_program():
 @pytest.fixture(scope="module")
 def race_warp_program():
     return build([HERE / "teeth_warp.cu"], sanitizer="thread")
+
+
+@anywhere
+def gemm_anywhere(request):
+    source = HERE / "teeth_gemm.cu"
+    return build([source]) if request.param == "host" else build_for_gpu(source)
+
+
+@anywhere
+def warp_anywhere(request):
+    source = HERE / "teeth_warp.cu"
+    return build([source]) if request.param == "host" else build_for_gpu(source)
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -75,9 +98,9 @@ def gemm(program, dtype="half", mistake="none", m=128, n=192, k=160, whole=False
 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16", "tf32"])
 @pytest.mark.parametrize("k", [8, 32, 40, 160])
-def test_product(gemm_program, dtype, k, schedule):
+def test_product(gemm_anywhere, dtype, k, schedule):
     for seed in SEEDS:
-        done, result, truth = gemm(gemm_program, dtype, k=k, whole=True, schedule=schedule, seed=seed)
+        done, result, truth = gemm(gemm_anywhere, dtype, k=k, whole=True, schedule=schedule, seed=seed)
         assert done.returncode == 0, done.stderr.decode()
         assert np.array_equal(result, truth)  # small whole numbers: no rounding anywhere
 
@@ -137,16 +160,17 @@ def test_race_detector(race_gemm_program, mistake, caught, schedule):
 # ---- single functions --------------------------------------------------------------------------------
 
 
-def words(program, name, stdin=b"", columns=4, **how):
-    done = run(program, name, stdin=stdin, **how)
+def words(program, name, **how):
+    """The four words that each of 64 threads left."""
+    done = run(program, name, **how)
     assert done.returncode == 0, done.stderr.decode()
-    return np.frombuffer(done.stdout, np.uint32).reshape(-1, columns)
+    return np.frombuffer(done.stdout, np.uint32).reshape(-1, 4)
 
 
 @pytest.mark.parametrize("matrices", [2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix(warp_program, matrices, transposed, schedule):
-    out = words(warp_program, f"ldmatrix_x{matrices}" + "_trans" * transposed, schedule=schedule)
+def test_ldmatrix(warp_anywhere, matrices, transposed, schedule):
+    out = words(warp_anywhere, f"ldmatrix_x{matrices}" + "_trans" * transposed, schedule=schedule)
     g, t = LANES // 4, LANES % 4
     for matrix in range(matrices):  # element (row, column) of matrix m is the number 64 m + 8 row + column
         low = 64 * matrix + (8 * (2 * t) + g if transposed else 8 * g + 2 * t)
@@ -157,8 +181,8 @@ def test_ldmatrix(warp_program, matrices, transposed, schedule):
     assert not out[:, matrices:].any()
 
 
-def test_shuffle(warp_program, schedule):
-    out = words(warp_program, "shuffle", schedule=schedule)
+def test_shuffle(warp_anywhere, schedule):
+    out = words(warp_anywhere, "shuffle", schedule=schedule)
     thread = np.arange(64)
     warp = thread // 32 * 32
     assert np.array_equal(out[:, 0], warp + (thread % 32 ^ 5))
@@ -167,8 +191,8 @@ def test_shuffle(warp_program, schedule):
     assert np.array_equal(out[:, 3], 2 * (warp + 31 - thread % 32) + 1)
 
 
-def test_vote(warp_program, schedule):
-    out = words(warp_program, "vote", schedule=schedule)
+def test_vote(warp_anywhere, schedule):
+    out = words(warp_anywhere, "vote", schedule=schedule)
     thread = np.arange(64)
     for warp in range(2):
         mine = out[32 * warp : 32 * warp + 32]
@@ -227,8 +251,8 @@ def test_shared_memory_is_checked(warp_program, name, message):
     assert message in done.stderr
 
 
-def test_a_grid_without_blocks_is_no_launch(warp_program):
-    assert not words(warp_program, "no_blocks").any()
+def test_a_grid_without_blocks_is_no_launch(warp_anywhere):
+    assert not words(warp_anywhere, "no_blocks").any()
 
 
 def test_the_seed_decides_the_schedule(gemm_program):
@@ -242,6 +266,13 @@ def test_the_seed_decides_the_schedule(gemm_program):
 # ---- numbers -------------------------------------------------------------------------------------------
 
 
+def convert(program, name, values):
+    """Two words for each value."""
+    done = run(program, name, len(values), stdin=values.tobytes())
+    assert done.returncode == 0, done.stderr.decode()
+    return np.frombuffer(done.stdout, np.uint32).reshape(-1, 2).T
+
+
 def some_floats():
     draw = np.random.default_rng(0)
     bits = draw.integers(0, 2**32, 20000, dtype=np.uint32)
@@ -251,29 +282,53 @@ def some_floats():
     return np.concatenate([bits.view(np.float32), near, ties, special])
 
 
-def test_half(warp_program):
-    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    out = words(warp_program, "from_half", columns=1)[:, 0].view(np.float32)
-    assert np.array_equal(out, every.astype(np.float32), equal_nan=True)
+def both_halves(pairs):
+    return (pairs & 0xFFFF).astype(np.uint16), (pairs >> 16).astype(np.uint16)
+
+
+def test_from_half(warp_anywhere):
+    every = np.arange(1 << 16, dtype=np.uint32)
+    out, _ = convert(warp_anywhere, "from_half", every)
+    expected = every.astype(np.uint16).view(np.float16).astype(np.float32)
+    assert np.array_equal(out.view(np.float32), expected, equal_nan=True)
+
+
+def test_to_half(warp_anywhere):
     values = some_floats()
-    out = words(warp_program, "to_half", values.tobytes(), columns=1)[:, 0]
     with np.errstate(over="ignore"):
         expected = values.astype(np.float16)
-    assert np.array_equal(out.astype(np.uint16).view(np.float16), expected, equal_nan=True)
+    low, high = both_halves(convert(warp_anywhere, "to_half", values)[0])
+    assert np.array_equal(low.view(np.float16), expected, equal_nan=True)
+    assert np.array_equal(high.view(np.float16), -expected, equal_nan=True)
 
 
-def test_bfloat16(warp_program):
-    torch = pytest.importorskip("torch")
+def test_to_bfloat16(warp_anywhere):
     values = some_floats()
-    out = words(warp_program, "to_bfloat16", values.tobytes(), columns=1)[:, 0]
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    assert np.array_equal((out << 16).view(np.float32), expected, equal_nan=True)
+    low, high = both_halves(convert(warp_anywhere, "to_bfloat16", values)[0])
+    for half, sign in ((low, 1), (high, -1)):
+        result = (half.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(result, sign * expected, equal_nan=True)
 
 
-def test_split_tf32(warp_program):
+def tf32(bits):
+    """What a tf32 product sees of these bits."""
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def test_split_tf32(warp_anywhere):
     values = some_floats()
     values = values[np.isfinite(values) & (np.abs(values) > 1e-30) & (np.abs(values) < 1e38)]
-    big, small = words(warp_program, "split", values.tobytes(), columns=2).T
+    big, small = convert(warp_anywhere, "split", values)
     assert not (big & 0x1FFF).any()
-    total = sum((part & 0xFFFFE000).view(np.float32).astype(np.float64) for part in (big, small))
-    assert np.max(np.abs(total / values - 1)) <= 2.0**-23
+    assert np.max(np.abs((tf32(big) + tf32(small)) / values - 1)) <= 2.0**-23
+
+
+def test_exp2_and_rounding_to_tf32(warp_anywhere):
+    values = np.linspace(-126, 127.9, 40001, dtype=np.float32)
+    power, rounded = convert(warp_anywhere, "exp2", values)
+    assert np.max(np.abs(power.view(np.float32) / np.exp2(values.astype(np.float64)) - 1)) < 2.0**-21
+    ties_away = ((values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    assert np.array_equal(tf32(rounded), ties_away)
+    below, _ = convert(warp_anywhere, "exp2", np.array([-130, -1000, -np.inf], np.float32))
+    assert not below.any()  # subnormal results are flushed

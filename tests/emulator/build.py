@@ -41,6 +41,21 @@ def build(sources, *, sanitizer="address", defines=(), optimize="-O1"):
     return _cached([*reversed(objects)], ["g++", *sanitize, *map(str, objects)], suffix="")
 
 
+def build_for_gpu(source):
+    """Compiles a .cu source as CUDA, for the GPU that is there; returns the program's path."""
+    source = Path(source).resolve()
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-arch=native",
+        *INCLUDES,
+        str(source),
+    ]
+    return _cached(_with_headers(source), command, suffix=".gpu")
+
+
 def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
     """Runs a program under one schedule and seed; returns the CompletedProcess, with bytes."""
     environment = {
@@ -57,10 +72,13 @@ def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=
 
 
 def _compile(source, flags):
+    return _cached(_with_headers(source), ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
+
+
+def _with_headers(source):
     folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "cuda", source.parent}
     headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
-    inputs = [source, *sorted(headers)]
-    return _cached(inputs, ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
+    return [source, *sorted(headers)]
 
 
 def _cached(inputs, command, suffix):

@@ -2,12 +2,10 @@
 // once with each of the mistakes that the emulator must catch. Arguments: type, mistake, M, N, K;
 // A [M, K] and B [N, K] come from stdin and C [M, N], in float, goes to stdout. M and N are multiples
 // of 64, and rows of 16 bytes.
-#include <cstdio>
 #include <cstdlib>
-#include <string>
-#include <vector>
+#include <type_traits>
 
-#include "launch.h"
+#include "teeth.h"
 
 namespace dml {
 namespace {
@@ -129,14 +127,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T>
-std::vector<T> read(size_t count) {
-    std::vector<T> values(count);
-    if (std::fread(values.data(), sizeof(T), count, stdin) != count)
-        throw std::runtime_error("too few bytes");
-    return values;
-}
-
 template <typename T, int kFirst = 0>
 void run(int mistake, int m, int n, int k) {
     if (mistake != kFirst) {
@@ -148,29 +138,27 @@ void run(int mistake, int m, int n, int k) {
     }
     const auto a = read<Element<T>>(size_t(m) * k);
     const auto b = read<Element<T>>(size_t(n) * k);
-    std::vector<float> c(size_t(m) * n);
+    Array<float> c(size_t(m) * n);
     launch(gemm<T, Mistake(kFirst)>, dim3(n / kTile, m / kTile), dim3(kThreads), 4 * kStageBytes, nullptr,
            a.data(), b.data(), c.data(), n, k);
-    std::fwrite(c.data(), sizeof(float), c.size(), stdout);
+    write(c);
 }
 
 }  // namespace
 }  // namespace dml
 
-int main(int count, char** arguments) try {
-    if (count != 6) throw std::runtime_error("arguments: type, mistake, M, N, K");
-    const std::string type = arguments[1];
-    const int mistake = std::atoi(arguments[2]);
-    const int m = std::atoi(arguments[3]), n = std::atoi(arguments[4]), k = std::atoi(arguments[5]);
-    if (type == "half") {
-        dml::run<__half>(mistake, m, n, k);
-    } else if (type == "bfloat16") {
-        dml::run<__nv_bfloat16>(mistake, m, n, k);
-    } else {
-        dml::run<dml::Tf32>(mistake, m, n, k);
-    }
-    return 0;
-} catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 3;
+int main(int count, char** arguments) {
+    return dml::report([&] {
+        if (count != 6) throw std::runtime_error("arguments: type, mistake, M, N, K");
+        const std::string type = arguments[1];
+        const int mistake = std::atoi(arguments[2]);
+        const int m = std::atoi(arguments[3]), n = std::atoi(arguments[4]), k = std::atoi(arguments[5]);
+        if (type == "half") {
+            dml::run<__half>(mistake, m, n, k);
+        } else if (type == "bfloat16") {
+            dml::run<__nv_bfloat16>(mistake, m, n, k);
+        } else {
+            dml::run<dml::Tf32>(mistake, m, n, k);
+        }
+    });
 }

@@ -1,12 +1,7 @@
 // Small kernels, one warp function each, whose results the tests compare with what PTX says; and a
-// few more mistakes. The argument names the kernel; its output goes to stdout as raw 32-bit words.
-#include <cstdio>
-#include <map>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "launch.h"
+// few more mistakes. The arguments are the kernel's name and, where it converts numbers, how many to read
+// from stdin; the output goes to stdout as raw 32-bit words.
+#include "teeth.h"
 
 namespace dml {
 namespace {
@@ -98,13 +93,52 @@ __global__ void overlapping_arrays(uint32_t*) {
     shared_array<float>(32, 16);
 }
 
-std::vector<uint32_t> run(const std::string& name) {
-    std::vector<uint32_t> out(kThreads * kWords);
-    uint32_t* to = out.data();
+enum class Conversion { kFromHalf, kToHalf, kToBfloat16, kSplit, kExp2 };
+
+__global__ void convert(Conversion conversion, uint32_t* out, const uint32_t* in, int count) {
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        const float x = __uint_as_float(in[i]);
+        uint32_t* words = out + 2 * i;
+        switch (conversion) {
+            case Conversion::kFromHalf:
+                words[0] = __float_as_uint(float(reinterpret_cast<const __half*>(in)[2 * i]));
+                break;
+            case Conversion::kToHalf:
+                words[0] = pack2<__half>(x, -x);
+                break;
+            case Conversion::kToBfloat16:
+                words[0] = pack2<__nv_bfloat16>(x, -x);
+                break;
+            case Conversion::kSplit:
+                split_tf32(x, words[0], words[1]);
+                break;
+            case Conversion::kExp2:
+                words[0] = __float_as_uint(exp2_approx(x));
+                words[1] = to_tf32(x);
+                break;
+        }
+    }
+}
+
+Array<uint32_t> run(const std::string& name, int count) {
+    Array<uint32_t> out(kThreads * kWords);
     const auto simple = [&](void (*kernel)(uint32_t*), int blocks = 1, size_t shared_bytes = 2048) {
-        launch(kernel, dim3(blocks), dim3(kThreads), shared_bytes, nullptr, to);
+        launch(kernel, dim3(blocks), dim3(kThreads), shared_bytes, nullptr, out.data());
+        wait_for_kernels();
         return out;
     };
+    const auto converted = [&](Conversion conversion) {
+        const Array<uint32_t> in = read<uint32_t>(count);
+        out.assign(2 * size_t(count), 0);
+        launch(convert, dim3(1), dim3(kThreads), 0, nullptr, conversion, out.data(), in.data(), count);
+        wait_for_kernels();
+        return out;
+    };
+    if (name == "from_half") return converted(Conversion::kFromHalf);
+    if (name == "to_half") return converted(Conversion::kToHalf);
+    if (name == "to_bfloat16") return converted(Conversion::kToBfloat16);
+    if (name == "split") return converted(Conversion::kSplit);
+    if (name == "exp2") return converted(Conversion::kExp2);
     if (name == "ldmatrix_x4") return simple(load_matrix<0>);
     if (name == "ldmatrix_x4_trans") return simple(load_matrix<1>);
     if (name == "ldmatrix_x2") return simple(load_matrix<2>);
@@ -119,33 +153,17 @@ std::vector<uint32_t> run(const std::string& name) {
     if (name == "too_little_shared") return simple(exchange<true>, 1, kThreads * 4 - 1);
     if (name == "too_much_shared") return simple(exchange<true>, 1, 1 << 20);
     if (name == "copy") {
-        std::vector<uint32_t> in(kThreads * 4);
+        Array<uint32_t> in(kThreads * 4);
         for (size_t i = 0; i < in.size(); ++i) in[i] = 0x10001u * uint32_t(i + 1);
-        launch(copy, dim3(1), dim3(kThreads), kThreads * 20, nullptr, to, in.data());
+        launch(copy, dim3(1), dim3(kThreads), kThreads * 20, nullptr, out.data(), in.data());
+        wait_for_kernels();
         return out;
     }
     if (name == "last_block") {
-        std::vector<uint32_t> partial(10);
-        unsigned counter = 0;
-        launch(last_block, dim3(10), dim3(kThreads), 4, nullptr, to, partial.data(), &counter);
-        return out;
-    }
-    if (name == "to_half" || name == "to_bfloat16" || name == "split") {  // of words from stdin
-        out.clear();
-        for (uint32_t bits; std::fread(&bits, 4, 1, stdin) == 1;) {
-            const float x = __uint_as_float(bits);
-            if (name == "to_half") out.push_back(pack2<__half>(x, 0.0f));
-            if (name == "to_bfloat16") out.push_back(pack2<__nv_bfloat16>(x, 0.0f));
-            if (name == "split") {
-                out.insert(out.end(), 2, 0);
-                split_tf32(x, *(out.end() - 2), *(out.end() - 1));
-            }
-        }
-        return out;
-    }
-    if (name == "from_half") {  // every one
-        out.resize(1 << 16);
-        for (int i = 0; i < 1 << 16; ++i) out[i] = __float_as_uint(bits_as<__half>(uint16_t(i)));
+        Array<uint32_t> partial(10);
+        Array<unsigned> counter(1);
+        launch(last_block, dim3(10), dim3(kThreads), 4, nullptr, out.data(), partial.data(), counter.data());
+        wait_for_kernels();
         return out;
     }
     throw std::invalid_argument(name);
@@ -154,11 +172,9 @@ std::vector<uint32_t> run(const std::string& name) {
 }  // namespace
 }  // namespace dml
 
-int main(int, char** arguments) try {
-    const std::vector<uint32_t> out = dml::run(arguments[1]);
-    std::fwrite(out.data(), 4, out.size(), stdout);
-    return 0;
-} catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 3;
+int main(int count, char** arguments) {
+    return dml::report([&] {
+        if (count != 2 && count != 3) throw std::invalid_argument("arguments: kernel [count]");
+        dml::write(dml::run(arguments[1], count == 3 ? std::stoi(arguments[2]) : 0));
+    });
 }

@@ -1,0 +1,333 @@
+"""What the CUDA compiler made of the kernels: `python -m benchmarks.ptxas`, no GPU needed.
+
+Compiles every csrc/cuda/*.cu for every architecture and tabulates registers, spills, occupancy and the
+tensor-core instructions of each kernel. Results are cached under build/ptxas by content.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "ptxas"
+ARCHITECTURES = ("80", "90a", "100", "120")
+FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
+
+
+@dataclass
+class Kernel:
+    """One kernel as compiled for one architecture."""
+
+    name: str
+    source: str
+    architecture: str
+    registers: int = 0
+    spill_bytes: int = 0  # stored and loaded
+    stack_bytes: int = 0
+    static_shared_bytes: int = 0
+    max_threads: int = 0  # of a block, as __launch_bounds__ says; 0 if it does not
+    instructions: dict = field(default_factory=dict)  # how often each one of interest occurs
+    blocks_per_multiprocessor: int = 0
+    occupancy: float = 0.0
+    shared_bytes_left: int = 0  # dynamic shared memory per block that keeps this occupancy
+
+
+class CompileError(RuntimeError):
+    """nvcc's own words."""
+
+
+# ---- tools -------------------------------------------------------------------------------------------
+
+
+def find_nvcc():
+    """The path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None) or shutil.which("nvcc")
+
+
+def find_nvdisasm():
+    """The path of nvdisasm, from a toolkit or from the package nvidia-cuda-nvdisasm, or None."""
+    packaged = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm"))
+    return shutil.which("nvdisasm") or (str(packaged[-1]) if packaged else None)
+
+
+@cache
+def _nvcc_version():
+    return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _compile(source, architecture, flags):
+    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed."""
+    folders = {ROOT / "csrc", ROOT / "csrc" / "cuda", source.parent}
+    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
+    digest = hashlib.sha256(" ".join([_nvcc_version(), architecture, *flags]).encode())
+    for path in (source, *sorted(headers)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    stem = f"{source.stem}-sm_{architecture}"
+    cubin = CACHE / f"{stem}-{digest.hexdigest()[:20]}.cubin"
+    report = cubin.with_suffix(".txt")
+    if not report.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        fresh = cubin.with_name(f"{cubin.name}.{os.getpid()}")
+        command = [find_nvcc(), *flags, *include, target, "-cubin", "-Xptxas", "-v"]
+        done = subprocess.run(
+            [*command, "-o", str(fresh), str(source)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)} {source}\n{done.stdout}{done.stderr}")
+        os.replace(fresh, cubin)
+        report.write_text(done.stderr)
+    return cubin, report.read_text()
+
+
+# ---- reading what they made ----------------------------------------------------------------------------
+
+
+def _demangle(names):
+    text = "\n".join(names)
+    done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.split("\n"), strict=False))
+
+
+def shorten(demangled):
+    """`void dml::cuda::f<dml::A<float> >(int)` as `f<A<float>>`."""
+    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth = 0
+    for i, letter in enumerate(name):  # up to the parameter list: the first parenthesis outside <>
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            name = name[:i]
+            break
+    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", name)
+    return name.replace("> >", ">>").replace("> >", ">>").replace(", ", ",")
+
+
+def parse_report(text):
+    """Registers and memory per mangled kernel, from `ptxas -v`."""
+    found = {}
+    for part in text.split("Compiling entry function '")[1:]:
+        kernel = found[part.split("'")[0]] = {}
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
+        kernel["stack_bytes"] = int(stack)
+        kernel["spill_bytes"] = int(stores) + int(loads)
+        kernel["registers"] = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        kernel["static_shared_bytes"] = int(shared[1]) if shared else 0
+    return found
+
+
+def read_max_threads(cubin):
+    """Threads per block that each kernel was compiled for, from the ELF sections .nv.info.<kernel>."""
+    image = Path(cubin).read_bytes()
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", image, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", image, table + i * size) for i in range(count)]
+    names_offset = headers[names_index][4]
+    threads = {}
+    for header in headers:
+        start = names_offset + header[0]
+        name = image[start : image.index(b"\0", start)].decode()
+        if not name.startswith(".nv.info."):
+            continue
+        position, end = header[4], header[4] + header[5]
+        while position < end:  # records: a format, an attribute, then a value or the size of what follows
+            form, attribute, value = struct.unpack_from("<BBH", image, position)
+            position += 4
+            if form != 4:
+                continue
+            if attribute in (0x05, 0x10):  # EIATTR_MAX_THREADS, EIATTR_REQNTID: x, y, z
+                x, y, z = struct.unpack_from("<III", image, position)
+                threads[name.removeprefix(".nv.info.")] = x * y * z
+            position += value
+    return threads
+
+
+def count_instructions(cubin):
+    """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel."""
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    counts = {}
+    current = None
+    for line in text.splitlines():
+        section = re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
+        if section:
+            current = counts.setdefault(section[1], {})
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
+        if instruction and current is not None:
+            current[instruction[1]] = current.get(instruction[1], 0) + 1
+    return counts
+
+
+# ---- occupancy -----------------------------------------------------------------------------------------
+
+# CUDA programming guide, "Technical specifications per compute capability".
+MULTIPROCESSORS = {  # warps, blocks, shared memory
+    "80": (64, 32, 164 * 1024),
+    "90a": (64, 32, 228 * 1024),
+    "100": (64, 32, 228 * 1024),
+    "120": (48, 24, 100 * 1024),
+}
+RESERVED_SHARED = 1024  # the system's, in each block
+
+
+def occupancy(architecture, threads, registers, static_shared=0):
+    """(blocks on a multiprocessor, occupancy, dynamic shared memory left to each) by registers and threads.
+
+    A multiprocessor has four quarters of 16384 registers; a warp lives in one of them, and gets its
+    registers in units of 256.
+    """
+    max_warps, max_blocks, shared = MULTIPROCESSORS[architecture]
+    warps = -(-threads // 32)
+    by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) if registers else max_warps
+    blocks = min(min(by_registers, max_warps) // warps, max_blocks)
+    if blocks == 0:
+        return 0, 0.0, 0
+    left = shared // blocks - RESERVED_SHARED - static_shared
+    return blocks, blocks * warps / max_warps, left // 128 * 128
+
+
+# ---- all together --------------------------------------------------------------------------------------
+
+
+def analyse(source, architecture, flags=FLAGS, disassemble=True):
+    """The kernels of one source for one architecture."""
+    source = Path(source).resolve()
+    cubin, report = _compile(source, architecture, flags)
+    facts = parse_report(report)
+    threads = read_max_threads(cubin)
+    counts = count_instructions(cubin) if disassemble and facts else {}
+    demangled = _demangle(list(facts))
+    kernels = []
+    for mangled, values in facts.items():
+        kernel = Kernel(shorten(demangled[mangled]), source.name, architecture, **values)
+        kernel.max_threads = threads.get(mangled, 0)
+        kernel.instructions = counts.get(mangled, {})
+        if kernel.max_threads:
+            limits = occupancy(architecture, kernel.max_threads, kernel.registers, kernel.static_shared_bytes)
+            kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
+        kernels.append(kernel)
+    return sorted(kernels, key=lambda k: k.name)
+
+
+def matrix_instructions(kernel):
+    """{"HMMA": 64}: tensor-core instructions by family, only those that occur."""
+    families = {}
+    for mnemonic, count in kernel.instructions.items():
+        family = mnemonic.split(".")[0]
+        if family in MATRIX_INSTRUCTIONS:
+            families[family] = families.get(family, 0) + count
+    return families
+
+
+def sources():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
+    """All kernels, the longest compilations two at a time."""
+    work = [(source, architecture) for source in files or sources() for architecture in architectures]
+    disassemble = find_nvdisasm() is not None
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = pool.map(lambda item: analyse(*item, disassemble=disassemble), work)
+        return [kernel for part in parts for kernel in part]
+
+
+def _slashed(values):
+    """`166` where all architectures agree, else `166/168/168/170`."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else "/".join(texts)
+
+
+def table(kernels, architectures=ARCHITECTURES):
+    """The kernels as text, one line each, the architectures side by side."""
+    rows = {}
+    for kernel in kernels:
+        rows.setdefault((kernel.source, kernel.name), {})[kernel.architecture] = kernel
+    head = [
+        "kernel",
+        "registers",
+        "threads",
+        "blocks",
+        "shared KiB",
+        "occupancy %",
+        "spill",
+        "stack",
+        "matrix",
+    ]
+    lines = []
+    for (source, name), by_architecture in sorted(rows.items()):
+        these = [by_architecture[a] for a in architectures if a in by_architecture]
+        matrix = [" ".join(f"{n} {c}" for n, c in matrix_instructions(k).items()) or "-" for k in these]
+        cells = [
+            [k.registers for k in these],
+            [k.max_threads or "-" for k in these],
+            [k.blocks_per_multiprocessor or "-" for k in these],
+            [k.shared_bytes_left // 1024 for k in these],
+            [round(100 * k.occupancy) for k in these],
+            [k.spill_bytes for k in these],
+            [k.stack_bytes for k in these],
+            matrix,
+        ]
+        lines.append((source, [name, *map(_slashed, cells)]))
+    widths = [max(len(cells[i]) for cells in [head, *(row for _, row in lines)]) for i in range(len(head))]
+
+    def line(cells):
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    text = [
+        f"Columns with slashes: sm_{', sm_'.join(architectures)}.",
+        "blocks: on a multiprocessor, by registers and threads. shared KiB: dynamic shared memory that each",
+        "may take before it, and not the registers, is the limit.",
+        "",
+        line(head),
+    ]
+    last = None
+    for source, cells in lines:
+        if source != last:
+            text.append(f"-- {source}")
+            last = source
+        text.append(line(cells))
+    return "\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sources", nargs="*", type=Path, help="default: every csrc/cuda/*.cu")
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--json", type=Path, help="write everything here, too")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if find_nvcc() is None:
+        parser.error("nvcc is not on the PATH")
+    architectures = tuple(options.arch or ARCHITECTURES)
+    try:
+        kernels = analyse_all(options.sources, architectures, options.jobs)
+    except CompileError as error:
+        parser.exit(1, f"{error}\n")
+    print(table(kernels, architectures))
+    if find_nvdisasm() is None:
+        print("\nMatrix instructions were not counted: pip install nvidia-cuda-nvdisasm")
+    if options.json:
+        everything = {"nvcc": _nvcc_version().split("\n")[-3], "kernels": [asdict(k) for k in kernels]}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

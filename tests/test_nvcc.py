@@ -1,0 +1,125 @@
+"""nvcc compiles every kernel for every architecture: no spills, and tensor cores where they are meant."""
+
+import re
+
+import pytest
+from emulator.build import HERE
+
+from benchmarks import ptxas
+
+needs_nvcc = pytest.mark.skipif(ptxas.find_nvcc() is None, reason="nvcc is not installed")
+
+# The kinds of arithmetic that multiply on tensor cores (csrc/cuda/math.cuh), as kernels name them.
+TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math|Bf16Math)\b")
+# Kernels that carry such a name but multiply no tiles.
+NO_PRODUCT = re.compile(r"^(finish|fold|norms|reduce)")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernels of a source for an architecture, compiled once."""
+    assert ptxas.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
+    return lambda source, architecture, flags=ptxas.FLAGS: ptxas.analyse(source, architecture, flags)
+
+
+# ---- our kernels ---------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
+@pytest.mark.parametrize("source", ptxas.sources(), ids=lambda path: path.stem)
+def test_kernels(compiled, source, architecture):
+    for kernel in compiled(source, architecture):
+        where = f"{kernel.name} for sm_{architecture}"
+        assert kernel.spill_bytes == 0, where
+        assert kernel.max_threads > 0, f"{where} has no __launch_bounds__"
+        assert kernel.blocks_per_multiprocessor > 0, where
+        if TENSOR_CORES.search(kernel.name) and not NO_PRODUCT.search(kernel.name):
+            assert ptxas.matrix_instructions(kernel).get("HMMA", 0) > 0, where
+        elif "SimtMath" in kernel.name:
+            assert not ptxas.matrix_instructions(kernel), where
+
+
+# ---- the primitives ------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
+def test_primitives_become_the_instructions_meant(compiled, architecture):
+    """The emulator's own product is CUDA like any other: 4 warps, 64 x 64 tiles, 64 bytes along k."""
+    kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_gemm.cu", architecture)}
+    products = {
+        "gemm<__half,(Mistake)0>": "HMMA.16816.F32",
+        "gemm<__nv_bfloat16,(Mistake)0>": "HMMA.16816.F32.BF16",
+        "gemm<Tf32,(Mistake)0>": "HMMA.1688.F32.TF32",
+    }
+    for name, product in products.items():
+        instructions = kernels[name]
+        assert instructions[product] == 16, instructions  # 8 tiles of 8 columns, twice along k
+        assert sum(n for i, n in instructions.items() if i.startswith("LDSM.16.M88.4")) == 2 + 4
+        assert sum(n for i, n in instructions.items() if i.startswith("LDSM.16.M88.2")) == 8
+        assert any(i.startswith("LDGSTS") and "128" in i for i in instructions)
+        assert any(i.startswith("BAR.SYNC") for i in instructions)
+
+
+@needs_nvcc
+def test_transposing_loads(compiled):
+    kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_warp.cu", "80")}
+    loads = ["LDSM.16.M88.4", "LDSM.16.MT88.4", "LDSM.16.M88.2", "LDSM.16.MT88.2"]
+    for kind, load in enumerate(loads):
+        assert kernels[f"load_matrix<{kind}>"][load] == 1
+
+
+# ---- the checks themselves -----------------------------------------------------------------------------
+
+HUNGRY = """
+// Keeps 64 values alive across a barrier: more than 32 registers hold, which is all that 20 blocks leave.
+__global__ void __launch_bounds__(96, BLOCKS) hungry(float* data) {
+    __shared__ float other[1];
+    float kept[64];
+    for (int i = 0; i < 64; ++i) kept[i] = data[i * 96 + threadIdx.x];
+    if (threadIdx.x == 0) other[0] = kept[3];
+    __syncthreads();
+    for (int i = 0; i < 64; ++i) data[i * 96 + threadIdx.x] = kept[i] * other[0] * kept[63 - i];
+}
+"""
+
+
+@needs_nvcc
+def test_sees_spills(compiled, tmp_path):
+    source = tmp_path / "hungry.cu"
+    source.write_text(HUNGRY)
+    (roomy,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=1"))
+    (tight,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=20"))
+    assert roomy.spill_bytes == 0
+    assert roomy.registers > 64
+    assert tight.spill_bytes > 0
+    assert tight.registers <= 34
+    assert tight.max_threads == 96
+    assert tight.static_shared_bytes == 4
+    assert not ptxas.matrix_instructions(tight)
+
+
+@needs_nvcc
+def test_compile_errors_are_told(compiled, tmp_path):
+    source = tmp_path / "wrong.cu"
+    source.write_text("__global__ void wrong() { return 1; }")
+    with pytest.raises(ptxas.CompileError, match=r"wrong\.cu"):
+        compiled(source, "80")
+
+
+def test_occupancy():
+    # threads, registers -> blocks, worked out from the table in the programming guide
+    assert ptxas.occupancy("80", 128, 32)[:2] == (16, 1.0)  # 64 warps in blocks of 4
+    assert ptxas.occupancy("80", 128, 168)[:2] == (3, 12 / 64)  # 5376 registers a warp: 3 in a quarter
+    assert ptxas.occupancy("90a", 256, 128)[:2] == (2, 16 / 64)  # 4096: 4 in a quarter
+    assert ptxas.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
+    assert ptxas.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
+    assert ptxas.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
+    assert ptxas.occupancy("80", 1024, 80) == (0, 0.0, 0)  # cannot run: 2560, 6 in a quarter, 32 wanted
+    assert ptxas.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
+
+
+def test_names_are_shortened():
+    assert ptxas.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)") == "f<A<float>,3>"
+    assert ptxas.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"
