@@ -1,6 +1,6 @@
 """Deep-metric-learning pair losses as fused kernels: forward and backward without the N x N matrix."""
 
-import torch  # noqa: F401  (its libraries must be loaded before ours)
+import torch  # before _C, which needs its libraries
 
 try:
     from . import _C

@@ -56,9 +56,10 @@ def _check_labels(name: str, labels: object, points_name: str, points: Tensor) -
         raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
     if labels.ndim != 1:
         raise ValueError(f"{name}: expected shape [{points.shape[0]}], got {list(labels.shape)}")
-    if labels.shape[0] != points.shape[0]:
+    rows = points.shape[0]
+    if labels.shape[0] != rows:
         raise ValueError(
-            f"{name}: expected {points.shape[0]} labels, one for each row of {points_name}; got {labels.shape[0]}"
+            f"{name}: expected {rows} labels, one for each row of {points_name}; got {labels.shape[0]}"
         )
     if labels.device != points.device:
         raise ValueError(f"{name}: expected on {points.device} beside {points_name}, got on {labels.device}")
@@ -87,14 +88,11 @@ def check_arguments(
     if ref_emb is None:
         raise ValueError("ref_emb: expected embeddings for ref_labels, got None")
     _check_points("ref_emb", ref_emb)
-    if ref_emb.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"ref_emb: expected {embeddings.shape[1]} columns as embeddings have, got {ref_emb.shape[1]}"
-        )
-    if ref_emb.dtype != embeddings.dtype:
-        raise TypeError(f"ref_emb: expected {embeddings.dtype} as embeddings have, got {ref_emb.dtype}")
-    if ref_emb.device != embeddings.device:
-        raise ValueError(
-            f"ref_emb: expected on {embeddings.device} as embeddings are, got on {ref_emb.device}"
-        )
+    dim, dtype, device = embeddings.shape[1], embeddings.dtype, embeddings.device
+    if ref_emb.shape[1] != dim:
+        raise ValueError(f"ref_emb: expected {dim} columns as embeddings have, got {ref_emb.shape[1]}")
+    if ref_emb.dtype != dtype:
+        raise TypeError(f"ref_emb: expected {dtype} as embeddings have, got {ref_emb.dtype}")
+    if ref_emb.device != device:
+        raise ValueError(f"ref_emb: expected on {device} as embeddings are, got on {ref_emb.device}")
     _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)

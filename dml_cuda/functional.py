@@ -9,7 +9,6 @@ from . import ops, reference  # noqa: F401  (ops registers the derivatives)
 from ._arguments import check_arguments, check_choice, check_number
 
 BACKENDS = ("auto", "fused", "reference")
-_KERNEL_DEVICES = ("cpu", "cuda")
 _warned: set[str] = set()
 
 
@@ -41,12 +40,12 @@ def _result_dtype(embeddings: Tensor) -> torch.dtype:
 
 
 def _fused(
+    loss: str,
+    params: list[float],
     embeddings: Tensor,
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    loss: str,
-    params: list[float],
     epsilon: float | None,
     similarity: str,
     reduction: str,
@@ -128,17 +127,8 @@ def multi_similarity_loss(
     check_number("base", base)
     if _use_kernel(embeddings.device, backend):
         params = [float(alpha), float(beta), float(base)]
-        return _fused(
-            embeddings,
-            labels,
-            ref_emb,
-            ref_labels,
-            "multi_similarity",
-            params,
-            epsilon,
-            similarity,
-            reduction,
-        )
+        batch = embeddings, labels, ref_emb, ref_labels
+        return _fused("multi_similarity", params, *batch, epsilon, similarity, reduction)
     return reference.multi_similarity_loss(
         embeddings,
         labels,
@@ -210,9 +200,8 @@ def circle_loss(
         raise TypeError(f"detach_weights: expected True or False, got {type(detach_weights).__name__}")
     if _use_kernel(embeddings.device, backend):
         params = [float(m), float(gamma), float(detach_weights)]
-        return _fused(
-            embeddings, labels, ref_emb, ref_labels, "circle", params, epsilon, similarity, reduction
-        )
+        batch = embeddings, labels, ref_emb, ref_labels
+        return _fused("circle", params, *batch, epsilon, similarity, reduction)
     return reference.circle_loss(
         embeddings,
         labels,

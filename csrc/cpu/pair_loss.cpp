@@ -43,10 +43,17 @@ constexpr int64_t kCacheBytes = int64_t(64) << 20;
 constexpr double kSparseShare = 0.4;
 
 template <typename T>
-struct Scratch {  // of one thread
+struct Scratch {
     T similarities[kTile * kTile];
     T weights[kTile * kTile];
     SparseTile<T> by_row, by_col;
+
+    // Each thread keeps its own from call to call: for a small batch, touching fresh memory would cost
+    // as much as the work.
+    static Scratch& mine() {
+        static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
+        return *scratch;
+    }
 };
 
 template <typename T>
@@ -70,17 +77,13 @@ class Batch {
           cols(square ? rows : pack<T>(*ref_emb, this->plan.col_order, normalize)),
           schedule(n, m, square, at::get_num_threads()),
           tiles_(std::move(tiles)),
-          cached_(tiles_.numel() / (kTile * kTile)) {
-        for (int t = 0; t < at::get_num_threads(); ++t) scratch_.emplace_back(new Scratch<T>);
-    }
+          cached_(tiles_.numel() / (kTile * kTile)) {}
 
     const bool square;
     const int64_t n, m, dim;
     const Plan plan;
     const Points<T> rows, cols;
     const Schedule schedule;
-
-    Scratch<T>& scratch() const { return *scratch_[at::get_thread_num()]; }
 
     // The tile's place, without its similarities.
     Tile<T> place(const TileAt& at) const {
@@ -100,7 +103,7 @@ class Batch {
     Tile<T> tile(const TileAt& at, bool known) const {
         Tile<T> tile = place(at);
         const bool cached = at.index < cached_;
-        T* s = cached ? tiles_.data_ptr<T>() + at.index * kTile * kTile : scratch().similarities;
+        T* s = cached ? tiles_.data_ptr<T>() + at.index * kTile * kTile : Scratch<T>::mine().similarities;
         if (!cached || !known) {
             Tensor out = matrix(s, tile.rows, tile.cols, tile.cols, 1);
             at::cpu::mm_out(out, matrix(rows.row(tile.row0), tile.rows, dim, rows.stride(), 1),
@@ -146,7 +149,6 @@ class Batch {
    private:
     Tensor tiles_;
     int64_t cached_;
-    std::vector<std::unique_ptr<Scratch<T>>> scratch_;
 };
 
 // stats: [neg_above N | pos_below N | lse_neg N | lse_pos N | scale | poisoned]
@@ -335,7 +337,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
             Tile<T> tile = batch.tile(at, true);
             tile.both_sides = square;  // W + W^T, for the diagonal tiles too
             const bool to_cols = square ? at.row_block != at.col_block : cols_wanted;
-            Scratch<T>& scratch = batch.scratch();
+            Scratch<T>& scratch = Scratch<T>::mine();
             const int64_t count = kernels.weights(tile, params, rows, scratch.weights);
             const int64_t pairs = int64_t(tile.rows) * tile.cols;
             T* x = batch.rows.row(tile.row0);

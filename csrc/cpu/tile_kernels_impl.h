@@ -5,35 +5,47 @@
 
 namespace dml::cpu::DML_ISA {
 
-// The column ranges of one row of a tile, with the self pair cut out.
-struct Segments {
-    int neg[2][2], pos[2][2];
+// The columns of one row of a tile that hold its positives: a run, in two parts where the self pair
+// cuts it.
+struct PositiveRun {
+    int parts[2][2];
+    int begin() const { return parts[0][0]; }
+    int end() const { return parts[1][1]; }
 };
 
 template <typename T>
-DML_INLINE Segments segments(const Tile<T>& tile, int i) {
+DML_INLINE PositiveRun positive_run(const Tile<T>& tile, int i) {
     const int64_t row = tile.row0 + i;
-    const auto clip = [&](int64_t column) {
-        const int64_t local = column - tile.col0;
-        return static_cast<int>(local < 0 ? 0 : local > tile.cols ? tile.cols : local);
-    };
-    const int begin = clip(tile.pos_begin[row]), end = clip(tile.pos_end[row]);
-    Segments seg = {{{0, begin}, {end, tile.cols}}, {{begin, end}, {end, end}}};
+    const int64_t first = tile.pos_begin[row] - tile.col0, last = tile.pos_end[row] - tile.col0;
+    const int begin = static_cast<int>(first < 0 ? 0 : first > tile.cols ? tile.cols : first);
+    const int end = static_cast<int>(last < 0 ? 0 : last > tile.cols ? tile.cols : last);
     const int64_t self = row - tile.col0;
     if (tile.skip_self && self >= begin && self < end) {
-        seg.pos[0][1] = static_cast<int>(self);
-        seg.pos[1][0] = static_cast<int>(self) + 1;
+        const int at = static_cast<int>(self);
+        return {{{begin, at}, {at + 1, end}}};
     }
-    return seg;
+    return {{{begin, end}, {end, end}}};
+}
+
+// The similarities of row i with -inf in place of its positives, which no bound keeps: so the loops
+// over negatives run over whole rows, without a ragged start or end. Copies only where there are any.
+template <typename T>
+DML_INLINE const T* negatives_of_row(const Tile<T>& tile, int i, T* buffer) {
+    const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+    const PositiveRun run = positive_run(tile, i);
+    if (run.begin() == run.end()) return s;
+    for (int j = 0; j < tile.cols; ++j) buffer[j] = s[j];
+    for (int j = run.begin(); j < run.end(); ++j) buffer[j] = -infinity<T>();
+    return buffer;
 }
 
 template <typename T>
 void min_positives(const Tile<T>& tile, T* min_pos) {
     for (int i = 0; i < tile.rows; ++i) {
         const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
-        const Segments seg = segments(tile, i);
+        const PositiveRun run = positive_run(tile, i);
         T least = min_pos[tile.row0 + i];
-        for (const auto& range : seg.pos) {
+        for (const auto& range : run.parts) {
             for (int j = range[0]; j < range[1]; ++j) least = s[j] < least ? s[j] : least;
             if (tile.both_sides) {
                 T* columns = min_pos + tile.col0;
@@ -44,10 +56,16 @@ void min_positives(const Tile<T>& tile, T* min_pos) {
     }
 }
 
-// One kind of pair, as the two loops below see it.
+// One kind of pair, as the loops below see it. for_each_range calls visit(s, begin, end) for the stretches
+// of row i that hold pairs of the kind.
 template <typename T, typename Loss>
 struct Negatives {
     Loss loss;
+    template <typename Visit>
+    static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
+        alignas(64) T buffer[kTile];
+        visit(negatives_of_row(tile, i, buffer), 0, tile.cols);
+    }
     static DML_INLINE T bound(const Bounds<T>& b) { return b.neg_above; }
     DML_INLINE bool kept(T s, T bound) const { return s > bound; }
     DML_INLINE T logit(T s) const { return loss.logit_neg(s); }
@@ -56,6 +74,14 @@ struct Negatives {
 template <typename T, typename Loss>
 struct Positives {
     Loss loss;
+    template <typename Visit>
+    static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
+        const PositiveRun run = positive_run(tile, i);
+        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+        for (const auto& range : run.parts) {
+            if (range[0] < range[1]) visit(s, range[0], range[1]);
+        }
+    }
     static DML_INLINE T bound(const Bounds<T>& b) { return b.pos_below; }
     DML_INLINE bool kept(T s, T bound) const { return s < bound; }
     DML_INLINE T logit(T s) const { return loss.logit_pos(s); }
@@ -81,11 +107,11 @@ DML_INLINE void begin_stats(TileStats<T>& stats, const RowState<T>* state, int n
 
 // Largest logit and similarity kept, for row i and for the columns of the range.
 template <typename T, typename Kind, bool kBothSides>
-DML_INLINE void range_maxima(const Kind& kind, const T* s, const int (&range)[2], T bound, T& max_logit,
+DML_INLINE void range_maxima(const Kind& kind, const T* s, int begin, int end, T bound, T& max_logit,
                              T& max_s, TileStats<T>& cols) {
     T row_logit = max_logit, row_s = max_s;
 #pragma omp simd reduction(max : row_logit, row_s)
-    for (int j = range[0]; j < range[1]; ++j) {
+    for (int j = begin; j < end; ++j) {
         const T logit = kind.logit(s[j]);
         const bool kept = kind.kept(s[j], bound);
         const T kept_logit = kept ? logit : -infinity<T>();
@@ -106,11 +132,11 @@ DML_INLINE void range_maxima(const Kind& kind, const T* s, const int (&range)[2]
 
 // sum of exp(logit - max) over the kept pairs, for row i and for the columns of the range.
 template <typename T, typename Kind, bool kBothSides>
-DML_INLINE void range_sums(const Kind& kind, const T* s, const int (&range)[2], T bound, T max_logit, T& sum,
+DML_INLINE void range_sums(const Kind& kind, const T* s, int begin, int end, T bound, T max_logit, T& sum,
                            TileStats<T>& cols) {
     T row_sum = sum;
 #pragma omp simd reduction(+ : row_sum)
-    for (int j = range[0]; j < range[1]; ++j) {
+    for (int j = begin; j < end; ++j) {
         const T logit = kind.logit(s[j]);
         const T term = exp_fast(logit - max_logit);
         row_sum += kind.kept(s[j], bound) ? term : T(0);
@@ -138,18 +164,16 @@ DML_INLINE bool merge_stats(const TileStats<T>& stats, RowState<T>* state, int n
 // Two sweeps over the tile, which fits in cache: maxima first, so that no exponential can overflow,
 // then sums. Where mining has left nothing the second sweep does not run.
 template <typename T, typename Kind, bool kBothSides>
-bool accumulate_kind(const Tile<T>& tile, const Kind& kind, const int (Segments::*ranges)[2][2],
-                     LogSumExp<T> RowState<T>::* lse, bool track_max, RowState<T>* state) {
+bool accumulate_kind(const Tile<T>& tile, const Kind& kind, LogSumExp<T> RowState<T>::* lse, bool track_max,
+                     RowState<T>* state) {
     TileStats<T> rows, cols;
     begin_stats<T, Kind>(rows, state + tile.row0, tile.rows);
     if (kBothSides) begin_stats<T, Kind>(cols, state + tile.col0, tile.cols);
     for (int i = 0; i < tile.rows; ++i) {
-        const Segments seg = segments(tile, i);
-        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
-        for (const auto& range : seg.*ranges) {
-            range_maxima<T, Kind, kBothSides>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.max_s[i],
-                                              cols);
-        }
+        Kind::for_each_range(tile, i, [&](const T* s, int begin, int end) {
+            range_maxima<T, Kind, kBothSides>(kind, s, begin, end, rows.bound[i], rows.max_logit[i],
+                                              rows.max_s[i], cols);
+        });
     }
     bool any_col = false;
     if (kBothSides) {
@@ -158,17 +182,15 @@ bool accumulate_kind(const Tile<T>& tile, const Kind& kind, const int (Segments:
     for (int i = 0; i < tile.rows; ++i) {
         const bool any_row = rows.max_logit[i] != -infinity<T>();
         if (!any_row && !any_col) continue;
-        const Segments seg = segments(tile, i);
-        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
-        for (const auto& range : seg.*ranges) {
+        Kind::for_each_range(tile, i, [&](const T* s, int begin, int end) {
             if (any_col) {
-                range_sums<T, Kind, kBothSides>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.sum[i],
-                                                cols);
+                range_sums<T, Kind, kBothSides>(kind, s, begin, end, rows.bound[i], rows.max_logit[i],
+                                                rows.sum[i], cols);
             } else {
-                range_sums<T, Kind, false>(kind, s, range, rows.bound[i], rows.max_logit[i], rows.sum[i],
+                range_sums<T, Kind, false>(kind, s, begin, end, rows.bound[i], rows.max_logit[i], rows.sum[i],
                                            cols);
             }
-        }
+        });
     }
     bool any = merge_stats(rows, state + tile.row0, tile.rows, lse, track_max);
     if (kBothSides) any |= merge_stats(cols, state + tile.col0, tile.cols, lse, track_max);
@@ -180,26 +202,22 @@ bool accumulate(const Tile<T>& tile, const double* params, Kinds kinds, RowState
     const Loss loss(params);
     const int wanted = static_cast<int>(kinds);
     bool any = false;
-    const auto run = [&](const auto& kind, auto ranges, auto lse, bool track_max) {
+    const auto run = [&](const auto& kind, auto lse, bool track_max) {
         using Kind = std::decay_t<decltype(kind)>;
-        any |= tile.both_sides ? accumulate_kind<T, Kind, true>(tile, kind, ranges, lse, track_max, state)
-                               : accumulate_kind<T, Kind, false>(tile, kind, ranges, lse, track_max, state);
+        any |= tile.both_sides ? accumulate_kind<T, Kind, true>(tile, kind, lse, track_max, state)
+                               : accumulate_kind<T, Kind, false>(tile, kind, lse, track_max, state);
     };
-    if (wanted & static_cast<int>(Kinds::kNegatives)) {
-        run(Negatives<T, Loss>{loss}, &Segments::neg, &RowState<T>::neg, true);
-    }
-    if (wanted & static_cast<int>(Kinds::kPositives)) {
-        run(Positives<T, Loss>{loss}, &Segments::pos, &RowState<T>::pos, false);
-    }
+    if (wanted & static_cast<int>(Kinds::kNegatives)) run(Negatives<T, Loss>{loss}, &RowState<T>::neg, true);
+    if (wanted & static_cast<int>(Kinds::kPositives)) run(Positives<T, Loss>{loss}, &RowState<T>::pos, false);
     return any;
 }
 
 template <typename T, typename Kind, bool kBothSides>
-DML_INLINE int range_weights(const Kind& kind, const T* s, const int (&range)[2], T bound, T lse, T weight,
+DML_INLINE int range_weights(const Kind& kind, const T* s, int begin, int end, T bound, T lse, T weight,
                              const T* col_bound, const T* col_lse, const T* col_weight, T* out) {
     int count = 0;
 #pragma omp simd reduction(+ : count)
-    for (int j = range[0]; j < range[1]; ++j) {
+    for (int j = begin; j < end; ++j) {
         const T logit = kind.logit(s[j]);
         const T row_term = weight * exp_fast(logit - lse);
         T total = kind.kept(s[j], bound) ? row_term : T(0);
@@ -207,7 +225,7 @@ DML_INLINE int range_weights(const Kind& kind, const T* s, const int (&range)[2]
             const T col_term = col_weight[j] * exp_fast(logit - col_lse[j]);
             total += kind.kept(s[j], col_bound[j]) ? col_term : T(0);
         }
-        out[j] = total * kind.slope(s[j]);
+        out[j] = total != T(0) ? total * kind.slope(s[j]) : T(0);  // no 0 * inf where s is -inf
         count += out[j] != T(0) ? 1 : 0;
     }
     return count;
@@ -219,21 +237,18 @@ int64_t weights_of(const Tile<T>& tile, const Loss& loss, const RowWeights<T>& r
     const Positives<T, Loss> pos{loss};
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
-        const Segments seg = segments(tile, i);
         const int64_t r = tile.row0 + i, c = tile.col0;
-        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
         T* w = out + static_cast<int64_t>(i) * tile.cols;
-        for (const auto& range : seg.neg) {
+        neg.for_each_range(tile, i, [&](const T* s, int begin, int end) {  // writes 0 for positives and self
             count += range_weights<T, Negatives<T, Loss>, kBothSides>(
-                neg, s, range, rows.neg_above[r], rows.lse_neg[r], rows.weight_neg[r], rows.neg_above + c,
-                rows.lse_neg + c, rows.weight_neg + c, w);
-        }
-        for (const auto& range : seg.pos) {
+                neg, s, begin, end, rows.neg_above[r], rows.lse_neg[r], rows.weight_neg[r],
+                rows.neg_above + c, rows.lse_neg + c, rows.weight_neg + c, w);
+        });
+        pos.for_each_range(tile, i, [&](const T* s, int begin, int end) {
             count += range_weights<T, Positives<T, Loss>, kBothSides>(
-                pos, s, range, rows.pos_below[r], rows.lse_pos[r], rows.weight_pos[r], rows.pos_below + c,
-                rows.lse_pos + c, rows.weight_pos + c, w);
-        }
-        if (tile.skip_self && r >= c && r < c + tile.cols) w[r - c] = T(0);
+                pos, s, begin, end, rows.pos_below[r], rows.lse_pos[r], rows.weight_pos[r],
+                rows.pos_below + c, rows.lse_pos + c, rows.weight_pos + c, w);
+        });
     }
     return count;
 }
