@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; nothing else is needed but
+# Python 3.10+ with venv and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+
+.PHONY: demo test bench readme lint format ptxas gpu-check clean
+
+demo: $(VENV)/built
+	$(PY) -m examples.demo
+
+test: $(VENV)/built
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+bench: $(VENV)/built
+	$(PY) -m benchmarks
+
+lint: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+# Registers, spills, occupancy and matrix instructions of every CUDA kernel; needs nvcc, no GPU.
+ptxas: $(VENV)/ready
+	$(PY) -m benchmarks.ptxas
+
+clean:
+	rm -rf $(VENV) build out *.egg-info dml_cuda/*.so
+
+$(VENV)/ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PY) -c "import dml_cuda; print(dml_cuda.build_info())"
+	touch $@
