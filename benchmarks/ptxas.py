@@ -158,7 +158,10 @@ def read_max_threads(cubin):
 
 
 def count_instructions(cubin):
-    """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel."""
+    """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel; kept beside the cubin."""
+    known = Path(cubin).with_suffix(".json")
+    if known.exists():
+        return json.loads(known.read_text())
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
         raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
@@ -172,6 +175,7 @@ def count_instructions(cubin):
         instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
         if instruction and current is not None:
             current[instruction[1]] = current.get(instruction[1], 0) + 1
+    known.write_text(json.dumps(counts))
     return counts
 
 
@@ -241,7 +245,7 @@ def sources():
 
 
 def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
-    """All kernels, the longest compilations two at a time."""
+    """All kernels, compiled two at a time."""
     work = [(source, architecture) for source in files or sources() for architecture in architectures]
     disassemble = find_nvdisasm() is not None
     with ThreadPoolExecutor(jobs) as pool:
@@ -325,7 +329,8 @@ def main():
     if find_nvdisasm() is None:
         print("\nMatrix instructions were not counted: pip install nvidia-cuda-nvdisasm")
     if options.json:
-        everything = {"nvcc": _nvcc_version().split("\n")[-3], "kernels": [asdict(k) for k in kernels]}
+        rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
+        everything = {"nvcc": _nvcc_version().split("\n")[-3], "kernels": rows}
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 

@@ -1,6 +1,8 @@
 """nvcc compiles every kernel for every architecture: no spills, and tensor cores where they are meant."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from emulator.build import HERE
@@ -25,11 +27,25 @@ def compiled():
 # ---- our kernels ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def compiled_ahead(compiled):
+    """As above, with everything compiled two at a time; what does not compile is reported by its test."""
+
+    def attempt(item):
+        with suppress(ptxas.CompileError):
+            compiled(*item)
+
+    with ThreadPoolExecutor(2) as pool:
+        work = [(source, a) for source in ptxas.sources() for a in ptxas.ARCHITECTURES]
+        list(pool.map(attempt, work))
+    return compiled
+
+
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
 @pytest.mark.parametrize("source", ptxas.sources(), ids=lambda path: path.stem)
-def test_kernels(compiled, source, architecture):
-    for kernel in compiled(source, architecture):
+def test_kernels(compiled_ahead, source, architecture):
+    for kernel in compiled_ahead(source, architecture):
         where = f"{kernel.name} for sm_{architecture}"
         assert kernel.spill_bytes == 0, where
         assert kernel.max_threads > 0, f"{where} has no __launch_bounds__"
