@@ -31,6 +31,10 @@ format: $(VENV)/ready
 ptxas: $(VENV)/ready
 	$(PY) -m benchmarks.ptxas
 
+# Builds, tests, sanitises and benchmarks on the GPU of this machine, with a Python whose torch sees it.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(PARTS)
+
 clean:
 	rm -rf $(VENV) build out *.egg-info dml_cuda/*.so
 

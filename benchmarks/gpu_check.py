@@ -1,0 +1,103 @@
+"""Everything that wants a GPU, in one go: ``make gpu-check``, or ``python -m benchmarks.gpu_check PART ..``.
+
+Builds the kernels for the GPU of this machine, runs the tests on it, runs small cases under
+compute-sanitizer (memcheck, racecheck), and benchmarks. Each part can be run alone and ends within
+eight minutes. What passed is written as one line of ``benchmarks/VERIFIED.md``, the benchmark as
+``benchmarks/results/<gpu>.json``. It works in the source tree, offline, with whatever Python runs it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERIFIED = ROOT / "benchmarks" / "VERIFIED.md"
+LIMIT_SECONDS = 480
+TESTS = [sys.executable, "-m", "pytest", "tests/test_cuda.py"]
+
+
+def sanitizer(tool: str) -> list[str]:
+    """The small cases of the GPU tests under one tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    options = ["--tool", tool, "--error-exitcode", "1", "--launch-timeout", "120"]
+    return [program, *options, *TESTS, "-m", "sanitizer"]
+
+
+def commands(out: Path) -> dict[str, list[list[str]]]:
+    return {
+        "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
+        "tests": [TESTS],
+        "memcheck": [sanitizer("memcheck")],
+        "racecheck": [sanitizer("racecheck")],
+        "benchmark": [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--out", str(out)]],
+    }
+
+
+def gpu_name() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu-check needs a GPU that torch can see; torch.cuda.is_available() is False here")
+    return torch.cuda.get_device_name()
+
+
+def commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def run(command: list[str]) -> bool:
+    environment = {**os.environ, "DML_CUDA_BUILD": "cuda", "PYTHONUNBUFFERED": "1"}
+    print("$", " ".join(command), flush=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"ended after {LIMIT_SECONDS} s", flush=True)
+        return False
+    except FileNotFoundError as error:
+        print(error, flush=True)
+        return False
+    return done.returncode == 0
+
+
+def record(gpu: str, outcome: dict[str, bool]) -> None:
+    """One more line of the table in VERIFIED.md."""
+    import torch
+
+    parts = ", ".join(f"{part} {'passed' if passed else 'FAILED'}" for part, passed in outcome.items())
+    line = f"| {commit()} | {gpu} | {torch.version.cuda} | {torch.__version__} | {parts} |\n"
+    with VERIFIED.open("a") as table:
+        table.write(line)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="build, tests, memcheck, racecheck, benchmark (all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON goes")
+    arguments = parser.parse_args()
+    known = commands(arguments.out)
+    wanted = arguments.parts or list(known)
+    unknown = set(wanted) - set(known)
+    if unknown:
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    gpu = gpu_name()
+    outcome = {}
+    for part in wanted:
+        start = time.perf_counter()
+        outcome[part] = all(run(command) for command in known[part])
+        print(f"{part}: {'passed' if outcome[part] else 'FAILED'}, {time.perf_counter() - start:.0f} s\n")
+        if part == "build" and not outcome[part]:
+            break
+    record(gpu, outcome)
+    for part, passed in outcome.items():
+        print(f"{part:10} {'passed' if passed else 'FAILED'}")
+    return 0 if all(outcome.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
