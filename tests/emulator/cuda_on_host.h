@@ -14,14 +14,14 @@
 // - A barrier that not all live threads reach, or that they reach at different lines, ends the
 //   launch with an exception that says who waits where.
 //
-// A missing barrier shows only if some thread overtakes another. Hence two schedules
-// (machine.h): round-robin, where all warps advance in step, and warp-first, where one warp runs
-// ahead as far as it can. A test runs both with several seeds. Built with -fsanitize=thread instead,
-// barriers (not turns) are what orders accesses, and a race is reported even if nobody overtook.
+// A missing barrier shows only if some thread overtakes another. Hence two schedules (machine.h):
+// round-robin, where warps drift a little apart, and warp-first, where one warp runs ahead as far as
+// it can. A test runs both with several seeds. Built with -fsanitize=thread instead, only barriers
+// (not turns) order what threads do, and a race is reported even if nobody overtook, within a warp
+// and between blocks too.
 //
-// Not modelled: time, banks, caches, registers, memory order between blocks (but count_arrival is
-// honoured), and lanes of a warp overtaking each other between two warp functions that order no
-// memory on the GPU either (except under -fsanitize=thread).
+// Not modelled: time, memory banks, caches, the number of registers; and only ThreadSanitizer knows
+// that shuffles and mma order no memory between the lanes of a warp, as warp_sync does.
 //
 // Included by primitives.cuh, never directly.
 #pragma once
