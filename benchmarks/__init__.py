@@ -1,0 +1,1 @@
+"""Fused losses against the matmuls in them and against other code: ``python -m benchmarks``."""

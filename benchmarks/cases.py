@@ -1,0 +1,135 @@
+"""What is measured: a loss on a batch, and the groups of such cases that one run goes through."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+ROWS_PER_CLASS = 4
+CENTRE_SCALE = 0.5
+NOISE = {"noisy": 1.0, "separated": 0.5}
+EPSILON = 0.1
+
+DENSE_PEERS = ("matmuls", "fused", "reference", "compiled", "pml", "chunked")
+STREAMING_PEERS = ("fused", "chunked")  # those that never hold the N x N matrix
+CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss on one batch of ``n`` rows of ``d`` columns."""
+
+    group: str
+    loss: str  # "multi_similarity" or "circle"
+    n: int
+    d: int
+    epsilon: float | None = EPSILON  # the miner's margin; None takes every pair
+    batch: str = "noisy"  # or "separated"
+    dtype: str = "float32"
+    precision: str = "highest"  # torch.set_float32_matmul_precision
+    backward: bool = True
+    peers: tuple[str, ...] = DENSE_PEERS
+    once: bool = False  # so slow that a single call of each peer must do, cold
+
+    @property
+    def loss_title(self) -> str:
+        title = {"multi_similarity": "MS", "circle": "circle"}[self.loss]
+        return f"{title}, {'all pairs' if self.epsilon is None else 'mined'}"
+
+    @property
+    def dtype_title(self) -> str:
+        return self.dtype if self.precision == "highest" else f"{self.dtype} ({self.precision})"
+
+    @property
+    def passes(self) -> str:
+        return "forward+backward" if self.backward else "forward"
+
+    @property
+    def name(self) -> str:
+        fields = (
+            self.group,
+            self.loss_title,
+            f"{self.n}x{self.d}",
+            self.batch,
+            self.dtype_title,
+            self.passes,
+        )
+        return "/".join(fields).replace(", ", "-").replace(" ", "-")
+
+
+LOSSES = tuple(product(("multi_similarity", "circle"), (EPSILON, None)))
+
+
+def _training_cases(shapes: dict[str, list[tuple[int, int]]], losses=LOSSES, **options) -> list[Case]:
+    return [
+        Case("train", loss, n, d, epsilon, batch, **options)
+        for loss, epsilon in losses
+        for batch, sizes in shapes.items()
+        for n, d in sizes
+    ]
+
+
+def _pml_protocol() -> list[Case]:
+    """The sizes that pytorch-metric-learning publishes its own timings for."""
+    sizes, dtypes = (128, 512, 2048), ("float32", "bfloat16")
+    losses = ("multi_similarity", "circle")
+    return [Case("pml", loss, n, 128, dtype=dtype) for dtype in dtypes for loss in losses for n in sizes]
+
+
+def _forward_cases() -> list[Case]:
+    return [
+        Case("forward", loss, 2048, 512, batch=batch, backward=False)
+        for loss in ("multi_similarity", "circle")
+        for batch in NOISE
+    ]
+
+
+def _memory_case(n: int, d: int, peers: tuple[str, ...] = STREAMING_PEERS) -> Case:
+    return Case("memory", "multi_similarity", n, d, peers=peers, once=True)
+
+
+def _cpu_cases() -> list[Case]:
+    shapes = {"noisy": [(512, 512), (2048, 512), (4096, 512)], "separated": [(2048, 512)]}
+    return [*_training_cases(shapes), *_pml_protocol(), *_forward_cases(), _memory_case(32_768, 64)]
+
+
+def _cuda_cases() -> list[Case]:
+    shapes = {"noisy": [(512, 512), (1024, 128), (4096, 512), (8192, 512)], "separated": [(4096, 512)]}
+    large = {"noisy": [(4096, 512), (8192, 128)], "separated": [(4096, 512)]}
+    mined = [("multi_similarity", EPSILON)]
+    cases = _training_cases(shapes)
+    for precision in ("high", "medium"):
+        cases += _training_cases(large, mined, precision=precision)
+    for dtype in ("float16", "bfloat16"):
+        cases += _training_cases(large, mined, dtype=dtype)
+    memory = [_memory_case(131_072, 128), _memory_case(1_000_000, 128, peers=("fused",))]
+    return [*cases, *_pml_protocol(), *_forward_cases(), *memory]
+
+
+def default_cases(device: str) -> list[Case]:
+    """Every case of a full run on ``"cpu"`` or ``"cuda"``."""
+    return _cuda_cases() if device == "cuda" else _cpu_cases()
+
+
+def quick_cases() -> list[Case]:
+    """Four cases for a table in under a minute; torch.compile is left out, it takes longer than that."""
+    peers = tuple(peer for peer in DENSE_PEERS if peer != "compiled")
+    sizes = (("noisy", 128, 128), ("noisy", 512, 128), ("noisy", 2048, 512), ("separated", 2048, 512))
+    return [Case("quick", "multi_similarity", n, d, batch=batch, peers=peers) for batch, n, d in sizes]
+
+
+def make_batch(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[n, d]`` that require a gradient and labels ``[n]``, rows in random order.
+
+    Class centres are ``0.5 * N(0, 1)``; each row is its centre plus ``N(0, 1)`` noise ("noisy": early
+    in training) or half of that ("separated": late in training).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(case.n) // ROWS_PER_CLASS
+    labels = labels[torch.randperm(case.n, generator=generator)]
+    classes = -(-case.n // ROWS_PER_CLASS)
+    centres = CENTRE_SCALE * torch.randn(classes, case.d, generator=generator)
+    noise = NOISE[case.batch] * torch.randn(case.n, case.d, generator=generator)
+    embeddings = (centres[labels] + noise).to(device, getattr(torch, case.dtype))
+    return embeddings.requires_grad_(), labels.to(device)

@@ -1,0 +1,98 @@
+"""The losses in plain PyTorch, a chunk of rows at a time: what one writes when the N x N matrix is too big.
+
+Backward computes each chunk's similarities again instead of keeping them, as torch.utils.checkpoint would
+(whose own bookkeeping kept as much memory as the dense form when this was measured).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dml_cuda.reference import _logsumexp, _mine, _reduce
+
+_ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # the fastest of some powers of two that were tried
+_FEWEST_ROWS = 64
+
+
+def _chunks(unit: Tensor):
+    n = len(unit)
+    rows = max(_FEWEST_ROWS, _ELEMENTS_PER_CHUNK[unit.device.type] // max(n, 1))
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def _kept_pairs(unit: Tensor, labels: Tensor, rows: slice, epsilon: float | None):
+    """Similarities of ``rows`` to all rows, and the masks of the positives and negatives kept."""
+    s = unit[rows] @ unit.T
+    positive = labels[rows, None] == labels
+    negative = ~positive
+    positive.diagonal(rows.start).fill_(False)
+    if epsilon is not None:
+        positive, negative = _mine(s, positive, negative, epsilon)
+    return s, positive, negative
+
+
+def _multi_similarity_rows(s, positive, negative, alpha=2.0, beta=50.0, base=0.5) -> Tensor:
+    pull = _logsumexp(-alpha * (s - base), positive, plus_one=True) / alpha
+    push = _logsumexp(beta * (s - base), negative, plus_one=True) / beta
+    return pull + push
+
+
+def _circle_rows(s, positive, negative, m=0.4, gamma=80.0) -> Tensor:
+    fixed = s.detach()
+    lse_pos = _logsumexp(-gamma * torch.relu(1 + m - fixed) * (s - (1 - m)), positive, plus_one=False)
+    lse_neg = _logsumexp(gamma * torch.relu(fixed + m) * (s - m), negative, plus_one=False)
+    both = positive.any(dim=1) & negative.any(dim=1)
+    return torch.where(both, F.softplus(torch.where(both, lse_pos + lse_neg, 0.0)), 0.0)
+
+
+_ROWS = {"multi_similarity": _multi_similarity_rows, "circle": _circle_rows}
+_REDUCTION = {"multi_similarity": "mean", "circle": "mean_nonzero"}
+
+
+class _RowLosses(torch.autograd.Function):
+    """Each row's loss, and whether it kept a pair; backward computes a chunk again to differentiate it."""
+
+    @staticmethod
+    def forward(ctx, unit: Tensor, labels: Tensor, loss: str, epsilon: float | None):
+        ctx.save_for_backward(unit, labels)
+        ctx.options = loss, epsilon
+        losses = unit.new_empty(len(unit))
+        valid = torch.empty_like(losses, dtype=torch.bool)
+        for rows in _chunks(unit):
+            s, positive, negative = _kept_pairs(unit, labels, rows, epsilon)
+            losses[rows] = _ROWS[loss](s, positive, negative)
+            valid[rows] = (positive | negative).any(dim=1)
+        ctx.mark_non_differentiable(valid)
+        return losses, valid
+
+    @staticmethod
+    def backward(ctx, grad_losses: Tensor, _):
+        unit, labels = ctx.saved_tensors
+        loss, epsilon = ctx.options
+        grad = torch.zeros_like(unit)
+        for rows in _chunks(unit):
+            s, positive, negative = _kept_pairs(unit, labels, rows, epsilon)
+            with torch.enable_grad():
+                s.requires_grad_()
+                losses = _ROWS[loss](s, positive, negative)
+            (grad_s,) = torch.autograd.grad(losses, s, grad_losses[rows])
+            grad[rows] += grad_s @ unit
+            grad.addmm_(grad_s.T, unit[rows])
+        return grad, None, None, None
+
+
+def chunked_loss(embeddings: Tensor, labels: Tensor, loss: str, epsilon: float | None) -> Tensor:
+    """The loss of a batch with its default options, in memory that grows with N only."""
+    losses, valid = _RowLosses.apply(F.normalize(embeddings, dim=1), labels, loss, epsilon)
+    return _reduce(losses, valid, _REDUCTION[loss])
+
+
+@torch.no_grad()
+def kept_share(embeddings: Tensor, labels: Tensor, epsilon: float | None) -> float:
+    """The share of all pairs that mining keeps."""
+    unit = F.normalize(embeddings, dim=1)
+    kept = 0
+    for rows in _chunks(unit):
+        _, positive, negative = _kept_pairs(unit, labels, rows, epsilon)
+        kept += int(positive.sum()) + int(negative.sum())
+    return kept / (len(unit) * (len(unit) - 1))

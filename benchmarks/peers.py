@@ -1,0 +1,145 @@
+"""Who is measured. A peer turns a case and its batch into a step: a function that does one pass over it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dml_cuda import functional, reference
+
+from .cases import CUDA_GRAPH_LIMIT, Case
+from .chunked import chunked_loss
+
+try:
+    from pytorch_metric_learning import losses as pml_losses
+    from pytorch_metric_learning import miners as pml_miners
+except ImportError:
+    pml_losses = pml_miners = None
+
+# One case of many shapes, dtypes and losses follows another through the same compiled functions.
+torch._dynamo.config.recompile_limit = 256
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+class Unavailable(Exception):
+    """This peer cannot run this case; the message says why."""
+
+
+def _step(
+    case: Case, loss_fn: Callable[[Tensor, Tensor], Tensor], embeddings: Tensor, labels: Tensor
+) -> Step:
+    """One forward pass, or one forward and backward pass; returns the loss, and its gradient if asked for."""
+
+    def forward():
+        return (loss_fn(embeddings, labels),)
+
+    def forward_backward():
+        loss = loss_fn(embeddings, labels)
+        return loss.detach(), *torch.autograd.grad(loss, embeddings)
+
+    return forward_backward if case.backward else forward
+
+
+def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """The matmuls alone, into memory already there: S = X X^T, and for backward S X and S^T X."""
+    x = F.normalize(embeddings.detach(), dim=1)  # its products stay inside the range of float16
+    s = x.new_empty(case.n, case.n)
+    out = torch.empty_like(x)
+
+    def step():
+        torch.mm(x, x.T, out=s)
+        if case.backward:
+            torch.mm(s, x, out=out)
+            torch.mm(s.T, x, out=out)
+        return ()
+
+    return step
+
+
+def fused(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """This package's kernels."""
+    function = getattr(functional, f"{case.loss}_loss")
+    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon, backend="fused"), embeddings, labels)
+
+
+def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """The fused kernels replayed from a CUDA graph: their time without the host's."""
+    if not embeddings.is_cuda:
+        raise Unavailable("CUDA only")
+    if case.n > CUDA_GRAPH_LIMIT:
+        raise Unavailable(f"measured up to {CUDA_GRAPH_LIMIT} rows")
+    step = fused(case, embeddings, labels)
+    side = torch.cuda.Stream()  # capture must not see first-call work, which a side stream does beforehand
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def dense_reference(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """The readable PyTorch reference, which stores the whole matrix."""
+    function = getattr(reference, f"{case.loss}_loss")
+    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+
+
+def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """The reference under torch.compile."""
+    function = torch.compile(getattr(reference, f"{case.loss}_loss"), dynamic=True)
+    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+
+
+def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """pytorch-metric-learning's loss, with its miner where the case mines."""
+    if pml_losses is None:
+        raise Unavailable("pytorch-metric-learning is not installed")
+    loss_fn = {"multi_similarity": pml_losses.MultiSimilarityLoss, "circle": pml_losses.CircleLoss}[
+        case.loss
+    ]()
+    if case.epsilon is None:
+        return _step(case, loss_fn, embeddings, labels)
+    miner = pml_miners.MultiSimilarityMiner(case.epsilon)
+    return _step(case, lambda x, y: loss_fn(x, y, miner(x, y)), embeddings, labels)
+
+
+def chunked(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
+    """Plain PyTorch over chunks of rows: what little memory costs without a kernel."""
+    return _step(case, lambda x, y: chunked_loss(x, y, case.loss, case.epsilon), embeddings, labels)
+
+
+PEERS: dict[str, Callable[[Case, Tensor, Tensor], Step]] = {
+    "matmuls": matmuls,
+    "fused": fused,
+    "fused_graph": fused_graph,
+    "reference": dense_reference,
+    "compiled": compiled,
+    "pml": pml,
+    "chunked": chunked,
+}
+
+TITLES = {
+    "matmuls": "matmuls",
+    "fused": "dml_cuda",
+    "fused_graph": "dml_cuda, CUDA graph",
+    "reference": "PyTorch",
+    "compiled": "compiled",
+    "pml": "PML",
+    "chunked": "chunked",
+}
+LEGEND = """\
+times: medians, ± half the interquartile range; ratios: of medians; vs 3.0x: dml_cuda takes a third of the time
+matmuls: S = X X^T and, for backward, S X and S^T X, into memory already there
+PyTorch: the dense reference, eager; compiled: the same under torch.compile
+PML: pytorch-metric-learning's loss, and its miner where mined
+chunked: PyTorch over chunks of rows, recomputed in backward"""

@@ -1,0 +1,100 @@
+"""``python -m benchmarks.readme``: writes the README's benchmark tables from the JSON of earlier runs."""
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+
+from .machine import one_line
+from .report import (
+    MEMORY_PEERS,
+    NOTHING,
+    SPEEDUP_PEERS,
+    duration,
+    factor,
+    mebibytes,
+    percent,
+    present,
+    speedup,
+    times,
+)
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+_RESULTS = Path(__file__).parent / "results"
+_COLUMNS = {
+    "reference": "dense PyTorch",
+    "compiled": "`torch.compile`",
+    "pml": "PML",
+    "chunked": "chunked PyTorch",
+}
+
+
+def _markdown(header: list[str], rows: list[list[str]], left: int) -> str:
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _row(case: dict, peers: list[str]) -> list[str]:
+    results = case["results"]
+    fused = results["fused"]
+    ratio = case["time_over_matmuls"].get("fused")
+    others = [peer for peer in MEMORY_PEERS[1:] if results.get(peer, {}).get("peak_bytes") is not None]
+    least = min((results[peer]["peak_bytes"] for peer in others), default=None)
+    speedups = (speedup(case, peer) for peer in peers)
+    return [
+        case["loss_title"],
+        f"{case['n']} x {case['d']}",
+        case["batch"],
+        percent(case["kept_share"]),
+        duration(fused["median_s"]),
+        NOTHING if ratio is None else f"**{factor(ratio)}**",
+        *(times(value) for value in speedups),
+        f"{mebibytes(fused.get('peak_bytes'))} / {mebibytes(least)}",
+    ]
+
+
+def table(record: dict) -> str:
+    """Markdown of one run: a table for each kind of pass and dtype, the machine and versions above."""
+    cases = [case for case in record["cases"] if "median_s" in case["results"].get("fused", {})]
+    cases.sort(key=lambda case: (not case["backward"], case["dtype_title"] != "float32", case["dtype_title"]))
+    parts = [f"Measured on {one_line(record['machine'])}."]
+    for (passes, dtype), members in groupby(cases, lambda case: (case["passes"], case["dtype_title"])):
+        members = list(members)
+        peers = present(members, SPEEDUP_PEERS, "median_s")
+        matmuls = "three matmuls" if members[0]["backward"] else "one matmul"
+        header = ["loss", "N x D", "batch", "pairs kept", "time", f"time / {matmuls}"]
+        header += [f"vs {_COLUMNS[peer]}" for peer in peers]
+        header += ["peak MiB, here / least of the others"]
+        rows = [_row(case, peers) for case in members]
+        parts.append(f"**{passes}, {dtype}**\n\n{_markdown(header, rows, left=3)}")
+    return "\n\n".join(parts)
+
+
+def insert(text: str, tables: str) -> str:
+    """``text`` with what lies between the markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README needs one line {BEGIN} and, after it, one line {END}")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument(
+        "json", nargs="*", type=Path, help="records of runs (default: all of benchmarks/results)"
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    arguments = parser.parse_args()
+    paths = arguments.json or sorted(_RESULTS.glob("*.json"))
+    if not paths:
+        parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
+    tables = "\n\n".join(table(json.loads(path.read_text())) for path in paths)
+    try:
+        arguments.readme.write_text(insert(arguments.readme.read_text(), tables))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"wrote the tables of {', '.join(path.name for path in paths)} into {arguments.readme}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Runs cases: each gives a record of plain numbers, ready for JSON."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import torch
+
+from .cases import CUDA_GRAPH_LIMIT, Case, make_batch
+from .chunked import kept_share
+from .measure import make_clock, measure, summarise
+from .peers import PEERS, Step, Unavailable
+from .roofline import roofline
+
+_YARDSTICKS = ("reference", "chunked", "fused")  # the first one that ran is what the others should equal
+_CAREFUL = ("matmuls", "fused", "fused_graph")  # the ratio that matters most is between these
+
+
+def _relative_difference(value: torch.Tensor, truth: torch.Tensor) -> float:
+    value, truth = value.double(), truth.double()
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def _differences(outputs: dict[str, tuple[torch.Tensor, ...]]) -> dict[str, dict[str, float]]:
+    """How far each peer's loss and gradient lie from the yardstick's."""
+    yardstick = next((outputs[name] for name in _YARDSTICKS if name in outputs), ())
+    differences = {}
+    for name, output in outputs.items():
+        pairs = zip(("loss_difference", "gradient_difference"), output, yardstick, strict=False)
+        differences[name] = {key: _relative_difference(a, b) for key, a, b in pairs}
+    return differences
+
+
+def ratios(peers: dict[str, dict]) -> dict:
+    """Ratios of medians: each peer over the bare matmuls, and each peer over the fused loss."""
+    medians = {name: record["median_s"] for name, record in peers.items() if "median_s" in record}
+
+    def over(base: str) -> dict[str, float]:
+        return {name: seconds / medians[base] for name, seconds in medians.items()} if base in medians else {}
+
+    return {"time_over_matmuls": over("matmuls"), "time_over_fused": over("fused")}
+
+
+def _detached(step: Step) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.detach() for tensor in step())
+
+
+def _measure_once(step: Step, clock) -> tuple[tuple, dict]:
+    """Output, and time and memory of one cold call."""
+    kept = {}
+
+    def timed():
+        kept["seconds"] = clock.time(lambda: kept.update(output=_detached(step)))
+
+    peak = clock.peak_bytes(timed)
+    return kept["output"], {"peak_bytes": peak, **summarise([kept["seconds"]])}
+
+
+def _warm_up(step: Step, clock) -> tuple[tuple, dict]:
+    """Output of a first call, which compiles and fills caches; memory of a second."""
+    output = _detached(step)
+    return output, {"peak_bytes": clock.peak_bytes(step)}
+
+
+def _wanted(case: Case, device: str, only_peers: Iterable[str] | None) -> list[str]:
+    names = list(case.peers)
+    if device == "cuda" and not case.once:
+        names.append("fused_graph")
+    return [name for name in names if only_peers is None or name in only_peers]
+
+
+def _measure_peers(case: Case, embeddings, labels, names: list[str], clock, budget: float) -> dict[str, dict]:
+    """Per peer: time, memory and difference from the reference, or why there is none."""
+    steps, outputs, results = {}, {}, {}
+    for name in names:
+        try:
+            step = PEERS[name](case, embeddings, labels)
+            outputs[name], results[name] = (_measure_once if case.once else _warm_up)(step, clock)
+            steps[name] = step
+        except Unavailable as reason:
+            results[name] = {"skipped": str(reason)}
+        except (torch.OutOfMemoryError, MemoryError):
+            results[name] = {"skipped": "out of memory"}
+    for name, difference in _differences(outputs).items():
+        results[name] |= difference
+    outputs.clear()
+    if not case.once:
+        at_least = {name: 5 if name in _CAREFUL else 3 for name in steps}
+        for name, samples in measure(steps, clock, budget, at_least).items():
+            results[name] |= summarise(samples)
+    if embeddings.is_cuda and case.n <= CUDA_GRAPH_LIMIT:
+        for name, step in steps.items():
+            results[name]["host_s"] = clock.host_time(step)
+    results.get("matmuls", {}).pop("peak_bytes", None)  # its buffers were there before
+    return results
+
+
+def run_case(
+    case: Case, device: str = "cpu", budget: float = 5.0, only_peers: Iterable[str] | None = None
+) -> dict:
+    """Measure one case: time, memory and agreement of every peer that can run it."""
+    torch.set_float32_matmul_precision(case.precision)
+    embeddings, labels = make_batch(case, device)
+    names = _wanted(case, device, only_peers)
+    results = _measure_peers(case, embeddings, labels, names, make_clock(device), budget)
+    record = {
+        "name": case.name,
+        **asdict(case),
+        "loss_title": case.loss_title,
+        "dtype_title": case.dtype_title,
+        "passes": case.passes,
+        "kept_share": kept_share(embeddings, labels, case.epsilon),
+        "results": results,
+        **ratios(results),
+    }
+    if "median_s" in results.get("fused", {}):
+        record["roofline"] = roofline(case, results["fused"]["median_s"], device)
+    return record

@@ -1,0 +1,127 @@
+"""The benchmark runs end to end, and its ratios and tables follow from what it measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from benchmarks import chunked, readme
+from benchmarks.cases import Case, default_cases, make_batch, quick_cases
+from benchmarks.measure import CpuClock, plan_rounds
+from benchmarks.run import ratios
+from dml_cuda import reference
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder that a tiny run wrote."""
+    out = tmp_path_factory.mktemp("benchmarks")
+    options = ["--filter", "MS-mined/128x128/noisy/float32", "--seconds", "0.1", "--out", str(out)]
+    peers = ["--peers", "matmuls", "fused", "reference", "chunked", "pml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options, *peers], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "128 x 128" in done.stdout
+    return out
+
+
+def test_record(run):
+    record = json.loads((run / "cpu.json").read_text())
+    assert {"cpu", "cores", "threads", "torch", "dml_cuda", "python", "commit"} <= record["machine"].keys()
+    (case,) = record["cases"]
+    assert (case["n"], case["d"], case["dtype"], case["passes"]) == (128, 128, "float32", "forward+backward")
+    assert 0 < case["kept_share"] < 1
+    for name in ("matmuls", "fused", "reference", "chunked"):
+        result = case["results"][name]
+        assert 0 < result["q1_s"] <= result["median_s"] <= result["q3_s"]
+        assert result["samples"] >= 3
+    for name in ("fused", "chunked"):
+        assert case["results"][name]["loss_difference"] < 1e-5
+        assert case["results"][name]["gradient_difference"] < 1e-4
+    medians = {name: result["median_s"] for name, result in case["results"].items() if "median_s" in result}
+    for base in ("matmuls", "fused"):
+        for name, ratio in case[f"time_over_{base}"].items():
+            assert ratio == pytest.approx(medians[name] / medians[base])
+    line = case["roofline"]
+    assert line["fraction_of_floor"] == pytest.approx(line["floor_s"] / medians["fused"])
+
+
+def test_plot(run):
+    assert (run / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_table(run, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    command = [sys.executable, "-m", "benchmarks.readme", str(run / "cpu.json"), "--readme", str(page)]
+    for _ in range(2):  # the second time replaces what the first wrote
+        subprocess.run(command, cwd=ROOT, check=True)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert text.count("| 128 x 128 |") == 1
+    case = json.loads((run / "cpu.json").read_text())["cases"][0]
+    assert f"**{case['time_over_matmuls']['fused']:.2g}" in text
+
+
+def test_readme_without_markers():
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        readme.insert("no markers", "tables")
+
+
+def test_ratios_skip_peers_that_did_not_run():
+    record = {"matmuls": {"median_s": 2.0}, "fused": {"median_s": 1.0}, "pml": {"skipped": "not installed"}}
+    assert ratios(record) == {
+        "time_over_matmuls": {"matmuls": 1.0, "fused": 0.5},
+        "time_over_fused": {"matmuls": 2.0, "fused": 1.0},
+    }
+
+
+def test_rounds_spread_the_slow_over_the_run():
+    rounds = plan_rounds({"fast": 12, "slow": 3})
+    assert [sum(name in names for names in rounds) for name in ("fast", "slow")] == [12, 3]
+    assert [i for i, names in enumerate(rounds) if "slow" in names] == [3, 7, 11]
+
+
+@pytest.mark.parametrize("loss", ["multi_similarity", "circle"])
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+def test_chunked_equals_reference(monkeypatch, loss, epsilon):
+    monkeypatch.setattr(chunked, "_FEWEST_ROWS", 40)  # several chunks, the last one short
+    monkeypatch.setitem(chunked._ELEMENTS_PER_CHUNK, "cpu", 1)
+    x, labels = make_batch(Case("test", loss, 150, 16, dtype="float64"), "cpu")
+    truth = getattr(reference, f"{loss}_loss")(x, labels, epsilon=epsilon)
+    value = chunked.chunked_loss(x, labels, loss, epsilon)
+    torch.testing.assert_close(value, truth)
+    torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(truth, x))
+
+
+def test_separated_batches_keep_fewer_pairs():
+    shares = [
+        chunked.kept_share(*make_batch(Case("test", "circle", 512, 512, batch=b), "cpu"), 0.1)
+        for b in ("noisy", "separated")
+    ]
+    assert shares[0] > 0.01
+    assert shares[1] == 0
+    assert chunked.kept_share(*make_batch(Case("test", "circle", 64, 8), "cpu"), None) == 1
+
+
+def test_cases_have_names_of_their_own():
+    for cases in (default_cases("cpu"), default_cases("cuda"), quick_cases()):
+        assert len({case.name for case in cases}) == len(cases)
+
+
+def test_peak_memory_sees_an_allocation():
+    peak = CpuClock().peak_bytes(lambda: torch.ones(16 << 20))
+    if peak is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert 60 << 20 < peak < 80 << 20
