@@ -4,9 +4,11 @@ import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
-import build
 import torch
+
+from . import build
 
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), build.HERE / "pair_loss_host.cpp"]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -18,12 +20,40 @@ GUARD = 64  # bytes on either side of every buffer, which the kernels must leave
 
 class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
     _fields_ = [
-        *[(name, ctypes.c_void_p if name in ("queries", "query_labels", "refs", "ref_labels") else ctypes.c_int64)
-          for name in ("queries", "query_stride", "query_labels", "query_count",
-                       "refs", "ref_stride", "ref_labels", "ref_count")],
-        *[(name, ctypes.c_int64)
-          for name in ("square", "dim", "scalar", "precision", "loss", "normalize", "reduction", "mining",
-                       "strip_limit", "super_tile", "cache_bytes")],
+        *[
+            (
+                name,
+                ctypes.c_void_p
+                if name in ("queries", "query_labels", "refs", "ref_labels")
+                else ctypes.c_int64,
+            )
+            for name in (
+                "queries",
+                "query_stride",
+                "query_labels",
+                "query_count",
+                "refs",
+                "ref_stride",
+                "ref_labels",
+                "ref_count",
+            )
+        ],
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                "square",
+                "dim",
+                "scalar",
+                "precision",
+                "loss",
+                "normalize",
+                "reduction",
+                "mining",
+                "strip_limit",
+                "super_tile",
+                "cache_bytes",
+            )
+        ],
         ("params", ctypes.c_double * 3),
         ("epsilon", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("stats", "plan", "tiles", "kept", "workspace")],
@@ -33,11 +63,13 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
 @cache
 def load():
     """Compiles what is not cached, two files at a time."""
-    native = ["-mfma"] if "fma" in open("/proc/cpuinfo").read() else []  # else std::fma is a slow function
+    native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
     kernel = [*build.COMMON, *build.WARNINGS, "-O2", "-fPIC", *native]
     with ThreadPoolExecutor(2) as pool:
-        objects = [*pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
-                   *pool.map(lambda s: build._compile(s, kernel), SOURCES)]
+        objects = [
+            *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
+            *pool.map(lambda s: build._compile(s, kernel), SOURCES),
+        ]
     return ctypes.CDLL(str(build._cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
 
 
@@ -74,17 +106,23 @@ class Engine:
             self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
             refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction), self.epsilon is not None,
+            LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction),
+            self.epsilon is not None,
             *[self.tuning.get(name, -1) for name in ("strip_limit", "super_tile", "cache_bytes")],
             (ctypes.c_double * 3)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
-        sizes = (ctypes.c_int64 * 6)()
-        self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
-        self.sizes = list(sizes)
+        self.sizes = self.ask_sizes()
         self.buffers = []
         dtypes = (self.acc, torch.int32, self.acc, torch.uint8)
         for name, count, dtype in zip(("stats", "plan", "tiles", "kept"), self.sizes, dtypes, strict=False):
-            setattr(self.arguments, name, self.buffer(count, dtype).data_ptr())
+            setattr(self, name, self.buffer(count, dtype))
+            setattr(self.arguments, name, getattr(self, name).data_ptr() if count else None)
+
+    def ask_sizes(self):
+        """Elements of stats, plan, tiles and kept; bytes of the two workspaces."""
+        sizes = (ctypes.c_int64 * 6)()
+        self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
+        return list(sizes)
 
     def buffer(self, count, dtype):
         view, raw = poisoned(count, dtype)
@@ -98,12 +136,12 @@ class Engine:
         if function(ctypes.byref(self.arguments), *arguments, error, ctypes.c_int64(1000)):
             raise RuntimeError(error.value.decode())
         for raw in self.buffers:
-            assert (raw[:GUARD] == 255).all() and (raw[-GUARD:] == 255).all(), "a guard was overwritten"
+            assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
 
     def forward(self):
         loss = self.buffer(len(self.q) if self.reduction == "none" else 1, self.acc)
         self.arguments.workspace = self.buffer(self.sizes[4], torch.uint8).data_ptr()
-        self.call(self.library.dml_forward, int(self.save_for_backward), ctypes.c_void_p(loss.data_ptr()))
+        self.call(self.library.dml_forward, ctypes.c_void_p(loss.data_ptr()))
         return loss if self.reduction == "none" else loss[0]
 
     def backward(self, upstream=None, need_q=True, need_r=True):

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 
+#include "machine.h"
 #include "pair_loss.h"
 
 using namespace dml::cuda;
@@ -78,10 +79,10 @@ void dml_sizes(const Arguments* a, int save_for_backward, int64_t* out) {
     std::memcpy(out, sizes, sizeof sizes);
 }
 
-int dml_forward(const Arguments* a, int save_for_backward, void* loss, char* error, int64_t capacity) {
+int dml_forward(const Arguments* a, void* loss, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
-        forward(problem_of(*a), {a->mining != 0, a->epsilon}, save_for_backward != 0,
-                {a->stats, a->plan, a->tiles, a->kept}, loss, a->workspace, nullptr);
+        forward(problem_of(*a), {a->mining != 0, a->epsilon}, {a->stats, a->plan, a->tiles, a->kept}, loss,
+                a->workspace, nullptr);
     });
 }
 

@@ -1,0 +1,333 @@
+// The host side: lays out the saved tensors, chooses a path and launches it. Instantiated once for each
+// kind of arithmetic, in the kernels_*.cu files.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "launch.h"
+#include "pair_loss.h"
+#include "reduce.cuh"
+#include "strip.cuh"
+#include "tile_backward.cuh"
+#include "tile_forward.cuh"
+
+namespace dml::cuda {
+
+template <typename Math>
+struct Engine {
+    static SavedSizes saved_sizes(const Problem& problem, bool save_for_backward);
+    static int64_t forward_workspace_bytes(const Problem& problem);
+    static int64_t backward_workspace_bytes(const Problem& problem);
+    static void forward(const Problem& problem, const Mining& mining, const Saved& saved, void* loss,
+                        void* workspace, cudaStream_t stream);
+    static void backward(const Problem& problem, const Saved& saved, const void* grad_loss,
+                         void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
+};
+
+// The product of weights and points. A weight has the range of a float, which float16 has not; tf32 holds a
+// float16 exactly and does.
+template <typename Math>
+struct GradMathOf {
+    using Type = Math;
+};
+template <>
+struct GradMathOf<HalfMath<__half>> {
+    using Type = Tf32Math<__half, false>;
+};
+
+inline int alignment(const void* data, int64_t stride_bytes) {
+    const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(stride_bytes);
+    for (int bytes = 16; bytes > 1; bytes /= 2) {
+        if (bits % bytes == 0) return bytes;
+    }
+    return 1;
+}
+
+template <typename Math>
+struct Call {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+
+    const Problem& problem;
+    const Saved& saved;
+    cudaStream_t stream;
+
+    RowStats<Acc> stats() const { return row_stats<Acc>(saved.stats, saved.plan, problem.queries.count); }
+
+    Acc* query_norms() const { return stats().loss + problem.queries.count; }
+    Acc* ref_norms() const { return problem.square ? query_norms() : query_norms() + problem.queries.count; }
+
+    Rows<T, Acc> rows(const Points& p, Acc* norms) const {
+        const T* data = static_cast<const T*>(p.data);
+        const int64_t stride = p.stride * int64_t(sizeof(T));
+        return {{data, p.stride, p.count, problem.dim, alignment(data, stride)}, p.labels, norms};
+    }
+    Rows<T, Acc> queries() const { return rows(problem.queries, query_norms()); }
+    Rows<T, Acc> refs() const { return problem.square ? queries() : rows(problem.refs, ref_norms()); }
+
+    StripPairs<T, Acc> strips(bool of_queries) const {
+        const Rows<T, Acc> own = of_queries ? queries() : refs(), other = of_queries ? refs() : queries();
+        const int pitch = int(StripLayout<T, Acc>::pitch(other.points.rows));
+        return {own, other, problem.square, problem.normalize, pitch};
+    }
+    static dim3 strip_grid(const StripPairs<T, Acc>& pairs) {
+        return dim3(unsigned((pairs.own.points.rows + kStripRows - 1) / kStripRows));
+    }
+    static size_t strip_bytes(const StripPairs<T, Acc>& pairs) {
+        return StripLayout<T, Acc>::bytes(pairs.other.points.rows);
+    }
+
+    template <typename Loss>
+    void forward_strips(const Mining& mining, Acc* loss) const {
+        const auto pairs = strips(true);
+        launch(strip_forward<Math, Loss>, strip_grid(pairs), dim3(kStripThreads), strip_bytes(pairs), stream,
+               pairs, Loss(problem.params), mining.on, Acc(mining.epsilon), stats());
+        reduce(loss);
+    }
+
+    void reduce(Acc* loss) const {
+        const int64_t refs = problem.square ? 0 : problem.refs.count;
+        launch(reduce_losses<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats(),
+               problem.queries.count, query_norms(), ref_norms(), refs, problem.reduction, loss);
+    }
+
+    template <typename Loss>
+    void backward_strips(bool of_queries, const Acc* grad_loss, T* grad) const {
+        const auto pairs = strips(of_queries);
+        const Sides sides = {of_queries, problem.square || !of_queries};
+        launch(strip_backward<Math, typename GradMathOf<Math>::Type, Loss>, strip_grid(pairs),
+               dim3(kStripThreads), strip_bytes(pairs), stream, pairs, Loss(problem.params), stats(), sides,
+               grad_loss, problem.reduction == Reduction::kNone, grad);
+    }
+
+    // ---- large batches --------------------------------------------------------------------------------
+
+    using GradMath = typename GradMathOf<Math>::Type;
+    using Traits = TileTraits<Math>;
+    using Weight = typename GradTraits<GradMath>::Weight;
+    static constexpr int kTile = Traits::kTile;
+    static constexpr int64_t kWeightBudget = 24ll << 20;    // bytes of weights at once
+    static constexpr int64_t kExtremesBudget = 16ll << 20;  // bytes of the tiles' extremes
+    static constexpr int64_t kKeptBudget = 16ll << 20;      // tiles known to be kept or not
+
+    static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
+    static int64_t tile_count_of(const Problem& p) {
+        return tile_count(tiles_along(p.queries.count), tiles_along(p.refs.count), p.square);
+    }
+    static int forward_super_tile(const Problem& p) { return std::min(p.tuning.super_tile, kMaxSuperTile); }
+    static int backward_super_tile(const Problem& p) {
+        constexpr int64_t kTiles = kWeightBudget / (kTile * kTile * int64_t(sizeof(Weight)));
+        const int most = std::min(forward_super_tile(p), static_cast<int>(std::sqrt(double(kTiles))));
+        // Super-tiles of equal size: the last should not be a sliver.
+        const int64_t along = std::max(tiles_along(p.queries.count), tiles_along(p.refs.count));
+        const int64_t count = (along + most - 1) / most;
+        return static_cast<int>((along + count - 1) / count);
+    }
+    static bool caches(const Problem& p) {
+        return tile_count_of(p) * kTile * kTile * int64_t(sizeof(Acc)) <= p.tuning.cache_bytes;
+    }
+    static bool knows_extremes(const Problem& p) {  // their use is to tell which tiles were not kept
+        return tile_count_of(p) * 2 * int64_t(sizeof(Acc)) <= kExtremesBudget && knows_kept(p);
+    }
+    static bool knows_kept(const Problem& p) { return tile_count_of(p) <= kKeptBudget; }
+
+    // Calls f(super, rows are first met, columns are first met, rows have met all) in a fixed order. (In a
+    // square matrix the rows below the first super-tiles were first met as columns of those.)
+    template <typename F>
+    void for_super_tiles(int size, const F& f) const {
+        const int64_t rows = tiles_along(problem.queries.count), cols = tiles_along(problem.refs.count);
+        for (int64_t i = 0; i < rows; i += size) {
+            for (int64_t j = problem.square ? i : 0; j < cols; j += size) {
+                const SuperTile<T, Acc> super = {queries(),
+                                                 refs(),
+                                                 problem.square,
+                                                 i,
+                                                 j,
+                                                 static_cast<int>(std::min<int64_t>(size, rows - i)),
+                                                 static_cast<int>(std::min<int64_t>(size, cols - j)),
+                                                 rows,
+                                                 cols,
+                                                 caches(problem) ? static_cast<Acc*>(saved.tiles) : nullptr,
+                                                 false};
+                f(super, j == 0, i == 0, j + size >= cols);
+            }
+        }
+    }
+
+    void prepare(const Rows<T, Acc>& rows, bool start, bool mining) const {
+        constexpr int kRows = kNormThreads / kWarpSize;
+        launch(prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
+               dim3(kNormThreads), 0, stream, rows, problem.normalize, stats(), start, mining);
+    }
+
+    template <typename Loss>
+    void forward_tiles(const Mining& mining, Acc* loss, void* workspace) const {
+        const int size = forward_super_tile(problem);
+        const Partials<Acc> partials = {static_cast<Acc*>(workspace), size, size * kTile};
+        Acc* extremes =
+            mining.on && knows_extremes(problem) ? partials.data + partials_size(size, kTile) : nullptr;
+        uint8_t* kept = knows_kept(problem) ? saved.kept : nullptr;
+        const auto tiles_of = [](const auto& super) {
+            return dim3(unsigned(super.col_tiles), unsigned(super.row_tiles));
+        };
+        const auto fold_grid = [&](const auto& super) {
+            const bool cols_too = problem.square && !super.diagonal();
+            const int tiles = cols_too ? std::max(super.row_tiles, super.col_tiles) : super.row_tiles;
+            return dim3(unsigned((tiles * kTile + kFoldThreads - 1) / kFoldThreads), cols_too ? 2 : 1);
+        };
+        prepare(queries(), true, mining.on);
+        if (!problem.square) prepare(refs(), false, mining.on);
+        if (mining.on) {
+            for_super_tiles(size, [&](const auto& super, bool, bool, bool last) {
+                launch(find_extremes<Math>, tiles_of(super), dim3(Traits::kThreads), Traits::kSharedBytes,
+                       stream, super, partials, extremes);
+                launch(fold_extremes<Loss, kTile, T, Acc>, fold_grid(super), dim3(kFoldThreads), 0, stream,
+                       super, stats(), partials, last, Acc(mining.epsilon));
+            });
+        }
+        for_super_tiles(size, [&](auto super, bool, bool, bool last) {
+            super.cache_filled = super.cache && mining.on;
+            launch(accumulate<Math, Loss>, tiles_of(super), dim3(Traits::kThreads), Traits::kSharedBytes,
+                   stream, super, Loss(problem.params), stats(), partials, extremes, kept);
+            launch(fold_sums<Loss, kTile, T, Acc>, fold_grid(super), dim3(kFoldThreads), 0, stream, super,
+                   Loss(problem.params), stats(), partials, kept, last, mining.on);
+        });
+        reduce(loss);
+    }
+
+    template <typename Loss>
+    void backward_tiles(const Acc* grad_loss, T* grad_queries, T* grad_refs, void* workspace) const {
+        const int size = backward_super_tile(problem);
+        const bool per_row = problem.reduction == Reduction::kNone;
+        const uint8_t* kept = knows_kept(problem) ? saved.kept : nullptr;
+        Weight* weights = static_cast<Weight*>(workspace);
+        char* sums = static_cast<char*>(workspace) + weight_bytes(problem);
+        const auto sum_of = [&](const Points& points, T* grad) -> Acc* {
+            if (!grad) return nullptr;
+            if constexpr (std::is_same_v<T, Acc>) {
+                return grad;
+            } else {
+                Acc* sum = reinterpret_cast<Acc*>(sums);
+                sums += points.count * problem.dim * int64_t(sizeof(Acc));
+                return sum;
+            }
+        };
+        Acc* query_sum = sum_of(problem.queries, grad_queries);
+        Acc* ref_sum = problem.square ? query_sum : sum_of(problem.refs, grad_refs);
+        for_super_tiles(size, [&](auto super, bool rows_first, bool cols_first, bool) {
+            super.cache_filled = super.cache != nullptr;
+            launch(pair_weights<Math, Loss, Weight>,
+                   dim3(unsigned(super.col_tiles), unsigned(super.row_tiles)), dim3(Traits::kThreads),
+                   Traits::kSharedBytes, stream, super, Loss(problem.params), stats(), grad_loss, per_row,
+                   kept, weights);
+            const Gradients<T, Acc> gradients = {
+                {{refs().points, query_sum, problem.queries.count, rows_first},
+                 {queries().points, ref_sum, problem.refs.count, cols_first}}};
+            using Grad = GradTraits<GradMath>;
+            const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
+            launch(add_gradients<GradMath>,
+                   dim3(unsigned((problem.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
+                   dim3(Grad::kThreads), Grad::kSharedBytes, stream, super, gradients, kept, weights);
+        });
+        finish(queries(), query_sum, grad_loss, grad_queries);
+        if (!problem.square) finish(refs(), ref_sum, grad_loss, grad_refs);
+    }
+
+    void finish(const Rows<T, Acc>& rows, const Acc* sum, const Acc* grad_loss, T* grad) const {
+        if (!grad) return;
+        constexpr int kRows = kFinishThreads / kWarpSize;
+        const Acc* upstream = problem.reduction == Reduction::kNone ? nullptr : grad_loss;
+        launch(finish_gradient<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
+               dim3(kFinishThreads), 0, stream, rows, problem.normalize, stats().scale, upstream, sum, grad);
+    }
+
+    static int64_t weight_bytes(const Problem& p) {
+        const int64_t size = backward_super_tile(p);
+        return size * size * kTile * kTile * int64_t(sizeof(Weight));
+    }
+
+    // Without columns or rows there is no tile, but a strip.
+    static bool uses_strips(const Problem& p) {
+        const int64_t n = p.queries.count, m = p.refs.count;
+        return std::max(n, m) <= std::min(p.tuning.strip_limit, kStripMaxCols<Acc>) || std::min(n, m) == 0;
+    }
+};
+
+template <typename Acc, typename F>
+void with_loss(PairLoss loss, const F& f) {
+    if (loss == PairLoss::kCircle) {
+        f(static_cast<Circle<Acc>*>(nullptr));
+    } else {
+        f(static_cast<MultiSimilarity<Acc>*>(nullptr));
+    }
+}
+
+template <typename Math>
+SavedSizes Engine<Math>::saved_sizes(const Problem& problem, bool save_for_backward) {
+    using C = Call<Math>;
+    const int64_t n = problem.queries.count, m = problem.square ? 0 : problem.refs.count;
+    SavedSizes sizes = {kStatsHeader + (kStatsPerRow + 1) * n + m, n, 0, 0};
+    if (C::uses_strips(problem)) return sizes;
+    const int64_t tiles = C::tile_count_of(problem);
+    if (save_for_backward && C::caches(problem)) sizes.tiles = tiles * C::kTile * C::kTile;
+    if (C::knows_kept(problem)) sizes.kept = tiles;
+    return sizes;
+}
+
+template <typename Math>
+int64_t Engine<Math>::forward_workspace_bytes(const Problem& problem) {
+    using C = Call<Math>;
+    if (C::uses_strips(problem)) return 0;
+    int64_t numbers = partials_size(C::forward_super_tile(problem), C::kTile);
+    if (C::knows_extremes(problem)) numbers += 2 * C::tile_count_of(problem);
+    return numbers * int64_t(sizeof(typename Math::Acc));
+}
+
+// Gradients narrower than their sums are summed here.
+template <typename Math>
+int64_t Engine<Math>::backward_workspace_bytes(const Problem& problem) {
+    using C = Call<Math>;
+    using Acc = typename Math::Acc;
+    if (C::uses_strips(problem)) return 0;
+    const int64_t rows = problem.queries.count + (problem.square ? 0 : problem.refs.count);
+    const bool narrow = !std::is_same_v<typename Math::Value, Acc>;
+    return C::weight_bytes(problem) + (narrow ? rows * problem.dim * int64_t(sizeof(Acc)) : 0);
+}
+
+template <typename Math>
+void Engine<Math>::forward(const Problem& problem, const Mining& mining, const Saved& saved, void* loss,
+                           void* workspace, cudaStream_t stream) {
+    using Acc = typename Math::Acc;
+    const Call<Math> call{problem, saved, stream};
+    with_loss<Acc>(problem.loss, [&](auto* tag) {
+        using Loss = std::remove_pointer_t<decltype(tag)>;
+        if (Call<Math>::uses_strips(problem)) {
+            call.template forward_strips<Loss>(mining, static_cast<Acc*>(loss));
+        } else {
+            call.template forward_tiles<Loss>(mining, static_cast<Acc*>(loss), workspace);
+        }
+    });
+}
+
+template <typename Math>
+void Engine<Math>::backward(const Problem& problem, const Saved& saved, const void* grad_loss,
+                            void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    const Call<Math> call{problem, saved, stream};
+    const Acc* upstream = static_cast<const Acc*>(grad_loss);
+    T *of_queries = static_cast<T*>(grad_queries), *of_refs = static_cast<T*>(grad_refs);
+    with_loss<Acc>(problem.loss, [&](auto* tag) {
+        using Loss = std::remove_pointer_t<decltype(tag)>;
+        if (Call<Math>::uses_strips(problem)) {
+            if (of_queries) call.template backward_strips<Loss>(true, upstream, of_queries);
+            if (of_refs) call.template backward_strips<Loss>(false, upstream, of_refs);
+        } else if (of_queries || of_refs) {
+            call.template backward_tiles<Loss>(upstream, of_queries, of_refs, workspace);
+        }
+    });
+}
+
+}  // namespace dml::cuda

@@ -1,0 +1,160 @@
+// Large batches, first half: which tiles there are, and the similarities of one.
+//
+// The matrix of pairs is cut into tiles, and the tiles into square super-tiles, one launch each, so that
+// workspaces stay bounded whatever N and M. Where both sides are the same points only pairs i < j exist:
+// each serves row i and, transposed, row j.
+#pragma once
+
+#include "math.cuh"
+#include "pair_loss.h"
+#include "rows.cuh"
+
+namespace dml::cuda {
+
+template <typename Math>
+struct TileTraits {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
+    static constexpr int kTile = Math::kTensorCores ? 128 : 64;
+    using TileShape = Shape<kTile, kTile, 2, 4, false>;
+    static constexpr int kThreads = TileShape::kThreads;
+    static constexpr int kStages = 3;
+    static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
+    static constexpr int kPitch = kDepth + kPad<T>;
+    static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
+    // One element more than the tile: down a row and down a column alike, neighbours are in other banks.
+    static constexpr int kSimPitch = kTile + 1;
+    static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
+    // Shared memory. The similarities take the place of the slices they were computed from.
+    static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
+    static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
+    static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
+    static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
+    static constexpr int kScratch = kFlags + kWarpSize * int(sizeof(int));
+    // Up to four numbers for each thread, to merge what the threads of one line found.
+    static constexpr int kSharedBytes = kScratch + 4 * kThreads * int(sizeof(Acc));
+};
+
+// A super-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
+template <typename T, typename Acc>
+struct SuperTile {
+    Rows<T, Acc> rows, cols;
+    bool square;  // rows and columns are the same points
+    int64_t row_tile, col_tile;
+    int row_tiles, col_tiles;
+    int64_t all_row_tiles, all_col_tiles;
+    Acc* cache;         // [tiles, kTile, kTile] or null
+    bool cache_filled;  // an earlier launch has stored the similarities
+
+    DML_INLINE int64_t tile_index(int64_t ti, int64_t tj) const {
+        return square ? ti * (2 * all_row_tiles - ti + 1) / 2 + (tj - ti) : ti * all_col_tiles + tj;
+    }
+    DML_INLINE bool has(int64_t ti, int64_t tj) const { return !square || ti <= tj; }
+    DML_INLINE bool is_pair(int64_t i, int64_t j) const {
+        return i < rows.points.rows && j < cols.points.rows && (!square || i < j);
+    }
+    DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
+};
+
+inline int64_t tile_count(int64_t row_tiles, int64_t col_tiles, bool square) {
+    return square ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
+}
+
+// The tile of a block: its similarities and the labels of both sides, in shared memory.
+template <typename Math>
+struct LoadedTile {
+    using Traits = TileTraits<Math>;
+    using Acc = typename Math::Acc;
+    int64_t row0, col0;
+    Acc* sim;             // [kTile, kSimPitch]
+    int64_t* row_labels;  // [kTile]
+    int64_t* col_labels;  // [kTile]
+};
+
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
+    constexpr int kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
+    unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
+    int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
+    Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
+    int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
+    Acc* sim = reinterpret_cast<Acc*>(bytes);
+    const Matrix<T>&rows = super.rows.points, &cols = super.cols.points;
+    const int64_t row0 = ti * kTile, col0 = tj * kTile;
+
+    for (int t = int(threadIdx.x); t < 2 * kTile; t += kThreads) {
+        const bool is_row = t < kTile;
+        const int64_t i = is_row ? row0 + t : col0 + t - kTile;
+        const bool inside = i < (is_row ? rows.rows : cols.rows);
+        labels[t] = inside ? (is_row ? super.rows.labels : super.cols.labels)[i] : 0;
+        norms[t] = inside ? (is_row ? super.rows.inverse_norms : super.cols.inverse_norms)[i] : Acc(0);
+    }
+    const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
+    Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
+    if (super.cache_filled) {
+        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
+            sim[e / kTile * kSimPitch + e % kTile] = cached[e];
+        }
+        block_sync();
+        return tile;
+    }
+
+    Product<Math, typename Traits::TileShape> product;
+    const auto rows_of = [&](int stage) { return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes); };
+    const auto load = [&](int64_t slice, int stage) {
+        T* to = rows_of(stage);
+        copy_box<kTile, kDepth, kPitch, kThreads>(to, rows, row0, slice * kDepth);
+        copy_box<kTile, kDepth, kPitch, kThreads>(to + kTile * kPitch, cols, col0, slice * kDepth);
+    };
+    const auto use = [&](int stage) {
+        const T* from = rows_of(stage);
+        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch});
+    };
+    pipeline<Traits::kStages>((rows.cols + kDepth - 1) / kDepth, load, use);
+
+    bool careful = false;
+    product.each([&](int r, int c, Acc dot) {
+        const Acc s = quick_similarity(dot, norms[r], norms[kTile + c]);
+        careful = careful || s != s;
+        sim[r * kSimPitch + c] = s;
+    });
+    careful = warp_any(careful);
+    if (lane_id() == 0) flags[warp_id()] = careful ? 1 : 0;
+    block_sync();
+    int any = 0;
+    for (int w = 0; w < kThreads / kWarpSize; ++w) any |= flags[w];
+    if (any) {  // at the edges, where a norm of 0 stands for no row, and for rows out of the ordinary
+        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
+            const int r = e / kTile, c = e % kTile;
+            Acc& s = sim[r * kSimPitch + c];
+            if (s != s) s = careful_similarity(rows, row0 + r, norms[r], cols, col0 + c, norms[kTile + c]);
+        }
+        block_sync();
+    }
+    if (cached) {
+        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
+            cached[e] = sim[e / kTile * kSimPitch + e % kTile];
+        }
+    }
+    return tile;
+}
+
+// The pairs of one line of a tile (a row or, transposed, a column) that fall to this thread: threads
+// [0, kTile) take the first part of each line, the next kTile the next. Calls f(positive, s).
+template <bool Rows, typename Math, typename T, typename Acc, typename F>
+DML_DEVICE void for_line(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, const F& f) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kLength = kTile * kTile / Traits::kThreads;
+    const int line = int(threadIdx.x) % kTile, from = int(threadIdx.x) / kTile * kLength;
+    const int64_t label = Rows ? tile.row_labels[line] : tile.col_labels[line];
+    for (int k = from; k < from + kLength; ++k) {
+        const int r = Rows ? line : k, c = Rows ? k : line;
+        if (!super.is_pair(tile.row0 + r, tile.col0 + c)) continue;
+        f((Rows ? tile.col_labels[k] : tile.row_labels[k]) == label, tile.sim[r * Traits::kSimPitch + c]);
+    }
+}
+
+}  // namespace dml::cuda

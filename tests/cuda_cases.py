@@ -1,0 +1,124 @@
+"""Cases and the comparison with brute force, for the emulated kernels and for those on a GPU."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import brute_force
+import torch
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def to_tf32(x):
+    """The nearest number with 10 bits after the point, ties away from zero."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A kind of kernel, what it does to its operands, and how far from the truth it may be.
+
+    The tolerances are of norms, |x - truth| / |truth|. The similarities of float32 inputs have errors of
+    a few 1e-7, which beta = 50 and gamma = 80 magnify. In the narrower kinds the weights, or the
+    gradient itself, are rounded: 2^-12 on average for tf32 and float16, 2^-9 for bfloat16.
+    """
+
+    name: str
+    dtype: torch.dtype
+    precision: str = "full"
+    rounded: object = None
+    loss_tolerance: float = 2e-6
+    grad_tolerance: float = 1e-5
+
+
+ARITHMETICS = [
+    Arithmetic("f64", F64, loss_tolerance=1e-13, grad_tolerance=1e-12),
+    Arithmetic("f32_plain", F32, "plain"),
+    Arithmetic("f32", F32),
+    Arithmetic("f32_tf32", F32, "tf32", to_tf32, grad_tolerance=1e-3),
+    Arithmetic("f32_bf16", F32, "bf16", lambda x: x.bfloat16().double(), grad_tolerance=8e-3),
+    Arithmetic("f16", F16, grad_tolerance=1e-3),
+    Arithmetic("bf16", BF16, grad_tolerance=8e-3),
+]
+BY_NAME = {a.name: a for a in ARITHMETICS}
+
+MS = ("multi_similarity", (2.0, 50.0, 0.5))
+CIRCLE = ("circle", (0.4, 80.0, 1.0))
+CIRCLE_NOT_DETACHED = ("circle", (0.4, 80.0, 0.0))
+
+
+@dataclass
+class Case:
+    q: torch.Tensor
+    labels: torch.Tensor
+    r: torch.Tensor | None = None
+    ref_labels: torch.Tensor | None = None
+    loss: tuple = MS
+    epsilon: float | None = None
+    normalize: bool = True
+    reduction: str = "mean"
+    upstream: object = 1.0
+
+    def truth(self, arithmetic):
+        loss, params = self.loss
+        return brute_force.loss_and_gradients(
+            self.q, self.labels, self.r, self.ref_labels, loss, params, self.epsilon, self.normalize,
+            self.reduction, self.upstream, arithmetic.rounded,
+        )  # fmt: skip
+
+
+def surrounded(x, offset=0, gap=0):
+    """x amid NaN: before its first row, between its rows and after the last. What a kernel reads from
+    there by mistake poisons its result. offset (elements) and gap decide how rows are aligned."""
+    n, d = x.shape
+    raw = torch.full((64 + offset + n * (d + gap) + 64,), torch.nan, dtype=x.dtype)
+    view = raw[64 + offset :].as_strided((n, d), (d + gap, 1))
+    view.copy_(x)
+    return view
+
+
+def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, **options):
+    """A noisy batch around class centres in which no pair lies too near its mining threshold."""
+    options = {"loss": MS, "normalize": True, "epsilon": None, **options}
+    for attempt in itertools.count(1000 * seed):
+        g = torch.Generator().manual_seed(attempt)
+        centres = torch.randn(classes, d, generator=g)
+
+        def points(count, g=g, centres=centres):
+            labels = torch.randint(classes, (count,), generator=g)
+            x = (centres[labels] + spread * torch.randn(count, d, generator=g)).to(arithmetic.dtype)
+            # Labels far apart and negative mean the same as 0, 1, 2.
+            return surrounded(x, offset, gap), labels * 1234567890123 - 4 * 1234567890123
+
+        q, labels = points(n)
+        r, ref_labels = points(m) if m is not None else (None, None)
+        sides = (q, labels, r, ref_labels)
+        margin = brute_force.mining_margin(
+            *sides, options["epsilon"], options["normalize"], arithmetic.rounded
+        )
+        if margin > 2e-6:
+            return Case(*sides, **options)
+
+
+def relative_error(x, truth):
+    norm = truth.norm().item()
+    return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def check(case, arithmetic, loss, grads):
+    """Loss and gradients (None where not asked for) against brute force."""
+    expected, *expected_grads = case.truth(arithmetic)
+    # Below 1 an error is absolute: there a loss is the exponential of something of order 10, rounded.
+    assert (loss.double() - expected).norm() <= arithmetic.loss_tolerance * max(expected.norm().item(), 1.0)
+    for got, want in zip(grads, expected_grads, strict=True):
+        if got is None:
+            continue
+        assert got.dtype == case.q.dtype
+        subnormal = 2.0**-25 if got.dtype == F16 else 0.0  # half the distance of float16's least numbers
+        allowed = arithmetic.grad_tolerance * want.norm().item() + subnormal * want.numel() ** 0.5
+        assert (got.double() - want).norm().item() <= allowed
+
+
+__all__ = ["ARITHMETICS", "BY_NAME", "CIRCLE", "CIRCLE_NOT_DETACHED", "MS", "Case", "check", "make",
+           "relative_error", "replace", "surrounded"]  # fmt: skip

@@ -1,0 +1,298 @@
+"""The CUDA kernels, run on the host from their own source, against brute force in float64.
+
+Buffers are surrounded by NaN on the way in and by guards on the way out, and filled with NaN before the
+kernels write to them.
+"""
+
+import pytest
+import torch
+from cuda_cases import (
+    ARITHMETICS,
+    BY_NAME,
+    CIRCLE,
+    CIRCLE_NOT_DETACHED,
+    MS,
+    Case,
+    check,
+    make,
+    relative_error,
+    surrounded,
+)
+from emulator import library
+
+SMALL = {}
+LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0}  # every tile is computed again
+CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30}
+PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
+SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
+
+by_path = pytest.mark.parametrize("path", PATHS)
+by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
+by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
+F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
+
+
+def engine(case, arithmetic, path="small", **options):
+    loss, params = case.loss
+    return library.Engine(
+        case.q, case.labels, case.r, case.ref_labels, loss=loss, params=params, epsilon=case.epsilon,
+        normalize=case.normalize, reduction=case.reduction, precision=arithmetic.precision,
+        tuning=PATHS[path], **options,
+    )  # fmt: skip
+
+
+def run(case, arithmetic, path="small", needs=(True, True), **options):
+    e = engine(case, arithmetic, path, **options)
+    loss = e.forward()
+    upstream = case.upstream if torch.is_tensor(case.upstream) else torch.tensor([float(case.upstream)])
+    return loss, e.backward(upstream, *needs)
+
+
+def verify(case, arithmetic, path, **options):
+    check(case, arithmetic, *run(case, arithmetic, path, **options))
+
+
+@by_loss
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("m", [None, 200], ids=["square", "rect"])
+@by_arithmetic
+@by_path
+def test_every_kernel(path, arithmetic, m, epsilon, loss):
+    """Each path, arithmetic, loss, shape of the matrix, with and without mining."""
+    n = 70 if path == "small" else 300  # 3 or 5 tiles a side: several super-tiles, the last one partial
+    schedule = SCHEDULES[(n + (m or 0) + len(arithmetic.name)) % 4]
+    verify(make(n, 33, arithmetic, m=m, epsilon=epsilon, loss=loss), arithmetic, path, schedule=schedule)
+
+
+SQUARES = [(1, 3), (2, 1), (3, 31), (31, 64), (33, 65), (65, 129), (127, 7), (129, 66), (151, 36)]
+RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)]
+
+
+@pytest.mark.parametrize(("n", "d", "m"), [*((n, d, None) for n, d in SQUARES), *RECTANGLES])
+@pytest.mark.parametrize("arithmetic", [F64, F32, F16, BF16], ids=lambda a: a.name)
+@pytest.mark.parametrize("path", ["small", "large"])
+def test_awkward_sizes(path, arithmetic, n, d, m):
+    # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
+    verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
+    verify(make(n, d, arithmetic, m=m, classes=3, loss=CIRCLE), arithmetic, path)
+
+
+@pytest.mark.parametrize("arithmetic", [F64, F32, BF16, BY_NAME["f32_plain"]], ids=lambda a: a.name)
+@pytest.mark.parametrize(("offset", "gap"), [(0, 7), (1, 0), (2, 6), (3, 1), (4, 12), (8, 8)])
+@pytest.mark.parametrize("path", ["small", "large"])
+def test_strides_and_alignment(path, offset, gap, arithmetic):
+    case = make(70, 41, arithmetic, m=40, offset=offset, gap=gap, epsilon=0.1)
+    assert case.q.stride() == (41 + gap, 1)
+    verify(case, arithmetic, path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
+@pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_loss
+def test_reductions(loss, path, m, reduction):
+    upstream = torch.randn(150, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
+    # Many classes: some rows have no positive, so that the three means differ.
+    case = make(150, 12, F32, m=m, classes=60, epsilon=0.05 if loss is MS else None, loss=loss)
+    case.reduction, case.upstream = reduction, upstream
+    loss_value, grads = run(case, F32, path)
+    assert loss_value.shape == ((150,) if reduction == "none" else ())
+    check(case, F32, loss_value, grads)
+
+
+@by_path
+@pytest.mark.parametrize("loss", [MS, CIRCLE, CIRCLE_NOT_DETACHED], ids=["ms", "circle", "not_detached"])
+def test_dot_products(loss, path):
+    case = make(140, 9, F64, loss=loss, normalize=False, spread=0.3)
+    case.q.mul_(0.3)
+    verify(case, F64, path)
+
+
+@pytest.mark.parametrize("path", ["small", "large"])
+def test_only_the_gradients_asked_for(path):
+    case = make(140, 20, F32, m=150, epsilon=0.1)
+    loss, (grad_q, none) = run(case, F32, path, needs=(True, False))
+    assert none is None
+    check(case, F32, loss, (grad_q, None))
+    loss, (none, grad_r) = run(case, F32, path, needs=(False, True))
+    assert none is None
+    check(case, F32, loss, (None, grad_r))
+    loss, grads = run(case, F32, path, save_for_backward=False, needs=(False, False))
+    check(case, F32, loss, grads)
+
+
+@pytest.mark.parametrize("arithmetic", [F32, F16, F64], ids=lambda a: a.name)
+@by_path
+def test_the_same_bits_in_any_order(path, arithmetic):
+    """Whatever the order of warps and blocks, and twice in a row: no result depends on it."""
+    case = make(150, 33, arithmetic, m=None, epsilon=0.1, reduction="none", upstream=torch.rand(150))
+    first = None
+    for schedule in SCHEDULES:
+        e = engine(case, arithmetic, path, schedule=schedule)
+        results = [e.forward(), e.backward(case.upstream)[0], e.backward(case.upstream)[0]]
+        assert torch.equal(results[1], results[2])
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+    check(case, arithmetic, first[0], (first[1], None))
+
+
+def test_the_cache_changes_no_bit():
+    case = make(300, 40, F32, epsilon=0.1)
+    for a, b in zip(run(case, F32, "large"), run(case, F32, "cached"), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else torch.equal(a[0], b[0])
+
+
+def test_tiles_without_kept_pairs_are_known_and_skipped():
+    """Two pairs of classes, each pair near each other and far from the rest: tiles between the two pairs
+    hold nothing that mining keeps, those within one do."""
+    g = torch.Generator().manual_seed(0)
+    corner = torch.zeros(2, 8)
+    corner[0, 0] = corner[1, 1] = 1
+    labels = torch.arange(4).repeat_interleave(64)
+    q = surrounded(corner[labels // 2] + 0.05 * torch.randn(256, 8, generator=g))
+    case = Case(q, labels, epsilon=0.1)
+    for path in ("large", "cached"):
+        e = engine(case, F32, path)
+        loss = e.forward()
+        assert e.kept.tolist() == [1, 0, 1]  # of 128 x 128: (0, 0), (0, 1), (1, 1)
+        check(case, F32, loss, e.backward())
+    # Well separated, no row keeps anything: the loss and the gradient are exactly 0.
+    far = Case(
+        surrounded(torch.eye(4, 8)[labels] + 0.05 * torch.randn(256, 8, generator=g)), labels, epsilon=0.1
+    )
+    e = engine(far, F32, "large")
+    assert e.forward() == 0
+    assert not e.kept.any()
+    assert not e.backward()[0].any()
+
+
+@by_path
+@by_loss
+@pytest.mark.parametrize("m", [None, 140], ids=["square", "rect"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_poisons_the_batch(bad, m, loss, path):
+    case = make(
+        150, 12, F32, m=m, classes=40, loss=loss, epsilon=0.1 if loss is MS else None, reduction="none"
+    )
+    case.upstream = torch.ones(150)
+    case.labels[3] = 77  # has no positive
+    (case.q if m is None else case.r)[5, 2] = bad
+    loss_value, grads = run(case, F32, path)
+    refs = case.labels if m is None else case.ref_labels
+    same = case.labels[:, None] == refs[None, :]
+    if m is None:
+        same.fill_diagonal_(False)
+    both = same.any(1) & ((case.labels[:, None] != refs[None, :]).any(1))
+    assert torch.equal(loss_value.isnan(), both)
+    assert (loss_value[~both] == 0).all()
+    assert all(g.isnan().all() for g in grads if g is not None)
+
+
+@by_path
+def test_not_finite_where_no_row_has_its_pairs(path):
+    """All points are of one class, so circle loss asks for nothing: 0, with a gradient of 0."""
+    q = surrounded(torch.randn(140, 12))
+    q[5, 2] = float("nan")
+    loss, grads = run(Case(q, torch.zeros(140, dtype=torch.int64), loss=CIRCLE), F32, path)
+    assert loss == 0
+    assert not grads[0].any()
+
+
+@pytest.mark.parametrize("arithmetic", [F32, BF16, F64], ids=lambda a: a.name)
+@pytest.mark.parametrize("m", [None, 30], ids=["square", "rect"])
+@by_path
+def test_zero_rows(path, m, arithmetic):
+    case = make(40, 12, arithmetic, m=m)
+    for points in (case.q, case.r if m else case.q):
+        points[4] = 0
+        points[7] = 0
+    loss, grads = run(case, arithmetic, path)
+    check(case, arithmetic, loss, grads)
+    for grad in grads[: 1 if m is None else 2]:
+        assert not grad[4].any()
+        assert not grad[7].any()
+
+
+@pytest.mark.parametrize(("arithmetic", "scale"), [(F32, 1e25), (BF16, 1e25), (F64, 1e200), (F32, 1e-11)])
+@by_path
+def test_very_long_and_short_rows(path, arithmetic, scale):
+    """Their bare dot products overflow, or their squares do; cosines do not care."""
+    case = make(40, 12, arithmetic)
+    reference = engine(case, arithmetic, path).forward()
+    case.q[::3] *= scale
+    loss = engine(case, arithmetic, path).forward()
+    assert relative_error(loss, case.truth(arithmetic)[0]) <= arithmetic.loss_tolerance
+    assert relative_error(loss, reference.double()) <= (1e-2 if arithmetic is BF16 else 1e-5)
+
+
+def test_dot_products_that_overflow_are_not_finite():
+    case = make(40, 12, F32, normalize=False)
+    case.q[3] = 1e20
+    loss, grads = run(case, F32, "small")
+    assert loss.isnan()
+    assert grads[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "m"), [(0, 4, None), (5, 0, None), (0, 4, 3), (3, 4, 0), (0, 0, 0), (2000, 3, 0)]
+)
+@pytest.mark.parametrize("arithmetic", [F32, F16, F64], ids=lambda a: a.name)
+@by_loss
+def test_empty(loss, arithmetic, n, d, m):
+    q, labels = torch.zeros(n, d, dtype=arithmetic.dtype), torch.zeros(n, dtype=torch.int64)
+    r, ref_labels = (
+        (None, None) if m is None else (torch.zeros(m, d, dtype=arithmetic.dtype), torch.zeros(m).long())
+    )
+    case = Case(q, labels, r, ref_labels, loss=loss)
+    value, grads = run(case, arithmetic)
+    want = case.truth(arithmetic)[0]
+    assert relative_error(value, want) < 1e-6
+    assert not any(g.any() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("classes", ["one", "all_different", "unequal"])
+@by_path
+@by_loss
+def test_classes(loss, path, classes):
+    n = 200
+    labels = {
+        "one": torch.zeros(n, dtype=torch.int64),
+        "all_different": torch.arange(n),
+        "unequal": torch.cat([torch.zeros(150), torch.ones(40), torch.arange(2, 12)]).long(),
+    }[classes]
+    case = make(n, 24, F32, loss=loss)
+    case.labels = labels
+    loss_value, grads = run(case, F32, path)
+    check(case, F32, loss_value, grads)
+    if loss is CIRCLE and classes != "unequal":
+        assert loss_value == 0
+        assert not grads[0].any()
+
+
+@by_path
+def test_duplicates_are_pairs(path):
+    case = make(140, 16, F32, epsilon=0.1, seed=3)
+    case.q[70:] = case.q[:70]
+    case.labels[70:] = case.labels[:70]
+    verify(case, F32, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [None, 3000], ids=["square", "rect"])
+def test_memory_stays_bounded(dtype, m):
+    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; float32
+    sums of narrower gradients come on top."""
+    for n in (100, 1024, 1025, 3000, 4096, 5000, 30_000, 300_000, 1_000_000, 3_000_000):
+        q = torch.empty(0, 16, dtype=dtype)
+        e = library.Engine(q, torch.empty(0, dtype=torch.int64), epsilon=0.1)
+        e.arguments.query_count = n
+        e.arguments.ref_count = m or n
+        e.arguments.square = m is None
+        stats, plan, tiles, kept, forward, backward = e.ask_sizes()
+        acc = 8 if dtype == torch.float64 else 4
+        saved = acc * (stats + tiles) + 4 * plan + kept
+        sums = (n + (m or 0)) * 16 * 4 if dtype.itemsize == 2 else 0
+        rows = n + (m or 0)
+        per_row = 64 if acc == 4 else 128
+        assert saved + forward <= per_row * rows + (64 << 20)
+        assert saved + backward - sums <= per_row * rows + (64 << 20)
