@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference  # noqa: F401  (ops registers the derivatives)
-from ._arguments import check_arguments, check_choice, check_number
+from ._arguments import check_arguments, check_choice, check_flag, check_number
 
 BACKENDS = ("auto", "fused", "reference")
 _warned: set[str] = set()
@@ -64,6 +64,16 @@ def _fused(
         needs_grad and torch.is_grad_enabled(),
     )
     return value.to(_result_dtype(embeddings))
+
+
+def _reference(function, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None, **options) -> Tensor:
+    device = embeddings.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return function(embeddings, labels, ref_emb=ref_emb, **options)
+    # As the kernels do: float32 from the embeddings as they come. Autocast would round the similarities.
+    ref_emb = None if ref_emb is None else ref_emb.float()
+    with torch.autocast(device, enabled=False):
+        return function(embeddings.float(), labels, ref_emb=ref_emb, **options)
 
 
 def multi_similarity_loss(
@@ -129,7 +139,8 @@ def multi_similarity_loss(
         params = [float(alpha), float(beta), float(base)]
         batch = embeddings, labels, ref_emb, ref_labels
         return _fused("multi_similarity", params, *batch, epsilon, similarity, reduction)
-    return reference.multi_similarity_loss(
+    return _reference(
+        reference.multi_similarity_loss,
         embeddings,
         labels,
         alpha=alpha,
@@ -196,13 +207,13 @@ def circle_loss(
     check_arguments(embeddings, labels, ref_emb, ref_labels, similarity, reduction, epsilon)
     check_number("m", m)
     check_number("gamma", gamma, positive=True)
-    if not isinstance(detach_weights, bool):
-        raise TypeError(f"detach_weights: expected True or False, got {type(detach_weights).__name__}")
+    check_flag("detach_weights", detach_weights)
     if _use_kernel(embeddings.device, backend):
         params = [float(m), float(gamma), float(detach_weights)]
         batch = embeddings, labels, ref_emb, ref_labels
         return _fused("circle", params, *batch, epsilon, similarity, reduction)
-    return reference.circle_loss(
+    return _reference(
+        reference.circle_loss,
         embeddings,
         labels,
         m=m,

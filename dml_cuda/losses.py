@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from . import functional
-from ._arguments import REDUCTIONS, SIMILARITIES, check_choice, check_number
+from ._arguments import REDUCTIONS, SIMILARITIES, check_choice, check_flag, check_number
 
 
 class _PairLoss(nn.Module):
@@ -103,6 +103,7 @@ class CircleLoss(_PairLoss):
     ) -> None:
         check_number("m", m)
         check_number("gamma", gamma, positive=True)
+        check_flag("detach_weights", detach_weights)
         super().__init__(
             m=m,
             gamma=gamma,

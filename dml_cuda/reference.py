@@ -27,8 +27,9 @@ def _similarities(embeddings: Tensor, ref_emb: Tensor, similarity: str) -> Tenso
 
 def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Masks ``[N, M]`` of positive and negative pairs; a point is no pair with itself."""
-    columns = labels if ref_labels is None else ref_labels
-    same = labels[:, None] == columns[None, :]
+    rows = labels.long()  # the unsigned types do not compare with the signed ones
+    columns = rows if ref_labels is None else ref_labels.long()
+    same = rows[:, None] == columns[None, :]
     positive = same.clone()
     if ref_labels is None:
         positive.fill_diagonal_(False)
