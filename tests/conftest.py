@@ -1,5 +1,10 @@
 """What every test file may rely on."""
 
+import os
+
+# Before torch is loaded. Threads that spin while they wait make a busy machine crawl; these sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -1,0 +1,150 @@
+"""The build: what it reports, and what it says when something it needs is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dml_cuda
+
+ROOT = Path(__file__).parent.parent
+
+# Stands for a torch built with CUDA, as far as setup.py asks before it compiles anything.
+CUDA_TORCH = {
+    "torch/__init__.py": "__version__ = '2.99.0'\nfrom . import version, cuda",
+    "torch/version.py": "cuda = '13.0'",
+    "torch/cuda.py": "def is_available(): return False",
+    "torch/utils/__init__.py": "",
+    "torch/utils/cpp_extension.py": """
+import os
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext as BuildExtension
+CUDA_HOME = os.environ.get("CUDA_HOME")
+def CppExtension(name, sources, **_): return Extension(name, sources)
+def CUDAExtension(name, sources, **_):
+    print("architectures", os.environ["TORCH_CUDA_ARCH_LIST"])
+    return Extension(name, sources)
+""",
+}
+NO_TORCH = {"torch/__init__.py": "raise ImportError('no torch here')"}
+
+
+def run_setup(tmp_path, *arguments, modules=None, **environment):
+    """Runs setup.py with some modules replaced; everything it writes goes to tmp_path."""
+    for name, text in (modules or {}).items():
+        path = tmp_path / "modules" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("DML_CUDA_BUILD", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+    }
+    return subprocess.run(
+        [sys.executable, "setup.py", *(arguments or ["--version"])],
+        cwd=ROOT,
+        env={**clean, "PYTHONPATH": str(tmp_path / "modules"), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_fails(run, *says):
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    position = 0
+    for text in ("dml_cuda cannot be built", *says):
+        position = run.stderr.index(text, position) + len(text)
+
+
+def test_build_info():
+    info = dml_cuda.build_info()
+    assert info.keys() == {"version", "torch", "cuda", "cpu"}
+    assert info["version"] == dml_cuda.__version__
+    assert info["torch"] == torch.__version__
+    if torch.version.cuda is None:
+        assert info["cuda"] is None
+    elif info["cuda"] is not None:
+        assert info["cuda"]["version"] == torch.version.cuda
+        assert info["cuda"]["architectures"]
+    available = info["cpu"]["available"]
+    assert available[0] == "baseline"
+    assert set(available) <= {"baseline", "avx2", "avx512"}
+    assert info["cpu"]["in_use"] == available[-1]
+    for name in available:
+        dml_cuda._C.set_cpu_instruction_set(name)
+        assert dml_cuda.build_info()["cpu"]["in_use"] == name
+
+
+def test_version(tmp_path):
+    run = run_setup(tmp_path, modules=CUDA_TORCH)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == dml_cuda.__version__
+
+
+def test_torch_missing(tmp_path):
+    assert_fails(run_setup(tmp_path, modules=NO_TORCH), "PyTorch is not importable", "Install torch first")
+
+
+def test_unknown_choice(tmp_path):
+    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD="gpu")
+    assert_fails(run, "DML_CUDA_BUILD='gpu'", "auto, cpu or cuda")
+
+
+def test_cuda_forced_without_cuda_torch(tmp_path):
+    modules = {**CUDA_TORCH, "torch/version.py": "cuda = None"}
+    run = run_setup(tmp_path, modules=modules, DML_CUDA_BUILD="cuda")
+    assert_fails(run, "2.99.0", "without CUDA", "Install a CUDA build of torch", "DML_CUDA_BUILD=cpu")
+
+
+def test_cuda_forced_without_nvcc(tmp_path):
+    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert_fails(run, "no nvcc", "CUDA_HOME", "DML_CUDA_BUILD=cpu")
+
+
+@pytest.mark.parametrize("choice", ["auto", "cpu", "cuda"])
+def test_cuda_found(tmp_path, choice):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD=choice, CUDA_HOME=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert ("architectures 8.0" in run.stdout) == (choice != "cpu")
+    run = run_setup(
+        tmp_path,
+        modules=CUDA_TORCH,
+        DML_CUDA_BUILD=choice,
+        CUDA_HOME=str(tmp_path),
+        TORCH_CUDA_ARCH_LIST="9.0a",
+    )
+    assert ("architectures 9.0a" in run.stdout) == (choice != "cpu")
+
+
+def test_compiler_missing(tmp_path):
+    build = ["build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    run = run_setup(tmp_path, *build, DML_CUDA_BUILD="cpu", CXX="no-such-compiler")
+    assert_fails(run, "no-such-compiler", "apt install g++", "CXX")
+
+
+def test_extension_that_does_not_fit_torch(tmp_path):
+    """An extension that cannot be loaded says which torch it must be built for, and how."""
+    package = tmp_path / "dml_cuda"
+    package.mkdir()
+    for source in (ROOT / "dml_cuda").glob("*.py"):
+        (package / source.name).write_text(source.read_text())
+    (package / "_C.py").write_text("raise ImportError('undefined symbol')")
+    run = subprocess.run(
+        [sys.executable, "-c", "import dml_cuda"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert run.returncode != 0
+    message = run.stderr.strip().splitlines()[-1]
+    assert "undefined symbol" in message
+    assert torch.__version__ in message
+    assert "pip install --no-build-isolation" in message
