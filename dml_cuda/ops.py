@@ -5,18 +5,47 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
 
-# As in csrc/cpu: the side of a tile, and the memory that may hold tiles from forward to backward.
+# As csrc/cpu/pair_loss.cpp has it: the side of a tile, and the memory that may keep tiles for backward.
 _CPU_TILE = 128
 _CPU_CACHE_BYTES = 64 << 20
 
+# As csrc/cuda/engine.cuh has it: likewise, up to how many rows a batch is done in strips without tiles
+# (bytes of one row of similarities), and up to how many tiles it is known which were kept.
+_CUDA_CACHE_BYTES = 34 << 20
+_CUDA_STRIP_BYTES = 4096
+_CUDA_KEPT_TILES = 16 << 20
+
+
+def _tile_count(n, m, square: bool, side: int):
+    rows, cols = -(-n // side), -(-m // side)
+    return rows * (rows + 1) // 2 if square else rows * cols
+
 
 def _cpu_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
-    """Numbers of elements of stats, plan, tiles and kept, as the CPU kernels make them."""
-    rows, cols = -(-n // _CPU_TILE), -(-m // _CPU_TILE)
-    tiles = rows * (rows + 1) // 2 if square else rows * cols
-    area = _CPU_TILE * _CPU_TILE
+    tiles, area = _tile_count(n, m, square, _CPU_TILE), _CPU_TILE * _CPU_TILE
     cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // (area * itemsize)) if save else 0
     return 4 * n + 2, 3 * n + (0 if square else m), cached * area, tiles
+
+
+def _cuda_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
+    stats, plan = 4 + 8 * n + (0 if square else m), n
+    fits_strip = n <= _CUDA_STRIP_BYTES // itemsize and m <= _CUDA_STRIP_BYTES // itemsize
+    if fits_strip or n == 0 or m == 0:
+        return stats, plan, 0, 0
+    side = 64 if itemsize == 8 else 128
+    tiles = _tile_count(n, m, square, side)
+    area = tiles * side * side
+    cached = area if save and area * itemsize <= _CUDA_CACHE_BYTES else 0
+    return stats, plan, cached, tiles if tiles <= _CUDA_KEPT_TILES else 0
+
+
+def saved_sizes(device: str, n, m, square: bool, itemsize: int, save: bool) -> tuple:
+    """Elements of stats, plan, tiles and kept as the kernels of a device make them.
+
+    ``itemsize`` is that of the type computed in. Sizes may be symbolic.
+    """
+    sizes = _cuda_sizes if device == "cuda" else _cpu_sizes
+    return sizes(n, m, square, itemsize, save)
 
 
 @torch.library.register_fake("dml_cuda::pair_loss")
@@ -35,7 +64,8 @@ def _pair_loss_fake(
     n = embeddings.shape[0]
     m = n if ref_emb is None else ref_emb.shape[0]
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    stats, plan, tiles, kept = _cpu_sizes(n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    sizes = saved_sizes(embeddings.device.type, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    stats, plan, tiles, kept = sizes
     return (
         embeddings.new_empty((n,) if reduction == "none" else (), dtype=dtype),
         embeddings.new_empty(stats, dtype=dtype),
