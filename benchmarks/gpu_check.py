@@ -17,20 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERIFIED = ROOT / "benchmarks" / "VERIFIED.md"
 LIMIT_SECONDS = 480
-TESTS = [sys.executable, "-m", "pytest", "tests/test_cuda.py"]
+PYTEST = [sys.executable, "-m", "pytest"]
 
 
 def sanitizer(tool: str) -> list[str]:
     """The small cases of the GPU tests under one tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ["--tool", tool, "--error-exitcode", "1", "--launch-timeout", "120"]
-    return [program, *options, *TESTS, "-m", "sanitizer"]
+    return [program, *options, *PYTEST, "tests/test_cuda.py", "-k", "awkward_sizes"]
 
 
 def commands(out: Path) -> dict[str, list[list[str]]]:
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
-        "tests": [TESTS],
+        # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
+        "tests": [[*PYTEST, "tests/test_cuda.py", "tests/test_emulator.py"]],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
         "benchmark": [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--out", str(out)]],
