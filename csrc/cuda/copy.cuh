@@ -26,6 +26,9 @@ template <int Bytes, int Rows, int Cols, int Pitch, int Threads, typename T>
 DML_DEVICE void copy_box_by(T* shared, const Matrix<T>& m, int64_t row0, int64_t col0) {
     constexpr int kElements = Bytes / int(sizeof(T));
     constexpr int kPerRow = Cols / kElements;
+    constexpr int kUnroll =
+        Bytes == 16 ? 4 : 1;  // narrow copies are for odd cases, and not worth the registers
+#pragma unroll kUnroll
     for (int i = int(threadIdx.x); i < Rows * kPerRow; i += Threads) {
         const int r = i / kPerRow, c = i % kPerRow * kElements;
         const int64_t left = row0 + r < m.rows ? m.cols - col0 - c : 0;

@@ -124,15 +124,30 @@ struct Tf32Math {
     }
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
+        if constexpr (View::kAlongK && sizeof(typename View::Value) == 4) {
+            uint32_t x[4];
+            ldmatrix_x4(x, view.at(row + lane_id() % 16, k + 4 * (lane_id() / 16)));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) set(a, i, float(*view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2))));
+            for (int i = 0; i < 4; ++i) set(a, i, __uint_as_float(x[i]));
+        } else {
+            const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                set(a, i, float(*view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2))));
+        }
     }
     template <typename View>
     static DML_DEVICE void load(B& b, const View& view, int col, int k) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
+        if constexpr (View::kAlongK && sizeof(typename View::Value) == 4) {
+            uint32_t x[2];
+            ldmatrix_x2(x, view.at(col + lane_id() % 8, k + 4 * (lane_id() % 16 / 8)));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) set(b, i, float(*view.at(col + g, k + t + 4 * i)));
+            for (int i = 0; i < 2; ++i) set(b, i, __uint_as_float(x[i]));
+        } else {
+            const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) set(b, i, float(*view.at(col + g, k + t + 4 * i)));
+        }
     }
     // Tensor cores truncate what they add up. Where float32's accuracy is wanted each step therefore starts
     // at 0 and joins the sum by an ordinary addition, which rounds. Where symmetry is, neither of big * small

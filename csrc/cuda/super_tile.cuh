@@ -11,6 +11,15 @@
 
 namespace dml::cuda {
 
+// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
+// at its pairs. Split tf32 needs the registers of two, and so do doubles.
+template <typename Math>
+inline constexpr int kTileBlocks = 2;
+template <typename T>
+inline constexpr int kTileBlocks<SimtMath<T>> = 1;
+template <typename T>
+inline constexpr int kTileBlocks<Tf32Math<T, true>> = 1;
+
 template <typename Math>
 struct TileTraits {
     using T = typename Math::Value;
@@ -148,13 +157,23 @@ template <bool Rows, typename Math, typename T, typename Acc, typename F>
 DML_DEVICE void for_line(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, const F& f) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile, kLength = kTile * kTile / Traits::kThreads;
-    const int line = int(threadIdx.x) % kTile, from = int(threadIdx.x) / kTile * kLength;
+    const int line = int(threadIdx.x) % kTile;
+    // Where the pairs of this line begin and end: within the matrix and, where square, right of the diagonal.
+    const auto clip = [](int64_t k, int least, int most) {
+        return int(k < least ? least : k > most ? most : k);
+    };
+    const int first = int(threadIdx.x) / kTile * kLength;
+    const int64_t self = Rows ? tile.row0 + line - tile.col0 : tile.col0 + line - tile.row0;
+    const int64_t rows = super.rows.points.rows - tile.row0, cols = super.cols.points.rows - tile.col0;
+    const int64_t begin = Rows && super.square ? self + 1 : 0;
+    int64_t end = Rows ? cols : super.square && self < rows ? self : rows;
+    if (line >= (Rows ? rows : cols)) end = 0;
+    const int from = clip(begin, first, first + kLength), to = clip(end, first, first + kLength);
+
     const int64_t label = Rows ? tile.row_labels[line] : tile.col_labels[line];
-    for (int k = from; k < from + kLength; ++k) {
-        const int r = Rows ? line : k, c = Rows ? k : line;
-        if (!super.is_pair(tile.row0 + r, tile.col0 + c)) continue;
-        f((Rows ? tile.col_labels[k] : tile.row_labels[k]) == label, tile.sim[r * Traits::kSimPitch + c]);
-    }
+    const int64_t* labels = Rows ? tile.col_labels : tile.row_labels;
+    const Acc* sim = tile.sim + (Rows ? line * Traits::kSimPitch : line);
+    for (int k = from; k < to; ++k) f(labels[k] == label, sim[k * (Rows ? 1 : Traits::kSimPitch)]);
 }
 
 }  // namespace dml::cuda

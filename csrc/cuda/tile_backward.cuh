@@ -49,7 +49,7 @@ struct GradTraits {
 // weights: [row_tiles, col_tiles, kTile, kTile] of the super-tile. upstream: [1], or [rows] with per_row.
 template <typename Math, typename Loss, typename Weight, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, 1)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     pair_weights(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
                  const Acc* upstream, bool per_row, const uint8_t* kept, Weight* weights) {
     using Traits = TileTraits<Math>;
@@ -107,7 +107,7 @@ struct Gradients {
 
 // Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles.
 template <typename GradMath, typename T = typename GradMath::Value, typename Acc = typename GradMath::Acc>
-__global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, 1)
+__global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<GradMath>)
     add_gradients(const __grid_constant__ SuperTile<T, Acc> super,
                   const __grid_constant__ Gradients<T, Acc> gradients, const uint8_t* kept,
                   const typename GradTraits<GradMath>::Weight* weights) {
@@ -154,11 +154,12 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, 1)
         return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
     };
     constexpr int kSlices = kTile / kDepth;  // of one tile
-    const auto load = [&](int64_t slice, int stage) {
+    const auto load = [&](int64_t next, int stage) {
+        const int slice = int(next);
         const int entry = list[1 + slice / kSlices];
         int row, col;
         place(entry, row, col);
-        const int64_t k = slice % kSlices * kDepth;
+        const int k = slice % kSlices * kDepth;
         const Matrix<Weight> w = {weights + (int64_t(row) * super.col_tiles + col) * kTile * kTile, kTile,
                                   kTile, kTile, 16};
         if (entry % 2) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, 1)
         copy_box<kDepth, Traits::kCols, kPointPitch, kThreads>(points_of(stage), gradient.points, point0 + k,
                                                                d0);
     };
-    int64_t at = 0;
+    int at = 0;
     const auto use = [&](int stage) {
         const AcrossK<T, kPointPitch> points{points_of(stage)};
         if (list[1 + at / kSlices] % 2) {

@@ -118,7 +118,7 @@ DML_DEVICE Extremes<Acc> line_extremes(const SuperTile<T, Acc>& super, const Loa
 
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, 1)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     find_extremes(const __grid_constant__ SuperTile<T, Acc> super, Partials<Acc> partials,
                   Acc* tile_extremes) {
     using Traits = TileTraits<Math>;
@@ -225,7 +225,7 @@ DML_DEVICE bool line_sums(const SuperTile<T, Acc>& super, const LoadedTile<Math>
 // kept: [tiles] whether the tile holds any pair that some row kept, or null. A tile that was not kept
 // leaves no partials.
 template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, 1)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     accumulate(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
                Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept) {
     using Traits = TileTraits<Math>;
@@ -286,7 +286,7 @@ DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) 
 
 // last: the rows of the super-tile have met all columns, and their bounds can be known.
 template <typename Loss, int Tile, typename T, typename Acc>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kFoldThreads, 1)
     fold_extremes(const __grid_constant__ SuperTile<T, Acc> super, RowStats<Acc> stats,
                   Partials<Acc> partials, bool last, Acc epsilon) {
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kFoldThreads)
 }
 
 template <typename Loss, int Tile, typename T, typename Acc>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kFoldThreads, 1)
     fold_sums(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
               Partials<Acc> partials, const uint8_t* kept, bool last, bool mining) {
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);

@@ -1,0 +1,102 @@
+// Runs the engine, forward and backward, over every path for the sanitizers to watch: each buffer is a heap
+// block of exactly the size that the engine asked for. Whether the results are right is tested elsewhere.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "engine.cuh"
+
+using namespace dml::cuda;
+
+namespace {
+
+// Not std::vector: the sanitizers see a block of exactly this size, uninitialised.
+struct Buffer {
+    explicit Buffer(int64_t bytes) : data(std::malloc(size_t(bytes)), std::free) {}
+    std::unique_ptr<void, decltype(&std::free)> data;
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data.get());
+    }
+};
+
+template <typename T>
+struct Cloud {
+    Buffer points, labels;
+    Points view;
+
+    Cloud(int64_t count, int64_t dim, int64_t stride)
+        : points(((count - 1) * stride + dim) * int64_t(sizeof(T))),
+          labels(count * int64_t(sizeof(int64_t))) {
+        static unsigned state = 1;
+        for (int64_t i = 0; i < count; ++i) {
+            labels.as<int64_t>()[i] = i % 7;
+            for (int64_t d = 0; d < dim; ++d) {
+                state = state * 1664525u + 1013904223u;
+                points.as<T>()[i * stride + d] = T(float(state >> 8) / float(1 << 24) - 0.3f);
+            }
+        }
+        view = {points.data.get(), stride, labels.as<int64_t>(), count};
+    }
+};
+
+template <typename Math>
+void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, dml::PairLoss loss,
+         const Tuning& tuning) {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    const Cloud<T> queries(n, dim, stride), refs(m > 0 ? m : 1, dim, dim);
+    Problem p;
+    p.queries = queries.view;
+    p.square = m == 0;
+    p.refs = p.square ? p.queries : refs.view;
+    p.dim = dim;
+    p.scalar = scalar;
+    p.loss = loss;
+    const double params[2][3] = {{2, 50, 0.5}, {0.4, 80, 1}};
+    for (int k = 0; k < 3; ++k) p.params[k] = params[int(loss)][k];
+    p.tuning = tuning;
+
+    const SavedSizes sizes = Engine<Math>::saved_sizes(p, true);
+    const Buffer stats(sizes.stats * int64_t(sizeof(Acc))), plan(sizes.plan * 4), kept(sizes.kept);
+    const Buffer tiles(sizes.tiles * int64_t(sizeof(Acc)));
+    const Saved saved = {stats.data.get(), plan.as<int32_t>(), sizes.tiles ? tiles.data.get() : nullptr,
+                         sizes.kept ? kept.as<uint8_t>() : nullptr};
+    const Buffer result(sizeof(Acc)), upstream(sizeof(Acc)), grad_queries(n * dim * int64_t(sizeof(T))),
+        grad_refs(m * dim * int64_t(sizeof(T)));
+    *upstream.as<Acc>() = Acc(1);
+    const Buffer forward_space(Engine<Math>::forward_workspace_bytes(p));
+    const Buffer backward_space(Engine<Math>::backward_workspace_bytes(p));
+    const Mining mining = {loss == dml::PairLoss::kMultiSimilarity, 0.1};
+    Engine<Math>::forward(p, mining, saved, result.data.get(), forward_space.data.get(), nullptr);
+    Engine<Math>::backward(p, saved, upstream.data.get(), grad_queries.data.get(),
+                           p.square ? nullptr : grad_refs.data.get(), backward_space.data.get(), nullptr);
+    if (!(*result.as<Acc>() > Acc(0))) {
+        std::fprintf(stderr, "a loss of %g\n", double(*result.as<Acc>()));
+        std::exit(1);
+    }
+}
+
+template <typename Math>
+void run_all(Scalar scalar) {
+    const Tuning small = {}, large = {0, 2, 0}, cached = {0, 2, 1 << 30};
+    for (const auto loss : {dml::PairLoss::kMultiSimilarity, dml::PairLoss::kCircle}) {
+        run<Math>(scalar, 37, 0, 21, 21, loss, small);
+        run<Math>(scalar, 37, 70, 24, 32, loss, small);
+        run<Math>(scalar, 300, 0, 8, 8, loss, large);
+        run<Math>(scalar, 140, 270, 21, 23, loss, cached);
+    }
+}
+
+}  // namespace
+
+int main() {
+    try {
+        run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16);
+        run_all<Tf32Math<float, true>>(Scalar::kFloat32);
+    } catch (const std::exception& e) {
+        std::fprintf(stderr, "%s\n", e.what());
+        return 1;
+    }
+}
