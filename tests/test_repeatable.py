@@ -55,3 +55,19 @@ def test_saved_or_recomputed(function):
         )
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
+
+
+@EVERY
+def test_other_threads_in_backward(function):
+    """What forward saved does not depend on the number of threads: backward may run with another."""
+    embeddings, labels = make_batch(1300, 24)
+    gradients = []
+    for forward, backward in ((1, 1), (1, 3), (3, 1), (2, 1)):
+        torch.set_num_threads(forward)
+        leaf = embeddings.clone().requires_grad_()
+        value = function(leaf, labels, epsilon=0.1)
+        torch.set_num_threads(backward)
+        gradients.append(torch.autograd.grad(value, leaf)[0])
+    for gradient in gradients[1:]:
+        close = 1e-5 * gradients[0].abs().max().item()
+        torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=close)

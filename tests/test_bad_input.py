@@ -1,0 +1,252 @@
+"""Every wrong argument: the type of error, and a message with the argument, what was expected, what came."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dml_cuda
+from dml_cuda import functional, reference
+
+POINTS, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+META = torch.device("meta")  # another device that every machine has
+NAN, INF = float("nan"), float("inf")
+
+# name: (changed arguments, error, what the message must say, in this order)
+COMMON = {
+    "embeddings 1-D": ({"embeddings": POINTS[0]}, ValueError, ["embeddings", r"\[rows, D\]", r"\[4\]"]),
+    "embeddings 3-D": ({"embeddings": POINTS[None]}, ValueError, ["embeddings", "shape", r"\[1, 6, 4\]"]),
+    "embeddings integer": ({"embeddings": POINTS.long()}, TypeError, ["embeddings", "float32", "int64"]),
+    "embeddings complex": (
+        {"embeddings": POINTS.cfloat()},
+        TypeError,
+        ["embeddings", "float32", "complex64"],
+    ),
+    "embeddings float8": (
+        {"embeddings": POINTS.to(torch.float8_e5m2)},
+        TypeError,
+        ["embeddings", "float32", "float8_e5m2"],
+    ),
+    "embeddings list": ({"embeddings": POINTS.tolist()}, TypeError, ["embeddings", "tensor", "list"]),
+    "embeddings array": ({"embeddings": POINTS.numpy()}, TypeError, ["embeddings", "tensor", "ndarray"]),
+    "embeddings None": ({"embeddings": None}, TypeError, ["embeddings", "tensor", "NoneType"]),
+    "labels too few": ({"labels": LABELS[:5]}, ValueError, ["labels", "6", "5"]),
+    "labels too many": ({"labels": LABELS.repeat(2)}, ValueError, ["labels", "6", "12"]),
+    "labels scalar": ({"labels": LABELS[0]}, ValueError, ["labels", r"\[6\]", r"\[\]"]),
+    "labels 2-D": ({"labels": LABELS[:, None]}, ValueError, ["labels", r"\[6\]", r"\[6, 1\]"]),
+    "labels float": ({"labels": LABELS.float()}, TypeError, ["labels", "integer", "float32"]),
+    "labels list": ({"labels": LABELS.tolist()}, TypeError, ["labels", "integer tensor", "list"]),
+    "labels elsewhere": ({"labels": LABELS.to(META)}, ValueError, ["labels", "cpu", "meta"]),
+    "ref_emb alone": ({"ref_emb": POINTS}, ValueError, ["ref_labels", "ref_emb", "None"]),
+    "ref_labels alone": ({"ref_labels": LABELS}, ValueError, ["ref_emb", "ref_labels", "None"]),
+    "ref_emb other D": ({"ref_emb": POINTS[:, :3], "ref_labels": LABELS}, ValueError, ["ref_emb", "4", "3"]),
+    "ref_emb 1-D": ({"ref_emb": POINTS[0], "ref_labels": LABELS}, ValueError, ["ref_emb", "shape", r"\[4\]"]),
+    "ref_emb other dtype": (
+        {"ref_emb": POINTS.double(), "ref_labels": LABELS},
+        TypeError,
+        ["ref_emb", "float32", "float64"],
+    ),
+    "ref_emb list": (
+        {"ref_emb": POINTS.tolist(), "ref_labels": LABELS},
+        TypeError,
+        ["ref_emb", "tensor", "list"],
+    ),
+    "ref_emb elsewhere": (
+        {"ref_emb": POINTS.to(META), "ref_labels": LABELS},
+        ValueError,
+        ["ref_emb", "cpu", "meta"],
+    ),
+    "ref_labels too few": (
+        {"ref_emb": POINTS, "ref_labels": LABELS[:3]},
+        ValueError,
+        ["ref_labels", "6", "ref_emb", "3"],
+    ),
+    "ref_labels float": (
+        {"ref_emb": POINTS, "ref_labels": LABELS.double()},
+        TypeError,
+        ["ref_labels", "integer", "float64"],
+    ),
+    "ref_labels 2-D": (
+        {"ref_emb": POINTS, "ref_labels": LABELS[None]},
+        ValueError,
+        ["ref_labels", r"\[6\]", r"\[1, 6\]"],
+    ),
+    "epsilon NaN": ({"epsilon": NAN}, ValueError, ["epsilon", "finite", "nan"]),
+    "epsilon infinite": ({"epsilon": INF}, ValueError, ["epsilon", "finite", "inf"]),
+    "epsilon string": ({"epsilon": "0.1"}, TypeError, ["epsilon", "number", "str"]),
+    "epsilon True": ({"epsilon": True}, TypeError, ["epsilon", "number", "bool"]),
+    "similarity": ({"similarity": "euclidean"}, ValueError, ["similarity", "cosine", "dot", "euclidean"]),
+    "similarity None": ({"similarity": None}, TypeError, ["similarity", "cosine", "dot", "NoneType"]),
+    "reduction": ({"reduction": "average"}, ValueError, ["reduction", "mean", "sum", "average"]),
+    "reduction None": ({"reduction": None}, TypeError, ["reduction", "mean", "none", "NoneType"]),
+    "backend": ({"backend": "cuda"}, ValueError, ["backend", "auto", "reference", "cuda"]),
+    "backend number": ({"backend": 1}, TypeError, ["backend", "auto", "int"]),
+}
+OPTIONS = {
+    "multi_similarity_loss": {
+        "alpha 0": ({"alpha": 0}, ValueError, ["alpha", "above 0", "0"]),
+        "alpha negative": ({"alpha": -2.0}, ValueError, ["alpha", "above 0", "-2"]),
+        "beta 0": ({"beta": 0.0}, ValueError, ["beta", "above 0", "0"]),
+        "beta infinite": ({"beta": INF}, ValueError, ["beta", "finite", "inf"]),
+        "base NaN": ({"base": NAN}, ValueError, ["base", "finite", "nan"]),
+        "base string": ({"base": "0.5"}, TypeError, ["base", "number", "str"]),
+        "alpha tensor": ({"alpha": torch.tensor(2.0)}, TypeError, ["alpha", "number", "Tensor"]),
+        "alpha None": ({"alpha": None}, TypeError, ["alpha", "number", "NoneType"]),
+    },
+    "circle_loss": {
+        "m NaN": ({"m": NAN}, ValueError, ["m", "finite", "nan"]),
+        "m string": ({"m": "0.4"}, TypeError, ["m", "number", "str"]),
+        "gamma 0": ({"gamma": 0}, ValueError, ["gamma", "above 0", "0"]),
+        "gamma negative": ({"gamma": -80}, ValueError, ["gamma", "above 0", "-80"]),
+        "gamma beyond float": ({"gamma": 10**400}, ValueError, ["gamma", "finite", "1"]),
+        "detach_weights": ({"detach_weights": 1}, TypeError, ["detach_weights", "True or False", "int"]),
+    },
+}
+MODULES = {
+    "multi_similarity_loss": dml_cuda.MultiSimilarityLoss,
+    "circle_loss": dml_cuda.CircleLoss,
+}
+BATCH = ("embeddings", "labels", "ref_emb", "ref_labels")
+CASES = [
+    pytest.param(loss, *case, id=f"{loss}: {name}")
+    for loss, own in OPTIONS.items()
+    for name, case in {**COMMON, **own}.items()
+]
+
+
+def expect(error, says):
+    """A message that starts with the argument's name and then says these things in order."""
+    return pytest.raises(error, match=re.compile("^" + ".*".join(says), re.DOTALL))
+
+
+@pytest.mark.parametrize(("loss", "changed", "error", "says"), CASES)
+def test_function(loss, changed, error, says):
+    arguments = {"embeddings": POINTS, "labels": LABELS, **changed}
+    with expect(error, says):
+        getattr(functional, loss)(**arguments)
+    if changed.keys() <= {*BATCH, "epsilon", "similarity", "reduction"}:
+        with expect(error, says):
+            getattr(reference, loss)(**arguments)
+
+
+@pytest.mark.parametrize(("loss", "changed", "error", "says"), CASES)
+def test_module(loss, changed, error, says):
+    """A module refuses wrong options when it is made, and wrong batches when it is called."""
+    options = {k: v for k, v in changed.items() if k not in BATCH}
+    if options:
+        with expect(error, says):
+            MODULES[loss](**options)
+    else:
+        module = MODULES[loss]()
+        with expect(error, says):
+            module(**{"embeddings": POINTS, "labels": LABELS, **changed})
+
+
+@pytest.mark.parametrize("loss", MODULES)
+def test_explicit_pairs_are_not_supported_yet(loss):
+    pairs = (LABELS, LABELS, LABELS, LABELS)
+    with pytest.raises(NotImplementedError, match=r"indices_tuple.*epsilon"):
+        MODULES[loss]()(POINTS, LABELS, pairs)
+
+
+@pytest.mark.parametrize("loss", MODULES)
+def test_no_kernel_for_the_device(loss):
+    """ "fused" refuses a device without a kernel; "auto" warns, once, and takes the reference."""
+    function = getattr(functional, loss)
+    batch = POINTS.to(META), LABELS.to(META)
+    with pytest.raises(RuntimeError, match=r"backend.*fused.*meta"):
+        function(*batch, backend="fused")
+    functional._warned.clear()
+    with pytest.warns(UserWarning, match=r"no kernel for meta.*reference") as warned:
+        results = [function(*batch, epsilon=0.1) for _ in range(3)]
+    assert len(warned) == 1
+    assert all(r.device == META and r.shape == () for r in results)
+
+
+def call(
+    embeddings=POINTS,
+    labels=LABELS,
+    ref_emb=None,
+    ref_labels=None,
+    loss="circle",
+    params=(0.4, 80.0, 1.0),
+    reduction="mean",
+):
+    inputs = embeddings, labels, ref_emb, ref_labels, loss, list(params), 0.1, True, reduction, True
+    return torch.ops.dml_cuda.pair_loss(*inputs)
+
+
+OP_CASES = {
+    "embeddings 1-D": ({"embeddings": POINTS[0]}, ["embeddings", "2-D", "1"]),
+    "embeddings integer": ({"embeddings": POINTS.long()}, ["Long"]),
+    "labels too few": ({"labels": LABELS[:5]}, ["6 rows", "5"]),
+    "labels int32": ({"labels": LABELS.int()}, ["labels", "int64", "Int"]),
+    "ref_labels missing": ({"ref_emb": POINTS}, ["ref_emb", "ref_labels"]),
+    "ref_emb other D": ({"ref_emb": POINTS[:, :3], "ref_labels": LABELS}, ["ref_emb", "4", "3"]),
+    "ref_emb other dtype": (
+        {"ref_emb": POINTS.double(), "ref_labels": LABELS},
+        ["ref_emb", "Float", "Double"],
+    ),
+    "loss unknown": ({"loss": "contrastive"}, ["loss", "circle", "contrastive"]),
+    "params too few": ({"params": ()}, ["params", "3", "0"]),
+    "reduction unknown": ({"reduction": "average"}, ["reduction", "average"]),
+}
+
+
+@pytest.mark.parametrize("name", OP_CASES)
+def test_op_called_directly(name):
+    changed, says = OP_CASES[name]
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=".*".join(says)):
+        call(**changed)
+
+
+# In a process of its own: an access out of bounds would take all the tests with it.
+BACKWARD_CALLS = """
+import torch
+import dml_cuda
+
+points, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
+arguments = {
+    "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
+    "loss": "circle", "params": [0.4, 80.0, 1.0], "normalize": True, "reduction": "mean",
+}
+saved = torch.ops.dml_cuda.pair_loss(**arguments, epsilon=0.1, save_for_backward=True)
+names = ("grad_loss", "stats", "plan", "tiles", "kept")
+arguments |= {**dict(zip(names, saved)), "need_emb": True, "need_ref": True}
+torch.ops.dml_cuda.pair_loss_backward(**arguments)
+for changed in (
+    {"stats": torch.zeros(3)},
+    {"stats": arguments["stats"].double()},
+    {"stats": arguments["stats"].repeat(2)[::2]},
+    {"plan": torch.zeros(0, dtype=torch.int32)},
+    {"plan": arguments["plan"].long()},
+    {"kept": torch.zeros(0, dtype=torch.uint8)},
+    {"tiles": torch.zeros(17)},
+    {"tiles": arguments["tiles"].double()},
+    {"grad_loss": torch.zeros(0)},
+    {"grad_loss": torch.zeros(2), "reduction": "none"},
+    {"embeddings": many, "labels": many_labels},
+    {"ref_emb": many, "ref_labels": many_labels},
+):
+    print(list(changed), flush=True)
+    try:
+        torch.ops.dml_cuda.pair_loss_backward(**{**arguments, **changed})
+    except (TypeError, ValueError, RuntimeError):
+        continue
+    raise SystemExit("accepted")
+"""
+
+
+def test_backward_op_called_directly():
+    """What forward saved is checked before it is believed: never an access out of bounds."""
+    run = subprocess.run([sys.executable, "-c", BACKWARD_CALLS], capture_output=True, text=True)
+    last = (run.stdout.splitlines() or ["the valid call"])[-1]
+    assert run.returncode == 0, f"{last}: {run.stderr}"
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="mmx"):
+        dml_cuda._C.set_cpu_instruction_set("mmx")
