@@ -1,7 +1,7 @@
 """Cases and the comparison with brute force, for the emulated kernels and for those on a GPU."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import brute_force
 import torch
@@ -101,6 +101,21 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
             return Case(*sides, **options)
 
 
+def couples(n, arithmetic):
+    """n rows in classes of two, and parameters with which a row's loss tells the similarity of its couple
+    and nothing else: the negatives' exponentials are 0."""
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(n, 77, generator=g).to(arithmetic.dtype)
+    labels = torch.randperm(n, generator=g) % (n // 2)
+    return Case(points, labels, loss=("multi_similarity", (2.0, 1000.0, 1.5)), reduction="none")
+
+
+def partners(labels):
+    """The other row of each row's couple."""
+    same = labels[:, None] == labels[None, :]
+    return same.fill_diagonal_(False).int().argmax(1)
+
+
 def relative_error(x, truth):
     norm = truth.norm().item()
     return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)
@@ -118,7 +133,3 @@ def check(case, arithmetic, loss, grads):
         subnormal = 2.0**-25 if got.dtype == F16 else 0.0  # half the distance of float16's least numbers
         allowed = arithmetic.grad_tolerance * want.norm().item() + subnormal * want.numel() ** 0.5
         assert (got.double() - want).norm().item() <= allowed
-
-
-__all__ = ["ARITHMETICS", "BY_NAME", "CIRCLE", "CIRCLE_NOT_DETACHED", "MS", "Case", "check", "make",
-           "relative_error", "replace", "surrounded"]  # fmt: skip

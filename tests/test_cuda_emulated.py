@@ -14,7 +14,9 @@ from cuda_cases import (
     MS,
     Case,
     check,
+    couples,
     make,
+    partners,
     relative_error,
     surrounded,
 )
@@ -136,6 +138,15 @@ def test_the_same_bits_in_any_order(path, arithmetic):
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
     check(case, arithmetic, first[0], (first[1], None))
+
+
+@by_arithmetic
+def test_strips_see_one_similarity_from_both_sides(arithmetic):
+    """Each row of a couple computes it in a strip of its own, as mining relies on: to the bit."""
+    case = couples(80, arithmetic)
+    loss = engine(case, arithmetic).forward()
+    assert loss.unique().numel() > 30
+    assert torch.equal(loss, loss[partners(case.labels)])
 
 
 @pytest.mark.parametrize("arithmetic", [F32, BF16, F64], ids=lambda a: a.name)
