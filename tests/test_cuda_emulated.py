@@ -24,6 +24,8 @@ from emulator import library
 from emulator.build import HERE, build
 from emulator.build import run as run_program
 
+import dml_cuda
+
 SMALL = {}
 LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0}  # every tile is computed again
 CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30}
@@ -328,3 +330,19 @@ def test_memory_stays_bounded(dtype, m):
         per_row = 64 if acc == 4 else 128
         assert saved + forward <= per_row * rows + (64 << 20)
         assert saved + backward - sums <= per_row * rows + (64 << 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("save", [True, False])
+def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
+    """torch.compile plans with what dml_cuda.ops says of the saved tensors."""
+    sizes = (0, 1, 100, 512, 513, 1024, 1025, 3000, 4096, 4097, 100_000, 3_000_000)
+    e = library.Engine(torch.empty(0, 16, dtype=dtype), torch.empty(0, dtype=torch.int64), epsilon=0.1)
+    e.save_for_backward = save
+    itemsize = 8 if dtype == torch.float64 else 4
+    for n in sizes:
+        for m in (None, *sizes):
+            e.arguments.query_count, e.arguments.ref_count = n, n if m is None else m
+            e.arguments.square = m is None
+            told = dml_cuda.ops.saved_sizes("cuda", n, n if m is None else m, m is None, itemsize, save)
+            assert list(told) == e.ask_sizes()[:4], (n, m)
