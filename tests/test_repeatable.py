@@ -1,5 +1,7 @@
 """The same bits every time for one number of threads: no result depends on which thread was faster."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from accuracy import FUNCTIONS, evaluate
@@ -71,3 +73,17 @@ def test_other_threads_in_backward(function):
     for gradient in gradients[1:]:
         close = 1e-5 * gradients[0].abs().max().item()
         torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=close)
+
+
+@EVERY
+def test_called_from_several_threads(function):
+    """Losses computed side by side, as data-parallel code on one machine does, do not disturb each other."""
+    embeddings, labels = make_batch(400, 16)
+
+    def gradient(_):
+        return evaluate(function, embeddings, labels, epsilon=0.1)[1]
+
+    alone = gradient(0)
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(gradient, range(12)):
+            assert torch.equal(together, alone)
