@@ -1,21 +1,18 @@
 """``python -m benchmarks``: measures, prints tables, writes JSON and a plot."""
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dml_cuda
 
 from .cases import Case, default_cases, quick_cases
-from .machine import describe
 from .peers import PEERS
 from .plot import plot
 from .report import print_report, write_json
-from .run import run_case
+from .run import run_cases
 
 
 def _parse() -> argparse.Namespace:
@@ -57,30 +54,6 @@ def select(arguments: argparse.Namespace) -> list[Case]:
     if arguments.filter:
         cases = [case for case in cases if arguments.filter in case.name]
     return cases
-
-
-def run_cases(cases: list[Case], device: str, seconds: float, peers: list[str] | None = None) -> dict:
-    """Measure the cases behind a progress bar; the record of the run."""
-    started = time.perf_counter()
-    records = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task("", total=len(cases))
-            for case in cases:
-                progress.update(task, description=case.name)
-                records.append(run_case(case, device, seconds, peers))
-                progress.advance(task)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    return {
-        "schema": 1,
-        "machine": describe(device),
-        "seconds_per_case": seconds,
-        "total_s": time.perf_counter() - started,
-        "cases": records,
-    }
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ TITLES = {
     "chunked": "chunked",
 }
 LEGEND = """\
-times: medians, ± half the interquartile range; ratios: of medians; vs 3.0x: dml_cuda takes a third of the time
+times: medians, ± half the interquartile range; ratios of medians; vs 3.0x: dml_cuda takes a third of the time
 matmuls: S = X X^T and, for backward, S X and S^T X, into memory already there
 PyTorch: the dense reference, eager; compiled: the same under torch.compile
 PML: pytorch-metric-learning's loss, and its miner where mined

@@ -1,12 +1,15 @@
 """Runs cases: each gives a record of plain numbers, ready for JSON."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .cases import CUDA_GRAPH_LIMIT, Case, make_batch
 from .chunked import kept_share
+from .machine import describe
 from .measure import make_clock, measure, summarise
 from .peers import PEERS, Step, Unavailable
 from .roofline import roofline
@@ -115,3 +118,27 @@ def run_case(
     if "median_s" in results.get("fused", {}):
         record["roofline"] = roofline(case, results["fused"]["median_s"], device)
     return record
+
+
+def run_cases(cases: list[Case], device: str, seconds: float = 5.0, peers: list[str] | None = None) -> dict:
+    """Measure the cases behind a progress bar; the record of the run."""
+    started = time.perf_counter()
+    records = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task("", total=len(cases))
+            for case in cases:
+                progress.update(task, description=case.name)
+                records.append(run_case(case, device, seconds, peers))
+                progress.advance(task)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return {
+        "schema": 1,
+        "machine": describe(device),
+        "seconds_per_case": seconds,
+        "total_s": time.perf_counter() - started,
+        "cases": records,
+    }

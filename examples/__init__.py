@@ -1,0 +1,1 @@
+"""Programs that use dml_cuda on real data."""
