@@ -58,8 +58,8 @@ struct MultiSimilarity {
     DML_INLINE explicit MultiSimilarity(const double* params)
         : alpha(T(params[0])), beta(T(params[1])), base(T(params[2])) {}
 
-    DML_INLINE T logit_pos(T s) const { return -alpha * (s - base); }
-    DML_INLINE T logit_neg(T s) const { return beta * (s - base); }
+    DML_INLINE T logit_pos(T s) const { return rounded_product(-alpha, s - base); }
+    DML_INLINE T logit_neg(T s) const { return rounded_product(beta, s - base); }
     DML_INLINE T slope_pos(T) const { return -alpha; }
     DML_INLINE T slope_neg(T) const { return beta; }
     DML_INLINE T loss(T lse_pos, T lse_neg) const { return lse_pos / alpha + lse_neg / beta; }
@@ -87,8 +87,8 @@ struct Circle {
           slope_scale(params[2] != 0.0 ? T(1) : T(2)),
           slope_shift(params[2] != 0.0 ? m : T(0)) {}
 
-    DML_INLINE T logit_pos(T s) const { return -gamma * relu(T(1) + m - s) * (s - (T(1) - m)); }
-    DML_INLINE T logit_neg(T s) const { return gamma * relu(s + m) * (s - m); }
+    DML_INLINE T logit_pos(T s) const { return rounded_product(-gamma * relu(T(1) + m - s), s - (T(1) - m)); }
+    DML_INLINE T logit_neg(T s) const { return rounded_product(gamma * relu(s + m), s - m); }
 
     DML_INLINE T slope_pos(T s) const {
         return T(1) + m - s > T(0) ? -gamma * (slope_scale * (T(1) - s) + slope_shift) : T(0);

@@ -8,3 +8,23 @@
 // and an out-of-line copy made with AVX-512 must never be the one that the linker keeps for all.
 #define DML_INLINE inline __attribute__((always_inline))
 #endif
+
+namespace dml {
+
+// a * b, rounded. A compiler may otherwise merge the product with a later subtraction into one fused
+// operation that does not round it; then logit - max, for the pair whose logit is the maximum, is no
+// longer 0 but the rounding error of a number in the hundreds, which the exponential makes visible.
+template <typename T>
+DML_INLINE T rounded_product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(T) == 8) {
+        return __dmul_rn(a, b);
+    } else {
+        return __fmul_rn(a, b);
+    }
+#else
+    return a * b;  // the CPU kernels store logits before they use them, which rounds them
+#endif
+}
+
+}  // namespace dml

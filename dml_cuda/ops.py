@@ -24,7 +24,7 @@ def _tile_count(n, m, square: bool, side: int):
 def _cpu_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
     tiles, area = _tile_count(n, m, square, _CPU_TILE), _CPU_TILE * _CPU_TILE
     cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // (area * itemsize)) if save else 0
-    return 4 * n + 2, 3 * n + (0 if square else m), cached * area, tiles
+    return 4 * n + 2, 3 * n + (0 if square else m), cached * area, tiles + 2
 
 
 def _cuda_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:

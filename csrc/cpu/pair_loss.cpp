@@ -42,6 +42,9 @@ constexpr int64_t kCacheBytes = int64_t(64) << 20;
 // product, which wastes work on zeros but uses the cache better, is faster.
 constexpr double kSparseShare = 0.4;
 
+// Two bytes more than tiles: a tensor of one element would make torch.compile compile once more.
+constexpr int64_t kept_numel(int64_t tiles) { return tiles + 2; }
+
 template <typename T>
 struct Scratch {
     T similarities[kTile * kTile];
@@ -110,7 +113,16 @@ class Batch {
                             matrix(cols.row(tile.col0), dim, tile.cols, 1, cols.stride()));
         }
         tile.s = s;
+        if (cached && !known) std::fill(s + tile.rows * tile.cols, s + kTile * kTile, T(0));
         return tile;
+    }
+
+    // Gives the cached tiles that were not needed a value: what an op returns must not be left to chance.
+    void clear_unknown(const std::vector<uint8_t>& known) const {
+        for (int64_t index = 0; index < cached_; ++index) {
+            T* s = tiles_.data_ptr<T>() + index * kTile * kTile;
+            if (!known[index]) std::fill(s, s + kTile * kTile, T(0));
+        }
     }
 
     // Calls visit for every tile that is wanted, in rounds that share no rows and no columns.
@@ -169,7 +181,8 @@ struct Stats {
 
 template <typename T>
 void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, const double* params,
-                      std::optional<double> epsilon, std::vector<RowState<T>>& state, uint8_t* kept) {
+                      std::optional<double> epsilon, std::vector<RowState<T>>& state,
+                      std::vector<uint8_t>& known, uint8_t* kept) {
     const int64_t n = batch.n;
     std::vector<uint8_t> block_active(Schedule::blocks(n), 0);
     for (int64_t i = 0; i < n; ++i) {
@@ -184,7 +197,6 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     const auto with_positives = [&](const TileAt& at) {
         return active(at) && batch.holds_positives(batch.place(at));
     };
-    std::vector<uint8_t> known(batch.schedule.tiles(), 0);
     const auto load = [&](const TileAt& at) {
         const Tile<T> tile = batch.tile(at, known[at.index]);
         known[at.index] = 1;
@@ -219,7 +231,7 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
 }
 
 template <typename T>
-double reduction_scale(Reduction reduction, const std::vector<T>& loss,
+double reduction_scale(const Batch<T>& batch, Reduction reduction, bool mined, const std::vector<T>& loss,
                        const std::vector<RowState<T>>& state) {
     int64_t count = 1;
     if (reduction == Reduction::kMean) count = static_cast<int64_t>(loss.size());
@@ -227,8 +239,10 @@ double reduction_scale(Reduction reduction, const std::vector<T>& loss,
         count = std::count_if(loss.begin(), loss.end(), [](T value) { return value != T(0); });
     }
     if (reduction == Reduction::kMeanValid) {
-        count = std::count_if(state.begin(), state.end(),
-                              [](const RowState<T>& row) { return !row.pos.empty() || !row.neg.empty(); });
+        count = 0;  // without mining every pair is kept, also where the loss needs both kinds and is 0
+        for (int64_t i = 0; i < batch.n; ++i) {
+            count += mined ? !state[i].pos.empty() : batch.positives(i) + batch.negatives(i) > 0;
+        }
     }
     return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
@@ -250,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
     Tensor stats = at::empty({Stats<T>::numel(n)}, options);
     Tensor plan = at::empty({Plan::numel(n, m, square)}, options.dtype(at::kInt));
     Tensor tiles = at::empty({cached * kTile * kTile}, options);
-    Tensor kept = at::zeros({all_tiles}, options.dtype(at::kByte));
+    Tensor kept = at::zeros({kept_numel(all_tiles)}, options.dtype(at::kByte));
 
     const Tensor row_labels = labels.contiguous(),
                  col_labels = square ? row_labels : ref_labels->contiguous();
@@ -261,7 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
 
     std::vector<RowState<T>> state(n, RowState<T>{Bounds<T>::none()});
     const bool finite = batch.rows.finite && batch.cols.finite;
-    if (finite) accumulate_batch(batch, kernels, params, epsilon, state, kept.data_ptr<uint8_t>());
+    std::vector<uint8_t> known(all_tiles, 0);
+    if (finite) accumulate_batch(batch, kernels, params, epsilon, state, known, kept.data_ptr<uint8_t>());
+    batch.clear_unknown(known);
 
     const Stats<T> saved(stats.data_ptr<T>(), n);
     std::vector<T> loss(n);
@@ -281,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
             *saved.poisoned = 1;
         }
     }
-    const double scale = reduction_scale(reduction, loss, state);
+    const double scale = reduction_scale(batch, reduction, epsilon.has_value(), loss, state);
     *saved.scale = static_cast<T>(scale);
     Tensor result;
     if (reduction == Reduction::kNone) {
@@ -296,12 +312,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
     return {result, stats, plan, tiles, kept};
 }
 
+// What forward saved, as far as a wrong size could lead outside of it.
+template <typename T>
+void check_saved(const Tensor& grad_loss, int64_t n, int64_t m, bool square, const Tensor& stats,
+                 const Tensor& plan, const Tensor& tiles, const Tensor& kept, Reduction reduction) {
+    const auto check = [](const Tensor& saved, int64_t numel, const char* name) {
+        TORCH_CHECK_VALUE(saved.dim() == 1 && saved.numel() == numel && saved.is_contiguous(), name,
+                          ": expected the ", numel, " elements that forward saved, got shape ",
+                          saved.sizes());
+    };
+    const int64_t all_tiles = Schedule(n, m, square, 1).tiles(), area = kTile * kTile;
+    check(stats, Stats<T>::numel(n), "stats");
+    check(plan, Plan::numel(n, m, square), "plan");
+    check(kept, kept_numel(all_tiles), "kept");
+    check(tiles, std::min(tiles.numel() / area, all_tiles) * area, "tiles");
+    const int64_t losses = reduction == Reduction::kNone ? n : 1;
+    TORCH_CHECK_VALUE(grad_loss.numel() == losses, "grad_loss: expected ", losses, " elements, got shape ",
+                      grad_loss.sizes());
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings,
                                     const OptionalTensor& ref_emb, const Tensor& stats, const Tensor& plan,
                                     const Tensor& tiles, const Tensor& kept, PairLoss which,
                                     const double* params, bool normalize, Reduction reduction, bool need_emb,
                                     bool need_ref) {
+    check_saved<T>(grad_loss, embeddings.size(0), ref_emb ? ref_emb->size(0) : embeddings.size(0), !ref_emb,
+                   stats, plan, tiles, kept, reduction);
     const Stats<T> saved(stats.data_ptr<T>(), embeddings.size(0));
     const Tensor none = at::empty({0}, embeddings.options());
     if (*saved.poisoned != T(0)) {

@@ -88,6 +88,14 @@ struct Positives {
     DML_INLINE T slope(T s) const { return loss.slope_pos(s); }
 };
 
+// The logits of a range of a row. In a loop and an array of their own, so that they are rounded before
+// anything is subtracted from them (see rounded_product).
+template <typename T, typename Kind>
+DML_INLINE void range_logits(const Kind& kind, const T* s, int begin, int end, T* logit) {
+#pragma omp simd
+    for (int j = begin; j < end; ++j) logit[j] = kind.logit(s[j]);
+}
+
 template <typename T>
 struct TileStats {  // of one side of a tile: its rows or its columns
     alignas(64) T bound[kTile];
@@ -109,10 +117,12 @@ DML_INLINE void begin_stats(TileStats<T>& stats, const RowState<T>* state, int n
 template <typename T, typename Kind, bool kBothSides>
 DML_INLINE void range_maxima(const Kind& kind, const T* s, int begin, int end, T bound, T& max_logit,
                              T& max_s, TileStats<T>& cols) {
+    alignas(64) T logits[kTile];
+    range_logits(kind, s, begin, end, logits);
     T row_logit = max_logit, row_s = max_s;
 #pragma omp simd reduction(max : row_logit, row_s)
     for (int j = begin; j < end; ++j) {
-        const T logit = kind.logit(s[j]);
+        const T logit = logits[j];
         const bool kept = kind.kept(s[j], bound);
         const T kept_logit = kept ? logit : -infinity<T>();
         const T kept_s = kept ? s[j] : -infinity<T>();
@@ -134,10 +144,12 @@ DML_INLINE void range_maxima(const Kind& kind, const T* s, int begin, int end, T
 template <typename T, typename Kind, bool kBothSides>
 DML_INLINE void range_sums(const Kind& kind, const T* s, int begin, int end, T bound, T max_logit, T& sum,
                            TileStats<T>& cols) {
+    alignas(64) T logits[kTile];
+    range_logits(kind, s, begin, end, logits);
     T row_sum = sum;
 #pragma omp simd reduction(+ : row_sum)
     for (int j = begin; j < end; ++j) {
-        const T logit = kind.logit(s[j]);
+        const T logit = logits[j];
         const T term = exp_fast(logit - max_logit);
         row_sum += kind.kept(s[j], bound) ? term : T(0);
         if constexpr (kBothSides) {
@@ -215,10 +227,12 @@ bool accumulate(const Tile<T>& tile, const double* params, Kinds kinds, RowState
 template <typename T, typename Kind, bool kBothSides>
 DML_INLINE int range_weights(const Kind& kind, const T* s, int begin, int end, T bound, T lse, T weight,
                              const T* col_bound, const T* col_lse, const T* col_weight, T* out) {
+    alignas(64) T logits[kTile];
+    range_logits(kind, s, begin, end, logits);
     int count = 0;
 #pragma omp simd reduction(+ : count)
     for (int j = begin; j < end; ++j) {
-        const T logit = kind.logit(s[j]);
+        const T logit = logits[j];
         const T row_term = weight * exp_fast(logit - lse);
         T total = kind.kept(s[j], bound) ? row_term : T(0);
         if constexpr (kBothSides) {
