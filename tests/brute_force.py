@@ -90,9 +90,6 @@ def loss_and_gradients(
     refs = q if r is None else r.detach().double().requires_grad_()
     s = similarities(q, refs, normalize, rounded)
     keep_pos, keep_neg = kept_masks(s, *pair_masks(labels, ref_labels), epsilon)
-    if loss == "circle":  # needs both kinds, so a row with one keeps nothing
-        both = keep_pos.any(1, keepdim=True) & keep_neg.any(1, keepdim=True)
-        keep_pos, keep_neg = keep_pos & both, keep_neg & both
     losses = row_losses(s, keep_pos, keep_neg, loss, params)
     value = reduce_rows(losses, (keep_pos | keep_neg).any(1), reduction)
     (value * upstream).sum().backward()

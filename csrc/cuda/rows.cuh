@@ -23,7 +23,7 @@ struct RowStats {
 inline constexpr int kStatsHeader = 4;
 inline constexpr int kStatsPerRow = 7;
 inline constexpr int kEligible = 1;  // the labels give the row the pairs that its loss needs
-inline constexpr int kValid = 2;     // some pair was kept
+inline constexpr int kValid = 2;     // some pair was kept; without mining, the row has a pair
 
 template <typename Acc>
 RowStats<Acc> row_stats(void* stats, int32_t* flags, int64_t rows) {
@@ -140,7 +140,7 @@ DML_DEVICE Bounds<Acc> row_bounds(bool has_pos, bool has_neg, bool mining, Acc m
 
 template <typename Loss, typename Acc>
 DML_DEVICE void finish_row(const RowStats<Acc>& stats, int64_t i, const Loss& loss, const Bounds<Acc>& bounds,
-                           const LogSumExp<Acc>& pos, const LogSumExp<Acc>& neg, bool eligible) {
+                           const LogSumExp<Acc>& pos, const LogSumExp<Acc>& neg, bool eligible, bool valid) {
     const Acc lse_pos = pos.value(Loss::kCountsOne), lse_neg = neg.value(Loss::kCountsOne);
     const bool has_loss = !Loss::kNeedsBoth || (!pos.empty() && !neg.empty());
     const PosNeg<Acc> weight = has_loss ? loss.dloss_dlse(lse_pos, lse_neg) : PosNeg<Acc>{Acc(0), Acc(0)};
@@ -151,7 +151,7 @@ DML_DEVICE void finish_row(const RowStats<Acc>& stats, int64_t i, const Loss& lo
     stats.weight_neg[i] = weight.neg;
     stats.weight_pos[i] = weight.pos;
     stats.loss[i] = has_loss ? loss.loss(lse_pos, lse_neg) : Acc(0);
-    stats.flags[i] = (eligible ? kEligible : 0) | (pos.empty() && neg.empty() ? 0 : kValid);
+    stats.flags[i] = (eligible ? kEligible : 0) | (valid ? kValid : 0);
 }
 
 // What backward needs of one row, before its upstream gradient.

@@ -170,7 +170,8 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc*
 
     const bool both = mining || Loss::kNeedsBoth;
     const bool eligible = both ? has_pos && has_neg : has_pos || has_neg;
-    if (lane_id() == 0) finish_row(stats, i, loss, bounds, pos, neg, eligible);
+    const bool valid = mining ? !pos.empty() : has_pos || has_neg;
+    if (lane_id() == 0) finish_row(stats, i, loss, bounds, pos, neg, eligible, valid);
 }
 
 template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>

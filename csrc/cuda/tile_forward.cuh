@@ -325,14 +325,15 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     });
     if (last && side == 0) {
         // Without mining every pair was kept so far, so what is empty here the labels did not give.
-        bool eligible = mining ? (stats.flags[i] & kEligible) != 0 : !pos.empty() || !neg.empty();
+        const bool valid = !pos.empty() || !neg.empty();
+        bool eligible = mining ? (stats.flags[i] & kEligible) != 0 : valid;
         Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
         if (Loss::kNeedsBoth && (pos.empty() || neg.empty())) {
             if (!mining) eligible = false;
             bounds = Bounds<Acc>::none();
             pos = neg = LogSumExp<Acc>{};
         }
-        finish_row(stats, i, loss, bounds, pos, neg, eligible);
+        finish_row(stats, i, loss, bounds, pos, neg, eligible, valid);
     } else {
         row.pos_max() = pos.max;
         row.pos_sum() = pos.sum;
