@@ -57,8 +57,9 @@ def cuda_architectures() -> str:
         if torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             archs = f"{major}.{minor}"
-        else:
-            archs = "8.0;8.6;9.0;10.0;12.0+PTX"
+        else:  # compilers before 12.8 do not know 10.0 and 12.0
+            version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+            archs = "8.0;8.6;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;8.6;9.0+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
