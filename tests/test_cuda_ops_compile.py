@@ -5,19 +5,23 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
 from benchmarks import ptxas
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.skipif(ptxas.find_nvcc() is None, reason="nvcc and its headers are not installed")
+def toolkit_headers() -> Path | None:
+    nvcc = ptxas.find_nvcc()
+    homes = [CUDA_HOME, nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    folders = [Path(home) / "include" for home in homes if home]
+    return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)
+
+
+@pytest.mark.skipif(toolkit_headers() is None, reason="the headers of the CUDA toolkit are not installed")
 def test_syntax_and_types():
-    toolkit = Path(ptxas.find_nvcc()).resolve().parent.parent / "include"
-    if not toolkit.is_dir():
-        toolkit = Path("/usr/local/cuda/include")
-    folders = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit)]
+    folders = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit_headers())]
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     command += [f"-isystem{folder}" for folder in folders]
     done = subprocess.run([*command, str(ROOT / "csrc" / "cuda_ops.cpp")], capture_output=True, text=True)
