@@ -51,7 +51,7 @@ def _fused(
     reduction: str,
 ) -> Tensor:
     needs_grad = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    value, *_ = torch.ops.dml_cuda.pair_loss(
+    value, *_ = torch.ops.dml_cuda.pair_loss.default(
         embeddings,
         labels.long(),
         ref_emb,

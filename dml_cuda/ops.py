@@ -112,7 +112,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 10
     need_emb, _, need_ref = ctx.needs_input_grad[:3]
-    grad_emb, grad_ref = torch.ops.dml_cuda.pair_loss_backward(
+    grad_emb, grad_ref = torch.ops.dml_cuda.pair_loss_backward.default(
         grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
     )
     return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 7)
