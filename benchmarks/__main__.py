@@ -26,7 +26,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), help="only these implementations")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="measuring time per case, about (default %(default)s)"
+        "--seconds", type=float, default=4.0, help="measuring time per case, about (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dml_cuda.reference import _logsumexp, _mine, _reduce
 
-_ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # the fastest of some powers of two that were tried
+_ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # about the fastest of the powers of two
 _FEWEST_ROWS = 64
 
 

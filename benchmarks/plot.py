@@ -28,6 +28,10 @@ def _label(case: dict) -> str:
     return f"{case['n']} × {case['d']}{batch}{dtype}"
 
 
+def _order(case: dict) -> tuple:
+    return case["dtype_title"] != "float32", case["dtype_title"], case["batch"], case["d"], case["n"]
+
+
 def _dots(axis, rows: dict[int, dict[str, float]], seen: dict) -> None:
     """A row of dots per case, joined by a thin line from the least to the greatest."""
     for y, values in rows.items():
@@ -44,6 +48,7 @@ def _dots(axis, rows: dict[int, dict[str, float]], seen: dict) -> None:
             axis.annotate(
                 f"{values['fused']:.2g}", (values["fused"], y), (0, 7), textcoords="offset points",
                 ha="center", fontsize=7.5, color=_STYLE["fused"][0],
+                bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
 
 
@@ -60,9 +65,7 @@ def plot(record: dict, path: Path) -> None:
     y = 0
     for title, members in groups.items():
         heads.append((y, title))
-        for case in sorted(
-            members, key=lambda case: (case["dtype_title"] != "float32", case["batch"], case["n"])
-        ):
+        for case in sorted(members, key=_order):
             y += 1
             ticks.append((y, _label(case)))
             ratios, results = case["time_over_matmuls"], case["results"]

@@ -87,7 +87,7 @@ def _measure_peers(case: Case, embeddings, labels, names: list[str], clock, budg
         results[name] |= difference
     outputs.clear()
     if not case.once:
-        at_least = {name: 5 if name in _CAREFUL else 3 for name in steps}
+        at_least = {name: 7 if name in _CAREFUL else 3 for name in steps}
         for name, samples in measure(steps, clock, budget, at_least).items():
             results[name] |= summarise(samples)
     if embeddings.is_cuda and case.n <= CUDA_GRAPH_LIMIT:
@@ -98,7 +98,7 @@ def _measure_peers(case: Case, embeddings, labels, names: list[str], clock, budg
 
 
 def run_case(
-    case: Case, device: str = "cpu", budget: float = 5.0, only_peers: Iterable[str] | None = None
+    case: Case, device: str = "cpu", budget: float = 4.0, only_peers: Iterable[str] | None = None
 ) -> dict:
     """Measure one case: time, memory and agreement of every peer that can run it."""
     torch.set_float32_matmul_precision(case.precision)
@@ -120,7 +120,7 @@ def run_case(
     return record
 
 
-def run_cases(cases: list[Case], device: str, seconds: float = 5.0, peers: list[str] | None = None) -> dict:
+def run_cases(cases: list[Case], device: str, seconds: float = 4.0, peers: list[str] | None = None) -> dict:
     """Measure the cases behind a progress bar; the record of the run."""
     started = time.perf_counter()
     records = []
