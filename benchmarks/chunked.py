@@ -1,7 +1,7 @@
 """The losses in plain PyTorch, a chunk of rows at a time: what one writes when the N x N matrix is too big.
 
-Backward computes each chunk's similarities again instead of keeping them, as torch.utils.checkpoint would
-(whose own bookkeeping kept as much memory as the dense form when this was measured).
+Backward computes each chunk's similarities again instead of keeping them. That is what torch.utils.checkpoint
+is for; it is written out here because resident memory still grew with N^2 under it when it was measured.
 """
 
 import torch
