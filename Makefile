@@ -14,8 +14,12 @@ test: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
+# Seven minutes on a quiet machine; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks --out benchmarks/results
+
+readme: $(VENV)/built
+	$(PY) -m benchmarks.readme
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
