@@ -51,6 +51,22 @@ def _mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tupl
     return keep_positive, keep_negative
 
 
+def _kept_pairs(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    similarity: str,
+    epsilon: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities ``[N, M]``, and the masks of the positives and negatives that count."""
+    s = _similarities(embeddings, embeddings if ref_emb is None else ref_emb, similarity)
+    positive, negative = _pairs(labels, ref_labels)
+    if epsilon is not None:
+        positive, negative = _mine(s, positive, negative, epsilon)
+    return s, positive, negative
+
+
 def _logsumexp(logits: Tensor, keep: Tensor, plus_one: bool) -> Tensor:
     """``log(sum_kept exp(logits))`` by row, or ``log(1 + sum ..)``; -inf, or 0, where none is kept."""
     logits = torch.where(keep, logits, float("-inf"))
@@ -95,10 +111,7 @@ def multi_similarity_loss(
 ) -> Tensor:
     """As :func:`dml_cuda.functional.multi_similarity_loss`, in plain PyTorch."""
     check_arguments(embeddings, labels, ref_emb, ref_labels, similarity, reduction, epsilon)
-    s = _similarities(embeddings, embeddings if ref_emb is None else ref_emb, similarity)
-    positive, negative = _pairs(labels, ref_labels)
-    if epsilon is not None:
-        positive, negative = _mine(s, positive, negative, epsilon)
+    s, positive, negative = _kept_pairs(embeddings, labels, ref_emb, ref_labels, similarity, epsilon)
     pull = _logsumexp(-alpha * (s - base), positive, plus_one=True) / alpha
     push = _logsumexp(beta * (s - base), negative, plus_one=True) / beta
     return _reduce(pull + push, (positive | negative).any(dim=1), reduction)
@@ -119,10 +132,7 @@ def circle_loss(
 ) -> Tensor:
     """As :func:`dml_cuda.functional.circle_loss`, in plain PyTorch."""
     check_arguments(embeddings, labels, ref_emb, ref_labels, similarity, reduction, epsilon)
-    s = _similarities(embeddings, embeddings if ref_emb is None else ref_emb, similarity)
-    positive, negative = _pairs(labels, ref_labels)
-    if epsilon is not None:
-        positive, negative = _mine(s, positive, negative, epsilon)
+    s, positive, negative = _kept_pairs(embeddings, labels, ref_emb, ref_labels, similarity, epsilon)
     fixed = s.detach() if detach_weights else s
     lse_pos = _logsumexp(-gamma * torch.relu(1 + m - fixed) * (s - (1 - m)), positive, plus_one=False)
     lse_neg = _logsumexp(gamma * torch.relu(fixed + m) * (s - m), negative, plus_one=False)
