@@ -103,9 +103,11 @@ Tensor workspace_of(int64_t bytes, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, c10::string_view loss, at::ArrayRef<double> params,
-    std::optional<double> epsilon, bool normalize, c10::string_view reduction, bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels);
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, c10::string_view loss,
+    at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize, c10::string_view reduction,
+    bool save_for_backward) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
+    TORCH_CHECK_NOT_IMPLEMENTED(!self_ref, "self_ref: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
     const Inputs in(embeddings, labels, ref_emb, ref_labels, loss, params, normalize, reduction);
     const SavedSizes sizes = saved_sizes(in.problem, save_for_backward);
@@ -124,14 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     return {result, stats, plan, tiles, kept};
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(const Tensor& grad_loss, const Tensor& embeddings,
-                                              const Tensor& labels, const OptionalTensor& ref_emb,
-                                              const OptionalTensor& ref_labels, const Tensor& stats,
-                                              const Tensor& plan, const Tensor& tiles, const Tensor& kept,
-                                              c10::string_view loss, at::ArrayRef<double> params,
-                                              bool normalize, c10::string_view reduction, bool need_emb,
-                                              bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels);
+std::tuple<Tensor, Tensor> pair_loss_backward(
+    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const Tensor& stats, const Tensor& plan,
+    const Tensor& tiles, const Tensor& kept, c10::string_view loss, at::ArrayRef<double> params,
+    bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
+    TORCH_CHECK_NOT_IMPLEMENTED(!self_ref, "self_ref: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
     const Inputs in(embeddings, labels, ref_emb, ref_labels, loss, params, normalize, reduction);
     const SavedSizes sizes = saved_sizes(in.problem, tiles.numel() > 0);

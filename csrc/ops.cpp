@@ -1,6 +1,6 @@
 // The op schemas, and the pybind11 module that loads them and tells what was built.
 //
-// Both ops are functional. What one forward pass must hand to its backward pass travels in four
+// All ops are functional. What one forward pass must hand to its backward pass travels in four
 // tensors whose layout is the private matter of each device's kernels:
 //   stats  the rows' bounds and log-sum-exps      plan  the sorted order of the rows
 //   tiles  the similarity tiles that were cached  kept  per tile, whether any pair was kept
@@ -19,13 +19,21 @@
 
 TORCH_LIBRARY(dml_cuda, m) {
     m.def(
-        "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, str loss, "
-        "float[] params, float? epsilon, bool normalize, str reduction, bool save_for_backward) -> "
+        "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_ref, "
+        "str loss, float[] params, float? epsilon, bool normalize, str reduction, bool save_for_backward) -> "
         "(Tensor loss, Tensor stats, Tensor plan, Tensor tiles, Tensor kept)");
     m.def(
         "pair_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor labels, Tensor? ref_emb, "
-        "Tensor? ref_labels, Tensor stats, Tensor plan, Tensor tiles, Tensor kept, str loss, float[] params, "
+        "Tensor? ref_labels, Tensor? self_ref, Tensor stats, Tensor plan, Tensor tiles, Tensor kept, str "
+        "loss, float[] params, "
         "bool normalize, str reduction, bool need_emb, bool need_ref) -> (Tensor grad_emb, Tensor grad_ref)");
+
+    // Pairs given as lists. rows ascends, and the pairs of row i are [row_offsets[i], row_offsets[i + 1]).
+    // products: <x[rows[k]], y[cols[k]]> [P]. sums: the weighted points of each row [R, D].
+    m.def("pair_products(Tensor x, Tensor y, Tensor rows, Tensor cols, Tensor row_offsets) -> Tensor");
+    m.def("pair_sums(Tensor weights, Tensor points, Tensor index, Tensor offsets) -> Tensor");
+    // log(sum exp) of each segment of logits, or log(1 + sum exp): -inf, or 0, where there is none.
+    m.def("segment_logsumexp(Tensor logits, Tensor offsets, bool plus_one) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

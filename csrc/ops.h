@@ -43,9 +43,11 @@ inline void check_points(const at::Tensor& points, const at::Tensor& labels, con
 
 inline void check_inputs(const at::Tensor& embeddings, const at::Tensor& labels,
                          const std::optional<at::Tensor>& ref_emb,
-                         const std::optional<at::Tensor>& ref_labels) {
+                         const std::optional<at::Tensor>& ref_labels,
+                         const std::optional<at::Tensor>& self_ref) {
     check_points(embeddings, labels, "embeddings");
     TORCH_CHECK_VALUE(ref_emb.has_value() == ref_labels.has_value(), "ref_emb and ref_labels go together");
+    TORCH_CHECK_VALUE(ref_emb || !self_ref, "self_ref: expected ref_emb with it");
     if (!ref_emb) return;
     check_points(*ref_emb, *ref_labels, "ref_emb");
     TORCH_CHECK_VALUE(ref_emb->size(1) == embeddings.size(1), "ref_emb: expected ", embeddings.size(1),
@@ -53,6 +55,13 @@ inline void check_inputs(const at::Tensor& embeddings, const at::Tensor& labels,
     TORCH_CHECK_TYPE(ref_emb->scalar_type() == embeddings.scalar_type(), "ref_emb: expected ",
                      embeddings.scalar_type(), ", got ", ref_emb->scalar_type());
     TORCH_CHECK_VALUE(ref_emb->device() == embeddings.device(), "ref_emb: on ", ref_emb->device(),
+                      ", but embeddings on ", embeddings.device());
+    if (!self_ref) return;
+    TORCH_CHECK_VALUE(self_ref->sizes() == labels.sizes(), "self_ref: expected shape ", labels.sizes(),
+                      ", got ", self_ref->sizes());
+    TORCH_CHECK_TYPE(self_ref->scalar_type() == at::kLong, "self_ref: the op takes int64, got ",
+                     self_ref->scalar_type());
+    TORCH_CHECK_VALUE(self_ref->device() == embeddings.device(), "self_ref: on ", self_ref->device(),
                       ", but embeddings on ", embeddings.device());
 }
 

@@ -56,6 +56,7 @@ def _fused(
         labels.long(),
         ref_emb,
         None if ref_labels is None else ref_labels.long(),
+        None,
         loss,
         params,
         None if epsilon is None else float(epsilon),

@@ -54,6 +54,7 @@ def _pair_loss_fake(
     labels,
     ref_emb,
     ref_labels,
+    self_ref,
     loss,
     params,
     epsilon,
@@ -82,6 +83,7 @@ def _pair_loss_backward_fake(
     labels,
     ref_emb,
     ref_labels,
+    self_ref,
     stats,
     plan,
     tiles,
@@ -100,22 +102,22 @@ def _pair_loss_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    embeddings, labels, ref_emb, ref_labels, loss, params, _, normalize, reduction, _ = inputs
+    embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, _, normalize, reduction, _ = inputs
     _, stats, plan, tiles, kept = output
     ctx.mark_non_differentiable(stats, plan, tiles, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(embeddings, labels, ref_emb, ref_labels, stats, plan, tiles, kept)
+    ctx.save_for_backward(embeddings, labels, ref_emb, ref_labels, self_ref, stats, plan, tiles, kept)
     ctx.arguments = (loss, params, normalize, reduction)
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 10
+        return (None,) * 11
     need_emb, _, need_ref = ctx.needs_input_grad[:3]
     grad_emb, grad_ref = torch.ops.dml_cuda.pair_loss_backward.default(
         grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
     )
-    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 7)
+    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 8)
 
 
 def _double_backward(ctx, *_):
@@ -125,5 +127,62 @@ def _double_backward(ctx, *_):
     )
 
 
+@torch.library.register_fake("dml_cuda::pair_products")
+def _pair_products_fake(x, y, rows, cols, row_offsets):
+    return x.new_empty(rows.shape[0])
+
+
+@torch.library.register_fake("dml_cuda::pair_sums")
+def _pair_sums_fake(weights, points, index, offsets):
+    return points.new_empty(offsets.shape[0] - 1, points.shape[1])
+
+
+@torch.library.register_fake("dml_cuda::segment_logsumexp")
+def _segment_logsumexp_fake(logits, offsets, plus_one):
+    return logits.new_empty(offsets.shape[0] - 1)
+
+
+def row_offsets(sorted_rows: Tensor, rows: int) -> Tensor:
+    """``[rows + 1]``: where each row's part of the ascending ``sorted_rows`` begins."""
+    return torch.searchsorted(sorted_rows, torch.arange(rows + 1, device=sorted_rows.device))
+
+
+def _products_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _products_backward(ctx, grad):
+    x, y, rows, cols, offsets = ctx.saved_tensors
+    grad_x = grad_y = None
+    grad = grad.contiguous()
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.dml_cuda.pair_sums.default(grad, y, cols, offsets)
+    if ctx.needs_input_grad[1]:
+        cols, order = torch.sort(cols, stable=True)  # stable: the sums are repeatable to the bit
+        col_offsets = row_offsets(cols, y.shape[0])
+        grad_y = torch.ops.dml_cuda.pair_sums.default(grad[order], x, rows[order], col_offsets)
+    return grad_x, grad_y, None, None, None
+
+
+def _logsumexp_setup_context(ctx, inputs, output) -> None:
+    logits, offsets, _ = inputs
+    ctx.save_for_backward(logits, offsets, output)
+
+
+def _logsumexp_backward(ctx, grad):
+    logits, offsets, value = ctx.saved_tensors
+    places = torch.arange(logits.shape[0], device=logits.device)
+    rows = torch.searchsorted(offsets, places, right=True) - 1
+    finite = torch.where(value == -float("inf"), 0.0, value)
+    return grad[rows] * torch.exp(logits - finite[rows]), None, None
+
+
+torch.library.register_autograd(
+    "dml_cuda::pair_products", _products_backward, setup_context=_products_setup_context
+)
+torch.library.register_autograd(
+    "dml_cuda::segment_logsumexp", _logsumexp_backward, setup_context=_logsumexp_setup_context
+)
 torch.library.register_autograd("dml_cuda::pair_loss", _backward, setup_context=_setup_context)
-torch.library.register_autograd("dml_cuda::pair_loss_backward", _double_backward)
+for _op in ("pair_loss_backward", "pair_sums"):
+    torch.library.register_autograd(f"dml_cuda::{_op}", _double_backward)

@@ -170,11 +170,12 @@ def call(
     labels=LABELS,
     ref_emb=None,
     ref_labels=None,
+    self_ref=None,
     loss="circle",
     params=(0.4, 80.0, 1.0),
     reduction="mean",
 ):
-    inputs = embeddings, labels, ref_emb, ref_labels, loss, list(params), 0.1, True, reduction, True
+    inputs = embeddings, labels, ref_emb, ref_labels, self_ref, loss, list(params), 0.1, True, reduction, True
     return torch.ops.dml_cuda.pair_loss(*inputs)
 
 
@@ -210,7 +211,7 @@ import dml_cuda
 points, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
 arguments = {
-    "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
+    "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None, "self_ref": None,
     "loss": "circle", "params": [0.4, 80.0, 1.0], "normalize": True, "reduction": "mean",
 }
 saved = torch.ops.dml_cuda.pair_loss(**arguments, epsilon=0.1, save_for_backward=True)

@@ -1,6 +1,7 @@
 // Chooses, at run time, the widest instruction set that this machine has.
 #include <stdexcept>
 
+#include "listed_kernels.h"
 #include "tile_kernels.h"
 
 namespace dml::cpu {
@@ -11,6 +12,10 @@ namespace dml::cpu {
     const TileKernels<T>& kernels(PairLoss loss);                         \
     extern template const TileKernels<float>& kernels<float>(PairLoss);   \
     extern template const TileKernels<double>& kernels<double>(PairLoss); \
+    template <typename T>                                                 \
+    const ListedKernels<T>& listed();                                     \
+    extern template const ListedKernels<float>& listed<float>();          \
+    extern template const ListedKernels<double>& listed<double>();        \
     }
 DML_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -63,5 +68,17 @@ const TileKernels<T>& tile_kernels(PairLoss loss) {
 
 template const TileKernels<float>& tile_kernels<float>(PairLoss);
 template const TileKernels<double>& tile_kernels<double>(PairLoss);
+
+template <typename T>
+const ListedKernels<T>& listed_kernels() {
+#if defined(__x86_64__)
+    if (chosen() == "avx512") return avx512::listed<T>();
+    if (chosen() == "avx2") return avx2::listed<T>();
+#endif
+    return baseline::listed<T>();
+}
+
+template const ListedKernels<float>& listed_kernels<float>();
+template const ListedKernels<double>& listed_kernels<double>();
 
 }  // namespace dml::cpu

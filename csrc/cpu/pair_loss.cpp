@@ -69,8 +69,8 @@ Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t c
 template <typename T>
 class Batch {
    public:
-    Batch(const Tensor& embeddings, const OptionalTensor& ref_emb, const Tensor& plan, Tensor tiles,
-          bool normalize)
+    Batch(const Tensor& embeddings, const OptionalTensor& ref_emb, const OptionalTensor& self_ref,
+          const Tensor& plan, Tensor tiles, bool normalize)
         : square(!ref_emb),
           n(embeddings.size(0)),
           m(ref_emb ? ref_emb->size(0) : n),
@@ -80,7 +80,11 @@ class Batch {
           cols(square ? rows : pack<T>(*ref_emb, this->plan.col_order, normalize)),
           schedule(n, m, square, at::get_num_threads()),
           tiles_(std::move(tiles)),
-          cached_(tiles_.numel() / (kTile * kTile)) {}
+          cached_(tiles_.numel() / (kTile * kTile)) {
+        if (!square && !self_ref) return;
+        const Tensor self = self_ref ? self_ref->contiguous() : Tensor();
+        own_ = own_columns(this->plan, n, m, self_ref ? self.const_data_ptr<int64_t>() : nullptr);
+    }
 
     const bool square;
     const int64_t n, m, dim;
@@ -98,7 +102,7 @@ class Batch {
                 col0,
                 plan.pos_begin,
                 plan.pos_end,
-                square,
+                own_.empty() ? nullptr : own_.data(),
                 square && at.row_block != at.col_block};
     }
 
@@ -146,8 +150,12 @@ class Batch {
         }
     }
 
-    int64_t positives(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i] - (square ? 1 : 0); }
-    int64_t negatives(int64_t i) const { return m - (plan.pos_end[i] - plan.pos_begin[i]); }
+    // The pairs of row i that may count, and that mining compares: in a square matrix the self pair is none,
+    // where the columns are other points that hold row i's own it is mined with but does not count.
+    int64_t positives(int64_t i) const { return same_label(i) - (has_own_positive(i) ? 1 : 0); }
+    int64_t negatives(int64_t i) const { return m - same_label(i); }
+    int64_t mined_positives(int64_t i) const { return square ? positives(i) : same_label(i); }
+    bool counts_all_mined() const { return square || own_.empty(); }
 
     bool holds_positives(const Tile<T>& tile) const {
         const int64_t last = tile.row0 + tile.rows - 1;
@@ -159,8 +167,14 @@ class Batch {
     }
 
    private:
+    int64_t same_label(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i]; }
+    bool has_own_positive(int64_t i) const {
+        return !own_.empty() && own_[i] >= plan.pos_begin[i] && own_[i] < plan.pos_end[i];
+    }
+
     Tensor tiles_;
     int64_t cached_;
+    std::vector<int32_t> own_;
 };
 
 // stats: [neg_above N | pos_below N | lse_neg N | lse_pos N | scale | poisoned]
@@ -186,7 +200,8 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     const int64_t n = batch.n;
     std::vector<uint8_t> block_active(Schedule::blocks(n), 0);
     for (int64_t i = 0; i < n; ++i) {
-        const bool both = batch.positives(i) > 0 && batch.negatives(i) > 0;
+        const int64_t positives = epsilon ? batch.mined_positives(i) : batch.positives(i);
+        const bool both = positives > 0 && batch.negatives(i) > 0;
         const bool active = both || (!epsilon && !kernels.needs_both);
         state[i].bounds = active ? Bounds<T>::all() : Bounds<T>::none();
         if (active) block_active[i / kTile] = 1;
@@ -213,8 +228,11 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     }
     const T margin = static_cast<T>(*epsilon);
     std::vector<T> min_pos(n, infinity<T>());
-    batch.for_each_tile(with_positives,
-                        [&](const TileAt& at) { kernels.min_positives(load(at), min_pos.data()); });
+    batch.for_each_tile(with_positives, [&](const TileAt& at) {
+        Tile<T> tile = load(at);
+        if (!batch.square) tile.own = nullptr;  // mining sees it
+        kernels.min_positives(tile, min_pos.data());
+    });
     for (int64_t i = 0; i < n; ++i) {
         if (state[i].bounds.pos_below == infinity<T>()) state[i].bounds.neg_above = min_pos[i] - margin;
     }
@@ -225,8 +243,10 @@ void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, cons
     }
     pass(with_positives, Kinds::kPositives);
     for (int64_t i = 0; i < n; ++i) {
-        // In exact arithmetic both kept sets are empty together; rounding must not part them.
-        if (state[i].neg.empty() || state[i].pos.empty()) state[i] = RowState<T>{Bounds<T>::none()};
+        // In exact arithmetic both kept sets are empty together; rounding must not part them. Only a row
+        // that lost a positive which was itself may keep negatives alone.
+        const bool parted = state[i].pos.empty() && batch.positives(i) == batch.mined_positives(i);
+        if (state[i].neg.empty() || parted) state[i] = RowState<T>{Bounds<T>::none()};
     }
 }
 
@@ -241,19 +261,18 @@ double reduction_scale(const Batch<T>& batch, Reduction reduction, bool mined, c
     if (reduction == Reduction::kMeanValid) {
         count = 0;  // without mining every pair is kept, also where the loss needs both kinds and is 0
         for (int64_t i = 0; i < batch.n; ++i) {
-            count += mined ? !state[i].pos.empty() : batch.positives(i) + batch.negatives(i) > 0;
+            count += mined ? !state[i].pos.empty() || !state[i].neg.empty()
+                           : batch.positives(i) + batch.negatives(i) > 0;
         }
     }
     return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& labels,
-                                                           const OptionalTensor& ref_emb,
-                                                           const OptionalTensor& ref_labels, PairLoss which,
-                                                           const double* params,
-                                                           std::optional<double> epsilon, bool normalize,
-                                                           Reduction reduction, bool save_for_backward) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, PairLoss which, const double* params,
+    std::optional<double> epsilon, bool normalize, Reduction reduction, bool save_for_backward) {
     const bool square = !ref_emb;
     const int64_t n = embeddings.size(0), m = square ? n : ref_emb->size(0);
     TORCH_CHECK_VALUE(std::max(n, m) < std::numeric_limits<int32_t>::max(), "embeddings: too many rows, ", n);
@@ -270,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
                  col_labels = square ? row_labels : ref_labels->contiguous();
     make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), m, square,
               plan.data_ptr<int32_t>());
-    const Batch<T> batch(embeddings, ref_emb, plan, tiles, normalize);
+    const Batch<T> batch(embeddings, ref_emb, self_ref, plan, tiles, normalize);
     const TileKernels<T>& kernels = tile_kernels<T>(which);
 
     std::vector<RowState<T>> state(n, RowState<T>{Bounds<T>::none()});
@@ -333,10 +352,10 @@ void check_saved(const Tensor& grad_loss, int64_t n, int64_t m, bool square, con
 
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings,
-                                    const OptionalTensor& ref_emb, const Tensor& stats, const Tensor& plan,
-                                    const Tensor& tiles, const Tensor& kept, PairLoss which,
-                                    const double* params, bool normalize, Reduction reduction, bool need_emb,
-                                    bool need_ref) {
+                                    const OptionalTensor& ref_emb, const OptionalTensor& self_ref,
+                                    const Tensor& stats, const Tensor& plan, const Tensor& tiles,
+                                    const Tensor& kept, PairLoss which, const double* params, bool normalize,
+                                    Reduction reduction, bool need_emb, bool need_ref) {
     check_saved<T>(grad_loss, embeddings.size(0), ref_emb ? ref_emb->size(0) : embeddings.size(0), !ref_emb,
                    stats, plan, tiles, kept, reduction);
     const Stats<T> saved(stats.data_ptr<T>(), embeddings.size(0));
@@ -346,7 +365,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
         return {need_emb ? fill(embeddings) : none, need_ref && ref_emb ? fill(*ref_emb) : none};
     }
-    const Batch<T> batch(embeddings, ref_emb, plan, tiles, normalize);
+    const Batch<T> batch(embeddings, ref_emb, self_ref, plan, tiles, normalize);
     const TileKernels<T>& kernels = tile_kernels<T>(which);
     const bool square = batch.square;
     const int64_t n = batch.n, dim = batch.dim, stride = batch.rows.stride();
@@ -408,29 +427,28 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, c10::string_view loss, at::ArrayRef<double> params,
-    std::optional<double> epsilon, bool normalize, c10::string_view reduction, bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels);
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, c10::string_view loss,
+    at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize, c10::string_view reduction,
+    bool save_for_backward) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);
     const auto run = embeddings.scalar_type() == at::kDouble ? forward<double> : forward<float>;
-    return run(embeddings, labels, ref_emb, ref_labels, which, params.data(), epsilon, normalize, how,
-               save_for_backward);
+    return run(embeddings, labels, ref_emb, ref_labels, self_ref, which, params.data(), epsilon, normalize,
+               how, save_for_backward);
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(const Tensor& grad_loss, const Tensor& embeddings,
-                                              const Tensor& labels, const OptionalTensor& ref_emb,
-                                              const OptionalTensor& ref_labels, const Tensor& stats,
-                                              const Tensor& plan, const Tensor& tiles, const Tensor& kept,
-                                              c10::string_view loss, at::ArrayRef<double> params,
-                                              bool normalize, c10::string_view reduction, bool need_emb,
-                                              bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels);
+std::tuple<Tensor, Tensor> pair_loss_backward(
+    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const Tensor& stats, const Tensor& plan,
+    const Tensor& tiles, const Tensor& kept, c10::string_view loss, at::ArrayRef<double> params,
+    bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);
     const auto run = embeddings.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    return run(grad_loss, embeddings, ref_emb, stats, plan, tiles, kept, which, params.data(), normalize, how,
-               need_emb, need_ref);
+    return run(grad_loss, embeddings, ref_emb, self_ref, stats, plan, tiles, kept, which, params.data(),
+               normalize, how, need_emb, need_ref);
 }
 
 }  // namespace

@@ -50,4 +50,21 @@ inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_label
     }
 }
 
+// For every sorted row the sorted column that is its own point, or -1. self_ref gives it for the rows and
+// columns as they came; without it each row is its own column.
+inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, const int64_t* self_ref) {
+    std::vector<int32_t> own(n);
+    if (!self_ref) {
+        std::iota(own.begin(), own.end(), 0);
+        return own;
+    }
+    std::vector<int32_t> rank(m);
+    for (int64_t j = 0; j < m; ++j) rank[plan.col_order[j]] = static_cast<int32_t>(j);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t self = self_ref[plan.row_order[i]];
+        own[i] = self >= 0 && self < m ? rank[self] : -1;
+    }
+    return own;
+}
+
 }  // namespace dml::cpu

@@ -23,7 +23,7 @@ struct Tile {
     int64_t row0, col0;        // global index of the first row and column
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
     const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
-    bool skip_self;            // rows and columns are the same points: (i, i) is no pair
+    const int32_t* own;        // [N] the column that is row i's own point, or -1; null where there is none
     bool both_sides;           // the tile serves its columns as rows too (by symmetry)
 };
 

@@ -1,5 +1,5 @@
 // The bodies of tile_kernels.h. No include guard and no includes of its own beyond that header: each
-// tile_kernels_<set>.cpp includes this file once, after telling the compiler its instruction set,
+// kernels_<set>.cpp includes this file once, after telling the compiler its instruction set,
 // with DML_ISA naming the namespace, so that no two sets ever share a function, and DML_VECTOR_BYTES
 // the width of its registers.
 
@@ -19,8 +19,8 @@ DML_INLINE PositiveRun positive_run(const Tile<T>& tile, int i) {
     const int64_t first = tile.pos_begin[row] - tile.col0, last = tile.pos_end[row] - tile.col0;
     const int begin = static_cast<int>(first < 0 ? 0 : first > tile.cols ? tile.cols : first);
     const int end = static_cast<int>(last < 0 ? 0 : last > tile.cols ? tile.cols : last);
-    const int64_t self = row - tile.col0;
-    if (tile.skip_self && self >= begin && self < end) {
+    const int64_t self = tile.own ? tile.own[row] - tile.col0 : -1;
+    if (self >= begin && self < end) {
         const int at = static_cast<int>(self);
         return {{{begin, at}, {at + 1, end}}};
     }

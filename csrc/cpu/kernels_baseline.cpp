@@ -2,8 +2,11 @@
 #include <type_traits>
 
 #include "exp.h"
+#include "listed_kernels.h"
 #include "tile_kernels.h"
 
 #define DML_ISA baseline
 #define DML_VECTOR_BYTES 16
 #include "tile_kernels_impl.h"
+// Uses what the first defines.
+#include "listed_kernels_impl.h"

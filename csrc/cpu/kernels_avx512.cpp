@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "exp.h"
+#include "listed_kernels.h"
 #include "tile_kernels.h"
 
 // After the includes: what those headers define stays baseline, so that no copy of it made with wider
@@ -17,6 +18,8 @@
 #define DML_ISA avx512
 #define DML_VECTOR_BYTES 64
 #include "tile_kernels_impl.h"
+// Uses what the first defines.
+#include "listed_kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
