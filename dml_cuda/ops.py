@@ -28,7 +28,7 @@ def _cpu_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
 
 
 def _cuda_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
-    stats, plan = 4 + 8 * n + (0 if square else m), n
+    stats, plan = 4 + 7 * n + (0 if square else m), n
     fits_strip = n <= _CUDA_STRIP_BYTES // itemsize and m <= _CUDA_STRIP_BYTES // itemsize
     if fits_strip or n == 0 or m == 0:
         return stats, plan, 0, 0

@@ -45,6 +45,11 @@ inline int alignment(const void* data, int64_t stride_bytes) {
     return 1;
 }
 
+// Tiles [begin, end) along one side.
+struct TileRange {
+    int64_t begin, end;
+};
+
 template <typename Math>
 struct Call {
     using T = typename Math::Value;
@@ -56,7 +61,7 @@ struct Call {
 
     RowStats<Acc> stats() const { return row_stats<Acc>(saved.stats, saved.plan, problem.queries.count); }
 
-    Acc* query_norms() const { return stats().loss + problem.queries.count; }
+    Acc* query_norms() const { return stats().weight_pos + problem.queries.count; }
     Acc* ref_norms() const { return problem.square ? query_norms() : query_norms() + problem.queries.count; }
 
     Rows<T, Acc> rows(const Points& p, Acc* norms) const {
@@ -84,13 +89,15 @@ struct Call {
         const auto pairs = strips(true);
         launch(strip_forward<Math, Loss>, strip_grid(pairs), dim3(kStripThreads), strip_bytes(pairs), stream,
                pairs, Loss(problem.params), mining.on, Acc(mining.epsilon), stats());
-        reduce(loss);
+        reduce<Loss>(loss);
     }
 
-    void reduce(Acc* loss) const {
+    template <typename Loss>
+    void reduce(Acc* result) const {
         const int64_t refs = problem.square ? 0 : problem.refs.count;
-        launch(reduce_losses<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats(),
-               problem.queries.count, query_norms(), ref_norms(), refs, problem.reduction, loss);
+        launch(reduce_losses<Loss, Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream,
+               Loss(problem.params), stats(), problem.queries.count, query_norms(), ref_norms(), refs,
+               problem.reduction, result);
     }
 
     template <typename Loss>
@@ -108,9 +115,11 @@ struct Call {
     using Traits = TileTraits<Math>;
     using Weight = typename GradTraits<GradMath>::Weight;
     static constexpr int kTile = Traits::kTile;
-    static constexpr int64_t kWeightBudget = 24ll << 20;    // bytes of weights at once
-    static constexpr int64_t kExtremesBudget = 16ll << 20;  // bytes of the tiles' extremes
-    static constexpr int64_t kKeptBudget = 16ll << 20;      // tiles known to be kept or not
+    static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
+    static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
+    static constexpr int64_t kWeightBudget = 24ll << 20;         // bytes of weights at once
+    static constexpr int64_t kExtremesBudget = 16ll << 20;       // bytes of the tiles' extremes
+    static constexpr int64_t kKeptBudget = 16ll << 20;           // tiles known to be kept or not
 
     static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
     static int64_t tile_count_of(const Problem& p) {
@@ -125,33 +134,36 @@ struct Call {
         const int64_t count = (along + most - 1) / most;
         return static_cast<int>((along + count - 1) / count);
     }
-    static bool caches(const Problem& p) {
-        return tile_count_of(p) * kTile * kTile * int64_t(sizeof(Acc)) <= p.tuning.cache_bytes;
+    static int64_t similarity_bytes(const Problem& p) {
+        return tile_count_of(p) * kTile * kTile * int64_t(sizeof(Acc));
     }
+    static bool caches(const Problem& p) { return similarity_bytes(p) <= p.tuning.cache_bytes; }
     static bool knows_extremes(const Problem& p) {  // their use is to tell which tiles were not kept
         return tile_count_of(p) * 2 * int64_t(sizeof(Acc)) <= kExtremesBudget && knows_kept(p);
     }
     static bool knows_kept(const Problem& p) { return tile_count_of(p) <= kKeptBudget; }
 
+    TileRange all_rows() const { return {0, tiles_along(problem.queries.count)}; }
+    TileRange all_cols() const { return {0, tiles_along(problem.refs.count)}; }
+
     // Calls f(super, rows are first met, columns are first met, rows have met all) in a fixed order. (In a
     // square matrix the rows below the first super-tiles were first met as columns of those.)
     template <typename F>
-    void for_super_tiles(int size, const F& f) const {
-        const int64_t rows = tiles_along(problem.queries.count), cols = tiles_along(problem.refs.count);
-        for (int64_t i = 0; i < rows; i += size) {
-            for (int64_t j = problem.square ? i : 0; j < cols; j += size) {
+    void for_super_tiles(int size, TileRange rows, TileRange cols, const F& f) const {
+        for (int64_t i = rows.begin; i < rows.end; i += size) {
+            for (int64_t j = problem.square ? std::max(i, cols.begin) : cols.begin; j < cols.end; j += size) {
                 const SuperTile<T, Acc> super = {queries(),
                                                  refs(),
                                                  problem.square,
                                                  i,
                                                  j,
-                                                 static_cast<int>(std::min<int64_t>(size, rows - i)),
-                                                 static_cast<int>(std::min<int64_t>(size, cols - j)),
-                                                 rows,
-                                                 cols,
+                                                 static_cast<int>(std::min<int64_t>(size, rows.end - i)),
+                                                 static_cast<int>(std::min<int64_t>(size, cols.end - j)),
+                                                 all_rows().end,
+                                                 all_cols().end,
                                                  caches(problem) ? static_cast<Acc*>(saved.tiles) : nullptr,
                                                  false};
-                f(super, j == 0, i == 0, j + size >= cols);
+                f(super, j == cols.begin, i == rows.begin, j + size >= cols.end);
             }
         }
     }
@@ -180,72 +192,158 @@ struct Call {
         prepare(queries(), true, mining.on);
         if (!problem.square) prepare(refs(), false, mining.on);
         if (mining.on) {
-            for_super_tiles(size, [&](const auto& super, bool, bool, bool last) {
+            for_super_tiles(size, all_rows(), all_cols(), [&](const auto& super, bool, bool, bool last) {
                 launch(find_extremes<Math>, tiles_of(super), dim3(Traits::kThreads), Traits::kSharedBytes,
                        stream, super, partials, extremes);
-                launch(fold_extremes<Loss, kTile, T, Acc>, fold_grid(super), dim3(kFoldThreads), 0, stream,
-                       super, stats(), partials, last, Acc(mining.epsilon));
+                launch(fold_extremes<kTile, T, Acc>, fold_grid(super), dim3(kFoldThreads), 0, stream, super,
+                       stats(), partials, last, Acc(mining.epsilon));
             });
         }
-        for_super_tiles(size, [&](auto super, bool, bool, bool last) {
+        for_super_tiles(size, all_rows(), all_cols(), [&](auto super, bool, bool, bool last) {
             super.cache_filled = super.cache && mining.on;
             launch(accumulate<Math, Loss>, tiles_of(super), dim3(Traits::kThreads), Traits::kSharedBytes,
                    stream, super, Loss(problem.params), stats(), partials, extremes, kept);
             launch(fold_sums<Loss, kTile, T, Acc>, fold_grid(super), dim3(kFoldThreads), 0, stream, super,
                    Loss(problem.params), stats(), partials, kept, last, mining.on);
         });
-        reduce(loss);
+        reduce<Loss>(loss);
     }
+
+    // Where 16-bit gradients are summed in float32, those sums are bounded as well: the rows are cut into
+    // groups, and a group's gradient is finished before the next begins. A pair of two groups is then met
+    // twice, in the turn of either. Elsewhere there is one group, and its sums are the gradient itself.
+    static int64_t sum_bytes(const Problem& p, int64_t tiles) {
+        return tiles * kTile * p.dim * int64_t(sizeof(Acc));
+    }
+    static int64_t most_summed_tiles(const Problem& p) {
+        const int64_t taken = weight_bytes(p) + (caches(p) ? similarity_bytes(p) : 0);
+        const int64_t room = std::min(p.tuning.sum_bytes, kBackwardBudget - taken);
+        return std::max<int64_t>(room / std::max<int64_t>(sum_bytes(p, 1), 1), 1);
+    }
+    static int64_t group_tiles(const Problem& p, int64_t tiles) {
+        if (!kSumsApart) return tiles;
+        const int64_t most = most_summed_tiles(p), groups = (tiles + most - 1) / most;
+        return (tiles + groups - 1) / groups;  // of equal size
+    }
+    static bool sums_both_sides(const Problem& p) {
+        const int64_t tiles = tiles_along(p.queries.count) + tiles_along(p.refs.count);
+        return !p.square && (!kSumsApart || tiles <= most_summed_tiles(p));
+    }
+    static int64_t sum_bytes(const Problem& p) {
+        const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
+        if (!kSumsApart) return 0;
+        if (sums_both_sides(p)) return sum_bytes(p, rows + cols);
+        return sum_bytes(p, std::max(group_tiles(p, rows), group_tiles(p, cols)));
+    }
+
+    // Some tiles' rows on one side, and the sum of their gradient; null where it is not wanted now.
+    struct Group {
+        TileRange tiles;
+        Acc* sum;
+    };
+
+    template <typename Loss>
+    struct Backward {
+        const Call& call;
+        const Acc* grad_loss;
+        Weight* weights;
+        Acc* sums;
+
+        // The sum of the rows of `tiles`, whose gradient is part of grad.
+        Group group(TileRange tiles, T* grad, Acc* apart) const {
+            if (!grad) return {tiles, nullptr};
+            if constexpr (kSumsApart) {
+                return {tiles, apart};
+            } else {
+                return {tiles, grad + tiles.begin * kTile * call.problem.dim};
+            }
+        }
+
+        // Adds to both groups what their pairs give. fresh: nothing has been added to either.
+        void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
+            const Problem& p = call.problem;
+            const bool per_row = p.reduction == Reduction::kNone;
+            const uint8_t* kept = knows_kept(p) ? call.saved.kept : nullptr;
+            const auto add = [&](auto super, bool rows_first, bool cols_first, bool) {
+                super.cache_filled = super.cache != nullptr;
+                launch(pair_weights<Math, Loss, Weight>,
+                       dim3(unsigned(super.col_tiles), unsigned(super.row_tiles)), dim3(Traits::kThreads),
+                       Traits::kSharedBytes, call.stream, super, Loss(p.params), call.stats(), grad_loss,
+                       per_row, kept, weights);
+                const Gradients<T, Acc> gradients = {{{super.cols.points, rows.sum, rows.tiles.begin * kTile,
+                                                       p.queries.count, fresh && rows_first},
+                                                      {super.rows.points, cols.sum, cols.tiles.begin * kTile,
+                                                       p.refs.count, fresh && cols_first}}};
+                using Grad = GradTraits<GradMath>;
+                const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
+                launch(add_gradients<GradMath>,
+                       dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
+                       dim3(Grad::kThreads), Grad::kSharedBytes, call.stream, super, gradients, kept,
+                       weights);
+            };
+            call.for_super_tiles(backward_super_tile(p), rows.tiles, cols.tiles, add);
+        }
+
+        void finish(const Rows<T, Acc>& all, const Group& group, T* grad) const {
+            if (!grad) return;
+            constexpr int kRows = kFinishThreads / kWarpSize;
+            const int64_t first = group.tiles.begin * kTile;
+            const Rows<T, Acc> rows = all.part(first, group.tiles.end * kTile);
+            const Acc* upstream = call.problem.reduction == Reduction::kNone ? nullptr : grad_loss;
+            launch(finish_gradient<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
+                   dim3(kFinishThreads), 0, call.stream, rows, call.problem.normalize, call.stats().scale,
+                   upstream, group.sum, grad + first * call.problem.dim);
+        }
+
+        // Calls f(group) for each group of one side's tiles, and finishes its gradient.
+        template <typename F>
+        void each_group(const Rows<T, Acc>& side, TileRange all, T* grad, const F& f) const {
+            if (!grad) return;
+            const int64_t size = group_tiles(call.problem, all.end);
+            for (int64_t first = 0; first < all.end; first += size) {
+                const Group part = group({first, std::min(first + size, all.end)}, grad, sums);
+                f(part);
+                finish(side, part, grad);
+            }
+        }
+
+        void run(T* grad_queries, T* grad_refs) const {
+            const Problem& p = call.problem;
+            const TileRange rows = call.all_rows(), cols = call.all_cols();
+            if (p.square) {
+                each_group(call.queries(), rows, grad_queries, [&](const Group& own) {
+                    add_pairs(own, own, true);
+                    add_pairs(own, {{own.tiles.end, cols.end}, nullptr}, false);
+                    add_pairs({{0, own.tiles.begin}, nullptr}, own, false);
+                });
+            } else if (sums_both_sides(p)) {
+                const Group of_rows = group(rows, grad_queries, sums);
+                const Group of_cols = group(cols, grad_refs, sums + rows.end * kTile * p.dim);
+                add_pairs(of_rows, of_cols, true);
+                finish(call.queries(), of_rows, grad_queries);
+                finish(call.refs(), of_cols, grad_refs);
+            } else {
+                each_group(call.queries(), rows, grad_queries,
+                           [&](const Group& own) { add_pairs(own, {cols, nullptr}, true); });
+                each_group(call.refs(), cols, grad_refs,
+                           [&](const Group& own) { add_pairs({rows, nullptr}, own, true); });
+            }
+        }
+    };
 
     template <typename Loss>
     void backward_tiles(const Acc* grad_loss, T* grad_queries, T* grad_refs, void* workspace) const {
-        const int size = backward_super_tile(problem);
-        const bool per_row = problem.reduction == Reduction::kNone;
-        const uint8_t* kept = knows_kept(problem) ? saved.kept : nullptr;
-        Weight* weights = static_cast<Weight*>(workspace);
-        char* sums = static_cast<char*>(workspace) + weight_bytes(problem);
-        const auto sum_of = [&](const Points& points, T* grad) -> Acc* {
-            if (!grad) return nullptr;
-            if constexpr (std::is_same_v<T, Acc>) {
-                return grad;
-            } else {
-                Acc* sum = reinterpret_cast<Acc*>(sums);
-                sums += points.count * problem.dim * int64_t(sizeof(Acc));
-                return sum;
-            }
-        };
-        Acc* query_sum = sum_of(problem.queries, grad_queries);
-        Acc* ref_sum = problem.square ? query_sum : sum_of(problem.refs, grad_refs);
-        for_super_tiles(size, [&](auto super, bool rows_first, bool cols_first, bool) {
-            super.cache_filled = super.cache != nullptr;
-            launch(pair_weights<Math, Loss, Weight>,
-                   dim3(unsigned(super.col_tiles), unsigned(super.row_tiles)), dim3(Traits::kThreads),
-                   Traits::kSharedBytes, stream, super, Loss(problem.params), stats(), grad_loss, per_row,
-                   kept, weights);
-            const Gradients<T, Acc> gradients = {
-                {{refs().points, query_sum, problem.queries.count, rows_first},
-                 {queries().points, ref_sum, problem.refs.count, cols_first}}};
-            using Grad = GradTraits<GradMath>;
-            const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
-            launch(add_gradients<GradMath>,
-                   dim3(unsigned((problem.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
-                   dim3(Grad::kThreads), Grad::kSharedBytes, stream, super, gradients, kept, weights);
-        });
-        finish(queries(), query_sum, grad_loss, grad_queries);
-        if (!problem.square) finish(refs(), ref_sum, grad_loss, grad_refs);
-    }
-
-    void finish(const Rows<T, Acc>& rows, const Acc* sum, const Acc* grad_loss, T* grad) const {
-        if (!grad) return;
-        constexpr int kRows = kFinishThreads / kWarpSize;
-        const Acc* upstream = problem.reduction == Reduction::kNone ? nullptr : grad_loss;
-        launch(finish_gradient<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
-               dim3(kFinishThreads), 0, stream, rows, problem.normalize, stats().scale, upstream, sum, grad);
+        char* bytes = static_cast<char*>(workspace);
+        Weight* weights = reinterpret_cast<Weight*>(bytes);
+        Acc* sums = reinterpret_cast<Acc*>(bytes + weight_bytes(problem));
+        Backward<Loss>{*this, grad_loss, weights, sums}.run(grad_queries, grad_refs);
     }
 
     static int64_t weight_bytes(const Problem& p) {
         const int64_t size = backward_super_tile(p);
-        return size * size * kTile * kTile * int64_t(sizeof(Weight));
+        const int64_t rows = std::min(size, tiles_along(p.queries.count));
+        const int64_t cols = std::min(size, tiles_along(p.refs.count));
+        return rows * cols * kTile * kTile * int64_t(sizeof(Weight));
     }
 
     // Without columns or rows there is no tile, but a strip.
@@ -285,15 +383,10 @@ int64_t Engine<Math>::forward_workspace_bytes(const Problem& problem) {
     return numbers * int64_t(sizeof(typename Math::Acc));
 }
 
-// Gradients narrower than their sums are summed here.
 template <typename Math>
 int64_t Engine<Math>::backward_workspace_bytes(const Problem& problem) {
     using C = Call<Math>;
-    using Acc = typename Math::Acc;
-    if (C::uses_strips(problem)) return 0;
-    const int64_t rows = problem.queries.count + (problem.square ? 0 : problem.refs.count);
-    const bool narrow = !std::is_same_v<typename Math::Value, Acc>;
-    return C::weight_bytes(problem) + (narrow ? rows * problem.dim * int64_t(sizeof(Acc)) : 0);
+    return C::uses_strips(problem) ? 0 : C::weight_bytes(problem) + C::sum_bytes(problem);
 }
 
 template <typename Math>

@@ -36,6 +36,7 @@ struct Tuning {
     int64_t strip_limit = 1024;        // rows and columns up to which a strip of S fits in shared memory
     int super_tile = 32;               // tiles along the edge of a super-tile
     int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
+    int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
 };
 
 struct Problem {

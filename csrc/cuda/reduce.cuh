@@ -27,12 +27,12 @@ DML_DEVICE int count_not_finite(const Acc* inverse_norms, int64_t rows) {
     return bad;
 }
 
-// loss: [1], or [rows] where nothing is reduced. Where any point is not finite, each row that has the
+// result: [1], or [rows] where nothing is reduced. Where any point is not finite, each row that has the
 // pairs it needs becomes NaN, and with the scale every gradient does; where no row has, all stays 0.
-template <typename Acc>
+template <typename Loss, typename Acc>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_losses(RowStats<Acc> stats, int64_t rows, const Acc* inverse_norms, const Acc* ref_inverse_norms,
-                  int64_t refs, Reduction reduction, Acc* loss) {
+    reduce_losses(Loss loss, RowStats<Acc> stats, int64_t rows, const Acc* inverse_norms,
+                  const Acc* ref_inverse_norms, int64_t refs, Reduction reduction, Acc* result) {
     Acc* sums = shared_array<Acc>(0, kWarpSize);
     int* counts = shared_array<int>(kWarpSize * int(sizeof(Acc)), kWarpSize);
 
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kReduceThreads)
     for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
         const int flags = stats.flags[i];
         const bool poisoned = !finite && (flags & kEligible);
-        const Acc x = poisoned ? not_a_number<Acc>() : finite ? stats.loss[i] : Acc(0);
-        if (reduction == Reduction::kNone) loss[i] = x;
+        const Acc x = poisoned ? not_a_number<Acc>() : finite ? row_loss(stats, i, loss) : Acc(0);
+        if (reduction == Reduction::kNone) result[i] = x;
         sum += x;
         const bool nonzero = !(x == Acc(0));  // NaN counts
         const bool valid = poisoned || (flags & kValid);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     const Acc scale = !mean ? Acc(1) : count > 0 ? Acc(1) / Acc(count) : Acc(0);
     const bool poisoned = sum != sum;
     stats.scale[0] = finite ? scale : poisoned ? not_a_number<Acc>() : Acc(0);
-    if (reduction != Reduction::kNone) loss[0] = sum * scale;
+    if (reduction != Reduction::kNone) result[0] = sum * scale;
 }
 
 inline constexpr size_t kReduceSharedBytes = kWarpSize * (sizeof(double) + sizeof(int));

@@ -11,25 +11,34 @@ struct Rows {
     Matrix<T> points;       // [count, dim]
     const int64_t* labels;  // [count]
     Acc* inverse_norms;     // [count] NaN for a row that is not finite, 0 for a row of norm 0
+
+    // Of the rows [begin, end) those that there are.
+    Rows part(int64_t begin, int64_t end) const {
+        Matrix<T> some = points;
+        some.data += begin * points.stride;
+        some.rows = (end < points.rows ? end : points.rows) - begin;
+        return {some, labels + begin, inverse_norms + begin};
+    }
 };
 
 // The saved statistics: one array for each quantity, so that neighbouring threads read neighbours.
 template <typename Acc>
 struct RowStats {
     Acc* scale;  // [1] the reduction's factor; NaN where the inputs are not finite
-    Acc *neg_above, *pos_below, *lse_neg, *lse_pos, *weight_neg, *weight_pos, *loss;  // [rows] each
-    int32_t* flags;                                                                   // [rows]
+    Acc *neg_above, *pos_below, *lse_neg, *lse_pos, *weight_neg, *weight_pos;  // [rows] each
+    int32_t* flags;                                                            // [rows]
 };
 inline constexpr int kStatsHeader = 4;
-inline constexpr int kStatsPerRow = 7;
+inline constexpr int kStatsPerRow = 6;
 inline constexpr int kEligible = 1;  // the labels give the row the pairs that its loss needs
-inline constexpr int kValid = 2;     // some pair was kept; without mining, the row has a pair
+inline constexpr int kHasLoss = 2;   // and what was kept of them is enough for it
+inline constexpr int kValid = 4;     // some pair was kept; without mining, the row has a pair
 
 template <typename Acc>
 RowStats<Acc> row_stats(void* stats, int32_t* flags, int64_t rows) {
     Acc* base = static_cast<Acc*>(stats);
     Acc* a = base + kStatsHeader;
-    return {base, a, a + rows, a + 2 * rows, a + 3 * rows, a + 4 * rows, a + 5 * rows, a + 6 * rows, flags};
+    return {base, a, a + rows, a + 2 * rows, a + 3 * rows, a + 4 * rows, a + 5 * rows, flags};
 }
 
 template <typename Acc>
@@ -122,27 +131,45 @@ DML_DEVICE Acc careful_similarity(const Matrix<T>& a, int64_t i, Acc inv_a, cons
 
 // ---- the loss of a row, and the gradient of a pair -----------------------------------------------------
 
-// The mining rule, from the hardest pairs of a row that has both kinds. Rounding of the two bounds must
-// not keep pairs of one kind only.
+// The least similar positive and the most similar negative.
 template <typename Acc>
-DML_DEVICE Bounds<Acc> mined_bounds(Acc min_pos, Acc max_neg, Acc epsilon) {
-    const Bounds<Acc> bounds = {max_neg + epsilon, min_pos - epsilon};
-    return min_pos < bounds.pos_below && max_neg > bounds.neg_above ? bounds : Bounds<Acc>::none();
-}
+struct Extremes {
+    Acc min_pos = infinity<Acc>(), max_neg = -infinity<Acc>();
 
-// The bounds of a row of which the labels say what it has, and the extremes what mining needs.
-template <typename Loss, typename Acc>
-DML_DEVICE Bounds<Acc> row_bounds(bool has_pos, bool has_neg, bool mining, Acc min_pos, Acc max_neg,
-                                  Acc epsilon) {
-    if ((mining || Loss::kNeedsBoth) && !(has_pos && has_neg)) return Bounds<Acc>::none();
-    return mining ? mined_bounds(min_pos, max_neg, epsilon) : Bounds<Acc>::all();
-}
+    DML_DEVICE void add(bool positive, Acc s) {
+        if (positive) {
+            min_pos = s < min_pos ? s : min_pos;
+        } else {
+            max_neg = s > max_neg ? s : max_neg;
+        }
+    }
+    DML_DEVICE void merge(const Extremes& other) {
+        min_pos = other.min_pos < min_pos ? other.min_pos : min_pos;
+        max_neg = other.max_neg > max_neg ? other.max_neg : max_neg;
+    }
+    DML_DEVICE bool has_both() const { return min_pos != infinity<Acc>() && max_neg != -infinity<Acc>(); }
 
+    // The mining rule; a row that lacks either kind keeps nothing. Rounding of the two bounds must not keep
+    // pairs of one kind only.
+    DML_DEVICE Bounds<Acc> mined(Acc epsilon) const {
+        const Bounds<Acc> bounds = {max_neg + epsilon, min_pos - epsilon};
+        return min_pos < bounds.pos_below && max_neg > bounds.neg_above ? bounds : Bounds<Acc>::none();
+    }
+};
+
+// A row is finished from both log-sum-exps over what its bounds kept. had_both: so says mining, of the pairs
+// before it; without mining every pair was kept, so what is empty the labels did not give.
 template <typename Loss, typename Acc>
-DML_DEVICE void finish_row(const RowStats<Acc>& stats, int64_t i, const Loss& loss, const Bounds<Acc>& bounds,
-                           const LogSumExp<Acc>& pos, const LogSumExp<Acc>& neg, bool eligible, bool valid) {
+DML_DEVICE void finish_row(const RowStats<Acc>& stats, int64_t i, const Loss& loss, Bounds<Acc> bounds,
+                           LogSumExp<Acc> pos, LogSumExp<Acc> neg, bool mining, bool had_both) {
+    const bool valid = !pos.empty() || !neg.empty();
+    const bool has_loss = Loss::kNeedsBoth ? !pos.empty() && !neg.empty() : valid;
+    const bool eligible = mining ? had_both : has_loss;
+    if (!has_loss) {
+        bounds = Bounds<Acc>::none();
+        pos = neg = LogSumExp<Acc>{};
+    }
     const Acc lse_pos = pos.value(Loss::kCountsOne), lse_neg = neg.value(Loss::kCountsOne);
-    const bool has_loss = !Loss::kNeedsBoth || (!pos.empty() && !neg.empty());
     const PosNeg<Acc> weight = has_loss ? loss.dloss_dlse(lse_pos, lse_neg) : PosNeg<Acc>{Acc(0), Acc(0)};
     stats.neg_above[i] = bounds.neg_above;
     stats.pos_below[i] = bounds.pos_below;
@@ -150,8 +177,13 @@ DML_DEVICE void finish_row(const RowStats<Acc>& stats, int64_t i, const Loss& lo
     stats.lse_pos[i] = lse_pos;
     stats.weight_neg[i] = weight.neg;
     stats.weight_pos[i] = weight.pos;
-    stats.loss[i] = has_loss ? loss.loss(lse_pos, lse_neg) : Acc(0);
-    stats.flags[i] = (eligible ? kEligible : 0) | (valid ? kValid : 0);
+    stats.flags[i] = (eligible ? kEligible : 0) | (has_loss ? kHasLoss : 0) | (valid ? kValid : 0);
+}
+
+// A finished row's loss. It is not stored: that would be one more number a row.
+template <typename Loss, typename Acc>
+DML_DEVICE Acc row_loss(const RowStats<Acc>& stats, int64_t i, const Loss& loss) {
+    return stats.flags[i] & kHasLoss ? loss.loss(stats.lse_pos[i], stats.lse_neg[i]) : Acc(0);
 }
 
 // What backward needs of one row, before its upstream gradient.

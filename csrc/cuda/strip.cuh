@@ -128,20 +128,12 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc*
         }
     };
 
-    Acc min_pos = infinity<Acc>(), max_neg = -infinity<Acc>();
-    bool any_pos = false, any_neg = false;
-    each_pair([&](bool positive, Acc sim) {
-        if (positive) {
-            any_pos = true;
-            min_pos = sim < min_pos ? sim : min_pos;
-        } else {
-            any_neg = true;
-            max_neg = sim > max_neg ? sim : max_neg;
-        }
-    });
-    const bool has_pos = warp_any(any_pos), has_neg = warp_any(any_neg);
-    const Bounds<Acc> bounds =
-        row_bounds<Loss>(has_pos, has_neg, mining, warp_min(min_pos), warp_max(max_neg), epsilon);
+    Extremes<Acc> hardest;
+    if (mining) {
+        each_pair([&](bool positive, Acc sim) { hardest.add(positive, sim); });
+        hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
+    }
+    const Bounds<Acc> bounds = mining ? hardest.mined(epsilon) : Bounds<Acc>::all();
 
     LogSumExp<Acc> pos, neg;
     each_pair([&](bool positive, Acc sim) {
@@ -167,11 +159,7 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc*
     });
     pos.sum = warp_sum(pos.sum);
     neg.sum = warp_sum(neg.sum);
-
-    const bool both = mining || Loss::kNeedsBoth;
-    const bool eligible = both ? has_pos && has_neg : has_pos || has_neg;
-    const bool valid = mining ? !pos.empty() : has_pos || has_neg;
-    if (lane_id() == 0) finish_row(stats, i, loss, bounds, pos, neg, eligible, valid);
+    if (lane_id() == 0) finish_row(stats, i, loss, bounds, pos, neg, mining, hardest.has_both());
 }
 
 template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>

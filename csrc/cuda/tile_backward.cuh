@@ -91,13 +91,14 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     }
 }
 
-// One side's gradient under way: [count, dim], contiguous.
+// One side's gradient under way: its rows from row0 on, contiguous.
 template <typename T, typename Acc>
 struct Gradient {
     Matrix<T> points;  // of the other side, which the weights multiply
-    Acc* sum;          // null where this side is not wanted
-    int64_t count;
-    bool first;  // nothing has been added yet
+    Acc* sum;          // [.., dim]; null where this side is not wanted
+    int64_t row0;
+    int64_t count;  // of all rows of this side
+    bool first;     // nothing has been added yet
 };
 
 template <typename T, typename Acc>
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<Gr
     product.each([&](int r, int c, Acc value) {
         const int64_t i = row0 + r, d = d0 + c;
         if (i >= gradient.count || d >= gradient.points.cols) return;
-        Acc& sum = gradient.sum[i * gradient.points.cols + d];
+        Acc& sum = gradient.sum[(i - gradient.row0) * gradient.points.cols + d];
         sum = gradient.first ? value : sum + value;
     });
 }

@@ -85,29 +85,13 @@ DML_DEVICE void merge_line(const Acc (&own)[Quantities], const Merge& merge) {
 
 // ---- the hardest pairs ------------------------------------------------------------------------------------
 
-template <typename Acc>
-struct Extremes {
-    Acc min_pos = infinity<Acc>(), max_neg = -infinity<Acc>();
-
-    DML_DEVICE void merge(Acc other_min_pos, Acc other_max_neg) {
-        min_pos = other_min_pos < min_pos ? other_min_pos : min_pos;
-        max_neg = other_max_neg > max_neg ? other_max_neg : max_neg;
-    }
-};
-
 template <bool RowSide, typename Math, typename T, typename Acc>
 DML_DEVICE Extremes<Acc> line_extremes(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile,
                                        const Partials<Acc>& partials, int slot, int line0) {
     Extremes<Acc> found;
-    for_line<RowSide>(super, tile, [&](bool positive, Acc s) {
-        if (positive) {
-            found.min_pos = s < found.min_pos ? s : found.min_pos;
-        } else {
-            found.max_neg = s > found.max_neg ? s : found.max_neg;
-        }
-    });
+    for_line<RowSide>(super, tile, [&](bool positive, Acc s) { found.add(positive, s); });
     const Acc own[2] = {found.min_pos, found.max_neg};
-    merge_line<Math>(own, [&](const Acc(&other)[2]) { found.merge(other[0], other[1]); });
+    merge_line<Math>(own, [&](const Acc(&other)[2]) { found.merge({other[0], other[1]}); });
     if (int(threadIdx.x) < TileTraits<Math>::kTile) {
         const int side = RowSide ? 0 : 1, line = line0 + int(threadIdx.x);
         partials.at(side, slot, 0, line) = found.min_pos;
@@ -139,7 +123,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     block_sync();
     if (threadIdx.x != 0) return;
     Extremes<Acc> all;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) all.merge(scratch[w], scratch[kWarpSize + w]);
+    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) all.merge({scratch[w], scratch[kWarpSize + w]});
     const int64_t index = super.tile_index(ti, tj);
     tile_extremes[2 * index] = all.min_pos;
     tile_extremes[2 * index + 1] = all.max_neg;
@@ -285,7 +269,7 @@ DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) 
 }
 
 // last: the rows of the super-tile have met all columns, and their bounds can be known.
-template <typename Loss, int Tile, typename T, typename Acc>
+template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
     fold_extremes(const __grid_constant__ SuperTile<T, Acc> super, RowStats<Acc> stats,
                   Partials<Acc> partials, bool last, Acc epsilon) {
@@ -295,13 +279,11 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     const RunningRow<Acc> row{stats, i};
     Extremes<Acc> found = {row.min_pos(), row.max_neg()};
     for_slots<Tile>(super, side, line, nullptr, [&](int a_side, int slot) {
-        found.merge(partials.at(a_side, slot, 0, line), partials.at(a_side, slot, 1, line));
+        found.merge({partials.at(a_side, slot, 0, line), partials.at(a_side, slot, 1, line)});
     });
     if (last && side == 0) {
-        const bool has_pos = found.min_pos != infinity<Acc>(), has_neg = found.max_neg != -infinity<Acc>();
-        const Bounds<Acc> bounds =
-            row_bounds<Loss>(has_pos, has_neg, true, found.min_pos, found.max_neg, epsilon);
-        stats.flags[i] = has_pos && has_neg ? kEligible : 0;
+        const Bounds<Acc> bounds = found.mined(epsilon);
+        stats.flags[i] = found.has_both() ? kEligible : 0;
         stats.neg_above[i] = bounds.neg_above;
         stats.pos_below[i] = bounds.pos_below;
     } else {
@@ -324,16 +306,8 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
         neg.merge(partials.at(a_side, slot, 2, line), partials.at(a_side, slot, 3, line));
     });
     if (last && side == 0) {
-        // Without mining every pair was kept so far, so what is empty here the labels did not give.
-        const bool valid = !pos.empty() || !neg.empty();
-        bool eligible = mining ? (stats.flags[i] & kEligible) != 0 : valid;
-        Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
-        if (Loss::kNeedsBoth && (pos.empty() || neg.empty())) {
-            if (!mining) eligible = false;
-            bounds = Bounds<Acc>::none();
-            pos = neg = LogSumExp<Acc>{};
-        }
-        finish_row(stats, i, loss, bounds, pos, neg, eligible, valid);
+        const Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
+        finish_row(stats, i, loss, bounds, pos, neg, mining, mining && (stats.flags[i] & kEligible) != 0);
     } else {
         row.pos_max() = pos.max;
         row.pos_sum() = pos.sum;

@@ -15,6 +15,7 @@ SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32", "bf16", "plain"]
 LOSSES = ["multi_similarity", "circle"]
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
+TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes"]
 GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
 
 
@@ -49,9 +50,7 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "normalize",
                 "reduction",
                 "mining",
-                "strip_limit",
-                "super_tile",
-                "cache_bytes",
+                *TUNING,
             )
         ],
         ("params", ctypes.c_double * 3),
@@ -95,7 +94,7 @@ class Engine:
     reduction: str = "mean"
     precision: str = "full"
     save_for_backward: bool = True
-    tuning: dict = field(default_factory=dict)  # strip_limit, super_tile, cache_bytes
+    tuning: dict = field(default_factory=dict)  # some of TUNING
     schedule: tuple = ("round_robin", 0)
 
     def __post_init__(self):
@@ -108,7 +107,7 @@ class Engine:
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
             LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction),
             self.epsilon is not None,
-            *[self.tuning.get(name, -1) for name in ("strip_limit", "super_tile", "cache_bytes")],
+            *[self.tuning.get(name, -1) for name in TUNING],
             (ctypes.c_double * 3)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
         self.sizes = self.ask_sizes()

@@ -10,7 +10,7 @@ using namespace dml::cuda;
 
 namespace {
 
-struct Arguments {  // as in test_cuda_emulated.py, field by field
+struct Arguments {  // as in library.py, field by field
     const void* queries;
     int64_t query_stride;
     const int64_t* query_labels;
@@ -20,7 +20,7 @@ struct Arguments {  // as in test_cuda_emulated.py, field by field
     const int64_t* ref_labels;
     int64_t ref_count;
     int64_t square, dim, scalar, precision, loss, normalize, reduction, mining, strip_limit, super_tile,
-        cache_bytes;
+        cache_bytes, sum_bytes;
     double params[3];
     double epsilon;
     void* stats;
@@ -45,6 +45,7 @@ Problem problem_of(const Arguments& a) {
     if (a.strip_limit >= 0) p.tuning.strip_limit = a.strip_limit;
     if (a.super_tile > 0) p.tuning.super_tile = static_cast<int>(a.super_tile);
     if (a.cache_bytes >= 0) p.tuning.cache_bytes = a.cache_bytes;
+    if (a.sum_bytes >= 0) p.tuning.sum_bytes = a.sum_bytes;
     return p;
 }
 

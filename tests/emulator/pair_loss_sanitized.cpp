@@ -80,7 +80,8 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, dml::
 
 template <typename Math>
 void run_all(Scalar scalar) {
-    const Tuning small = {}, large = {0, 2, 0}, cached = {0, 2, 1 << 30};
+    // One tile of sums: where they are apart, gradients come in groups.
+    const Tuning small = {}, large = {0, 2, 0, 0}, cached = {0, 2, 1 << 30};
     for (const auto loss : {dml::PairLoss::kMultiSimilarity, dml::PairLoss::kCircle}) {
         run<Math>(scalar, 37, 0, 21, 21, loss, small);
         run<Math>(scalar, 37, 70, 24, 32, loss, small);
