@@ -46,6 +46,11 @@ def kept_masks(s, positive, negative, epsilon):
     return positive & both & (s - epsilon < max_neg), negative & both & (s + epsilon > min_pos)
 
 
+def self_mask(self_ref, m):
+    """[N, M] which pairs are of a row and itself."""
+    return self_ref[:, None] == torch.arange(m)[None, :]
+
+
 def log_sum_exp(logits, keep, one):
     terms = [logits.masked_fill(~keep, -torch.inf)]
     if one:
@@ -83,13 +88,16 @@ def reduce_rows(losses, valid, reduction):
 
 
 def loss_and_gradients(
-    q, labels, r, ref_labels, loss, params, epsilon, normalize, reduction, upstream=1.0, rounded=None
-):
+    q, labels, r, ref_labels, loss, params, epsilon, normalize, reduction, upstream=1.0, rounded=None,
+    self_ref=None,
+):  # fmt: skip
     """The loss, dq and dr (None where r is None), in float64."""
     q = q.detach().double().requires_grad_()
     refs = q if r is None else r.detach().double().requires_grad_()
     s = similarities(q, refs, normalize, rounded)
     keep_pos, keep_neg = kept_masks(s, *pair_masks(labels, ref_labels), epsilon)
+    if self_ref is not None:  # mined with, but no pair to learn from
+        keep_pos = keep_pos & ~self_mask(self_ref, len(refs))
     losses = row_losses(s, keep_pos, keep_neg, loss, params)
     value = reduce_rows(losses, (keep_pos | keep_neg).any(1), reduction)
     (value * upstream).sum().backward()

@@ -54,6 +54,7 @@ class Case:
     labels: torch.Tensor
     r: torch.Tensor | None = None
     ref_labels: torch.Tensor | None = None
+    self_ref: torch.Tensor | None = None
     loss: tuple = MS
     epsilon: float | None = None
     normalize: bool = True
@@ -64,7 +65,7 @@ class Case:
         loss, params = self.loss
         return brute_force.loss_and_gradients(
             self.q, self.labels, self.r, self.ref_labels, loss, params, self.epsilon, self.normalize,
-            self.reduction, self.upstream, arithmetic.rounded,
+            self.reduction, self.upstream, arithmetic.rounded, self.self_ref,
         )  # fmt: skip
 
 
@@ -99,6 +100,29 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
         )
         if margin > 2e-6:
             return Case(*sides, **options)
+
+
+def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
+    """A batch of which every row is one of the references; a tenth of those has a class of its own. With
+    some, not every row says so, and two call a point themselves that is of another class."""
+    for attempt in itertools.count(1000 * seed):
+        case = make(n, d, arithmetic, m=m, seed=attempt, **{**options, "epsilon": None})
+        case.epsilon = options.get("epsilon")
+        case.ref_labels[: m // 10] = torch.arange(m // 10) + 5
+        g = torch.Generator().manual_seed(attempt)
+        case.self_ref = torch.cat([torch.randperm(m, generator=g) for _ in range(n // m + 1)])[:n]
+        case.q.copy_(case.r[case.self_ref])
+        case.labels = case.ref_labels[case.self_ref]
+        if some:
+            other = case.labels[:, None] != case.ref_labels[None, :]
+            case.self_ref[4:6] = other[4:6].int().argmax(1)
+            case.self_ref[6::5] = -1
+            outside = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
+            case.self_ref[: len(outside)] = outside
+        sides = (case.q, case.labels, case.r, case.ref_labels)
+        margin = brute_force.mining_margin(*sides, case.epsilon, case.normalize, arithmetic.rounded)
+        if margin > 2e-6:
+            return case
 
 
 def couples(n, arithmetic):

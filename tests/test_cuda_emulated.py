@@ -16,6 +16,7 @@ from cuda_cases import (
     check,
     couples,
     make,
+    make_from_refs,
     partners,
     relative_error,
     surrounded,
@@ -41,9 +42,9 @@ F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["
 def engine(case, arithmetic, path="small", tuning=(), **options):
     loss, params = case.loss
     return library.Engine(
-        case.q, case.labels, case.r, case.ref_labels, loss=loss, params=params, epsilon=case.epsilon,
-        normalize=case.normalize, reduction=case.reduction, precision=arithmetic.precision,
-        tuning={**PATHS[path], **dict(tuning)}, **options,
+        case.q, case.labels, case.r, case.ref_labels, case.self_ref, loss=loss, params=params,
+        epsilon=case.epsilon, normalize=case.normalize, reduction=case.reduction,
+        precision=arithmetic.precision, tuning={**PATHS[path], **dict(tuning)}, **options,
     )  # fmt: skip
 
 
@@ -104,6 +105,34 @@ def test_reductions(loss, path, m, reduction):
     loss_value, grads = run(case, F32, path)
     assert loss_value.shape == ((150,) if reduction == "none" else ())
     check(case, F32, loss_value, grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_valid"])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("some", [False, True], ids=["every_row", "some_rows"])
+@pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
+@by_path
+@by_loss
+def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some, epsilon, reduction):
+    n, m = (50, 70) if path == "small" else (140, 290)
+    if epsilon is None and reduction == "mean":
+        n, m = m, n
+    case = make_from_refs(n, 20, arithmetic, m=m, some=some, epsilon=epsilon, loss=loss, reduction=reduction)
+    verify(case, arithmetic, path)
+
+
+@by_path
+@by_loss
+def test_a_row_whose_only_positive_is_itself(loss, path):
+    """Mined with a positive, it keeps its negatives: a loss for multi-similarity, none for circle loss."""
+    case = make_from_refs(30, 4, F32, m=150, classes=3, epsilon=0.5, loss=loss, reduction="none")
+    case.upstream = torch.ones(30)
+    alone = (case.labels[:, None] == case.ref_labels[None, :]).sum(1) == 1
+    assert alone.any()
+    assert not alone.all()
+    losses, grads = run(case, F32, path)
+    assert torch.equal(losses[alone] > 0, torch.full_like(losses[alone], loss is MS, dtype=torch.bool))
+    check(case, F32, losses, grads)
 
 
 @by_path

@@ -75,7 +75,7 @@ struct Call {
     StripPairs<T, Acc> strips(bool of_queries) const {
         const Rows<T, Acc> own = of_queries ? queries() : refs(), other = of_queries ? refs() : queries();
         const int pitch = int(StripLayout<T, Acc>::pitch(other.points.rows));
-        return {own, other, problem.square, problem.normalize, pitch};
+        return {own, other, problem.square, of_queries, problem.self_ref, problem.normalize, pitch};
     }
     static dim3 strip_grid(const StripPairs<T, Acc>& pairs) {
         return dim3(unsigned((pairs.own.points.rows + kStripRows - 1) / kStripRows));
@@ -155,6 +155,7 @@ struct Call {
                 const SuperTile<T, Acc> super = {queries(),
                                                  refs(),
                                                  problem.square,
+                                                 problem.self_ref,
                                                  i,
                                                  j,
                                                  static_cast<int>(std::min<int64_t>(size, rows.end - i)),

@@ -43,6 +43,9 @@ struct Problem {
     Points queries;
     Points refs;  // where square, the queries themselves
     bool square = true;
+    // [queries.count] which of refs each query is itself; -1, or any other number, if none. Null where no
+    // query is, and where square. Mining sees this pair, but as a positive it does not count.
+    const int64_t* self_ref = nullptr;
     int64_t dim = 0;
     Scalar scalar = Scalar::kFloat32;
     Precision precision = Precision::kFull;

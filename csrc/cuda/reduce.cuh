@@ -30,7 +30,7 @@ DML_DEVICE int count_not_finite(const Acc* inverse_norms, int64_t rows) {
 // result: [1], or [rows] where nothing is reduced. Where any point is not finite, each row that has the
 // pairs it needs becomes NaN, and with the scale every gradient does; where no row has, all stays 0.
 template <typename Loss, typename Acc>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_losses(Loss loss, RowStats<Acc> stats, int64_t rows, const Acc* inverse_norms,
                   const Acc* ref_inverse_norms, int64_t refs, Reduction reduction, Acc* result) {
     Acc* sums = shared_array<Acc>(0, kWarpSize);
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
     Acc sum = 0;
     int count = 0;
+#pragma unroll 1  // several rows' divisions at once, in double, take too many registers
     for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
         const int flags = stats.flags[i];
         const bool poisoned = !finite && (flags & kEligible);

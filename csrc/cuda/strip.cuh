@@ -47,6 +47,8 @@ struct StripPairs {
     Rows<T, Acc> own;    // the strips' rows
     Rows<T, Acc> other;  // the columns
     bool skip_self;      // both are the same points: (i, i) is no pair
+    bool own_are_queries;
+    const int64_t* self_ref;  // of the queries
     bool normalize;
     int pitch;  // of the strip in shared memory
 
@@ -116,10 +118,29 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
     block_sync();
 }
 
+// Raises the similarity of row i to itself among s over every bound, where that is a positive pair: it is not
+// kept then. Each lane of the warp touches only the columns that it visits anyway: j % 32 = lane.
+template <typename T, typename Acc>
+DML_DEVICE void leave_out_self(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s) {
+    if (!pairs.self_ref) return;
+    const int64_t cols = pairs.other.points.rows;
+    const auto leave_out = [&](int64_t j) {
+        if (pairs.other.labels[j] == pairs.own.labels[i]) s[j] = infinity<Acc>();
+    };
+    if (pairs.own_are_queries) {
+        const int64_t self = pairs.self_ref[i];
+        if (self >= 0 && self < cols && self % kWarpSize == lane_id()) leave_out(self);
+    } else {
+        for (int64_t j = lane_id(); j < cols; j += kWarpSize) {
+            if (pairs.self_ref[j] == i) leave_out(j);
+        }
+    }
+}
+
 // A warp finds the bounds and both log-sum-exps of row i, whose similarities are s.
 template <typename Loss, typename T, typename Acc>
-DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc* s, const Loss& loss,
-                          bool mining, Acc epsilon, const RowStats<Acc>& stats) {
+DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, const Loss& loss, bool mining,
+                          Acc epsilon, const RowStats<Acc>& stats) {
     const int64_t cols = pairs.other.points.rows;
     const int64_t label = pairs.own.labels[i];
     const auto each_pair = [&](const auto& f) {
@@ -134,6 +155,7 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc*
         hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
     }
     const Bounds<Acc> bounds = mining ? hardest.mined(epsilon) : Bounds<Acc>::all();
+    leave_out_self(pairs, i, s);
 
     LogSumExp<Acc> pos, neg;
     each_pair([&](bool positive, Acc sim) {
@@ -209,6 +231,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
             return weight;
         };
         const RowWeight<Acc> mine = sides.own ? load_weight(i) : RowWeight<Acc>{};
+        leave_out_self(pairs, i, strip + r * pairs.pitch);
         Acc toward_self = 0;  // x_i . G_i, which the normalisation takes out of the gradient
         for (int64_t j = lane_id(); j < other.rows; j += kWarpSize) {
             const Acc s = strip[r * pairs.pitch + j];

@@ -50,6 +50,7 @@ template <typename T, typename Acc>
 struct SuperTile {
     Rows<T, Acc> rows, cols;
     bool square;  // rows and columns are the same points
+    const int64_t* self_ref;
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
     int64_t all_row_tiles, all_col_tiles;
@@ -149,6 +150,25 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         }
     }
     return tile;
+}
+
+// Raises the similarity of a row to itself over every bound, where that is a positive pair: it is not kept
+// then, and nobody else has to ask which pair it is.
+template <typename Math, typename T, typename Acc>
+DML_DEVICE void leave_out_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile) {
+    constexpr int kTile = TileTraits<Math>::kTile;
+    if (!super.self_ref) return;
+    block_sync();  // the cache has been filled with what the similarity was
+    const int r = int(threadIdx.x);
+    if (r < kTile && tile.row0 + r < super.rows.points.rows) {
+        const int64_t self = super.self_ref[tile.row0 + r];
+        if (self >= tile.col0 && self < tile.col0 + kTile) {
+            const int c = int(self - tile.col0);
+            if (tile.row_labels[r] == tile.col_labels[c])
+                tile.sim[r * TileTraits<Math>::kSimPitch + c] = infinity<Acc>();
+        }
+    }
+    block_sync();
 }
 
 // The pairs of one line of a tile (a row or, transposed, a column) that fall to this thread: threads

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
     if (!super.has(ti, tj) || (kept && !kept[super.tile_index(ti, tj)])) return;
     const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
+    leave_out_self<Math>(super, tile);
     const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
     Weight* out = weights + (int64_t(blockIdx.y) * super.col_tiles + blockIdx.x) * kTile * kTile;
 

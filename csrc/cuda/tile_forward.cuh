@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
         return;
     }
     const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
+    leave_out_self<Math>(super, tile);
     bool any = line_sums<true>(super, tile, loss, stats, partials, col, row * Traits::kTile);
     if (super.square)
         any = line_sums<false>(super, tile, loss, stats, partials, row, col * Traits::kTile) || any;

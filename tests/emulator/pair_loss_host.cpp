@@ -19,6 +19,7 @@ struct Arguments {  // as in library.py, field by field
     int64_t ref_stride;
     const int64_t* ref_labels;
     int64_t ref_count;
+    const int64_t* self_ref;
     int64_t square, dim, scalar, precision, loss, normalize, reduction, mining, strip_limit, super_tile,
         cache_bytes, sum_bytes;
     double params[3];
@@ -35,6 +36,7 @@ Problem problem_of(const Arguments& a) {
     p.queries = {a.queries, a.query_stride, a.query_labels, a.query_count};
     p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.ref_count};
     p.square = a.square != 0;
+    p.self_ref = a.self_ref;
     p.dim = a.dim;
     p.scalar = static_cast<Scalar>(a.scalar);
     p.precision = static_cast<Precision>(a.precision);
