@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dml_cuda.reference import _logsumexp, _mine, _reduce
+from dml_cuda.reference import _logsumexp, mine, reduce
 
 _ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # about the fastest of the powers of two
 _FEWEST_ROWS = 64
@@ -27,7 +27,7 @@ def _kept_pairs(unit: Tensor, labels: Tensor, rows: slice, epsilon: float | None
     negative = ~positive
     positive.diagonal(rows.start).fill_(False)
     if epsilon is not None:
-        positive, negative = _mine(s, positive, negative, epsilon)
+        positive, negative = mine(s, positive, negative, epsilon)
     return s, positive, negative
 
 
@@ -84,7 +84,7 @@ class _RowLosses(torch.autograd.Function):
 def chunked_loss(embeddings: Tensor, labels: Tensor, loss: str, epsilon: float | None) -> Tensor:
     """The loss of a batch with its default options, in memory that grows with N only."""
     losses, valid = _RowLosses.apply(F.normalize(embeddings, dim=1), labels, loss, epsilon)
-    return _reduce(losses, valid, _REDUCTION[loss])
+    return reduce(losses, valid, _REDUCTION[loss])
 
 
 @torch.no_grad()

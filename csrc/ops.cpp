@@ -17,14 +17,21 @@
 #define DML_CUDA_VERSION ""
 #endif
 
+// The loss of a batch, and its gradient. Beside embeddings [N, D] with their labels and ref_emb [M, D]:
+//   self_ref   int64 [N], the row of ref_emb that is the same point as row i, or -1. Mining sees that pair;
+//              the loss does not, where it is a positive
+//   ref_count  int64, one number: only so many of the first rows of ref_emb take part. A tensor, so that a
+//              queue may fill up without a shape, a graph or a wait for the device
 TORCH_LIBRARY(dml_cuda, m) {
     m.def(
         "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_ref, "
-        "str loss, float[] params, float? epsilon, bool normalize, str reduction, bool save_for_backward) -> "
+        "Tensor? ref_count, str loss, float[] params, float? epsilon, bool normalize, str reduction, bool "
+        "save_for_backward) -> "
         "(Tensor loss, Tensor stats, Tensor plan, Tensor tiles, Tensor kept)");
     m.def(
         "pair_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor labels, Tensor? ref_emb, "
-        "Tensor? ref_labels, Tensor? self_ref, Tensor stats, Tensor plan, Tensor tiles, Tensor kept, str "
+        "Tensor? ref_labels, Tensor? self_ref, Tensor? ref_count, Tensor stats, Tensor plan, Tensor tiles, "
+        "Tensor kept, str "
         "loss, float[] params, "
         "bool normalize, str reduction, bool need_emb, bool need_ref) -> (Tensor grad_emb, Tensor grad_ref)");
 

@@ -44,10 +44,12 @@ inline void check_points(const at::Tensor& points, const at::Tensor& labels, con
 inline void check_inputs(const at::Tensor& embeddings, const at::Tensor& labels,
                          const std::optional<at::Tensor>& ref_emb,
                          const std::optional<at::Tensor>& ref_labels,
-                         const std::optional<at::Tensor>& self_ref) {
+                         const std::optional<at::Tensor>& self_ref,
+                         const std::optional<at::Tensor>& ref_count) {
     check_points(embeddings, labels, "embeddings");
     TORCH_CHECK_VALUE(ref_emb.has_value() == ref_labels.has_value(), "ref_emb and ref_labels go together");
     TORCH_CHECK_VALUE(ref_emb || !self_ref, "self_ref: expected ref_emb with it");
+    TORCH_CHECK_VALUE(ref_emb || !ref_count, "ref_count: expected ref_emb with it");
     if (!ref_emb) return;
     check_points(*ref_emb, *ref_labels, "ref_emb");
     TORCH_CHECK_VALUE(ref_emb->size(1) == embeddings.size(1), "ref_emb: expected ", embeddings.size(1),
@@ -56,13 +58,17 @@ inline void check_inputs(const at::Tensor& embeddings, const at::Tensor& labels,
                      embeddings.scalar_type(), ", got ", ref_emb->scalar_type());
     TORCH_CHECK_VALUE(ref_emb->device() == embeddings.device(), "ref_emb: on ", ref_emb->device(),
                       ", but embeddings on ", embeddings.device());
-    if (!self_ref) return;
-    TORCH_CHECK_VALUE(self_ref->sizes() == labels.sizes(), "self_ref: expected shape ", labels.sizes(),
-                      ", got ", self_ref->sizes());
-    TORCH_CHECK_TYPE(self_ref->scalar_type() == at::kLong, "self_ref: the op takes int64, got ",
-                     self_ref->scalar_type());
-    TORCH_CHECK_VALUE(self_ref->device() == embeddings.device(), "self_ref: on ", self_ref->device(),
-                      ", but embeddings on ", embeddings.device());
+    const auto check_index = [&](const std::optional<at::Tensor>& index, int64_t numel, const char* name) {
+        if (!index) return;
+        TORCH_CHECK_VALUE(index->numel() == numel, name, ": expected ", numel, " numbers, got shape ",
+                          index->sizes());
+        TORCH_CHECK_TYPE(index->scalar_type() == at::kLong, name, ": the op takes int64, got ",
+                         index->scalar_type());
+        TORCH_CHECK_VALUE(index->device() == embeddings.device(), name, ": on ", index->device(),
+                          ", but embeddings on ", embeddings.device());
+    };
+    check_index(self_ref, embeddings.size(0), "self_ref");
+    check_index(ref_count, 1, "ref_count");
 }
 
 }  // namespace dml

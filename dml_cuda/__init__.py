@@ -11,11 +11,25 @@ except ImportError as error:
     ) from error
 
 from . import functional, reference
-from .losses import CircleLoss, MultiSimilarityLoss
+from .losses import CircleClassifierLoss, CircleLoss, MultiSimilarityLoss
+from .memory import CrossBatchMemory
+from .miners import MultiSimilarityMiner
+from .pairs import MinedPairs, PairCounts
 
 __version__: str = _C.version
 
-__all__ = ["CircleLoss", "MultiSimilarityLoss", "build_info", "functional", "reference"]
+__all__ = [
+    "CircleClassifierLoss",
+    "CircleLoss",
+    "CrossBatchMemory",
+    "MinedPairs",
+    "MultiSimilarityLoss",
+    "MultiSimilarityMiner",
+    "PairCounts",
+    "build_info",
+    "functional",
+    "reference",
+]
 
 
 def build_info() -> dict:

@@ -47,6 +47,13 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
 def _check_points(name: str, points: object) -> None:
     if not isinstance(points, Tensor):
         raise TypeError(
@@ -70,32 +77,13 @@ def _check_labels(name: str, labels: object, points_name: str, points: Tensor) -
         raise ValueError(
             f"{name}: expected {rows} labels, one for each row of {points_name}; got {labels.shape[0]}"
         )
-    if labels.device != points.device:
-        raise ValueError(f"{name}: expected on {points.device} beside {points_name}, got on {labels.device}")
 
 
-def check_arguments(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-    similarity: str,
-    reduction: str,
-    epsilon: float | None,
-) -> None:
-    """Raises TypeError or ValueError for whatever the losses cannot work with."""
+def check_points(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless these can be rows and columns."""
     _check_points("embeddings", embeddings)
-    _check_labels("labels", labels, "embeddings", embeddings)
-    check_choice("similarity", similarity, SIMILARITIES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if epsilon is not None:
-        check_number("epsilon", epsilon)
-    if ref_emb is None and ref_labels is None:
-        return
-    if ref_labels is None:
-        raise ValueError("ref_labels: expected labels for the rows of ref_emb, got None")
     if ref_emb is None:
-        raise ValueError("ref_emb: expected embeddings for ref_labels, got None")
+        return
     _check_points("ref_emb", ref_emb)
     dim, dtype, device = embeddings.shape[1], embeddings.dtype, embeddings.device
     if ref_emb.shape[1] != dim:
@@ -104,4 +92,31 @@ def check_arguments(
         raise TypeError(f"ref_emb: expected {dtype} as embeddings have, got {ref_emb.dtype}")
     if ref_emb.device != device:
         raise ValueError(f"ref_emb: expected on {device} as embeddings are, got on {ref_emb.device}")
+
+
+def check_batch(
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Raises TypeError or ValueError for a batch that cannot be; returns its labels on its device."""
+    check_points(embeddings, ref_emb)
+    _check_labels("labels", labels, "embeddings", embeddings)
+    if labels.device != embeddings.device:
+        labels = labels.to(embeddings.device)
+    if ref_emb is None and ref_labels is None:
+        return labels, None
+    if ref_labels is None:
+        raise ValueError("ref_labels: expected labels for the rows of ref_emb, got None")
+    if ref_emb is None:
+        raise ValueError("ref_emb: expected embeddings for ref_labels, got None")
     _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+    if ref_labels.device != embeddings.device:
+        ref_labels = ref_labels.to(embeddings.device)
+    return labels, ref_labels
+
+
+def check_options(similarity: str, reduction: str, epsilon: float | None) -> None:
+    """Raises TypeError or ValueError for options that no loss has."""
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if epsilon is not None:
+        check_number("epsilon", epsilon)

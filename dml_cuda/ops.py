@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
 
@@ -55,6 +56,7 @@ def _pair_loss_fake(
     ref_emb,
     ref_labels,
     self_ref,
+    ref_count,
     loss,
     params,
     epsilon,
@@ -84,6 +86,7 @@ def _pair_loss_backward_fake(
     ref_emb,
     ref_labels,
     self_ref,
+    ref_count,
     stats,
     plan,
     tiles,
@@ -102,22 +105,22 @@ def _pair_loss_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, _, normalize, reduction, _ = inputs
+    batch, (loss, params, _, normalize, reduction, _) = inputs[:6], inputs[6:]
     _, stats, plan, tiles, kept = output
     ctx.mark_non_differentiable(stats, plan, tiles, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(embeddings, labels, ref_emb, ref_labels, self_ref, stats, plan, tiles, kept)
+    ctx.save_for_backward(*batch, stats, plan, tiles, kept)
     ctx.arguments = (loss, params, normalize, reduction)
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 11
+        return (None,) * 12
     need_emb, _, need_ref = ctx.needs_input_grad[:3]
-    grad_emb, grad_ref = torch.ops.dml_cuda.pair_loss_backward.default(
-        grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
+    grad_emb, grad_ref = call(
+        "pair_loss_backward", grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
     )
-    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 8)
+    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 9)
 
 
 def _double_backward(ctx, *_):
@@ -142,6 +145,19 @@ def _segment_logsumexp_fake(logits, offsets, plus_one):
     return logits.new_empty(offsets.shape[0] - 1)
 
 
+def call(name: str, *arguments):
+    """An op of dml_cuda, as whatever is under way needs it.
+
+    torch.func's transforms and forward-mode differentiation do not see the derivatives that an op is
+    registered with; the autograd functions below give them the same, or a clear error.
+    """
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return _FUNCTIONS[name].apply(*arguments)
+    return getattr(torch.ops.dml_cuda, name).default(*arguments)
+
+
 def row_offsets(sorted_rows: Tensor, rows: int) -> Tensor:
     """``[rows + 1]``: where each row's part of the ascending ``sorted_rows`` begins."""
     return torch.searchsorted(sorted_rows, torch.arange(rows + 1, device=sorted_rows.device))
@@ -156,11 +172,11 @@ def _products_backward(ctx, grad):
     grad_x = grad_y = None
     grad = grad.contiguous()
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.dml_cuda.pair_sums.default(grad, y, cols, offsets)
+        grad_x = call("pair_sums", grad, y, cols, offsets)
     if ctx.needs_input_grad[1]:
         cols, order = torch.sort(cols, stable=True)  # stable: the sums are repeatable to the bit
         col_offsets = row_offsets(cols, y.shape[0])
-        grad_y = torch.ops.dml_cuda.pair_sums.default(grad[order], x, rows[order], col_offsets)
+        grad_y = call("pair_sums", grad[order], x, rows[order], col_offsets)
     return grad_x, grad_y, None, None, None
 
 
@@ -177,12 +193,43 @@ def _logsumexp_backward(ctx, grad):
     return grad[rows] * torch.exp(logits - finite[rows]), None, None
 
 
-torch.library.register_autograd(
-    "dml_cuda::pair_products", _products_backward, setup_context=_products_setup_context
-)
-torch.library.register_autograd(
-    "dml_cuda::segment_logsumexp", _logsumexp_backward, setup_context=_logsumexp_setup_context
-)
-torch.library.register_autograd("dml_cuda::pair_loss", _backward, setup_context=_setup_context)
-for _op in ("pair_loss_backward", "pair_sums"):
-    torch.library.register_autograd(f"dml_cuda::{_op}", _double_backward)
+def _no_context(ctx, inputs, output) -> None:
+    pass
+
+
+def _no_vmap(info, in_dims, *arguments):
+    raise NotImplementedError(
+        "the fused losses of dml_cuda take one batch at a time, not torch.vmap: call them in a loop, or pass "
+        'backend="reference"'
+    )
+
+
+def _no_jvp(ctx, *tangents):
+    raise NotImplementedError(
+        "the fused losses of dml_cuda have no forward-mode derivative: differentiate in reverse, or pass "
+        'backend="reference"'
+    )
+
+
+def _function(name: str, backward, setup_context) -> type[torch.autograd.Function]:
+    op = getattr(torch.ops.dml_cuda, name).default
+    members = {
+        "forward": lambda *arguments: op(*arguments),
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": _no_vmap,
+        "jvp": _no_jvp,
+    }
+    return type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+
+
+_DERIVATIVES = {
+    "pair_loss": (_backward, _setup_context),
+    "pair_loss_backward": (_double_backward, _no_context),
+    "pair_products": (_products_backward, _products_setup_context),
+    "pair_sums": (_double_backward, _no_context),
+    "segment_logsumexp": (_logsumexp_backward, _logsumexp_setup_context),
+}
+for _name, (_derivative, _context) in _DERIVATIVES.items():
+    torch.library.register_autograd(f"dml_cuda::{_name}", _derivative, setup_context=_context)
+_FUNCTIONS = {name: _function(name, *derivative) for name, derivative in _DERIVATIVES.items()}

@@ -4,25 +4,29 @@ Every function stores the whole N x M matrix of similarities and leaves the grad
 it to check the formulas against the papers, for double backward, and on devices without a kernel.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._arguments import check_arguments
+from ._arguments import check_batch, check_options
+from .formulas import Circle, Formula, MultiSimilarity
 
-_TINY_NORM = 1e-12
+TINY_NORM = 1e-12
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Each row over its length; a zero row, and its gradient, stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    is_zero = norm <= TINY_NORM
+    return torch.where(is_zero, 0.0, x / torch.where(is_zero, 1.0, norm))
 
 
 def _similarities(embeddings: Tensor, ref_emb: Tensor, similarity: str) -> Tensor:
     """``[N, M]`` cosine similarities or dot products. A zero row has similarity and gradient 0."""
     if similarity == "dot":
         return embeddings @ ref_emb.T
-
-    def unit(x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        is_zero = norm <= _TINY_NORM
-        return torch.where(is_zero, 0.0, x / torch.where(is_zero, 1.0, norm))
-
-    return unit(embeddings) @ unit(ref_emb).T
+    return unit_rows(embeddings) @ unit_rows(ref_emb).T
 
 
 def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -36,7 +40,7 @@ def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
     return positive, ~same
 
 
-def _mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The multi-similarity miner: hard positives and negatives, relative to each row's hardest other."""
     s = s.detach()
     inf = float("inf")
@@ -51,20 +55,24 @@ def _mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tupl
     return keep_positive, keep_negative
 
 
-def _kept_pairs(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-    similarity: str,
-    epsilon: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities ``[N, M]``, and the masks of the positives and negatives that count."""
-    s = _similarities(embeddings, embeddings if ref_emb is None else ref_emb, similarity)
-    positive, negative = _pairs(labels, ref_labels)
-    if epsilon is not None:
-        positive, negative = _mine(s, positive, negative, epsilon)
-    return s, positive, negative
+def without_self(positive: Tensor, self_ref: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` each row's pair with ``self_ref`` ``[N]``, its own column (or -1)."""
+    columns = torch.arange(positive.shape[1], device=positive.device)
+    return positive & (columns[None, :] != self_ref[:, None])
+
+
+def first_columns(mask: Tensor, ref_count: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` the columns from ``ref_count`` on."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) < ref_count)
+
+
+def listed(indices: Sequence[Tensor], n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Masks ``[N, M]`` of the pairs listed as anchors, positives, anchors, negatives."""
+    masks = []
+    for rows, cols in (indices[:2], indices[2:]):
+        mask = torch.zeros(n, m, dtype=torch.bool, device=rows.device)
+        masks.append(mask.index_put((rows.long(), cols.long()), torch.ones_like(rows, dtype=torch.bool)))
+    return masks[0], masks[1]
 
 
 def _logsumexp(logits: Tensor, keep: Tensor, plus_one: bool) -> Tensor:
@@ -81,7 +89,7 @@ def _logsumexp(logits: Tensor, keep: Tensor, plus_one: bool) -> Tensor:
     return torch.where(some, value, float("-inf"))
 
 
-def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
+def reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """One number from the rows' losses ``[N]``; ``valid`` marks the rows with a kept pair."""
     if reduction == "none":
         return losses
@@ -94,6 +102,43 @@ def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
         "mean_valid": lambda: valid.sum(),
     }[reduction]()
     return total / count.clamp(min=1)
+
+
+def pair_loss(
+    formula: Formula,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    *,
+    epsilon: float | None = None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    self_ref: Tensor | None = None,
+    ref_count: Tensor | None = None,
+    indices: Sequence[Tensor] | None = None,
+    similarity: str = "cosine",
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss that ``formula`` makes of a batch.
+
+    ``self_ref`` ``[N]`` names for each row the row of ``ref_emb`` that is the same point (or -1): mining
+    sees that pair, the loss does not. Only the first ``ref_count`` rows of ``ref_emb`` take part.
+    ``indices`` lists the pairs (anchors, positives, anchors, negatives) instead of ``labels``.
+    """
+    columns = embeddings if ref_emb is None else ref_emb
+    s = _similarities(embeddings, columns, similarity)
+    if indices is not None:
+        positive, negative = listed(indices, *s.shape)
+    else:
+        positive, negative = _pairs(labels, ref_labels)
+        if ref_count is not None:
+            positive, negative = (first_columns(mask, ref_count) for mask in (positive, negative))
+        if epsilon is not None:
+            positive, negative = mine(s, positive, negative, epsilon)
+        if self_ref is not None:
+            positive = without_self(positive, self_ref)
+    lse_pos = _logsumexp(formula.positive_logits(s), positive, formula.plus_one)
+    lse_neg = _logsumexp(formula.negative_logits(s), negative, formula.plus_one)
+    return reduce(formula.row_losses(lse_pos, lse_neg), (positive | negative).any(dim=1), reduction)
 
 
 def multi_similarity_loss(
@@ -110,11 +155,18 @@ def multi_similarity_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As :func:`dml_cuda.functional.multi_similarity_loss`, in plain PyTorch."""
-    check_arguments(embeddings, labels, ref_emb, ref_labels, similarity, reduction, epsilon)
-    s, positive, negative = _kept_pairs(embeddings, labels, ref_emb, ref_labels, similarity, epsilon)
-    pull = _logsumexp(-alpha * (s - base), positive, plus_one=True) / alpha
-    push = _logsumexp(beta * (s - base), negative, plus_one=True) / beta
-    return _reduce(pull + push, (positive | negative).any(dim=1), reduction)
+    labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+    check_options(similarity, reduction, epsilon)
+    return pair_loss(
+        MultiSimilarity(alpha, beta, base),
+        embeddings,
+        labels,
+        epsilon=epsilon,
+        ref_emb=ref_emb,
+        ref_labels=ref_labels,
+        similarity=similarity,
+        reduction=reduction,
+    )
 
 
 def circle_loss(
@@ -131,13 +183,15 @@ def circle_loss(
     reduction: str = "mean_nonzero",
 ) -> Tensor:
     """As :func:`dml_cuda.functional.circle_loss`, in plain PyTorch."""
-    check_arguments(embeddings, labels, ref_emb, ref_labels, similarity, reduction, epsilon)
-    s, positive, negative = _kept_pairs(embeddings, labels, ref_emb, ref_labels, similarity, epsilon)
-    fixed = s.detach() if detach_weights else s
-    lse_pos = _logsumexp(-gamma * torch.relu(1 + m - fixed) * (s - (1 - m)), positive, plus_one=False)
-    lse_neg = _logsumexp(gamma * torch.relu(fixed + m) * (s - m), negative, plus_one=False)
-    both = positive.any(dim=1) & negative.any(dim=1)
-    # softplus, by logaddexp: torch's own softplus drops the last digits above 20.
-    total = torch.where(both, lse_pos + lse_neg, 0.0)
-    losses = torch.where(both, torch.logaddexp(total, torch.zeros_like(total)), 0.0)
-    return _reduce(losses, (positive | negative).any(dim=1), reduction)
+    labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+    check_options(similarity, reduction, epsilon)
+    return pair_loss(
+        Circle(m, gamma, detach_weights),
+        embeddings,
+        labels,
+        epsilon=epsilon,
+        ref_emb=ref_emb,
+        ref_labels=ref_labels,
+        similarity=similarity,
+        reduction=reduction,
+    )

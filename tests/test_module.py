@@ -76,11 +76,11 @@ def test_ref_emb(loss):
 def test_repr():
     assert repr(dml_cuda.MultiSimilarityLoss(beta=40, epsilon=0.1)) == (
         "MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, epsilon=0.1, similarity='cosine', "
-        "reduction='mean', backend='auto')"
+        "reduction='mean', backend='auto', check_pairs=False)"
     )
     assert repr(dml_cuda.CircleLoss(gamma=256)) == (
         "CircleLoss(m=0.4, gamma=256, detach_weights=True, epsilon=None, similarity='cosine', "
-        "reduction='mean_nonzero', backend='auto')"
+        "reduction='mean_nonzero', backend='auto', check_pairs=False)"
     )
 
 
@@ -185,9 +185,11 @@ def test_signatures():
         "epsilon": None,
         "ref_emb": None,
         "ref_labels": None,
+        "indices_tuple": None,
         "similarity": "cosine",
         "reduction": "mean",
         "backend": "auto",
+        "check_pairs": False,
     }
     assert functional.circle_loss.__kwdefaults__ == {
         "m": 0.4,
@@ -196,11 +198,14 @@ def test_signatures():
         "epsilon": None,
         "ref_emb": None,
         "ref_labels": None,
+        "indices_tuple": None,
         "similarity": "cosine",
         "reduction": "mean_nonzero",
         "backend": "auto",
+        "check_pairs": False,
     }
     for name in FUNCTIONS.values():
         ours = dict(getattr(functional, name).__kwdefaults__)
-        ours.pop("backend")
+        for name_of_pairs_or_kernels in ("backend", "indices_tuple", "check_pairs"):
+            ours.pop(name_of_pairs_or_kernels)
         assert getattr(dml_cuda.reference, name).__kwdefaults__ == ours

@@ -16,7 +16,16 @@ EVERY = pytest.mark.parametrize("function", [getattr(functional, name) for name 
 
 
 def forward_arguments(
-    loss, n, *, m=None, self_ref=None, dtype=torch.float32, epsilon=0.1, reduction="mean", save=True
+    loss,
+    n,
+    *,
+    m=None,
+    self_ref=None,
+    ref_count=None,
+    dtype=torch.float32,
+    epsilon=0.1,
+    reduction="mean",
+    save=True,
 ):
     embeddings, labels = make_batch(n, 6, dtype=dtype)
     ref_emb = ref_labels = None
@@ -28,6 +37,7 @@ def forward_arguments(
         ref_emb,
         ref_labels,
         self_ref,
+        ref_count,
         loss,
         PARAMS[loss],
         epsilon,
@@ -41,6 +51,7 @@ FORWARD_CASES = {
     "square": {"loss": "multi_similarity", "n": 140},
     "rectangular": {"loss": "circle", "n": 10, "m": 130, "reduction": "none", "epsilon": None},
     "own among the references": {"loss": "circle", "n": 4, "m": 9, "self_ref": torch.tensor([0, -1, 8, 3])},
+    "some of the references": {"loss": "circle", "n": 4, "m": 300, "ref_count": torch.tensor(150)},
     "half": {"loss": "multi_similarity", "n": 9, "dtype": torch.float16, "reduction": "mean_nonzero"},
     "double, nothing saved": {"loss": "circle", "n": 130, "dtype": torch.float64, "save": False},
     "empty": {"loss": "multi_similarity", "n": 0, "reduction": "none"},
@@ -54,14 +65,19 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize(
     ("name", "need"),
-    [("square", (True, False)), ("rectangular", (True, True)), ("own among the references", (True, False))],
+    [
+        ("square", (True, False)),
+        ("rectangular", (True, True)),
+        ("own among the references", (True, False)),
+        ("some of the references", (True, True)),
+    ],
 )
 def test_opcheck_backward(name, need):
     inputs = forward_arguments(**FORWARD_CASES[name])
     with torch.no_grad():
         loss, *saved = OPS.pair_loss(*inputs)
-    points = [None if x is None else x.detach() for x in inputs[:5]]
-    arguments = (torch.ones_like(loss), *points, *saved, *inputs[5:7], *inputs[8:10], *need)
+    points = [None if x is None else x.detach() for x in inputs[:6]]
+    arguments = (torch.ones_like(loss), *points, *saved, *inputs[6:8], *inputs[9:11], *need)
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)

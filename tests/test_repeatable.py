@@ -47,11 +47,11 @@ def test_saved_or_recomputed(function):
     name = "multi_similarity" if function is functional.multi_similarity_loss else "circle"
     gradients = []
     for save in (True, False):
-        arguments = (embeddings, labels, None, None, None, name, params, 0.1, True, "mean", save)
+        arguments = (embeddings, labels, None, None, None, None, name, params, 0.1, True, "mean", save)
         loss, *saved = torch.ops.dml_cuda.pair_loss(*arguments)
         backward = torch.ops.dml_cuda.pair_loss_backward
         gradients.append(
-            backward(torch.ones_like(loss), *arguments[:5], *saved, name, params, True, "mean", True, False)[
+            backward(torch.ones_like(loss), *arguments[:6], *saved, name, params, True, "mean", True, False)[
                 0
             ]
         )

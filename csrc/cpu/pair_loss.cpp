@@ -59,6 +59,12 @@ struct Scratch {
     }
 };
 
+// The rows of a tensor that take part.
+OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
+    if (!x || !count) return x;
+    return x->narrow(0, 0, std::clamp<int64_t>(count->item<int64_t>(), 0, x->size(0)));
+}
+
 template <typename T>
 Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
     return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
@@ -269,19 +275,22 @@ double reduction_scale(const Batch<T>& batch, Reduction reduction, bool mined, c
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, PairLoss which, const double* params,
-    std::optional<double> epsilon, bool normalize, Reduction reduction, bool save_for_backward) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& labels,
+                                                           const OptionalTensor& ref_emb,
+                                                           const OptionalTensor& ref_labels,
+                                                           const OptionalTensor& self_ref, int64_t capacity,
+                                                           PairLoss which, const double* params,
+                                                           std::optional<double> epsilon, bool normalize,
+                                                           Reduction reduction, bool save_for_backward) {
     const bool square = !ref_emb;
     const int64_t n = embeddings.size(0), m = square ? n : ref_emb->size(0);
     TORCH_CHECK_VALUE(std::max(n, m) < std::numeric_limits<int32_t>::max(), "embeddings: too many rows, ", n);
     const auto options = embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
-    const int64_t all_tiles = Schedule(n, m, square, 1).tiles();
+    const int64_t all_tiles = Schedule(n, capacity, square, 1).tiles();
     const int64_t cached =
         save_for_backward ? std::min<int64_t>(all_tiles, kCacheBytes / (kTile * kTile * sizeof(T))) : 0;
     Tensor stats = at::empty({Stats<T>::numel(n)}, options);
-    Tensor plan = at::empty({Plan::numel(n, m, square)}, options.dtype(at::kInt));
+    Tensor plan = at::zeros({Plan::numel(n, capacity, square)}, options.dtype(at::kInt));
     Tensor tiles = at::empty({cached * kTile * kTile}, options);
     Tensor kept = at::zeros({kept_numel(all_tiles)}, options.dtype(at::kByte));
 
@@ -353,11 +362,11 @@ void check_saved(const Tensor& grad_loss, int64_t n, int64_t m, bool square, con
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings,
                                     const OptionalTensor& ref_emb, const OptionalTensor& self_ref,
-                                    const Tensor& stats, const Tensor& plan, const Tensor& tiles,
-                                    const Tensor& kept, PairLoss which, const double* params, bool normalize,
-                                    Reduction reduction, bool need_emb, bool need_ref) {
-    check_saved<T>(grad_loss, embeddings.size(0), ref_emb ? ref_emb->size(0) : embeddings.size(0), !ref_emb,
-                   stats, plan, tiles, kept, reduction);
+                                    int64_t capacity, const Tensor& stats, const Tensor& plan,
+                                    const Tensor& tiles, const Tensor& kept, PairLoss which,
+                                    const double* params, bool normalize, Reduction reduction, bool need_emb,
+                                    bool need_ref) {
+    check_saved<T>(grad_loss, embeddings.size(0), capacity, !ref_emb, stats, plan, tiles, kept, reduction);
     const Stats<T> saved(stats.data_ptr<T>(), embeddings.size(0));
     const Tensor none = at::empty({0}, embeddings.options());
     if (*saved.poisoned != T(0)) {
@@ -427,28 +436,37 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embed
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, c10::string_view loss,
-    at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize, c10::string_view reduction,
-    bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+    c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
+    c10::string_view reduction, bool save_for_backward) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);
     const auto run = embeddings.scalar_type() == at::kDouble ? forward<double> : forward<float>;
-    return run(embeddings, labels, ref_emb, ref_labels, self_ref, which, params.data(), epsilon, normalize,
+    return run(embeddings, labels, first_rows(ref_emb, ref_count), first_rows(ref_labels, ref_count),
+               self_ref, (ref_emb ? *ref_emb : embeddings).size(0), which, params.data(), epsilon, normalize,
                how, save_for_backward);
 }
 
 std::tuple<Tensor, Tensor> pair_loss_backward(
     const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const Tensor& stats, const Tensor& plan,
-    const Tensor& tiles, const Tensor& kept, c10::string_view loss, at::ArrayRef<double> params,
-    bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
+    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
     const PairLoss which = parse_loss(loss, params);
     const Reduction how = parse_reduction(reduction);
     const auto run = embeddings.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    return run(grad_loss, embeddings, ref_emb, self_ref, stats, plan, tiles, kept, which, params.data(),
-               normalize, how, need_emb, need_ref);
+    const OptionalTensor refs = first_rows(ref_emb, ref_count);
+    auto [grad_emb, grad_ref] =
+        run(grad_loss, embeddings, refs, self_ref, (ref_emb ? *ref_emb : embeddings).size(0), stats, plan,
+            tiles, kept, which, params.data(), normalize, how, need_emb, need_ref);
+    if (ref_count && need_ref) {  // the others took no part
+        Tensor all = at::zeros(ref_emb->sizes(), ref_emb->options());
+        all.narrow(0, 0, refs->size(0)).copy_(grad_ref);
+        grad_ref = all;
+    }
+    return {grad_emb, grad_ref};
 }
 
 }  // namespace

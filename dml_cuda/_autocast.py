@@ -1,0 +1,14 @@
+"""What the losses do under autocast: they compute in full precision, and give float32."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def is_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def off(device: torch.device) -> AbstractContextManager:
+    """A context without autocast, which would round similarities to its type."""
+    return torch.autocast(device.type, enabled=False) if is_on(device) else nullcontext()

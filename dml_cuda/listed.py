@@ -1,0 +1,83 @@
+"""The losses of pairs given as lists of indices, at the cost of the pairs listed.
+
+The similarities of the listed pairs, and what their weights add to the gradients, are kernels of their own
+(``pair_products``, ``pair_sums``), as is the log-sum-exp of each row's pairs; the formulas between are
+elementwise. Nothing here waits for the device.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _autocast
+from .formulas import Formula
+from .ops import call, row_offsets
+from .pairs import full_precision
+from .reference import reduce
+
+
+class SortedPairs(NamedTuple):
+    """Pairs of one kind, sorted by row, then column."""
+
+    rows: Tensor  # [P] ascending
+    cols: Tensor  # [P]
+    offsets: Tensor  # [N + 1], where each row's pairs begin
+    fresh: Tensor  # [P] bool, False for the repetition of a pair
+
+    def logits(self, values: Tensor) -> Tensor:
+        """-inf for repetitions, so that each pair counts once."""
+        return torch.where(self.fresh, values, -float("inf"))
+
+
+def sort_pairs(rows: Tensor, cols: Tensor, n: int, m: int) -> SortedPairs:
+    """Sorts pairs of ``n`` rows and ``m`` columns.
+
+    An index out of range becomes column ``m``, which is none: its similarity is NaN.
+    """
+    outside = (rows < 0) | (rows >= n) | (cols < 0) | (cols >= m)
+    key = torch.where(outside, rows.clamp(0, max(n - 1, 0)) * (m + 1) + m, rows * (m + 1) + cols)
+    if torch.compiler.is_compiling() or key.device.type != "cpu" or bool((key[1:] < key[:-1]).any()):
+        key = torch.sort(key).values
+    fresh = torch.ones_like(key, dtype=torch.bool)
+    fresh[1:] = key[1:] != key[:-1]
+    rows = key // (m + 1)
+    return SortedPairs(rows, key - rows * (m + 1), row_offsets(rows, n), fresh)
+
+
+def similarities(x: Tensor, y: Tensor, pairs: SortedPairs) -> Tensor:
+    """``[P]``, differentiable, from points as ``full_precision`` makes them."""
+    return call("pair_products", x, y, pairs.rows, pairs.cols, pairs.offsets)
+
+
+def reduced_loss(
+    formula: Formula,
+    positive: tuple[Tensor, SortedPairs],
+    negative: tuple[Tensor, SortedPairs],
+    reduction: str,
+) -> Tensor:
+    """The loss from the similarities of each kind and their pairs."""
+    logsumexp = partial(call, "segment_logsumexp")
+    (s_pos, pos), (s_neg, neg) = positive, negative
+    lse_pos = logsumexp(pos.logits(formula.positive_logits(s_pos)), pos.offsets, formula.plus_one)
+    lse_neg = logsumexp(neg.logits(formula.negative_logits(s_neg)), neg.offsets, formula.plus_one)
+    some = (pos.offsets.diff() > 0) | (neg.offsets.diff() > 0)
+    return reduce(formula.row_losses(lse_pos, lse_neg), some, reduction)
+
+
+def pair_loss(
+    formula: Formula,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    indices: tuple[Tensor, Tensor, Tensor, Tensor],
+    similarity: str,
+    reduction: str,
+) -> Tensor:
+    """The loss of the listed pairs, float32 or float64."""
+    with _autocast.off(embeddings.device):
+        x = full_precision(embeddings, similarity)
+        y = x if ref_emb is None else full_precision(ref_emb, similarity)
+        kinds = [sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2)]
+        positive, negative = ((similarities(x, y, pairs), pairs) for pairs in kinds)
+        return reduced_loss(formula, positive, negative, reduction)

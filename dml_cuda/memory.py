@@ -1,0 +1,164 @@
+"""Cross-batch memory: a batch against the embeddings of the batches before it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ._arguments import check_batch, check_count
+from .miners import MultiSimilarityMiner
+from .pairs import MinedPairs, listed_pairs, mined_pairs
+
+
+class CrossBatchMemory(nn.Module):
+    """Pairs each batch with a queue of the latest embeddings, the batch itself among them.
+
+    Wang et al., *Cross-Batch Memory for Embedding Learning*, CVPR 2020. The results are those of
+    pytorch-metric-learning's class: the batch enters the queue first, a miner compares the batch with the
+    whole queue, and the pair of a row with its own copy does not count. With a miner and a loss of dml_cuda
+    no pair is listed and no batch x queue matrix is stored.
+
+    Args:
+        loss: a module called as ``loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)``: one of
+            dml_cuda, or any pair loss of pytorch-metric-learning.
+        embedding_size: D.
+        memory_size: how many embeddings the queue holds; at least a batch.
+        miner: called as ``miner(embeddings, labels, ref_emb, ref_labels)``, or ``None`` for every pair (or
+            for a loss that mines by its ``epsilon``).
+
+    Attributes:
+        embedding_memory: ``[memory_size, D]`` buffer, in the dtype of the latest embeddings.
+        label_memory: ``[memory_size]`` int64 buffer.
+        position: int64 buffer, one number: where the next batch goes.
+        count: int64 buffer, one number: how many embeddings the queue holds.
+
+    All state is in buffers, so it travels with ``state_dict``, and a compiled or captured step needs no
+    other graph as the queue fills up.
+
+    >>> memory = CrossBatchMemory(MultiSimilarityLoss(), 128, 4096, MultiSimilarityMiner(0.1))
+    >>> loss = memory(embeddings, labels)
+    """
+
+    embedding_memory: Tensor
+    label_memory: Tensor
+    position: Tensor
+    count: Tensor
+
+    def __init__(
+        self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Callable | None = None
+    ) -> None:
+        super().__init__()
+        check_count("embedding_size", embedding_size)
+        check_count("memory_size", memory_size)
+        self.loss = loss
+        self.miner = miner
+        self.embedding_size = embedding_size
+        self.memory_size = memory_size
+        self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size))
+        self.register_buffer("label_memory", torch.zeros(memory_size, dtype=torch.long))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def reset_queue(self) -> None:
+        """Empties the queue."""
+        for buffer in (self.embedding_memory, self.label_memory, self.position, self.count):
+            buffer.zero_()
+
+    @property
+    def queue_idx(self) -> int:
+        """Where the next batch goes; waits for the device."""
+        return int(self.position)
+
+    @property
+    def has_been_filled(self) -> bool:
+        """Whether the queue has wrapped around; waits for the device."""
+        return int(self.count) == self.memory_size
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: object = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch against the queue.
+
+        Args:
+            embeddings: ``[N, D]``, N at most ``memory_size``.
+            labels: ``[N]`` integers.
+            indices_tuple: pairs or triplets that count besides; their anchors are rows of the batch, the
+                others places in the queue.
+            enqueue_mask: ``[N]`` bool. The rows marked enter the queue, and only the others have a loss
+                (queries and keys of two encoders, say). Not together with ``indices_tuple``.
+        """
+        labels, _ = check_batch(embeddings, labels, None, None)
+        dim = self.embedding_size
+        if embeddings.shape[1] != dim:
+            raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
+        self._move_to(embeddings)
+        if enqueue_mask is None:
+            places = self._enqueue(embeddings, labels)
+        else:
+            self._check_mask(enqueue_mask, embeddings, indices_tuple)
+            mask = enqueue_mask.to(embeddings.device)
+            self._enqueue(embeddings[mask], labels[mask])
+            embeddings, labels, places = embeddings[~mask], labels[~mask], None
+        # A copy: the queue moves on, while the gradient of this loss may still be wanted.
+        ref_emb, ref_labels = self.embedding_memory.clone(), self.label_memory.clone()
+        pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, places)
+        if indices_tuple is not None:
+            more = listed_pairs(indices_tuple, embeddings, ref_emb, check_range=False)
+            pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
+        return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
+
+    def _move_to(self, embeddings: Tensor) -> None:
+        device, dtype = embeddings.device, embeddings.dtype
+        if self.embedding_memory.dtype != dtype or self.embedding_memory.device != device:
+            self.embedding_memory = self.embedding_memory.to(device, dtype)
+            self.label_memory = self.label_memory.to(device)
+            self.position, self.count = self.position.to(device), self.count.to(device)
+
+    def _check_mask(self, mask: Tensor, embeddings: Tensor, indices_tuple: object) -> None:
+        if indices_tuple is not None:
+            raise ValueError("indices_tuple and enqueue_mask: expected one of the two, got both")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != embeddings.shape[:1]:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"enqueue_mask: expected bool of shape [{embeddings.shape[0]}], got {got}")
+
+    def _enqueue(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Writes the rows to the queue; returns their places ``[N]``."""
+        rows = embeddings.shape[0]
+        if rows > self.memory_size:
+            raise ValueError(f"embeddings: expected at most memory_size={self.memory_size} rows, got {rows}")
+        places = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
+        self.embedding_memory.index_copy_(0, places, embeddings.detach())
+        self.label_memory.index_copy_(0, places, labels.long())
+        self.position.add_(rows).remainder_(self.memory_size)
+        self.count.add_(rows).clamp_(max=self.memory_size)
+        return places
+
+    def _pairs(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, places: Tensor | None
+    ) -> MinedPairs | tuple[Tensor, ...]:
+        """The pairs that count, without those of a row with its own copy at ``places`` ``[N]``."""
+        batch = embeddings, labels, ref_emb, ref_labels
+        own = {"self_ref": places, "ref_count": self.count.clone()}
+        if self.miner is None:
+            return mined_pairs(*batch, epsilon=None, similarity="cosine", **own)
+        if isinstance(self.miner, MultiSimilarityMiner):
+            return self.miner.mine(*batch, **own)
+        size = int(self.count)  # a miner of another kind must not see the places that are still empty
+        mined = listed_pairs(
+            self.miner(embeddings, labels, ref_emb[:size], ref_labels[:size]),
+            embeddings,
+            ref_emb,
+            check_range=False,
+        )
+        if places is None:
+            return mined
+        anchors, positives = mined[:2]
+        others = places[anchors] != positives
+        return anchors[others], positives[others], *mined[2:]
+
+    def extra_repr(self) -> str:
+        return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
