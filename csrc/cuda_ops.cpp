@@ -1,6 +1,7 @@
 // The ops on CUDA tensors: allocates what the engine of csrc/cuda asks for and calls it, on the current
 // stream of the inputs' device. Nothing here waits for the device.
 #include <ATen/Context.h>
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -12,6 +13,8 @@
 #include <tuple>
 
 #include "cuda/pair_loss.h"
+#include "cuda/pairs.h"
+#include "listed_ops.h"
 #include "ops.h"
 
 namespace dml::cuda {
@@ -69,17 +72,20 @@ struct Side {
 struct Inputs {
     Side queries;
     std::optional<Side> refs;
+    OptionalTensor self_ref;
     Problem problem;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
     Inputs(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-           const OptionalTensor& ref_labels, c10::string_view loss, at::ArrayRef<double> params,
-           bool normalize, c10::string_view reduction)
+           const OptionalTensor& ref_labels, const OptionalTensor& own_ref, c10::string_view loss,
+           at::ArrayRef<double> params, bool normalize, c10::string_view reduction)
         : queries(embeddings, labels) {
         if (ref_emb) refs.emplace(*ref_emb, *ref_labels);
+        if (own_ref) self_ref = own_ref->contiguous();
         problem.queries = queries.view();
         problem.refs = refs ? refs->view() : problem.queries;
         problem.square = !refs;
+        problem.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
         problem.dim = embeddings.size(1);
         problem.scalar = scalar_of(embeddings);
         problem.precision = precision_in_use();
@@ -103,13 +109,13 @@ Tensor workspace_of(int64_t bytes, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, c10::string_view loss,
-    at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize, c10::string_view reduction,
-    bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
-    TORCH_CHECK_NOT_IMPLEMENTED(!self_ref, "self_ref: not yet on CUDA");
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+    c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
+    c10::string_view reduction, bool save_for_backward) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
+    TORCH_CHECK_NOT_IMPLEMENTED(!ref_count, "ref_count: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, loss, params, normalize, reduction);
+    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, normalize, reduction);
     const SavedSizes sizes = saved_sizes(in.problem, save_for_backward);
     Tensor stats = at::empty({sizes.stats}, in.accumulate);
     Tensor plan = at::empty({sizes.plan}, in.accumulate.dtype(at::kInt));
@@ -128,13 +134,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
 
 std::tuple<Tensor, Tensor> pair_loss_backward(
     const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const Tensor& stats, const Tensor& plan,
-    const Tensor& tiles, const Tensor& kept, c10::string_view loss, at::ArrayRef<double> params,
-    bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref);
-    TORCH_CHECK_NOT_IMPLEMENTED(!self_ref, "self_ref: not yet on CUDA");
+    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
+    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
+    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
+    TORCH_CHECK_NOT_IMPLEMENTED(!ref_count, "ref_count: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, loss, params, normalize, reduction);
+    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, normalize, reduction);
     const SavedSizes sizes = saved_sizes(in.problem, tiles.numel() > 0);
     TORCH_CHECK_VALUE(stats.numel() == sizes.stats && plan.numel() == sizes.plan &&
                           tiles.numel() == sizes.tiles && kept.numel() == sizes.kept,
@@ -155,11 +161,61 @@ std::tuple<Tensor, Tensor> pair_loss_backward(
     return {grad_emb, grad_ref};
 }
 
+// ---- pairs given as lists ----------------------------------------------------------------------------
+
+template <typename T>
+PointList<T> point_list(const Tensor& x) {
+    return {x.const_data_ptr<T>(), x.size(0), x.size(1)};
+}
+
+Segments segments_of(const Tensor& offsets, const Tensor& of) {
+    return {offsets.const_data_ptr<int64_t>(), offsets.numel() - 1, of.numel()};
+}
+
+Tensor pair_products(const Tensor& x, const Tensor& y, const Tensor& rows, const Tensor& cols,
+                     const Tensor& row_offsets) {
+    check_products(x, y, rows, cols, row_offsets);
+    const c10::cuda::CUDAGuard guard(x.device());
+    Tensor out = at::empty({rows.numel()}, x.options());
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "pair_products", [&] {
+        multiply_pairs(point_list<scalar_t>(x), point_list<scalar_t>(y), rows.const_data_ptr<int64_t>(),
+                       cols.const_data_ptr<int64_t>(), rows.numel(), out.data_ptr<scalar_t>(),
+                       c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+Tensor pair_sums(const Tensor& weights, const Tensor& points, const Tensor& index, const Tensor& offsets) {
+    check_sums(weights, points, index, offsets);
+    const c10::cuda::CUDAGuard guard(points.device());
+    Tensor out = at::empty({offsets.numel() - 1, points.size(1)}, points.options());
+    AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "pair_sums", [&] {
+        sum_pairs(weights.const_data_ptr<scalar_t>(), point_list<scalar_t>(points),
+                  index.const_data_ptr<int64_t>(), segments_of(offsets, index), out.data_ptr<scalar_t>(),
+                  c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+Tensor segment_logsumexp(const Tensor& logits, const Tensor& offsets, bool plus_one) {
+    check_segments(logits, offsets);
+    const c10::cuda::CUDAGuard guard(logits.device());
+    Tensor out = at::empty({offsets.numel() - 1}, logits.options());
+    AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "segment_logsumexp", [&] {
+        log_sum_exps(logits.const_data_ptr<scalar_t>(), segments_of(offsets, logits), plus_one,
+                     out.data_ptr<scalar_t>(), c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
     m.impl("pair_loss", &pair_loss);
     m.impl("pair_loss_backward", &pair_loss_backward);
+    m.impl("pair_products", &pair_products);
+    m.impl("pair_sums", &pair_sums);
+    m.impl("segment_logsumexp", &segment_logsumexp);
 }
 
 }  // namespace dml::cuda

@@ -22,11 +22,12 @@ from cuda_cases import (
     surrounded,
 )
 from emulator import library
-from emulator.build import HERE, build
+from emulator.build import HERE, ROOT, build
 from emulator.build import run as run_program
 
 import dml_cuda
 
+PAIRS = ROOT / "csrc" / "cuda" / "pairs.cu"
 SMALL = {}
 LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0}  # every tile is computed again
 CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30}
@@ -198,9 +199,10 @@ def test_the_cache_changes_no_bit(m, arithmetic):
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
-def test_sanitizers_find_nothing(sanitizer, schedule):
+@pytest.mark.parametrize("sources", [("pair_loss_sanitized.cpp",), ("pairs_sanitized.cpp", PAIRS)])
+def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
-    program = build([HERE / "pair_loss_sanitized.cpp"], sanitizer=sanitizer)
+    program = build([HERE / source for source in sources], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()
 
@@ -407,3 +409,142 @@ def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
             e = engine_of_sizes(dtype, n, m, 16, save_for_backward=save)
             told = dml_cuda.ops.saved_sizes("cuda", n, n if m is None else m, m is None, itemsize, save)
             assert list(told) == e.ask_sizes()[:4], (n, m)
+
+
+# ---- pairs given as lists -------------------------------------------------------------------------------
+
+by_float = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+def listed(n, m, pairs, dtype, d=5, offset=0):
+    """x, y, and pairs of their rows, sorted by row; the third row has none."""
+    rows = torch.randint(n, (pairs,)).sort().values if n else torch.zeros(0, dtype=torch.int64)
+    rows[rows == 2] = 3 if n > 3 else 0
+    points = [surrounded(torch.randn(count, d, dtype=dtype), offset) for count in (n, m)]
+    return *points, rows.sort().values, torch.randint(max(m, 1), (len(rows),))
+
+
+def offsets_of(rows, n):
+    return torch.searchsorted(rows, torch.arange(n + 1))
+
+
+def close(x, truth, dtype):
+    """Within a few steps of dtype of sums whose terms are of order 1."""
+    scale = truth[truth.isfinite()].abs().max().clamp_min(1.0) if truth.isfinite().any() else 1.0
+    return torch.allclose(x.double(), truth, 0.0, float(16 * torch.finfo(dtype).eps * scale), equal_nan=True)
+
+
+@by_float
+@pytest.mark.parametrize("offset", [0, 1, 2], ids="offset={}".format)
+@pytest.mark.parametrize("d", [0, 1, 3, 4, 31, 64, 129, 132, 512])
+def test_products_and_sums_of_listed_pairs(d, offset, dtype):
+    x, y, rows, cols = listed(9, 7, 60, dtype, d, offset)
+    products = library.pair_products(x, y, rows, cols)
+    assert close(products, (x.double()[rows] * y.double()[cols]).sum(1), dtype)
+    sums = library.pair_sums(products, y, cols, offsets_of(rows, 9))
+    truth = torch.zeros(9, d, dtype=torch.float64)
+    truth.index_add_(0, rows, products.double()[:, None] * y.double()[cols])
+    assert close(sums, truth, dtype)
+    assert not sums[2].any()
+
+
+@by_float
+def test_more_listed_pairs_than_warps(dtype):
+    x, y, rows, cols = listed(1500, 40, 2500, dtype)
+    offsets = offsets_of(rows, 1500)
+    products = library.pair_products(x, y, rows, cols)
+    assert close(products, (x.double()[rows] * y.double()[cols]).sum(1), dtype)
+    sums = library.pair_sums(products, y, cols, offsets)
+    truth = torch.zeros(1500, 5, dtype=torch.float64)
+    truth.index_add_(0, rows, products.double()[:, None] * y.double()[cols])
+    assert close(sums, truth, dtype)
+    logs = library.segment_logsumexp(products, offsets, False)
+    assert close(logs.exp(), torch.zeros(1500).double().index_add_(0, rows, products.double().exp()), dtype)
+
+
+@by_float
+@pytest.mark.parametrize("d", [5, 64])
+def test_listed_indices_out_of_range(d, dtype):
+    """They are not followed, which the sanitizers watch: what depends on them is NaN, and nothing else."""
+    x, y, rows, cols = listed(9, 7, 60, dtype, d)
+    wrong = torch.tensor([0, 11, 12, 13])
+    good = torch.ones(60, dtype=torch.bool)
+    good[wrong] = good[59] = False
+    cols[wrong] = torch.tensor([-1, 7, 2**62, -(2**63)])
+    rows[59] = 9
+    assert torch.equal(library.pair_products(x, y, rows, cols).isnan(), ~good)
+    rows[59] = 8
+    offsets = offsets_of(rows, 9)
+    sums = library.pair_sums(torch.zeros(60, dtype=dtype), y, cols, offsets)
+    touched = torch.zeros(9, dtype=torch.bool)
+    touched[rows[wrong]] = True
+    assert torch.equal(sums.isnan(), touched[:, None].expand(9, d))
+    offsets[4] = 61
+    for result in (
+        library.pair_sums(torch.zeros(60, dtype=dtype), y, cols.clamp(0, 6), offsets)[:, 0],
+        library.segment_logsumexp(torch.zeros(60, dtype=dtype), offsets, True),
+    ):
+        assert torch.equal(result.isnan().nonzero()[:, 0], torch.tensor([3, 4]))
+
+
+@by_float
+def test_listed_pairs_give_the_same_bits_in_any_order(dtype):
+    """And wherever the points lie: reading 16 bytes at once adds up in the same order."""
+    results = []
+    for offset, schedule in zip((0, 1, 0, 2), SCHEDULES, strict=True):
+        torch.manual_seed(0)
+        x, y, rows, cols = listed(20, 20, 200, dtype, 132, offset)
+        offsets = offsets_of(rows, 20)
+        products = library.pair_products(x, y, rows, cols, schedule)
+        sums = library.pair_sums(products, y, cols, offsets, schedule)
+        results.append((products, sums, library.segment_logsumexp(products, offsets, True, schedule)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@by_float
+@pytest.mark.parametrize("plus_one", [False, True], ids=["plain", "plus_one"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 80.0, 1e4])
+def test_log_sum_exp_of_segments(scale, plus_one, dtype):
+    lengths = torch.tensor([0, 1, 31, 0, 32, 33, 400, 0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    logits = scale * torch.randn(int(offsets[-1]), dtype=dtype) - scale
+    plain = [torch.logsumexp(s, 0) for s in logits.double().split(lengths.tolist())]
+    # log(1 + e^x), of which log1p keeps the smallest, and which is x where e^x overflows
+    truth = [x.exp().log1p() if x < 500 else x for x in plain] if plus_one else plain
+    got = library.segment_logsumexp(logits, offsets, plus_one)
+    info = torch.finfo(dtype)
+    assert torch.allclose(got.double(), torch.stack(truth), 8 * info.eps, info.tiny)
+
+
+@by_float
+def test_log_sum_exp_of_what_is_not_finite(dtype):
+    inf, nan = torch.inf, torch.nan
+    segments = [[], [-inf, -inf], [-inf, 2.0], [inf, 1.0, -inf], [1.0, nan], [nan, inf], [nan], [-60.0]]
+    offsets = torch.tensor([0] + [len(s) for s in segments]).cumsum(0)
+    logits = torch.cat([torch.tensor(s, dtype=dtype) for s in segments])
+    plain = library.segment_logsumexp(logits, offsets, False)
+    assert plain.tolist()[:4] == [-inf, -inf, 2.0, inf]
+    assert plain[4:7].isnan().all()
+    assert plain[7] == -60.0
+    with_one = library.segment_logsumexp(logits, offsets, True)
+    assert with_one.tolist()[:2] == [0.0, 0.0]
+    assert with_one[2] == torch.tensor(2.0, dtype=torch.float64).exp().log1p().to(dtype)
+    assert with_one[3] == inf
+    assert with_one[4:7].isnan().all()
+    assert torch.allclose(with_one[7].double(), torch.tensor(-60.0).double().exp(), 1e-6, 0.0)
+
+
+@by_float
+def test_no_listed_pairs(dtype):
+    x, y, rows, cols = listed(4, 3, 0, dtype)
+    assert library.pair_products(x, y, rows, cols).shape == (0,)
+    zeros = torch.zeros(5, dtype=torch.int64)
+    assert torch.equal(
+        library.pair_sums(torch.zeros(0, dtype=dtype), y, cols, zeros), torch.zeros(4, 5).to(dtype)
+    )
+    assert library.pair_sums(torch.zeros(0, dtype=dtype), y, cols, zeros[:1]).shape == (0, 5)
+    assert library.segment_logsumexp(torch.zeros(0, dtype=dtype), zeros[:1], True).shape == (0,)
+    # Points there are none of, either: every index is out of range.
+    none = torch.zeros(0, 5, dtype=dtype)
+    assert library.pair_products(none, none, zeros, zeros).isnan().all()

@@ -73,6 +73,17 @@ def load():
     return ctypes.CDLL(str(build._cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
 
 
+def call(function, *arguments, schedule, buffers):
+    """Calls one of the functions that return whether they failed, and looks after the buffers' guards."""
+    name, seed = schedule
+    load().dml_set_schedule(name == "warp_first", ctypes.c_int64(seed))
+    error = ctypes.create_string_buffer(1000)
+    if function(*arguments, error, ctypes.c_int64(1000)):
+        raise RuntimeError(error.value.decode())
+    for raw in buffers:
+        assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
+
+
 def poisoned(count, dtype):
     """An uninitialised buffer between two guards: every byte 0xFF, which is NaN in every float type."""
     size = torch.empty(0, dtype=dtype).element_size()
@@ -132,13 +143,8 @@ class Engine:
         return view
 
     def call(self, function, *arguments):
-        name, seed = self.schedule
-        self.library.dml_set_schedule(name == "warp_first", ctypes.c_int64(seed))
-        error = ctypes.create_string_buffer(1000)
-        if function(ctypes.byref(self.arguments), *arguments, error, ctypes.c_int64(1000)):
-            raise RuntimeError(error.value.decode())
-        for raw in self.buffers:
-            assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
+        reference = ctypes.byref(self.arguments)
+        call(function, reference, *arguments, schedule=self.schedule, buffers=self.buffers)
 
     def forward(self):
         loss = self.buffer(len(self.q) if self.reduction == "none" else 1, self.acc)
@@ -158,3 +164,39 @@ class Engine:
         pointers = [ctypes.c_void_p(g.data_ptr() if g is not None else None) for g in grads]
         self.call(self.library.dml_backward, ctypes.c_void_p(upstream.data_ptr()), *pointers)
         return grads
+
+
+# ---- pairs given as lists, as the ops of the same names -------------------------------------------------
+
+
+def _call_pairs(function, like, shape, *arguments, schedule):
+    """Fills a tensor of this shape; tensors among the arguments become addresses, numbers int64."""
+    view, raw = poisoned(torch.Size(shape).numel(), like.dtype)
+    given = [
+        ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else ctypes.c_int64(a) for a in (*arguments, view)
+    ]
+    call(function, like.dtype == torch.float64, *given, schedule=schedule, buffers=[raw])
+    return view.view(shape)
+
+
+def pair_products(x, y, rows, cols, schedule=("round_robin", 0)):
+    return _call_pairs(
+        load().dml_multiply_pairs, x, rows.shape,
+        x, len(x), y, len(y), x.shape[1], rows, cols, len(rows), schedule=schedule,
+    )  # fmt: skip
+
+
+def pair_sums(weights, points, index, offsets, schedule=("round_robin", 0)):
+    rows, dim = len(offsets) - 1, points.shape[1]
+    return _call_pairs(
+        load().dml_sum_pairs, points, (rows, dim),
+        weights, points, len(points), dim, index, offsets, rows, len(index), schedule=schedule,
+    )  # fmt: skip
+
+
+def segment_logsumexp(logits, offsets, plus_one, schedule=("round_robin", 0)):
+    rows = len(offsets) - 1
+    return _call_pairs(
+        load().dml_log_sum_exps, logits, (rows,),
+        logits, offsets, rows, len(logits), plus_one, schedule=schedule,
+    )  # fmt: skip

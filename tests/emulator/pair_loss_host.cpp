@@ -1,10 +1,11 @@
-// The engine of csrc/cuda, built for the host with the emulator, behind a C interface for ctypes.
+// The entry points of csrc/cuda, built for the host with the emulator, behind a C interface for ctypes.
 // Addresses and sizes come from Python; the saved tensors and workspaces as well.
 #include <cstring>
 #include <exception>
 
 #include "machine.h"
 #include "pair_loss.h"
+#include "pairs.h"
 
 using namespace dml::cuda;
 
@@ -64,6 +65,21 @@ int guarded(char* error, int64_t capacity, const F& f) {
     }
 }
 
+// Calls f with a null pointer of the type.
+template <typename F>
+void with_type(int wide, const F& f) {
+    if (wide) {
+        f(static_cast<double*>(nullptr));
+    } else {
+        f(static_cast<float*>(nullptr));
+    }
+}
+
+template <typename T>
+PointList<T> point_list(T*, const void* data, int64_t count, int64_t dim) {
+    return {static_cast<const T*>(data), count, dim};
+}
+
 }  // namespace
 
 extern "C" {
@@ -94,6 +110,40 @@ int dml_backward(const Arguments* a, const void* grad_loss, void* grad_queries, 
     return guarded(error, capacity, [&] {
         backward(problem_of(*a), {a->stats, a->plan, a->tiles, a->kept}, grad_loss, grad_queries, grad_refs,
                  a->workspace, nullptr);
+    });
+}
+
+// ---- pairs given as lists; wide: double instead of float ----------------------------------------------
+
+int dml_multiply_pairs(int wide, const void* x, int64_t x_count, const void* y, int64_t y_count, int64_t dim,
+                       const int64_t* rows, const int64_t* cols, int64_t pairs, void* out, char* error,
+                       int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto* t) {
+            multiply_pairs(point_list(t, x, x_count, dim), point_list(t, y, y_count, dim), rows, cols, pairs,
+                           static_cast<decltype(t)>(out), nullptr);
+        });
+    });
+}
+
+int dml_sum_pairs(int wide, const void* weights, const void* points, int64_t count, int64_t dim,
+                  const int64_t* index, const int64_t* offsets, int64_t segments, int64_t length, void* out,
+                  char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto* t) {
+            sum_pairs(point_list(t, weights, length, 1).data, point_list(t, points, count, dim), index,
+                      {offsets, segments, length}, static_cast<decltype(t)>(out), nullptr);
+        });
+    });
+}
+
+int dml_log_sum_exps(int wide, const void* logits, const int64_t* offsets, int64_t segments, int64_t length,
+                     int64_t plus_one, void* out, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto* t) {
+            log_sum_exps(point_list(t, logits, length, 1).data, {offsets, segments, length}, plus_one != 0,
+                         static_cast<decltype(t)>(out), nullptr);
+        });
     });
 }
 
