@@ -62,4 +62,14 @@ inline void check_segments(const at::Tensor& logits, const at::Tensor& offsets) 
     check_offsets_shape(offsets, logits);
 }
 
+inline void check_softmax(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& value,
+                          const at::Tensor& offsets) {
+    check_segments(logits, offsets);
+    check_vector(grad, logits.scalar_type(), logits, "grad");
+    check_vector(value, logits.scalar_type(), logits, "value");
+    TORCH_CHECK_VALUE(grad.numel() == offsets.numel() - 1 && value.numel() == grad.numel(),
+                      "grad, value: expected ", offsets.numel() - 1, " numbers, got ", grad.numel(), " and ",
+                      value.numel());
+}
+
 }  // namespace dml

@@ -41,6 +41,14 @@ TORCH_LIBRARY(dml_cuda, m) {
     m.def("pair_sums(Tensor weights, Tensor points, Tensor index, Tensor offsets) -> Tensor");
     // log(sum exp) of each segment of logits, or log(1 + sum exp): -inf, or 0, where there is none.
     m.def("segment_logsumexp(Tensor logits, Tensor offsets, bool plus_one) -> Tensor");
+    // Its gradient: grad[r] * exp(logits - value[r]) for the logits of segment r.
+    m.def("segment_softmax(Tensor grad, Tensor logits, Tensor value, Tensor offsets) -> Tensor");
+    // Pairs in the order of their rows, then columns; fresh is false for the repetition of a pair.
+    m.def(
+        "pair_sort(Tensor rows, Tensor cols, int n, int m) -> "
+        "(Tensor rows, Tensor cols, Tensor offsets, Tensor fresh)");
+    // The stable order by column, and where each column's pairs begin.
+    m.def("column_order(Tensor cols, int m) -> (Tensor order, Tensor offsets)");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _autocast
 from .formulas import Formula
-from .ops import call, row_offsets
+from .ops import call
 from .pairs import full_precision
 from .reference import reduce
 
@@ -34,16 +34,10 @@ class SortedPairs(NamedTuple):
 def sort_pairs(rows: Tensor, cols: Tensor, n: int, m: int) -> SortedPairs:
     """Sorts pairs of ``n`` rows and ``m`` columns.
 
-    An index out of range becomes column ``m``, which is none: its similarity is NaN.
+    An index out of range is an error on the CPU; elsewhere it becomes column ``m``, which is none: its
+    similarity is NaN.
     """
-    outside = (rows < 0) | (rows >= n) | (cols < 0) | (cols >= m)
-    key = torch.where(outside, rows.clamp(0, max(n - 1, 0)) * (m + 1) + m, rows * (m + 1) + cols)
-    if torch.compiler.is_compiling() or key.device.type != "cpu" or bool((key[1:] < key[:-1]).any()):
-        key = torch.sort(key).values
-    fresh = torch.ones_like(key, dtype=torch.bool)
-    fresh[1:] = key[1:] != key[:-1]
-    rows = key // (m + 1)
-    return SortedPairs(rows, key - rows * (m + 1), row_offsets(rows, n), fresh)
+    return SortedPairs(*torch.ops.dml_cuda.pair_sort.default(rows, cols, n, m))
 
 
 def similarities(x: Tensor, y: Tensor, pairs: SortedPairs) -> Tensor:

@@ -158,9 +158,44 @@ def call(name: str, *arguments):
     return getattr(torch.ops.dml_cuda, name).default(*arguments)
 
 
-def row_offsets(sorted_rows: Tensor, rows: int) -> Tensor:
-    """``[rows + 1]``: where each row's part of the ascending ``sorted_rows`` begins."""
-    return torch.searchsorted(sorted_rows, torch.arange(rows + 1, device=sorted_rows.device))
+@torch.library.register_fake("dml_cuda::segment_softmax")
+def _segment_softmax_fake(grad, logits, value, offsets):
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("dml_cuda::pair_sort")
+def _pair_sort_fake(rows, cols, n, m):
+    offsets, fresh = rows.new_empty(n + 1), torch.empty_like(rows, dtype=torch.bool)
+    return torch.empty_like(rows), torch.empty_like(cols), offsets, fresh
+
+
+@torch.library.register_fake("dml_cuda::column_order")
+def _column_order_fake(cols, m):
+    return torch.empty_like(cols), cols.new_empty(m + 1)
+
+
+def _offsets(ascending: Tensor, count: int) -> Tensor:
+    return torch.searchsorted(ascending, torch.arange(count + 1, device=ascending.device))
+
+
+# The two orders for devices other than the CPU, which has kernels of its own.
+
+
+@torch.library.impl("dml_cuda::pair_sort", "CompositeExplicitAutograd")
+def _pair_sort(rows, cols, n, m):
+    outside = (rows < 0) | (rows >= n) | (cols < 0) | (cols >= m)
+    key = torch.where(outside, rows.clamp(0, max(n - 1, 0)) * (m + 1) + m, rows * (m + 1) + cols)
+    key = torch.sort(key).values
+    fresh = torch.ones_like(key, dtype=torch.bool)
+    fresh[1:] = key[1:] != key[:-1]
+    rows = key // (m + 1)
+    return rows, key - rows * (m + 1), _offsets(rows, n), fresh
+
+
+@torch.library.impl("dml_cuda::column_order", "CompositeExplicitAutograd")
+def _column_order(cols, m):
+    cols, order = torch.sort(cols, stable=True)
+    return order, _offsets(cols, m)
 
 
 def _products_setup_context(ctx, inputs, output) -> None:
@@ -174,8 +209,7 @@ def _products_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = call("pair_sums", grad, y, cols, offsets)
     if ctx.needs_input_grad[1]:
-        cols, order = torch.sort(cols, stable=True)  # stable: the sums are repeatable to the bit
-        col_offsets = row_offsets(cols, y.shape[0])
+        order, col_offsets = torch.ops.dml_cuda.column_order.default(cols, y.shape[0])
         grad_y = call("pair_sums", grad[order], x, rows[order], col_offsets)
     return grad_x, grad_y, None, None, None
 
@@ -187,10 +221,7 @@ def _logsumexp_setup_context(ctx, inputs, output) -> None:
 
 def _logsumexp_backward(ctx, grad):
     logits, offsets, value = ctx.saved_tensors
-    places = torch.arange(logits.shape[0], device=logits.device)
-    rows = torch.searchsorted(offsets, places, right=True) - 1
-    finite = torch.where(value == -float("inf"), 0.0, value)
-    return grad[rows] * torch.exp(logits - finite[rows]), None, None
+    return call("segment_softmax", grad.contiguous(), logits, value, offsets), None, None
 
 
 def _no_context(ctx, inputs, output) -> None:
@@ -228,6 +259,7 @@ _DERIVATIVES = {
     "pair_loss_backward": (_double_backward, _no_context),
     "pair_products": (_products_backward, _products_setup_context),
     "pair_sums": (_double_backward, _no_context),
+    "segment_softmax": (_double_backward, _no_context),
     "segment_logsumexp": (_logsumexp_backward, _logsumexp_setup_context),
 }
 for _name, (_derivative, _context) in _DERIVATIVES.items():

@@ -4,10 +4,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <vector>
 
 #include "../listed_ops.h"
 #include "listed_kernels.h"
@@ -103,12 +107,98 @@ Tensor segment_logsumexp(const Tensor& logits, const Tensor& offsets, bool plus_
     return out;
 }
 
+Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& value, const Tensor& offsets) {
+    check_softmax(grad, logits, value, offsets);
+    check_offsets(offsets, logits.numel());
+    const int64_t rows = offsets.numel() - 1;
+    Tensor out = at::empty_like(logits);
+    const int64_t work = rows > 0 ? 16 * (1 + logits.numel() / rows) : 1;
+    AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "segment_softmax", [&] {
+        const scalar_t* from_logits = logits.const_data_ptr<scalar_t>();
+        const int64_t* at = offsets.const_data_ptr<int64_t>();
+        scalar_t* to = out.data_ptr<scalar_t>();
+        at::parallel_for(0, rows, grain(work), [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                const scalar_t scale = grad.const_data_ptr<scalar_t>()[r];
+                const scalar_t lse = value.const_data_ptr<scalar_t>()[r];
+                // Nothing but -inf: the weights are 0, not NaN.
+                const scalar_t shift = lse == -std::numeric_limits<scalar_t>::infinity() ? scalar_t(0) : lse;
+                for (int64_t k = at[r]; k < at[r + 1]; ++k) to[k] = scale * std::exp(from_logits[k] - shift);
+            }
+        });
+    });
+    return out;
+}
+
+// Calls place(k, position) for k = order(0), order(1), .. so that positions ascend by key, stably. Returns
+// where each key begins [keys + 1].
+template <typename Order, typename Place>
+Tensor counting_sort(const Tensor& index, int64_t keys, const Order& order, const Place& place) {
+    const int64_t* key = index.const_data_ptr<int64_t>();
+    const int64_t count = index.numel();
+    Tensor offsets = at::zeros({keys + 1}, index.options());
+    int64_t* at = offsets.data_ptr<int64_t>();
+    for (int64_t k = 0; k < count; ++k) ++at[key[k] + 1];
+    for (int64_t i = 0; i < keys; ++i) at[i + 1] += at[i];
+    std::vector<int64_t> next(at, at + keys);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = order(i);
+        place(k, next[key[k]]++);
+    }
+    return offsets;
+}
+
+std::tuple<Tensor, Tensor> column_order(const Tensor& cols, int64_t m) {
+    check_vector(cols, at::kLong, cols, "cols");
+    check_range(cols, m, "cols");
+    Tensor order = at::empty({cols.numel()}, cols.options());
+    int64_t* to = order.data_ptr<int64_t>();
+    Tensor offsets = counting_sort(
+        cols, m, [](int64_t i) { return i; }, [to](int64_t k, int64_t position) { to[position] = k; });
+    return {order, offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sort(const Tensor& rows, const Tensor& cols, int64_t n,
+                                                     int64_t m) {
+    check_vector(rows, at::kLong, rows, "rows");
+    check_vector(cols, at::kLong, rows, "cols");
+    TORCH_CHECK_VALUE(rows.numel() == cols.numel(), "cols: expected ", rows.numel(), " indices as rows, got ",
+                      cols.numel());
+    check_range(rows, n, "rows");
+    check_range(cols, m, "cols");
+    const int64_t pairs = rows.numel();
+    const int64_t *row = rows.const_data_ptr<int64_t>(), *col = cols.const_data_ptr<int64_t>();
+    Tensor sorted_rows = at::empty({pairs}, rows.options()), sorted_cols = at::empty({pairs}, rows.options());
+    int64_t *to_row = sorted_rows.data_ptr<int64_t>(), *to_col = sorted_cols.data_ptr<int64_t>();
+    bool sorted = true;  // as a miner lists them
+    for (int64_t k = 1; k < pairs && sorted; ++k) {
+        sorted = row[k - 1] < row[k] || (row[k - 1] == row[k] && col[k - 1] <= col[k]);
+    }
+    const Tensor by_column = sorted ? Tensor() : std::get<0>(column_order(cols, m));
+    const int64_t* order = sorted ? nullptr : by_column.const_data_ptr<int64_t>();
+    Tensor offsets = counting_sort(
+        rows, n, [order](int64_t i) { return order ? order[i] : i; },
+        [=](int64_t k, int64_t position) {
+            to_row[position] = row[k];
+            to_col[position] = col[k];
+        });
+    Tensor fresh = at::empty({pairs}, rows.options().dtype(at::kBool));
+    bool* is_fresh = fresh.data_ptr<bool>();
+    for (int64_t k = 0; k < pairs; ++k) {
+        is_fresh[k] = k == 0 || to_row[k] != to_row[k - 1] || to_col[k] != to_col[k - 1];
+    }
+    return {sorted_rows, sorted_cols, offsets, fresh};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
     m.impl("pair_products", &pair_products);
     m.impl("pair_sums", &pair_sums);
     m.impl("segment_logsumexp", &segment_logsumexp);
+    m.impl("segment_softmax", &segment_softmax);
+    m.impl("pair_sort", &pair_sort);
+    m.impl("column_order", &column_order);
 }
 
 }  // namespace dml::cpu
