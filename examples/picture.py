@@ -2,25 +2,19 @@
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.colors import to_rgb
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from matplotlib.patches import Rectangle
 from sklearn.manifold import TSNE
 from torch import Tensor
 
 from .data import Images
+from .panels import FRAME_LEGEND, choose_queries, neighbour_table, similarity_histogram
 from .retrieval import neighbours
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # From Okabe and Ito's palette, which colour-blind eyes can tell apart.
 _CLASS_COLOURS = ("#0072B2", "#D55E00", "#009E73")
-_RIGHT, _WRONG = "#0072B2", "#D55E00"
-_POSITIVE, _NEGATIVE = "#0072B2", "#E69F00"
 _THUMBNAILS = 260
 _QUERIES_PER_CLASS, _NEIGHBOURS = 3, 7
 _WHEN = ("before", "after")
@@ -42,44 +36,6 @@ def _map(axis, embeddings: Tensor, images: Tensor, labels: Tensor) -> None:
         axis.add_artist(AnnotationBbox(image, places[i], frameon=False))
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_color("#DDDDDD")
-
-
-def _histogram(axis, embeddings: Tensor, labels: Tensor) -> None:
-    """Similarities of all pairs, by kind."""
-    rows, columns = torch.triu_indices(len(labels), len(labels), offset=1)
-    s = (embeddings @ embeddings.T)[rows, columns]
-    same = labels[rows] == labels[columns]
-    edges = np.linspace(-1, 1, 81)
-    for kind, colour, label in ((same, _POSITIVE, "same class"), (~same, _NEGATIVE, "other class")):
-        axis.hist(s[kind].numpy(), edges, density=True, color=colour, alpha=0.65, label=label)
-    axis.set(xlim=(-1, 1), yticks=[])
-    axis.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _choose_queries(labels: Tensor) -> list[int]:
-    """A few of each class, evenly spaced."""
-    chosen = []
-    for label in labels.unique():
-        rows = torch.nonzero(labels == label)[:, 0]
-        chosen += rows[np.linspace(0, len(rows) - 1, _QUERIES_PER_CLASS + 2).astype(int)[1:-1]].tolist()
-    return chosen
-
-
-def _neighbour_table(axis, embeddings: Tensor, images: Tensor, labels: Tensor) -> None:
-    """A row for each query: the query, then its nearest neighbours, framed right or wrong."""
-    queries = _choose_queries(labels)
-    nearest = neighbours(embeddings, _NEIGHBOURS)
-    for y, query in enumerate(queries):
-        for place, i in enumerate([query, *nearest[query].tolist()]):
-            x = place if place == 0 else place + 0.4
-            corners = (x, x + 0.88, y + 0.88, y)
-            axis.imshow(images[i, 0].numpy(), cmap="gray_r", vmin=0, vmax=1, extent=corners)
-            right = labels[i] == labels[query]
-            if place:
-                style = {"ec": _RIGHT, "lw": 1.6} if right else {"ec": _WRONG, "lw": 2.6, "ls": (0, (2, 1))}
-                axis.add_patch(Rectangle((x, y), 0.88, 0.88, fill=False, **style))
-    axis.set(xlim=(-0.1, _NEIGHBOURS + 1.5), ylim=(len(queries), -0.15), aspect="equal")
-    axis.axis("off")
 
 
 def _curves(axis, history: dict[str, list[float]]) -> None:
@@ -121,17 +77,15 @@ def draw(
         f"{data.title}: the classes {', '.join(names)} were never trained on (t-SNE of their embeddings)",
         fontsize=14, fontweight="bold",
     )  # fmt: skip
+    queries = choose_queries(labels, len(names), _QUERIES_PER_CLASS)
     for axis, when in zip(tables.subplots(1, 2), _WHEN, strict=True):
-        _neighbour_table(axis, embeddings[when], images, labels)
+        nearest = neighbours(embeddings[when], queries, _NEIGHBOURS)
+        neighbour_table(axis, images[queries], images[nearest], labels[nearest] == labels[queries, None])
         axis.set_title(f"query, and its nearest neighbours {when}", loc="left", fontsize=11)
-    frames = [
-        Rectangle((0, 0), 1, 1, fill=False, ec=_RIGHT, lw=1.6),
-        Rectangle((0, 0), 1, 1, fill=False, ec=_WRONG, lw=2.6, ls=(0, (2, 1))),
-    ]
-    tables.legend(frames, ["right class", "wrong class"], loc="outside lower center", ncols=2, frameon=False)
+    tables.legend(*FRAME_LEGEND, loc="outside lower center", ncols=2, frameon=False)
     first, second, third = charts.subplots(3, 1, height_ratios=(1, 1, 1.3))
     for axis, when in ((first, "before"), (second, "after")):
-        _histogram(axis, embeddings[when], labels)
+        similarity_histogram(axis, embeddings[when], labels)
         axis.set_title(f"similarity of held-out pairs {when}", loc="left", fontsize=11)
     first.legend(frameon=False, loc="upper left")
     first.tick_params(labelbottom=False)

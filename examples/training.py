@@ -1,4 +1,4 @@
-"""A small embedding network, and its training with the fused loss."""
+"""The demo's embedding network, and its training with the fused loss."""
 
 import torch
 from pytorch_metric_learning.samplers import MPerClassSampler
@@ -10,6 +10,7 @@ import dml_cuda
 from benchmarks.chunked import kept_share
 
 from .data import distort
+from .networks import small_cnn
 
 EMBEDDING_SIZE = 8
 PER_CLASS = 24
@@ -18,14 +19,7 @@ EPSILON = 0.1
 
 def make_network() -> nn.Sequential:
     """Images ``[n, 1, side, side]`` to embeddings ``[n, 8]``."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(1, 16), nn.MaxPool2d(2), *block(16, 32), nn.MaxPool2d(2), *block(32, 64),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 4 * 4, EMBEDDING_SIZE),
-    )  # fmt: skip
+    return small_cnn(1, EMBEDDING_SIZE, pooled=4)
 
 
 def train(

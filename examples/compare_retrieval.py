@@ -1,0 +1,156 @@
+"""``python -m examples.compare_retrieval``: the same trainings with dml_cuda's losses and with PML's.
+
+Runs ``train_retrieval`` for each loss and seed, then for a few steps at several batch sizes, each in a
+process of its own. Writes comparison.json, the tables in Markdown, the loss curves, and the pictures of one
+training.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .plots import draw_comparison
+from .tables import OURS, THEIRS, TITLES, insert, tables
+
+_CLASSES = 8  # in a batch of the step times, whatever its size
+_WARM_UP = 3  # steps that are not timed
+_PICTURES = ("curves.png", "neighbours.png", "similarities.png")
+
+
+class RunError(Exception):
+    """A training that failed; the message is what it said."""
+
+
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.compare_retrieval",
+        description="Trains with dml_cuda's losses and with pytorch-metric-learning's, side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data", default="auto", help="as for train_retrieval")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 256, 1024, 4096], help="for step times"
+    )
+    parser.add_argument("--timed-steps", type=int, default=12, help="for step times")
+    parser.add_argument("--out", type=Path, default=Path("out/comparison"), help="folder to write to")
+    parser.add_argument("--readme", type=Path, help="a file to put the tables in, between its markers")
+    arguments = parser.parse_args(options)
+    for size in arguments.batches:
+        if size % _CLASSES:
+            parser.error(f"--batches {size}: {_CLASSES} classes must share it evenly")
+    if min(arguments.seeds, arguments.steps, arguments.timed_steps) < 1:
+        parser.error("--seeds, --steps and --timed-steps are at least 1")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace, out: Path, loss: str, **options) -> dict:
+    """A training's log."""
+    options = {"data": arguments.data, "device": arguments.device, "loss": loss, "out": out} | options
+    texts = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "examples.train_retrieval", *texts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{' '.join(command[1:])}:\n{done.stderr.strip().splitlines()[-1]}")
+    return json.loads((out / "log.json").read_text())
+
+
+def _summary(log: dict, skip: int = 0) -> dict:
+    return {
+        "step_s": float(np.median(log["step_seconds"][skip:])),
+        "loss_s": float(np.median(log["loss_seconds"][skip:])),
+        "peak_memory_bytes": log["peak_memory_bytes"],
+    }
+
+
+def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict]:
+    """The runs of each loss, seed by seed, and the log of the one whose pictures are kept."""
+    runs = {name: [] for loss in TITLES for name in (loss, f"pml-{loss}")}
+    for seed in range(arguments.seeds):
+        for loss, found in runs.items():
+            progress.set_postfix_str(f"{loss}, seed {seed}")
+            log = _run(arguments, folder / loss, loss, seed=seed, steps=arguments.steps)
+            first, last = log["evaluations"][0], log["evaluations"][-1]
+            found.append(
+                {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
+                 "embedding_size": log["arguments"]["embedding_size"]}
+            )  # fmt: skip
+            if loss == "ms" and seed == 0:
+                kept = log
+                for name in _PICTURES:
+                    shutil.copy(folder / loss / name, arguments.out / name)
+            progress.update()
+    return runs, kept
+
+
+def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
+    rows = []
+    for loss in TITLES:
+        for size in arguments.batches:
+            sides = {}
+            for side, name in (("ours", loss), ("theirs", f"pml-{loss}")):
+                progress.set_postfix_str(f"{name}, batch {size}")
+                steps = _WARM_UP + arguments.timed_steps
+                log = _run(
+                    arguments, folder / "steps", name, steps=steps, eval_every=steps,
+                    batch_size=size, per_class=size // _CLASSES,
+                )  # fmt: skip
+                sides[side] = _summary(log, skip=_WARM_UP)
+                progress.update()
+            counts = {"classes": _CLASSES, "timed_steps": arguments.timed_steps}
+            rows.append({"loss": loss, "batch_size": size, **counts, **sides})
+    return rows
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """Runs everything, and writes everything."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    total = 2 * len(TITLES) * (arguments.seeds + len(arguments.batches))
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
+        runs, log = _trainings(arguments, Path(folder), progress)
+        batches = _step_times(arguments, Path(folder), progress)
+    keys = ("steps", "batch_size", "epsilon", "embedding_size")
+    record = {
+        "machine": log["machine"],
+        "data": log["data"],
+        "options": {key: log["arguments"][key] for key in keys},
+        "peak_memory_of": log["peak_memory_of"],
+        "retrieval": runs,
+        "batches": batches,
+    }
+    (arguments.out / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+    curves = {
+        title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
+        for loss, title in TITLES.items()
+    }
+    draw_comparison(arguments.out / "loss_curves.png", curves)
+    return record
+
+
+def main(options: list[str] | None = None) -> None:
+    arguments = parse(options)
+    try:
+        written = tables(compare(arguments))
+        (arguments.out / "tables.md").write_text(written + "\n")
+        if arguments.readme:
+            arguments.readme.write_text(insert(arguments.readme.read_text(), written))
+    except KeyboardInterrupt:
+        print("stopped before the end: nothing is written", file=sys.stderr)
+        sys.exit(130)
+    except (RunError, OSError, ValueError) as error:
+        sys.exit(f"compare_retrieval: {error}")
+    print(written)
+    print(f"\nwrote {arguments.out}" + (f" and the tables of {arguments.readme}" if arguments.readme else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The losses to choose from: dml_cuda's, and pytorch-metric-learning's (PML) to compare them with."""
+
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from torch import Tensor, nn
+
+import dml_cuda
+
+LOSSES = {
+    "ms": "multi-similarity, dml_cuda",
+    "circle": "circle, dml_cuda",
+    "pml-ms": "multi-similarity, pytorch-metric-learning",
+    "pml-circle": "circle, pytorch-metric-learning",
+}
+
+
+class _Mined(nn.Module):
+    """A loss on the pairs that a miner keeps."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        pairs = None if self.miner is None else self.miner(embeddings, labels)
+        return self.loss(embeddings, labels, pairs)
+
+
+def make_loss(name: str, epsilon: float | None, embedding_size: int, memory: int = 0) -> nn.Module:
+    """A module to call with embeddings and labels.
+
+    Both libraries' classes have the same names, the same arguments and the same defaults.
+
+    Args:
+        name: one of ``LOSSES``.
+        epsilon: the miner's margin, or ``None`` to keep every pair.
+        embedding_size: the columns of the embeddings.
+        memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
+    """
+    is_pml = name.startswith("pml-")
+    losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
+    loss = losses.CircleLoss() if name.endswith("circle") else losses.MultiSimilarityLoss()
+    miner = None if epsilon is None else miners.MultiSimilarityMiner(epsilon=epsilon)
+    if memory:
+        return losses.CrossBatchMemory(loss, embedding_size, memory, miner=miner)
+    return _Mined(loss, miner)

@@ -1,0 +1,112 @@
+"""What ``python -m examples.train_retrieval`` can be told."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .criteria import LOSSES
+from .networks import NETWORKS
+
+JOINT_WEIGHT = 0.1  # of the metric loss beside cross entropy
+_LEARNING_RATE = {"small": 2e-3, "resnet50": 3e-5}
+_IMAGE_SIZE = {"small": 64, "resnet50": 224}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train_retrieval",
+        description="Trains embeddings for image retrieval on some classes, and judges them on the others.",
+    )
+    switch = argparse.BooleanOptionalAction
+
+    data = parser.add_argument_group("data").add_argument
+    data("--data", default="auto", help="digits, fashion-mnist[:PATH] or folder:PATH (default: Fashion-MNIST "
+         "where Debian's dataset-fashion-mnist is installed, else digits)")  # fmt: skip
+    data("--image-size", type=_positive, help="side of a folder's images (default: 64; resnet50 224)")
+    data("--batch-size", type=_positive, default=64, help="(default: %(default)s)")
+    data(
+        "--per-class",
+        type=_positive,
+        default=8,
+        help="images of each class in a batch (default: %(default)s)",
+    )
+    data("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+
+    loss = parser.add_argument_group("loss").add_argument
+    loss(
+        "--loss",
+        choices=LOSSES,
+        default="ms",
+        help="pml-...: pytorch-metric-learning's (default: %(default)s)",
+    )
+    loss(
+        "--miner", action=switch, help="keep hard pairs only (default: with ms and pml-ms, as in their paper)"
+    )
+    loss("--epsilon", type=float, default=0.1, help="the miner's margin (default: %(default)s)")
+    loss(
+        "--memory",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="pair a batch with that many earlier embeddings too",
+    )
+    loss("--joint", action="store_true", help=f"{JOINT_WEIGHT} * the loss + cross entropy of a linear head")
+
+    training = parser.add_argument_group("training").add_argument
+    training(
+        "--network",
+        choices=NETWORKS,
+        default="small",
+        help="resnet50 needs torchvision (default: %(default)s)",
+    )
+    training("--embedding-size", type=_positive, default=64, help="(default: %(default)s)")
+    training("--steps", type=_positive, default=300, help="(default: %(default)s)")
+    training("--lr", type=float, help="Adam's learning rate (default: 2e-3; resnet50 3e-5)")
+    training(
+        "--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="the network in bfloat16 or float16"
+    )
+    training("--compile", action="store_true", help="torch.compile of the network")
+    training(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="(default: a GPU where there is one)",
+    )
+    training("--seed", type=int, default=0, help="(default: %(default)s)")
+
+    output = parser.add_argument_group("output").add_argument
+    output("--eval-every", type=_positive, default=50, metavar="STEPS", help="(default: %(default)s)")
+    output(
+        "--out", type=Path, default=Path("out/retrieval"), help="folder to write to (default: %(default)s)"
+    )
+    output("--pictures", action=switch, default=True, help="(default: yes)")
+    return parser
+
+
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """The options, with every default filled in; ends the program with a message where they do not fit."""
+    parser = _parser()
+    chosen = parser.parse_args(options)
+    if chosen.device == "auto":
+        chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if chosen.amp == "fp16" and chosen.device == "cpu":
+        parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
+    if chosen.memory and chosen.memory < chosen.batch_size:
+        parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
+    if chosen.miner is None:
+        chosen.miner = chosen.loss in ("ms", "pml-ms")
+    if chosen.lr is None:
+        chosen.lr = _LEARNING_RATE[chosen.network]
+    if chosen.image_size is None:
+        chosen.image_size = _IMAGE_SIZE[chosen.network]
+    return chosen

@@ -1,0 +1,119 @@
+"""The tables of examples/README.md, from the JSON that ``compare_retrieval`` writes."""
+
+import numpy as np
+
+from benchmarks.machine import one_line
+
+BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
+TITLES = {"ms": "MS", "circle": "circle"}
+OURS, THEIRS = "dml_cuda", "PML"
+_SCORES = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "NMI", "MAP@R")
+_EARLY = 20  # steps in which rounding has not yet grown
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int) -> str:
+    """A table whose first ``left`` columns are flush left, the others right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def _percent(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _mebibytes(count: float | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def _row(title: str, runs: list[dict], when: str) -> list[str]:
+    cells = [title, str(runs[0]["embedding_size"])]
+    cells += [_percent([run[when][name] for run in runs]) for name in _SCORES]
+    if when == "before":
+        return [*cells, "", ""]
+    peaks = [run["peak_memory_bytes"] for run in runs]
+    peak = None if None in peaks else max(peaks)
+    return [*cells, _milliseconds(np.median([run["step_s"] for run in runs])), _mebibytes(peak)]
+
+
+def _retrieval(runs: dict[str, list[dict]]) -> str:
+    header = ["loss", "dim", *_SCORES, "step", "peak memory"]
+    rows = [_row("untrained", next(iter(runs.values())), "before")]
+    for loss, title in TITLES.items():
+        rows.append(_row(f"{title}, {OURS}", runs[loss], "after"))
+        rows.append(_row(f"{title}, {THEIRS}", runs[f"pml-{loss}"], "after"))
+    return markdown(header, rows, left=1)
+
+
+def _agreement(runs: dict[str, list[dict]]) -> str:
+    """How far the two libraries' trainings are from each other, seed by seed, in words."""
+    lines = []
+    for loss, title in TITLES.items():
+        ours, theirs = runs[loss], runs[f"pml-{loss}"]
+        losses = [np.array([run["loss"] for run in side]) for side in (ours, theirs)]
+        apart = np.abs(losses[0] - losses[1]) / losses[1]
+        recall = [100 * np.array([run["after"]["Recall@1"] for run in side]) for side in (ours, theirs)]
+        differences = ", ".join(f"{points:+.1f}" for points in recall[0] - recall[1])
+        line = (
+            f"- {title}: the loss differs by at most {apart[:, 0].max():.0e} of its value in the first step "
+            f"and {apart[:, :_EARLY].max():.0e} in the first {_EARLY}; Recall@1 at the end by {differences} "
+            "points"
+        )
+        spread = f" ({THEIRS}'s seeds spread by {recall[1].std(ddof=1):.1f})" if len(theirs) > 1 else ""
+        lines.append(line + spread + ".")
+    return f"{OURS} against {THEIRS}, seed by seed:\n\n" + "\n".join(lines)
+
+
+def _share(run: dict) -> str:
+    return f"{100 * run['loss_s'] / run['step_s']:.0f} %"
+
+
+def _batches(batches: list[dict]) -> str:
+    sides = (OURS, THEIRS)
+    header = ["loss", "batch", *(f"step, {side}" for side in sides), "ratio"]
+    header += [f"loss's share, {side}" for side in sides]
+    header += [f"peak memory, {side}" for side in sides]
+    rows = []
+    for each in batches:
+        runs = (each["ours"], each["theirs"])
+        cells = [TITLES[each["loss"]], str(each["batch_size"])]
+        cells += [_milliseconds(run["step_s"]) for run in runs]
+        cells += [f"{runs[1]['step_s'] / runs[0]['step_s']:.1f}x"]
+        cells += [f"{100 * run['loss_s'] / run['step_s']:.0f} %" for run in runs]
+        cells += [_mebibytes(run["peak_memory_bytes"]) for run in runs]
+        rows.append(cells)
+    return markdown(header, rows, left=1)
+
+
+def tables(record: dict) -> str:
+    """All of it, in Markdown."""
+    data, options, runs, batches = (record[key] for key in ("data", "options", "retrieval", "batches"))
+    train, test = data["train"], data["test"]
+    parts = [
+        f"Measured on {one_line(record['machine'])}.",
+        f"**Retrieval.** {data['title']}: {train['images']} images of {train['classes']} classes to train "
+        f"on, {test['images']} of {test['classes']} others to search. {options['steps']} steps of "
+        f"{options['batch_size']} images; in %, mean ± standard deviation of {len(runs['ms'])} seeds. "
+        f"MS is mined with epsilon {options['epsilon']}, circle takes all pairs.",
+        _retrieval(runs),
+        _agreement(runs),
+        f"**Step time, and the share of the loss in it,** by batch size: the same network, data and "
+        f"{options['embedding_size']} dimensions, {batches[0]['classes']} classes in a batch; median of "
+        f"{batches[0]['timed_steps']} steps at the start of a training, without the loading of images.",
+        _batches(batches),
+        f"Peak memory is that of {record['peak_memory_of']}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def insert(text: str, written: str) -> str:
+    """``text`` with what lies between the markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README needs one line {BEGIN} and, after it, one line {END}")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{written}\n{END}{rest.split(END)[1]}"

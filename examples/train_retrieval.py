@@ -1,0 +1,197 @@
+"""``python -m examples.train_retrieval``: trains embeddings for image retrieval on real images.
+
+Some classes are trained on; the scores are of searches among images of other classes. Writes a JSON log and
+three pictures. Start here for a training of your own: the whole loop is in ``train`` below.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.machine import describe
+
+from .criteria import LOSSES, make_loss
+from .data import DataError
+from .meters import PeakMemory, StepTimer
+from .networks import NetworkError, make_network
+from .options import JOINT_WEIGHT, parse
+from .plots import draw_curves, draw_neighbours, draw_similarities
+from .retrieval import embed, scores
+from .splits import Split, check_batch, images_in_order, open_split, training_batches
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class TrainingError(Exception):
+    """A training that cannot go on."""
+
+
+def embed_test(network: nn.Module, split: Split, arguments: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Embeddings of the test images and, where there is one, of the gallery."""
+    parts = [part for part in (split.test, split.gallery) if part is not None]
+    return tuple(embed(network, images_in_order(part, arguments.workers), arguments.device) for part in parts)
+
+
+def judge(embeddings: tuple[Tensor, ...], split: Split) -> dict[str, float]:
+    gallery = (embeddings[1], split.gallery.labels) if split.gallery else ()
+    return scores(embeddings[0], split.test.labels, *gallery)
+
+
+def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: dict) -> tuple[Tensor, ...]:
+    """Train ``network`` in place; what happens goes into ``log`` as it happens.
+
+    Returns the embeddings of the test images at the end.
+    """
+    device = torch.device(arguments.device)
+    loss_fn = make_loss(
+        arguments.loss,
+        arguments.epsilon if arguments.miner else None,
+        arguments.embedding_size,
+        arguments.memory,
+    ).to(device)
+    head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device)
+    parameters = [*network.parameters(), *(head.parameters() if arguments.joint else ())]
+    optimizer = torch.optim.Adam(parameters, arguments.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
+    amp_dtype = torch.float16 if arguments.amp == "fp16" else torch.bfloat16
+    forward = torch.compile(network) if arguments.compile else network
+    timer, memory = StepTimer(device), PeakMemory(device)
+
+    batches = training_batches(
+        split.train, arguments.batch_size, arguments.per_class, arguments.steps, arguments.workers
+    )
+    network.train()
+    memory.start()
+    progress = tqdm(batches, desc="training", unit="step", total=arguments.steps)
+    for step, (images, labels) in enumerate(progress, start=1):
+        images, labels = images.to(device), labels.to(device)
+        timer.start()
+        with torch.autocast(device.type, amp_dtype, enabled=arguments.amp is not None):
+            embeddings = forward(images)
+        embeddings = embeddings.float()  # losses are sums of exponentials: in float32
+        timer.embedded(embeddings)
+        loss = loss_fn(embeddings, labels)
+        if arguments.joint:
+            loss = JOINT_WEIGHT * loss + F.cross_entropy(head(embeddings), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        step_seconds, loss_seconds = timer.stop()
+
+        log["loss"].append(loss.item())
+        log["step_seconds"].append(step_seconds)
+        log["loss_seconds"].append(loss_seconds)
+        progress.set_postfix(loss=f"{log['loss'][-1]:.3f}", refresh=False)
+        if not np.isfinite(log["loss"][-1]):
+            raise TrainingError(f"the loss is {log['loss'][-1]} at step {step}: a smaller --lr may help")
+        if step % arguments.eval_every == 0 or step == arguments.steps:
+            memory.stop()
+            log["peak_memory_bytes"], log["peak_memory_of"] = memory.bytes, memory.of
+            found = embed_test(network, split, arguments)
+            log["evaluations"].append({"step": step} | judge(found, split))
+            network.train()
+            memory.start()
+    return found
+
+
+def _print_scores(evaluations: list[dict[str, float]]) -> None:
+    table = Table("classes never trained on", "before", "after", box=box.SIMPLE_HEAD)
+    first, last = evaluations[0], evaluations[-1]
+    for name in first:
+        if name != "step":
+            table.add_row(name, f"{first[name]:.1%}", f"[bold]{last[name]:.1%}")
+    console.print(table)
+
+
+def _title(arguments: argparse.Namespace) -> str:
+    extras = {
+        f"mined with epsilon {arguments.epsilon}": arguments.miner,
+        f"memory of {arguments.memory}": arguments.memory,
+        "joint with cross entropy": arguments.joint,
+    }
+    return ", ".join([LOSSES[arguments.loss], *(text for text, there in extras.items() if there)])
+
+
+def _write(log: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(log, indent=1) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """The whole training; returns the log, which is also written to ``--out``."""
+    torch.manual_seed(arguments.seed)
+    np.random.seed(arguments.seed)  # pytorch-metric-learning's sampler draws from it
+    split = open_split(arguments.data, arguments.image_size)
+    check_batch(split.train.labels, arguments.batch_size, arguments.per_class)
+    network = make_network(arguments.network, split.channels, arguments.embedding_size).to(arguments.device)
+    log = {
+        "title": _title(arguments),
+        "arguments": vars(arguments) | {"out": str(arguments.out)},
+        "machine": describe(arguments.device),
+        "data": split.describe(),
+        "interrupted": False,
+        "peak_memory_bytes": None,
+        "peak_memory_of": None,
+        "evaluations": [],
+        "loss": [],
+        "step_seconds": [],
+        "loss_seconds": [],
+    }
+    parts = ", ".join(
+        f"{part} {count['images']} images of {count['classes']} classes"
+        for part, count in log["data"].items()
+        if part != "title"
+    )
+    console.print(f"{split.title}: {parts}")
+    console.print(f"{log['title']}; on {arguments.device}")
+
+    log_path = arguments.out / "log.json"
+    try:
+        before = embed_test(network, split, arguments)
+        log["evaluations"].append({"step": 0} | judge(before, split))
+        after = train(network, split, arguments, log)
+    except (KeyboardInterrupt, TrainingError) as error:
+        log["interrupted"] = True
+        _write(log, log_path)
+        console.print(f"\nstopped after {len(log['loss'])} steps; the log so far is {log_path}")
+        raise error
+    _write(log, log_path)
+    written = [log_path]
+    if arguments.pictures:
+        curves, found, pairs = (
+            arguments.out / f"{name}.png" for name in ("curves", "neighbours", "similarities")
+        )
+        draw_curves(curves, log)
+        draw_neighbours(found, split, before, after)
+        draw_similarities(pairs, split.test.labels, before[0], after[0])
+        written += [curves, found, pairs]
+    _print_scores(log["evaluations"])
+    console.print(f"wrote {', '.join(str(path) for path in written)}")
+    return log
+
+
+def main() -> None:
+    try:
+        run(parse())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DataError, NetworkError, TrainingError) as error:
+        # A process that loads images puts its traceback before the message.
+        sys.exit(f"train_retrieval: {str(error).rsplit('DataError: ', 1)[-1].strip()}")
+
+
+if __name__ == "__main__":
+    main()
