@@ -55,6 +55,7 @@ class Case:
     r: torch.Tensor | None = None
     ref_labels: torch.Tensor | None = None
     self_ref: torch.Tensor | None = None
+    ref_count: torch.Tensor | None = None
     loss: tuple = MS
     epsilon: float | None = None
     normalize: bool = True
