@@ -208,6 +208,18 @@ Tensor segment_logsumexp(const Tensor& logits, const Tensor& offsets, bool plus_
     return out;
 }
 
+Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& value, const Tensor& offsets) {
+    check_softmax(grad, logits, value, offsets);
+    const c10::cuda::CUDAGuard guard(logits.device());
+    Tensor out = at::empty(logits.sizes(), logits.options());
+    AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "segment_softmax", [&] {
+        softmaxes(grad.const_data_ptr<scalar_t>(), logits.const_data_ptr<scalar_t>(),
+                  value.const_data_ptr<scalar_t>(), segments_of(offsets, logits), out.data_ptr<scalar_t>(),
+                  c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
@@ -216,6 +228,7 @@ TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
     m.impl("pair_products", &pair_products);
     m.impl("pair_sums", &pair_sums);
     m.impl("segment_logsumexp", &segment_logsumexp);
+    m.impl("segment_softmax", &segment_softmax);
 }
 
 }  // namespace dml::cuda

@@ -227,6 +227,9 @@ def test_listed_pairs(d, offset, dtype):
         one = torch.zeros(int(plus_one), dtype=torch.float64)
         truth = torch.stack([torch.logsumexp(torch.cat([s, one]), 0) for s in segments])
         assert torch.allclose(logs.cpu().double(), truth, 8 * eps, 8 * eps)
+        weights = torch.ops.dml_cuda.segment_softmax(torch.ones_like(logs), products, logs, there[4])
+        truth = torch.cat([torch.exp(s - x) for s, x in zip(segments, truth, strict=True)])
+        assert torch.allclose(weights.cpu().double(), truth, 256 * eps, eps)
     assert torch.equal(products, torch.ops.dml_cuda.pair_products(*there))
     assert torch.equal(sums, torch.ops.dml_cuda.pair_sums(products, there[1], there[3], there[4]))
 

@@ -518,6 +518,23 @@ def test_log_sum_exp_of_segments(scale, plus_one, dtype):
 
 
 @by_float
+@pytest.mark.parametrize("plus_one", [False, True], ids=["plain", "plus_one"])
+def test_gradient_of_log_sum_exp(plus_one, dtype):
+    lengths = [0, 1, 31, 2, 33, 400, 0]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    logits = 5 * torch.randn(sum(lengths), dtype=dtype)
+    logits[32:34] = -torch.inf
+    grad = torch.randn(len(lengths), dtype=dtype)
+    value = library.segment_logsumexp(logits, offsets, plus_one)
+    got = library.segment_softmax(grad, logits, value, offsets)
+    one = torch.zeros(int(plus_one), dtype=torch.float64)
+    parts = [torch.cat([s, one]).softmax(0)[: len(s)] for s in logits.double().split(lengths)]
+    parts[3] = torch.zeros(2, dtype=torch.float64)  # not NaN, though there was nothing
+    truth = torch.cat([g * p for g, p in zip(grad.double(), parts, strict=True)])
+    assert torch.allclose(got.double(), truth, 64 * torch.finfo(dtype).eps, torch.finfo(dtype).eps)
+
+
+@by_float
 def test_log_sum_exp_of_what_is_not_finite(dtype):
     inf, nan = torch.inf, torch.nan
     segments = [[], [-inf, -inf], [-inf, 2.0], [inf, 1.0, -inf], [1.0, nan], [nan, inf], [nan], [-60.0]]

@@ -44,6 +44,13 @@ void log_sum_exps(const T* logits, const Segments& segments, bool plus_one, T* o
            plus_one, out);
 }
 
+template <typename T>
+void softmaxes(const T* grad, const T* logits, const T* value, const Segments& segments, T* out,
+               cudaStream_t stream) {
+    launch(segment_softmax<T>, warps_for(segments.count), dim3(kPairThreads), 0, stream, grad, logits, value,
+           segments, out);
+}
+
 template void multiply_pairs(const PointList<float>&, const PointList<float>&, const int64_t*, const int64_t*,
                              int64_t, float*, cudaStream_t);
 template void multiply_pairs(const PointList<double>&, const PointList<double>&, const int64_t*,
@@ -54,5 +61,7 @@ template void sum_pairs(const double*, const PointList<double>&, const int64_t*,
                         cudaStream_t);
 template void log_sum_exps(const float*, const Segments&, bool, float*, cudaStream_t);
 template void log_sum_exps(const double*, const Segments&, bool, double*, cudaStream_t);
+template void softmaxes(const float*, const float*, const float*, const Segments&, float*, cudaStream_t);
+template void softmaxes(const double*, const double*, const double*, const Segments&, double*, cudaStream_t);
 
 }  // namespace dml::cuda

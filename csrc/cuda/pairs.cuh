@@ -144,4 +144,16 @@ __global__ void __launch_bounds__(kPairThreads)
     });
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kPairThreads)
+    segment_softmax(const T* grad, const T* logits, const T* value, Segments segments, T* out) {
+    for_each_of_warp(segments.count, [&](int64_t r) {
+        const Segment segment = Segment::of(segments, r);
+        const T scale = grad[r];
+        const T shift = value[r] == -infinity<T>() ? T(0) : value[r];  // all logits are -inf: 0, not NaN
+        for (int64_t k = segment.begin + lane_id(); k < segment.end; k += kWarpSize)
+            out[k] = scale * std::exp(logits[k] - shift);
+    });
+}
+
 }  // namespace dml::cuda

@@ -39,4 +39,10 @@ void sum_pairs(const T* weights, const PointList<T>& points, const int64_t* inde
 template <typename T>
 void log_sum_exps(const T* logits, const Segments& segments, bool plus_one, T* out, cudaStream_t stream);
 
+// Its gradient: out[k] = grad[r] * exp(logits[k] - value[r]) over segment r, value being what log_sum_exps
+// gave.
+template <typename T>
+void softmaxes(const T* grad, const T* logits, const T* value, const Segments& segments, T* out,
+               cudaStream_t stream);
+
 }  // namespace dml::cuda

@@ -200,3 +200,10 @@ def segment_logsumexp(logits, offsets, plus_one, schedule=("round_robin", 0)):
         load().dml_log_sum_exps, logits, (rows,),
         logits, offsets, rows, len(logits), plus_one, schedule=schedule,
     )  # fmt: skip
+
+
+def segment_softmax(grad, logits, value, offsets, schedule=("round_robin", 0)):
+    return _call_pairs(
+        load().dml_softmaxes, logits, logits.shape,
+        grad, logits, value, offsets, len(grad), len(logits), schedule=schedule,
+    )  # fmt: skip

@@ -147,4 +147,15 @@ int dml_log_sum_exps(int wide, const void* logits, const int64_t* offsets, int64
     });
 }
 
+int dml_softmaxes(int wide, const void* grad, const void* logits, const void* value, const int64_t* offsets,
+                  int64_t segments, int64_t length, void* out, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto* t) {
+            softmaxes(point_list(t, grad, segments, 1).data, point_list(t, logits, length, 1).data,
+                      point_list(t, value, segments, 1).data, {offsets, segments, length},
+                      static_cast<decltype(t)>(out), nullptr);
+        });
+    });
+}
+
 }  // extern "C"
