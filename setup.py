@@ -65,7 +65,8 @@ def cuda_architectures() -> str:
 
 
 def extension(cuda: bool):
-    sources = ["csrc/ops.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = ["csrc/ops.cpp", "csrc/autograd.cpp"]
+    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
     macros = [("DML_VERSION", f'"{VERSION}"'), ("DML_TORCH_VERSION", f'"{torch.__version__}"')]
     flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
     compile_args = {"cxx": flags}
