@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autocast, listed, ops, reference
+from . import _C, _autocast, listed, ops, reference
 from ._arguments import check_batch, check_choice, check_flag, check_number, check_options, check_points
 from .formulas import Circle, Formula, MultiSimilarity
 from .pairs import MinedPairs, full_precision, listed_pairs, mined_pairs
@@ -16,9 +16,7 @@ _warned: set[str] = set()
 
 
 def _has_kernel(device: torch.device) -> bool:
-    from . import build_info
-
-    return device.type == "cpu" or (device.type == "cuda" and build_info()["cuda"] is not None)
+    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
 
 
 def _use_kernel(device: torch.device, backend: str) -> bool:
