@@ -100,7 +100,8 @@ class MinedPairs(list):
         return _is_same(self.embeddings, embeddings) and _is_same(self.ref_emb, ref_emb)
 
     def check_unchanged(self) -> None:
-        if self._versions != (_version(self.embeddings), _version(self.ref_emb)):
+        now = _version(self.embeddings), _version(self.ref_emb)
+        if any(was not in (None, is_now) for was, is_now in zip(self._versions, now, strict=True)):
             raise RuntimeError(
                 "indices_tuple: the embeddings were changed in place since they were mined; use, or look at, "
                 "mined pairs before that"
