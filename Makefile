@@ -5,10 +5,22 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench readme lint format ptxas gpu-check clean
+.PHONY: demo data examples test bench readme lint format ptxas gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
+
+# Fashion-MNIST of Debian's package, where apt is there; without it the examples take scikit-learn's digits.
+data:
+	@if [ -d /usr/share/datasets/fashion-mnist ]; then echo "Fashion-MNIST is in /usr/share/datasets"; \
+	elif command -v apt-get >/dev/null; then \
+	  run=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$run apt-get update -q && $$run apt-get install -y --no-install-recommends dataset-fashion-mnist; \
+	else echo "make data: no apt-get here; the examples take scikit-learn's digits instead"; exit 1; fi
+
+# A training for image retrieval; see examples/README.md. For instance: make examples OPTIONS="--loss circle"
+examples: $(VENV)/built
+	$(PY) -m examples.train_retrieval $(OPTIONS)
 
 test: $(VENV)/built
 	$(PY) -m ruff check .

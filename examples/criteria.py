@@ -26,7 +26,9 @@ class _Mined(nn.Module):
         return self.loss(embeddings, labels, pairs)
 
 
-def make_loss(name: str, epsilon: float | None, embedding_size: int, memory: int = 0) -> nn.Module:
+def make_loss(
+    name: str, epsilon: float | None, gamma: float, embedding_size: int, memory: int = 0
+) -> nn.Module:
     """A module to call with embeddings and labels.
 
     Both libraries' classes have the same names, the same arguments and the same defaults.
@@ -34,12 +36,13 @@ def make_loss(name: str, epsilon: float | None, embedding_size: int, memory: int
     Args:
         name: one of ``LOSSES``.
         epsilon: the miner's margin, or ``None`` to keep every pair.
+        gamma: the scale of circle loss; the other has none.
         embedding_size: the columns of the embeddings.
         memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
     """
     is_pml = name.startswith("pml-")
     losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
-    loss = losses.CircleLoss() if name.endswith("circle") else losses.MultiSimilarityLoss()
+    loss = losses.CircleLoss(gamma=gamma) if name.endswith("circle") else losses.MultiSimilarityLoss()
     miner = None if epsilon is None else miners.MultiSimilarityMiner(epsilon=epsilon)
     if memory:
         return losses.CrossBatchMemory(loss, embedding_size, memory, miner=miner)

@@ -50,6 +50,11 @@ def _retrieval(runs: dict[str, list[dict]]) -> str:
     return markdown(header, rows, left=1)
 
 
+def _relative(differences: np.ndarray) -> str:
+    most = differences.max()
+    return f"at most {most:.0e} of its value" if most else "nothing"
+
+
 def _agreement(runs: dict[str, list[dict]]) -> str:
     """How far the two libraries' trainings are from each other, seed by seed, in words."""
     lines = []
@@ -60,8 +65,8 @@ def _agreement(runs: dict[str, list[dict]]) -> str:
         recall = [100 * np.array([run["after"]["Recall@1"] for run in side]) for side in (ours, theirs)]
         differences = ", ".join(f"{points:+.1f}" for points in recall[0] - recall[1])
         line = (
-            f"- {title}: the loss differs by at most {apart[:, 0].max():.0e} of its value in the first step "
-            f"and {apart[:, :_EARLY].max():.0e} in the first {_EARLY}; Recall@1 at the end by {differences} "
+            f"- {title}: the loss differs by {_relative(apart[:, 0])} in the first step and by "
+            f"{_relative(apart[:, :_EARLY])} in the first {_EARLY}, Recall@1 at the end by {differences} "
             "points"
         )
         spread = f" ({THEIRS}'s seeds spread by {recall[1].std(ddof=1):.1f})" if len(theirs) > 1 else ""

@@ -1,0 +1,73 @@
+"""The comparison of the two libraries: its tables say what was measured."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("faiss")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pytorch_metric_learning")
+pytest.importorskip("rich")
+pytest.importorskip("tqdm")
+
+from examples import compare_retrieval, tables
+
+
+def test_runs_and_writes_everything(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
+    options = ["--data", "digits", "--device", "cpu", "--seeds", "1", "--steps", "6", "--batches", "16"]
+    options += ["--timed-steps", "2", "--out", str(tmp_path / "out"), "--readme", str(readme)]
+    compare_retrieval.main(options)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    pictures = {"curves.png", "neighbours.png", "similarities.png", "loss_curves.png"}
+    assert names == {"comparison.json", "tables.md", *pictures}
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    written = tables.tables(record)
+    assert readme.read_text() == f"above\n{tables.BEGIN}\n{written}\n{tables.END}\nbelow\n"
+    recall = {name: 100 * runs[0]["after"]["Recall@1"] for name, runs in record["retrieval"].items()}
+    assert f"| MS, dml_cuda | 64 | {recall['ms']:.1f} |" in written
+    assert f"| circle, PML | 64 | {recall['pml-circle']:.1f} |" in written
+    row = next(line for line in written.splitlines() if line.startswith("| circle | 16 |"))
+    shares = [int(share) for share in re.findall(r"(\d+) %", row)]
+    assert len(shares) == 2
+    assert all(0 < share < 100 for share in shares)
+    check_spread(record)
+
+
+def check_spread(record):
+    """With two seeds, mean ± standard deviation, and the libraries' differences seed by seed."""
+    for name, runs in record["retrieval"].items():
+        first, second = (runs[0] | {"after": dict(runs[0]["after"])} for _ in range(2))
+        first["after"]["Recall@1"], second["after"]["Recall@1"] = (
+            (0.80, 0.83) if name.startswith("pml-") else (0.81, 0.82)
+        )
+        runs[:] = [first, second]
+    written = tables.tables(record)
+    assert "| MS, dml_cuda | 64 | 81.5 ± 0.7 |" in written
+    assert "| MS, PML | 64 | 81.5 ± 2.1 |" in written
+    assert "Recall@1 at the end by +1.0, -1.0 points (PML's seeds spread by 2.1)." in written
+
+
+def test_a_failed_training_is_explained(tmp_path):
+    options = ["--data", f"folder:{tmp_path / 'none'}", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        compare_retrieval.main(options)
+    assert "there is no folder" in ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--batches", "60"], "share it evenly"), (["--seeds", "0"], "at least 1")]
+)
+def test_options_that_do_not_fit(capsys, options, message):
+    with pytest.raises(SystemExit):
+        compare_retrieval.parse(options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_readme_without_markers_is_not_touched():
+    with pytest.raises(ValueError, match="needs one line"):
+        tables.insert("no markers", "tables")
+    with pytest.raises(ValueError, match="needs one line"):
+        tables.insert(f"{tables.END} {tables.BEGIN}", "tables")
