@@ -72,20 +72,21 @@ struct Side {
 struct Inputs {
     Side queries;
     std::optional<Side> refs;
-    OptionalTensor self_ref;
+    OptionalTensor self_ref, ref_count;
     Problem problem;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
     Inputs(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-           const OptionalTensor& ref_labels, const OptionalTensor& own_ref, c10::string_view loss,
-           at::ArrayRef<double> params, bool normalize, c10::string_view reduction)
-        : queries(embeddings, labels) {
+           const OptionalTensor& ref_labels, const OptionalTensor& own_ref, const OptionalTensor& count,
+           c10::string_view loss, at::ArrayRef<double> params, bool normalize, c10::string_view reduction)
+        : queries(embeddings, labels), ref_count(count) {
         if (ref_emb) refs.emplace(*ref_emb, *ref_labels);
         if (own_ref) self_ref = own_ref->contiguous();
         problem.queries = queries.view();
         problem.refs = refs ? refs->view() : problem.queries;
         problem.square = !refs;
         problem.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
+        problem.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
         problem.dim = embeddings.size(1);
         problem.scalar = scalar_of(embeddings);
         problem.precision = precision_in_use();
@@ -113,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
     c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
     c10::string_view reduction, bool save_for_backward) {
     check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    TORCH_CHECK_NOT_IMPLEMENTED(!ref_count, "ref_count: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, normalize, reduction);
+    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, normalize,
+                    reduction);
     const SavedSizes sizes = saved_sizes(in.problem, save_for_backward);
     Tensor stats = at::empty({sizes.stats}, in.accumulate);
     Tensor plan = at::empty({sizes.plan}, in.accumulate.dtype(at::kInt));
@@ -138,9 +139,9 @@ std::tuple<Tensor, Tensor> pair_loss_backward(
     const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
     at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
     check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    TORCH_CHECK_NOT_IMPLEMENTED(!ref_count, "ref_count: not yet on CUDA");
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, loss, params, normalize, reduction);
+    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, normalize,
+                    reduction);
     const SavedSizes sizes = saved_sizes(in.problem, tiles.numel() > 0);
     TORCH_CHECK_VALUE(stats.numel() == sizes.stats && plan.numel() == sizes.plan &&
                           tiles.numel() == sizes.tiles && kept.numel() == sizes.kept,

@@ -64,10 +64,17 @@ class Case:
 
     def truth(self, arithmetic):
         loss, params = self.loss
-        return brute_force.loss_and_gradients(
-            self.q, self.labels, self.r, self.ref_labels, loss, params, self.epsilon, self.normalize,
+        r, ref_labels = self.r, self.ref_labels
+        if self.ref_count is not None:
+            used = self.ref_count.clamp(0, len(r))
+            r, ref_labels = r[:used], ref_labels[:used]
+        value, grad_q, grad_r = brute_force.loss_and_gradients(
+            self.q, self.labels, r, ref_labels, loss, params, self.epsilon, self.normalize,
             self.reduction, self.upstream, arithmetic.rounded, self.self_ref,
         )  # fmt: skip
+        if self.ref_count is not None:
+            grad_r = torch.cat([grad_r, grad_r.new_zeros(len(self.r) - len(r), grad_r.shape[1])])
+        return value, grad_q, grad_r
 
 
 def surrounded(x, offset=0, gap=0):

@@ -199,6 +199,16 @@ def test_a_row_that_is_itself_among_the_references(arithmetic, n, m, some, epsil
     check(case, arithmetic, *run(case, arithmetic))
 
 
+@pytest.mark.parametrize("count", [0, 37, 1030, 5000])
+@pytest.mark.parametrize(("n", "m"), [(50, 70), (40, 1100), (1100, 1100)])
+@pytest.mark.parametrize("arithmetic", [F32, F64, BF16], ids=lambda a: a.name)
+def test_the_first_references_only(arithmetic, n, m, count):
+    case = make_from_refs(n, 20, arithmetic, m=m, some=True, loss=CIRCLE)
+    case.ref_count = torch.tensor(count)
+    case.r[count:] = torch.nan
+    check(case, arithmetic, *run(case, arithmetic))
+
+
 # ---- pairs given as lists -------------------------------------------------------------------------------
 
 by_float = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -43,8 +43,8 @@ F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["
 def engine(case, arithmetic, path="small", tuning=(), **options):
     loss, params = case.loss
     return library.Engine(
-        case.q, case.labels, case.r, case.ref_labels, case.self_ref, loss=loss, params=params,
-        epsilon=case.epsilon, normalize=case.normalize, reduction=case.reduction,
+        case.q, case.labels, case.r, case.ref_labels, case.self_ref, case.ref_count,
+        loss=loss, params=params, epsilon=case.epsilon, normalize=case.normalize, reduction=case.reduction,
         precision=arithmetic.precision, tuning={**PATHS[path], **dict(tuning)}, **options,
     )  # fmt: skip
 
@@ -120,6 +120,22 @@ def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some,
         n, m = m, n
     case = make_from_refs(n, 20, arithmetic, m=m, some=some, epsilon=epsilon, loss=loss, reduction=reduction)
     verify(case, arithmetic, path)
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 37, 128, 150, 290, 1000])
+@pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
+@by_path
+def test_the_first_references_only(path, arithmetic, count):
+    """The others may hold anything: a queue that is being filled."""
+    n, m = (50, 180) if path == "small" else (140, 290)
+    for epsilon, loss in ((0.1, MS), (None, CIRCLE)):
+        case = make_from_refs(n, 20, arithmetic, m=m, some=True, loss=loss, reduction="mean_valid")
+        case.epsilon, case.ref_count = epsilon, torch.tensor(count)
+        case.r[max(count, 0) :] = torch.nan
+        case.ref_labels[max(count, 0) :] = case.labels[0]
+        value, grads = run(case, arithmetic, path, tuning={"sum_bytes": 128 * 20 * 4})
+        check(case, arithmetic, value, grads)
+        assert not grads[1][max(count, 0) :].any()
 
 
 @by_path

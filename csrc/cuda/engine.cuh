@@ -64,13 +64,15 @@ struct Call {
     Acc* query_norms() const { return stats().weight_pos + problem.queries.count; }
     Acc* ref_norms() const { return problem.square ? query_norms() : query_norms() + problem.queries.count; }
 
-    Rows<T, Acc> rows(const Points& p, Acc* norms) const {
+    Rows<T, Acc> rows(const Points& p, Acc* norms, const int64_t* used) const {
         const T* data = static_cast<const T*>(p.data);
         const int64_t stride = p.stride * int64_t(sizeof(T));
-        return {{data, p.stride, p.count, problem.dim, alignment(data, stride)}, p.labels, norms};
+        return {{data, p.stride, p.count, problem.dim, alignment(data, stride)}, p.labels, norms, used};
     }
-    Rows<T, Acc> queries() const { return rows(problem.queries, query_norms()); }
-    Rows<T, Acc> refs() const { return problem.square ? queries() : rows(problem.refs, ref_norms()); }
+    Rows<T, Acc> queries() const { return rows(problem.queries, query_norms(), nullptr); }
+    Rows<T, Acc> refs() const {
+        return problem.square ? queries() : rows(problem.refs, ref_norms(), problem.ref_count);
+    }
 
     StripPairs<T, Acc> strips(bool of_queries) const {
         const Rows<T, Acc> own = of_queries ? queries() : refs(), other = of_queries ? refs() : queries();
@@ -97,7 +99,7 @@ struct Call {
         const int64_t refs = problem.square ? 0 : problem.refs.count;
         launch(reduce_losses<Loss, Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream,
                Loss(problem.params), stats(), problem.queries.count, query_norms(), ref_norms(), refs,
-               problem.reduction, result);
+               problem.ref_count, problem.reduction, result);
     }
 
     template <typename Loss>
@@ -161,6 +163,7 @@ struct Call {
                                                  static_cast<int>(std::min<int64_t>(size, rows.end - i)),
                                                  static_cast<int>(std::min<int64_t>(size, cols.end - j)),
                                                  all_rows().end,
+                                                 all_cols().end,
                                                  all_cols().end,
                                                  caches(problem) ? static_cast<Acc*>(saved.tiles) : nullptr,
                                                  false};
@@ -271,10 +274,9 @@ struct Call {
                        dim3(unsigned(super.col_tiles), unsigned(super.row_tiles)), dim3(Traits::kThreads),
                        Traits::kSharedBytes, call.stream, super, Loss(p.params), call.stats(), grad_loss,
                        per_row, kept, weights);
-                const Gradients<T, Acc> gradients = {{{super.cols.points, rows.sum, rows.tiles.begin * kTile,
-                                                       p.queries.count, fresh && rows_first},
-                                                      {super.rows.points, cols.sum, cols.tiles.begin * kTile,
-                                                       p.refs.count, fresh && cols_first}}};
+                const Gradients<Acc> gradients = {
+                    {{rows.sum, rows.tiles.begin * kTile, p.queries.count, fresh && rows_first},
+                     {cols.sum, cols.tiles.begin * kTile, p.refs.count, fresh && cols_first}}};
                 using Grad = GradTraits<GradMath>;
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
                 launch(add_gradients<GradMath>,
@@ -285,15 +287,15 @@ struct Call {
             call.for_super_tiles(backward_super_tile(p), rows.tiles, cols.tiles, add);
         }
 
-        void finish(const Rows<T, Acc>& all, const Group& group, T* grad) const {
+        void finish(const Rows<T, Acc>& rows, const Group& group, T* grad) const {
             if (!grad) return;
             constexpr int kRows = kFinishThreads / kWarpSize;
-            const int64_t first = group.tiles.begin * kTile;
-            const Rows<T, Acc> rows = all.part(first, group.tiles.end * kTile);
+            const int64_t begin = group.tiles.begin * kTile;
+            const int64_t end = std::min(group.tiles.end * kTile, rows.points.rows);
             const Acc* upstream = call.problem.reduction == Reduction::kNone ? nullptr : grad_loss;
-            launch(finish_gradient<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
-                   dim3(kFinishThreads), 0, call.stream, rows, call.problem.normalize, call.stats().scale,
-                   upstream, group.sum, grad + first * call.problem.dim);
+            launch(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
+                   dim3(kFinishThreads), 0, call.stream, rows, begin, end, call.problem.normalize,
+                   call.stats().scale, upstream, group.sum, grad);
         }
 
         // Calls f(group) for each group of one side's tiles, and finishes its gradient.

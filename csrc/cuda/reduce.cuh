@@ -32,11 +32,13 @@ DML_DEVICE int count_not_finite(const Acc* inverse_norms, int64_t rows) {
 template <typename Loss, typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_losses(Loss loss, RowStats<Acc> stats, int64_t rows, const Acc* inverse_norms,
-                  const Acc* ref_inverse_norms, int64_t refs, Reduction reduction, Acc* result) {
+                  const Acc* ref_inverse_norms, int64_t refs, const int64_t* ref_count, Reduction reduction,
+                  Acc* result) {
     Acc* sums = shared_array<Acc>(0, kWarpSize);
     int* counts = shared_array<int>(kWarpSize * int(sizeof(Acc)), kWarpSize);
 
-    const int bad = count_not_finite(inverse_norms, rows) + count_not_finite(ref_inverse_norms, refs);
+    const int bad = count_not_finite(inverse_norms, rows) +
+                    count_not_finite(ref_inverse_norms, rows_in_use(ref_count, refs));
     const bool finite = block_sum(bad, counts) == 0;
 
     Acc sum = 0;

@@ -6,18 +6,24 @@
 
 namespace dml::cuda {
 
+// How many of `rows` rows take part: as many as *count says, or all.
+DML_DEVICE int64_t rows_in_use(const int64_t* count, int64_t rows) {
+    if (!count) return rows;
+    return *count < 0 ? 0 : *count < rows ? *count : rows;
+}
+
 template <typename T, typename Acc>
 struct Rows {
     Matrix<T> points;       // [count, dim]
     const int64_t* labels;  // [count]
     Acc* inverse_norms;     // [count] NaN for a row that is not finite, 0 for a row of norm 0
+    const int64_t* used;    // how many take part, on the device; null: all
 
-    // Of the rows [begin, end) those that there are.
-    Rows part(int64_t begin, int64_t end) const {
-        Matrix<T> some = points;
-        some.data += begin * points.stride;
-        some.rows = (end < points.rows ? end : points.rows) - begin;
-        return {some, labels + begin, inverse_norms + begin};
+    // Those that take part. What a kernel does with the others it does with what lies past the end.
+    DML_DEVICE Rows in_use() const {
+        Rows some = *this;
+        some.points.rows = rows_in_use(used, points.rows);
+        return some;
     }
 };
 

@@ -53,6 +53,12 @@ struct StripPairs {
     int pitch;  // of the strip in shared memory
 
     DML_DEVICE bool is_pair(int64_t i, int64_t j) const { return !skip_self || i != j; }
+    DML_DEVICE StripPairs in_use() const {
+        StripPairs some = *this;
+        some.own = own.in_use();
+        some.other = other.in_use();
+        return some;
+    }
 };
 
 // Fills the strip [16, pitch] with the similarities of rows row0.. to all columns. With ComputeNorms it
@@ -186,9 +192,10 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, co
 
 template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_forward(const __grid_constant__ StripPairs<T, Acc> pairs, Loss loss, bool mining, Acc epsilon,
+    strip_forward(const __grid_constant__ StripPairs<T, Acc> all, Loss loss, bool mining, Acc epsilon,
                   RowStats<Acc> stats) {
     using Layout = StripLayout<T, Acc>;
+    const StripPairs<T, Acc> pairs = all.in_use();
     Acc* strip = shared_array<Acc>(Layout::kStrip, kStripRows * pairs.pitch);
     const int64_t row0 = int64_t(blockIdx.x) * kStripRows;
     strip_similarities<Math, true>(pairs, row0, strip);
@@ -207,9 +214,10 @@ struct Sides {
 template <typename Math, typename GradMath, typename Loss, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_backward(const __grid_constant__ StripPairs<T, Acc> pairs, Loss loss, RowStats<Acc> stats,
+    strip_backward(const __grid_constant__ StripPairs<T, Acc> all, Loss loss, RowStats<Acc> stats,
                    Sides sides, const Acc* upstream, bool per_row, T* grad) {
     using Layout = StripLayout<T, Acc>;
+    const StripPairs<T, Acc> pairs = all.in_use();
     constexpr int kDepth = Layout::kDepth, kPitch = Layout::kAcrossPitch;
     unsigned char* stages = shared_array<unsigned char>(0, Layout::kNorms);
     Acc* radial = shared_array<Acc>(Layout::kRadial, kStripRows);
@@ -269,7 +277,11 @@ __global__ void __launch_bounds__(kStripThreads, 1)
         pipeline<kStripStages>((other.rows + kDepth - 1) / kDepth, load, use);
         product.each([&](int r, int c, Acc g) {
             const int64_t i = row0 + r, d = d0 + c;
-            if (i >= own.rows || d >= own.cols) return;
+            if (i >= all.own.points.rows || d >= own.cols) return;
+            if (i >= own.rows) {  // took no part
+                grad[i * own.cols + d] = T(0.0f);
+                return;
+            }
             const Acc inverse = pairs.own.inverse_norms[i];
             const Acc x = Acc(own.data[i * own.stride + d]) * inverse;
             // A scale of 0 also hides a point that is not finite where nothing asks for its gradient.

@@ -53,14 +53,21 @@ struct SuperTile {
     const int64_t* self_ref;
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
-    int64_t all_row_tiles, all_col_tiles;
+    int64_t all_row_tiles, all_col_tiles, used_col_tiles;
     Acc* cache;         // [tiles, kTile, kTile] or null
     bool cache_filled;  // an earlier launch has stored the similarities
 
     DML_INLINE int64_t tile_index(int64_t ti, int64_t tj) const {
         return square ? ti * (2 * all_row_tiles - ti + 1) / 2 + (tj - ti) : ti * all_col_tiles + tj;
     }
-    DML_INLINE bool has(int64_t ti, int64_t tj) const { return !square || ti <= tj; }
+    template <int Tile>
+    DML_DEVICE SuperTile in_use() const {
+        SuperTile some = *this;
+        some.cols = cols.in_use();
+        some.used_col_tiles = (some.cols.points.rows + Tile - 1) / Tile;
+        return some;
+    }
+    DML_INLINE bool has(int64_t ti, int64_t tj) const { return square ? ti <= tj : tj < used_col_tiles; }
     DML_INLINE bool is_pair(int64_t i, int64_t j) const {
         return i < rows.points.rows && j < cols.points.rows && (!square || i < j);
     }

@@ -50,10 +50,11 @@ struct GradTraits {
 template <typename Math, typename Loss, typename Weight, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    pair_weights(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
+    pair_weights(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
                  const Acc* upstream, bool per_row, const uint8_t* kept, Weight* weights) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile;
+    const auto super = all.template in_use<kTile>();
     const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
     if (!super.has(ti, tj) || (kept && !kept[super.tile_index(ti, tj)])) return;
     const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
@@ -93,25 +94,24 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
 }
 
 // One side's gradient under way: its rows from row0 on, contiguous.
-template <typename T, typename Acc>
+template <typename Acc>
 struct Gradient {
-    Matrix<T> points;  // of the other side, which the weights multiply
-    Acc* sum;          // [.., dim]; null where this side is not wanted
+    Acc* sum;  // [.., dim]; null where this side is not wanted
     int64_t row0;
     int64_t count;  // of all rows of this side
     bool first;     // nothing has been added yet
 };
 
-template <typename T, typename Acc>
+template <typename Acc>
 struct Gradients {
-    Gradient<T, Acc> side[2];  // of the rows and of the columns
+    Gradient<Acc> side[2];  // of the rows and of the columns
 };
 
 // Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles.
 template <typename GradMath, typename T = typename GradMath::Value, typename Acc = typename GradMath::Acc>
 __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<GradMath>)
-    add_gradients(const __grid_constant__ SuperTile<T, Acc> super,
-                  const __grid_constant__ Gradients<T, Acc> gradients, const uint8_t* kept,
+    add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
+                  const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
                   const typename GradTraits<GradMath>::Weight* weights) {
     using Traits = GradTraits<GradMath>;
     using Weight = typename Traits::Weight;
@@ -120,10 +120,13 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<Gr
                   kPointPitch = Traits::kPointPitch;
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
     int* list = shared_array<int>(Traits::kList, 2 * kMaxSuperTile + 1);
-    const int side = int(blockIdx.y) < super.row_tiles ? 0 : 1;
-    const int own = int(blockIdx.y) - (side == 0 ? 0 : super.row_tiles);
-    const Gradient<T, Acc>& gradient = gradients.side[side];
+    const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
+    const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
+    const Gradient<Acc>& gradient = gradients.side[side];
     if (!gradient.sum) return;
+    const auto super = all.template in_use<kTile>();
+    Matrix<T> points = super.rows.points;  // which the weights multiply
+    if (side == 0) points = super.cols.points;
     const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
     const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
 
@@ -170,40 +173,40 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<Gr
             copy_box<kTile, kDepth, kPitch, kThreads>(weights_of(stage), w, 0, k);
         }
         const int64_t point0 = (entry % 2 ? super.row_tile + row : super.col_tile + col) * kTile;
-        copy_box<kDepth, Traits::kCols, kPointPitch, kThreads>(points_of(stage), gradient.points, point0 + k,
-                                                               d0);
+        copy_box<kDepth, Traits::kCols, kPointPitch, kThreads>(points_of(stage), points, point0 + k, d0);
     };
     int at = 0;
     const auto use = [&](int stage) {
-        const AcrossK<T, kPointPitch> points{points_of(stage)};
+        const AcrossK<T, kPointPitch> slice{points_of(stage)};
         if (list[1 + at / kSlices] % 2) {
-            product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, points);
+            product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, slice);
         } else {
-            product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, points);
+            product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice);
         }
         ++at;
     };
     pipeline<Traits::kStages>(int64_t(list[0]) * kSlices, load, use);
     product.each([&](int r, int c, Acc value) {
         const int64_t i = row0 + r, d = d0 + c;
-        if (i >= gradient.count || d >= gradient.points.cols) return;
-        Acc& sum = gradient.sum[(i - gradient.row0) * gradient.points.cols + d];
+        if (i >= gradient.count || d >= points.cols) return;
+        Acc& sum = gradient.sum[(i - gradient.row0) * points.cols + d];
         sum = gradient.first ? value : sum + value;
     });
 }
 
 inline constexpr int kFinishThreads = 256;
 
-// One warp a row: from the accumulated G_i / |q_i| to the gradient of q_i. sum and grad may be the same.
+// One warp a row in [begin, end): from the accumulated G_i / |q_i|, sum [end - begin, dim], to the gradient
+// of q_i, grad [rows, dim]. They may be the same. A row that took no part has a gradient of 0.
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_gradient(Rows<T, Acc> rows, bool normalize, const Acc* scale, const Acc* upstream, const Acc* sum,
-                    T* grad) {
-    const int64_t i = int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, bool normalize, const Acc* scale,
+                    const Acc* upstream, const Acc* sum, T* grad) {
+    const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
-    if (i >= points.rows) return;
+    if (i >= end) return;
     const T* q = points.data + i * points.stride;
-    const Acc* g = sum + i * points.cols;
+    const Acc* g = sum + (i - begin) * points.cols;
     const Acc inverse = rows.inverse_norms[i];
     Acc radial = 0;  // x_i . G_i
     if (normalize) {
@@ -211,7 +214,8 @@ __global__ void __launch_bounds__(kFinishThreads)
             radial = std::fma(Acc(q[d]), g[d], radial);
         radial = warp_sum(radial);
     }
-    const Acc factor = scale[0] * (upstream ? upstream[0] : Acc(1));
+    const bool took_part = i < rows.in_use().points.rows;
+    const Acc factor = took_part ? scale[0] * (upstream ? upstream[0] : Acc(1)) : Acc(0);
     for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) {
         const Acc value = g[d] - (radial * inverse) * (Acc(q[d]) * inverse);
         // A scale of 0 also hides a point that is not finite where nothing asks for its gradient.

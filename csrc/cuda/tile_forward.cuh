@@ -103,9 +103,9 @@ DML_DEVICE Extremes<Acc> line_extremes(const SuperTile<T, Acc>& super, const Loa
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    find_extremes(const __grid_constant__ SuperTile<T, Acc> super, Partials<Acc> partials,
-                  Acc* tile_extremes) {
+    find_extremes(const __grid_constant__ SuperTile<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
     using Traits = TileTraits<Math>;
+    const auto super = all.template in_use<Traits::kTile>();
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
     if (!super.has(ti, tj)) return;
@@ -122,11 +122,12 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     }
     block_sync();
     if (threadIdx.x != 0) return;
-    Extremes<Acc> all;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) all.merge({scratch[w], scratch[kWarpSize + w]});
+    Extremes<Acc> of_tile;
+    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w)
+        of_tile.merge({scratch[w], scratch[kWarpSize + w]});
     const int64_t index = super.tile_index(ti, tj);
-    tile_extremes[2 * index] = all.min_pos;
-    tile_extremes[2 * index + 1] = all.max_neg;
+    tile_extremes[2 * index] = of_tile.min_pos;
+    tile_extremes[2 * index + 1] = of_tile.max_neg;
 }
 
 // ---- the log-sum-exps ---------------------------------------------------------------------------------
@@ -210,9 +211,10 @@ DML_DEVICE bool line_sums(const SuperTile<T, Acc>& super, const LoadedTile<Math>
 // leaves no partials.
 template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    accumulate(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
+    accumulate(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
                Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept) {
     using Traits = TileTraits<Math>;
+    const auto super = all.template in_use<Traits::kTile>();
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
     if (!super.has(ti, tj)) return;
@@ -272,8 +274,9 @@ DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) 
 // last: the rows of the super-tile have met all columns, and their bounds can be known.
 template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_extremes(const __grid_constant__ SuperTile<T, Acc> super, RowStats<Acc> stats,
-                  Partials<Acc> partials, bool last, Acc epsilon) {
+    fold_extremes(const __grid_constant__ SuperTile<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
+                  bool last, Acc epsilon) {
+    const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     const int64_t i = fold_row<Tile>(super, side, line);
     if (i < 0) return;
@@ -295,8 +298,9 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
 
 template <typename Loss, int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_sums(const __grid_constant__ SuperTile<T, Acc> super, Loss loss, RowStats<Acc> stats,
+    fold_sums(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
               Partials<Acc> partials, const uint8_t* kept, bool last, bool mining) {
+    const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     const int64_t i = fold_row<Tile>(super, side, line);
     if (i < 0) return;

@@ -25,7 +25,7 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
             (
                 name,
                 ctypes.c_void_p
-                if name in ("queries", "query_labels", "refs", "ref_labels", "self_ref")
+                if name in ("queries", "query_labels", "refs", "ref_labels", "self_ref", "used_refs")
                 else ctypes.c_int64,
             )
             for name in (
@@ -38,6 +38,7 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "ref_labels",
                 "ref_count",
                 "self_ref",
+                "used_refs",
             )
         ],
         *[
@@ -100,6 +101,7 @@ class Engine:
     r: torch.Tensor | None = None
     ref_labels: torch.Tensor | None = None
     self_ref: torch.Tensor | None = None
+    ref_count: torch.Tensor | None = None
     loss: str = "multi_similarity"
     params: tuple = (2.0, 50.0, 0.5)
     epsilon: float | None = None
@@ -117,7 +119,7 @@ class Engine:
         self.arguments = Arguments(
             self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
             refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
-            None if self.self_ref is None else self.self_ref.data_ptr(),
+            *[None if x is None else x.data_ptr() for x in (self.self_ref, self.ref_count)],
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
             LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction),
             self.epsilon is not None,

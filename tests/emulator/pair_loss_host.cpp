@@ -21,6 +21,7 @@ struct Arguments {  // as in library.py, field by field
     const int64_t* ref_labels;
     int64_t ref_count;
     const int64_t* self_ref;
+    const int64_t* used_refs;
     int64_t square, dim, scalar, precision, loss, normalize, reduction, mining, strip_limit, super_tile,
         cache_bytes, sum_bytes;
     double params[3];
@@ -38,6 +39,7 @@ Problem problem_of(const Arguments& a) {
     p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.ref_count};
     p.square = a.square != 0;
     p.self_ref = a.self_ref;
+    p.ref_count = a.used_refs;
     p.dim = a.dim;
     p.scalar = static_cast<Scalar>(a.scalar);
     p.precision = static_cast<Precision>(a.precision);
