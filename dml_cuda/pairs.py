@@ -51,6 +51,28 @@ def _version(x: Tensor | None) -> int | None:
     return x._version
 
 
+class _Growing:
+    """Numbers collected part by part.
+
+    In few and large pieces of memory: small ones that stay, taken between the large ones that each block of
+    similarities needs for a moment, can keep the CPU's allocator from ever using those again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._room = torch.empty(0, dtype=torch.long, device=device)
+        self._size = 0
+
+    def append(self, part: Tensor) -> None:
+        size = self._size + part.shape[0]
+        if size > self._room.shape[0]:
+            self._room = torch.cat([self.tensor(), self._room.new_empty(2 * size - self._size)])
+        self._room[self._size : size] = part
+        self._size = size
+
+    def tensor(self) -> Tensor:
+        return self._room[: self._size]
+
+
 class MinedPairs(list):
     """The pairs of a batch: ``(pos_anchors, positives, neg_anchors, negatives)``, made when looked at.
 
@@ -85,9 +107,10 @@ class MinedPairs(list):
         super().__init__()
         self.epsilon = epsilon
         self.similarity = similarity
-        # Without their graph, which a list of pairs should not keep alive; but a compiler knows a tensor
-        # again only when it is the same.
-        keep = (lambda x: x) if torch.compiler.is_compiling() else Tensor.detach
+        # Without their graph, which a list of pairs should not keep alive; but a compiler, and a transform
+        # of torch.func, know a tensor again only when it is the same.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        keep = (lambda x: x) if traced else Tensor.detach
         self.embeddings = keep(embeddings)
         self.ref_emb = None if ref_emb is None else keep(ref_emb)
         self.labels = labels
@@ -136,23 +159,22 @@ class MinedPairs(list):
     def _look(self) -> None:
         if super().__len__() > 0:
             return
-        empty = self.labels.new_empty(0, dtype=torch.long)
-        found = [[empty], [empty], [empty], [empty]]
+        found = [_Growing(self.embeddings.device) for _ in _NAMES]
         for begin, *masks in self._blocks():
             for kind, mask in enumerate(masks):
                 rows, cols = mask.nonzero(as_tuple=True)
                 found[2 * kind].append(rows + begin)
                 found[2 * kind + 1].append(cols)
-        super().extend(torch.cat(parts) for parts in found)
+        super().extend(parts.tensor().clone() for parts in found)
 
     def pair_counts(self) -> PairCounts:
         """How many positives and negatives each row keeps, on the device and without waiting for it."""
-        none = torch.empty(0, dtype=torch.long, device=self.embeddings.device)
-        positives, negatives = [none], [none]
-        for _, positive, negative in self._blocks():
-            positives.append(positive.sum(1))
-            negatives.append(negative.sum(1))
-        return PairCounts(torch.cat(positives), torch.cat(negatives))
+        size, device = self.embeddings.shape[0], self.embeddings.device
+        counts = PairCounts(*(torch.empty(size, dtype=torch.long, device=device) for _ in range(2)))
+        for begin, *masks in self._blocks():
+            for count, mask in zip(counts, masks, strict=True):
+                torch.sum(mask, 1, out=count[begin : begin + mask.shape[0]])
+        return counts
 
     def __len__(self) -> int:
         return 4
@@ -164,6 +186,18 @@ class MinedPairs(list):
     def __getitem__(self, index):
         self._look()
         return super().__getitem__(index)
+
+    def __reversed__(self) -> Iterator[Tensor]:
+        return iter(self[::-1])
+
+    def __add__(self, other: Iterable) -> tuple:
+        return (*self, *other)
+
+    def __radd__(self, other: Iterable) -> tuple:
+        return (*other, *self)
+
+    def copy(self) -> tuple:
+        return tuple(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -256,5 +290,5 @@ def listed_pairs(
                 _check_range(name, index, embeddings.shape[0], "embeddings")
             else:
                 _check_range(name, index, columns.shape[0], of)
-    indices = tuple(index.to(embeddings.device, torch.long) for index in indices)
+    indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
     return indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
