@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--miner", action=switch, help="keep hard pairs only (default: with ms and pml-ms, as in their paper)"
     )
     loss("--epsilon", type=float, default=0.1, help="the miner's margin (default: %(default)s)")
+    loss("--gamma", type=float, default=80, help="the scale of circle loss (default: %(default)s)")
     loss(
         "--memory",
         type=int,

@@ -56,6 +56,7 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     loss_fn = make_loss(
         arguments.loss,
         arguments.epsilon if arguments.miner else None,
+        arguments.gamma,
         arguments.embedding_size,
         arguments.memory,
     ).to(device)
