@@ -46,8 +46,8 @@ struct Problem {
     // [queries.count] which of refs each query is itself; -1, or any other number, if none. Null where no
     // query is, and where square. Mining sees this pair, but as a positive it does not count.
     const int64_t* self_ref = nullptr;
-    // How many of the first refs take part, on the device; null where all do, and where square. The others may
-    // hold anything, and get a gradient of 0.
+    // How many of the first refs take part, on the device; null where all do, and where square. The others
+    // may hold anything, and get a gradient of 0.
     const int64_t* ref_count = nullptr;
     int64_t dim = 0;
     Scalar scalar = Scalar::kFloat32;
