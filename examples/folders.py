@@ -58,10 +58,14 @@ def _halves(classes: Classes, root: Path) -> Found:
     return Found(*({name: classes[name] for name in part} for part in (names[:half], names[half:])))
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")  # macOS leaves "._1.jpg" behind
+
+
 def _class_folders(root: Path) -> Found:
     """The folder that an image lies in is its class; the folders above (train, test) do not matter."""
     base = root / "images" if (root / "images").is_dir() else root
-    paths = (path for path in sorted(base.rglob("*")) if path.suffix.lower() in _SUFFIXES)
+    paths = (path for path in sorted(base.rglob("*")) if _is_image(path))
     return _halves(dict(sorted(_by_class([(path.parent.name, path) for path in paths]).items())), root)
 
 

@@ -42,8 +42,8 @@ def _resnet50(channels: int, embedding_size: int) -> nn.Sequential:
         raise NetworkError("resnet50 is for colour images (--data folder:PATH); here --network small fits")
     try:
         from torchvision.models import ResNet50_Weights, resnet50
-    except ImportError as error:
-        raise NetworkError(f"resnet50 needs torchvision: pip install torchvision ({error})") from None
+    except (ImportError, RuntimeError) as error:  # not there, or built for another torch
+        raise NetworkError(f"resnet50 needs a torchvision that fits this torch: {error}") from None
     try:
         trunk = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2)
     except urllib.error.URLError as error:

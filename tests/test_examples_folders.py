@@ -32,6 +32,7 @@ def names_of(classes):
 def test_one_folder_a_class_first_half_to_train_on(tmp_path):
     write_classes(tmp_path, ["d", "b", "a", "c"], count=2)
     (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "._0.png").write_text("no image")
     found = folders.find(tmp_path)
     assert names_of(found.train) == {"a": ["0.png", "1.png"], "b": ["0.png", "1.png"]}
     assert names_of(found.test) == {"c": ["0.png", "1.png"], "d": ["0.png", "1.png"]}

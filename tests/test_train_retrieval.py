@@ -1,6 +1,7 @@
 """The retrieval example learns, says what went wrong, and goes the same way as pytorch-metric-learning."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,14 @@ def test_what_does_not_fit_ends_in_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_resnet50_says_what_it_needs(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "photos")
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)  # as if it were not installed
+    batch = ["--batch-size", "9", "--per-class", "3"]
+    message = main_says(monkeypatch, "--data", f"folder:{folder}", "--network", "resnet50", *batch)
+    assert "resnet50 needs a torchvision that fits this torch" in message
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -180,7 +189,7 @@ def test_interrupted_it_keeps_what_was_logged(tmp_path):
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         seen = ""
-        while "/3000 [" not in seen.partition("| 1")[2]:  # the progress bar has come past its start
+        while not re.search(r" [1-9]\d*/3000 ", seen):  # the progress bar has come past its start
             letter = process.stderr.read(1)
             assert letter, f"it ended by itself: {seen}"
             seen += letter
