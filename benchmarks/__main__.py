@@ -18,9 +18,9 @@ from .run import run_cases
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="four cases only, under a minute")
+    parser.add_argument("--quick", action="store_true", help="five cases only, under a minute")
     parser.add_argument(
-        "--cases", nargs="+", metavar="GROUP", help="only these groups, such as train, pml, memory"
+        "--cases", nargs="+", metavar="GROUP", help="only these groups, such as train, pml, memory, drop-in"
     )
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), help="only these implementations")
@@ -68,8 +68,8 @@ def main() -> None:
     print_report(record, console)
     stem = arguments.out / (arguments.name or arguments.device)
     write_json(record, stem.with_suffix(".json"))
-    plot(record, stem.with_suffix(".png"))
-    console.print(f"\nwrote {stem}.json and {stem}.png after {record['total_s']:.0f} s", highlight=False)
+    picture = f" and {stem}.png" if plot(record, stem.with_suffix(".png")) else ""
+    console.print(f"\nwrote {stem}.json{picture} after {record['total_s']:.0f} s", highlight=False)
 
 
 if __name__ == "__main__":

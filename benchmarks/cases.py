@@ -1,6 +1,7 @@
 """What is measured: a loss on a batch, and the groups of such cases that one run goes through."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -14,6 +15,9 @@ EPSILON = 0.1
 DENSE_PEERS = ("matmuls", "fused", "reference", "compiled", "pml", "chunked")
 STREAMING_PEERS = ("fused", "chunked")  # those that never hold the N x N matrix
 CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
+
+
+_LOSS_TITLES = {"multi_similarity": "MS", "circle": "circle"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,15 @@ class Case:
     peers: tuple[str, ...] = DENSE_PEERS
     once: bool = False  # so slow that a single call of each peer must do, cold
 
+    compared = ("loss_difference", "gradient_difference")  # what the outputs of a peer are, in order
+
     @property
     def loss_title(self) -> str:
-        title = {"multi_similarity": "MS", "circle": "circle"}[self.loss]
-        return f"{title}, {'all pairs' if self.epsilon is None else 'mined'}"
+        return f"{_LOSS_TITLES[self.loss]}, {'all pairs' if self.epsilon is None else 'mined'}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.n}x{self.d}"
 
     @property
     def dtype_title(self) -> str:
@@ -50,12 +59,45 @@ class Case:
         fields = (
             self.group,
             self.loss_title,
-            f"{self.n}x{self.d}",
+            self.size,
             self.batch,
             self.dtype_title,
             self.passes,
         )
         return "/".join(fields).replace(", ", "-").replace(" ", "-")
+
+
+_PART_TITLES = {
+    "list": "miner, pairs listed",
+    "count": "miner, pairs counted",
+    "pairs": "{} given pairs",
+    "triplets": "{} given triplets",
+    "mined": "{} given its miner",
+    "memory": "cross-batch memory, {} and miner",
+    "classifier": "class-level {}",
+}
+
+
+@dataclass(frozen=True)
+class DropInCase(Case):
+    """A part that stands in for another package's, on a batch of ``n`` rows."""
+
+    peers: tuple[str, ...] = ("fused", "pml")
+    part: str = "mined"  # or another key of _PART_TITLES
+    columns: int | None = None  # what the batch is compared with, if not with itself
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        mines = self.part in ("list", "count")
+        return ("pairs_difference",) if mines else (*Case.compared, "weights_gradient_difference")
+
+    @property
+    def loss_title(self) -> str:
+        return _PART_TITLES[self.part].format(_LOSS_TITLES[self.loss])
+
+    @property
+    def size(self) -> str:
+        return f"{self.n}x{self.d}" if self.columns is None else f"{self.n}x{self.columns}x{self.d}"
 
 
 LOSSES = tuple(product(("multi_similarity", "circle"), (EPSILON, None)))
@@ -89,9 +131,27 @@ def _memory_case(n: int, d: int, peers: tuple[str, ...] = STREAMING_PEERS) -> Ca
     return Case("memory", "multi_similarity", n, d, peers=peers, once=True)
 
 
+def _drop_in_cases() -> list[Case]:
+    case = partial(DropInCase, "drop-in")
+    mining = product(("list", "count"), (512, 2048), (128, 512))
+    listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
+    batches = (8192, False), (65_536, True)
+    return [
+        *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
+        *(case(loss, 2048, 512, part=part) for loss, part in listed),
+        *(case("multi_similarity", n, d, part="mined") for n, d in ((512, 128), (2048, 512))),
+        *(case("multi_similarity", 512, 128, part="memory", columns=m, once=once) for m, once in batches),
+        *(
+            case("circle", 512, 128, epsilon=None, part="classifier", columns=c, peers=("fused", "reference"))
+            for c in (10_000, 100_000)
+        ),
+    ]
+
+
 def _cpu_cases() -> list[Case]:
     shapes = {"noisy": [(512, 512), (2048, 512), (4096, 512)], "separated": [(2048, 512)]}
-    return [*_training_cases(shapes), *_pml_protocol(), *_forward_cases(), _memory_case(32_768, 64)]
+    memory = [_memory_case(32_768, 64)]
+    return [*_training_cases(shapes), *_pml_protocol(), *_forward_cases(), *memory, *_drop_in_cases()]
 
 
 def _cuda_cases() -> list[Case]:
@@ -104,7 +164,7 @@ def _cuda_cases() -> list[Case]:
     for dtype in ("float16", "bfloat16"):
         cases += _training_cases(large, mined, dtype=dtype)
     memory = [_memory_case(131_072, 128), _memory_case(1_000_000, 128, peers=("fused",))]
-    return [*cases, *_pml_protocol(), *_forward_cases(), *memory]
+    return [*cases, *_pml_protocol(), *_forward_cases(), *memory, *_drop_in_cases()]
 
 
 def default_cases(device: str) -> list[Case]:
@@ -113,10 +173,11 @@ def default_cases(device: str) -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Four cases for a table in under a minute; torch.compile is left out, it takes longer than that."""
+    """Five cases for two tables in under a minute; torch.compile is left out, it takes longer than that."""
     peers = tuple(peer for peer in DENSE_PEERS if peer != "compiled")
     sizes = (("noisy", 128, 128), ("noisy", 512, 128), ("noisy", 2048, 512), ("separated", 2048, 512))
-    return [Case("quick", "multi_similarity", n, d, batch=batch, peers=peers) for batch, n, d in sizes]
+    cases = [Case("quick", "multi_similarity", n, d, batch=batch, peers=peers) for batch, n, d in sizes]
+    return [*cases, DropInCase("quick", "multi_similarity", 512, 128, part="mined")]
 
 
 def make_batch(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:

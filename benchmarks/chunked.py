@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dml_cuda import CircleLoss, MultiSimilarityLoss
 from dml_cuda.reference import _logsumexp, mine, reduce
 
 _ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # about the fastest of the powers of two
 _FEWEST_ROWS = 64
+_MODULES = {"multi_similarity": MultiSimilarityLoss(), "circle": CircleLoss()}  # with the default options
 
 
 def _chunks(unit: Tensor):
@@ -31,22 +33,11 @@ def _kept_pairs(unit: Tensor, labels: Tensor, rows: slice, epsilon: float | None
     return s, positive, negative
 
 
-def _multi_similarity_rows(s, positive, negative, alpha=2.0, beta=50.0, base=0.5) -> Tensor:
-    pull = _logsumexp(-alpha * (s - base), positive, plus_one=True) / alpha
-    push = _logsumexp(beta * (s - base), negative, plus_one=True) / beta
-    return pull + push
-
-
-def _circle_rows(s, positive, negative, m=0.4, gamma=80.0) -> Tensor:
-    fixed = s.detach()
-    lse_pos = _logsumexp(-gamma * torch.relu(1 + m - fixed) * (s - (1 - m)), positive, plus_one=False)
-    lse_neg = _logsumexp(gamma * torch.relu(fixed + m) * (s - m), negative, plus_one=False)
-    both = positive.any(dim=1) & negative.any(dim=1)
-    return torch.where(both, F.softplus(torch.where(both, lse_pos + lse_neg, 0.0)), 0.0)
-
-
-_ROWS = {"multi_similarity": _multi_similarity_rows, "circle": _circle_rows}
-_REDUCTION = {"multi_similarity": "mean", "circle": "mean_nonzero"}
+def _row_losses(loss: str, s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    formula = _MODULES[loss].formula
+    lse_pos = _logsumexp(formula.positive_logits(s), positive, formula.plus_one)
+    lse_neg = _logsumexp(formula.negative_logits(s), negative, formula.plus_one)
+    return formula.row_losses(lse_pos, lse_neg)
 
 
 class _RowLosses(torch.autograd.Function):
@@ -60,7 +51,7 @@ class _RowLosses(torch.autograd.Function):
         valid = torch.empty_like(losses, dtype=torch.bool)
         for rows in _chunks(unit):
             s, positive, negative = _kept_pairs(unit, labels, rows, epsilon)
-            losses[rows] = _ROWS[loss](s, positive, negative)
+            losses[rows] = _row_losses(loss, s, positive, negative)
             valid[rows] = (positive | negative).any(dim=1)
         ctx.mark_non_differentiable(valid)
         return losses, valid
@@ -74,7 +65,7 @@ class _RowLosses(torch.autograd.Function):
             s, positive, negative = _kept_pairs(unit, labels, rows, epsilon)
             with torch.enable_grad():
                 s.requires_grad_()
-                losses = _ROWS[loss](s, positive, negative)
+                losses = _row_losses(loss, s, positive, negative)
             (grad_s,) = torch.autograd.grad(losses, s, grad_losses[rows])
             grad[rows] += grad_s @ unit
             grad.addmm_(grad_s.T, unit[rows])
@@ -84,7 +75,7 @@ class _RowLosses(torch.autograd.Function):
 def chunked_loss(embeddings: Tensor, labels: Tensor, loss: str, epsilon: float | None) -> Tensor:
     """The loss of a batch with its default options, in memory that grows with N only."""
     losses, valid = _RowLosses.apply(F.normalize(embeddings, dim=1), labels, loss, epsilon)
-    return reduce(losses, valid, _REDUCTION[loss])
+    return reduce(losses, valid, _MODULES[loss].options["reduction"])
 
 
 @torch.no_grad()

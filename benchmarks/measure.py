@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import random
 import time
 from collections.abc import Callable
@@ -142,3 +143,14 @@ def summarise(samples: list[float]) -> dict:
     """Median and quartiles of some times."""
     q1, median, q3 = np.percentile(samples, [25, 50, 75])
     return {"median_s": float(median), "q1_s": float(q1), "q3_s": float(q3), "samples": len(samples)}
+
+
+def available_bytes(device: torch.device) -> int | float:
+    """Memory that is free; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)

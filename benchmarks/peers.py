@@ -21,13 +21,19 @@ except ImportError:
 torch._dynamo.config.recompile_limit = 256
 
 Step = Callable[[], tuple[Tensor, ...]]
+Maker = Callable[[Case, Tensor, Tensor], Step]
 
 
 class Unavailable(Exception):
     """This peer cannot run this case; the message says why."""
 
 
-def _step(
+def require_pml() -> None:
+    if pml_losses is None:
+        raise Unavailable("pytorch-metric-learning is not installed")
+
+
+def loss_step(
     case: Case, loss_fn: Callable[[Tensor, Tensor], Tensor], embeddings: Tensor, labels: Tensor
 ) -> Step:
     """One forward pass, or one forward and backward pass; returns the loss, and its gradient if asked for."""
@@ -61,7 +67,9 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 def fused(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """This package's kernels."""
     function = getattr(functional, f"{case.loss}_loss")
-    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon, backend="fused"), embeddings, labels)
+    return loss_step(
+        case, lambda x, y: function(x, y, epsilon=case.epsilon, backend="fused"), embeddings, labels
+    )
 
 
 def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
@@ -91,34 +99,33 @@ def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 def dense_reference(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The readable PyTorch reference, which stores the whole matrix."""
     function = getattr(reference, f"{case.loss}_loss")
-    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+    return loss_step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
 
 
 def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The reference under torch.compile."""
     function = torch.compile(getattr(reference, f"{case.loss}_loss"), dynamic=True)
-    return _step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+    return loss_step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
 
 
 def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """pytorch-metric-learning's loss, with its miner where the case mines."""
-    if pml_losses is None:
-        raise Unavailable("pytorch-metric-learning is not installed")
+    require_pml()
     loss_fn = {"multi_similarity": pml_losses.MultiSimilarityLoss, "circle": pml_losses.CircleLoss}[
         case.loss
     ]()
     if case.epsilon is None:
-        return _step(case, loss_fn, embeddings, labels)
+        return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)
-    return _step(case, lambda x, y: loss_fn(x, y, miner(x, y)), embeddings, labels)
+    return loss_step(case, lambda x, y: loss_fn(x, y, miner(x, y)), embeddings, labels)
 
 
 def chunked(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """Plain PyTorch over chunks of rows: what little memory costs without a kernel."""
-    return _step(case, lambda x, y: chunked_loss(x, y, case.loss, case.epsilon), embeddings, labels)
+    return loss_step(case, lambda x, y: chunked_loss(x, y, case.loss, case.epsilon), embeddings, labels)
 
 
-PEERS: dict[str, Callable[[Case, Tensor, Tensor], Step]] = {
+PEERS: dict[str, Maker] = {
     "matmuls": matmuls,
     "fused": fused,
     "fused_graph": fused_graph,

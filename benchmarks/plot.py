@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .machine import one_line
 from .peers import TITLES
+from .report import split
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too; the shapes differ as well.
 _STYLE = {
@@ -52,9 +53,14 @@ def _dots(axis, rows: dict[int, dict[str, float]], seen: dict) -> None:
             )  # fmt: skip
 
 
-def plot(record: dict, path: Path) -> None:
-    """Draw the forward+backward cases, grouped by loss; time on the left, memory on the right."""
-    cases = [case for case in record["cases"] if case["backward"]]
+def plot(record: dict, path: Path) -> bool:
+    """Draw the forward+backward cases, grouped by loss; time on the left, memory on the right.
+
+    Returns whether there was such a case.
+    """
+    cases = [case for case in split(record["cases"])[0] if case["backward"]]
+    if not cases:
+        return False
     groups: dict[str, list[dict]] = {}
     for case in cases:
         groups.setdefault(case["loss_title"], []).append(case)
@@ -108,3 +114,4 @@ def plot(record: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True

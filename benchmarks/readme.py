@@ -7,16 +7,17 @@ from pathlib import Path
 
 from .machine import one_line
 from .report import (
-    MEMORY_PEERS,
     NOTHING,
     SPEEDUP_PEERS,
     duration,
     factor,
+    least_peak,
     mebibytes,
     percent,
     present,
-    speedup,
-    times,
+    size,
+    split,
+    versus,
 )
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -34,28 +35,45 @@ def _markdown(header: list[str], rows: list[list[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
+def _peaks(case: dict) -> str:
+    return f"{mebibytes(case['results']['fused'].get('peak_bytes'))} / {mebibytes(least_peak(case))}"
+
+
 def _row(case: dict, peers: list[str]) -> list[str]:
-    results = case["results"]
-    fused = results["fused"]
     ratio = case["time_over_matmuls"].get("fused")
-    others = [peer for peer in MEMORY_PEERS[1:] if results.get(peer, {}).get("peak_bytes") is not None]
-    least = min((results[peer]["peak_bytes"] for peer in others), default=None)
-    speedups = (speedup(case, peer) for peer in peers)
     return [
         case["loss_title"],
-        f"{case['n']} x {case['d']}",
+        size(case),
         case["batch"],
         percent(case["kept_share"]),
-        duration(fused["median_s"]),
+        duration(case["results"]["fused"]["median_s"]),
         NOTHING if ratio is None else f"**{factor(ratio)}**",
-        *(times(value) for value in speedups),
-        f"{mebibytes(fused.get('peak_bytes'))} / {mebibytes(least)}",
+        *(versus(case, peer) for peer in peers),
+        _peaks(case),
     ]
 
 
+def _drop_in_table(cases: list[dict]) -> str:
+    peers = present(cases, SPEEDUP_PEERS, "median_s")
+    header = ["part", "N x D, or N x M x D", "time", *(f"vs {_COLUMNS[peer]}" for peer in peers)]
+    rows = [
+        [
+            case["loss_title"],
+            size(case),
+            duration(case["results"]["fused"]["median_s"]),
+            *(versus(case, peer) for peer in peers),
+            _peaks(case),
+        ]
+        for case in cases
+    ]
+    table = _markdown([*header, "peak MiB, here / there"], rows, left=2)
+    return f"**parts that stand in for pytorch-metric-learning's; losses forward+backward**\n\n{table}"
+
+
 def table(record: dict) -> str:
-    """Markdown of one run: a table for each kind of pass and dtype, the machine and versions above."""
-    cases = [case for case in record["cases"] if "median_s" in case["results"].get("fused", {})]
+    """Markdown of one run: the machine and versions, a table per kind of pass and dtype, one of drop-ins."""
+    measured = [case for case in record["cases"] if "median_s" in case["results"].get("fused", {})]
+    cases, drop_ins = split(measured)
     cases.sort(key=lambda case: (not case["backward"], case["dtype_title"] != "float32", case["dtype_title"]))
     parts = [f"Measured on {one_line(record['machine'])}."]
     for (passes, dtype), members in groupby(cases, lambda case: (case["passes"], case["dtype_title"])):
@@ -67,6 +85,8 @@ def table(record: dict) -> str:
         header += ["peak MiB, here / least of the others"]
         rows = [_row(case, peers) for case in members]
         parts.append(f"**{passes}, {dtype}**\n\n{_markdown(header, rows, left=3)}")
+    if drop_ins:
+        parts.append(_drop_in_table(drop_ins))
     return "\n\n".join(parts)
 
 

@@ -65,6 +65,27 @@ def speedup(case: dict, peer: str) -> float | None:
     return case["time_over_fused"].get(peer)
 
 
+def versus(case: dict, peer: str) -> str:
+    """That as text, or why there is no such number."""
+    return case["results"].get(peer, {}).get("skipped") or times(speedup(case, peer))
+
+
+def size(case: dict) -> str:
+    """``N x D``, or ``N x M x D`` where the batch meets other columns."""
+    return " x ".join(str(case[name]) for name in ("n", "columns", "d") if case.get(name))
+
+
+def least_peak(case: dict) -> int | None:
+    """The peak of the peer, other than the fused one, that needs the least memory."""
+    peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in MEMORY_PEERS[1:])
+    return min((peak for peak in peaks if peak is not None), default=None)
+
+
+def split(cases: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The cases of a loss alone, and those of parts that stand in for another package's."""
+    return [case for case in cases if "part" not in case], [case for case in cases if "part" in case]
+
+
 def present(cases: list[dict], peers: tuple[str, ...], field: str) -> list[str]:
     """The peers that have the field in any of the cases."""
     return [
@@ -86,15 +107,15 @@ def _add_rows(table: Table, cases: list[dict], cells: Callable[[dict], Iterable]
     for title, members in groupby(cases, itemgetter("loss_title")):
         table.add_row(Text(title, style="italic"))
         for case in members:
-            table.add_row(f"{case['n']} x {case['d']}", case["batch"], *cells(case))
+            table.add_row(size(case), case["batch"], *cells(case))
         table.add_section()
 
 
 def _time_table(title: str, cases: list[dict]) -> Table:
     peers = present(cases, SPEEDUP_PEERS, "median_s")
     per = "time per\n" + ("3 matmuls" if cases[0]["backward"] else "1 matmul")
-    versus = [f"vs\n{TITLES[peer]}" for peer in peers]
-    table = _table(title, ["pairs\nkept", "\ndml_cuda", "", per, *versus])
+    ratios = [f"vs\n{TITLES[peer]}" for peer in peers]
+    table = _table(title, ["pairs\nkept", "\ndml_cuda", "", per, *ratios])
 
     def cells(case: dict) -> Iterable:
         fused = case["results"].get("fused", {})
@@ -104,7 +125,7 @@ def _time_table(title: str, cases: list[dict]) -> Table:
         yield duration(fused["median_s"]) if measured else fused.get("skipped", NOTHING)
         yield Text(spread(fused) if measured else "", style="dim")
         yield Text(factor(ratio), style="bold green" if ratio is not None and ratio <= 1 else "bold")
-        yield from (times(speedup(case, peer)) for peer in peers)
+        yield from (versus(case, peer) for peer in peers)
 
     _add_rows(table, cases, cells)
     return table
@@ -118,6 +139,40 @@ def _memory_table(cases: list[dict]) -> Table | None:
 
     def cells(case: dict) -> Iterable[str]:
         return (mebibytes(case["results"].get(peer, {}).get("peak_bytes")) for peer in peers)
+
+    _add_rows(table, cases, cells)
+    return table
+
+
+def _difference(case: dict) -> str:
+    """How far, at worst, an output lies from the other peer's."""
+    compared = any("median_s" in case["results"].get(peer, {}) for peer in SPEEDUP_PEERS)
+    fused = case["results"].get("fused", {})
+    found = [value for name, value in fused.items() if name.endswith("_difference")]
+    if not compared or not found:
+        return NOTHING
+    return f"{max(found):.1e}" if max(found) > 0 else "0"
+
+
+def _drop_in_table(cases: list[dict]) -> Table:
+    peers = present(cases, SPEEDUP_PEERS, "median_s")
+    ratios = [f"vs\n{TITLES[peer]}" for peer in peers]
+    headings = ["\ndml_cuda", "", *ratios, "MiB\nhere", "MiB\nthere", "differs\nby"]
+    table = _table("drop-in: parts that stand in for pytorch-metric-learning's", headings)
+    table.caption = (
+        "MiB: peak beyond the inputs; differs by: loss and gradients, or numbers of pairs, relative"
+    )
+    table.caption_justify = "left"
+
+    def cells(case: dict) -> Iterable:
+        fused = case["results"].get("fused", {})
+        measured = "median_s" in fused
+        yield duration(fused["median_s"]) if measured else fused.get("skipped", NOTHING)
+        yield Text(spread(fused) if measured else "", style="dim")
+        yield from (versus(case, peer) for peer in peers)
+        yield mebibytes(fused.get("peak_bytes"))
+        yield mebibytes(least_peak(case))
+        yield _difference(case)
 
     _add_rows(table, cases, cells)
     return table
@@ -173,7 +228,7 @@ def print_report(record: dict, console: Console | None = None) -> None:
     def key(case: dict) -> tuple:
         return case["group"], case["passes"], case["dtype_title"]
 
-    cases = record["cases"]
+    cases, drop_ins = split(record["cases"])
     for (group, passes, dtype), members in groupby(cases, key):
         members = list(members)
         console.print()
@@ -182,6 +237,9 @@ def print_report(record: dict, console: Console | None = None) -> None:
             console.print(_gpu_table(members))
         if memory := _memory_table(members):
             console.print(memory)
+    if drop_ins:
+        console.print()
+        console.print(_drop_in_table(drop_ins))
     console.print(LEGEND, style="dim", highlight=False)
     if agreement := _agreement(cases):
         console.print(agreement, style="dim", highlight=False)

@@ -7,14 +7,15 @@ from dataclasses import asdict
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cases import CUDA_GRAPH_LIMIT, Case, make_batch
+from .cases import CUDA_GRAPH_LIMIT, DENSE_PEERS, Case, DropInCase, make_batch
 from .chunked import kept_share
+from .drop_in import PARTS
 from .machine import describe
 from .measure import make_clock, measure, summarise
-from .peers import PEERS, Step, Unavailable
+from .peers import PEERS, Maker, Step, Unavailable
 from .roofline import roofline
 
-_YARDSTICKS = ("reference", "chunked", "fused")  # the first one that ran is what the others should equal
+_YARDSTICKS = ("reference", "chunked", "pml", "fused")  # the first that ran is what the others should equal
 _CAREFUL = ("matmuls", "fused", "fused_graph")  # the ratio that matters most is between these
 
 
@@ -23,12 +24,14 @@ def _relative_difference(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
-def _differences(outputs: dict[str, tuple[torch.Tensor, ...]]) -> dict[str, dict[str, float]]:
-    """How far each peer's loss and gradient lie from the yardstick's."""
+def _differences(
+    compared: tuple[str, ...], outputs: dict[str, tuple[torch.Tensor, ...]]
+) -> dict[str, dict[str, float]]:
+    """How far each peer's outputs, ``compared`` by these names, lie from the yardstick's."""
     yardstick = next((outputs[name] for name in _YARDSTICKS if name in outputs), ())
     differences = {}
     for name, output in outputs.items():
-        pairs = zip(("loss_difference", "gradient_difference"), output, yardstick, strict=False)
+        pairs = zip(compared, output, yardstick, strict=False)
         differences[name] = {key: _relative_difference(a, b) for key, a, b in pairs}
     return differences
 
@@ -64,9 +67,13 @@ def _warm_up(step: Step, clock) -> tuple[tuple, dict]:
     return output, {"peak_bytes": clock.peak_bytes(step)}
 
 
+def _makers(case: Case) -> dict[str, Maker]:
+    return PARTS[case.part] if isinstance(case, DropInCase) else PEERS
+
+
 def _wanted(case: Case, device: str, only_peers: Iterable[str] | None) -> list[str]:
     names = list(case.peers)
-    if device == "cuda" and not case.once:
+    if device == "cuda" and not case.once and "fused_graph" in _makers(case):
         names.append("fused_graph")
     return [name for name in names if only_peers is None or name in only_peers]
 
@@ -76,14 +83,14 @@ def _measure_peers(case: Case, embeddings, labels, names: list[str], clock, budg
     steps, outputs, results = {}, {}, {}
     for name in names:
         try:
-            step = PEERS[name](case, embeddings, labels)
+            step = _makers(case)[name](case, embeddings, labels)
             outputs[name], results[name] = (_measure_once if case.once else _warm_up)(step, clock)
             steps[name] = step
         except Unavailable as reason:
             results[name] = {"skipped": str(reason)}
         except (torch.OutOfMemoryError, MemoryError):
             results[name] = {"skipped": "out of memory"}
-    for name, difference in _differences(outputs).items():
+    for name, difference in _differences(case.compared, outputs).items():
         results[name] |= difference
     outputs.clear()
     if not case.once:
@@ -104,6 +111,9 @@ def run_case(
     torch.set_float32_matmul_precision(case.precision)
     embeddings, labels = make_batch(case, device)
     names = _wanted(case, device, only_peers)
+    drop_in = isinstance(case, DropInCase)
+    if drop_in:
+        budget *= len(names) / len(DENSE_PEERS)  # no more for each of its few peers than elsewhere
     results = _measure_peers(case, embeddings, labels, names, make_clock(device), budget)
     record = {
         "name": case.name,
@@ -111,10 +121,12 @@ def run_case(
         "loss_title": case.loss_title,
         "dtype_title": case.dtype_title,
         "passes": case.passes,
-        "kept_share": kept_share(embeddings, labels, case.epsilon),
         "results": results,
         **ratios(results),
     }
+    if drop_in:
+        return record
+    record["kept_share"] = kept_share(embeddings, labels, case.epsilon)
     if "median_s" in results.get("fused", {}):
         record["roofline"] = roofline(case, results["fused"]["median_s"], device)
     return record
@@ -136,7 +148,7 @@ def run_cases(cases: list[Case], device: str, seconds: float = 4.0, peers: list[
     finally:
         torch.set_float32_matmul_precision(precision)
     return {
-        "schema": 1,
+        "schema": 2,  # 1 had no drop-in cases, which have a part, columns and no kept_share
         "machine": describe(device),
         "seconds_per_case": seconds,
         "total_s": time.perf_counter() - started,

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import chunked, readme
-from benchmarks.cases import Case, default_cases, make_batch, quick_cases
+from benchmarks import chunked, drop_in, readme
+from benchmarks.cases import Case, DropInCase, default_cases, make_batch, quick_cases
+from benchmarks.machine import describe
 from benchmarks.measure import CpuClock, plan_rounds
-from benchmarks.run import ratios
+from benchmarks.plot import plot
+from benchmarks.report import print_report
+from benchmarks.run import ratios, run_case
 from dml_cuda import reference
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +110,59 @@ def test_chunked_equals_reference(monkeypatch, loss, epsilon):
     value = chunked.chunked_loss(x, labels, loss, epsilon)
     torch.testing.assert_close(value, truth)
     torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(truth, x))
+
+
+def drop_in_case(part: str) -> DropInCase:
+    """A small one, like those of a full run."""
+    case = next(case for case in default_cases("cpu") if getattr(case, "part", None) == part)
+    return replace(case, n=64, d=16, columns=None if case.columns is None else 256)
+
+
+@pytest.mark.parametrize("part", drop_in.PARTS)
+def test_drop_in_parts_do_what_they_replace(part):
+    case = drop_in_case(part)
+    if "pml" in case.peers:
+        pytest.importorskip("pytorch_metric_learning")
+    results = run_case(case, budget=0.01)["results"]
+    assert set(results) == set(case.peers)
+    assert all(result["median_s"] > 0 for result in results.values())
+    differences = {name: value for name, value in results["fused"].items() if name.endswith("_difference")}
+    assert differences.keys() <= set(case.compared)
+    assert max(differences.values()) < 1e-5
+
+
+def test_every_drop_in_part_is_measured():
+    for device in ("cpu", "cuda"):
+        assert {case.part for case in default_cases(device) if case.group == "drop-in"} == set(drop_in.PARTS)
+    assert sum(isinstance(case, DropInCase) for case in quick_cases()) == 1
+
+
+def test_batches_that_take_turns_leave_the_queue_as_it_is():
+    case = drop_in_case("memory")
+    step = drop_in.PARTS["memory"]["fused"](case, *make_batch(case, "cpu"))
+    first, *_ = (step() for _ in range(case.columns // case.n))
+    torch.testing.assert_close(step(), first)
+
+
+def test_drop_in_tables(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("pytorch_metric_learning")
+    cases = [run_case(drop_in_case(part), budget=0.01) for part in ("memory", "classifier")]
+    monkeypatch.setattr(drop_in, "available_bytes", lambda device: 0)
+    cases.append(run_case(drop_in_case("memory"), budget=0.01))
+    assert cases[-1]["results"]["pml"] == {"skipped": "needs 0.0 GiB"}
+    record = {"machine": describe("cpu"), "cases": cases}
+    rows = [line for line in readme.table(record).splitlines() if line.startswith(("| cross", "| class"))]
+    assert len(rows) == 3
+    ratio = cases[0]["time_over_fused"]["pml"]
+    shown = rows[0].split(" | ")[4]  # part, size, time, vs dense PyTorch, vs PML, peaks
+    assert float(shown.removesuffix("x")) == pytest.approx(ratio, rel=0.03)
+    assert "64 x 256 x 16" in rows[0]
+    assert "needs 0.0 GiB" in rows[2]
+    print_report(record)
+    printed = capsys.readouterr().out
+    assert "drop-in" in printed
+    assert printed.count("64 x 256 x 16") == 3
+    assert not plot(record, tmp_path / "none.png")
 
 
 def test_separated_batches_keep_fewer_pairs():
