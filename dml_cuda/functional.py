@@ -385,7 +385,7 @@ def pair_weights(
         rule = {"epsilon": batch.epsilon, "similarity": similarity, "self_ref": batch.self_ref}
         rule["ref_count"] = batch.ref_count
         indices = tuple(mined_pairs(embeddings, batch.labels, ref_emb, batch.ref_labels, **rule))
-    with _autocast.off(embeddings.device):
+    with torch.inference_mode(False), _autocast.off(embeddings.device):
         x = full_precision(embeddings, similarity)
         y = x if ref_emb is None else full_precision(ref_emb, similarity)
         kinds = [listed.sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2)]

@@ -148,17 +148,15 @@ class CrossBatchMemory(nn.Module):
         if isinstance(self.miner, MultiSimilarityMiner):
             return self.miner.mine(*batch, **own)
         size = int(self.count)  # a miner of another kind must not see the places that are still empty
-        mined = listed_pairs(
-            self.miner(embeddings, labels, ref_emb[:size], ref_labels[:size]),
-            embeddings,
-            ref_emb,
-            check_range=False,
-        )
-        if places is None:
-            return mined
-        anchors, positives = mined[:2]
-        others = places[anchors] != positives
-        return anchors[others], positives[others], *mined[2:]
+        mined = self.miner(embeddings, labels, ref_emb[:size], ref_labels[:size])
+        if isinstance(mined, MinedPairs):
+            return mined_pairs(*batch, epsilon=mined.epsilon, similarity=mined.similarity, **own)
+        lists = tuple(mined)
+        if places is not None:
+            others = places[lists[0].long()] != lists[1]
+            with_positives = 3 if len(lists) == 3 else 2  # a triplet goes whole
+            lists = (*(index[others] for index in lists[:with_positives]), *lists[with_positives:])
+        return listed_pairs(lists, embeddings, ref_emb, check_range=False)
 
     def extra_repr(self) -> str:
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"

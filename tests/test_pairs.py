@@ -112,7 +112,7 @@ def test_behaves_as_a_tuple_of_four(monkeypatch):
         lambda pairs: [*pairs],
         lambda pairs: list(reversed(pairs))[::-1],
         lambda pairs: pairs.__add__([]),
-        lambda pairs: sum([pairs], []),
+        lambda pairs: pairs.__radd__([]),
         lambda pairs: pairs.copy(),
         lambda pairs: copy.copy(pairs),
         lambda pairs: copy.deepcopy(pairs),
