@@ -26,7 +26,7 @@ test: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
-# Seven minutes on a quiet machine; `readme` then writes the table of the README from its JSON.
+# Eight minutes on a quiet machine; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
 	$(PY) -m benchmarks --out benchmarks/results
 
