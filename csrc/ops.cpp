@@ -45,10 +45,10 @@ TORCH_LIBRARY(dml_cuda, m) {
     m.def("segment_softmax(Tensor grad, Tensor logits, Tensor value, Tensor offsets) -> Tensor");
     // Pairs in the order of their rows, then columns; fresh is false for the repetition of a pair.
     m.def(
-        "pair_sort(Tensor rows, Tensor cols, int n, int m) -> "
+        "pair_sort(Tensor rows, Tensor cols, SymInt n, SymInt m) -> "
         "(Tensor rows, Tensor cols, Tensor offsets, Tensor fresh)");
     // The stable order by column, and where each column's pairs begin.
-    m.def("column_order(Tensor cols, int m) -> (Tensor order, Tensor offsets)");
+    m.def("column_order(Tensor cols, SymInt m) -> (Tensor order, Tensor offsets)");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -6,6 +6,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import _autocast
+
 SIMILARITIES = ("cosine", "dot")
 REDUCTIONS = ("mean", "mean_nonzero", "mean_valid", "sum", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,7 +90,7 @@ def check_points(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     dim, dtype, device = embeddings.shape[1], embeddings.dtype, embeddings.device
     if ref_emb.shape[1] != dim:
         raise ValueError(f"ref_emb: expected {dim} columns as embeddings have, got {ref_emb.shape[1]}")
-    if ref_emb.dtype != dtype:
+    if ref_emb.dtype != dtype and not _autocast.is_on(device):  # there the wider of the two is computed in
         raise TypeError(f"ref_emb: expected {dtype} as embeddings have, got {ref_emb.dtype}")
     if ref_emb.device != device:
         raise ValueError(f"ref_emb: expected on {device} as embeddings are, got on {ref_emb.device}")

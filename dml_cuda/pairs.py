@@ -140,6 +140,8 @@ class MinedPairs(list):
         with torch.no_grad(), _autocast.off(device):
             x = full_precision(self.embeddings, self.similarity)
             y = x if square else full_precision(self.ref_emb, self.similarity)
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
             area = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
             step = max(1, area // max(1, y.shape[0]))
             for begin in range(0, x.shape[0], step):

@@ -44,7 +44,7 @@ def _kernel_similarity(module: torch.nn.Module) -> str | None:
     kind = f"{type(module).__name__} with {module.distance}"
     if similarity is None and kind not in _warned:
         _warned.add(kind)
-        warnings.warn(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it", stacklevel=5)
+        warnings.warn(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it", stacklevel=6)
     return similarity
 
 
@@ -61,14 +61,19 @@ class _Fused:
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
         similarity = _kernel_similarity(self)
-        if similarity is None:
+        if similarity is None or embeddings.shape[0] * ref_emb.shape[0] <= 2:
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         listed = indices_tuple is not None and not isinstance(indices_tuple, MinedPairs)
         if listed and all(len(index) <= 1 for index in indices_tuple):
             return self.zero_losses()  # as pytorch-metric-learning does with a single pair of each kind
         _collect(self.distance, embeddings, ref_emb)
-        if ref_emb is embeddings and ref_labels is labels:
+        if ref_emb is embeddings and (ref_labels is labels or indices_tuple is not None):
             ref_emb = ref_labels = None  # no other points: a row is no pair with itself
+        elif indices_tuple is None and ref_labels is labels:
+            # The very same labels: pytorch-metric-learning takes row i of ref_emb for the same point too.
+            own = torch.arange(embeddings.shape[0], device=embeddings.device)
+            rule = {"epsilon": None, "similarity": similarity, "self_ref": own}
+            indices_tuple = mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
         value = self._row_losses(
             embeddings,
             labels,
