@@ -64,6 +64,13 @@ def cuda_architectures() -> str:
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
+# torch's builder takes the conversions of half-precision numbers away, for its own types' sake.
+PLAIN_HALF = [
+    f"-U__CUDA_NO_{name}__"
+    for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+]
+
+
 def extension(cuda: bool):
     sources = ["csrc/ops.cpp", "csrc/autograd.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
@@ -79,7 +86,7 @@ def extension(cuda: bool):
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("DML_CUDA_ARCHS", f'"{cuda_architectures()}"'),
         ]
-        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *PLAIN_HALF]
     return build("dml_cuda._C", sources, define_macros=macros, extra_compile_args=compile_args)
 
 
