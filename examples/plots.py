@@ -16,7 +16,7 @@ _QUERIES, _NEIGHBOURS = 10, 7
 
 def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(96)

@@ -1,7 +1,8 @@
 """``python -m examples.train_retrieval``: trains embeddings for image retrieval on real images.
 
-Some classes are trained on; the scores are of searches among images of other classes. Writes a JSON log and
-three pictures. Start here for a training of your own: the whole loop is in ``train`` below.
+Some classes are trained on; the scores are of searches among images of other classes. Writes a JSON log, the
+network's weights and three pictures. Start here for a training of your own: the whole loop is in ``train``
+below.
 """
 
 import argparse
@@ -170,7 +171,9 @@ def run(arguments: argparse.Namespace) -> dict:
         console.print(f"\nstopped after {len(log['loss'])} steps; the log so far is {log_path}")
         raise error
     _write(log, log_path)
-    written = [log_path]
+    weights = arguments.out / "network.pt"
+    torch.save(network.state_dict(), weights)
+    written = [log_path, weights]
     if arguments.pictures:
         curves, found, pairs = (
             arguments.out / f"{name}.png" for name in ("curves", "neighbours", "similarities")

@@ -21,6 +21,7 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from examples import train_retrieval
+from examples.networks import make_network
 from examples.options import parse
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +68,10 @@ def test_learns_as_pytorch_metric_learning_does(tmp_path, loss):
     assert fused["evaluations"][-1]["Recall@1"] == pytest.approx(
         peer["evaluations"][-1]["Recall@1"], abs=0.03
     )
-    assert {path.name for path in (tmp_path / "pml").iterdir()} == {"log.json"}
-    assert {path.name for path in (tmp_path / "fused").iterdir()} == {"log.json", *PICTURES}
+    assert {path.name for path in (tmp_path / "pml").iterdir()} == {"log.json", "network.pt"}
+    assert {path.name for path in (tmp_path / "fused").iterdir()} == {"log.json", "network.pt", *PICTURES}
+    weights = torch.load(tmp_path / "fused" / "network.pt")
+    make_network("small", channels=1, embedding_size=64).load_state_dict(weights)
     for name in PICTURES:
         with Image.open(tmp_path / "fused" / name) as picture:
             assert picture.width > 400
