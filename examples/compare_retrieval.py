@@ -140,9 +140,10 @@ def main(options: list[str] | None = None) -> None:
     arguments = parse(options)
     try:
         written = tables(compare(arguments))
-        (arguments.out / "tables.md").write_text(written + "\n")
         if arguments.readme:
             arguments.readme.write_text(insert(arguments.readme.read_text(), written))
+        else:
+            (arguments.out / "tables.md").write_text(written + "\n")
     except KeyboardInterrupt:
         print("stopped before the end: nothing is written", file=sys.stderr)
         sys.exit(130)

@@ -22,7 +22,7 @@ def test_runs_and_writes_everything(tmp_path):
     compare_retrieval.main(options)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {"curves.png", "neighbours.png", "similarities.png", "loss_curves.png"}
-    assert names == {"comparison.json", "tables.md", *pictures}
+    assert names == {"comparison.json", *pictures}
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     written = tables.tables(record)
     assert readme.read_text() == f"above\n{tables.BEGIN}\n{written}\n{tables.END}\nbelow\n"
