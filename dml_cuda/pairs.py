@@ -138,10 +138,10 @@ class MinedPairs(list):
         ref_labels = labels if square else self.ref_labels.long()
         device = self.embeddings.device
         with torch.no_grad(), _autocast.off(device):
-            x = full_precision(self.embeddings, self.similarity)
-            y = x if square else full_precision(self.ref_emb, self.similarity)
-            dtype = torch.promote_types(x.dtype, y.dtype)
-            x, y = x.to(dtype), y.to(dtype)
+            points = [self.embeddings] if square else [self.embeddings, self.ref_emb]
+            dtype = torch.promote_types(points[0].dtype, points[-1].dtype)  # they differ under autocast only
+            x, *refs = (full_precision(each.to(dtype), self.similarity) for each in points)
+            y = x if square else refs[0]
             area = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
             step = max(1, area // max(1, y.shape[0]))
             for begin in range(0, x.shape[0], step):

@@ -4,6 +4,9 @@ Each class subclasses the one of the same name and replaces only its computation
 regularisers, ``collect_stats``, ``isinstance`` checks, ``CrossBatchMemory`` and
 ``DistributedLossWrapper`` go on working. Needs ``pip install "dml_cuda[pml]"`` (version 2.9).
 
+One result differs: pytorch-metric-learning gives 0 for a batch in which a miner leaves one pair of each
+kind at most. To know that, the pairs would have to be counted, so here such pairs have their loss.
+
 >>> from dml_cuda.pml import MultiSimilarityLoss, MultiSimilarityMiner
 >>> miner, loss_fn = MultiSimilarityMiner(epsilon=0.1), MultiSimilarityLoss(reducer=reducers.SumReducer())
 >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))

@@ -46,13 +46,6 @@ def value_and_gradients(function, points, *arguments, **options):
 # --- What the miner returns
 
 
-def sets(lists):
-    """The pairs of each kind as sets; that none is listed twice is part of the contract."""
-    found = [list(zip(*(x.tolist() for x in lists[k : k + 2]), strict=True)) for k in (0, 2)]
-    assert all(len(pairs) == len(set(pairs)) for pairs in found)
-    return [set(pairs) for pairs in found]
-
-
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("m", [None, 150, 1])
 def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
@@ -70,8 +63,8 @@ def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
             s = similarities(embeddings, embeddings if m is None else ref_emb, normalize, None)
             kept = kept_masks(s, *pair_masks(labels, ref_labels), epsilon)
             pairs = MultiSimilarityMiner(epsilon, similarity=similarity)(*batch)
-            expected = [{tuple(pair) for pair in mask.nonzero().tolist()} for mask in kept]
-            assert sets(pairs) == expected
+            for lists, mask in zip((pairs[:2], pairs[2:]), kept, strict=True):
+                assert torch.equal(torch.stack(lists, 1), mask.nonzero())  # in the order of their rows
             counts = pairs.pair_counts()
             for count, mask in zip(counts, kept, strict=True):
                 assert count.dtype == torch.int64
@@ -227,6 +220,17 @@ def test_no_graph_is_kept_alive(loss):
     pairs = MultiSimilarityMiner()(3 * leaf, labels)
     assert pairs.embeddings.grad_fn is None
     assert not any(x.requires_grad for x in pairs)
+
+
+def test_mixed_dtypes_under_autocast():
+    """The wider of the two is computed in, also where the pairs are looked at after it."""
+    embeddings, labels = make_batch(20, 6, dtype=torch.bfloat16)
+    ref_emb, ref_labels = make_batch(30, 6, dtype=torch.float64)
+    expected = MultiSimilarityMiner()(embeddings.double(), labels, ref_emb, ref_labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = MultiSimilarityMiner()(embeddings, labels, ref_emb, ref_labels)
+    assert len(pairs[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(pairs, expected, strict=True))
 
 
 def test_changed_since_mined():

@@ -186,6 +186,20 @@ def test_few_pairs(name):
 
 
 @EVERY
+def test_a_single_mined_pair_of_each_kind(name):
+    """The one result that differs, as the module says: PML's is 0 here, ours what any other number gives."""
+    angles = torch.tensor([0.0, 0.5, 2.0, 2.5], dtype=torch.float64)
+    embeddings, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 1, 2])
+    ref_emb, ref_labels = embeddings[1:3], labels[1:3]
+    miner = dml_cuda.pml.MultiSimilarityMiner(1.5)
+    batch = embeddings[:2], torch.tensor([0, 5]), None, ref_emb, ref_labels
+    found = evaluate(getattr(dml_cuda.pml, name)(), *batch, miner=miner)[0]
+    assert (miner.num_pos_pairs, miner.num_neg_pairs) == (1, 1)
+    assert found > 0
+    assert evaluate(getattr(losses, name)(), *batch, miner=miners.MultiSimilarityMiner(1.5))[0] == 0
+
+
+@EVERY
 def test_our_pairs_in_losses_of_pml(name):
     """MinedPairs, of dml_cuda or of the adapter, are what PML's own losses take."""
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
