@@ -37,6 +37,8 @@ def wants_cuda() -> bool:
         return False
     torch_has_cuda = torch.version.cuda is not None
     home = cpp_extension.CUDA_HOME
+    if home and "CUDA_HOME" not in os.environ and not has_cuda_headers():
+        home = cpp_extension.CUDA_HOME = "/usr/local/cuda"  # where the toolkit's own installer puts it
     has_nvcc = home is not None and shutil.which("nvcc", path=os.path.join(home, "bin")) is not None
     if choice == "cuda" and not torch_has_cuda:
         fail(
@@ -48,7 +50,18 @@ def wants_cuda() -> bool:
             "DML_CUDA_BUILD=cuda, but no nvcc was found.",
             "Install the CUDA toolkit and set CUDA_HOME to it, or set DML_CUDA_BUILD=cpu.",
         )
+    if torch_has_cuda and has_nvcc and not has_cuda_headers():
+        fail(
+            f"there is an nvcc in {home}/bin, but no cuda_runtime.h where torch looks for it from there.",
+            "Set CUDA_HOME to the CUDA toolkit (often /usr/local/cuda), or set DML_CUDA_BUILD=cpu.",
+        )
     return torch_has_cuda and has_nvcc
+
+
+def has_cuda_headers() -> bool:
+    """False where nvcc on the PATH is a link or a script, whose folder is not the toolkit's."""
+    folders = [*cpp_extension.include_paths("cuda"), "/usr/include", *os.environ.get("CPATH", "").split(":")]
+    return any(Path(folder, "cuda_runtime.h").exists() for folder in folders)
 
 
 def cuda_architectures() -> str:
@@ -62,13 +75,6 @@ def cuda_architectures() -> str:
             archs = "8.0;8.6;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;8.6;9.0+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     return os.environ["TORCH_CUDA_ARCH_LIST"]
-
-
-# torch's builder takes the conversions of half-precision numbers away, for its own types' sake.
-PLAIN_HALF = [
-    f"-U__CUDA_NO_{name}__"
-    for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
-]
 
 
 def extension(cuda: bool):
@@ -86,7 +92,7 @@ def extension(cuda: bool):
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("DML_CUDA_ARCHS", f'"{cuda_architectures()}"'),
         ]
-        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *PLAIN_HALF]
+        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
     return build("dml_cuda._C", sources, define_macros=macros, extra_compile_args=compile_args)
 
 

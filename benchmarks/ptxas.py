@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "ptxas"
 ARCHITECTURES = ("80", "90a", "100", "120")
-FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as setup.py's extension is built
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 
 

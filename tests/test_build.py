@@ -23,6 +23,7 @@ import os
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext as BuildExtension
 CUDA_HOME = os.environ.get("CUDA_HOME")
+def include_paths(device_type): return [os.path.join(CUDA_HOME, "include")]
 def CppExtension(name, sources, **_): return Extension(name, sources)
 def CUDAExtension(name, sources, **_):
     print("architectures", os.environ["TORCH_CUDA_ARCH_LIST"])
@@ -110,6 +111,11 @@ def test_cuda_found(tmp_path, choice):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.touch(0o755)
+    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD=choice, CUDA_HOME=str(tmp_path))
+    if choice != "cpu":
+        assert_fails(run, str(nvcc.parent), "cuda_runtime.h", "CUDA_HOME", "DML_CUDA_BUILD=cpu")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/cuda_runtime.h").touch()
     run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD=choice, CUDA_HOME=str(tmp_path))
     assert run.returncode == 0, run.stderr
     assert ("architectures 8.0" in run.stdout) == (choice != "cpu")

@@ -48,6 +48,11 @@ constexpr int kMmaK<Tf32> = 8;
 #include "cuda_on_host.h"
 #else
 
+// torch's builder takes these away, for the sake of torch's own types.
+#undef __CUDA_NO_HALF_OPERATORS__
+#undef __CUDA_NO_HALF_CONVERSIONS__
+#undef __CUDA_NO_HALF2_OPERATORS__
+#undef __CUDA_NO_BFLOAT16_CONVERSIONS__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
