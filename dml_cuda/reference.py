@@ -96,12 +96,10 @@ def reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
     total = losses.sum()
     if reduction == "sum":
         return total
-    count = {
-        "mean": lambda: torch.tensor(len(losses), device=losses.device),
-        "mean_nonzero": lambda: (losses != 0).sum(),
-        "mean_valid": lambda: valid.sum(),
-    }[reduction]()
-    return total / count.clamp(min=1)
+    if reduction == "mean":
+        return total / max(len(losses), 1)
+    counted = losses != 0 if reduction == "mean_nonzero" else valid
+    return total / counted.sum().clamp(min=1)
 
 
 def pair_loss(
