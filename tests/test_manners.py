@@ -1,14 +1,12 @@
 """The losses, the miner and the memory within PyTorch: transforms, compilers, processes, devices."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch._dynamo.testing
 from accuracy import FUNCTIONS
 from data import make_batch
 from torch.autograd import forward_ad
+from two_ranks import run_two_ranks
 
 import dml_cuda
 from dml_cuda import (
@@ -306,13 +304,7 @@ print("done")
 
 
 def test_distributed_data_parallel(tmp_path):
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, **pipes) for command in commands]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert rank.returncode == 0, err
-        assert out == "done\n"
+    run_two_ranks(RANK, tmp_path)
 
 
 def test_public_names():

@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from data import make_batch, make_labels, make_points
+from two_ranks import run_two_ranks
 
 pml = pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
@@ -414,10 +413,4 @@ print("done")
 
 def test_distributed_loss_wrapper(tmp_path):
     """Both of its settings, with and without a miner, on two processes."""
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, **pipes) for command in commands]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert rank.returncode == 0, err
-        assert out == "done\n"
+    run_two_ranks(RANK, tmp_path)
