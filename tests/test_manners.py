@@ -299,7 +299,6 @@ dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, 
 beside()
 inside()
 dist.destroy_process_group()
-print("done")
 """
 
 

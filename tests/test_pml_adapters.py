@@ -407,7 +407,6 @@ for name in ("MultiSimilarityLoss", "CircleLoss"):
             torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=4e-9 * results[1][1].abs().max().item())
 dist.destroy_process_group()
-print("done")
 """  # noqa: E501
 
 

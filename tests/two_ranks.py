@@ -5,7 +5,9 @@ import sys
 
 
 def run_two_ranks(script: str, folder) -> None:
-    """Runs ``script`` with its rank and the path of a store as arguments; each rank must print "done"."""
+    """Runs ``script`` with its rank and the path of a store as arguments; each rank must get to its end."""
+    # Without the interpreter's own end, at which a thread of gloo's that is still there aborts the process.
+    script += "\nprint('done', flush=True)\nimport os\nos._exit(0)\n"
     commands = [[sys.executable, "-c", script, str(rank), str(folder / "store")] for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, **pipes) for command in commands]
