@@ -1,13 +1,15 @@
 """Everything that wants a GPU, in one go: ``make gpu-check``, or ``python -m benchmarks.gpu_check PART ..``.
 
 Builds the kernels for the GPU of this machine, runs the tests on it, runs small cases under
-compute-sanitizer (memcheck, racecheck), and benchmarks. Each part can be run alone and ends within
-eight minutes. What passed is written as one line of ``benchmarks/VERIFIED.md``, the benchmark as
-``benchmarks/results/<gpu>.json``. It works in the source tree, offline, with whatever Python runs it.
+compute-sanitizer (memcheck, racecheck), and benchmarks: everything, and apart from it the batches too
+large for a matrix. Each part can be run alone and ends within eight minutes. What passed is written as one
+line of ``benchmarks/VERIFIED.md``, the benchmarks as ``benchmarks/results/<gpu>.json`` and
+``<gpu>-memory.json``. It works in the source tree, offline, with whatever Python runs it.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,14 +29,21 @@ def sanitizer(tool: str) -> list[str]:
     return [program, *options, *PYTEST, "tests/test_cuda.py", "-k", "awkward_sizes"]
 
 
-def commands(out: Path) -> dict[str, list[list[str]]]:
+def benchmark(out: Path, name: str, groups: tuple[str, ...]) -> list[str]:
+    where = ["--device", "cuda", "--out", str(out), "--name", name]
+    return [sys.executable, "-m", "benchmarks", *where, "--seconds", "2", "--cases", *groups]
+
+
+def commands(out: Path, gpu: str) -> dict[str, list[list[str]]]:
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
         # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
         "tests": [[*PYTEST, "tests/test_cuda.py", "tests/test_emulator.py"]],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
-        "benchmark": [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--out", str(out)]],
+        "benchmark": [benchmark(out, name, ("train", "pml", "forward", "drop-in"))],
+        "memory": [benchmark(out, f"{name}-memory", ("memory",))],
     }
 
 
@@ -78,15 +87,15 @@ def record(gpu: str, outcome: dict[str, bool]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="build, tests, memcheck, racecheck, benchmark (all)")
+    parser.add_argument("parts", nargs="*", help="build, tests, memcheck, racecheck, benchmark, memory (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON goes")
     arguments = parser.parse_args()
-    known = commands(arguments.out)
+    gpu = gpu_name()
+    known = commands(arguments.out, gpu)
     wanted = arguments.parts or list(known)
     unknown = set(wanted) - set(known)
     if unknown:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    gpu = gpu_name()
     outcome = {}
     for part in wanted:
         start = time.perf_counter()
