@@ -92,5 +92,5 @@ def _cached(inputs, command, suffix):
         done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        os.replace(fresh, target)  # whole or not at all, also when two sessions build at once
+        os.replace(fresh, target)  # whole or not at all, also when two runs build at once
     return target
