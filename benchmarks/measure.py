@@ -13,7 +13,6 @@ import torch
 
 _SHORTEST_SAMPLE = 5e-3  # seconds; shorter steps are repeated within a sample
 _MOST_SAMPLES = 30
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class CpuClock:
@@ -34,12 +33,12 @@ class CpuClock:
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)  # else memory freed by the peer before hides this one's need
-            _CLEAR_REFS.write_text("5")  # resets VmHWM, the high-water mark
+            reset_high_water_mark()
         except (OSError, AttributeError):
             return None
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         result = step()  # alive until the mark is read: a gradient counts
-        peak = _status_bytes("VmHWM") - before
+        peak = status_bytes("VmHWM") - before
         del result
         return max(0, peak)
 
@@ -92,7 +91,13 @@ def make_clock(device: str) -> CpuClock | CudaClock:
     return CudaClock() if device == "cuda" else CpuClock()
 
 
-def _status_bytes(field: str) -> int:
+def reset_high_water_mark() -> None:
+    """Lets VmHWM of this process begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_bytes(field: str) -> int:
+    """A size that the system tells of this process, such as VmRSS or VmHWM; OSError where it does not."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .machine import one_line
+from .markdown import Section, markdown_table
 from .report import (
     NOTHING,
     SPEEDUP_PEERS,
@@ -20,7 +21,8 @@ from .report import (
     versus,
 )
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+SECTION = Section("benchmarks")
+BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
 _RESULTS = Path(__file__).parent / "results"
 _COLUMNS = {
     "reference": "dense PyTorch",
@@ -28,11 +30,6 @@ _COLUMNS = {
     "pml": "PML",
     "chunked": "chunked PyTorch",
 }
-
-
-def _markdown(header: list[str], rows: list[list[str]], left: int) -> str:
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def _peaks(case: dict) -> str:
@@ -66,7 +63,7 @@ def _drop_in_table(cases: list[dict]) -> str:
         ]
         for case in cases
     ]
-    table = _markdown([*header, "peak MiB, here / there"], rows, left=2)
+    table = markdown_table([*header, "peak MiB, here / there"], rows, left=2)
     return f"**parts that stand in for pytorch-metric-learning's; losses forward+backward**\n\n{table}"
 
 
@@ -84,18 +81,10 @@ def table(record: dict) -> str:
         header += [f"vs {_COLUMNS[peer]}" for peer in peers]
         header += ["peak MiB, here / least of the others"]
         rows = [_row(case, peers) for case in members]
-        parts.append(f"**{passes}, {dtype}**\n\n{_markdown(header, rows, left=3)}")
+        parts.append(f"**{passes}, {dtype}**\n\n{markdown_table(header, rows, left=3)}")
     if drop_ins:
         parts.append(_drop_in_table(drop_ins))
     return "\n\n".join(parts)
-
-
-def insert(text: str, tables: str) -> str:
-    """``text`` with what lies between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README needs one line {BEGIN} and, after it, one line {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:

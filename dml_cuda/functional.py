@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _C, _autocast, listed, ops, reference
 from ._arguments import check_batch, check_choice, check_flag, check_number, check_options, check_points
 from .formulas import Circle, Formula, MultiSimilarity
-from .pairs import MinedPairs, full_precision, listed_pairs, mined_pairs
+from .pairs import MinedPairs, listed_pairs, mined_pairs
 
 BACKENDS = ("auto", "fused", "reference")
 _warned: set[str] = set()
@@ -386,13 +386,11 @@ def pair_weights(
         rule["ref_count"] = batch.ref_count
         indices = tuple(mined_pairs(embeddings, batch.labels, ref_emb, batch.ref_labels, **rule))
     with torch.inference_mode(False), _autocast.off(embeddings.device):
-        x = full_precision(embeddings, similarity)
-        y = x if ref_emb is None else full_precision(ref_emb, similarity)
-        kinds = [listed.sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2)]
-        found = [listed.similarities(x, y, pairs).requires_grad_() for pairs in kinds]
+        found, kinds = listed.measured_pairs(embeddings, ref_emb, indices, similarity)
+        for s in found:
+            s.requires_grad_()
         with torch.enable_grad():
-            reduction = "sum" if reduction == "none" else reduction
-            value = listed.reduced_loss(formula, *zip(found, kinds, strict=True), reduction)
+            value = listed.reduced_loss(formula, found, kinds, "sum" if reduction == "none" else reduction)
         weights = torch.autograd.grad(value, found)
     columns = []
     for s, pairs, weight in zip(found, kinds, weights, strict=True):

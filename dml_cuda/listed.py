@@ -45,15 +45,25 @@ def similarities(x: Tensor, y: Tensor, pairs: SortedPairs) -> Tensor:
     return call("pair_products", x, y, pairs.rows, pairs.cols, pairs.offsets)
 
 
+def measured_pairs(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    indices: tuple[Tensor, Tensor, Tensor, Tensor],
+    similarity: str,
+) -> tuple[tuple[Tensor, Tensor], tuple[SortedPairs, SortedPairs]]:
+    """The similarities of the positives and of the negatives, and the sorted pairs that they are of."""
+    x = full_precision(embeddings, similarity)
+    y = x if ref_emb is None else full_precision(ref_emb, similarity)
+    pos, neg = (sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2))
+    return (similarities(x, y, pos), similarities(x, y, neg)), (pos, neg)
+
+
 def reduced_loss(
-    formula: Formula,
-    positive: tuple[Tensor, SortedPairs],
-    negative: tuple[Tensor, SortedPairs],
-    reduction: str,
+    formula: Formula, found: tuple[Tensor, Tensor], pairs: tuple[SortedPairs, SortedPairs], reduction: str
 ) -> Tensor:
-    """The loss from the similarities of each kind and their pairs."""
+    """The loss from what ``measured_pairs`` gives."""
     logsumexp = partial(call, "segment_logsumexp")
-    (s_pos, pos), (s_neg, neg) = positive, negative
+    (s_pos, s_neg), (pos, neg) = found, pairs
     lse_pos = logsumexp(pos.logits(formula.positive_logits(s_pos)), pos.offsets, formula.plus_one)
     lse_neg = logsumexp(neg.logits(formula.negative_logits(s_neg)), neg.offsets, formula.plus_one)
     some = (pos.offsets.diff() > 0) | (neg.offsets.diff() > 0)
@@ -70,8 +80,5 @@ def pair_loss(
 ) -> Tensor:
     """The loss of the listed pairs, float32 or float64."""
     with _autocast.off(embeddings.device):
-        x = full_precision(embeddings, similarity)
-        y = x if ref_emb is None else full_precision(ref_emb, similarity)
-        kinds = [sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2)]
-        positive, negative = ((similarities(x, y, pairs), pairs) for pairs in kinds)
-        return reduced_loss(formula, positive, negative, reduction)
+        found, pairs = measured_pairs(embeddings, ref_emb, indices, similarity)
+        return reduced_loss(formula, found, pairs, reduction)

@@ -215,8 +215,8 @@ class CircleClassifierLoss(nn.Module):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]``: gamma times the cosine with each class's weight, for inference."""
-        units = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.W.T))
-        return self.loss.options["gamma"] * torch.matmul(next(units), next(units).T)
+        unit, classes = nn.functional.normalize(embeddings, dim=1), nn.functional.normalize(self.W, dim=0)
+        return self.loss.options["gamma"] * torch.matmul(unit, classes)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.W.shape[1]}, embedding_size={self.W.shape[0]}"

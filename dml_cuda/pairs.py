@@ -151,7 +151,9 @@ class MinedPairs(list):
                 if square:
                     positive = without_self(positive, torch.arange(rows.start, rows.stop, device=device))
                 if self.ref_count is not None:
-                    positive, negative = (first_columns(x, self.ref_count) for x in (positive, negative))
+                    positive, negative = (
+                        first_columns(mask, self.ref_count) for mask in (positive, negative)
+                    )
                 if self.epsilon is not None:
                     positive, negative = mine(x[rows] @ y.T, positive, negative, self.epsilon)
                 if self.self_ref is not None:
@@ -207,10 +209,8 @@ class MinedPairs(list):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        rows, columns = (
-            self.embeddings.shape[0],
-            (self.ref_emb if self.ref_emb is not None else self.embeddings),
-        )
+        columns = self.embeddings if self.ref_emb is None else self.ref_emb
+        rows = self.embeddings.shape[0]
         return f"MinedPairs(epsilon={self.epsilon}, rows={rows}, columns={columns.shape[0]})"
 
     pos_anchors = property(lambda self: self[0])

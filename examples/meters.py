@@ -2,12 +2,11 @@
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+from benchmarks.measure import reset_high_water_mark, status_bytes
 
 
 class StepTimer:
@@ -64,14 +63,13 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
-            _CLEAR_REFS.write_text("5")  # resets VmHWM, the high-water mark
+            reset_high_water_mark()
 
     def stop(self) -> None:
         if self._cuda:
             peak = torch.cuda.max_memory_allocated()
         elif sys.platform == "linux":
-            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-            peak = int(line.split()[1]) * 1024
+            peak = status_bytes("VmHWM")
         else:
             return
         self.bytes = max(self.bytes or 0, peak)

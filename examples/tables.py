@@ -3,18 +3,14 @@
 import numpy as np
 
 from benchmarks.machine import one_line
+from benchmarks.markdown import Section, markdown_table
 
-BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
+SECTION = Section("comparison")
+BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
 TITLES = {"ms": "MS", "circle": "circle"}
 OURS, THEIRS = "dml_cuda", "PML"
 _SCORES = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "NMI", "MAP@R")
 _EARLY = 20  # steps in which rounding has not yet grown
-
-
-def markdown(header: list[str], rows: list[list[str]], left: int) -> str:
-    """A table whose first ``left`` columns are flush left, the others right."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def _percent(values: list[float]) -> str:
@@ -47,7 +43,7 @@ def _retrieval(runs: dict[str, list[dict]]) -> str:
     for loss, title in TITLES.items():
         rows.append(_row(f"{title}, {OURS}", runs[loss], "after"))
         rows.append(_row(f"{title}, {THEIRS}", runs[f"pml-{loss}"], "after"))
-    return markdown(header, rows, left=1)
+    return markdown_table(header, rows, left=1)
 
 
 def _relative(differences: np.ndarray) -> str:
@@ -89,10 +85,10 @@ def _batches(batches: list[dict]) -> str:
         cells = [TITLES[each["loss"]], str(each["batch_size"])]
         cells += [_milliseconds(run["step_s"]) for run in runs]
         cells += [f"{runs[1]['step_s'] / runs[0]['step_s']:.1f}x"]
-        cells += [f"{100 * run['loss_s'] / run['step_s']:.0f} %" for run in runs]
+        cells += [_share(run) for run in runs]
         cells += [_mebibytes(run["peak_memory_bytes"]) for run in runs]
         rows.append(cells)
-    return markdown(header, rows, left=1)
+    return markdown_table(header, rows, left=1)
 
 
 def tables(record: dict) -> str:
@@ -114,11 +110,3 @@ def tables(record: dict) -> str:
         f"Peak memory is that of {record['peak_memory_of']}.",
     ]
     return "\n\n".join(parts)
-
-
-def insert(text: str, written: str) -> str:
-    """``text`` with what lies between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README needs one line {BEGIN} and, after it, one line {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{written}\n{END}{rest.split(END)[1]}"
