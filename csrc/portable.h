@@ -9,6 +9,14 @@
 #define DML_INLINE inline __attribute__((always_inline))
 #endif
 
+// Unrolls the loop that follows, on the host; nvcc unrolls loops of known length by itself.
+#if defined(__CUDACC__)
+#define DML_UNROLL(n)
+#else
+#define DML_PRAGMA(text) _Pragma(#text)
+#define DML_UNROLL(n) DML_PRAGMA(GCC unroll n)
+#endif
+
 namespace dml {
 
 // a * b, rounded. A compiler may otherwise merge the product with a later subtraction into one fused

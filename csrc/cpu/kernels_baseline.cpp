@@ -1,7 +1,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "exp.h"
+#include "../numeric.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
 

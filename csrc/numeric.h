@@ -1,14 +1,16 @@
-// exp as plain arithmetic, so that the compiler turns a loop over it into vector code for whatever
-// instruction set the translation unit is built for. About 1 ulp on [-87, 88] (float) and
-// [-708, 709] (double); arguments outside are clamped, which a log-sum-exp cannot tell from 0.
+// The functions that laws are made of. On the host exp is plain arithmetic, so that the compiler turns a loop
+// over it into vector code for whatever instruction set the translation unit is built for: about 1 ulp on
+// [-87, 88] (float) and [-708, 709] (double); arguments outside are clamped, which a log-sum-exp cannot tell
+// from 0.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "../portable.h"
+#include "portable.h"
 
-namespace dml::cpu {
+namespace dml {
 
 template <typename T>
 struct ExpTraits;
@@ -45,6 +47,9 @@ DML_INLINE To bit_cast(From from) {
 // kTerms terms is exact to the last bit or so.
 template <typename T>
 DML_INLINE T exp_fast(T x) {
+#if defined(__CUDA_ARCH__)
+    return std::exp(x);
+#else
     using Traits = ExpTraits<T>;
     using Bits = typename Traits::Bits;
     x = x < Traits::kLow ? Traits::kLow : x;
@@ -53,12 +58,46 @@ DML_INLINE T exp_fast(T x) {
     const T n = shifted - Traits::kRound;
     const T r = (x - n * Traits::kLn2High) - n * Traits::kLn2Low;
     T series = T(1);
-#pragma GCC unroll 16
+    DML_UNROLL(16)
     for (int k = Traits::kTerms; k >= 1; --k) series = series * r * T(1.0 / k) + T(1);
     // The low bits of shifted hold n; moved to the exponent field they multiply by 2^n.
     const Bits exponent =
         static_cast<Bits>(static_cast<uint64_t>(bit_cast<Bits>(shifted)) << Traits::kMantissa);
     return bit_cast<T>(static_cast<Bits>(bit_cast<Bits>(series) + exponent));
+#endif
 }
 
-}  // namespace dml::cpu
+// log(1 + x) for x in [0, 1]: 2 artanh(x / (2 + x)), whose argument is at most a third.
+template <typename T>
+DML_INLINE T log1p_fast(T x) {
+#if defined(__CUDA_ARCH__)
+    return std::log1p(x);
+#else
+    constexpr int kTerms = sizeof(T) == 8 ? 17 : 8;
+    const T z = x / (T(2) + x), square = z * z;
+    T series = T(1.0 / (2 * kTerms + 1));
+    DML_UNROLL(32)
+    for (int k = kTerms - 1; k >= 0; --k) series = series * square + T(1.0 / (2 * k + 1));
+    return T(2) * z * series;
+#endif
+}
+
+template <typename T>
+DML_INLINE T relu(T x) {
+    return x > T(0) ? x : T(0);
+}
+
+template <typename T>
+DML_INLINE T sigmoid(T x) {
+    const T e = exp_fast(x < T(0) ? x : -x);
+    const T share = T(1) / (T(1) + e);
+    return x < T(0) ? e * share : share;
+}
+
+// log(1 + exp(x)), without overflow for large x and without cancellation for small.
+template <typename T>
+DML_INLINE T softplus(T x) {
+    return relu(x) + log1p_fast(exp_fast(x < T(0) ? x : -x));
+}
+
+}  // namespace dml

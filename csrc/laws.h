@@ -1,0 +1,66 @@
+// The list of laws. From it come the names that ops take, the number of their parameters, the tables of
+// CPU kernels, the switch of the CUDA kernels, and what Python and the emulator know. To add a loss, write
+// its struct in laws/ and add one line here.
+#pragma once
+
+#include <string_view>
+
+#include "laws/binomial_deviance.h"
+#include "laws/circle.h"
+#include "laws/contrastive.h"
+#include "laws/multi_similarity.h"
+#include "laws/nt_xent.h"
+#include "laws/sup_con.h"
+
+//  X(name of the law in ops, its struct)
+#define DML_LAWS(X)                        \
+    X(multi_similarity, MultiSimilarity)   \
+    X(circle, Circle)                      \
+    X(contrastive, Contrastive)            \
+    X(binomial_deviance, BinomialDeviance) \
+    X(nt_xent, NTXent)                     \
+    X(sup_con, SupCon)
+
+namespace dml {
+
+enum class LawId : int {
+#define DML_ID(name, Struct) name,
+    DML_LAWS(DML_ID)
+#undef DML_ID
+};
+
+// A law as a value, so that a generic lambda can be handed one.
+template <template <typename> class Law>
+struct LawTag {
+    template <typename T>
+    using Of = Law<T>;
+};
+
+// visit(LawTag<..>) of the law: one branch, uniform where the law is the same for all.
+template <typename Visit>
+DML_INLINE auto with_law(LawId law, const Visit& visit) {
+    switch (law) {
+#define DML_CASE(name, Struct) \
+    case LawId::name:          \
+        return visit(LawTag<Struct>{});
+        DML_LAWS(DML_CASE)
+#undef DML_CASE
+    }
+    return visit(LawTag<MultiSimilarity>{});  // not reached: ids come from the list
+}
+
+struct LawInfo {
+    std::string_view name;
+    LawId id;
+    int params;
+    bool pair_units;
+};
+
+inline constexpr LawInfo kLaws[] = {
+#define DML_INFO(name, Struct) \
+    {#name, LawId::name, Struct<float>::kParams, Struct<float>::kUnit == Unit::kPair},
+    DML_LAWS(DML_INFO)
+#undef DML_INFO
+};
+
+}  // namespace dml
