@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from losses import LOSSES
 
 import dml_cuda
@@ -80,7 +79,7 @@ COMMON = {
     "epsilon string": ({"epsilon": "0.1"}, TypeError, ["epsilon", "number", "str"]),
     "epsilon True": ({"epsilon": True}, TypeError, ["epsilon", "number", "bool"]),
     "epsilon beyond float": ({"epsilon": 10**400}, ValueError, ["epsilon", "finite", "1"]),
-    "similarity": ({"similarity": "manhattan"}, ValueError, ["similarity", "cosine", "euclidean", "manhattan"]),
+    "similarity": ({"similarity": "l1"}, ValueError, ["similarity", "cosine", "dot", "euclidean", "l1"]),
     "similarity None": ({"similarity": None}, TypeError, ["similarity", "cosine", "dot", "NoneType"]),
     "reduction": ({"reduction": "average"}, ValueError, ["reduction", "mean", "sum", "average"]),
     "reduction None": ({"reduction": None}, TypeError, ["reduction", "mean", "none", "NoneType"]),
@@ -116,7 +115,7 @@ def test_function(loss, changed, error, says):
 
 @pytest.mark.parametrize(("loss", "changed", "error", "says"), CASES)
 def test_module(loss, changed, error, says):
-    """A module refuses wrong options when it is made and when they are set, wrong batches when it is called."""
+    """A module refuses wrong options when made and when they are set, and wrong batches when called."""
     options = {k: v for k, v in changed.items() if k not in BATCH}
     if not options:
         with expect(error, says):
