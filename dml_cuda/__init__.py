@@ -12,12 +12,18 @@ except ImportError as error:
 
 from . import functional, reference
 from .losses import (
+    ArcFaceLoss,
     BinomialDevianceLoss,
     CircleClassifierLoss,
     CircleLoss,
     ContrastiveLoss,
+    CosFaceLoss,
     MultiSimilarityLoss,
+    NormalizedSoftmaxLoss,
     NTXentLoss,
+    ProxyAnchorLoss,
+    ProxyNCALoss,
+    SoftTripleLoss,
     SupConLoss,
 )
 from .memory import CrossBatchMemory
@@ -28,17 +34,23 @@ from .pairs import MinedPairs, PairCounts
 __version__: str = _C.version
 
 __all__ = [
+    "ArcFaceLoss",
     "BinomialDevianceLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
+    "CosFaceLoss",
     "CrossBatchMemory",
     "MinedPairs",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
+    "NormalizedSoftmaxLoss",
     "PairCounts",
     "PairOptions",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "SoftTripleLoss",
     "SupConLoss",
     "build_info",
     "functional",
