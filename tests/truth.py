@@ -120,6 +120,28 @@ def sup_con(pos, neg, temperature=0.1):
     return Row([Part(loss)], by_pos / temperature, by_neg / temperature)
 
 
+def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
+    """psi(theta) = cos(theta + angle) - margin of the own class, monotone beyond pi - angle."""
+    if len(pos) == 0 or len(neg) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    angle, theta = np.arctan2(sine, cosine), np.arccos(np.clip(pos, -1.0, 1.0))
+    falls = theta <= np.pi - angle
+    psi = np.where(falls, np.cos(theta + angle), pos - angle * np.sin(angle)) - margin
+    across = np.divide(pos, np.sin(theta), out=0 * pos, where=np.sin(theta) > 0)
+    slope = np.where(falls, cosine + sine * across, 1.0)
+    pull, pos_shares = log_sum_exp(-scale * psi)
+    push, neg_shares = log_sum_exp(scale * neg)
+    wrong = sigmoid(pull + push)
+    return Row([Part(softplus(pull + push))], -scale * wrong * pos_shares * slope, scale * wrong * neg_shares)
+
+
+def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
+    pull, pos_shares = _log_one_plus(-alpha * (pos - margin))
+    push, neg_shares = _log_one_plus(alpha * (neg + margin))
+    parts = [Part(pull, int(len(pos) > 0), int(pull != 0)), Part(push, 1, int(push != 0))]
+    return Row(parts, -alpha * pos_shares, alpha * neg_shares)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -127,6 +149,8 @@ ROWS = {
     "binomial_deviance": binomial_deviance,
     "nt_xent": nt_xent,
     "sup_con": sup_con,
+    "margin_softmax": margin_softmax,
+    "proxy_anchor": proxy_anchor,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
 DEFAULT_MARGINS = {"multi_similarity": {"base": 0.5}, "binomial_deviance": {"base": 0.5}}

@@ -4,10 +4,10 @@
 
 namespace dml {
 
-// Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, equation 4. The rows are the proxies of
-// the classes, the columns the embeddings: log(1 + sum_P exp(-alpha (s - margin))), averaged over the proxies
-// that have positives, plus log(1 + sum_N exp(alpha (s + margin))), averaged over all.
-// params: margin, alpha.
+// Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, equation 4. The rows are the proxies
+// of the classes, the columns the embeddings: log(1 + sum_P exp(-alpha (s - margin))), averaged over the
+// proxies that have positives, plus log(1 + sum_N exp(alpha (s + margin))), averaged over all. params:
+// margin, alpha.
 template <typename T>
 struct ProxyAnchor : LawDefaults {
     static constexpr int kParts = 2;
