@@ -19,12 +19,16 @@ namespace dml::cpu {
 
 inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
 
+// Matrix products take whole blocks of 16: for what is left over beyond them a library may add up in an order
+// that depends on the number of threads.
+inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+
 // An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
 // of the first-level cache.
 template <typename T>
 int64_t row_stride(int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(T);
-    return ((dim + kLine - 1) / kLine | 1) * kLine;
+    return ((padded(dim) + kLine - 1) / kLine | 1) * kLine;
 }
 
 // Rows per task, and the work of one.
@@ -50,11 +54,13 @@ class PackedPoints {
 
     int64_t size() const { return source_.size(0); }
     int64_t stride() const { return row_stride<T>(width); }
+    int64_t padded_width() const { return padded(width); }
 
     // Packs the points from first to last, in sorted order, unless they are there already.
     void show(int64_t first, int64_t last);
 
-    // Of a point that is shown: D columns used, a unit row when normalised, else as given.
+    // Of a point that is shown, a unit row when normalised, else as given, then zeros; after the last point
+    // rows of zeros fill up a block of 16.
     T* row(int64_t i) const { return x_.data_ptr<T>() + (i - first_) * stride(); }
     const T* square(int64_t i) const { return square_.const_data_ptr<T>() + (i - first_); }  // |x|^2
     T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 when not normalised
@@ -73,7 +79,7 @@ class PackedPoints {
     const int32_t* const order_;
     const Similarity how_;
     int64_t first_ = 0, last_ = 0;
-    at::Tensor x_;         // [window, stride]
+    at::Tensor x_;         // [padded(window), stride]
     at::Tensor inv_norm_;  // [window]
     at::Tensor square_;    // [window] of what is packed
 };
@@ -82,13 +88,14 @@ template <typename T>
 void PackedPoints<T>::show(int64_t first, int64_t last) {
     if (x_.defined() && first == first_ && last == last_) return;
     const int64_t n = last - first;
-    if (!x_.defined() || n > x_.size(0)) {
-        x_ = at::empty({n, stride()}, options());
+    if (!x_.defined() || n > inv_norm_.size(0)) {
+        x_ = at::empty({padded(n), stride()}, options());
         inv_norm_ = at::empty({n}, options());
         square_ = at::empty({how_.euclidean ? n : 0}, options());
     }
     first_ = first;
     last_ = last;
+    std::fill(row(last), row(first + padded(n)), T(0));
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source_.scalar_type(), "pack", [&] {
         finite &= pack_rows(source_.const_data_ptr<scalar_t>(), source_.stride(0), order_ + first, n);
     });
@@ -132,6 +139,7 @@ bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, cons
             if (normalize) {
                 for (int64_t d = 0; d < dim; ++d) out[d] *= scale;
             }
+            std::fill(out + dim, out + x_stride, T(0));
             if (width > dim) out[dim] = T(1);
             if (!how.euclidean) continue;
             square = 0;  // of what is stored
@@ -143,16 +151,16 @@ bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, cons
     return finite.load();
 }
 
-// From the gradient G [count, width] with respect to the packed rows from `first` on to that of the
+// From the gradient G [count, padded width] with respect to the packed rows from `first` on to that of the
 // embeddings: dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for distances between rows
 // as they come, G itself for the dot product.
 template <typename T, typename Output>
 void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
                  Output* out) {
-    const int64_t dim = points.dim, width = points.width;
+    const int64_t dim = points.dim, width = points.width, pitch = points.padded_width();
     for_pieces(count, row_piece(dim), count * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const T *g = gradient + i * width, *x = points.row(first + i);
+            const T *g = gradient + i * pitch, *x = points.row(first + i);
             Output* q = out + points.place(first + i) * dim;
             T along = width > dim ? g[dim] : T(0);
             if (points.normalized()) {
