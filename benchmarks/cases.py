@@ -17,7 +17,15 @@ STREAMING_PEERS = ("fused", "chunked")  # those that never hold the N x N matrix
 CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
 
 
-_LOSS_TITLES = {"multi_similarity": "MS", "circle": "circle"}
+_LOSS_TITLES = {
+    "multi_similarity": "MS",
+    "circle": "circle",
+    "normalized_softmax": "softmax",
+    "cosface": "CosFace",
+    "arcface": "ArcFace",
+    "proxy_anchor": "proxy anchor",
+    "soft_triple": "SoftTriple",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Case:
     """One loss on one batch of ``n`` rows of ``d`` columns."""
 
     group: str
-    loss: str  # "multi_similarity" or "circle"
+    loss: str  # a key of _LOSS_TITLES; those after circle are class-level only
     n: int
     d: int
     epsilon: float | None = EPSILON  # the miner's margin; None takes every pair
@@ -136,14 +144,20 @@ def _drop_in_cases() -> list[Case]:
     mining = product(("list", "count"), (512, 2048), (128, 512))
     listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
     batches = (8192, False), (65_536, True)
+    heads = ("circle", "normalized_softmax", "cosface", "arcface", "proxy_anchor")
+    classifier = partial(case, epsilon=None, part="classifier")
     return [
         *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
         *(case(loss, 2048, 512, part=part) for loss, part in listed),
         *(case("multi_similarity", n, d, part="mined") for n, d in ((512, 128), (2048, 512))),
         *(case("multi_similarity", 512, 128, part="memory", columns=m, once=once) for m, once in batches),
         *(
-            case("circle", 512, 128, epsilon=None, part="classifier", columns=c, peers=("fused", "reference"))
-            for c in (10_000, 100_000)
+            classifier(loss, n, 128, columns=c, peers=("matmuls", "fused", "reference", "pml"))
+            for loss, (n, c) in product(heads, ((128, 100), (512, 10_000), (512, 100_000)))
+        ),
+        *(
+            classifier("soft_triple", n, 128, columns=c, peers=("fused", "reference", "pml"))
+            for n, c in ((128, 100), (512, 10_000))
         ),
     ]
 

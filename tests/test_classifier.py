@@ -220,7 +220,7 @@ def test_merged_centers():
     assert module.merged_centers(0.06).tolist() == [4, 2, 1]  # 0, 0.05 and 0.1 in a chain
     assert module.merged_centers(0.04).tolist() == [4, 4, 1]
     assert module.merged_centers(1.1).tolist() == [1, 2, 1]
-    with pytest.raises(ValueError, match="^threshold: expected 0 or more"):
+    with pytest.raises(ValueError, match=r"^threshold: expected 0 or more"):
         module.merged_centers(-1)
 
 
@@ -279,10 +279,11 @@ def test_next_to_nothing(head, n):
         module = head.make(classes, 3)
         embeddings, labels = make_rows(module, n)
         loss, grad, grad_weight = evaluate(module, embeddings, labels)
-        assert torch.isfinite(loss) and torch.isfinite(grad).all() and torch.isfinite(grad_weight).all()
+        assert all(torch.isfinite(x).all() for x in (loss, grad, grad_weight))
     assert module.get_logits(embeddings).shape == (n, classes)
     zeros = evaluate(module, torch.zeros(3, 3), torch.tensor([0, 1, 1]))
-    assert torch.isfinite(zeros[0]) and (zeros[1] == 0).all()
+    assert torch.isfinite(zeros[0])
+    assert (zeros[1] == 0).all()
 
 
 @EVERY_HEAD
@@ -291,9 +292,10 @@ def test_not_a_number(head):
     embeddings, labels = make_rows(module, 20)
     embeddings[7, 2] = math.nan
     loss, grad, _ = evaluate(module, embeddings, labels)
-    assert torch.isnan(loss) and torch.isnan(grad[7]).any()
+    assert torch.isnan(loss)
+    assert torch.isnan(grad[7]).any()
     embeddings[7, 2] = 1
-    parameter(module).data.view(-1)[5] = math.inf
+    parameter(module).data[1, 1] = math.inf
     assert torch.isnan(evaluate(module, embeddings, labels)[0])
 
 
@@ -329,9 +331,7 @@ def test_options(head):
         module(embeddings, labels[:3])
     with pytest.raises(ValueError, match=r"^embeddings: expected embedding_size=4 columns, got 5"):
         module(torch.randn(3, 5), labels[:3])
-    with pytest.raises(
-        TypeError, match=r"^embeddings: expected torch\.float32 as \w+ has, got torch\.float16"
-    ):
+    with pytest.raises(TypeError, match=r"^embeddings: expected torch\.float32 as \w+ has, got"):
         module(embeddings.half(), labels)
 
 

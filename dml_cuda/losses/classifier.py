@@ -41,7 +41,8 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
 
 def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
     """``[N]`` how often each row is listed, over the most often; 1 where none is."""
-    counts = embeddings.new_zeros(embeddings.shape[0], dtype=torch.float32)
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
     for index in indices:
         index = index.to(counts.device, torch.long)
         counts = counts.index_add(0, index, torch.ones_like(index, dtype=counts.dtype))

@@ -50,8 +50,8 @@ class ProxyAnchorLoss(ClassifierLoss):
         alpha: the scale, above 0.
         num_classes, embedding_size: C and D.
         options: ``reduction="mean"`` is the equation above; ``"mean_nonzero"`` divides each sum by the
-            proxies whose term is not 0, ``"sum"`` by nothing; ``"none"`` gives ``[C]``, each proxy's two terms
-            together. ``backend="auto"``.
+            proxies whose term is not 0, ``"sum"`` by nothing; ``"none"`` gives ``[C]``, each proxy's two
+            terms together. ``backend="auto"``.
 
     Attributes:
         proxies: ``[C, D]`` parameter, drawn as by ``kaiming_normal_(mode="fan_out")`` at first.
