@@ -10,6 +10,7 @@ Within a block the centres are ordered [K, classes], so that sums over k run ove
 import torch
 from torch import Tensor
 
+from . import _autocast
 from .reference import TINY_NORM
 
 _BLOCK = 1 << 19  # logits of rows and centres that are there at once
@@ -49,7 +50,7 @@ class _Block:
 
     def exponentials(self, x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """t ``[N, K, classes]``, its exponentials up to a factor, their sums, and T ``[N, classes]``."""
-        t = (x @ self.flat.T).mul_(1 / gamma).view(len(x), self.per_class, -1)
+        t = (x @ self.flat.T).mul_(1 / gamma).view(len(x), self.per_class, self.stop - self.start)
         e = t.exp() if 1 / gamma < _LARGEST else (t - t.amax(1, keepdim=True)).exp_()
         total = e.sum(1)
         return t, e, total, (e * t).sum(1).div_(total)
@@ -100,17 +101,20 @@ def soft_triple(
     dtype = _wide(embeddings.dtype)
     x, _ = _unit(embeddings.to(dtype))
     n, classes = len(x), len(centers) // per_class
-    total, own = x.new_full((n,), -float("inf")), x.new_zeros(n)
+    most, sums, own = x.new_full((n,), -float("inf")), x.new_zeros(n), x.new_zeros(n)
     apart = x.new_zeros(())
     for start, stop in _blocks(n, classes, per_class):
         block = _Block(centers, start, stop, per_class, dtype)
         *_, of_class = block.exponentials(x, gamma)
         logits = block.logits(of_class, labels, la, gamma, margin)
-        total = torch.logaddexp(total, logits.logsumexp(1))
         place, here = block.own(labels)
         own += torch.where(here, logits.gather(1, place), 0.0).squeeze(1)
+        # A sum and not its logarithm, which would be rounded at its own size in every block.
+        before, most = most, torch.maximum(most, logits.amax(1))
+        sums = sums.mul_((before - most).exp_()).add_(logits.sub_(most[:, None]).exp_().sum(1))
         if spread:
             apart += block.distances()[0].sum()
+    total = most + sums.log()
     known = (labels >= 0) & (labels < classes)
     return torch.where(known, total - own, 0.0), total, apart * _spread_scale(classes, per_class)
 
@@ -175,7 +179,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_losses, _, grad_apart):
-    grads = soft_triple_backward(grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
+    with _autocast.off(grad_losses.device):  # which would round the products
+        grads = soft_triple_backward(grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
     return *grads, *(None,) * 6
 
 
@@ -212,5 +217,5 @@ def dense(
 
 def similarities(x: Tensor, w: Tensor, per_class: int, gamma: float) -> Tensor:
     """``[N, C]`` of unit rows ``[N, D]`` to the classes whose unit centres are w ``[C K, D]``."""
-    s = (x @ w.T).view(len(x), -1, per_class)
+    s = (x @ w.T).view(len(x), len(w) // per_class, per_class)
     return (torch.softmax(s / gamma, 2) * s).sum(2)
