@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import reference
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
