@@ -8,7 +8,6 @@ from accuracy import evaluate
 from data import make_batch, make_labels
 from losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 
-import dml_cuda
 from dml_cuda import _C, functional
 
 OPS = torch.ops.dml_cuda
