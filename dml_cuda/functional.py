@@ -139,8 +139,7 @@ def _batch(
     if mined is not None:
         _check_mined(mined, embeddings, labels, ref_emb, check_pairs)
         rule = epsilon if mined.epsilon is None else mined.epsilon
-        if mined.is_of(*given) and (rule is None or mined.similarity == similarity):
-            mined.check_unchanged()
+        if (rule is None or mined.similarity == similarity) and mined.rules(*given):
             return _Batch(
                 embeddings, ref_emb, mined.labels, mined.ref_labels, rule, mined.self_ref, mined.ref_count
             )
