@@ -129,7 +129,9 @@ def test_counts_of_the_last_batch():
         assert miner.num_neg_pairs == len(pairs[3]) > 0
     for other in (copy.deepcopy(miner), pickle.loads(pickle.dumps(miner))):
         assert other.num_pos_pairs == 0  # a batch does not travel along
-        assert repr(other) == repr(miner) == "MultiSimilarityMiner(epsilon=0.1, similarity='cosine')"
+        assert repr(other) == repr(miner) == (
+            "MultiSimilarityMiner(epsilon=0.1, similarity='cosine', normalize_embeddings=None)"
+        )
 
 
 def test_pair_counts_option(monkeypatch):
@@ -484,7 +486,7 @@ def test_checks_do_not_wait_for_the_device(loss):
 
 @EVERY
 def test_labels_are_needed_without_pairs(loss):
-    with pytest.raises(TypeError, match=r"^labels: expected an integer tensor"):
+    with pytest.raises(ValueError, match=r"^labels: expected labels, or pairs as indices_tuple; got neither"):
         function_of(loss)(torch.randn(6, 4))
 
 
