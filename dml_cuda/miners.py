@@ -1,7 +1,7 @@
 """The multi-similarity miner, for who wants to see the pairs or to give them to another loss."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ class LastBatch:
             pairs = self._mined()
             if pairs is None:
                 raise RuntimeError(
-                    "num_pos_pairs and num_neg_pairs: expected embeddings and references that are still there "
-                    "and unchanged, or smaller than 4 MiB each; a miner does not keep larger ones alive: read "
-                    "the numbers before they go, or make the miner with pair_counts=True"
+                    "num_pos_pairs, num_neg_pairs: expected the last batch to be there still, and unchanged; a "
+                    "miner keeps no embeddings or references above 4 MiB alive: read the numbers before they "
+                    "go, or make the miner with pair_counts=True"
                 )
             positives, negatives = pairs.pair_counts()
             self._counts = int(positives.sum()), int(negatives.sum())
@@ -186,6 +186,5 @@ class MultiSimilarityMiner(nn.Module):
         return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value!r}" for name, value in self._options.items() if name != "pair_counts"
-        )
+        shown = ("epsilon", "similarity", "normalize_embeddings")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -167,8 +167,8 @@ class MinedPairs(list):
     def _check_unchanged(self) -> None:
         if changed := self._changed():
             raise RuntimeError(
-                f"indices_tuple: {' and '.join(changed)} changed in place since the pairs were mined; look at "
-                "mined pairs before that, as in [*pairs]"
+                f"indices_tuple: {' and '.join(changed)} changed in place since the pairs were mined; use, or "
+                "look at, mined pairs before that"
             )
 
     def _blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
