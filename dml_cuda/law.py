@@ -90,7 +90,7 @@ class Law:
 
 
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
-    """log(1 + exp(x)); 0 without a gradient where that is not wanted. (PyTorch's own drops the last digits.)"""
+    """log(1 + exp(x)), last digits included; 0 without a gradient where that is not wanted."""
     if where is None:
         return torch.logaddexp(x, torch.zeros_like(x))
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)

@@ -47,8 +47,8 @@ def _negated_distances(x: Tensor, y: Tensor, pairs: SortedPairs, products: Tenso
             (few,) = near.nonzero(as_tuple=True)
             exact = squares.index_put((few,), squared_distances(x, y, rows[few], cols[few]))
         else:  # the numbers cannot be looked at, or not without waiting
-            exact = torch.where(near, squared_distances(x, y, rows, cols), squares)
-    return negated_root(squares + (exact - squares).detach())
+            exact = squared_distances(x, y, rows, cols)
+    return negated_root(squares, near, exact)
 
 
 def similarities(x: Tensor, y: Tensor, pairs: SortedPairs, similarity: str) -> Tensor:

@@ -22,21 +22,22 @@ class PairOptions(TypedDict, total=False):
     """The options that all pair losses share; those left out are the loss's defaults.
 
     Attributes:
-        epsilon: the margin of multi-similarity mining, or ``None`` (the default) to use every pair. A positive
-            is kept when ``s - epsilon < max(negatives of the row)``, a negative when
-            ``s + epsilon > min(positives of the row)``; a row without either keeps nothing. The paper uses 0.1.
+        epsilon: the margin of multi-similarity mining, or ``None`` (the default) to use every pair. A
+            positive is kept when ``s - epsilon < max(negatives of the row)``, a negative when
+            ``s + epsilon > min(positives of the row)``; a row without either keeps nothing. The paper of
+            multi-similarity loss uses 0.1.
         similarity: ``"cosine"``; ``"dot"``, the inner product; or ``"euclidean"``, the distance with its sign
-            turned, ``-|x - y|``, so that every formula reads the same. Margins and ``base`` are then
+            turned, ``s = -|x - y|``, so that every formula reads the same. Margins, and ``base``, are then
             distances. The gradient of a distance of 0 is 0.
         normalize_embeddings: whether rows are divided by their length first. ``None`` (the default) is what
             the similarity says: yes for ``"cosine"`` and ``"euclidean"``, no for ``"dot"``. ``False`` with
             ``"euclidean"`` measures distances between the rows as they come; ``"cosine"`` without it is
             ``"dot"``, and ``"dot"`` with it ``"cosine"``.
-        reduction: of losses whose unit is a row, ``"mean"`` over the N rows, ``"mean_nonzero"`` over rows whose
-            loss is not 0, ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all
-            ``[N]``. Losses whose unit is a pair (each says so) average over kept pairs instead: ``"mean"`` and
-            ``"mean_valid"`` over all of them, ``"mean_nonzero"`` over those whose loss is not 0; ``"none"``
-            gives each row's sum over its pairs.
+        reduction: of a loss whose unit is the row, ``"mean"`` over the N rows, ``"mean_nonzero"`` over rows
+            whose loss is not 0, ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all
+            ``[N]``. A loss whose unit is the pair (it says so) averages over kept pairs instead: ``"mean"``
+            and ``"mean_valid"`` over all of them, ``"mean_nonzero"`` over those whose loss is not 0;
+            ``"none"`` gives each row's sum over its pairs.
         backend: ``"auto"`` (the default) uses the fused kernel where there is one for the device; ``"fused"``
             insists on it; ``"reference"`` is plain PyTorch, which has second derivatives.
         check_pairs: look at the indices of listed pairs on a GPU too, which waits for it (without that an

@@ -45,8 +45,10 @@ def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tenso
     return squares
 
 
-def negated_root(squares: Tensor) -> Tensor:
-    """-sqrt, with a gradient of 0 at 0: a squared distance as a similarity."""
+def negated_root(squares: Tensor, near: Tensor, exact: Tensor) -> Tensor:
+    """-sqrt(squares), with a gradient of 0 at 0: squared distances as similarities. Where near, the value is
+    that of ``exact``, the derivative still that of ``squares``."""
+    squares = torch.where(near, exact + (squares - squares.detach()), squares)
     none = squares <= 0
     return torch.where(none, 0.0, -torch.sqrt(torch.where(none, 1.0, squares)))
 
@@ -59,11 +61,11 @@ def _negated_distances(x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         near = squares < NEAR * lengths
         if is_traced(x):  # no index may depend on numbers then
-            exact = torch.where(near, (x[:, None] - y).square().sum(2), squares)
+            exact = (x[:, None] - y).square().sum(2)
         else:
             rows, cols = near.nonzero(as_tuple=True)
             exact = squares.index_put((rows, cols), squared_distances(x, y, rows, cols))
-    return negated_root(squares + (exact - squares).detach())
+    return negated_root(squares, near, exact)
 
 
 def similarity_matrix(x: Tensor, y: Tensor, similarity: str) -> Tensor:

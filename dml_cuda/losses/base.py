@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _autocast, _C, listed, ops, reference, scheduled
+from .. import _C, _autocast, listed, ops, reference, scheduled
 from ..batch import Batch, make_batch
 from ..law import Law
 from ..options import NAMES, Options, PairOptions, check_options

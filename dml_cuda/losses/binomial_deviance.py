@@ -1,6 +1,7 @@
 """Binomial deviance loss."""
 
-import torch
+from typing import ClassVar
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,7 +15,7 @@ class BinomialDeviance(Law):
     """Yi et al., ICPR 2014, as Wang et al., CVPR 2019, compare it."""
 
     name = "binomial_deviance"
-    parameters = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
+    parameters: ClassVar = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
     levels = ("base",)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Circle loss on pairs."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +16,7 @@ class Circle(Law):
     """Sun et al., CVPR 2020, equations 4 to 8."""
 
     name = "circle"
-    parameters = {"m": check_number, "gamma": check_above_zero, "detach_weights": check_flag}
+    parameters: ClassVar = {"m": check_number, "gamma": check_above_zero, "detach_weights": check_flag}
     reduction = "mean_nonzero"
 
     @staticmethod

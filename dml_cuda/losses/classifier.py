@@ -125,8 +125,9 @@ class CircleClassifierLoss(nn.Module):
             labels: ``[N]`` classes. A label outside [0, C) is the negative of every class, which gives 0: a
                 row to be ignored.
             indices_tuple: pairs or triplets of a miner. They restrict nothing here, where every row meets
-                every class: as in pytorch-metric-learning's classification losses, each row's loss is weighted
-                by how often the row is listed, over how often the most listed one is (1 where no row is).
+                every class: as in pytorch-metric-learning's classification losses, each row's loss is
+                weighted by how often the row is listed, over how often the most listed one is (1 where no
+                row is).
         """
         self._check(embeddings)
         classes = torch.arange(self.W.shape[1], device=self.W.device)
@@ -137,9 +138,7 @@ class CircleClassifierLoss(nn.Module):
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward
 
-    def _weighted(
-        self, embeddings: Tensor, labels: Tensor, indices_tuple: object, classes: Tensor
-    ) -> Tensor:
+    def _weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: object, classes: Tensor) -> Tensor:
         call = self.loss.call
         call = call._replace(options=call.options._replace(reduction="none"))
         losses = apply(call, embeddings, labels, None, self.W.T, classes)

@@ -1,5 +1,7 @@
 """Contrastive loss."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +16,7 @@ class Contrastive(Law):
     """Hadsell et al., CVPR 2006, with hinges as they are (not squared) and a margin for positives."""
 
     name = "contrastive"
-    parameters = {"pos_margin": check_number, "neg_margin": check_number}
+    parameters: ClassVar = {"pos_margin": check_number, "neg_margin": check_number}
     levels = ("pos_margin", "neg_margin")
     similarity, reduction = "euclidean", "mean_nonzero"
     repeats = True
@@ -41,9 +43,9 @@ def contrastive_loss(
         L = \operatorname{mean}_P [d_{ij} - m_p]_+ + \operatorname{mean}_N [m_n - d_{ij}]_+
 
     over all kept positive and negative pairs of the batch. With cosine or dot product, where more is nearer,
-    :math:`[m_p - s_{ij}]_+` and :math:`[s_{ij} - m_n]_+`: pass margins for those, 1 and 0 say. Hadsell et al.,
-    *Dimensionality Reduction by Learning an Invariant Mapping*, CVPR 2006 (there squared, without
-    ``pos_margin``); values as pytorch-metric-learning's.
+    the hinges are :math:`[m_p - s_{ij}]_+` and :math:`[s_{ij} - m_n]_+`: pass margins for those, 1 and 0 say.
+    Hadsell et al., *Dimensionality Reduction by Learning an Invariant Mapping*, CVPR 2006 (there squared,
+    without ``pos_margin``).
 
     The unit is the pair, and positives and negatives have a mean each: ``reduction="mean_nonzero"`` is the
     mean over positive pairs whose hinge is not 0 plus the mean over such negative pairs, ``"mean"`` and

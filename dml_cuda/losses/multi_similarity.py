@@ -1,5 +1,7 @@
 """Multi-similarity loss."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -13,7 +15,7 @@ class MultiSimilarity(Law):
     """Wang et al., CVPR 2019, equation 15."""
 
     name = "multi_similarity"
-    parameters = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
+    parameters: ClassVar = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
     levels = ("base",)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """NT-Xent loss, also known as InfoNCE."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -13,7 +15,7 @@ class NTXent(Law):
     """Sohn, NeurIPS 2016; van den Oord et al., 2018; Chen et al., ICML 2020."""
 
     name = "nt_xent"
-    parameters = {"temperature": check_above_zero}
+    parameters: ClassVar = {"temperature": check_above_zero}
     repeats = True
 
     @staticmethod

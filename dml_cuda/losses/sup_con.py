@@ -1,5 +1,7 @@
 """Supervised contrastive loss."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +16,7 @@ class SupCon(Law):
     """Khosla et al., NeurIPS 2020, equation 2."""
 
     name = "sup_con"
-    parameters = {"temperature": check_above_zero}
+    parameters: ClassVar = {"temperature": check_above_zero}
     reduction = "mean_nonzero"
 
     @staticmethod
