@@ -233,7 +233,7 @@ class CrossBatchMemory(nn.Module):
     def _pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, places: Tensor | None
     ) -> MinedPairs | tuple[Tensor, ...]:
-        """The pairs or triplets that count, without those of a row and its own copy, at ``places`` ``[N]``."""
+        """The pairs or triplets that count, without a row and its own copy, at ``places`` ``[N]``."""
         batch = embeddings, labels, ref_emb, ref_labels
         count = self.count.clone()
         own = {"self_ref": places, "ref_count": count}

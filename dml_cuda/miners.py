@@ -69,9 +69,8 @@ class LastBatch:
             pairs = self._mined()
             if pairs is None:
                 raise RuntimeError(
-                    "num_pos_pairs, num_neg_pairs: expected the last batch to be there still, and unchanged; a "
-                    "miner keeps no embeddings or references above 4 MiB alive: read the numbers before they "
-                    "go, or make the miner with pair_counts=True"
+                    "num_pos_pairs, num_neg_pairs: expected the last batch to be there still, unchanged: a "
+                    "miner keeps no tensor above 4 MiB; read the numbers before, or take pair_counts=True"
                 )
             positives, negatives = pairs.pair_counts()
             self._counts = int(positives.sum()), int(negatives.sum())

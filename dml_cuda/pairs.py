@@ -137,7 +137,7 @@ class MinedPairs(list):
         self.labels = labels
         self.ref_labels = ref_labels
         self.self_ref, self.ref_count = self_ref, ref_count  # as reference.pair_loss has them
-        self._looked = self._only_lists = False
+        self._looked = self.only_lists = False
         self._versions = self._batch_versions()
 
     def _is_of(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
@@ -154,7 +154,7 @@ class MinedPairs(list):
         if not self._looked:
             self._check_unchanged()
             return True
-        return not (self._only_lists or torch.compiler.is_compiling() or self._changed())
+        return not (self.only_lists or torch.compiler.is_compiling() or self._changed())
 
     def _batch_versions(self) -> tuple[int | None, ...]:
         return tuple(version(getattr(self, name)) for name in _BATCH)
@@ -167,7 +167,7 @@ class MinedPairs(list):
     def _check_unchanged(self) -> None:
         if changed := self._changed():
             raise RuntimeError(
-                f"indices_tuple: {' and '.join(changed)} changed in place since the pairs were mined; use, or "
+                f"indices_tuple: {' and '.join(changed)} changed in place since pairs were mined; use, or "
                 "look at, mined pairs before that"
             )
 
@@ -230,7 +230,7 @@ class MinedPairs(list):
     def __reduce__(self):
         self._look()
         # Whether the batch is still as it was mined cannot be told there: a copy is its lists.
-        state = self.__dict__ | {"_given": None, "_only_lists": True}
+        state = self.__dict__ | {"_given": None, "only_lists": True}
         return copyreg.__newobj__, (type(self),), state, super().__iter__()
 
     def __len__(self) -> int:
@@ -246,7 +246,7 @@ class MinedPairs(list):
 
     def __setitem__(self, index, value) -> None:
         self._look()
-        self._only_lists = True
+        self.only_lists = True
         super().__setitem__(index, value)
 
     def __reversed__(self) -> Iterator[Tensor]:
@@ -297,7 +297,7 @@ def mined_pairs(
 def _check_list(name: str, index: object) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"indices_tuple: {name}: expected an integer tensor, got {type(index).__name__}")
-    if index.dtype not in (torch.int64, torch.int32):
+    if index.dtype not in (torch.int64, torch.int32) and index.numel() > 0:  # torch.tensor([]) is float
         raise TypeError(f"indices_tuple: {name}: expected int64 or int32 indices, got {index.dtype}")
     if index.ndim != 1:
         raise ValueError(f"indices_tuple: {name}: expected one dimension, got shape {list(index.shape)}")
@@ -312,12 +312,28 @@ def _check_range(name: str, index: Tensor, rows: int, of: str) -> None:
         raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {of}, got {got}")
 
 
+def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
+    positives, negatives = (indices[k] * columns + indices[k + 1] for k in (0, 2))
+    both = positives[torch.isin(positives, negatives)]
+    if both.numel() > 0:
+        row, column = divmod(int(both[0]), columns)
+        raise ValueError(
+            f"indices_tuple: expected each pair to be positive or negative, got ({row}, {column}) as both"
+        )
+
+
 def listed_pairs(
-    indices_tuple: object, embeddings: Tensor, ref_emb: Tensor | None, *, check_range: bool
+    indices_tuple: object,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    *,
+    check_range: bool,
+    check_kinds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors, positives, anchors, negatives from pairs or triplets, int64 beside the embeddings.
 
-    ``check_range`` looks at the indices, for which a GPU must be waited for.
+    ``check_range`` and ``check_kinds``, that no pair is listed as both, look at the indices, for which a GPU
+    must be waited for.
     """
     if not isinstance(indices_tuple, Sequence | Iterable):
         raise TypeError(
@@ -351,4 +367,7 @@ def listed_pairs(
             else:
                 _check_range(name, index, columns.shape[0], of)
     indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
-    return indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    if check_kinds:
+        _check_kinds(pairs, (embeddings if ref_emb is None else ref_emb).shape[0])
+    return pairs

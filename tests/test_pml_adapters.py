@@ -297,7 +297,8 @@ def test_falls_back_for_another_distance():
     """PML's own code computes, and one warning says so."""
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
     for distance in (
-        distances.LpDistance(normalize_embeddings=False),
+        distances.LpDistance(p=1, normalize_embeddings=False),
+        distances.LpDistance(power=2),
         distances.CosineSimilarity(power=2),
         distances.DotProductSimilarity(p=1),
     ):
