@@ -56,7 +56,9 @@ def _check_mined(
 
 def _to_save(x: Tensor | None) -> Tensor | None:
     """What autograd may keep for backward: a copy of a tensor made in inference mode."""
-    if x is None or not x.is_inference() or torch.is_inference_mode_enabled():
+    if x is None or torch.compiler.is_compiling():
+        return x
+    if not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     return x.clone() if torch.is_grad_enabled() else x
 
