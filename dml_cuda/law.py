@@ -85,7 +85,10 @@ class Law:
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
-        """The rows' losses ``[N]``, or parts whose units are pairs."""
+        """The rows' losses ``[N]``, or parts whose units are pairs.
+
+        Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.
+        """
         raise NotImplementedError
 
 

@@ -82,7 +82,7 @@ LOSSES = {
             wrong={
                 **_not_positive("gamma"),
                 **_no_number("m"),
-                "detach_weights": ({"detach_weights": 1}, TypeError, ["detach_weights", "True or False", "int"]),
+                "detach_weights": ({"detach_weights": 1}, TypeError, ["detach_weights", "True", "int"]),
             },
             pml="CircleLoss",
             cases=({}, {"m": 0.25, "gamma": 256}),

@@ -85,16 +85,12 @@ def circle(pos, neg, m=0.4, gamma=80.0, detach_weights=True):
         slope_pos = slope_pos + gamma * (pos - (1 - m)) * (weight_pos > 0)
         slope_neg = slope_neg + gamma * (neg - m) * (weight_neg > 0)
     open_ = sigmoid(pull + push)
-    return Row(
-        [Part(softplus(pull + push))], open_ * pos_shares * slope_pos, open_ * neg_shares * slope_neg
-    )
+    return Row([Part(softplus(pull + push))], open_ * pos_shares * slope_pos, open_ * neg_shares * slope_neg)
 
 
 def contrastive(pos, neg, pos_margin=0.0, neg_margin=1.0):
     pulled, pushed = np.maximum(pos_margin - pos, 0.0), np.maximum(neg - neg_margin, 0.0)
-    parts = [
-        Part(hinges.sum(), len(hinges), np.count_nonzero(hinges != 0)) for hinges in (pulled, pushed)
-    ]
+    parts = [Part(hinges.sum(), len(hinges), np.count_nonzero(hinges != 0)) for hinges in (pulled, pushed)]
     return Row(parts, -1.0 * (pulled > 0), 1.0 * (pushed > 0))
 
 
@@ -219,9 +215,9 @@ def brute_force(
 ):
     """Loss and gradients.
 
-    ``upstream [N]`` is the gradient of the rows' losses for ``reduction="none"``; ``indices`` are listed pairs;
-    ``self_ref [N]`` the columns that are the rows themselves; ``levels`` says that margins of distances come
-    as levels of the similarity, as the kernels take them.
+    ``upstream [N]`` is the gradient of the rows' losses for ``reduction="none"``; ``indices`` are listed
+    pairs; ``self_ref [N]`` the columns that are the rows themselves; ``levels`` says that margins of
+    distances come as levels of the similarity, as the kernels take them.
     """
     square = ref_emb is None
     q = _numbers(embeddings)
@@ -299,9 +295,7 @@ def _gradients(weights, x, y, distance):
     return grad_x, grad_y
 
 
-def mining_margin(
-    embeddings, labels, ref_emb, ref_labels, epsilon, *, similarity="cosine", rounded=None
-):
+def mining_margin(embeddings, labels, ref_emb, ref_labels, epsilon, *, similarity="cosine", rounded=None):
     """How far the pair nearest to its mining threshold is from it: nearer than rounding, nobody can tell."""
     if epsilon is None:
         return np.inf

@@ -49,7 +49,7 @@ def _use_kernel(device: torch.device, backend: str) -> bool:
         )
     if device.type not in _warned:
         _warned.add(device.type)
-        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=4)
+        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=5)
     return False
 
 

@@ -22,7 +22,7 @@ class Circle(Law):
     @staticmethod
     def row(pos: Pairs, neg: Pairs, m: float, gamma: float, detach_weights: float) -> Tensor:
         to_pos, to_neg = (pairs.s.detach() if detach_weights else pairs.s for pairs in (pos, neg))
-        pull = pos.lse(-gamma * torch.relu(1 + m - to_pos) * (pos.s - (1 - m)))
+        pull = pos.lse(-gamma * torch.relu(-(to_pos - (1 + m))) * (pos.s - (1 - m)))
         push = neg.lse(gamma * torch.relu(to_neg + m) * (neg.s - m))
         return softplus(pull + push, where=(pos.count > 0) & (neg.count > 0))
 

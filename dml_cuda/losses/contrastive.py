@@ -23,7 +23,7 @@ class Contrastive(Law):
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, pos_level: float, neg_level: float) -> tuple[Part, ...]:
-        return pos.each(torch.relu(pos_level - pos.s)), neg.each(torch.relu(neg.s - neg_level))
+        return pos.each(torch.relu(-(pos.s - pos_level))), neg.each(torch.relu(neg.s - neg_level))
 
 
 def contrastive_loss(
