@@ -1,15 +1,19 @@
 """The multi-similarity miner, for who wants to see the pairs or to give them to another loss."""
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from ._arguments import SIMILARITIES, Similarity, check_choice, check_flag, check_number
 from .losses.base import option
 from .options import measure
 from .pairs import MinedPairs, PairCounts, mined_pairs, version
+
+# What a miner returns, by its pair_counts.
+_Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)
 
 # A tensor up to this size, in bytes, is copied for pairs to be counted later.
 _COPIED = 4 << 20
@@ -78,7 +82,7 @@ class LastBatch:
         return self._counts
 
 
-class MultiSimilarityMiner(nn.Module):
+class MultiSimilarityMiner(nn.Module, Generic[_Found]):
     """The hard pairs of a batch by the multi-similarity rule.
 
     A positive is kept when ``s - epsilon < max(negatives of its row)``, a negative when
@@ -106,6 +110,26 @@ class MultiSimilarityMiner(nn.Module):
     similarity: Similarity = option()
     normalize_embeddings: bool | None = option()
     pair_counts: bool = option()
+
+    @overload
+    def __init__(
+        self: "MultiSimilarityMiner[MinedPairs]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[False] = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "MultiSimilarityMiner[tuple[MinedPairs, PairCounts]]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[True],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -141,7 +165,7 @@ class MultiSimilarityMiner(nn.Module):
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> MinedPairs | tuple[MinedPairs, PairCounts]:
+    ) -> _Found:
         """The pairs of a batch, made when looked at.
 
         Args:
@@ -154,7 +178,10 @@ class MultiSimilarityMiner(nn.Module):
             :class:`dml_cuda.MinedPairs`; with ``pair_counts``, that and :class:`dml_cuda.PairCounts`.
         """
         pairs = self.mine(embeddings, labels, ref_emb, ref_labels)
-        return (pairs, pairs.pair_counts()) if self.pair_counts else pairs
+        return (pairs, pairs.pair_counts()) if self.pair_counts else pairs  # type: ignore[return-value]
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+        __call__ = forward
 
     def mine(
         self,

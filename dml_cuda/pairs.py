@@ -3,7 +3,7 @@
 import copyreg
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class _Growing:
         return self._room[: self._size]
 
 
-class MinedPairs(list):
+class MinedPairs(list[Tensor]):
     """The pairs of a batch: ``(pos_anchors, positives, neg_anchors, negatives)``, made when looked at.
 
     What :class:`dml_cuda.MultiSimilarityMiner` returns. It unpacks, indexes and has the length 4 of
@@ -240,6 +240,12 @@ class MinedPairs(list):
         self._look()
         return super().__iter__()
 
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
     def __getitem__(self, index):
         self._look()
         return super().__getitem__(index)
@@ -271,10 +277,21 @@ class MinedPairs(list):
         rows = self.embeddings.shape[0]
         return f"MinedPairs(epsilon={self.epsilon}, rows={rows}, columns={columns.shape[0]})"
 
-    pos_anchors = property(lambda self: self[0])
-    positives = property(lambda self: self[1])
-    neg_anchors = property(lambda self: self[2])
-    negatives = property(lambda self: self[3])
+    @property
+    def pos_anchors(self) -> Tensor:
+        return self[0]
+
+    @property
+    def positives(self) -> Tensor:
+        return self[1]
+
+    @property
+    def neg_anchors(self) -> Tensor:
+        return self[2]
+
+    @property
+    def negatives(self) -> Tensor:
+        return self[3]
 
 
 def mined_pairs(
