@@ -183,7 +183,14 @@ class CrossBatchMemory(nn.Module):
         return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            indices_tuple: object = None,
+            enqueue_mask: Tensor | None = None,
+        ) -> Tensor: ...
 
     def _check_epsilon(self) -> None:
         epsilon = self.loss.epsilon if isinstance(self.loss, PairLoss) else None

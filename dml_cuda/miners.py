@@ -181,7 +181,14 @@ class MultiSimilarityMiner(nn.Module, Generic[_Found]):
         return (pairs, pairs.pair_counts()) if self.pair_counts else pairs  # type: ignore[return-value]
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            ref_emb: Tensor | None = None,
+            ref_labels: Tensor | None = None,
+        ) -> _Found: ...
 
     def mine(
         self,

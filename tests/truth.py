@@ -4,6 +4,7 @@ Nothing here imports dml_cuda or uses autograd, and no trick is shared with the 
 similarities go in, its loss and its derivatives come out.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,8 +130,6 @@ ROWS = {
     "sup_con": sup_con,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
-DEFAULT_MARGINS = {"multi_similarity": {"base": 0.5}, "binomial_deviance": {"base": 0.5}}
-DEFAULT_MARGINS["contrastive"] = {"pos_margin": 0.0, "neg_margin": 1.0}
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
 
 
@@ -232,8 +231,9 @@ def brute_force(
     (x, q_length), (y, r_length) = (_unit(p) if normalize else (p, None) for p in (q, r))
     distance = similarity.startswith("euclidean")
     if distance and not levels:
-        margins = {**DEFAULT_MARGINS.get(loss, {}), **options}
-        options.update({name: -value for name, value in margins.items() if name in MARGINS})
+        defaults = {name: p.default for name, p in inspect.signature(ROWS[loss]).parameters.items()}
+        margins = {name: value for name, value in (defaults | options).items() if name in MARGINS}
+        options |= {name: -value for name, value in margins.items()}
     s = _similarities(x, y, q, r, similarity, rounded)
     own = np.arange(n) if square else np.full(n, -1) if self_ref is None else self_ref.cpu().numpy()
 
