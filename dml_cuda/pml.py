@@ -123,7 +123,8 @@ class _Fused:
             if name in self.__dict__:
                 return name
         method = self.mat_based_loss if self._row_losses else self.pair_based_loss
-        return None if self.loss_method == method else "loss_method"
+        # Compared as torch.compile can.
+        return None if getattr(self.loss_method, "__func__", None) is method.__func__ else "loss_method"
 
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._law.parameters}
