@@ -102,6 +102,7 @@ class _Fused:
 
     _law: ClassVar[type[Law]]
     _row_losses = True  # whether pytorch-metric-learning has losses of rows here, not of pairs
+    _shape = (-1, 1)  # of these there, for which some reducers give another number than for [N]
     _stands_for: ClassVar[dict[str, Any]] = {}  # pytorch-metric-learning's methods, which are not called
     _override: ClassVar[str | None] = None
 
@@ -181,8 +182,8 @@ class _Fused:
         value = self._value(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if call.options.reduction == "none":
             rows = torch.arange(embeddings.shape[0], device=embeddings.device)
-            # [N, 1], as pytorch-metric-learning's own: some reducers give another number for [N].
-            return {"loss": {"losses": value[:, None], "indices": rows, "reduction_type": "element"}}
+            value = value.view(self._shape)
+            return {"loss": {"losses": value, "indices": rows, "reduction_type": "element"}}
         # The sum of all parts stands for the first.
         first, *others = self._sub_loss_names()
         reduced = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
@@ -258,6 +259,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
     """
 
     _law = SupCon
+    _shape = (-1,)
 
     def _value(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
         """pytorch-metric-learning's is 0 where the batch has no negative at all."""
@@ -291,8 +293,6 @@ class MultiSimilarityMiner(miners.MultiSimilarityMiner):
             lacks = str(self.distance)
         elif not isinstance(self.epsilon, Real):
             lacks = f"an epsilon of {type(self.epsilon).__name__}"
-        elif ref_labels is labels and ref_emb is not embeddings:
-            lacks = "the same labels for other references"
         if lacks is not None:
             _warn(self, lacks)
             return super().mine(embeddings, labels, ref_emb, ref_labels)
