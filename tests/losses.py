@@ -29,6 +29,11 @@ class Loss:
         return getattr(functional, f"{self.name}_loss")
 
     @property
+    def similarity(self):
+        """That of its default options."""
+        return self.module.law.similarity
+
+    @property
     def defaults(self):
         """The parameters by name, at their defaults."""
         return {name: getattr(self.module(), name) for name in self.other}
