@@ -232,7 +232,7 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"embeddings: expected at most memory_size={self.memory_size} rows, got {rows}")
         places = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
         self.embedding_memory.index_copy_(0, places, embeddings.detach())
-        self.label_memory.index_copy_(0, places, labels.long())
+        self.label_memory.index_copy_(0, places, labels.to(self.label_memory.dtype))
         self.position.add_(rows).remainder_(self.memory_size)
         self.count.add_(rows).clamp_(max=self.memory_size)
         return places

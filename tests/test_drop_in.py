@@ -698,6 +698,20 @@ def test_two_views_with_the_same_labels():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_corners_that_differ():
+    """A row whose loss is NaN, which PML's reducer leaves out; the floor in the logarithm of its NT-Xent."""
+    (e, y), (r, z) = ([x.detach() for x in batch] for batch in batches(24, 32))
+    e[3] = float("nan")
+    assert losses.CircleLoss()(e, y, None, r, z).isfinite()
+    assert dml_cuda.pml.CircleLoss()(e, y, None, r, z).isnan()
+    assert dml_cuda.CircleLoss()(e, y, None, r, z).isnan()
+    far = torch.tensor([[1.0, 0], [-1, 0], [1, 0.01]], dtype=torch.float16)
+    labels = torch.tensor([0, 0, 1])
+    assert losses.NTXentLoss()(far, labels).item() == pytest.approx((9.7 + 0.7) / 2, rel=0.02)
+    for kind in (dml_cuda, dml_cuda.pml):
+        assert kind.NTXentLoss()(far, labels).item() == pytest.approx((2 / 0.07 + 0.7) / 2, rel=0.02)
+
+
 @EVERY
 def test_weights_of_the_adapters(loss):
     ((embeddings, labels),) = batches(24)
