@@ -121,6 +121,13 @@ def sup_con(pos, neg, temperature=0.1):
     return Row([Part(loss)], by_pos / temperature, by_neg / temperature)
 
 
+def lifted_structure(pos, neg, neg_margin=1.0, pos_margin=0.0):
+    pull, pos_shares = log_sum_exp(pos_margin - pos) if len(pos) else (0.0, pos)
+    push, neg_shares = log_sum_exp(neg - neg_margin) if len(neg) else (0.0, neg)
+    is_open = float(pull + push > 0)
+    return Row([Part(max(pull + push, 0.0))], -is_open * pos_shares, is_open * neg_shares)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -128,6 +135,7 @@ ROWS = {
     "binomial_deviance": binomial_deviance,
     "nt_xent": nt_xent,
     "sup_con": sup_con,
+    "lifted_structure": lifted_structure,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
