@@ -34,6 +34,7 @@ from .law import Law
 from .losses.base import Call, apply, make_call
 from .losses.circle import Circle
 from .losses.contrastive import Contrastive
+from .losses.lifted_structure import LiftedStructure
 from .losses.multi_similarity import MultiSimilarity
 from .losses.nt_xent import NTXent
 from .losses.sup_con import SupCon
@@ -44,6 +45,7 @@ from .pairs import MinedPairs, mined_pairs
 __all__ = [
     "CircleLoss",
     "ContrastiveLoss",
+    "GeneralizedLiftedStructureLoss",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
@@ -238,6 +240,16 @@ class ContrastiveLoss(_Fused, losses.ContrastiveLoss):
 
     _law = Contrastive
     _row_losses = False
+
+
+class GeneralizedLiftedStructureLoss(_Fused, losses.GeneralizedLiftedStructureLoss):
+    """``pytorch_metric_learning.losses.GeneralizedLiftedStructureLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.generalized_lifted_structure_loss` for the equation, and for arguments and
+    errors the class that this one replaces.
+    """
+
+    _law = LiftedStructure
 
 
 class NTXentLoss(_Fused, losses.NTXentLoss):

@@ -641,6 +641,7 @@ def test_options_of_the_adapters():
         ("MultiSimilarityLoss", {"alpha": 1.0, "beta": 20.0, "base": 0.1}),
         ("CircleLoss", {"m": 0.25, "gamma": 20.0}),
         ("ContrastiveLoss", {"pos_margin": 0.1, "neg_margin": 1.3}),
+        ("GeneralizedLiftedStructureLoss", {"pos_margin": 0.1, "neg_margin": 1.3}),
         ("NTXentLoss", {"temperature": 0.4}),
         ("SupConLoss", {"temperature": 0.4}),
     ):
