@@ -136,7 +136,8 @@ class CircleClassifierLoss(nn.Module):
         return self._weighted(embeddings, labels, indices_tuple, classes)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
+
+        def __call__(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor: ...
 
     def _weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: object, classes: Tensor) -> Tensor:
         call = self.loss.call
