@@ -8,6 +8,7 @@
 #include "laws/binomial_deviance.h"
 #include "laws/circle.h"
 #include "laws/contrastive.h"
+#include "laws/lifted_structure.h"
 #include "laws/margin_softmax.h"
 #include "laws/multi_similarity.h"
 #include "laws/nt_xent.h"
@@ -22,6 +23,7 @@
     X(binomial_deviance, BinomialDeviance) \
     X(nt_xent, NTXent)                     \
     X(sup_con, SupCon)                     \
+    X(lifted_structure, LiftedStructure)   \
     X(margin_softmax, MarginSoftmax)       \
     X(proxy_anchor, ProxyAnchor)
 

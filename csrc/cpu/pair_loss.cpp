@@ -261,7 +261,8 @@ class Batch {
     void clear_unknown(const std::vector<uint8_t>& known) const {
         for_tasks(cached_, cached_ * tiles.area() / 8, [&](int64_t index) {
             T* s = cache_ + index * tiles.area();
-            if (!known[index]) std::fill(s, s + tiles.area(), T(0));
+            const bool filled = index < tiles.count() && known[index];
+            if (!filled) std::fill(s, s + tiles.area(), T(0));
         });
     }
 

@@ -4,6 +4,7 @@ from .binomial_deviance import BinomialDevianceLoss, binomial_deviance_loss
 from .circle import CircleLoss, circle_loss
 from .circle_classifier import CircleClassifierLoss
 from .contrastive import ContrastiveLoss, contrastive_loss
+from .lifted_structure import GeneralizedLiftedStructureLoss, generalized_lifted_structure_loss
 from .margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
 from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
@@ -19,6 +20,7 @@ __all__ = [
     "CircleLoss",
     "ContrastiveLoss",
     "CosFaceLoss",
+    "GeneralizedLiftedStructureLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "NormalizedSoftmaxLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "binomial_deviance_loss",
     "circle_loss",
     "contrastive_loss",
+    "generalized_lifted_structure_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "sup_con_loss",

@@ -211,4 +211,12 @@ class PairLoss(LawModule):
         return apply(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor | None = None,
+            indices_tuple: object = None,
+            ref_emb: Tensor | None = None,
+            ref_labels: Tensor | None = None,
+        ) -> Tensor: ...
