@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _autocast, listed
 from .batch import make_batch
+from .law import Law
 from .losses import (
     binomial_deviance_loss,
     circle_loss,
@@ -17,6 +18,7 @@ from .losses import (
     sup_con_loss,
 )
 from .losses.base import Call, PairLoss
+from .losses.classifier import ClassifierLoss
 from .pairs import mined_pairs
 
 __all__ = [
@@ -71,7 +73,8 @@ def pair_weights(
 
     Args:
         loss: a pair loss of dml_cuda, or one of dml_cuda.pml that it computes; its options choose the
-            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``).
+            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``). Or a class-level loss
+            (not SoftTriple's): its pairs are rows and classes, or for proxy anchor proxies and rows.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as the loss takes them.
 
     Returns:
@@ -84,6 +87,12 @@ def pair_weights(
     call = getattr(loss, "call", None)  # the adapters of dml_cuda.pml have it too
     if not isinstance(call, Call):
         raise TypeError(f"loss: expected a pair loss of dml_cuda, got {type(loss).__name__}")
+    if isinstance(loss, ClassifierLoss):
+        if call.law.row is Law.row:
+            raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
+        if ref_emb is not None or ref_labels is not None or indices_tuple is not None:
+            raise ValueError("ref_emb, ref_labels, indices_tuple: expected None for a class-level loss")
+        embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     law, params, options, similarity, _ = call
     batch = make_batch(
         embeddings,

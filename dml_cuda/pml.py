@@ -15,6 +15,7 @@ kind at most. To know that, the pairs would have to be counted, so here such pai
 >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
 """
 
+import math
 import warnings
 from numbers import Real
 from typing import Any, ClassVar
@@ -25,30 +26,44 @@ from torch import Tensor
 try:
     from pytorch_metric_learning import distances, losses, miners, reducers
     from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
+    from pytorch_metric_learning.utils import common_functions as c_f
+    from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 except ImportError as error:
     raise ImportError(
         'dml_cuda.pml needs pytorch-metric-learning 2.9: pip install "pytorch-metric-learning>=2.9,<3"'
     ) from error
 
+from . import soft_triple
 from .law import Law
 from .losses.base import Call, apply, make_call
 from .losses.circle import Circle
+from .losses.classifier import check_classes
 from .losses.contrastive import Contrastive
 from .losses.lifted_structure import LiftedStructure
+from .losses.margin_softmax import ArcFace, CosFace, NormalizedSoftmax
 from .losses.multi_similarity import MultiSimilarity
 from .losses.nt_xent import NTXent
+from .losses.proxy_anchor import ProxyAnchor
+from .losses.proxy_nca import ProxyNCA
+from .losses.soft_triple import SoftTriple
 from .losses.sup_con import SupCon
 from .miners import LastBatch
 from .options import measure
 from .pairs import MinedPairs, mined_pairs
 
 __all__ = [
+    "ArcFaceLoss",
     "CircleLoss",
     "ContrastiveLoss",
+    "CosFaceLoss",
     "GeneralizedLiftedStructureLoss",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
+    "NormalizedSoftmaxLoss",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "SoftTripleLoss",
     "SupConLoss",
 ]
 
@@ -288,6 +303,179 @@ class SupConLoss(_Fused, losses.SupConLoss):
         if mined is not None and mined.ref_count is not None:
             differ = differ & (torch.arange(len(columns), device=columns.device) < mined.ref_count)
         return torch.where(differ.any() | (labels != labels[:1]).any(), value, 0.0)
+
+
+# ---- class-level losses ----------------------------------------------------------------------------------
+
+
+_THEIRS = (
+    losses.NormalizedSoftmaxLoss,
+    losses.CosFaceLoss,
+    losses.ArcFaceLoss,
+    losses.ProxyAnchorLoss,
+    losses.ProxyNCALoss,
+    losses.SoftTripleLoss,
+)
+
+
+class _FusedClassifier:
+    """Replaces the computation of a class-level loss. Weights that lie class beside class in memory are laid
+    out class after class, as the kernels read them; their shape, and the state dict, stay."""
+
+    _law: ClassVar[type[Law]]
+    _weight: ClassVar[str] = "W"
+    _reducers: ClassVar[tuple[type, ...] | None] = None  # those that can be served, None for all
+    _methods = (
+        "get_logits",
+        "get_cosine",
+        "get_angles",
+        "scale_logits",
+        "modify_cosine_of_target_classes",
+        "nca_computation",
+        "add_weight_regularization_to_loss_dict",
+    )
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        if self._weight != "proxies":
+            weight = getattr(self, self._weight)
+            weight.data = weight.data.T.contiguous().T
+
+    def _rows(self) -> Tensor:
+        weight = getattr(self, self._weight)
+        return weight if self._weight == "proxies" else weight.T
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._law.parameters}
+
+    def _kernel(self) -> Call | str:
+        """What computes this loss, or what the kernels lack for it."""
+        theirs = next(
+            cls for cls in type(self).__mro__ if cls.__module__.startswith("pytorch_metric_learning")
+        )
+        for name in self._methods:
+            replaced = getattr(type(self), name, None) is not getattr(theirs, name, None)
+            if replaced or name in self.__dict__:
+                return f"its own {name}"
+        if not self._measures(self.distance):
+            return str(self.distance)
+        if self.collect_stats:
+            return "collect_stats"
+        if self._reducers is not None and type(self.reducer) not in self._reducers:
+            return str(self.reducer)
+        reduction = "none" if self._reducers is None else "mean"
+        try:
+            return make_call(self._law, self._values(), {"similarity": "cosine", "reduction": reduction})
+        except (TypeError, ValueError) as error:
+            return str(error)
+
+    @staticmethod
+    def _measures(distance: distances.BaseDistance) -> bool:
+        return _similarity(distance) == {"similarity": "cosine"}
+
+    def is_fused(self) -> bool:
+        """Whether dml_cuda computes this loss as it is now."""
+        return isinstance(self._kernel(), Call)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        call = self._kernel()
+        if isinstance(call, str) or labels is None or ref_emb is not embeddings:
+            if isinstance(call, str):
+                _warn(self, call)
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        check_classes(labels, self._classes())
+        found = self._losses(call, embeddings, labels, indices_tuple)
+        self.add_weight_regularization_to_loss_dict(found, self._rows())
+        return found
+
+    def _classes(self) -> int:
+        return len(self._rows())
+
+    def _losses(self, call: Call, embeddings, labels, indices_tuple) -> dict:
+        indices = indices_tuple if indices_tuple is None else tuple(indices_tuple)
+        how = {"dtype": embeddings.dtype, "using_ref": self._law is ProxyNCA}
+        losses = self._of_rows(call, embeddings, labels) * lmu.convert_to_weights(indices, labels, **how)
+        rows = torch.arange(embeddings.shape[0], device=embeddings.device)
+        return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
+
+    def _of_rows(self, call: Call, embeddings, labels) -> Tensor:
+        classes = torch.arange(self._classes(), device=embeddings.device)
+        return apply(call, embeddings, labels, None, self._rows(), classes)
+
+
+class NormalizedSoftmaxLoss(_FusedClassifier, losses.NormalizedSoftmaxLoss):
+    """``pytorch_metric_learning.losses.NormalizedSoftmaxLoss`` on the kernels of dml_cuda."""
+
+    _law = NormalizedSoftmax
+
+
+class CosFaceLoss(_FusedClassifier, losses.CosFaceLoss):
+    """``pytorch_metric_learning.losses.CosFaceLoss`` on the kernels of dml_cuda."""
+
+    _law = CosFace
+
+
+class ArcFaceLoss(_FusedClassifier, losses.ArcFaceLoss):
+    """``pytorch_metric_learning.losses.ArcFaceLoss`` on the kernels of dml_cuda."""
+
+    _law = ArcFace
+
+    def _values(self) -> dict[str, Any]:
+        return {"margin": math.degrees(self.margin), "scale": self.scale}
+
+
+class ProxyNCALoss(_FusedClassifier, losses.ProxyNCALoss):
+    """``pytorch_metric_learning.losses.ProxyNCALoss`` on the kernels of dml_cuda, which drop no row."""
+
+    _law = ProxyNCA
+    _weight = "proxies"
+
+    @staticmethod
+    def _measures(distance: distances.BaseDistance) -> bool:
+        unit = bool(distance.normalize_embeddings) and distance.p == 2 and distance.power == 2
+        return type(distance) is distances.LpDistance and unit
+
+
+class ProxyAnchorLoss(_FusedClassifier, losses.ProxyAnchorLoss):
+    """``pytorch_metric_learning.losses.ProxyAnchorLoss`` on the kernels of dml_cuda, with its own reducer and
+    without a miner."""
+
+    _law = ProxyAnchor
+    _weight = "proxies"
+    _reducers = (reducers.DivisorReducer,)
+
+    def _losses(self, call: Call, embeddings, labels, indices_tuple) -> dict:
+        if indices_tuple is not None:
+            found = losses.ProxyAnchorLoss.compute_loss(
+                self, embeddings, labels, indices_tuple, embeddings, labels
+            )
+            found.pop("weight_reg_loss", None)
+            return found
+        classes = torch.arange(self._classes(), device=embeddings.device)
+        value = apply(call, self._rows(), classes, None, embeddings, labels)
+        reduced = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return {"pos_loss": reduced, "neg_loss": self.zero_loss()}  # the sum of both stands for the first
+
+
+class SoftTripleLoss(_FusedClassifier, losses.SoftTripleLoss):
+    """``pytorch_metric_learning.losses.SoftTripleLoss``, computed a block of classes at a time."""
+
+    _law = SoftTriple
+    _weight = "fc"
+
+    def _classes(self) -> int:
+        return self.num_classes
+
+    def _values(self) -> dict[str, Any]:
+        return {"la": self.la, "gamma": 1 / self.gamma, "margin": self.margin, "tau": 0.0}
+
+    def _of_rows(self, call: Call, embeddings, labels) -> Tensor:
+        la, gamma, margin, _ = call.params
+        batch = embeddings, self._rows(), labels.long()
+        value, *_ = soft_triple.soft_triple(*batch, self.centers_per_class, la, gamma, margin, False)
+        return value.to(embeddings.dtype)
 
 
 class MultiSimilarityMiner(miners.MultiSimilarityMiner):

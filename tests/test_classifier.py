@@ -414,6 +414,61 @@ def test_any_number_of_threads(head):
             assert torch.equal(a, b)
 
 
+# ---- as others see them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head", "options"), WITH_PML)
+def test_adapters(head, options):
+    """The classes of dml_cuda.pml: PML's, computed here; its reducers, regularisers and miners go on working."""
+    reducers = pytest.importorskip("pytorch_metric_learning.reducers")
+    regularizers = pytest.importorskip("pytorch_metric_learning.regularizers")
+    from dml_cuda import pml
+
+    theirs = pml_twin(head.make(12, 8, **options), **options, weight_regularizer=regularizers.LpRegularizer())
+    ours = getattr(pml, head.name)(12, 8, **options, weight_regularizer=regularizers.LpRegularizer())
+    assert ours.is_fused()
+    assert isinstance(ours, type(theirs))
+    ours.load_state_dict(theirs.state_dict())
+    embeddings, labels = make_rows(head.make(12, 8, **options), 40)
+    for module in (theirs, ours):
+        module.double()
+    reducer = type(theirs.reducer)
+    for indices in (None, *map(tuple, listed_rows(40))):
+        for module in (theirs, ours):
+            module.reducer = reducer()
+        results = [evaluate(module, embeddings.double(), labels, indices) for module in (ours, theirs)]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    ours.reducer = theirs.reducer = reducers.ThresholdReducer(low=0.1)
+    if head.name != "ProxyAnchorLoss":
+        torch.testing.assert_close(ours(embeddings.double(), labels), theirs(embeddings.double(), labels))
+
+
+@EVERY_HEAD
+def test_pair_weights(head):
+    """What the loss makes of each row and class, is dL/ds."""
+    module = head.make(10, 4).double()
+    embeddings, labels = make_rows(module, 20)
+    labels[3] = -1
+    if head.name == "SoftTripleLoss":
+        with pytest.raises(TypeError, match=r"^loss: expected a loss of pairs"):
+            dml_cuda.functional.pair_weights(module, embeddings, labels)
+        return
+    found = dml_cuda.functional.pair_weights(module, embeddings, labels)
+    module.backend = "reference"
+    loss, grad, _ = evaluate(module, embeddings, labels)
+    rows, columns, *_ = (x.detach() for x in module.pairs(embeddings, labels))
+    weights = rows.new_zeros(len(rows), len(columns))
+    weights.index_put_((found.pos_anchors, found.positives), found.pos_weights, accumulate=True)
+    weights.index_put_((found.neg_anchors, found.negatives), found.neg_weights, accumulate=True)
+    if head.name == "ProxyAnchorLoss":
+        rows, columns, weights, grad = columns, rows, weights.T, grad[labels >= 0]
+    leaf = rows.clone().requires_grad_()
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (leaf, columns)]
+    (expected,) = torch.autograd.grad((unit[0] @ unit[1].T * weights).sum(), leaf)
+    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
+
+
 # ---- circle, of which pytorch-metric-learning has no class-level loss ------------------------------------
 
 

@@ -105,9 +105,14 @@ class ClassifierLoss(LawModule):
         """``[C]``"""
         return torch.arange(self.num_classes, device=getattr(self, self.weight).device)
 
+    def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows and columns of the law, with their labels."""
+        return embeddings, labels, self.rows(), self.classes()
+
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch that has been checked, by ``call``."""
-        return apply(call, embeddings, labels, None, self.rows(), self.classes())
+        rows, labels, columns, classes = self.pairs(embeddings, labels)
+        return apply(call, rows, labels, None, columns, classes)
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
         """The lists whose rows count for the rows' weights."""

@@ -81,6 +81,11 @@ class ProxyAnchorLoss(ClassifierLoss):
     def rows(self) -> Tensor:
         return self.proxies
 
+    def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if bool((labels < 0).any()):
+            embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
+        return self.proxies, self.classes(), embeddings, labels
+
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         count = None
         labels = labels.long()
