@@ -203,6 +203,12 @@ def test_soft_triple_in_blocks(monkeypatch, n, classes, dim, per_class, tau, gam
             assert_as_accurate("SoftTriple", f, p, t)
 
 
+def test_soft_triple_as_an_op():
+    embeddings, centers = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
+    arguments = embeddings, centers, torch.arange(6) % 5, 3, 20.0, 0.1, 0.01, True
+    torch.library.opcheck(torch.ops.dml_cuda.soft_triple.default, arguments)
+
+
 def test_the_regulariser_is_the_papers():
     module = dml_cuda.SoftTripleLoss(3, 5, centers_per_class=4, tau=0.2)
     embeddings, labels = make_rows(module, 6)
@@ -419,7 +425,7 @@ def test_any_number_of_threads(head):
 
 @pytest.mark.parametrize(("head", "options"), WITH_PML)
 def test_adapters(head, options):
-    """The classes of dml_cuda.pml: PML's, computed here; its reducers, regularisers and miners go on working."""
+    """The classes of dml_cuda.pml: PML's, computed here; reducers, regularisers and miners go on working."""
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")
     regularizers = pytest.importorskip("pytorch_metric_learning.regularizers")
     from dml_cuda import pml
@@ -456,7 +462,7 @@ def test_pair_weights(head):
         return
     found = dml_cuda.functional.pair_weights(module, embeddings, labels)
     module.backend = "reference"
-    loss, grad, _ = evaluate(module, embeddings, labels)
+    _, grad, _ = evaluate(module, embeddings, labels)
     rows, columns, *_ = (x.detach() for x in module.pairs(embeddings, labels))
     weights = rows.new_zeros(len(rows), len(columns))
     weights.index_put_((found.pos_anchors, found.positives), found.pos_weights, accumulate=True)
