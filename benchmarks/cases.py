@@ -25,8 +25,14 @@ _LOSS_TITLES = {
     "binomial_deviance": "binomial deviance",
     "nt_xent": "NT-Xent",
     "sup_con": "SupCon",
+    # class-level only
+    "normalized_softmax": "softmax",
+    "cosface": "CosFace",
+    "arcface": "ArcFace",
+    "proxy_anchor": "proxy anchor",
+    "soft_triple": "SoftTriple",
 }
-FAMILY = tuple(_LOSS_TITLES)
+FAMILY = tuple(_LOSS_TITLES)[:7]
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
 
 
@@ -161,14 +167,20 @@ def _drop_in_cases() -> list[Case]:
     mining = product(("list", "count"), (512, 2048), (128, 512))
     listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
     batches = (8192, False), (65_536, True)
+    heads = ("circle", "normalized_softmax", "cosface", "arcface", "proxy_anchor")
+    classifier = partial(case, epsilon=None, part="classifier")
     return [
         *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
         *(case(loss, 2048, 512, part=part) for loss, part in listed),
         *(case("multi_similarity", n, d, part="mined") for n, d in ((512, 128), (2048, 512))),
         *(case("multi_similarity", 512, 128, part="memory", columns=m, once=once) for m, once in batches),
         *(
-            case("circle", 512, 128, epsilon=None, part="classifier", columns=c, peers=("fused", "reference"))
-            for c in (10_000, 100_000)
+            classifier(loss, n, 128, columns=c, peers=("matmuls", "fused", "reference", "pml"))
+            for loss, (n, c) in product(heads, ((128, 100), (512, 10_000), (512, 100_000)))
+        ),
+        *(
+            classifier("soft_triple", n, 128, columns=c, peers=("fused", "reference", "pml"))
+            for n, c in ((128, 100), (512, 10_000))
         ),
     ]
 
