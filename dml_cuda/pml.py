@@ -103,10 +103,16 @@ def _collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tens
         distance.set_default_stats(*points, *(distance.maybe_normalize(x) for x in points))
 
 
+def _reducer_of(reducer: reducers.BaseReducer, name: str) -> reducers.BaseReducer:
+    """The one that reduces the loss of that name."""
+    if type(reducer) is reducers.MultipleReducers:
+        return dict(reducer.reducers.items()).get(name, reducer.default_reducer)
+    return reducer
+
+
 def _reduction(reducer: reducers.BaseReducer, name: str) -> str | None:
     """What the kernels call a reducer of the loss of that name, or None for one that they lack."""
-    if type(reducer) is reducers.MultipleReducers:
-        reducer = dict(reducer.reducers.items()).get(name, reducer.default_reducer)
+    reducer = _reducer_of(reducer, name)
     if getattr(reducer, "collect_stats", False):
         return None
     if isinstance(reducer, reducers.AvgNonZeroReducer) and (reducer.low, reducer.high) != (0, None):
@@ -361,8 +367,10 @@ class _FusedClassifier:
             return str(self.distance)
         if self.collect_stats:
             return "collect_stats"
-        if self._reducers is not None and type(self.reducer) not in self._reducers:
-            return str(self.reducer)
+        if self._reducers is not None:
+            kinds = {type(_reducer_of(self.reducer, name)) for name in self._sub_loss_names()}
+            if not kinds <= set(self._reducers):
+                return str(self.reducer)
         reduction = "none" if self._reducers is None else "mean"
         try:
             return make_call(self._law, self._values(), {"similarity": "cosine", "reduction": reduction})
