@@ -65,8 +65,10 @@ def _fused(formula: Formula, batch: _Batch, similarity: str, reduction: str) -> 
         formula.name,
         formula.params,
         None if batch.epsilon is None else float(batch.epsilon),
-        similarity == "cosine",
+        similarity,
         reduction,
+        True,
+        True,
         needs_grad and torch.is_grad_enabled(),
     )
     return value
