@@ -22,18 +22,21 @@ def distances(x, y):
 
 def similarities(q, r, normalize, rounded, euclidean=False):
     """[N, M] in float64, differentiable as if nothing had been rounded."""
-    if euclidean:
-        return -(distances(unit(q), unit(r)) if normalize else distances(q, r))
 
     def product(a, b):
         return a @ b.T
 
-    exact = product(unit(q), unit(r)) if normalize else product(q, r)
+    x, y = (unit(q), unit(r)) if normalize else (q, r)
+    exact = -distances(x, y) if euclidean else product(x, y)
     if rounded is None:
         return exact
     narrow = product(rounded(q.detach()), rounded(r.detach()))
     if normalize:
         narrow = narrow / (q.detach().norm(dim=1)[:, None] * r.detach().norm(dim=1)[None, :])
+    if euclidean:  # near distances are not taken from a product
+        both = x.detach().square().sum(1)[:, None] + y.detach().square().sum(1)[None, :]
+        squares = both - 2 * narrow
+        narrow = torch.where(squares > both / 64, -squares.clamp_min(0).sqrt(), exact.detach())
     return exact + (narrow - exact).detach()
 
 

@@ -4,6 +4,7 @@ Buffers are surrounded by NaN on the way in and by guards on the way out, and fi
 kernels write to them.
 """
 
+import brute_force
 import pytest
 import torch
 from cuda_cases import (
@@ -11,7 +12,9 @@ from cuda_cases import (
     BY_NAME,
     CIRCLE,
     CIRCLE_NOT_DETACHED,
+    LAWS,
     MS,
+    ON_DISTANCES,
     Case,
     check,
     couples,
@@ -36,6 +39,7 @@ SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_f
 
 by_path = pytest.mark.parametrize("path", PATHS)
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
+by_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
 by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 
@@ -71,6 +75,76 @@ def test_every_kernel(path, arithmetic, m, epsilon, loss):
     n = 70 if path == "small" else 260  # 3 or 5 tiles a side: several super-tiles, the last one partial
     schedule = SCHEDULES[(n + (m or 0) + len(arithmetic.name)) % 4]
     verify(make(n, 33, arithmetic, m=m, epsilon=epsilon, loss=loss), arithmetic, path, schedule=schedule)
+
+
+def of_similarity(law, similarity, n, d, arithmetic, **options):
+    """A case of a law whose parameters suit the similarity."""
+    name, params = law
+    if similarity.startswith("euclidean"):
+        law = name, ON_DISTANCES[name]
+    case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
+    if similarity in ("dot", "euclidean_raw"):
+        case.q *= 0.25  # of order 1
+        if case.r is not None:
+            case.r *= 0.25
+    return case
+
+
+def test_every_law_has_its_cases():
+    assert sorted(name for name, _ in LAWS) == sorted(library.laws()) == sorted(brute_force.LAWS)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
+@pytest.mark.parametrize("similarity", library.SIMILARITIES)
+@by_path
+@by_law
+def test_every_law(law, path, similarity, m, epsilon):
+    n = 60 if path == "small" else 140
+    verify(of_similarity(law, similarity, n, 16, F64, m=m, epsilon=epsilon), F64, path)
+    if path != "cached":
+        verify(of_similarity(law, similarity, n, 16, F32, m=m, epsilon=epsilon), F32, path)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "euclidean_raw"])
+@pytest.mark.parametrize("arithmetic", [a for a in ARITHMETICS if a.dtype != torch.float64], ids=lambda a: a.name)
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_law
+def test_every_law_in_every_arithmetic(law, path, arithmetic, similarity):
+    verify(of_similarity(law, similarity, 70 if path == "small" else 140, 24, arithmetic), arithmetic, path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_law
+def test_reductions_of_every_law(law, path, epsilon, reduction):
+    upstream = torch.randn(140, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
+    # Many classes: some rows have no positive, and some summands are 0.
+    case = make(140, 12, F64, classes=60, epsilon=epsilon, loss=law)
+    case.reduction, case.upstream = reduction, upstream
+    verify(case, F64, path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_law
+def test_parts_and_units_before_they_are_divided(law, path, reduction):
+    case = make(140, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
+    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    value, grads = run(case, F64, path)
+    assert value.shape == (4,)
+    check(case, F64, value, grads)
+
+
+@pytest.mark.parametrize("mine_self", [True, False])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@by_path
+@by_law
+def test_whether_mining_sees_a_row_itself(law, path, epsilon, mine_self):
+    for arithmetic in (F64,) if path == "cached" else (F64, F32):
+        case = make_from_refs(130, 20, arithmetic, m=140, loss=law, epsilon=epsilon, mine_self=mine_self)
+        verify(case, arithmetic, path)
 
 
 SQUARES = [(1, 3), (2, 1), (3, 31), (31, 64), (33, 65), (65, 129), (127, 7), (129, 66), (151, 36)]

@@ -256,7 +256,7 @@ struct Work {
                                                  all_cols().end,
                                                  cache(),
                                                  false};
-                f(super, Turn{{j == cols.begin, i == rows.begin}, j + shape.cols >= cols.end});
+                f(super, Turn{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
             }
         }
     }
@@ -399,15 +399,16 @@ struct Work {
                 launch(pair_weights<Math, Weight>, tiles_of(super), dim3(Traits::kThreads),
                        Grid::shared_bytes(1), work.stream, super, AnyLaw<Acc>(p), work.stats(),
                        work.upstream(grad_loss), work.kept(), weights, weight_partials);
-                for (bool& first : turn.first) first = first && fresh;
+                turn.rows_first = turn.rows_first && fresh;
+                turn.cols_first = turn.cols_first && fresh;
                 if (sums_weights(p)) {
                     launch(fold_weights<kTile, T, Acc>, fold_grid(super, true), dim3(kFoldThreads), 0,
                            work.stream, super, weight_partials, work.kept(), turn,
                            rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr);
                 }
                 const Gradients<Acc> gradients = {
-                    {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.first[0]},
-                     {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.first[1]}}};
+                    {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
+                     {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}}};
                 using Grad = GradTraits<GradMath>;
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
                 launch(add_gradients<GradMath>,

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     Acc* sums = side == 0 ? row_sums : col_sums;
     if (!sums) return;
     Acc& total = sums[i];
-    Acc sum = turn.first[side] ? Acc(0) : total;
+    Acc sum = turn.first(side) ? Acc(0) : total;
     const Acc none[1] = {Acc(0)};
     for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none,
                     [&](const Acc(&q)[1]) { sum += q[0]; });

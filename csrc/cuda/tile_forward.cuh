@@ -524,8 +524,10 @@ DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) 
 
 // Which of a side's rows a fold meets for the first time, and for the last.
 struct Turn {
-    bool first[2];  // of the rows and of the columns
-    bool last;      // of the rows
+    bool rows_first, cols_first;
+    bool rows_last;
+
+    DML_DEVICE bool first(int side) const { return side == 0 ? rows_first : cols_first; }
 };
 
 template <int Tile, typename T, typename Acc>
@@ -538,11 +540,11 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     if (i < 0) return;
     const RunningRow<Acc> row{stats, i};
     Extremes<Acc> found;
-    if (!turn.first[side]) found = {row.min_pos(), row.max_neg()};
+    if (!turn.first(side)) found = {row.min_pos(), row.max_neg()};
     const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
     for_slots<Tile>(super, partials, side, line, nullptr, kHasPartials, none,
                     [&](const Acc(&q)[2]) { found.merge({q[0], q[1]}); });
-    if (turn.last && side == 0) {
+    if (turn.rows_last && side == 0) {
         const Bounds<Acc> bounds = found.mined(epsilon);
         stats.flags[i] = found.has_both() ? kEligible : uint8_t(0);
         stats.neg_above[i] = bounds.neg_above;
@@ -559,7 +561,7 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side
                                         const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
                                         bool mining, const Results<Acc>& results) {
     const RunningRow<Acc> row{stats, i};
-    const bool first = turn.first[side];
+    const bool first = turn.first(side);
     Gathering<Law, Acc> g;
     if (!first) {
         g = row.template load<Law>();
@@ -571,7 +573,7 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side
     if (kStage == Stage::kPositives) none[1] = Acc(0);
     for_slots<Tile>(super, partials, side, line, kept, kHasPartials, none,
                     [&](const Acc(&q)[kQuantities]) { g.template merge<kStage>(q); });
-    if (!(turn.last && side == 0)) {
+    if (!(turn.rows_last && side == 0)) {
         row.store(g);
         return {};
     }
@@ -594,7 +596,7 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     const int64_t i = fold_row<Tile>(super, side, line);
     RowResult<Acc> result;
-    bool finished = turn.last && side == 0;
+    bool finished = turn.rows_last && side == 0;
     any_law.visit([&](const auto& law) {
         using Law = std::decay_t<decltype(law)>;
         const auto fold = [&](auto stage) {
