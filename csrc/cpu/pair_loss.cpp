@@ -615,49 +615,106 @@ class BackwardPass {
         batch_.kernels.compress(dense, tile.rows, tile.cols, count, slot(k));
     }
 
-    // Enough panels of dimensions that the blocks feed many threads; the products want them wide.
-    int64_t panel() const {
-        constexpr int64_t kTasks = 32, kLeast = 128, kStep = 64;
-        const int64_t blocks = (rows_wanted_ ? batch_.tiles.row_blocks : 0) +
-                               (cols_wanted_ && !batch_.square ? batch_.tiles.col_blocks : 0);
-        const int64_t panels = (kTasks + blocks - 1) / std::max<int64_t>(blocks, 1);
-        const int64_t even = (width_ + panels - 1) / std::max<int64_t>(panels, 1);
+    // Enough panels of dimensions that the blocks feed all threads evenly; the products want them wide. A
+    // dimension's sum does not depend on the panel that it is in.
+    int64_t panel(int64_t blocks) const {
+        constexpr int64_t kLeast = 128, kStep = 64;
+        const int64_t threads = at::get_num_threads(), tasks = threads == 1 ? 1 : 3 * threads;
+        const int64_t panels = (tasks + blocks - 1) / blocks;
+        const int64_t even = (width_ + panels - 1) / panels;
         return std::max((even + kStep - 1) / kStep * kStep, kLeast);
     }
 
     void add_gradients(const std::vector<TileAt>& wave) {
         const Owners owners(wave, batch_.tiles, rows_wanted_, batch_.square || cols_wanted_);
-        const int64_t wide = panel(), panels = (width_ + wide - 1) / wide;
+        if (owners.size() == 0) return;
+        const int64_t wide = panel(owners.size()), panels = (width_ + wide - 1) / wide;
         const int64_t work = int64_t(wave.size()) * batch_.tiles.area() * (width_ / 8 + 1);
         for_tasks(owners.size() * panels, work, [&](int64_t task) {
             const int64_t k = task / panels, from = task % panels * wide;
             const int64_t dims = std::min(wide, width_ - from);
+            const bool is_rows = owners.is_rows(k);
             const int64_t first = owners.block(k) * batch_.tiles.side;
-            const Gradient<T>& gradient = owners.is_rows(k) ? grad_rows : grad_cols;
-            for (const auto* share = owners.begin(k); share != owners.end(k); ++share) {
-                const Tile<T> tile = batch_.place(wave[share->tile]);
-                add_tile(tile, share->tile, share->as_rows, from, dims, gradient.row(first) + from);
+            const Gradient<T>& gradient = is_rows ? grad_rows : grad_cols;
+            const int lines = static_cast<int>(
+                std::min<int64_t>(batch_.tiles.side, (is_rows ? batch_.n : batch_.m) - first));
+            T* out = gradient.row(first) + from;
+            for (const auto* share = owners.begin(k); share != owners.end(k);) {
+                share = add_run(wave, share, owners.end(k), lines, from, dims, out);
             }
         });
     }
 
-    // Adds the tile's weights times the points on its other side to the lines on one.
-    void add_tile(const Tile<T>& tile, int64_t k, bool as_rows, int64_t from, int64_t dims, T* out) const {
-        const int64_t count = nonzeros_[k];
-        if (count == 0) return;
-        const PackedPoints<T>& points = as_rows ? batch_.cols : batch_.rows;
-        T* x = points.row(as_rows ? tile.col0 : tile.row0) + from;
-        const int lines = as_rows ? tile.rows : tile.cols, inner = as_rows ? tile.cols : tile.rows;
+    // What one share of a block multiplies its weights with: the points on the other side of its tile.
+    struct Factor {
+        const PackedPoints<T>& points;
+        int64_t first;
+        int count;
+    };
+    Factor factor(const TileAt& at, bool as_rows) const {
+        const Tile<T> tile = batch_.place(at);
+        return as_rows ? Factor{batch_.cols, tile.col0, tile.cols}
+                       : Factor{batch_.rows, tile.row0, tile.rows};
+    }
+
+    // Adds the weights of the next tile, or of a run of small dense ones whose points follow each other,
+    // times their points to the lines of a block. Returns the share after them.
+    const Owners::Share* add_run(const std::vector<TileAt>& wave, const Owners::Share* share,
+                                 const Owners::Share* end, int lines, int64_t from, int64_t dims,
+                                 T* out) const {
+        const int64_t count = nonzeros_[share->tile];
+        const Factor of = factor(wave[share->tile], share->as_rows);
+        T* x = of.points.row(of.first) + from;
+        const int64_t stride = of.points.stride();
+        const Tile<T> tile = batch_.place(wave[share->tile]);
+        if (count == 0) return share + 1;
         if (count != kDense) {
-            const SparseTile<T> sparse(slot(k), tile.rows, tile.cols, count);
-            batch_.kernels.add_product(as_rows ? sparse.by_row : sparse.by_col, lines, x, points.stride(),
-                                       dims, out, width_);
-            return;
+            const SparseTile<T> sparse(slot(share->tile), tile.rows, tile.cols, count);
+            batch_.kernels.add_product(share->as_rows ? sparse.by_row : sparse.by_col, lines, x, stride, dims,
+                                       out, width_);
+            return share + 1;
         }
-        const Tensor w = as_rows ? matrix(slot(k), lines, inner, tile.cols, 1)
-                                 : matrix(slot(k), lines, inner, 1, tile.cols);
-        Tensor sum = matrix(out, lines, dims, width_, 1);
-        at::cpu::addmm_out(sum, sum, w, matrix(x, inner, dims, points.stride(), 1), 1, 1);
+        const auto add = [&](const Tensor& w, int64_t inner) {
+            Tensor sum = matrix(out, lines, dims, width_, 1);
+            at::cpu::addmm_out(sum, sum, w, matrix(x, inner, dims, stride, 1), 1, 1);
+        };
+        const auto next = [&](const Owners::Share* last) {  // whether the share after `last` joins the run
+            const Owners::Share* after = last + 1;
+            if (after == end || nonzeros_[after->tile] != kDense) return false;
+            const Factor a = factor(wave[last->tile], last->as_rows),
+                         b = factor(wave[after->tile], after->as_rows);
+            return &a.points == &b.points && a.first + a.count == b.first;
+        };
+        // A product over 64 columns spends more on its sums than on itself: many such become one. Larger
+        // tiles are not worth the copy.
+        constexpr int64_t kRun = kMostSide * kMostSide;  // weights
+        if (batch_.tiles.side == kMostSide || !next(share)) {
+            add(share->as_rows ? matrix(slot(share->tile), lines, of.count, tile.cols, 1)
+                               : matrix(slot(share->tile), lines, of.count, 1, tile.cols),
+                of.count);
+            return share + 1;
+        }
+        const int64_t pitch = kRun / lines;
+        T* run = Scratch<T>::mine().tile;  // [lines, pitch]
+        int64_t inner = 0;
+        while (true) {
+            const Tile<T> here = batch_.place(wave[share->tile]);
+            const T* w = slot(share->tile);
+            const int columns = share->as_rows ? here.cols : here.rows;
+            for (int i = 0; i < lines; ++i) {
+                T* to = run + i * pitch + inner;
+                if (share->as_rows) {
+                    std::memcpy(to, w + int64_t(i) * here.cols, columns * sizeof(T));
+                } else {
+                    for (int j = 0; j < columns; ++j) to[j] = w[int64_t(j) * here.cols + i];
+                }
+            }
+            inner += columns;
+            if (!next(share) || inner + batch_.tiles.side > pitch) break;
+            ++share;
+        }
+        add(matrix(run, lines, inner, pitch, 1), inner);
+        return share + 1;
     }
 };
 

@@ -34,8 +34,8 @@ DML_INLINE const T* negatives_of_row(const Tile<T>& tile, int i, T* buffer) {
     const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
     const PositiveRun run = positive_run(tile, i);
     if (run.begin() == run.end()) return s;
-    for (int j = 0; j < tile.cols; ++j) buffer[j] = s[j];
-    for (int j = run.begin(); j < run.end(); ++j) buffer[j] = -infinity<T>();
+    for (int64_t j = 0; j < tile.cols; ++j) buffer[j] = s[j];
+    for (int64_t j = run.begin(); j < run.end(); ++j) buffer[j] = -infinity<T>();
     return buffer;
 }
 
@@ -52,13 +52,13 @@ void distances(T* s, int rows, int cols, const T* x, int64_t x_stride, const T* 
         const T own = x_square[i];
         int near = 0;
 #pragma omp simd reduction(+ : near)
-        for (int j = 0; j < cols; ++j) {
+        for (int64_t j = 0; j < cols; ++j) {
             const T both = own + y_square[j], square = both - T(2) * line[j];
             near += square < kNearShare<T> * both ? 1 : 0;
             line[j] = square;
         }
         if (near > 0) {
-            for (int j = 0; j < cols; ++j) {
+            for (int64_t j = 0; j < cols; ++j) {
                 if (!(line[j] < kNearShare<T> * (own + y_square[j]))) continue;
                 const T *a = x + i * x_stride, *b = y + j * y_stride;
                 T square = 0;
@@ -68,20 +68,20 @@ void distances(T* s, int rows, int cols, const T* x, int64_t x_stride, const T* 
             }
         }
 #pragma omp simd
-        for (int j = 0; j < cols; ++j) line[j] = -std::sqrt(line[j] > T(0) ? line[j] : T(0));
+        for (int64_t j = 0; j < cols; ++j) line[j] = -std::sqrt(line[j] > T(0) ? line[j] : T(0));
     }
 }
 
 template <typename T>
 void min_positives(const Tile<T>& tile, TileParts<T>& parts) {
     T *rows = parts.rows.pos_a, *cols = parts.cols.pos_a;
-    for (int j = 0; j < tile.cols; ++j) cols[j] = infinity<T>();
+    for (int64_t j = 0; j < tile.cols; ++j) cols[j] = infinity<T>();
     for (int i = 0; i < tile.rows; ++i) {
         const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
         const PositiveRun run = positive_run(tile, i);
         T least = infinity<T>();
         for (const auto& range : run.parts) {
-            for (int j = range[0]; j < range[1]; ++j) {
+            for (int64_t j = range[0]; j < range[1]; ++j) {
                 least = s[j] < least ? s[j] : least;
                 cols[j] = s[j] < cols[j] ? s[j] : cols[j];
             }
@@ -137,9 +137,9 @@ struct JoiningPositives : Positives<T, Law> {
 // The terms of a range of a row. In a loop and an array of their own, so that they are rounded before
 // anything is subtracted from them (see rounded_product).
 template <typename T, typename Kind>
-DML_INLINE void range_terms(const Kind& kind, const T* s, int begin, int end, T* term) {
+DML_INLINE void range_terms(const Kind& kind, const T* s, int64_t begin, int64_t end, T* term) {
 #pragma omp simd
-    for (int j = begin; j < end; ++j) term[j] = kind.term(s[j], T(0));
+    for (int64_t j = begin; j < end; ++j) term[j] = kind.term(s[j], T(0));
 }
 
 // One side of a tile, as an accumulation sees it.
@@ -155,15 +155,15 @@ struct Lines {
 
 // Largest term and similarity kept, for row i and for the columns of the range.
 template <typename T, typename Kind, bool kBothSides>
-DML_INLINE void range_maxima(const Kind& kind, const T* s, int begin, int end, T bound, T& max_term, T& max_s,
-                             const Lines<T>& cols) {
+DML_INLINE void range_maxima(const Kind& kind, const T* s, int64_t begin, int64_t end, T bound, T& max_term,
+                             T& max_s, const Lines<T>& cols) {
     alignas(64) T terms[kMostSide];
     range_terms(kind, s, begin, end, terms);
     T row_term = max_term, row_s = max_s;
     const T* col_bound = cols.bound;
     T *col_max = cols.a, *col_max_s = cols.extra;
 #pragma omp simd reduction(max : row_term, row_s)
-    for (int j = begin; j < end; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
         const T term = terms[j];
         const bool kept = kind.kept(s[j], bound);
         const T kept_term = kept ? term : -infinity<T>();
@@ -185,15 +185,15 @@ DML_INLINE void range_maxima(const Kind& kind, const T* s, int begin, int end, T
 // sum of exp(term - max) over the kept pairs, for row i and for the columns of the range. kShared: one max
 // serves all lines, and so one exponential both sides.
 template <typename T, typename Kind, bool kBothSides, bool kShared>
-DML_INLINE void range_sums(const Kind& kind, const T* s, int begin, int end, T bound, T max_term, T& sum,
-                           const Lines<T>& cols) {
+DML_INLINE void range_sums(const Kind& kind, const T* s, int64_t begin, int64_t end, T bound, T max_term,
+                           T& sum, const Lines<T>& cols) {
     alignas(64) T terms[kMostSide];
     range_terms(kind, s, begin, end, terms);
     T row_sum = sum;
     const T *col_bound = cols.bound, *col_max = cols.a;
     T* col_sum = cols.b;
 #pragma omp simd reduction(+ : row_sum)
-    for (int j = begin; j < end; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
         const T term = exp_fast(terms[j] - max_term);
         row_sum += kind.kept(s[j], bound) ? term : T(0);
         if constexpr (kBothSides) {
@@ -209,7 +209,7 @@ template <typename T>
 struct Spread {
     T most = -infinity<T>(), least = infinity<T>();
     DML_INLINE void add(const T* x, int n) {
-        for (int i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             if (x[i] == -infinity<T>()) continue;
             most = x[i] > most ? x[i] : most;
             least = x[i] < least ? x[i] : least;
@@ -225,7 +225,7 @@ struct Spread {
 template <typename T, typename Kind, bool kBothSides>
 Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows, const Lines<T>& cols) {
     const auto clear = [](const Lines<T>& lines, int n) {
-        for (int i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             lines.a[i] = lines.extra[i] = -infinity<T>();
             lines.b[i] = T(0);
         }
@@ -233,7 +233,7 @@ Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows
     clear(rows, tile.rows);
     if (kBothSides) clear(cols, tile.cols);
     for (int i = 0; i < tile.rows; ++i) {
-        Kind::for_each_range(tile, i, [&](const T* s, int begin, int end) {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             range_maxima<T, Kind, kBothSides>(kind, s, begin, end, rows.bound[i], rows.a[i], rows.extra[i],
                                               cols);
         });
@@ -250,7 +250,7 @@ Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows
     const bool shared = any_col && spread.narrow();
     for (int i = 0; i < tile.rows; ++i) {
         if (rows.a[i] == -infinity<T>() && !any_col) continue;
-        Kind::for_each_range(tile, i, [&](const T* s, int begin, int end) {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             const T bound = rows.bound[i];
             if (shared) {
                 range_sums<T, Kind, true, true>(kind, s, begin, end, bound, spread.most, rows.b[i], cols);
@@ -263,7 +263,7 @@ Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows
     }
     if (shared) {
         const auto set = [&](const Lines<T>& lines, int n) {
-            for (int i = 0; i < n; ++i) {
+            for (int64_t i = 0; i < n; ++i) {
                 if (lines.a[i] != -infinity<T>()) lines.a[i] = spread.most;
             }
         };
@@ -280,7 +280,7 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
                      const Lines<T>& cols) {
     constexpr bool kContext = Kind::kContext;
     if (kBothSides) {
-        for (int j = 0; j < tile.cols; ++j) cols.a[j] = cols.b[j] = cols.extra[j] = T(0);
+        for (int64_t j = 0; j < tile.cols; ++j) cols.a[j] = cols.b[j] = cols.extra[j] = T(0);
     }
     const T zero_counts = count_nonzero ? T(0) : T(1);  // what a kept pair whose term is 0 counts
     const T *col_bound = cols.bound, *col_context = cols.context;
@@ -288,10 +288,10 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
     for (int i = 0; i < tile.rows; ++i) {
         T count = 0, sum = 0, extra = 0;
         const T bound = rows.bound[i], context = kContext ? rows.context[i] : T(0);
-        Kind::for_each_range(tile, i, [&](const T* s, int begin, int end) {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             T c = count, t = sum, x = extra;
 #pragma omp simd reduction(+ : c, t, x)
-            for (int j = begin; j < end; ++j) {
+            for (int64_t j = begin; j < end; ++j) {
                 const T term = kind.term(s[j], context);
                 const bool kept = kind.kept(s[j], bound);
                 t += kept ? term : T(0);
@@ -317,7 +317,7 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
     const auto some = [&](const T* of_rows, const T* of_cols) {
         bool any = false;
         for (int i = 0; i < tile.rows; ++i) any |= of_rows[i] != T(0);
-        for (int j = 0; kBothSides && j < tile.cols; ++j) any |= of_cols[j] != T(0);
+        for (int64_t j = 0; kBothSides && j < tile.cols; ++j) any |= of_cols[j] != T(0);
         return any;
     };
     const bool terms = some(rows.b, cols.b), counts = some(rows.a, cols.a);
@@ -328,7 +328,7 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
 template <typename T, bool kBothSides>
 DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, const Lines<T>& cols) {
     if (kBothSides) {
-        for (int j = 0; j < tile.cols; ++j) cols.extra[j] = -infinity<T>();
+        for (int64_t j = 0; j < tile.cols; ++j) cols.extra[j] = -infinity<T>();
     }
     const T* col_bound = cols.bound;
     T* col_max = cols.extra;
@@ -338,7 +338,7 @@ DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, con
         const T bound = rows.bound[i];
         T most = -infinity<T>();
 #pragma omp simd reduction(max : most)
-        for (int j = 0; j < tile.cols; ++j) {
+        for (int64_t j = 0; j < tile.cols; ++j) {
             const T kept = s[j] > bound ? s[j] : -infinity<T>();
             most = kept > most ? kept : most;
             if constexpr (kBothSides) {
@@ -389,7 +389,7 @@ Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool co
             Lines<T> rows = lines(row_parts, tile.row0, true), cols = lines(col_parts, tile.col0, true);
             accumulate_lse<T, JoiningPositives<T, Law>, kBothSides>(tile, {{law}}, rows, cols);
             const auto join = [&](const Lines<T>& from, LineParts<T>& to, int n) {
-                for (int i = 0; i < n; ++i) {
+                for (int64_t i = 0; i < n; ++i) {
                     LogSumExp<T> sum;
                     if (wanted & static_cast<int>(Kinds::kNegatives)) sum = {to.neg_a[i], to.neg_b[i]};
                     sum.merge(from.a[i], from.b[i]);
@@ -408,14 +408,14 @@ template <typename T>
 void merge(Fold fold, int n, const T* part_a, const T* part_b, T* a, T* b) {
     if (fold == Fold::kSum) {
 #pragma omp simd
-        for (int i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             a[i] += part_a[i];
             b[i] += part_b[i];
         }
         return;
     }
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {  // as LogSumExp::merge
+    for (int64_t i = 0; i < n; ++i) {  // as LogSumExp::merge
         const T most = part_a[i] > a[i] ? part_a[i] : a[i];
         const T offset = most == -infinity<T>() ? T(0) : most;
         b[i] = b[i] * exp_fast(a[i] - offset) + part_b[i] * exp_fast(part_a[i] - offset);
@@ -458,7 +458,7 @@ struct SharedExponential {
         fill(cols, col, m);
     }
     DML_INLINE void fill(T* factor, const Weighed<T>& of, int n) const {
-        for (int i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             const bool empty = of.value[i] == -infinity<T>();
             factor[i] = empty ? T(0) : of.d[i] * exp_fast(offset - of.value[i]);
         }
@@ -467,13 +467,14 @@ struct SharedExponential {
 
 // Writes (or adds) the weights of the kind's pairs in a range of row i.
 template <typename T, Fold kFold, bool kBothSides, bool kAdd, typename Kind>
-DML_INLINE void range_weights(const Kind& kind, const T* s, int begin, int end, int i, const Weighed<T>& row,
-                              const Weighed<T>& col, const SharedExponential<T>* shared, T* out) {
+DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
+                              const Weighed<T>& row, const Weighed<T>& col,
+                              const SharedExponential<T>* shared, T* out) {
     const T bound = row.bound[i], d = row.d[i];
     if constexpr (kFold == Fold::kSum) {
         const T context = Kind::kContext ? row.context[i] : T(0);
 #pragma omp simd
-        for (int j = begin; j < end; ++j) {
+        for (int64_t j = begin; j < end; ++j) {
             const T of_row = kind.kept(s[j], bound) ? d : T(0);
             T total = T(0);
             if constexpr (Kind::kContext) {
@@ -497,7 +498,7 @@ DML_INLINE void range_weights(const Kind& kind, const T* s, int begin, int end, 
         const T offset = shared->offset, factor = shared->rows[i];
         const T* factors = shared->cols;
 #pragma omp simd
-        for (int j = begin; j < end; ++j) {
+        for (int64_t j = begin; j < end; ++j) {
             T total = kind.kept(s[j], bound) ? factor : T(0);
             total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
             // No 0 * inf where s is -inf.
@@ -508,7 +509,7 @@ DML_INLINE void range_weights(const Kind& kind, const T* s, int begin, int end, 
     }
     const T value = row.value[i];
 #pragma omp simd
-    for (int j = begin; j < end; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
         const T row_term = d * exp_fast(terms[j] - value);
         T total = kind.kept(s[j], bound) ? row_term : T(0);
         if constexpr (kBothSides) {
@@ -545,11 +546,12 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.cols;
-        neg.for_each_range(tile, i, [&](const T* s, int begin, int end) {  // writes 0 for positives and self
-            range_weights<T, Law::kNeg, kBothSides, false>(neg, s, begin, end, i, neg_rows, neg_cols,
-                                                           &shared_neg, line);
-        });
-        pos.for_each_range(tile, i, [&](const T* s, int begin, int end) {
+        neg.for_each_range(tile, i,
+                           [&](const T* s, int64_t begin, int64_t end) {  // writes 0 for positives and self
+                               range_weights<T, Law::kNeg, kBothSides, false>(neg, s, begin, end, i, neg_rows,
+                                                                              neg_cols, &shared_neg, line);
+                           });
+        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             range_weights<T, Law::kPos, kBothSides, false>(pos, s, begin, end, i, pos_rows, pos_cols,
                                                            &shared_pos, line);
             if constexpr (Law::kPosInNeg) {
@@ -560,11 +562,11 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
         if (euclidean) {  // ds = -d|x - y|; the weights are those of the product <x, y>
             const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
 #pragma omp simd
-            for (int j = 0; j < tile.cols; ++j) line[j] = s[j] < T(0) ? line[j] / -s[j] : T(0);
+            for (int64_t j = 0; j < tile.cols; ++j) line[j] = s[j] < T(0) ? line[j] / -s[j] : T(0);
         }
         int nonzeros = 0;
 #pragma omp simd reduction(+ : nonzeros)
-        for (int j = 0; j < tile.cols; ++j) nonzeros += line[j] != T(0) ? 1 : 0;
+        for (int64_t j = 0; j < tile.cols; ++j) nonzeros += line[j] != T(0) ? 1 : 0;
         count += nonzeros;
     }
     return count;
@@ -596,7 +598,7 @@ void compress(const T* weights, int rows, int cols, int64_t count, void* memory)
     for (int i = 0; i < rows; ++i) {
         start[i] = static_cast<uint16_t>(n);
         const T* w = weights + static_cast<int64_t>(i) * cols;
-        for (int j = 0; j < cols; ++j) {  // no branch: always write, advance only past a non-zero
+        for (int64_t j = 0; j < cols; ++j) {  // no branch: always write, advance only past a non-zero
             index[n] = static_cast<uint8_t>(j);
             value[n] = w[j];
             n += w[j] != T(0);
@@ -607,7 +609,7 @@ void compress(const T* weights, int rows, int cols, int64_t count, void* memory)
     for (int k = 0; k < n; ++k) ++column_count[index[k]];
     int next[kMostSide];
     int total = 0;
-    for (int j = 0; j < cols; ++j) {
+    for (int64_t j = 0; j < cols; ++j) {
         col_start[j] = static_cast<uint16_t>(total);
         next[j] = total;
         total += column_count[j];
