@@ -48,9 +48,7 @@ Precision precision_in_use() {
 }
 
 // Rows may lie at any distance but must be contiguous in themselves.
-Tensor with_dense_rows(const Tensor& x) {
-    return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
+Tensor with_dense_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
 
 // The task, and the tensors that its pointers lead to.
 struct Inputs {
@@ -80,7 +78,9 @@ struct Inputs {
     }
 };
 
-Tensor bytes(int64_t count, const Tensor& like) { return at::empty({count}, like.options().dtype(at::kByte)); }
+Tensor bytes(int64_t count, const Tensor& like) {
+    return at::empty({count}, like.options().dtype(at::kByte));
+}
 
 // How float32 was multiplied in forward is how backward must see the same similarities. The host has to know
 // without asking the device, so it is the number of bytes by which `saved` is longer than what it holds.
@@ -91,8 +91,7 @@ ForwardResult pair_loss(const Call& c) {
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
-    Tensor saved =
-        bytes(saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
+    Tensor saved = bytes(saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
     Tensor loss = in.task.problem.reduction == Reduction::kNone
                       ? at::empty({c.embeddings.size(0)}, in.accumulate)
                   : c.divide ? at::empty({}, in.accumulate)

@@ -140,6 +140,19 @@ def clear_margin(case, arithmetic):
     return margin > 2e-6
 
 
+def of_similarity(law, similarity, n, d, arithmetic, **options):
+    """A case of a law whose parameters suit the similarity."""
+    name, params = law
+    if similarity.startswith("euclidean"):
+        law = name, ON_DISTANCES[name]
+    case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
+    if similarity in ("dot", "euclidean_raw"):
+        case.q *= 0.25  # of order 1
+        if case.r is not None:
+            case.r *= 0.25
+    return case
+
+
 def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
     """A batch of which every row is one of the references; a tenth of those has a class of its own. With
     some, not every row says so, and two call a point themselves that is of another class."""

@@ -106,8 +106,7 @@ struct Work {
         Acc* header = reinterpret_cast<Acc*>(saved);
         Acc* a = header + kHeader;
         const int64_t n = p.queries.count;
-        return {header,    a,         a + n,     a + 2 * n,
-                a + 3 * n, a + 4 * n, a + 5 * n, saved + flags_at(task, saves)};
+        return {header, a, a + n, a + 2 * n, a + 3 * n, a + 4 * n, a + 5 * n, saved + flags_at(task, saves)};
     }
     Acc* query_norms() const { return stats().d_pos + p.queries.count; }
     Acc* ref_norms() const { return p.square ? query_norms() : query_norms() + p.queries.count; }

@@ -52,9 +52,8 @@ int64_t backward_workspace_bytes(const Task& task) {
 
 void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
              cudaStream_t stream) {
-    with_engine(task, [&](auto engine) {
-        engine.forward(task, save_for_backward, saved, loss, workspace, stream);
-    });
+    with_engine(
+        task, [&](auto engine) { engine.forward(task, save_for_backward, saved, loss, workspace, stream); });
 }
 
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,

@@ -80,10 +80,9 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             const int row = Grid::row(i);
             const auto sims = Grid::sims(tile, i);
             typename Grid::Sims w;
-            const RowWeight<Acc> of_row =
-                tile.row0 + row < super.rows.points.rows
-                    ? RowWeight<Acc>::load(stats, tile.row0 + row, upstream)
-                    : RowWeight<Acc>{};
+            const RowWeight<Acc> of_row = tile.row0 + row < super.rows.points.rows
+                                              ? RowWeight<Acc>::load(stats, tile.row0 + row, upstream)
+                                              : RowWeight<Acc>{};
 #pragma unroll 1
             for (int j = 0; j < Grid::kCols; ++j) {
                 const int col = Grid::col(j);

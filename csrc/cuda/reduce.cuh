@@ -26,12 +26,12 @@ struct Division {
 };
 
 // result: [1], or [4] where nothing is divided, or [rows] where nothing is reduced, which the rows have
-// written. Where any point is not finite, each row that has the pairs it needs becomes NaN, and every gradient
-// does; where no row has, all stays 0.
+// written. Where any point is not finite, each row that has the pairs it needs becomes NaN, and every
+// gradient does; where no row has, all stays 0.
 template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_results(RowStats<Acc> stats, int64_t rows, Results<Acc> results, const Acc* ref_norms, int64_t refs,
-                   const int64_t* ref_count, Division division, Acc* result) {
+    reduce_results(RowStats<Acc> stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
+                   int64_t refs, const int64_t* ref_count, Division division, Acc* result) {
     Acc* shared = shared_array<Acc>(0, kWarpSize);
     RowResult<Acc> r;
     // Of the references only norms matter, and where no row is, not even those.

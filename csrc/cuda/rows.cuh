@@ -79,8 +79,8 @@ DML_DEVICE Acc scaled_inverse_norm(const Matrix<T>& m, int64_t row) {
     return Acc(1) / largest / std::sqrt(squares);
 }
 
-// What similarities and gradients need of a row's length: its inverse, 0 for a row of norm 0; 1 where rows are
-// not normalised; its square for distances of rows as they come. NaN for a row that is not finite.
+// What similarities and gradients need of a row's length: its inverse, 0 for a row of norm 0; 1 where rows
+// are not normalised; its square for distances of rows as they come. NaN for a row that is not finite.
 template <typename Acc, typename T>
 DML_DEVICE Acc row_norm(Acc squares, const Matrix<T>& m, int64_t row, Similarity kind) {
     if (!kind.normalize) {

@@ -40,9 +40,9 @@ inline constexpr bool kAnyLogSumExp = Law::kNeg == Fold::kLogSumExp || Law::kPos
 // The saved statistics: one array for each quantity, so that neighbouring threads read neighbours.
 template <typename Acc>
 struct RowStats {
-    Acc* header;                                              // [kHeader]
+    Acc* header;                                             // [kHeader]
     Acc *neg_above, *pos_below, *neg, *pos, *d_neg, *d_pos;  // [rows] each
-    uint8_t* flags;                                           // [rows]
+    uint8_t* flags;                                          // [rows]
 };
 inline constexpr int kHeader = 4;
 inline constexpr int kScale = 0;   // [2] the reduction's factor for each part

@@ -107,7 +107,7 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
             };
             norms[norm_row] = norm_row < kStripRows ? norm_of(pairs.own, row0 + norm_row, col0 == 0)
                                                     : norm_of(pairs.other, col0 + norm_row - kStripRows,
-                                                                 !pairs.skip_self && blockIdx.x == 0);
+                                                              !pairs.skip_self && blockIdx.x == 0);
         }
         block_sync();
         product.each([&](int r, int c, Acc dot) {
@@ -202,8 +202,8 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, co
     };
     const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
     Gathering<Law, Acc> row;
-    row.neg = gather_row<Law::kNeg, Acc>(
-        each_negative, [&](Acc sim) { return law.neg_term(sim); }, zero_counts);
+    row.neg =
+        gather_row<Law::kNeg, Acc>(each_negative, [&](Acc sim) { return law.neg_term(sim); }, zero_counts);
     Acc context = 0;
     if constexpr (Law::kContext) {
         context = row.neg.value(Law::kPlusOne);
@@ -215,8 +215,8 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, co
     row.pos = gather_row<Law::kPos, Acc>(
         each_positive, [&](Acc sim) { return law.pos_term(sim, context); }, zero_counts);
     if (lane_id() != 0) return;
-    results.store(i, finish_row(stats, i, law, row, bounds, mining.on, hardest.has_both(),
-                                pairs.own.norms[i], results));
+    results.store(i, finish_row(stats, i, law, row, bounds, mining.on, hardest.has_both(), pairs.own.norms[i],
+                                results));
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
@@ -246,8 +246,9 @@ struct Sides {
 template <typename Math, typename GradMath, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_backward(const __grid_constant__ StripPairs<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
-                   RowStats<Acc> stats, Sides sides, Upstream<Acc> upstream, T* grad) {
+    strip_backward(const __grid_constant__ StripPairs<T, Acc> all,
+                   const __grid_constant__ AnyLaw<Acc> any_law, RowStats<Acc> stats, Sides sides,
+                   Upstream<Acc> upstream, T* grad) {
     using Layout = StripLayout<T, Acc>;
     const StripPairs<T, Acc> pairs = all.in_use();
     constexpr int kDepth = Layout::kDepth, kPitch = Layout::kAcrossPitch;

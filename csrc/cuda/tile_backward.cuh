@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<Gr
             int row, col;
             place(entry, row, col);
             const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
-            if (super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient))) list[++count] = entry;
+            if (super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient)))
+                list[++count] = entry;
         };
         for (int slot = 0; side == 0 && slot < super.col_tiles; ++slot) list_tile(2 * slot);
         for (int slot = 0; (side == 1 || super.diagonal()) && slot < super.row_tiles; ++slot)
@@ -142,9 +143,8 @@ inline constexpr int kFinishThreads = 256;
 // come. A row that took no part has a gradient of 0.
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity,
-                    RowStats<Acc> stats, Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum,
-                    T* grad) {
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
+                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, T* grad) {
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;
@@ -155,8 +155,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     const Acc norm = rows.norms[i];
     Acc along = 0, scale = factor;  // how much of q_i there is too much
     if (similarity.normalize) {
-        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize)
-            along = std::fma(Acc(q[d]), g[d], along);
+        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) along = std::fma(Acc(q[d]), g[d], along);
         along = warp_sum(along) * norm;  // x_i . G_i
         scale = factor / stats.header[kRange];
     } else if (similarity.euclidean && took_part) {

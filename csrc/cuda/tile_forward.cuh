@@ -1,20 +1,20 @@
-// Large batches, forward: streams over the tiles, each followed by a fold into the rows' statistics. The first
-// (only with mining) finds every row's hardest pairs, the second what the law gathers over the pairs kept; a
-// law whose positives see what the negatives came to takes a third. Tiles leave partial results for their rows
-// and columns; folds merge them in the order of the tiles, one thread a row, so that the result never depends
-// on which block came first.
+// Large batches, forward: streams over the tiles, each followed by a fold into the rows' statistics. The
+// first (only with mining) finds every row's hardest pairs, the second what the law gathers over the pairs
+// kept; a law whose positives see what the negatives came to takes a third. Tiles leave partial results for
+// their rows and columns; folds merge them in the order of the tiles, one thread a row, so that the result
+// never depends on which block came first.
 //
 // A term does not depend on whose row it is. So log-sum-exps within a tile are relative to one number, the
-// tile's largest term, and one exponential a pair serves its row and its column. A line that lies so far below
-// that digits would be lost is gathered again by one thread, relative to its own largest term.
+// tile's largest term, and one exponential a pair serves its row and its column. A line that lies so far
+// below that digits would be lost is gathered again by one thread, relative to its own largest term.
 #pragma once
 
 #include "tile_pairs.cuh"
 
 namespace dml::cuda {
 
-// A super-tile's results for its lines: for each of 2 sides [slots][kQuantities][lines]. A line is a row (side
-// 0) or column (side 1) of the super-tile, a slot the tile on the other axis.
+// A super-tile's results for its lines: for each of 2 sides [slots][kQuantities][lines]. A line is a row
+// (side 0) or column (side 1) of the super-tile, a slot the tile on the other axis.
 inline constexpr int kQuantities = 4;
 
 template <typename Acc>
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     if (line < (super.square ? Grid::kLines : kTile)) {
         found = {meeting.get(0, line, Least{}), meeting.get(1, line, Greatest{})};
         const int side = line < kTile ? 0 : 1;
-        const int slot = side == 0 ? col : row, at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
+        const int slot = side == 0 ? col : row,
+                  at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
         partials.template at<kTile>(super, side, slot, 0, at) = found.min_pos;
         partials.template at<kTile>(super, side, slot, 1, at) = found.max_neg;
     }
@@ -428,8 +429,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int slot = side == 0 ? col : row, at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
 #pragma unroll
-    for (int k = 0; k < kQuantities; ++k)
-        partials.template at<kTile>(super, side, slot, k, at) = q[k];
+    for (int k = 0; k < kQuantities; ++k) partials.template at<kTile>(super, side, slot, k, at) = q[k];
     return any;
 }
 
@@ -505,8 +505,7 @@ DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& p
                                (!kept || (kept[super.tile_index(ti, tj)] & bit) != 0);
 #pragma unroll
             for (int k = 0; k < Count; ++k) {
-                q[b][k] =
-                    there ? partials.template at<Tile>(super, as_row ? 0 : 1, slot, k, line) : none[k];
+                q[b][k] = there ? partials.template at<Tile>(super, as_row ? 0 : 1, slot, k, line) : none[k];
             }
         }
 #pragma unroll

@@ -1,9 +1,9 @@
 // The pairs of a tile, as the kernels visit them: which of the tile's elements are pairs, which are positive,
 // and which thread looks at which.
 //
-// A thread looks at a grid of kRows x kCols pairs, so that what a row or column has is loaded once for several
-// pairs, and rows merge over 4 lanes, columns over 8, by shuffles. An element that is no pair holds NaN, which
-// no bound keeps: so nothing inside the loops asks.
+// A thread looks at a grid of kRows x kCols pairs, so that what a row or column has is loaded once for
+// several pairs, and rows merge over 4 lanes, columns over 8, by shuffles. An element that is no pair holds
+// NaN, which no bound keeps: so nothing inside the loops asks.
 #pragma once
 
 #include "statistics.cuh"
