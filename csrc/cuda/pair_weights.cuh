@@ -38,8 +38,9 @@ DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) 
     return top;
 }
 
-// Shared numbers of each line.
-enum LineNumber { kBelow, kAbove, kNegWeight, kPosWeight, kLineContext };
+// Shared numbers of each line. A positive is kept when -s > -pos_below, so that one comparison does for both
+// kinds: each bound is a least value of s or of -s.
+enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineContext };
 
 // Calls write(i, weights of this thread's pairs of its row i): dL/ds.
 template <typename Math, bool BothSides, typename Law, typename T, typename Acc, typename Write>
@@ -66,8 +67,8 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             if (!exponential || careful || d == Acc(0)) return d;
             return d * std::exp(top - value);
         };
-        numbers[kBelow * kLines + line] = own.bounds.pos_below;
-        numbers[kAbove * kLines + line] = own.bounds.neg_above;
+        numbers[kPosBound * kLines + line] = -own.bounds.pos_below;
+        numbers[kNegBound * kLines + line] = own.bounds.neg_above;
         numbers[kNegWeight * kLines + line] = factor(kNegExp, own.d_neg, own.neg, top_neg);
         numbers[kPosWeight * kLines + line] = factor(kPosExp, own.d_pos, own.pos, top_pos);
         if constexpr (Law::kContext) numbers[kLineContext * kLines + line] = own.neg;
@@ -100,15 +101,15 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     }
 
     int col_ids[Grid::kCols];
-    Acc col_below[Grid::kCols], col_above[Grid::kCols], col_neg[Grid::kCols], col_pos[Grid::kCols];
+    Acc col_bound[Grid::kCols][2], col_pos[Grid::kCols], col_neg[Grid::kCols];
     Acc col_context[Grid::kCols];
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) {
         const int at = kTile + Grid::col(j);
         col_ids[j] = Grid::ids()[at];
         if constexpr (BothSides) {
-            col_below[j] = numbers[kBelow * kLines + at];
-            col_above[j] = numbers[kAbove * kLines + at];
+            col_bound[j][0] = numbers[kNegBound * kLines + at];
+            col_bound[j][1] = numbers[kPosBound * kLines + at];
             col_neg[j] = numbers[kNegWeight * kLines + at];
             col_pos[j] = numbers[kPosWeight * kLines + at];
             col_context[j] = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
@@ -117,7 +118,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
 #pragma unroll 1
     for (int i = 0; i < Grid::kRows; ++i) {
         const int at = Grid::row(i), id = Grid::ids()[at];
-        const Acc below = numbers[kBelow * kLines + at], above = numbers[kAbove * kLines + at];
+        const Acc pos_bound = numbers[kPosBound * kLines + at], neg_bound = numbers[kNegBound * kLines + at];
         const Acc neg = numbers[kNegWeight * kLines + at], pos = numbers[kPosWeight * kLines + at];
         const Acc context = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
         const auto sims = Grid::sims(i);
@@ -126,10 +127,9 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         for (int j = 0; j < Grid::kCols; ++j) {
             const Acc s = sims.s[j];
             const bool positive = id == col_ids[j];
-            // No branches: as good as every pair is kept by somebody, or nobody's tile would be here.
-            const bool by_row = (positive & (s < below)) | (!positive & (s > above));
-            const bool by_col =
-                BothSides & ((positive & (s < col_below[j])) | (!positive & (s > col_above[j])));
+            const Acc sided = positive ? -s : s;
+            const bool by_row = sided > (positive ? pos_bound : neg_bound);
+            const bool by_col = BothSides && sided > (positive ? col_bound[j][1] : col_bound[j][0]);
             const auto of_lines = [&](Acc of_row, Acc of_col) {
                 return (by_row ? of_row : Acc(0)) + (by_col ? of_col : Acc(0));
             };
@@ -154,7 +154,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
                     }
                 }
             }
-            sum = by_row | by_col ? sum : Acc(0);
+            sum = by_row || by_col ? sum : Acc(0);
             w.s[j] = sum;
         }
         write(i, sims, w);
@@ -198,7 +198,17 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
         }
         Row row;
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) row.w[j] = Weight(x.s[j] * row_norm * col_norms[j]);
+        for (int j = 0; j < Grid::kCols; ++j) x.s[j] = x.s[j] * row_norm * col_norms[j];
+        if constexpr (sizeof(Weight) == 2) {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; j += 2) {
+                const uint32_t both = pack2<Weight>(x.s[j], x.s[j + 1]);
+                std::memcpy(&row.w[j], &both, sizeof both);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) row.w[j] = Weight(x.s[j]);
+        }
         if (apart) {
             Acc row_sum = 0;
 #pragma unroll
