@@ -37,12 +37,39 @@ struct GradMathOf<HalfMath<__half>> {
     using Type = Tf32Math<__half, false>;
 };
 
-inline int alignment(const void* data, int64_t stride_bytes) {
-    const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(stride_bytes);
-    for (int bytes = 16; bytes > 1; bytes /= 2) {
-        if (bits % bytes == 0) return bytes;
+// Bytes of the copy that takes the place of points whose rows are not 16-byte aligned, or 0.
+template <typename T>
+int64_t packed_bytes(const Points& p, int64_t dim) {
+    const uint64_t bits =
+        reinterpret_cast<uintptr_t>(p.data) | static_cast<uint64_t>(p.stride) * sizeof(T);
+    return bits % 16 == 0 ? 0 : p.count * packed_stride<T>(dim) * int64_t(sizeof(T));
+}
+template <typename T>
+int64_t packed_bytes(const Problem& p) {
+    return packed_bytes<T>(p.queries, p.dim) + (p.square ? 0 : packed_bytes<T>(p.refs, p.dim));
+}
+
+// The kernels know aligned rows only: packs others at the beginning of the workspace, which moves on.
+template <typename T>
+Problem with_aligned_rows(Problem p, char*& workspace, cudaStream_t stream) {
+    const auto align = [&](Points& points) {
+        const int64_t bytes = packed_bytes<T>(points, p.dim), pitch = packed_stride<T>(p.dim);
+        if (bytes == 0) return;
+        T* packed = reinterpret_cast<T*>(workspace);
+        constexpr int kRows = kPackThreads / kWarpSize;
+        launch(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0, stream,
+               static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
+        points.data = packed;
+        points.stride = pitch;
+        workspace += bytes;
+    };
+    align(p.queries);
+    if (p.square) {
+        p.refs = p.queries;
+    } else {
+        align(p.refs);
     }
-    return 1;
+    return p;
 }
 
 // Tiles [begin, end) along one side.
@@ -65,9 +92,7 @@ struct Call {
     Acc* ref_norms() const { return problem.square ? query_norms() : query_norms() + problem.queries.count; }
 
     Rows<T, Acc> rows(const Points& p, Acc* norms, const int64_t* used) const {
-        const T* data = static_cast<const T*>(p.data);
-        const int64_t stride = p.stride * int64_t(sizeof(T));
-        return {{data, p.stride, p.count, problem.dim, alignment(data, stride)}, p.labels, norms, used};
+        return {{static_cast<const T*>(p.data), p.stride, p.count, problem.dim}, p.labels, norms, used};
     }
     Rows<T, Acc> queries() const { return rows(problem.queries, query_norms(), nullptr); }
     Rows<T, Acc> refs() const {
@@ -380,29 +405,33 @@ SavedSizes Engine<Math>::saved_sizes(const Problem& problem, bool save_for_backw
 template <typename Math>
 int64_t Engine<Math>::forward_workspace_bytes(const Problem& problem) {
     using C = Call<Math>;
-    if (C::uses_strips(problem)) return 0;
+    const int64_t packed = packed_bytes<typename Math::Value>(problem);
+    if (C::uses_strips(problem)) return packed;
     int64_t numbers = partials_size(C::forward_super_tile(problem), C::kTile);
     if (C::knows_extremes(problem)) numbers += 2 * C::tile_count_of(problem);
-    return numbers * int64_t(sizeof(typename Math::Acc));
+    return packed + numbers * int64_t(sizeof(typename Math::Acc));
 }
 
 template <typename Math>
 int64_t Engine<Math>::backward_workspace_bytes(const Problem& problem) {
     using C = Call<Math>;
-    return C::uses_strips(problem) ? 0 : C::weight_bytes(problem) + C::sum_bytes(problem);
+    const int64_t packed = packed_bytes<typename Math::Value>(problem);
+    return packed + (C::uses_strips(problem) ? 0 : C::weight_bytes(problem) + C::sum_bytes(problem));
 }
 
 template <typename Math>
 void Engine<Math>::forward(const Problem& problem, const Mining& mining, const Saved& saved, void* loss,
                            void* workspace, cudaStream_t stream) {
     using Acc = typename Math::Acc;
-    const Call<Math> call{problem, saved, stream};
+    char* bytes = static_cast<char*>(workspace);
+    const Problem aligned = with_aligned_rows<typename Math::Value>(problem, bytes, stream);
+    const Call<Math> call{aligned, saved, stream};
     with_loss<Acc>(problem.loss, [&](auto* tag) {
         using Loss = std::remove_pointer_t<decltype(tag)>;
         if (Call<Math>::uses_strips(problem)) {
             call.template forward_strips<Loss>(mining, static_cast<Acc*>(loss));
         } else {
-            call.template forward_tiles<Loss>(mining, static_cast<Acc*>(loss), workspace);
+            call.template forward_tiles<Loss>(mining, static_cast<Acc*>(loss), bytes);
         }
     });
 }
@@ -412,7 +441,9 @@ void Engine<Math>::backward(const Problem& problem, const Saved& saved, const vo
                             void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    const Call<Math> call{problem, saved, stream};
+    char* bytes = static_cast<char*>(workspace);
+    const Problem aligned = with_aligned_rows<T>(problem, bytes, stream);
+    const Call<Math> call{aligned, saved, stream};
     const Acc* upstream = static_cast<const Acc*>(grad_loss);
     T *of_queries = static_cast<T*>(grad_queries), *of_refs = static_cast<T*>(grad_refs);
     with_loss<Acc>(problem.loss, [&](auto* tag) {
@@ -421,7 +452,7 @@ void Engine<Math>::backward(const Problem& problem, const Saved& saved, const vo
             if (of_queries) call.template backward_strips<Loss>(true, upstream, of_queries);
             if (of_refs) call.template backward_strips<Loss>(false, upstream, of_refs);
         } else if (of_queries || of_refs) {
-            call.template backward_tiles<Loss>(upstream, of_queries, of_refs, workspace);
+            call.template backward_tiles<Loss>(upstream, of_queries, of_refs, bytes);
         }
     });
 }

@@ -20,17 +20,24 @@ inline constexpr int kTileBlocks<SimtMath<T>> = 1;
 template <typename T>
 inline constexpr int kTileBlocks<Tf32Math<T, true>> = 1;
 
+// Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the
+// banks.
+template <typename Math>
+inline constexpr int kFragmentPad = kPad<typename Math::Value>;
+template <>
+inline constexpr int kFragmentPad<Bf16Math> = 8;
+
 template <typename Math>
 struct TileTraits {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
     static constexpr int kTile = Math::kTensorCores ? 128 : 64;
-    using TileShape = Shape<kTile, kTile, 2, 4, false>;
+    using TileShape = Shape<kTile, kTile, 2, 4, false, false>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 3;
     static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
-    static constexpr int kPitch = kDepth + kPad<T>;
+    static constexpr int kPitch = kDepth + kFragmentPad<Math>;
     static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
     // One element more than the tile: down a row and down a column alike, neighbours are in other banks.
     static constexpr int kSimPitch = kTile + 1;
@@ -89,11 +96,36 @@ struct LoadedTile {
     int64_t* col_labels;  // [kTile]
 };
 
+// The bare dot products of a tile's rows and columns. Takes the first kStages * kStageBytes of shared memory.
+template <typename Math, typename T = typename Math::Value>
+DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape>& product,
+                              unsigned char* shared, const Matrix<T>& rows, int64_t row0,
+                              const Matrix<T>& cols, int64_t col0) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
+    using Slices = RowSlices<T, kTile, kDepth, kPitch, Traits::kThreads>;
+    Slices row_slices(rows, row0), col_slices(cols, col0);
+    const int count = Slices::count(rows);
+    const auto stage_of = [&](int stage) {
+        return reinterpret_cast<T*>(shared + stage * Traits::kStageBytes);
+    };
+    const auto load = [&](int slice, int stage) {
+        const bool is_last = slice + 1 == count;
+        row_slices.start(stage_of(stage), is_last);
+        col_slices.start(stage_of(stage) + kTile * kPitch, is_last);
+    };
+    const auto use = [&](int stage, const auto& fetch) {
+        const T* from = stage_of(stage);
+        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
+                                     fetch);
+    };
+    pipeline<Traits::kStages>(count, load, use);
+}
+
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
     using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
-    constexpr int kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
+    constexpr int kTile = Traits::kTile, kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
     int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
     Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
@@ -120,17 +152,7 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
     }
 
     Product<Math, typename Traits::TileShape> product;
-    const auto rows_of = [&](int stage) { return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes); };
-    const auto load = [&](int64_t slice, int stage) {
-        T* to = rows_of(stage);
-        copy_box<kTile, kDepth, kPitch, kThreads>(to, rows, row0, slice * kDepth);
-        copy_box<kTile, kDepth, kPitch, kThreads>(to + kTile * kPitch, cols, col0, slice * kDepth);
-    };
-    const auto use = [&](int stage) {
-        const T* from = rows_of(stage);
-        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch});
-    };
-    pipeline<Traits::kStages>((rows.cols + kDepth - 1) / kDepth, load, use);
+    multiply_tile(product, bytes, rows, row0, cols, col0);
 
     bool careful = false;
     product.each([&](int r, int c, Acc dot) {
