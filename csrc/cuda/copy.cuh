@@ -1,9 +1,10 @@
 // Boxes of a matrix travel from global to shared memory here, asynchronously and several ahead.
 //
-// A product's loop has no issue slots to spare, so that everything about a copy is decided before it begins:
-// rows are 16-byte aligned (pack_rows sees to it), what a thread copies lies in one column of 16-byte chunks,
-// rows past the last one are the last one again (whoever uses them multiplies them by 0 or looks away), and
-// what lies past the last column is zero-filled in the last slice only.
+// A product's loop has no issue slots to spare, so that everything about a copy is decided before it begins.
+// Rows are whole 16-byte chunks (pack_rows sees to it). What a thread copies lies in one column of chunks.
+// Rows past the last one are the last one again: whoever uses them multiplies them by 0 or looks away. Only
+// along the rows must what lies past the end be 0, and the slice that is not whole comes first, before the
+// loop.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@
 
 namespace dml::cuda {
 
-// A matrix in global memory. Base and stride are multiples of 16 bytes.
+// A matrix in global memory, of which each row begins and ends on a multiple of 16 bytes (with packed rows the
+// columns between cols and that multiple are 0).
 template <typename T>
 struct Matrix {
     const T* data;   // [rows, cols]
@@ -42,64 +44,78 @@ struct Share {
     static DML_DEVICE bool idle() { return Rows < kApart && row() >= Rows; }
 };
 
-DML_DEVICE int clip_to_chunk(int64_t bytes) { return bytes < 0 ? 0 : bytes < 16 ? int(bytes) : 16; }
+// The row itself, or the last one.
+template <typename T>
+DML_DEVICE int64_t clip_row(const Matrix<T>& m, int64_t i) {
+    return i < m.rows ? i : m.rows > 0 ? m.rows - 1 : 0;
+}
 
-// The slices m[row0 : row0 + Rows, k : k + Depth] for k = 0, Depth, .., one after another.
+// The slices m[row0 : row0 + Rows, k : k + Depth], one after another: the last one first, since it may not be
+// whole, then k = 0, Depth, ..
 template <typename T, int Rows, int Depth, int Pitch, int Threads>
 class RowSlices {
     using Own = Share<T, Rows, Depth, Threads>;
     const T* source_[Own::kChunks];
-    int whole_, tail_;  // bytes of a chunk in a slice, and in the last one
+
+    template <typename Copy>
+    DML_DEVICE void each(T* shared, const Copy& copy) {
+        if (Own::idle()) return;
+        T* to = shared + Own::row() * Pitch + Own::col();
+#pragma unroll
+        for (int c = 0; c < Own::kChunks; ++c) copy(to + c * Own::kApart * Pitch, source_[c]);
+    }
 
    public:
-    DML_DEVICE RowSlices(const Matrix<T>& m, int64_t row0) : whole_(m.rows > 0 ? 16 : 0) {
-        const int64_t last = m.rows - 1;
+    // Memory of one row there must be, even if m has none.
+    DML_DEVICE RowSlices(const Matrix<T>& m, int64_t row0) {
 #pragma unroll
         for (int c = 0; c < Own::kChunks; ++c) {
-            const int64_t i = row0 + Own::row() + c * Own::kApart;
-            source_[c] = m.data + (i < last ? i : last) * m.stride + Own::col();
+            const int64_t i = clip_row(m, row0 + Own::row() + c * Own::kApart);
+            source_[c] = m.data + i * m.stride + Own::col();
         }
-        const int64_t left = m.cols - (count(m) - 1) * int64_t(Depth) - Own::col();
-        tail_ = m.rows > 0 ? clip_to_chunk(left * int64_t(sizeof(T))) : 0;
     }
     static DML_DEVICE int count(const Matrix<T>& m) { return int((m.cols + Depth - 1) / Depth); }
 
-    // Starts the next one, to shared [Rows, Pitch].
-    DML_DEVICE void start(T* shared, bool is_last) {
-        if (Own::idle()) return;
-        const int valid = is_last ? tail_ : whole_;
-        T* to = shared + Own::row() * Pitch + Own::col();
-#pragma unroll
-        for (int c = 0; c < Own::kChunks; ++c) {
-            cp_async<16>(to + c * Own::kApart * Pitch, source_[c], valid);
-            source_[c] += Depth;
-        }
+    // Starts the first of them, to shared [Rows, Pitch].
+    DML_DEVICE void start_first(T* shared, const Matrix<T>& m) {
+        const int64_t k = (count(m) - 1) * int64_t(Depth);
+        const bool inside = k + Own::col() < m.cols;
+        each(shared, [&](T* to, const T* from) { cp_async<16>(to, inside ? from + k : from, inside ? 16 : 0); });
+    }
+    // Starts the next one.
+    DML_DEVICE void start_next(T* shared) {
+        each(shared, [](T* to, const T*& from) {
+            cp_async<16>(to, from);
+            from += Depth;
+        });
     }
 };
 
-// The boxes m[row : row + Rows, col0 : col0 + Cols], for any rows.
+// The boxes m[row0 + row : row0 + row + Rows, col0 : col0 + Cols], for any row. What lies past the last column
+// is anything.
 template <typename T, int Rows, int Cols, int Pitch, int Threads>
 class ColumnBoxes {
     using Own = Share<T, Rows, Cols, Threads>;
-    const T* source_;  // of this thread in row 0
-    int64_t stride_, last_;
-    int valid_;
+    const char* source_;    // of this thread at row0
+    uint32_t stride_bytes_;  // less than 2^32: others are packed
+    int last_;
 
    public:
-    DML_DEVICE ColumnBoxes(const Matrix<T>& m, int64_t col0)
-        : source_(m.data + col0 + Own::col()),
-          stride_(m.stride),
-          last_(m.rows - 1),
-          valid_(clip_to_chunk((m.cols - col0 - Own::col()) * int64_t(sizeof(T)))) {}
-
-    // Copies one to shared [Rows, Pitch]. There must be a row.
-    DML_DEVICE void start(T* shared, int64_t row) const {
+    DML_DEVICE ColumnBoxes(const Matrix<T>& m, int64_t row0, int64_t col0)
+        : stride_bytes_(uint32_t(m.stride * int64_t(sizeof(T)))) {
+        const int64_t col = col0 + Own::col() < m.cols ? col0 + Own::col() : 0, last = m.rows - 1 - row0;
+        source_ = reinterpret_cast<const char*>(m.data + row0 * m.stride + col);
+        last_ = last < (1 << 30) ? int(last) : 1 << 30;
+    }
+    // Starts a copy to shared [Rows, Pitch]. m has at least one row from row0 on.
+    DML_DEVICE void start(T* shared, int row) const {
         if (Own::idle()) return;
         T* to = shared + Own::row() * Pitch + Own::col();
 #pragma unroll
         for (int c = 0; c < Own::kChunks; ++c) {
-            const int64_t i = row + Own::row() + c * Own::kApart;
-            cp_async<16>(to + c * Own::kApart * Pitch, source_ + (i < last_ ? i : last_) * stride_, valid_);
+            const int i = row + Own::row() + c * Own::kApart;
+            cp_async<16>(to + c * Own::kApart * Pitch,
+                         source_ + uint64_t(uint32_t(i < last_ ? i : last_)) * stride_bytes_);
         }
     }
 };
@@ -117,15 +133,17 @@ DML_DEVICE void copy_box(T* shared, const T* source) {
     }
 }
 
-// Runs use(stage, fetch) over `slices` slices in order, while load(slice, stage) fetches Stages - 1 ahead:
-// use calls fetch() once, as soon as it has what it needs to begin with.
+// Runs use(stage, fetch) over `slices` slices in order, while next(stage) fetches Stages - 1 ahead, the first
+// one by first(stage): use calls fetch() once, as soon as it has what it needs to begin with.
 // One barrier a slice does for both directions: it shows every thread what all have copied, and it
 // follows everybody's use of the slice before, whose stage is the one that is filled next.
-template <int Stages, typename Load, typename Use>
-DML_DEVICE void pipeline(int slices, const Load& load, const Use& use) {
+template <int Stages, typename First, typename Next, typename Use>
+DML_DEVICE void pipeline(int slices, const First& first, const Next& next, const Use& use) {
+    if (slices > 0) first(0);
+    cp_async_commit();
 #pragma unroll
-    for (int k = 0; k < Stages - 1; ++k) {
-        if (k < slices) load(k, k);
+    for (int k = 1; k < Stages - 1; ++k) {
+        if (k < slices) next(k);
         cp_async_commit();  // an empty group still counts, which keeps the wait uniform
     }
     int stage = 0, free = Stages - 1;
@@ -134,7 +152,7 @@ DML_DEVICE void pipeline(int slices, const Load& load, const Use& use) {
         cp_async_wait<Stages - 2>();
         block_sync();
         use(stage, [&] {
-            if (k + Stages - 1 < slices) load(k + Stages - 1, free);
+            if (k + Stages - 1 < slices) next(free);
             cp_async_commit();
         });
         free = stage;

@@ -37,12 +37,14 @@ struct GradMathOf<HalfMath<__half>> {
     using Type = Tf32Math<__half, false>;
 };
 
-// Bytes of the copy that takes the place of points whose rows are not 16-byte aligned, or 0.
+// Bytes of the copy that takes the place of points whose rows are not whole 16-byte chunks, or 0.
 template <typename T>
 int64_t packed_bytes(const Points& p, int64_t dim) {
+    const uint64_t stride = static_cast<uint64_t>(p.count > 1 ? p.stride : 0);
     const uint64_t bits =
-        reinterpret_cast<uintptr_t>(p.data) | static_cast<uint64_t>(p.stride) * sizeof(T);
-    return bits % 16 == 0 ? 0 : p.count * packed_stride<T>(dim) * int64_t(sizeof(T));
+        reinterpret_cast<uintptr_t>(p.data) | (stride | static_cast<uint64_t>(dim)) * sizeof(T);
+    const bool as_they_are = bits % 16 == 0 && stride * sizeof(T) < 1ull << 32;
+    return as_they_are || dim == 0 ? 0 : p.count * packed_stride<T>(dim) * int64_t(sizeof(T));
 }
 template <typename T>
 int64_t packed_bytes(const Problem& p) {
@@ -52,6 +54,7 @@ int64_t packed_bytes(const Problem& p) {
 // The kernels know aligned rows only: packs others at the beginning of the workspace, which moves on.
 template <typename T>
 Problem with_aligned_rows(Problem p, char*& workspace, cudaStream_t stream) {
+    if (p.dim * int64_t(sizeof(T)) >= 1ll << 31) throw std::invalid_argument("dml_cuda: rows of 2 GiB or more");
     const auto align = [&](Points& points) {
         const int64_t bytes = packed_bytes<T>(points, p.dim), pitch = packed_stride<T>(p.dim);
         if (bytes == 0) return;

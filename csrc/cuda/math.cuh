@@ -9,6 +9,8 @@
 // A product made another way (wgmma, say) needs to offer only these.
 #pragma once
 
+#include <type_traits>
+
 #include "primitives.cuh"
 
 namespace dml::cuda {
@@ -61,6 +63,14 @@ struct SimtMath {
 // load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
 // at_once says. Where kInterleaves and rows run across k, tile j of a warp's Tiles has columns Tiles g + j:
 // a lane then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+
+// A float that was rounded to tf32 when it was stored.
+struct RoundedToTf32 {
+    float value;
+    RoundedToTf32() = default;
+    explicit DML_DEVICE RoundedToTf32(float x) : value(x == x ? __uint_as_float(to_tf32(x)) : x) {}
+    explicit DML_DEVICE operator float() const { return value; }
+};
 
 template <typename T, int Count>
 struct alignas(Count * sizeof(T)) Vector {
@@ -144,40 +154,37 @@ struct Tf32Math {
         return across ? tiles : !Split && tiles % 2 == 0 ? 2 : 1;
     }
 
-    template <int Registers>
-    static DML_DEVICE void set(Fragment<Registers>& f, int step, int i, T x) {
+    template <int Registers, typename X>
+    static DML_DEVICE void set(Fragment<Registers>& f, int step, int i, X x) {
         if constexpr (Split) {
             split_tf32(x, f.big[step][i], f.small[step][i]);
-        } else if constexpr (sizeof(T) == 2) {
-            f.big[step][i] = __float_as_uint(float(x));
-        } else {
+        } else if constexpr (std::is_same_v<X, float>) {
             f.big[step][i] = to_tf32(x);
+        } else {  // is a tf32 number
+            f.big[step][i] = __float_as_uint(float(x));
         }
     }
-    template <int Registers>
-    static DML_DEVICE void set_weight(Fragment<Registers>& f, int step, int i, float x) {
-        if constexpr (Split) {
-            split_tf32(x, f.big[step][i], f.small[step][i]);
-        } else {
-            f.big[step][i] = to_tf32(x);
-        }
+    template <typename X>
+    static DML_DEVICE X as(uint32_t bits) {
+        return reinterpret_cast<const X&>(bits);
     }
 
-    // A holds floats, whatever T is.
+    // A holds floats, or numbers that were rounded when they were stored.
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
+        using X = typename View::Value;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step, k += kMmaK<Tf32>) {
             if constexpr (View::kAlongK) {
                 uint32_t x[4];
                 ldmatrix_x4(x, view.at(row + lane_id() % 16, k + 4 * (lane_id() / 16)));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) set_weight(a, step, i, __uint_as_float(x[i]));
+                for (int i = 0; i < 4; ++i) set(a, step, i, as<X>(x[i]));
             } else {
                 const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    set_weight(a, step, i, *view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2)));
+                    set(a, step, i, *view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2)));
             }
         }
     }

@@ -83,11 +83,14 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
         RowSlices<T, kStripRows, kDepth, kPitch, kStripThreads> row_slices(own, row0);
-        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other, col0);
-        const int count = row_slices.count(own);
-        const auto load = [&](int slice, int stage) {
-            row_slices.start(rows_of(stage), slice + 1 == count);
-            col_slices.start(cols_of(stage), slice + 1 == count);
+        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other.data ? other : own, col0);
+        const auto first = [&](int stage) {
+            row_slices.start_first(rows_of(stage), own);
+            col_slices.start_first(cols_of(stage), own);
+        };
+        const auto next = [&](int stage) {
+            row_slices.start_next(rows_of(stage));
+            col_slices.start_next(cols_of(stage));
         };
         const auto use = [&](int stage, const auto& fetch) {
             product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)},
@@ -98,7 +101,7 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
                 for (int k = 0; k < kDepth / 2; ++k) squares = std::fma(Acc(x[k]), Acc(x[k]), squares);
             }
         };
-        pipeline<kStripStages>(count, load, use);
+        pipeline<kStripStages>(row_slices.count(own), first, next, use);
 
         if (ComputeNorms) squares += shfl_xor(squares, 1);
         if (norm_row < kStripRows + kStripCols && norm_half == 0) {
@@ -266,12 +269,14 @@ __global__ void __launch_bounds__(kStripThreads, 1)
     const Acc scale = stats.scale[0] * (per_row ? Acc(1) : upstream[0]);
     for (int64_t d0 = 0; d0 < own.cols; d0 += kStripCols) {
         Product<GradMath, StripGradShape> product;
-        const ColumnBoxes<T, kDepth, kStripCols, kPitch, kStripThreads> boxes(other, d0);
+        const ColumnBoxes<T, kDepth, kStripCols, kPitch, kStripThreads> boxes(other, 0, d0);
         const auto slice_of = [&](int stage) {
             return reinterpret_cast<T*>(stages + stage * Layout::kStageBytes);
         };
-        const auto load = [&](int slice, int stage) {
-            boxes.start(slice_of(stage), int64_t(slice) * kDepth);
+        int below = 0;
+        const auto next = [&](int stage) {
+            boxes.start(slice_of(stage), below);
+            below += kDepth;
         };
         int at = 0;
         const auto use = [&](int stage, const auto& fetch) {
@@ -279,7 +284,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
                                          AcrossK<T, kPitch>{slice_of(stage)}, fetch);
             at += kDepth;
         };
-        pipeline<kStripStages>(int((other.rows + kDepth - 1) / kDepth), load, use);
+        pipeline<kStripStages>(int((other.rows + kDepth - 1) / kDepth), next, next, use);
         product.each([&](int r, int c, Acc g) {
             const int64_t i = row0 + r, d = d0 + c;
             if (i >= all.own.points.rows || d >= own.cols) return;

@@ -105,21 +105,23 @@ DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
     using Slices = RowSlices<T, kTile, kDepth, kPitch, Traits::kThreads>;
     Slices row_slices(rows, row0), col_slices(cols, col0);
-    const int count = Slices::count(rows);
     const auto stage_of = [&](int stage) {
         return reinterpret_cast<T*>(shared + stage * Traits::kStageBytes);
     };
-    const auto load = [&](int slice, int stage) {
-        const bool is_last = slice + 1 == count;
-        row_slices.start(stage_of(stage), is_last);
-        col_slices.start(stage_of(stage) + kTile * kPitch, is_last);
+    const auto first = [&](int stage) {
+        row_slices.start_first(stage_of(stage), rows);
+        col_slices.start_first(stage_of(stage) + kTile * kPitch, cols);
+    };
+    const auto next = [&](int stage) {
+        row_slices.start_next(stage_of(stage));
+        col_slices.start_next(stage_of(stage) + kTile * kPitch);
     };
     const auto use = [&](int stage, const auto& fetch) {
         const T* from = stage_of(stage);
         product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
                                      fetch);
     };
-    pipeline<Traits::kStages>(count, load, use);
+    pipeline<Traits::kStages>(Slices::count(rows), first, next, use);
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>

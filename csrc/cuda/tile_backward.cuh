@@ -19,6 +19,10 @@ template <typename T>
 struct WeightOf<HalfMath<T>> {
     using Type = T;
 };
+template <typename T>
+struct WeightOf<Tf32Math<T, false>> {
+    using Type = RoundedToTf32;
+};
 template <>
 struct WeightOf<Bf16Math> {
     using Type = __nv_bfloat16;
@@ -120,6 +124,7 @@ template <typename F>
 DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
     if (warp_id() == 0) {
         int count = 0;
+#pragma unroll 1
         for (int first = 0; first < slots; first += kWarpSize) {
             const int slot = first + lane_id();
             const bool mine = slot < slots && wanted(slot);
@@ -153,25 +158,28 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
     });
 
     const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
-        Transposed ? super.rows.points : super.cols.points, d0);
-    const int64_t first_point = (Transposed ? super.row_tile : super.col_tile) * kTile;
+        Transposed ? super.rows.points : super.cols.points,
+        (Transposed ? super.row_tile : super.col_tile) * kTile, d0);
     const Weight* own_weights = weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile;
-    const int64_t from_slot_to_slot = int64_t(Transposed ? super.col_tiles : 1) * kTile * kTile;
+    const unsigned slot_size = unsigned(Transposed ? super.col_tiles : 1) * kTile * kTile;
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
     };
     const auto points_of = [&](int stage) {
         return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
     };
-    const auto load = [&](int slice, int stage) {
-        const int slot = list[1 + slice / kSlices], k = slice % kSlices * kDepth;
-        const Weight* tile = own_weights + slot * from_slot_to_slot;
+    unsigned slice = 0;
+    const auto next = [&](int stage) {
+        const unsigned slot = unsigned(list[1 + slice / kSlices]), k = slice % kSlices * kDepth;
         if constexpr (Transposed) {
-            copy_box<kDepth, kTile, kTile, kAcrossPitch, kThreads>(weights_of(stage), tile + k * kTile);
+            copy_box<kDepth, kTile, kTile, kAcrossPitch, kThreads>(
+                weights_of(stage), own_weights + (slot * slot_size + k * kTile));
         } else {
-            copy_box<kTile, kDepth, kTile, kPitch, kThreads>(weights_of(stage), tile + k);
+            copy_box<kTile, kDepth, kTile, kPitch, kThreads>(weights_of(stage),
+                                                             own_weights + (slot * slot_size + k));
         }
-        points.start(points_of(stage), first_point + slot * kTile + k);
+        points.start(points_of(stage), int(slot * kTile + k));
+        ++slice;
     };
     const auto use = [&](int stage, const auto& fetch) {
         const AcrossK<T, kPointPitch> slice{points_of(stage)};
@@ -181,7 +189,7 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
             product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
         }
     };
-    pipeline<Traits::kStages>(list[0] * kSlices, load, use);
+    pipeline<Traits::kStages>(list[0] * kSlices, next, next, use);
 }
 
 // Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles. A tile on the
