@@ -120,24 +120,33 @@ class ColumnBoxes {
     }
 };
 
-// Copies a whole box [Rows, Cols] between pitches known at compile time.
-template <int Rows, int Cols, int SourcePitch, int Pitch, int Threads, typename T>
-DML_DEVICE void copy_box(T* shared, const T* source) {
+// Whole boxes [Rows, Cols] of rows that are SourcePitch apart, at 32-bit offsets from one place.
+template <typename T, int Rows, int Cols, int SourcePitch, int Pitch, int Threads>
+class WholeBoxes {
     using Own = Share<T, Rows, Cols, Threads>;
-    if (Own::idle()) return;
-    T* to = shared + Own::row() * Pitch + Own::col();
-    const T* from = source + Own::row() * SourcePitch + Own::col();
+    const char* source_;
+
+   public:
+    explicit DML_DEVICE WholeBoxes(const T* source)
+        : source_(reinterpret_cast<const char*>(source + Own::row() * SourcePitch + Own::col())) {}
+
+    DML_DEVICE void start(T* shared, uint32_t offset) const {
+        if (Own::idle()) return;
+        T* to = shared + Own::row() * Pitch + Own::col();
+        const T* from = reinterpret_cast<const T*>(source_ + offset * uint32_t(sizeof(T)));
 #pragma unroll
-    for (int c = 0; c < Own::kChunks; ++c) {
-        cp_async<16>(to + c * Own::kApart * Pitch, from + c * Own::kApart * SourcePitch);
+        for (int c = 0; c < Own::kChunks; ++c) {
+            cp_async<16>(to + c * Own::kApart * Pitch, from + c * Own::kApart * SourcePitch);
+        }
     }
-}
+};
 
 // Runs use(stage, fetch) over `slices` slices in order, while next(stage) fetches Stages - 1 ahead, the first
 // one by first(stage): use calls fetch() once, as soon as it has what it needs to begin with.
 // One barrier a slice does for both directions: it shows every thread what all have copied, and it
 // follows everybody's use of the slice before, whose stage is the one that is filled next.
-template <int Stages, typename First, typename Next, typename Use>
+// WholeRounds: the slices are a multiple of Stages; which stage is which is then known at compile time.
+template <int Stages, bool WholeRounds, typename First, typename Next, typename Use>
 DML_DEVICE void pipeline(int slices, const First& first, const Next& next, const Use& use) {
     if (slices > 0) first(0);
     cp_async_commit();
@@ -146,17 +155,26 @@ DML_DEVICE void pipeline(int slices, const First& first, const Next& next, const
         if (k < slices) next(k);
         cp_async_commit();  // an empty group still counts, which keeps the wait uniform
     }
-    int stage = 0, free = Stages - 1;
-#pragma unroll 1
-    for (int k = 0; k < slices; ++k) {
+    const auto step = [&](bool more, int stage, int free) {
         cp_async_wait<Stages - 2>();
         block_sync();
         use(stage, [&] {
-            if (k + Stages - 1 < slices) next(free);
+            if (more) next(free);
             cp_async_commit();
         });
-        free = stage;
-        stage = stage + 1 == Stages ? 0 : stage + 1;
+    };
+    int stage = 0, free = Stages - 1;
+#pragma unroll 1
+    for (int k = 0; k < slices; k += WholeRounds ? Stages : 1) {
+        if constexpr (WholeRounds) {
+            const bool last_round = k + Stages >= slices;
+#pragma unroll
+            for (int s = 0; s < Stages; ++s) step(s == 0 || !last_round, s, (s + Stages - 1) % Stages);
+        } else {
+            step(k + Stages - 1 < slices, stage, free);
+            free = stage;
+            stage = stage + 1 == Stages ? 0 : stage + 1;
+        }
     }
     cp_async_wait<0>();
     block_sync();  // the stages are free for whatever comes next

@@ -101,7 +101,7 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
                 for (int k = 0; k < kDepth / 2; ++k) squares = std::fma(Acc(x[k]), Acc(x[k]), squares);
             }
         };
-        pipeline<kStripStages>(row_slices.count(own), first, next, use);
+        pipeline<kStripStages, false>(row_slices.count(own), first, next, use);
 
         if (ComputeNorms) squares += shfl_xor(squares, 1);
         if (norm_row < kStripRows + kStripCols && norm_half == 0) {
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
                                          AcrossK<T, kPitch>{slice_of(stage)}, fetch);
             at += kDepth;
         };
-        pipeline<kStripStages>(int((other.rows + kDepth - 1) / kDepth), next, next, use);
+        pipeline<kStripStages, false>(int((other.rows + kDepth - 1) / kDepth), next, next, use);
         product.each([&](int r, int c, Acc g) {
             const int64_t i = row0 + r, d = d0 + c;
             if (i >= all.own.points.rows || d >= own.cols) return;

@@ -121,7 +121,7 @@ DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape
         product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
                                      fetch);
     };
-    pipeline<Traits::kStages>(Slices::count(rows), first, next, use);
+    pipeline<Traits::kStages, false>(Slices::count(rows), first, next, use);
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>

@@ -149,6 +149,7 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
     constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch,
                   kPointPitch = Traits::kPointPitch;
     constexpr int kSlices = kTile / kDepth;  // of one tile
+    static_assert(kSlices % Traits::kStages == 0, "whole rounds");
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
     int* list = shared_array<int>(Traits::kList, kMaxSuperTile + 1);
     list_slots(list, Transposed ? super.row_tiles : super.col_tiles, [&](int slot) {
@@ -160,7 +161,10 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
     const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
         Transposed ? super.rows.points : super.cols.points,
         (Transposed ? super.row_tile : super.col_tile) * kTile, d0);
-    const Weight* own_weights = weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile;
+    using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
+    using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
+    const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
+        weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile);
     const unsigned slot_size = unsigned(Transposed ? super.col_tiles : 1) * kTile * kTile;
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
@@ -171,13 +175,7 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
     unsigned slice = 0;
     const auto next = [&](int stage) {
         const unsigned slot = unsigned(list[1 + slice / kSlices]), k = slice % kSlices * kDepth;
-        if constexpr (Transposed) {
-            copy_box<kDepth, kTile, kTile, kAcrossPitch, kThreads>(
-                weights_of(stage), own_weights + (slot * slot_size + k * kTile));
-        } else {
-            copy_box<kTile, kDepth, kTile, kPitch, kThreads>(weights_of(stage),
-                                                             own_weights + (slot * slot_size + k));
-        }
+        boxes.start(weights_of(stage), slot * slot_size + k * (Transposed ? kTile : 1));
         points.start(points_of(stage), int(slot * kTile + k));
         ++slice;
     };
@@ -189,7 +187,7 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
             product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
         }
     };
-    pipeline<Traits::kStages>(list[0] * kSlices, next, next, use);
+    pipeline<Traits::kStages, true>(list[0] * kSlices, next, next, use);
 }
 
 // Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles. A tile on the
