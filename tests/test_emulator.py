@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulator.build import HERE, build, build_for_gpu, run
 
-from benchmarks.ptxas import find_nvcc
+from tools.machine_code import find_nvcc
 
 SCHEDULES = ["round_robin", "warp_first"]
 SEEDS = [0, 1, 2]
@@ -213,7 +213,6 @@ def test_copies_arrive_at_their_wait(warp_program, schedule):
 def test_the_portable_stack_switch(schedule):
     """Where there is no hand-written switch, ucontext does the same, slower."""
     program = build([HERE / "teeth_warp.cu"], defines=["DML_EMULATOR_UCONTEXT"])
-    assert (words(program, "last_block", schedule=schedule) == 55).all()
     assert (words(program, "exchange", schedule=schedule)[:, 0] == np.arange(64) ^ 1).all()
 
 

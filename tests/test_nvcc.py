@@ -7,9 +7,9 @@ from contextlib import suppress
 import pytest
 from emulator.build import HERE
 
-from benchmarks import ptxas
+from tools import machine_code
 
-needs_nvcc = pytest.mark.skipif(ptxas.find_nvcc() is None, reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
 # The kinds of arithmetic that multiply on tensor cores (csrc/cuda/math.cuh), as kernels name them.
 TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math|Bf16Math)\b")
@@ -20,8 +20,8 @@ NO_PRODUCT = re.compile(r"^(finish|fold|norms|reduce)")
 @pytest.fixture(scope="module")
 def compiled():
     """The kernels of a source for an architecture, compiled once."""
-    assert ptxas.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
-    return lambda source, architecture, flags=ptxas.FLAGS: ptxas.analyse(source, architecture, flags)
+    assert machine_code.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
+    return lambda source, architecture, flags=machine_code.FLAGS: machine_code.analyse(source, architecture, flags)
 
 
 # ---- our kernels ---------------------------------------------------------------------------------------
@@ -32,18 +32,18 @@ def compiled_ahead(compiled):
     """As above, with everything compiled two at a time; what does not compile is reported by its test."""
 
     def attempt(item):
-        with suppress(ptxas.CompileError):
+        with suppress(machine_code.CompileError):
             compiled(*item)
 
     with ThreadPoolExecutor(2) as pool:
-        work = [(source, a) for source in ptxas.sources() for a in ptxas.ARCHITECTURES]
+        work = [(source, a) for source in machine_code.sources() for a in machine_code.ARCHITECTURES]
         list(pool.map(attempt, work))
     return compiled
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
-@pytest.mark.parametrize("source", ptxas.sources(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
 def test_kernels(compiled_ahead, source, architecture):
     for kernel in compiled_ahead(source, architecture):
         where = f"{kernel.name} for sm_{architecture}"
@@ -51,16 +51,16 @@ def test_kernels(compiled_ahead, source, architecture):
         assert kernel.max_threads > 0, f"{where} has no __launch_bounds__"
         assert kernel.blocks_per_multiprocessor > 0, where
         if TENSOR_CORES.search(kernel.name) and not NO_PRODUCT.search(kernel.name):
-            assert ptxas.matrix_instructions(kernel).get("HMMA", 0) > 0, where
+            assert machine_code.matrix_instructions(kernel).get("HMMA", 0) > 0, where
         elif "SimtMath" in kernel.name:
-            assert not ptxas.matrix_instructions(kernel), where
+            assert not machine_code.matrix_instructions(kernel), where
 
 
 # ---- the primitives ------------------------------------------------------------------------------------
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
 def test_primitives_become_the_instructions_meant(compiled, architecture):
     """The emulator's own product is CUDA like any other: 4 warps, 64 x 64 tiles, 64 bytes along k."""
     kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_gemm.cu", architecture)}
@@ -105,37 +105,37 @@ __global__ void __launch_bounds__(96, BLOCKS) hungry(float* data) {
 def test_sees_spills(compiled, tmp_path):
     source = tmp_path / "hungry.cu"
     source.write_text(HUNGRY)
-    (roomy,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=1"))
-    (tight,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=20"))
+    (roomy,) = compiled(source, "80", (*machine_code.FLAGS, "-DBLOCKS=1"))
+    (tight,) = compiled(source, "80", (*machine_code.FLAGS, "-DBLOCKS=20"))
     assert roomy.spill_bytes == 0
     assert roomy.registers > 64
     assert tight.spill_bytes > 0
     assert tight.registers <= 34
     assert tight.max_threads == 96
     assert tight.static_shared_bytes == 4
-    assert not ptxas.matrix_instructions(tight)
+    assert not machine_code.matrix_instructions(tight)
 
 
 @needs_nvcc
 def test_compile_errors_are_told(compiled, tmp_path):
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void wrong() { return 1; }")
-    with pytest.raises(ptxas.CompileError, match=r"wrong\.cu"):
+    with pytest.raises(machine_code.CompileError, match=r"wrong\.cu"):
         compiled(source, "80")
 
 
 def test_occupancy():
     # threads, registers -> blocks, worked out from the table in the programming guide
-    assert ptxas.occupancy("80", 128, 32)[:2] == (16, 1.0)  # 64 warps in blocks of 4
-    assert ptxas.occupancy("80", 128, 168)[:2] == (3, 12 / 64)  # 5376 registers a warp: 3 in a quarter
-    assert ptxas.occupancy("90a", 256, 128)[:2] == (2, 16 / 64)  # 4096: 4 in a quarter
-    assert ptxas.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
-    assert ptxas.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
-    assert ptxas.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
-    assert ptxas.occupancy("80", 1024, 80) == (0, 0.0, 0)  # cannot run: 2560, 6 in a quarter, 32 wanted
-    assert ptxas.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
+    assert machine_code.occupancy("80", 128, 32)[:2] == (16, 1.0)  # 64 warps in blocks of 4
+    assert machine_code.occupancy("80", 128, 168)[:2] == (3, 12 / 64)  # 5376 registers a warp: 3 in a quarter
+    assert machine_code.occupancy("90a", 256, 128)[:2] == (2, 16 / 64)  # 4096: 4 in a quarter
+    assert machine_code.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
+    assert machine_code.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
+    assert machine_code.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
+    assert machine_code.occupancy("80", 1024, 80) == (0, 0.0, 0)  # cannot run: 2560, 6 in a quarter, 32 wanted
+    assert machine_code.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
 
 
 def test_names_are_shortened():
-    assert ptxas.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)") == "f<A<float>,3>"
-    assert ptxas.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"
+    assert machine_code.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)") == "f<A<float>,3>"
+    assert machine_code.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"

@@ -31,10 +31,6 @@ class Instruction:
     def family(self):
         return self.mnemonic.split(".")[0]
 
-    @property
-    def is_filler(self):  # stands before LDGSTS, is never executed, but takes its slot
-        return self.predicate == "!PT"
-
 
 @dataclass
 class Block:
@@ -47,14 +43,14 @@ class Block:
 class Loop:
     head: int
     body: frozenset
-    counts: Counter = field(default_factory=Counter)  # issued in a round, by family
+    counts: Counter = field(default_factory=Counter)  # issued in a round, by mnemonic
     in_code: int = 0  # instructions between its head and its backward branch, rare ones too
     place: tuple | None = None  # (file, line)
     times: int | None = None  # None: not told
 
     @property
     def multiplies(self):
-        return self.counts["HMMA"] > 0
+        return kinds(self.counts)["HMMA"] > 0
 
 
 @dataclass
@@ -285,7 +281,7 @@ def longest(blocks, nodes, start, order, inside):
             total = best[b] + counts
             following = {n for i in body for n in hot_next(blocks, i) if n not in body}
         else:
-            total = best[b] + Counter(x.family for x in blocks[b].instructions)
+            total = best[b] + Counter(x.mnemonic for x in blocks[b].instructions)
             following = set(hot_next(blocks, b))
         if total.total() > result.total():
             result = total
@@ -330,10 +326,34 @@ def issued(loop):
     if loop.multiplies:
         return Counter()
     rounds = loop.times or 1
-    return Counter({family: rounds * n for family, n in loop.counts.items()})
+    return Counter({mnemonic: rounds * n for mnemonic, n in loop.counts.items()})
 
 
 def kinds(counts):
     """HMMA, LDSM, LDS, LDGSTS and the rest."""
-    parts = {kind: counts[kind] for kind in KINDS}
-    return parts | {"rest": counts.total() - sum(parts.values())}
+    parts = dict.fromkeys((*KINDS, "rest"), 0)
+    for mnemonic, count in counts.items():
+        family = mnemonic.split(".")[0]
+        parts[family if family in KINDS else "rest"] += count
+    return parts
+
+
+def global_bytes(counts):
+    """What a warp moves between its multiprocessor and L2, if all its lanes take part."""
+    total = 0
+    for mnemonic, count in counts.items():
+        family, *modifiers = mnemonic.split(".")
+        if family in ("LDG", "STG", "LDGSTS"):
+            widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+            total += 32 * count * next((widths[m] for m in modifiers if m in widths), 4)
+    return total
+
+
+def multiply_adds(counts):
+    """Of a warp's HMMA instructions, by the shape in their names."""
+    shapes = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}
+    total = 0
+    for mnemonic, count in counts.items():
+        if mnemonic.startswith("HMMA."):
+            total += count * shapes[mnemonic.split(".")[1]]
+    return total

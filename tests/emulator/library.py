@@ -139,6 +139,16 @@ class Engine:
         self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
         return list(sizes)
 
+    def launches(self, with_backward=True, need_q=True, need_r=True):
+        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, of which nothing is run."""
+        text, error = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(1000)
+        asked = ctypes.byref(self.arguments), with_backward, need_q, need_r
+        if self.library.dml_launches(*asked, text, ctypes.c_int64(len(text)), error, ctypes.c_int64(1000)):
+            raise RuntimeError(error.value.decode())
+        rows = [line.split() for line in text.value.decode().splitlines()]
+        shape = lambda numbers: tuple(map(int, numbers.split(",")))  # noqa: E731
+        return [(name, shape(grid), shape(block), int(shared)) for name, grid, block, shared in rows]
+
     def buffer(self, count, dtype):
         view, raw = poisoned(count, dtype)
         self.buffers.append(raw)

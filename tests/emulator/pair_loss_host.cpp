@@ -2,6 +2,8 @@
 // Addresses and sizes come from Python; the saved tensors and workspaces as well.
 #include <cstring>
 #include <exception>
+#include <stdexcept>
+#include <string>
 
 #include "machine.h"
 #include "pair_loss.h"
@@ -112,6 +114,25 @@ int dml_backward(const Arguments* a, const void* grad_loss, void* grad_queries, 
     return guarded(error, capacity, [&] {
         backward(problem_of(*a), {a->stats, a->plan, a->tiles, a->kept}, grad_loss, grad_queries, grad_refs,
                  a->workspace, nullptr);
+    });
+}
+
+// The launches of a call that runs none of them, one line each (see machine.h).
+int dml_launches(const Arguments* a, int with_backward, int need_queries, int need_refs, char* out,
+                 int64_t out_capacity, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        std::string record;
+        emulator::record_launches(&record);
+        const Problem p = problem_of(*a);
+        char any[16];
+        forward(p, {a->mining != 0, a->epsilon}, {any, nullptr, any, nullptr}, any, any, nullptr);
+        if (with_backward) {
+            backward(p, {any, nullptr, any, nullptr}, any, need_queries ? any : nullptr,
+                     need_refs ? any : nullptr, any, nullptr);
+        }
+        emulator::record_launches(nullptr);
+        if (int64_t(record.size()) >= out_capacity) throw std::runtime_error("too many launches");
+        std::memcpy(out, record.c_str(), record.size() + 1);
     });
 }
 
