@@ -66,7 +66,7 @@ class RowSlices {
     }
 
    public:
-    // Memory of one row there must be, even if m has none.
+    // Even if m has no rows, there must be memory of one.
     DML_DEVICE RowSlices(const Matrix<T>& m, int64_t row0) {
 #pragma unroll
         for (int c = 0; c < Own::kChunks; ++c) {

@@ -66,11 +66,18 @@ Problem with_aligned_rows(Problem p, char*& workspace, cudaStream_t stream) {
         points.stride = pitch;
         workspace += bytes;
     };
+    const auto borrow = [](Points& none, const Points& other) {  // copies may touch memory of a row, if there is none
+        if (none.count > 0) return;
+        none.data = other.data;
+        none.stride = other.stride;
+    };
     align(p.queries);
     if (p.square) {
         p.refs = p.queries;
     } else {
         align(p.refs);
+        borrow(p.queries, p.refs);
+        borrow(p.refs, p.queries);
     }
     return p;
 }
@@ -143,7 +150,7 @@ struct Call {
 
     using GradMath = typename GradMathOf<Math>::Type;
     using Traits = TileTraits<Math>;
-    using Weight = typename GradTraits<GradMath>::Weight;
+    using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = Traits::kTile;
     static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
@@ -305,12 +312,20 @@ struct Call {
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, fresh && rows_first},
                      {cols.sum, cols.tiles.begin * kTile, p.refs.count, fresh && cols_first}}};
-                using Grad = GradTraits<GradMath>;
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
-                launch(add_gradients<GradMath>,
-                       dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
-                       dim3(Grad::kThreads), Grad::kSharedBytes, call.stream, super, gradients, kept,
-                       weights);
+                const auto multiply = [&](auto panel) {
+                    using Grad = GradTraits<GradMath, decltype(panel)::value>;
+                    launch(add_gradients<GradMath, Grad::kCols>,
+                           dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
+                           dim3(Grad::kThreads), Grad::kSharedBytes, call.stream, super, gradients, kept,
+                           weights);
+                };
+                constexpr int kWide = kWidePanel<GradMath>;
+                if (p.dim > kNarrowPanel && (p.dim + kWide - 1) / kWide * owners >= kEnoughBlocks) {
+                    multiply(std::integral_constant<int, kWide>());
+                } else {
+                    multiply(std::integral_constant<int, kNarrowPanel>());
+                }
             };
             call.for_super_tiles(backward_super_tile(p), rows.tiles, cols.tiles, add);
         }

@@ -61,8 +61,8 @@ struct SimtMath {
 // ---- tensor cores: each struct loads fragments (primitives.cuh shows their layout) and multiplies -----
 //
 // load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
-// at_once says. Where kInterleaves and rows run across k, tile j of a warp's Tiles has columns Tiles g + j:
-// a lane then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane then
+// reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
 
 // A float that was rounded to tf32 when it was stored.
 struct RoundedToTf32 {
@@ -151,7 +151,8 @@ struct Tf32Math {
     using A = Fragment<4>;
     using B = Fragment<2>;
     static constexpr int at_once(int tiles, bool across) {
-        return across ? tiles : !Split && tiles % 2 == 0 ? 2 : 1;
+        const int even = tiles % 2 == 0 ? 2 : 1;
+        return Split ? (across ? even : 1) : across && tiles % 4 == 0 ? 4 : even;
     }
 
     template <int Registers, typename X>
@@ -248,7 +249,7 @@ struct Bf16Math {
     static constexpr int kDepth = Half::kDepth;
     using A = Half::A;
     using B = Half::B;
-    static constexpr int at_once(int tiles, bool across) { return across ? tiles : 1; }
+    static constexpr int at_once(int tiles, bool across) { return across && tiles % 4 == 0 ? 4 : 1; }
 
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
@@ -291,7 +292,8 @@ struct Product<Math, Shape, true> {
     static_assert(kColTiles * 8 * Shape::kWarpCols == Shape::kCols, "a warp's columns come in 8s");
     static constexpr int kAtOnce = Math::at_once(kColTiles, Shape::kAcross);
     static constexpr bool kInterleaved = Math::kInterleaves && Shape::kAcross;
-    static constexpr int kRun = kInterleaved ? 2 * kColTiles : 2;  // neighbours that a lane holds
+    static constexpr int kRunTiles = kInterleaved ? kAtOnce : 1;
+    static constexpr int kRun = 2 * kRunTiles;  // neighbours that a lane holds
 
     float acc[kRowTiles][kColTiles][4] = {};
 
@@ -327,19 +329,18 @@ struct Product<Math, Shape, true> {
     // Calls f(row, col, values) for each run of kRun neighbours in a row.
     template <typename F>
     DML_DEVICE void each_run(const F& f) const {
-        constexpr int kRuns = kInterleaved ? 1 : kColTiles, kTiles = kColTiles / kRuns;
         const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                for (int run = 0; run < kRuns; ++run) {
+                for (int j = 0; j < kColTiles; j += kRunTiles) {
                     float values[kRun];
 #pragma unroll
                     for (int c = 0; c < kRun; ++c)
-                        values[c] = acc[i][run + c % kTiles][2 * half + c / kTiles];
-                    f(row0() + 16 * i + g + 8 * half, col0() + 8 * run + kRun * t, values);
+                        values[c] = acc[i][j + c % kRunTiles][2 * half + c / kRunTiles];
+                    f(row0() + 16 * i + g + 8 * half, col0() + 8 * j + kRun * t, values);
                 }
             }
         }

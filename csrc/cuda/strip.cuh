@@ -83,7 +83,7 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
         RowSlices<T, kStripRows, kDepth, kPitch, kStripThreads> row_slices(own, row0);
-        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other.data ? other : own, col0);
+        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other, col0);
         const auto first = [&](int stage) {
             row_slices.start_first(rows_of(stage), own);
             col_slices.start_first(cols_of(stage), own);

@@ -30,17 +30,24 @@ struct WeightOf<Bf16Math> {
 
 inline constexpr int kMaxSuperTile = 64;
 
+// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are read.
 template <typename GradMath>
+inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
+inline constexpr int kNarrowPanel = 64;
+inline constexpr int kEnoughBlocks = 128;  // for wide ones; fewer would leave multiprocessors without any
+
+template <typename GradMath, int Cols>
 struct GradTraits {
     using T = typename GradMath::Value;
     using Acc = typename GradMath::Acc;
     using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = TileTraits<GradMath>::kTile;
-    static constexpr int kCols = 64;  // of the gradient, for one block
-    using TileShape = Shape<kTile, kCols, 4, 2, false, true>;
+    static constexpr int kCols = Cols;  // of the gradient, for one block
+    using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, false, true>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 4;
-    static constexpr int kDepth = sizeof(Weight) == 2 ? 32 : 64 / int(sizeof(Weight));
+    static constexpr bool kWholeRounds = kTileBlocks<GradMath> > 1;  // if there are the registers
+    static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
     static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
     // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
     static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
@@ -139,11 +146,9 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
 
 // Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the points
 // P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their rows.
-template <typename GradMath, bool Transposed, typename T, typename Acc>
-DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMath>::TileShape>& product,
-                                    const SuperTile<T, Acc>& super, int own, const uint8_t* kept,
-                                    const typename GradTraits<GradMath>::Weight* weights, int64_t d0) {
-    using Traits = GradTraits<GradMath>;
+template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
+DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own,
+                                    const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
     constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch,
@@ -187,17 +192,18 @@ DML_DEVICE void add_weighted_points(Product<GradMath, typename GradTraits<GradMa
             product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
         }
     };
-    pipeline<Traits::kStages, true>(list[0] * kSlices, next, next, use);
+    pipeline<Traits::kStages, Traits::kWholeRounds>(list[0] * kSlices, next, next, use);
 }
 
 // Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles. A tile on the
 // diagonal of a square matrix serves the same points as rows and as columns.
-template <typename GradMath, typename T = typename GradMath::Value, typename Acc = typename GradMath::Acc>
-__global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<GradMath>)
+template <typename GradMath, int Cols, typename T = typename GradMath::Value,
+          typename Acc = typename GradMath::Acc>
+__global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
     add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
-                  const typename GradTraits<GradMath>::Weight* weights) {
-    using Traits = GradTraits<GradMath>;
+                  const typename GradTraits<GradMath, Cols>::Weight* weights) {
+    using Traits = GradTraits<GradMath, Cols>;
     constexpr int kTile = Traits::kTile;
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
     const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
@@ -208,9 +214,9 @@ __global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<Gr
 
     using Sum = Product<GradMath, typename Traits::TileShape>;
     Sum product;
-    if (side == 0) add_weighted_points<GradMath, false>(product, super, own, kept, weights, d0);
+    if (side == 0) add_weighted_points<Traits, false>(product, super, own, kept, weights, d0);
     if (side == 1 || super.diagonal())
-        add_weighted_points<GradMath, true>(product, super, own, kept, weights, d0);
+        add_weighted_points<Traits, true>(product, super, own, kept, weights, d0);
 
     const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
     const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
