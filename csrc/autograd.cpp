@@ -5,55 +5,39 @@
 #include <torch/library.h>
 
 #include <string>
-#include <tuple>
 #include <vector>
+
+#include "ops.h"
 
 namespace dml {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Results redispatch(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                   const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                   const OptionalTensor& ref_count, c10::string_view loss, at::ArrayRef<double> params,
-                   std::optional<double> epsilon, bool normalize, c10::string_view reduction,
-                   bool save_for_backward) {
+ForwardResult forward_below(const Call& call) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("dml_cuda::pair_loss", "")
-                               .typed<decltype(redispatch)>();
+                               .typed<decltype(pair_loss_op<forward_below>)>();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, epsilon,
-                   normalize, reduction, save_for_backward);
+    return call_op(op, call);
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(
-    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
-    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref);
-
-OptionalTensor if_defined(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+BackwardResult backward_below(const Call& call, const Backward& backward) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dml_cuda::pair_loss_backward", "")
+                               .typed<decltype(pair_loss_backward_op<backward_below>)>();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_op(op, call, backward);
+}
 
 // The gradient as a node of its own, so that differentiating it says why that does not work.
 struct PairLossGradient : torch::autograd::Function<PairLossGradient> {
-    static variable_list forward(AutogradContext*, const Tensor& grad_loss, const Tensor& embeddings,
-                                 const Tensor& labels, const OptionalTensor& ref_emb,
-                                 const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                                 const OptionalTensor& ref_count, const Tensor& stats, const Tensor& plan,
-                                 const Tensor& tiles, const Tensor& kept, c10::string_view loss,
-                                 at::ArrayRef<double> params, bool normalize, c10::string_view reduction,
-                                 bool need_emb, bool need_ref) {
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("dml_cuda::pair_loss_backward", "")
-                                   .typed<decltype(pair_loss_backward)>();
-        const at::AutoDispatchBelowADInplaceOrView below;
-        const auto [grad_emb, grad_ref] =
-            op.call(grad_loss, embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, stats, plan,
-                    tiles, kept, loss, params, normalize, reduction, need_emb, need_ref);
+    static variable_list forward(AutogradContext*, const Tensor& /*grad_loss*/, const Tensor& /*embeddings*/,
+                                 const OptionalTensor& /*ref_emb*/, const Call& call,
+                                 const Backward& backward) {
+        const auto [grad_emb, grad_ref] = backward_below(call, backward);
         return {grad_emb, grad_ref};
     }
     static variable_list backward(AutogradContext*, const variable_list&) {
@@ -63,79 +47,79 @@ struct PairLossGradient : torch::autograd::Function<PairLossGradient> {
     }
 };
 
+BackwardResult pair_loss_backward(const Call& call, const Backward& backward) {
+    // Without a graph of the gradient there is no second derivative to be refused.
+    if (!at::GradMode::is_enabled()) return backward_below(call, backward);
+    const variable_list found =
+        PairLossGradient::apply(backward.grad_loss, call.embeddings, call.ref_emb, call, backward);
+    return {found[0], found[1]};
+}
+
 struct PairLossNode : torch::autograd::Function<PairLossNode> {
-    static variable_list forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& labels,
-                                 const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                 const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-                                 c10::string_view loss, at::ArrayRef<double> params,
-                                 std::optional<double> epsilon, bool normalize, c10::string_view reduction,
-                                 bool save_for_backward) {
-        const auto [value, stats, plan, tiles, kept] =
-            redispatch(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, epsilon,
-                       normalize, reduction, save_for_backward);
-        const auto saved = [](const OptionalTensor& x) { return x ? *x : Tensor(); };
-        ctx->save_for_backward({embeddings, labels, saved(ref_emb), saved(ref_labels), saved(self_ref),
-                                saved(ref_count), stats, plan, tiles, kept});
-        ctx->saved_data["loss"] = std::string(loss);
-        ctx->saved_data["params"] = params.vec();
-        ctx->saved_data["normalize"] = normalize;
-        ctx->saved_data["reduction"] = std::string(reduction);
-        ctx->saved_data["need_emb"] = embeddings.requires_grad();
-        ctx->saved_data["need_ref"] = ref_emb && ref_emb->requires_grad();
-        ctx->mark_non_differentiable({stats, plan, tiles, kept});
+    // The tensors that require a gradient stand first: apply looks for them among its arguments.
+    static variable_list forward(AutogradContext* ctx, const Tensor& embeddings,
+                                 const OptionalTensor& ref_emb, const Call& call) {
+        const auto [loss, saved] = forward_below(call);
+        const auto plain = [](const OptionalTensor& x) { return x ? *x : Tensor(); };
+        ctx->save_for_backward({embeddings, call.labels, plain(ref_emb), plain(call.ref_labels),
+                                plain(call.self_ref), plain(call.ref_count), saved});
+        auto& data = ctx->saved_data;
+        data["options"] =
+            c10::ivalue::Tuple::create(std::string(call.law), call.params.vec(), std::string(call.similarity),
+                                       std::string(call.reduction), call.divide, embeddings.requires_grad(),
+                                       ref_emb && ref_emb->requires_grad());
+        ctx->mark_non_differentiable({saved});
         ctx->set_materialize_grads(false);
-        return {value, stats, plan, tiles, kept};
+        return {loss, saved};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        variable_list result(12);
+        variable_list result(3);
         if (!grads[0].defined()) return result;
-        auto& data = ctx->saved_data;
-        const bool need_emb = data["need_emb"].toBool(), need_ref = data["need_ref"].toBool();
+        const auto options = ctx->saved_data["options"].toTuple();
+        const std::vector<c10::IValue> option = options->elements().vec();
+        const std::vector<double> params = option[1].toDoubleVector();
+        const bool need_emb = option[5].toBool(), need_ref = option[6].toBool();
         const variable_list saved = ctx->get_saved_variables();
-        const auto [grad_emb, grad_ref] = pair_loss_backward(
-            grads[0], saved[0], saved[1], if_defined(saved[2]), if_defined(saved[3]), if_defined(saved[4]),
-            if_defined(saved[5]), saved[6], saved[7], saved[8], saved[9], data["loss"].toStringView(),
-            data["params"].toDoubleVector(), data["normalize"].toBool(), data["reduction"].toStringView(),
-            need_emb, need_ref);
+        const auto optional = [&](int k) {
+            return saved[k].defined() ? OptionalTensor(saved[k]) : std::nullopt;
+        };
+        const OptionalTensor ref_emb = optional(2), ref_labels = optional(3), self_ref = optional(4),
+                             ref_count = optional(5);
+        const Call call = {saved[0],
+                           saved[1],
+                           ref_emb,
+                           ref_labels,
+                           self_ref,
+                           ref_count,
+                           option[0].toStringView(),
+                           params,
+                           std::nullopt,
+                           option[2].toStringView(),
+                           option[3].toStringView(),
+                           true,
+                           option[4].toBool(),
+                           true};
+        const auto [grad_emb, grad_ref] = pair_loss_backward(call, {grads[0], saved[6], need_emb, need_ref});
         if (need_emb) result[0] = grad_emb;
-        if (need_ref) result[2] = grad_ref;
+        if (need_ref) result[1] = grad_ref;
         return result;
     }
 };
 
-Results pair_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                  const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                  const OptionalTensor& ref_count, c10::string_view loss, at::ArrayRef<double> params,
-                  std::optional<double> epsilon, bool normalize, c10::string_view reduction,
-                  bool save_for_backward) {
+ForwardResult pair_loss(const Call& call) {
     const bool differentiable =
-        at::GradMode::is_enabled() && (embeddings.requires_grad() || (ref_emb && ref_emb->requires_grad()));
-    if (!differentiable) {
-        return redispatch(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, epsilon,
-                          normalize, reduction, save_for_backward);
-    }
-    const variable_list out =
-        PairLossNode::apply(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params,
-                            epsilon, normalize, reduction, save_for_backward);
-    return {out[0], out[1], out[2], out[3], out[4]};
-}
-
-std::tuple<Tensor, Tensor> pair_loss_backward(
-    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
-    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
-    const variable_list found = PairLossGradient::apply(grad_loss, embeddings, labels, ref_emb, ref_labels,
-                                                        self_ref, ref_count, stats, plan, tiles, kept, loss,
-                                                        params, normalize, reduction, need_emb, need_ref);
-    return {found[0], found[1]};
+        at::GradMode::is_enabled() &&
+        (call.embeddings.requires_grad() || (call.ref_emb && call.ref_emb->requires_grad()));
+    if (!differentiable) return forward_below(call);
+    const variable_list out = PairLossNode::apply(call.embeddings, call.ref_emb, call);
+    return {out[0], out[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, Autograd, m) {
-    m.impl("pair_loss", &pair_loss);
-    m.impl("pair_loss_backward", &pair_loss_backward);
+    m.impl("pair_loss", &pair_loss_op<pair_loss>);
+    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
 }
 
 }  // namespace dml

@@ -1,14 +1,13 @@
 // The op schemas, and the pybind11 module that loads them and tells what was built.
 //
-// All ops are functional. What one forward pass must hand to its backward pass travels in four
-// tensors whose layout is the private matter of each device's kernels:
-//   stats  the rows' bounds and log-sum-exps      plan  the sorted order of the rows
-//   tiles  the similarity tiles that were cached  kept  per tile, whether any pair was kept
+// All ops are functional. What one forward pass must hand to its backward pass travels in one tensor of
+// bytes, whose layout is the private matter of each device's kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "cpu/tile_kernels.h"
+#include "laws.h"
 
 #ifndef DML_CUDA_ARCHS
 #define DML_CUDA_ARCHS ""
@@ -18,22 +17,25 @@
 #endif
 
 // The loss of a batch, and its gradient. Beside embeddings [N, D] with their labels and ref_emb [M, D]:
-//   self_ref   int64 [N], the row of ref_emb that is the same point as row i, or -1. Mining sees that pair;
-//              the loss does not, where it is a positive
-//   ref_count  int64, one number: only so many of the first rows of ref_emb take part. A tensor, so that a
-//              queue may fill up without a shape, a graph or a wait for the device
+//   self_ref    int64 [N], the row of ref_emb that is the same point as row i, or -1. That pair does not
+//   count
+//               as a positive; mining sees it where mine_self
+//   ref_count   int64, one number: only so many of the first rows of ref_emb take part. A tensor, so that a
+//               queue may fill up without a shape, a graph or a wait for the device
+//   law         a name of laws.h, with its params
+//   similarity  cosine | dot | euclidean | euclidean_raw (of rows as they come)
+//   reduction   mean | mean_nonzero | mean_valid | sum | none
+//   divide      false: the loss is [part 0, part 1, units 0, units 1], for the caller to divide
 TORCH_LIBRARY(dml_cuda, m) {
     m.def(
         "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_ref, "
-        "Tensor? ref_count, str loss, float[] params, float? epsilon, bool normalize, str reduction, bool "
-        "save_for_backward) -> "
-        "(Tensor loss, Tensor stats, Tensor plan, Tensor tiles, Tensor kept)");
+        "Tensor? ref_count, str law, float[] params, float? epsilon, str similarity, str reduction, "
+        "bool mine_self, bool divide, bool save_for_backward) -> (Tensor loss, Tensor saved)");
     m.def(
         "pair_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor labels, Tensor? ref_emb, "
-        "Tensor? ref_labels, Tensor? self_ref, Tensor? ref_count, Tensor stats, Tensor plan, Tensor tiles, "
-        "Tensor kept, str "
-        "loss, float[] params, "
-        "bool normalize, str reduction, bool need_emb, bool need_ref) -> (Tensor grad_emb, Tensor grad_ref)");
+        "Tensor? ref_labels, Tensor? self_ref, Tensor? ref_count, Tensor saved, str law, float[] params, "
+        "str similarity, str reduction, bool divide, bool need_emb, bool need_ref) "
+        "-> (Tensor grad_emb, Tensor grad_ref)");
 
     // Pairs given as lists. rows ascends, and the pairs of row i are [row_offsets[i], row_offsets[i + 1]).
     // products: <x[rows[k]], y[cols[k]]> [P]. sums: the weighted points of each row [R, D].
@@ -57,6 +59,10 @@ PYBIND11_MODULE(_C, m) {
     m.attr("torch_version") = DML_TORCH_VERSION;
     m.attr("cuda_version") = DML_CUDA_VERSION;
     m.attr("cuda_archs") = DML_CUDA_ARCHS;
+    pybind11::dict laws;
+    for (const dml::LawInfo& law : dml::kLaws)
+        laws[pybind11::str(law.name.data(), law.name.size())] = law.params;
+    m.attr("laws") = laws;  // name: number of parameters
     m.def("cpu_instruction_sets", &dml::cpu::available_instruction_sets,
           "Instruction sets of this machine that there are kernels for, slowest first.");
     m.def("cpu_instruction_set", &dml::cpu::instruction_set, "The instruction set in use.");

@@ -11,21 +11,35 @@ except ImportError as error:
     ) from error
 
 from . import functional, reference
-from .losses import CircleClassifierLoss, CircleLoss, MultiSimilarityLoss
+from .losses import (
+    BinomialDevianceLoss,
+    CircleClassifierLoss,
+    CircleLoss,
+    ContrastiveLoss,
+    MultiSimilarityLoss,
+    NTXentLoss,
+    SupConLoss,
+)
 from .memory import CrossBatchMemory
 from .miners import MultiSimilarityMiner
+from .options import PairOptions
 from .pairs import MinedPairs, PairCounts
 
 __version__: str = _C.version
 
 __all__ = [
+    "BinomialDevianceLoss",
     "CircleClassifierLoss",
     "CircleLoss",
+    "ContrastiveLoss",
     "CrossBatchMemory",
     "MinedPairs",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
+    "NTXentLoss",
     "PairCounts",
+    "PairOptions",
+    "SupConLoss",
     "build_info",
     "functional",
     "reference",

@@ -1,15 +1,20 @@
 """Checks of what callers pass: each error names the argument, what was expected and what came."""
 
-import math
-from numbers import Real
+import sys
+from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import _autocast
 
-SIMILARITIES = ("cosine", "dot")
-REDUCTIONS = ("mean", "mean_nonzero", "mean_valid", "sum", "none")
+Similarity = Literal["cosine", "dot", "euclidean"]
+Reduction = Literal["mean", "mean_nonzero", "mean_valid", "sum", "none"]
+Backend = Literal["auto", "fused", "reference"]
+SIMILARITIES: tuple[str, ...] = get_args(Similarity)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+BACKENDS: tuple[str, ...] = get_args(Backend)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (
     torch.int64,
@@ -36,21 +41,23 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
+def check_number(name: str, value: object) -> None:
+    """A finite number. By comparisons, which torch.compile can follow for a number not yet known."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond float64
-        finite = False
-    if not finite:
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    if positive and value <= 0:
+
+
+def check_above_zero(name: str, value: object) -> None:
+    check_number(name, value)
+    if not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
 def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A whole number of any integer type, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -114,11 +121,3 @@ def check_batch(
     if ref_labels.device != embeddings.device:
         ref_labels = ref_labels.to(embeddings.device)
     return labels, ref_labels
-
-
-def check_options(similarity: str, reduction: str, epsilon: float | None) -> None:
-    """Raises TypeError or ValueError for options that no loss has."""
-    check_choice("similarity", similarity, SIMILARITIES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if epsilon is not None:
-        check_number("epsilon", epsilon)

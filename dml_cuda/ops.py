@@ -6,47 +6,80 @@ from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
 
-# As csrc/cpu/pair_loss.cpp has it: the side of a tile, and the memory that may keep tiles for backward.
-_CPU_TILE = 128
+# ---- the bytes that forward leaves for backward, as the engines lay them out. Sizes may be symbolic. --------
+
+# csrc/cpu: the sides of small and large tiles, up to how many points there are small ones, and the memory
+# that may keep tiles for backward.
+_CPU_SIDES = 64, 128
+_CPU_SMALL = 512
 _CPU_CACHE_BYTES = 64 << 20
 
-# As csrc/cuda/engine.cuh has it: likewise, up to how many rows a batch is done in strips without tiles
-# (bytes of one row of similarities), and up to how many tiles it is known which were kept.
+
+def _after(at, size):
+    """The next multiple of 64 bytes."""
+    return (at + size + 63) // 64 * 64
+
+
+def _tile_count(n, m, square: bool, side):
+    rows, cols = (n + side - 1) // side, (m + side - 1) // side
+    return rows * (rows + 1) // 2 if square else rows * cols
+
+
+def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+    small, large = _CPU_SIDES
+    # Without a branch, which a symbolic size could not take.
+    is_large = torch.sym_min(1, torch.sym_max(torch.sym_max(n, m) - _CPU_SMALL, 0))
+    side = small + (large - small) * is_large
+    tiles, tile_bytes = _tile_count(n, m, square, side), side * side * itemsize
+    cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // tile_bytes) if save else 0
+    plan = _after(0, (6 * n + 3) * itemsize)
+    kept = _after(plan, 4 * (3 * n + (0 if square else m)))
+    return _after(kept, tiles) + cached * tile_bytes
+
+
+# csrc/cuda/engine.cuh: likewise; batches up to so many rows (bytes of one row of similarities) are done in strips
+# without tiles, and up to so many tiles it is known which hold a gradient.
 _CUDA_CACHE_BYTES = 34 << 20
 _CUDA_STRIP_BYTES = 4096
 _CUDA_KEPT_TILES = 16 << 20
 
 
-def _tile_count(n, m, square: bool, side: int):
-    rows, cols = -(-n // side), -(-m // side)
-    return rows * (rows + 1) // 2 if square else rows * cols
+def _positive(x):
+    """1 where x > 0, else 0; without a branch."""
+    return torch.sym_min(1, torch.sym_max(x, 0))
 
 
-def _cpu_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
-    tiles, area = _tile_count(n, m, square, _CPU_TILE), _CPU_TILE * _CPU_TILE
-    cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // (area * itemsize)) if save else 0
-    return 4 * n + 2, 3 * n + (0 if square else m), cached * area, tiles + 2
-
-
-def _cuda_sizes(n, m, square: bool, itemsize: int, save: bool) -> tuple:
-    stats, plan = 4 + 7 * n + (0 if square else m), n
-    fits_strip = n <= _CUDA_STRIP_BYTES // itemsize and m <= _CUDA_STRIP_BYTES // itemsize
-    if fits_strip or n == 0 or m == 0:
-        return stats, plan, 0, 0
+def _cuda_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+    rows, columns = torch.sym_max(n, m), torch.sym_min(n, m)
+    in_tiles = _positive(rows - _CUDA_STRIP_BYTES // itemsize) * _positive(columns)
     side = 64 if itemsize == 8 else 128
-    tiles = _tile_count(n, m, square, side)
-    area = tiles * side * side
-    cached = area if save and area * itemsize <= _CUDA_CACHE_BYTES else 0
-    return stats, plan, cached, tiles if tiles <= _CUDA_KEPT_TILES else 0
+    tiles = _tile_count(n, m, square, side) * in_tiles
+    cache = tiles * side * side * itemsize
+    cached = cache * _positive(_CUDA_CACHE_BYTES + 1 - cache) if save else 0
+    numbers = (4 + 7 * n + (0 if square else m)) * itemsize
+    flags = n + tiles * _positive(_CUDA_KEPT_TILES + 1 - tiles)
+    return ((numbers + 15) // 16 * 16 + cached + flags + 15) // 16 * 16
 
 
-def saved_sizes(device: str, n, m, square: bool, itemsize: int, save: bool) -> tuple:
-    """Elements of stats, plan, tiles and kept as the kernels of a device make them.
+def _cuda_precision() -> int:
+    """How float32 is multiplied: in full, as tf32 or as bfloat16. As csrc/cuda_ops.cpp finds it out, which
+    makes what is saved so many bytes longer."""
+    known = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if known is not None:
+        if known("cuda", "matmul") != "tf32":
+            return 0
+        if known("mkldnn", "matmul") != "bf16":
+            return 1
+    try:
+        return ["highest", "high", "medium"].index(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        return 0 if known is None else 1
 
-    ``itemsize`` is that of the type computed in. Sizes may be symbolic.
-    """
-    sizes = _cuda_sizes if device == "cuda" else _cpu_sizes
-    return sizes(n, m, square, itemsize, save)
+
+def saved_bytes(device: str, n, m, square: bool, itemsize: int, save: bool):
+    """Size of `saved` as the kernels of a device make it; ``itemsize`` is that of the type computed in."""
+    size = _cuda_saved_bytes if device == "cuda" else _cpu_saved_bytes
+    return size(n, m, square, itemsize, save)
 
 
 @torch.library.register_fake("dml_cuda::pair_loss")
@@ -57,25 +90,24 @@ def _pair_loss_fake(
     ref_labels,
     self_ref,
     ref_count,
-    loss,
+    law,
     params,
     epsilon,
-    normalize,
+    similarity,
     reduction,
+    mine_self,
+    divide,
     save_for_backward,
 ):
     n = embeddings.shape[0]
     m = n if ref_emb is None else ref_emb.shape[0]
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    sizes = saved_sizes(embeddings.device.type, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
-    stats, plan, tiles, kept = sizes
-    return (
-        embeddings.new_empty((n,) if reduction == "none" else (), dtype=dtype),
-        embeddings.new_empty(stats, dtype=dtype),
-        embeddings.new_empty(plan, dtype=torch.int32),
-        embeddings.new_empty(tiles, dtype=dtype),
-        embeddings.new_empty(kept, dtype=torch.uint8),
-    )
+    device = embeddings.device.type
+    size = saved_bytes(device, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    if device == "cuda" and embeddings.dtype == torch.float32:
+        size += _cuda_precision()
+    shape = (n,) if reduction == "none" else () if divide else (4,)
+    return embeddings.new_empty(shape, dtype=dtype), embeddings.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("dml_cuda::pair_loss_backward")
@@ -87,14 +119,12 @@ def _pair_loss_backward_fake(
     ref_labels,
     self_ref,
     ref_count,
-    stats,
-    plan,
-    tiles,
-    kept,
-    loss,
+    saved,
+    law,
     params,
-    normalize,
+    similarity,
     reduction,
+    divide,
     need_emb,
     need_ref,
 ):
@@ -105,22 +135,22 @@ def _pair_loss_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    batch, (loss, params, _, normalize, reduction, _) = inputs[:6], inputs[6:]
-    _, stats, plan, tiles, kept = output
-    ctx.mark_non_differentiable(stats, plan, tiles, kept)
+    batch, (law, params, _, similarity, reduction, _, divide, _) = inputs[:6], inputs[6:]
+    saved = output[1]
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*batch, stats, plan, tiles, kept)
-    ctx.arguments = (loss, params, normalize, reduction)
+    ctx.save_for_backward(*batch, saved)
+    ctx.arguments = (law, params, similarity, reduction, divide)
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss, _):
     if grad_loss is None:
-        return (None,) * 12
+        return (None,) * 14
     need_emb, _, need_ref = ctx.needs_input_grad[:3]
     grad_emb, grad_ref = call(
         "pair_loss_backward", grad_loss, *ctx.saved_tensors, *ctx.arguments, need_emb, need_ref
     )
-    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 9)
+    return (grad_emb if need_emb else None, None, grad_ref if need_ref else None, *(None,) * 11)
 
 
 def _double_backward(ctx, *_):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _autocast
 from ._arguments import check_batch
-from .reference import first_columns, mine, unit_rows, without_self
+from .reference import first_columns, mine, normalizes, similarity_matrix, unit_rows, without_self
 
 # Similarities looked at together when pairs are listed: on a CPU they should stay in its cache, on a GPU
 # they should keep it busy.
@@ -25,9 +25,9 @@ class PairCounts(NamedTuple):
 
 
 def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
-    """``[N, D]`` contiguous, float32 at least; unit rows for the cosine."""
+    """``[N, D]`` contiguous, float32 at least; unit rows where the similarity wants them."""
     points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return (unit_rows(points) if similarity == "cosine" else points).contiguous()
+    return (unit_rows(points) if normalizes(similarity) else points).contiguous()
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -155,7 +155,8 @@ class MinedPairs(list):
                         first_columns(mask, self.ref_count) for mask in (positive, negative)
                     )
                 if self.epsilon is not None:
-                    positive, negative = mine(x[rows] @ y.T, positive, negative, self.epsilon)
+                    s = similarity_matrix(x[rows], y, self.similarity)
+                    positive, negative = mine(s, positive, negative, self.epsilon)
                 if self.self_ref is not None:
                     positive = without_self(positive, self.self_ref[rows])
                 yield begin, positive, negative

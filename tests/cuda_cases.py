@@ -34,7 +34,6 @@ class Arithmetic:
 
 ARITHMETICS = [
     Arithmetic("f64", F64, loss_tolerance=1e-13, grad_tolerance=1e-12),
-    Arithmetic("f32_plain", F32, "plain"),
     Arithmetic("f32", F32),
     Arithmetic("f32_tf32", F32, "tf32", to_tf32, grad_tolerance=1e-3),
     Arithmetic("f32_bf16", F32, "bf16", lambda x: x.bfloat16().double(), grad_tolerance=8e-3),
@@ -46,6 +45,20 @@ BY_NAME = {a.name: a for a in ARITHMETICS}
 MS = ("multi_similarity", (2.0, 50.0, 0.5))
 CIRCLE = ("circle", (0.4, 80.0, 1.0))
 CIRCLE_NOT_DETACHED = ("circle", (0.4, 80.0, 0.0))
+CONTRASTIVE = ("contrastive", (0.9, 0.2))
+BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
+NT_XENT = ("nt_xent", (0.07,))
+SUP_CON = ("sup_con", (0.1,))
+LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON]
+# Levels for distances, whose similarities lie below 0.
+ON_DISTANCES = {
+    "multi_similarity": (2.0, 10.0, -1.0),
+    "circle": (0.4, 4.0, 1.0),
+    "contrastive": (-0.1, -1.2),
+    "binomial_deviance": (2.0, 10.0, -1.0),
+    "nt_xent": (0.2,),
+    "sup_con": (0.2,),
+}
 
 
 @dataclass
@@ -58,9 +71,19 @@ class Case:
     ref_count: torch.Tensor | None = None
     loss: tuple = MS
     epsilon: float | None = None
-    normalize: bool = True
+    similarity: str = "cosine"
     reduction: str = "mean"
     upstream: object = 1.0
+    divide: bool = True
+    mine_self: bool = True
+
+    @property
+    def normalize(self):
+        return self.similarity in ("cosine", "euclidean")
+
+    @property
+    def euclidean(self):
+        return self.similarity.startswith("euclidean")
 
     def truth(self, arithmetic):
         loss, params = self.loss
@@ -70,7 +93,8 @@ class Case:
             r, ref_labels = r[:used], ref_labels[:used]
         value, grad_q, grad_r = brute_force.loss_and_gradients(
             self.q, self.labels, r, ref_labels, loss, params, self.epsilon, self.normalize,
-            self.reduction, self.upstream, arithmetic.rounded, self.self_ref,
+            self.reduction, self.upstream, arithmetic.rounded, self.self_ref, self.euclidean, self.mine_self,
+            self.divide,
         )  # fmt: skip
         if self.ref_count is not None:
             grad_r = torch.cat([grad_r, grad_r.new_zeros(len(self.r) - len(r), grad_r.shape[1])])
@@ -89,7 +113,7 @@ def surrounded(x, offset=0, gap=0):
 
 def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, **options):
     """A noisy batch around class centres in which no pair lies too near its mining threshold."""
-    options = {"loss": MS, "normalize": True, "epsilon": None, **options}
+    options = {"loss": MS, "similarity": "cosine", "epsilon": None, **options}
     for attempt in itertools.count(1000 * seed):
         g = torch.Generator().manual_seed(attempt)
         centres = torch.randn(classes, d, generator=g)
@@ -102,12 +126,31 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
 
         q, labels = points(n)
         r, ref_labels = points(m) if m is not None else (None, None)
-        sides = (q, labels, r, ref_labels)
-        margin = brute_force.mining_margin(
-            *sides, options["epsilon"], options["normalize"], arithmetic.rounded
-        )
-        if margin > 2e-6:
-            return Case(*sides, **options)
+        case = Case(q, labels, r, ref_labels, **options)
+        if clear_margin(case, arithmetic):
+            return case
+
+
+def clear_margin(case, arithmetic):
+    """Whether no pair lies too near its mining threshold."""
+    sides = (case.q, case.labels, case.r, case.ref_labels)
+    margin = brute_force.mining_margin(
+        *sides, case.epsilon, case.normalize, arithmetic.rounded, case.euclidean
+    )
+    return margin > 2e-6
+
+
+def of_similarity(law, similarity, n, d, arithmetic, **options):
+    """A case of a law whose parameters suit the similarity."""
+    name, params = law
+    if similarity.startswith("euclidean"):
+        law = name, ON_DISTANCES[name]
+    case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
+    if similarity in ("dot", "euclidean_raw"):
+        case.q *= 0.25  # of order 1
+        if case.r is not None:
+            case.r *= 0.25
+    return case
 
 
 def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
@@ -127,9 +170,7 @@ def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
             case.self_ref[6::5] = -1
             outside = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
             case.self_ref[: len(outside)] = outside
-        sides = (case.q, case.labels, case.r, case.ref_labels)
-        margin = brute_force.mining_margin(*sides, case.epsilon, case.normalize, arithmetic.rounded)
-        if margin > 2e-6:
+        if clear_margin(case, arithmetic):
             return case
 
 

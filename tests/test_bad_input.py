@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from losses import LOSSES
 
 import dml_cuda
-from dml_cuda import functional, reference
+from dml_cuda.losses import base
 
 POINTS, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 META = torch.device("meta")  # another device that every machine has
@@ -37,6 +38,7 @@ COMMON = {
     "labels scalar": ({"labels": LABELS[0]}, ValueError, ["labels", r"\[6\]", r"\[\]"]),
     "labels 2-D": ({"labels": LABELS[:, None]}, ValueError, ["labels", r"\[6\]", r"\[6, 1\]"]),
     "labels float": ({"labels": LABELS.float()}, TypeError, ["labels", "integer", "float32"]),
+    "labels None": ({"labels": None}, ValueError, ["labels", "indices_tuple", "neither"]),
     "labels list": ({"labels": LABELS.tolist()}, TypeError, ["labels", "integer tensor", "list"]),
     "ref_emb alone": ({"ref_emb": POINTS}, ValueError, ["ref_labels", "ref_emb", "None"]),
     "ref_labels alone": ({"ref_labels": LABELS}, ValueError, ["ref_emb", "ref_labels", "None"]),
@@ -76,42 +78,26 @@ COMMON = {
     "epsilon infinite": ({"epsilon": INF}, ValueError, ["epsilon", "finite", "inf"]),
     "epsilon string": ({"epsilon": "0.1"}, TypeError, ["epsilon", "number", "str"]),
     "epsilon True": ({"epsilon": True}, TypeError, ["epsilon", "number", "bool"]),
-    "similarity": ({"similarity": "euclidean"}, ValueError, ["similarity", "cosine", "dot", "euclidean"]),
+    "epsilon beyond float": ({"epsilon": 10**400}, ValueError, ["epsilon", "finite", "1"]),
+    "similarity": ({"similarity": "l1"}, ValueError, ["similarity", "cosine", "dot", "euclidean", "l1"]),
     "similarity None": ({"similarity": None}, TypeError, ["similarity", "cosine", "dot", "NoneType"]),
     "reduction": ({"reduction": "average"}, ValueError, ["reduction", "mean", "sum", "average"]),
     "reduction None": ({"reduction": None}, TypeError, ["reduction", "mean", "none", "NoneType"]),
+    "normalize_embeddings": (
+        {"normalize_embeddings": 1},
+        TypeError,
+        ["normalize_embeddings", "True or False", "int"],
+    ),
+    "check_pairs": ({"check_pairs": None}, TypeError, ["check_pairs", "True or False", "NoneType"]),
+    "no such option": ({"epsilom": 0.1}, TypeError, ["epsilom", "options", "epsilon", "similarity"]),
     "backend": ({"backend": "cuda"}, ValueError, ["backend", "auto", "reference", "cuda"]),
     "backend number": ({"backend": 1}, TypeError, ["backend", "auto", "int"]),
 }
-OPTIONS = {
-    "multi_similarity_loss": {
-        "alpha 0": ({"alpha": 0}, ValueError, ["alpha", "above 0", "0"]),
-        "alpha negative": ({"alpha": -2.0}, ValueError, ["alpha", "above 0", "-2"]),
-        "beta 0": ({"beta": 0.0}, ValueError, ["beta", "above 0", "0"]),
-        "beta infinite": ({"beta": INF}, ValueError, ["beta", "finite", "inf"]),
-        "base NaN": ({"base": NAN}, ValueError, ["base", "finite", "nan"]),
-        "base string": ({"base": "0.5"}, TypeError, ["base", "number", "str"]),
-        "alpha tensor": ({"alpha": torch.tensor(2.0)}, TypeError, ["alpha", "number", "Tensor"]),
-        "alpha None": ({"alpha": None}, TypeError, ["alpha", "number", "NoneType"]),
-    },
-    "circle_loss": {
-        "m NaN": ({"m": NAN}, ValueError, ["m", "finite", "nan"]),
-        "m string": ({"m": "0.4"}, TypeError, ["m", "number", "str"]),
-        "gamma 0": ({"gamma": 0}, ValueError, ["gamma", "above 0", "0"]),
-        "gamma negative": ({"gamma": -80}, ValueError, ["gamma", "above 0", "-80"]),
-        "gamma beyond float": ({"gamma": 10**400}, ValueError, ["gamma", "finite", "1"]),
-        "detach_weights": ({"detach_weights": 1}, TypeError, ["detach_weights", "True or False", "int"]),
-    },
-}
-MODULES = {
-    "multi_similarity_loss": dml_cuda.MultiSimilarityLoss,
-    "circle_loss": dml_cuda.CircleLoss,
-}
 BATCH = ("embeddings", "labels", "ref_emb", "ref_labels")
 CASES = [
-    pytest.param(loss, *case, id=f"{loss}: {name}")
-    for loss, own in OPTIONS.items()
-    for name, case in {**COMMON, **own}.items()
+    pytest.param(loss, *case, id=f"{loss.name}: {name}")
+    for loss in LOSSES.values()
+    for name, case in {**COMMON, **loss.wrong}.items()
 ]
 
 
@@ -124,36 +110,40 @@ def expect(error, says):
 def test_function(loss, changed, error, says):
     arguments = {"embeddings": POINTS, "labels": LABELS, **changed}
     with expect(error, says):
-        getattr(functional, loss)(**arguments)
-    if changed.keys() <= {*BATCH, "epsilon", "similarity", "reduction"}:
-        with expect(error, says):
-            getattr(reference, loss)(**arguments)
+        loss.function(**arguments)
 
 
 @pytest.mark.parametrize(("loss", "changed", "error", "says"), CASES)
 def test_module(loss, changed, error, says):
-    """A module refuses wrong options when it is made, and wrong batches when it is called."""
+    """A module refuses wrong options when made and when they are set, and wrong batches when called."""
     options = {k: v for k, v in changed.items() if k not in BATCH}
-    if options:
+    if not options:
         with expect(error, says):
-            MODULES[loss](**options)
-    else:
-        module = MODULES[loss]()
-        with expect(error, says):
-            module(**{"embeddings": POINTS, "labels": LABELS, **changed})
+            loss.module()(**{"embeddings": POINTS, "labels": LABELS, **changed})
+        return
+    with expect(error, says):
+        loss.module(**options)
+    ((name, value),) = options.items()
+    module = loss.module()
+    if not hasattr(module, name):
+        return
+    before = getattr(module, name), repr(module)
+    with expect(error, says):
+        setattr(module, name, value)
+    assert (getattr(module, name), repr(module)) == before
 
 
-@pytest.mark.parametrize("loss", MODULES)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_no_kernel_for_the_device(loss):
     """ "fused" refuses a device without a kernel; "auto" warns, once, and takes the reference."""
-    function = getattr(functional, loss)
     batch = POINTS.to(META), LABELS.to(META)
     with pytest.raises(RuntimeError, match=r"backend.*fused.*meta"):
-        function(*batch, backend="fused")
-    functional._warned.clear()
+        loss.function(*batch, backend="fused")
+    base._warned.clear()
     with pytest.warns(UserWarning, match=r"no kernel for meta.*reference") as warned:
-        results = [function(*batch, epsilon=0.1) for _ in range(3)]
+        results = [loss.function(*batch, epsilon=0.1) for _ in range(3)]
     assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert all(r.device == META and r.shape == () for r in results)
 
 
@@ -164,12 +154,15 @@ def call(
     ref_labels=None,
     self_ref=None,
     ref_count=None,
-    loss="circle",
+    law="circle",
     params=(0.4, 80.0, 1.0),
+    similarity="cosine",
     reduction="mean",
+    divide=True,
 ):
     batch = embeddings, labels, ref_emb, ref_labels, self_ref, ref_count
-    return torch.ops.dml_cuda.pair_loss(*batch, loss, list(params), 0.1, True, reduction, True)
+    options = similarity, reduction, True, divide, True
+    return torch.ops.dml_cuda.pair_loss(*batch, law, list(params), 0.1, *options)
 
 
 OP_CASES = {
@@ -183,9 +176,11 @@ OP_CASES = {
         {"ref_emb": POINTS.double(), "ref_labels": LABELS},
         ["ref_emb", "Float", "Double"],
     ),
-    "loss unknown": ({"loss": "contrastive"}, ["loss", "circle", "contrastive"]),
+    "law unknown": ({"law": "triplet"}, [*LOSSES, "triplet"]),
     "params too few": ({"params": ()}, ["params", "3", "0"]),
+    "similarity unknown": ({"similarity": "manhattan"}, ["similarity", "manhattan"]),
     "reduction unknown": ({"reduction": "average"}, ["reduction", "average"]),
+    "parts of each row": ({"divide": False, "reduction": "none"}, ["divide", "reduction"]),
 }
 
 
@@ -205,24 +200,22 @@ points, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
 arguments = {
     "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
-    "self_ref": None, "ref_count": None,
-    "loss": "circle", "params": [0.4, 80.0, 1.0], "normalize": True, "reduction": "mean",
+    "self_ref": None, "ref_count": None, "law": "circle", "params": [0.4, 80.0, 1.0],
+    "similarity": "cosine", "reduction": "mean", "divide": True,
 }
-saved = torch.ops.dml_cuda.pair_loss(**arguments, epsilon=0.1, save_for_backward=True)
-names = ("grad_loss", "stats", "plan", "tiles", "kept")
-arguments |= {**dict(zip(names, saved)), "need_emb": True, "need_ref": True}
+value, saved = torch.ops.dml_cuda.pair_loss(
+    **arguments, epsilon=0.1, mine_self=True, save_for_backward=True
+)
+arguments |= {"grad_loss": value, "saved": saved, "need_emb": True, "need_ref": True}
 torch.ops.dml_cuda.pair_loss_backward(**arguments)
 for changed in (
-    {"stats": torch.zeros(3)},
-    {"stats": arguments["stats"].double()},
-    {"stats": arguments["stats"].repeat(2)[::2]},
-    {"plan": torch.zeros(0, dtype=torch.int32)},
-    {"plan": arguments["plan"].long()},
-    {"kept": torch.zeros(0, dtype=torch.uint8)},
-    {"tiles": torch.zeros(17)},
-    {"tiles": arguments["tiles"].double()},
+    {"saved": torch.zeros(3, dtype=torch.uint8)},
+    {"saved": torch.zeros(0, dtype=torch.uint8)},
+    {"saved": saved.float()},
+    {"saved": saved.repeat(2)[::2]},
     {"grad_loss": torch.zeros(0)},
     {"grad_loss": torch.zeros(2), "reduction": "none"},
+    {"grad_loss": torch.zeros(4)},
     {"embeddings": many, "labels": many_labels},
     {"ref_emb": many, "ref_labels": many_labels},
 ):

@@ -1,94 +1,146 @@
 """The modules, and what surrounds the functions: copies, printing, autocast, devices, type hints."""
 
 import copy
+import inspect
 import io
 import pickle
-from importlib import resources
+import subprocess
+import sys
+from importlib import resources, util
+from pathlib import Path
 
 import pytest
 import torch
-from accuracy import FUNCTIONS
+import torch._dynamo.testing
 from data import make_batch
+from losses import EVERY_LOSS, LOSSES
 
 import dml_cuda
 from dml_cuda import functional
 
-OPTIONS = {
-    "multi_similarity": {
-        "alpha": 3.0,
-        "beta": 40.0,
-        "base": 0.3,
-        "epsilon": -0.1,
-        "similarity": "dot",
-        "reduction": "none",
-        "backend": "fused",
-    },
-    "circle": {
-        "m": 0.25,
-        "gamma": 64.0,
-        "detach_weights": False,
-        "epsilon": -0.1,
-        "similarity": "dot",
-        "reduction": "none",
-        "backend": "fused",
-    },
+ROOT = Path(__file__).parents[1]
+SHARED = {  # every shared option, at another value than its default
+    "epsilon": -0.1,
+    "similarity": "dot",
+    "normalize_embeddings": False,
+    "reduction": "none",
+    "backend": "reference",
+    "check_pairs": True,
 }
-MODULES = {"multi_similarity": dml_cuda.MultiSimilarityLoss, "circle": dml_cuda.CircleLoss}
-EVERY = pytest.mark.parametrize("loss", MODULES)
 
 
-@EVERY
+def other_options(loss):
+    return {**loss.other, **SHARED}
+
+
+@EVERY_LOSS
 def test_options_reach_the_function(loss):
     """Each option, changed alone, gives what the function gives, which is not what the default gives."""
     embeddings, labels = make_batch(40, 6)
     embeddings = 0.4 * embeddings
-    function = getattr(functional, FUNCTIONS[loss])
-    default = MODULES[loss]()(embeddings, labels)
-    assert torch.equal(default, function(embeddings, labels))
-    for name, value in OPTIONS[loss].items():
-        module = MODULES[loss](**{name: value})
+    default = loss.module()(embeddings, labels)
+    assert torch.equal(default, loss.function(embeddings, labels))
+    for name, value in other_options(loss).items():
+        module = loss.module(**{name: value})
         leaf = embeddings.clone().requires_grad_()
         changed = module(leaf, labels)
-        assert torch.equal(changed, function(embeddings, labels, **{name: value})), name
+        assert torch.equal(changed, loss.function(embeddings, labels, **{name: value})), name
         if name == "detach_weights":  # changes the gradient only
             (gradient,) = torch.autograd.grad(changed, leaf)
-            (before,) = torch.autograd.grad(MODULES[loss]()(leaf, labels), leaf)
+            (before,) = torch.autograd.grad(loss.module()(leaf, labels), leaf)
             assert not torch.allclose(gradient, before)
-        elif name != "backend":
+        elif name not in ("backend", "check_pairs"):
             assert changed.shape != default.shape or not torch.equal(changed, default), name
-    everything = MODULES[loss](**OPTIONS[loss])
-    assert torch.equal(everything(embeddings, labels), function(embeddings, labels, **OPTIONS[loss]))
+    options = other_options(loss)
+    everything = loss.module(**options)
+    assert torch.equal(everything(embeddings, labels), loss.function(embeddings, labels, **options))
 
 
-@EVERY
-def test_ref_emb(loss):
-    embeddings, labels = make_batch(20, 6)
-    ref_emb, ref_labels = make_batch(30, 6)
-    expected = getattr(functional, FUNCTIONS[loss])(
-        embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels
-    )
-    module = MODULES[loss]()
-    assert torch.equal(module(embeddings, labels, None, ref_emb, ref_labels), expected)
-    assert torch.equal(module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels), expected)
-    assert expected != module(embeddings, labels)
+@EVERY_LOSS
+def test_options_are_attributes(loss):
+    """What was given, what is set, and what a call then does."""
+    embeddings, labels = make_batch(40, 6)
+    module = loss.module()
+    for name, value in other_options(loss).items():
+        made = loss.module(**{name: value})
+        assert getattr(made, name) == value
+        module = loss.module()
+        assert getattr(module, name) != value
+        setattr(module, name, value)
+        assert getattr(module, name) == value
+        assert repr(module) == repr(made)
+        assert torch.equal(module(embeddings, labels), made(embeddings, labels)), name
+    with pytest.raises(AttributeError):
+        module.no_such_option  # noqa: B018
 
 
-def test_repr():
-    assert repr(dml_cuda.MultiSimilarityLoss(beta=40, epsilon=0.1)) == (
-        "MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, epsilon=0.1, similarity='cosine', "
-        "reduction='mean', backend='auto', check_pairs=False)"
-    )
-    assert repr(dml_cuda.CircleLoss(gamma=256)) == (
-        "CircleLoss(m=0.4, gamma=256, detach_weights=True, epsilon=None, similarity='cosine', "
-        "reduction='mean_nonzero', backend='auto', check_pairs=False)"
-    )
+def test_margin_is_m():
+    module = dml_cuda.CircleLoss(margin=0.3)
+    assert module.m == module.margin == 0.3
+    module.margin = 0.2
+    assert module.m == module.margin == 0.2
+    for wrong in ("x", float("nan")):
+        with pytest.raises((TypeError, ValueError), match=r"^margin: expected"):
+            dml_cuda.CircleLoss(margin=wrong)
+        with pytest.raises((TypeError, ValueError), match=r"^margin: expected"):
+            module.margin = wrong
+    with pytest.raises(ValueError, match=r"^margin: .*m=0\.3 and margin=0\.2"):
+        dml_cuda.CircleLoss(m=0.3, margin=0.2)
 
 
-@EVERY
+def schedule(loss, k):
+    """Parameters of step k, and an epsilon."""
+    scaled = {name: v for name, v in loss.other.items() if name != "detach_weights"}
+    return {**{name: v * (1 + k / 50) for name, v in scaled.items()}, "epsilon": 0.1 + k / 100}
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_schedules_compile(loss, dynamic, backend):
+    """Options that change at every step, of a module and of a function: a graph or two, whole, serve all."""
+    embeddings, labels = make_batch(24, 6)
+    module, eager = loss.module(backend=backend), loss.function
+
+    def function(x, y, **options):
+        return eager(x, y, backend=backend, **options)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = [
+        torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter) for call in (module, function)
+    ]
+    for k in range(10):
+        options = schedule(loss, k)
+        for name, value in options.items():
+            setattr(module, name, value)
+        results = []
+        for call, own in ((module, {}), (compiled[0], {}), (compiled[1], options)):
+            leaf = embeddings.clone().requires_grad_()
+            value = call(leaf, labels, **own)
+            results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+        for found in results[1:]:
+            torch.testing.assert_close(found, results[0])
+    assert counter.frame_count <= 4
+
+
+def test_modules_of_many_options_compile():
+    """A sweep in one process: another instance is no reason to give up."""
+    embeddings, labels = make_batch(24, 6)
+    torch._dynamo.reset()
+    for k in range(12):
+        module = dml_cuda.MultiSimilarityLoss(alpha=1 + k / 7, epsilon=k / 50)
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(embeddings, labels), module(embeddings, labels))
+
+
+@EVERY_LOSS
 def test_copies(loss):
     """Pickle, deepcopy and torch.save keep the options; there is no state to load."""
     embeddings, labels = make_batch(40, 6)
-    module = MODULES[loss](**OPTIONS[loss])
+    module = loss.module(**{**SHARED, "epsilon": 0.3})
+    for name, value in other_options(loss).items():
+        setattr(module, name, value)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -101,21 +153,43 @@ def test_copies(loss):
         assert other is not module
         assert repr(other) == repr(module)
         assert torch.equal(other(embeddings, labels), module(embeddings, labels))
+        other.reduction = "sum"
+        assert module.reduction == "none"
     assert module.state_dict() == {}
-    MODULES[loss]().load_state_dict({})
+    loss.module().load_state_dict({})
 
 
-@EVERY
+@EVERY_LOSS
+def test_ref_emb(loss):
+    embeddings, labels = make_batch(20, 6)
+    ref_emb, ref_labels = make_batch(30, 6)
+    expected = loss.function(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+    module = loss.module()
+    assert torch.equal(module(embeddings, labels, None, ref_emb, ref_labels), expected)
+    assert torch.equal(module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels), expected)
+    assert expected != module(embeddings, labels)
+
+
+def test_repr():
+    shared = "epsilon=None, similarity='cosine', normalize_embeddings=None, reduction={!r}, backend='auto', "
+    assert repr(dml_cuda.MultiSimilarityLoss(beta=40)) == (
+        f"MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, {shared.format('mean')}check_pairs=False)"
+    )
+    assert repr(dml_cuda.CircleLoss(gamma=256)) == (
+        f"CircleLoss(m=0.4, gamma=256, detach_weights=True, {shared.format('mean_nonzero')}check_pairs=False)"
+    )
+
+
+@EVERY_LOSS
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_autocast(loss, backend, dtype):
     """Under autocast the loss is float32, computed from the embeddings as they come, and no less exact."""
     embeddings, labels = make_batch(40, 16, dtype=dtype)
-    function = getattr(functional, FUNCTIONS[loss])
-    expected = function(embeddings.float(), labels, backend=backend)
+    expected = loss.function(embeddings.float(), labels, backend=backend)
     leaf = embeddings.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        value = function(leaf, labels, backend=backend)
+        value = loss.function(leaf, labels, backend=backend)
         assert value.dtype == torch.float32
         value.backward()
     torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-6)
@@ -123,7 +197,7 @@ def test_autocast(loss, backend, dtype):
     assert leaf.grad.abs().max() > 0
 
 
-@EVERY
+@EVERY_LOSS
 def test_in_a_network_under_autocast(loss):
     """The usual loop: a layer in bfloat16, the loss in float32, the gradient back to float32 weights."""
     inputs, labels = make_batch(40, 16)
@@ -131,30 +205,30 @@ def test_in_a_network_under_autocast(loss):
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = layer(inputs)
         assert embeddings.dtype == torch.bfloat16
-        value = MODULES[loss]()(embeddings, labels)
+        value = loss.module()(embeddings, labels)
     value.backward()
     assert value.dtype == layer.weight.grad.dtype == torch.float32
     assert layer.weight.grad.abs().max() > 0
 
 
-@EVERY
+@EVERY_LOSS
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_result_dtype(loss, backend, dtype):
     embeddings, labels = make_batch(20, 16, dtype=dtype)
     for reduction, shape in (("mean", ()), ("none", (20,))):
-        value = getattr(functional, FUNCTIONS[loss])(embeddings, labels, backend=backend, reduction=reduction)
+        value = loss.function(embeddings, labels, backend=backend, reduction=reduction)
         assert value.dtype == dtype
         assert value.shape == shape
 
 
-@EVERY
+@EVERY_LOSS
 def test_training_separates_the_classes(loss):
     """The gradient is of use: a few steps bring every row's nearest neighbour into its own class."""
     embeddings, labels = make_batch(64, 16)
     points = torch.nn.Parameter(embeddings)
     optimizer = torch.optim.Adam([points], lr=0.05)
-    module = MODULES[loss](epsilon=0.1)
+    module = loss.module(epsilon=0.1)
 
     def recall():
         unit = torch.nn.functional.normalize(points.detach())
@@ -169,43 +243,69 @@ def test_training_separates_the_classes(loss):
     assert recall() == 1
 
 
-def test_type_hints_are_shipped():
-    assert resources.files("dml_cuda").joinpath("py.typed").is_file()
-    for name in FUNCTIONS.values():
-        function = getattr(functional, name)
-        assert function.__annotations__.keys() == {*function.__kwdefaults__, "embeddings", "labels", "return"}
-
-
 def test_signatures():
-    """The public defaults, as users and PML know them."""
-    assert functional.multi_similarity_loss.__kwdefaults__ == {
-        "alpha": 2.0,
-        "beta": 50.0,
-        "base": 0.5,
-        "epsilon": None,
-        "ref_emb": None,
-        "ref_labels": None,
-        "indices_tuple": None,
-        "similarity": "cosine",
-        "reduction": "mean",
-        "backend": "auto",
-        "check_pairs": False,
+    """Every parameter stands in the signature and every option in the documentation, with its default."""
+    for loss in LOSSES.values():
+        module = loss.module()
+        for documented in (loss.function, loss.module):
+            parameters = inspect.signature(documented).parameters
+            for name in loss.other:
+                assert parameters[name].default == getattr(module, name)
+            assert parameters["options"].kind == inspect.Parameter.VAR_KEYWORD
+        text = loss.function.__doc__
+        for name in dml_cuda.PairOptions.__annotations__:
+            assert f"``{name}" in text
+            assert f"{name}: " in dml_cuda.PairOptions.__doc__
+        assert f'``similarity="{module.similarity}"``' in text
+        assert f'``reduction="{module.reduction}"``' in text
+    assert {f"{name}_loss" for name in LOSSES} | {"pair_weights", "PairWeights"} == set(functional.__all__)
+
+
+def test_defaults():
+    """As users and PML know them."""
+    defaults = {
+        "multi_similarity": {"alpha": 2.0, "beta": 50.0, "base": 0.5},
+        "circle": {"m": 0.4, "gamma": 80.0, "detach_weights": True},
+        "contrastive": {"pos_margin": 0.0, "neg_margin": 1.0},
+        "binomial_deviance": {"alpha": 2.0, "beta": 40.0, "base": 0.5},
+        "nt_xent": {"temperature": 0.07},
+        "sup_con": {"temperature": 0.1},
     }
-    assert functional.circle_loss.__kwdefaults__ == {
-        "m": 0.4,
-        "gamma": 80.0,
-        "detach_weights": True,
-        "epsilon": None,
-        "ref_emb": None,
-        "ref_labels": None,
-        "indices_tuple": None,
-        "similarity": "cosine",
-        "reduction": "mean_nonzero",
-        "backend": "auto",
-        "check_pairs": False,
-    }
-    for name in FUNCTIONS.values():
-        ours = dict(getattr(functional, name).__kwdefaults__)
-        for name_of_pairs_or_kernels in ("backend", "indices_tuple", "check_pairs"):
-            ours.pop(name_of_pairs_or_kernels)
-        assert getattr(dml_cuda.reference, name).__kwdefaults__ == ours
+    for name, expected in defaults.items():
+        assert LOSSES[name].defaults == expected
+        module = LOSSES[name].module()
+        assert module.epsilon is None
+        assert module.similarity == ("euclidean" if name == "contrastive" else "cosine")
+        nonzero = name in ("circle", "contrastive", "sup_con")
+        assert module.reduction == ("mean_nonzero" if nonzero else "mean")
+
+
+# What a checker of types must see: calls give tensors, options have types, and errors are found.
+TYPED = """
+import torch
+from typing_extensions import assert_type
+
+import dml_cuda
+from dml_cuda import functional
+
+embeddings, labels = torch.randn(8, 4), torch.arange(8) // 2
+loss_fn = dml_cuda.MultiSimilarityLoss(beta=40, epsilon=0.1, similarity="euclidean")
+assert_type(loss_fn(embeddings, labels), torch.Tensor)
+assert_type(functional.circle_loss(embeddings, labels, gamma=64, reduction="sum"), torch.Tensor)
+assert_type(dml_cuda.CircleClassifierLoss(4, 4)(embeddings, labels), torch.Tensor)
+loss_fn.alpha, loss_fn.epsilon = 3, None
+loss_fn.beta = "large"  # type: ignore[assignment]
+dml_cuda.CircleLoss(epsilom=0.1)  # type: ignore[call-arg]
+functional.circle_loss(embeddings, labels, similarity="cosin")  # type: ignore[arg-type]
+"""
+
+
+@pytest.mark.skipif(util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_types(tmp_path):
+    assert resources.files("dml_cuda").joinpath("py.typed").is_file()
+    script = tmp_path / "typed.py"
+    script.write_text(TYPED)
+    flags = ["--strict", "--follow-imports=silent", "--cache-dir", ROOT / "build/mypy"]
+    check = [sys.executable, "-m", "mypy", *flags, script]
+    run = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

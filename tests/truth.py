@@ -1,13 +1,33 @@
-"""The losses by brute force: float64, one pair at a time, straight from the papers' formulas.
+"""The losses in float64, row by row: the papers' formulas and their derivatives written out.
 
-Nothing here imports dml_cuda or uses autograd, and no trick is shared with the kernels: it is slow, and
-there is nothing in it to get wrong twice in the same way.
+Nothing here imports dml_cuda or uses autograd, and no trick is shared with the kernels: a row's kept
+similarities go in, its loss and its derivatives come out.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass
+class Part:
+    """A sum that is averaged on its own. A unit is the row, or, where ``pairs`` is given, a pair."""
+
+    loss: float
+    pairs: int | None = None
+    nonzero: int | None = None  # of the pairs
+
+
+@dataclass
+class Row:
+    """The loss of a row, and its derivatives by the similarities of its kept pairs.
+
+    Positives belong to the first part, negatives to the last.
+    """
+
+    parts: list[Part]
+    by_pos: np.ndarray
+    by_neg: np.ndarray
 
 
 @dataclass
@@ -17,84 +37,162 @@ class Truth:
     grad_emb: np.ndarray  # [N, D]
     grad_ref: np.ndarray | None  # [M, D], None when the rows are paired among themselves
     kept: np.ndarray  # [N, M] bool: the pairs that count
+    weights: np.ndarray  # [N, M] dL / ds
 
 
-def _log_one_plus_sum_exp(logits):
-    top = max([0.0, *logits])
-    if top == 0.0:
-        return math.log1p(math.fsum(math.exp(z) for z in logits))
-    return top + math.log(math.exp(-top) + math.fsum(math.exp(z - top) for z in logits))
+def log_sum_exp(logits, plus_one=False):
+    """And the share of each logit in the sum."""
+    if plus_one:
+        value, shares = log_sum_exp(np.append(logits, 0.0))
+        return value, shares[:-1]
+    if len(logits) == 0:
+        return -np.inf, logits
+    top = logits.max()
+    exponentials = np.exp(logits - top)
+    return top + np.log(exponentials.sum()), exponentials / exponentials.sum()
 
 
-def _log_sum_exp(logits):
-    top = max(logits)
-    return top + math.log(math.fsum(math.exp(z - top) for z in logits))
+def softplus(x):
+    return np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))
 
 
-def multi_similarity_row(pos, neg, alpha=2.0, beta=50.0, base=0.5):
-    """Loss of one row and its derivatives by the similarities of its kept pairs."""
-    pull = [-alpha * (s - base) for s in pos]
-    push = [beta * (s - base) for s in neg]
-    lse_pull, lse_push = _log_one_plus_sum_exp(pull), _log_one_plus_sum_exp(push)
-    loss = lse_pull / alpha + lse_push / beta
-    return loss, [-math.exp(z - lse_pull) for z in pull], [math.exp(z - lse_push) for z in push]
+def sigmoid(x):
+    return np.where(x >= 0, 1.0, np.exp(-np.abs(x))) / (1.0 + np.exp(-np.abs(x)))
 
 
-def circle_row(pos, neg, m=0.4, gamma=80.0, detach_weights=True):
-    """As above; a row with one kind of pair only has no loss."""
-    if not pos or not neg:
-        return 0.0, [0.0] * len(pos), [0.0] * len(neg)
-    weight_pos = [max(0.0, 1 + m - s) for s in pos]
-    weight_neg = [max(0.0, s + m) for s in neg]
-    z_pos = [-gamma * w * (s - (1 - m)) for s, w in zip(pos, weight_pos, strict=True)]
-    z_neg = [gamma * w * (s - m) for s, w in zip(neg, weight_neg, strict=True)]
-    lse_pos, lse_neg = _log_sum_exp(z_pos), _log_sum_exp(z_neg)
-    total = lse_pos + lse_neg
-    loss = max(total, 0.0) + math.log1p(math.exp(-abs(total)))
-    sigmoid = 1 / (1 + math.exp(-total)) if total >= 0 else math.exp(total) / (1 + math.exp(total))
-    slope_pos = [-gamma * w for w in weight_pos]
-    slope_neg = [gamma * w for w in weight_neg]
+def multi_similarity(pos, neg, alpha=2.0, beta=50.0, base=0.5):
+    pull, pos_shares = _log_one_plus(-alpha * (pos - base))
+    push, neg_shares = _log_one_plus(beta * (neg - base))
+    return Row([Part(pull / alpha + push / beta)], -pos_shares, neg_shares)
+
+
+def _log_one_plus(logits):
+    """log(1 + sum exp) without losing a small sum beside the 1."""
+    if len(logits) == 0 or logits.max() <= 0:
+        total = np.exp(logits).sum()
+        return np.log1p(total), np.exp(logits) / (1 + total)
+    return log_sum_exp(logits, plus_one=True)
+
+
+def circle(pos, neg, m=0.4, gamma=80.0, detach_weights=True):
+    if len(pos) == 0 or len(neg) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    weight_pos, weight_neg = np.maximum(1 + m - pos, 0.0), np.maximum(neg + m, 0.0)
+    pull, pos_shares = log_sum_exp(-gamma * weight_pos * (pos - (1 - m)))
+    push, neg_shares = log_sum_exp(gamma * weight_neg * (neg - m))
+    slope_pos, slope_neg = -gamma * weight_pos, gamma * weight_neg
     if not detach_weights:  # the product rule's other half: d relu(1 + m - s) = -1, d relu(s + m) = 1
-        slope_pos = [
-            k + gamma * (s - (1 - m)) * (w > 0) for k, s, w in zip(slope_pos, pos, weight_pos, strict=True)
-        ]
-        slope_neg = [
-            k + gamma * (s - m) * (w > 0) for k, s, w in zip(slope_neg, neg, weight_neg, strict=True)
-        ]
-    by_pos = [sigmoid * math.exp(z - lse_pos) * k for z, k in zip(z_pos, slope_pos, strict=True)]
-    by_neg = [sigmoid * math.exp(z - lse_neg) * k for z, k in zip(z_neg, slope_neg, strict=True)]
-    return loss, by_pos, by_neg
+        slope_pos = slope_pos + gamma * (pos - (1 - m)) * (weight_pos > 0)
+        slope_neg = slope_neg + gamma * (neg - m) * (weight_neg > 0)
+    open_ = sigmoid(pull + push)
+    return Row([Part(softplus(pull + push))], open_ * pos_shares * slope_pos, open_ * neg_shares * slope_neg)
 
 
-ROWS = {"multi_similarity": multi_similarity_row, "circle": circle_row}
+def contrastive(pos, neg, pos_margin=0.0, neg_margin=1.0):
+    pulled, pushed = np.maximum(pos_margin - pos, 0.0), np.maximum(neg - neg_margin, 0.0)
+    parts = [Part(hinges.sum(), len(hinges), np.count_nonzero(hinges != 0)) for hinges in (pulled, pushed)]
+    return Row(parts, -1.0 * (pulled > 0), 1.0 * (pushed > 0))
+
+
+def binomial_deviance(pos, neg, alpha=2.0, beta=40.0, base=0.5):
+    pull, push = -alpha * (pos - base), beta * (neg - base)
+    p, n = max(len(pos), 1), max(len(neg), 1)
+    loss = softplus(pull).sum() / p + softplus(push).sum() / n
+    return Row([Part(loss)], -alpha * sigmoid(pull) / p, beta * sigmoid(push) / n)
+
+
+def nt_xent(pos, neg, temperature=0.07):
+    if len(neg) == 0:
+        return Row([Part(0.0, len(pos), 0)], 0 * pos, 0 * neg)
+    others, shares = log_sum_exp(neg / temperature)
+    logits = others - pos / temperature
+    losses, wrong = softplus(logits), sigmoid(logits)
+    part = Part(losses.sum(), len(pos), np.count_nonzero(losses != 0))
+    return Row([part], -wrong / temperature, wrong.sum() * shares / temperature)
+
+
+def sup_con(pos, neg, temperature=0.1):
+    if len(pos) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    every, shares = log_sum_exp(np.concatenate([pos, neg]) / temperature)
+    loss = np.mean(every - pos / temperature)
+    by_pos, by_neg = shares[: len(pos)] - 1 / len(pos), shares[len(pos) :]
+    return Row([Part(loss)], by_pos / temperature, by_neg / temperature)
+
+
+ROWS = {
+    "multi_similarity": multi_similarity,
+    "circle": circle,
+    "contrastive": contrastive,
+    "binomial_deviance": binomial_deviance,
+    "nt_xent": nt_xent,
+    "sup_con": sup_con,
+}
+MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
+DEFAULT_MARGINS = {"multi_similarity": {"base": 0.5}, "binomial_deviance": {"base": 0.5}}
+DEFAULT_MARGINS["contrastive"] = {"pos_margin": 0.0, "neg_margin": 1.0}
+REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
 
 
 def _unit(points):
-    norm = np.array([math.sqrt(math.fsum(v * v for v in q)) for q in points])
-    unit = np.array([q / length if length > 1e-12 else 0 * q for q, length in zip(points, norm, strict=True)])
-    return unit.reshape(points.shape), norm
+    largest = np.abs(points).max(axis=1, initial=0.0, keepdims=True)
+    scaled = points / np.where(largest > 0, largest, 1.0)  # of which no square overflows
+    norm = np.linalg.norm(scaled, axis=1, keepdims=True)
+    length = norm * largest
+    return np.where(length > 1e-12, scaled / np.where(norm > 0, norm, 1.0), 0.0), length
 
 
-def _through_norm(gradient, unit, norm):
-    rows = [
-        (g - (x @ g) * x) / length if length > 1e-12 else 0 * g
-        for g, x, length in zip(gradient, unit, norm, strict=True)
-    ]
-    return np.array(rows).reshape(gradient.shape)
+def _through_norm(gradient, unit, length):
+    along = (unit * gradient).sum(axis=1, keepdims=True)
+    return np.where(length > 1e-12, (gradient - along * unit) / np.where(length > 0, length, 1.0), 0.0)
 
 
-def _kept_columns(s, positives, negatives, epsilon):
-    """The columns of one row that count, by the multi-similarity miner's rule."""
+def _similarities(x, y, q, r, similarity, rounded):
+    """``[N, M]``; ``rounded`` imitates products of coordinates in a narrower type."""
+    if rounded is None:
+        if not similarity.startswith("euclidean"):
+            return x @ y.T
+        squares = np.array([((row - y) ** 2).sum(axis=1) for row in x]).reshape(len(x), len(y))
+        return -np.sqrt(squares)
+    products = rounded(q) @ rounded(r).T
+    if similarity in ("cosine", "euclidean"):
+        products = products / _unit(q)[1] / _unit(r)[1].T
+    if not similarity.startswith("euclidean"):
+        return products
+    squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1) - 2 * products
+    return -np.sqrt(np.maximum(squares, 0.0))
+
+
+def mined(s, positives, negatives, epsilon):
+    """The columns of one row that the multi-similarity miner keeps."""
     if epsilon is None:
         return positives, negatives
-    if not positives or not negatives:
-        return [], []
-    hardest_negative = max(s[j] for j in negatives)
-    hardest_positive = min(s[j] for j in positives)
+    if len(positives) == 0 or len(negatives) == 0:
+        return positives[:0], negatives[:0]
     return (
-        [j for j in positives if s[j] - epsilon < hardest_negative],
-        [j for j in negatives if s[j] + epsilon > hardest_positive],
+        positives[s[positives] - epsilon < s[negatives].max()],
+        negatives[s[negatives] + epsilon > s[positives].min()],
     )
+
+
+def _columns(i, s, row_labels, col_labels, own, mine_self, epsilon):
+    """The kept positives and negatives of row i. ``own`` is the column of the row itself, if any."""
+    every = np.arange(s.shape[1])
+    same = col_labels == row_labels[i]
+    positives, negatives = every[same], every[~same]
+    if not mine_self:
+        positives, negatives = positives[positives != own], negatives[negatives != own]
+    positives, negatives = mined(s[i], positives, negatives, epsilon)
+    return positives[positives != own], negatives
+
+
+def _listed(i, indices, repeats):
+    lists = [cols[rows == i] for rows, cols in (indices[:2], indices[2:])]
+    return lists if repeats else [np.unique(cols) for cols in lists]
+
+
+def _numbers(x):
+    return None if x is None else x.detach().double().cpu().numpy()
 
 
 def brute_force(
@@ -108,52 +206,111 @@ def brute_force(
     similarity="cosine",
     reduction="none",
     upstream=None,
+    indices=None,
+    self_ref=None,
+    mine_self=True,
+    rounded=None,
+    levels=False,
     **options,
 ):
-    """Loss and gradient. ``upstream [N]`` is the gradient of the rows' losses for ``reduction="none"``."""
+    """Loss and gradients.
+
+    ``upstream [N]`` is the gradient of the rows' losses for ``reduction="none"``; ``indices`` are listed
+    pairs; ``self_ref [N]`` the columns that are the rows themselves; ``levels`` says that margins of
+    distances come as levels of the similarity, as the kernels take them.
+    """
     square = ref_emb is None
-    q = embeddings.detach().double().numpy()
-    r = q if square else ref_emb.detach().double().numpy()
-    row_labels = labels.tolist()
-    col_labels = row_labels if square else ref_labels.tolist()
+    q = _numbers(embeddings)
+    r = q if square else _numbers(ref_emb)
+    if indices is None:
+        row_labels = labels.cpu().numpy()
+        col_labels = row_labels if square else ref_labels.cpu().numpy()
+    else:
+        indices = [index.cpu().numpy() for index in indices]
     n, m = len(q), len(r)
-    x, q_norm = _unit(q) if similarity == "cosine" else (q, None)
-    y, r_norm = _unit(r) if similarity == "cosine" else (r, None)
+    normalize = similarity in ("cosine", "euclidean")
+    (x, q_length), (y, r_length) = (_unit(p) if normalize else (p, None) for p in (q, r))
+    distance = similarity.startswith("euclidean")
+    if distance and not levels:
+        margins = {**DEFAULT_MARGINS.get(loss, {}), **options}
+        options.update({name: -value for name, value in margins.items() if name in MARGINS})
+    s = _similarities(x, y, q, r, similarity, rounded)
+    own = np.arange(n) if square else np.full(n, -1) if self_ref is None else self_ref.cpu().numpy()
 
-    losses, kept = np.zeros(n), np.zeros((n, m), dtype=bool)
-    derivatives = np.zeros((n, m))
+    rows, kept = [], np.zeros((n, m), dtype=bool)
+    places = []
     for i in range(n):
-        s = [float(x[i] @ y[j]) for j in range(m)]
-        positives = [j for j in range(m) if row_labels[i] == col_labels[j] and not (square and i == j)]
-        negatives = [j for j in range(m) if row_labels[i] != col_labels[j]]
-        positives, negatives = _kept_columns(s, positives, negatives, epsilon)
-        losses[i], by_pos, by_neg = ROWS[loss](
-            [s[j] for j in positives], [s[j] for j in negatives], **options
-        )
-        for j, w in zip(positives + negatives, by_pos + by_neg, strict=True):
-            kept[i, j], derivatives[i, j] = True, w
+        if indices is None:
+            positives, negatives = _columns(
+                i, s, row_labels, col_labels, own[i], mine_self and not square, epsilon
+            )
+        else:
+            positives, negatives = _listed(i, indices, loss in REPEATS)
+        rows.append(ROWS[loss](s[i, positives], s[i, negatives], **options))
+        places.append((positives, negatives))
+        kept[i, positives] = kept[i, negatives] = True
 
-    counts = {
-        "mean": n,
-        "mean_nonzero": int((losses > 0).sum()),
-        "mean_valid": int(kept.any(axis=1).sum()),
-        "sum": 1,
-        "none": 1,
-    }
-    scale = 1 / max(counts[reduction], 1)
-    per_row = np.full(n, scale)
-    if upstream is not None:
-        per_row = per_row * upstream.detach().double().numpy()
+    parts = len(rows[0].parts) if rows else 0
+    losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
+    scale = [1 / max(_units(rows, k, kept, losses, reduction), 1) for k in range(parts)]
+    per_row = np.ones(n) if upstream is None else _numbers(upstream)
+    weights = np.zeros((n, m))
+    for i, (row, (positives, negatives)) in enumerate(zip(rows, places, strict=True)):
+        np.add.at(weights[i], positives, per_row[i] * scale[0] * row.by_pos)
+        np.add.at(weights[i], negatives, per_row[i] * scale[-1] * row.by_neg)
 
-    grad_x, grad_y = np.zeros_like(x), np.zeros_like(y)
-    for i in range(n):
-        for j in np.flatnonzero(derivatives[i]):
-            w = per_row[i] * derivatives[i, j]
-            grad_x[i] += w * y[j]
-            grad_y[j] += w * x[i]
+    grad_x, grad_y = _gradients(weights, x, y, distance)
     if square:
         grad_x = grad_x + grad_y
-    if similarity == "cosine":
-        grad_x = _through_norm(grad_x, x, q_norm)
-        grad_y = _through_norm(grad_y, y, r_norm)
-    return Truth(losses, math.fsum(losses) * scale, grad_x, None if square else grad_y, kept)
+    if normalize:
+        grad_x = _through_norm(grad_x, x, q_length)
+        grad_y = _through_norm(grad_y, y, r_length)
+    total = sum(losses[:, k].sum() * scale[k] for k in range(parts))
+    return Truth(losses.sum(axis=1), float(total), grad_x, None if square else grad_y, kept, weights)
+
+
+def _units(rows, k, kept, losses, reduction):
+    """How many units a mean divides part k by."""
+    if reduction in ("sum", "none"):
+        return 1
+    parts = [row.parts[k] for row in rows]
+    if parts[0].pairs is not None:
+        return sum(part.nonzero if reduction == "mean_nonzero" else part.pairs for part in parts)
+    if reduction == "mean":
+        return len(rows)
+    return (losses[:, k] != 0).sum() if reduction == "mean_nonzero" else kept.any(axis=1).sum()
+
+
+def _gradients(weights, x, y, distance):
+    """By x and by y, as if they were different points. At distance 0 the gradient is 0."""
+    if not distance:
+        return weights @ y, weights.T @ x
+    grad_x, grad_y = np.zeros_like(x), np.zeros_like(y)
+    for i, row in enumerate(x):
+        apart = y - row
+        d = np.sqrt((apart**2).sum(axis=1))
+        pull = np.where(d > 0, weights[i] / np.where(d > 0, d, 1.0), 0.0)[:, None] * apart
+        grad_x[i] += pull.sum(axis=0)
+        grad_y -= pull
+    return grad_x, grad_y
+
+
+def mining_margin(embeddings, labels, ref_emb, ref_labels, epsilon, *, similarity="cosine", rounded=None):
+    """How far the pair nearest to its mining threshold is from it: nearer than rounding, nobody can tell."""
+    if epsilon is None:
+        return np.inf
+    square = ref_emb is None
+    q = _numbers(embeddings)
+    r = q if square else _numbers(ref_emb)
+    x, y = (_unit(p)[0] if similarity in ("cosine", "euclidean") else p for p in (q, r))
+    s = _similarities(x, y, q, r, similarity, rounded)
+    row_labels = labels.cpu().numpy()
+    col_labels = row_labels if square else ref_labels.cpu().numpy()
+    margin = np.inf
+    for i in range(len(q)):
+        own = i if square else -1
+        pos, neg = _columns(i, s, row_labels, col_labels, own, True, None)
+        if len(pos) and len(neg):
+            to_pos = np.abs(s[i, pos] - epsilon - s[i, neg].max()).min()
+            margin = min(margin, to_pos, np.abs(s[i, neg] + epsilon - s[i, pos].min()).min())
+    return margin

@@ -6,16 +6,16 @@
 
 namespace dml::cpu {
 
-#define DML_DECLARE(isa)                                                  \
-    namespace isa {                                                       \
-    template <typename T>                                                 \
-    const TileKernels<T>& kernels(PairLoss loss);                         \
-    extern template const TileKernels<float>& kernels<float>(PairLoss);   \
-    extern template const TileKernels<double>& kernels<double>(PairLoss); \
-    template <typename T>                                                 \
-    const ListedKernels<T>& listed();                                     \
-    extern template const ListedKernels<float>& listed<float>();          \
-    extern template const ListedKernels<double>& listed<double>();        \
+#define DML_DECLARE(isa)                                               \
+    namespace isa {                                                    \
+    template <typename T>                                              \
+    const TileKernels<T>& kernels(LawId law);                          \
+    extern template const TileKernels<float>& kernels<float>(LawId);   \
+    extern template const TileKernels<double>& kernels<double>(LawId); \
+    template <typename T>                                              \
+    const ListedKernels<T>& listed();                                  \
+    extern template const ListedKernels<float>& listed<float>();       \
+    extern template const ListedKernels<double>& listed<double>();     \
     }
 DML_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -58,16 +58,16 @@ void set_instruction_set(const std::string& name) {
 }
 
 template <typename T>
-const TileKernels<T>& tile_kernels(PairLoss loss) {
+const TileKernels<T>& tile_kernels(LawId law) {
 #if defined(__x86_64__)
-    if (chosen() == "avx512") return avx512::kernels<T>(loss);
-    if (chosen() == "avx2") return avx2::kernels<T>(loss);
+    if (chosen() == "avx512") return avx512::kernels<T>(law);
+    if (chosen() == "avx2") return avx2::kernels<T>(law);
 #endif
-    return baseline::kernels<T>(loss);
+    return baseline::kernels<T>(law);
 }
 
-template const TileKernels<float>& tile_kernels<float>(PairLoss);
-template const TileKernels<double>& tile_kernels<double>(PairLoss);
+template const TileKernels<float>& tile_kernels<float>(LawId);
+template const TileKernels<double>& tile_kernels<double>(LawId);
 
 template <typename T>
 const ListedKernels<T>& listed_kernels() {

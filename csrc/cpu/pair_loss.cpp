@@ -4,52 +4,99 @@
 // Forward, with mining (rows and columns sorted by label, so positives lie beside the diagonal):
 //   1. the tiles that hold positives: each row's smallest positive similarity, hence which negatives
 //      are kept;
-//   2. every tile: log-sum-exp over the kept negatives and their maximum, hence which positives are
-//      kept;
-//   3. the tiles that hold positives again: log-sum-exp over the kept positives.
-// Without mining step 2 does both kinds and is the only one.
+//   2. every tile: the fold of the kept negatives and their maximum, hence which positives are kept;
+//   3. the tiles that hold positives again: the fold of the kept positives.
+// Without mining step 2 does both kinds and is the only one, unless the law's positives see the value of the
+// negatives' fold: then steps 2 and 3. Tiles leave what they add to the rows' folds apart (TileParts), and a
+// fold merges it in the order of the tiles, each block of rows by one task.
 //
-// Backward visits only the tiles in which something was kept, turns similarities into weights
-// dL/ds_ij, and multiplies them by the points: by a dense product, or pair by pair where few are left.
+// Backward visits only the tiles in which something was kept, turns similarities into weights dL/ds_ij, and
+// multiplies them by the points: each block of rows and panel of dimensions is one task, which adds its tiles
+// in order, by a dense product, or pair by pair where few are left.
+//
+// So every number is made in one fixed order, whatever the number of threads.
 #include <ATen/CPUFunctions.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include "../ops.h"
 #include "plan.h"
 #include "points.h"
-#include "schedule.h"
+#include "tasks.h"
 #include "tile_kernels.h"
+#include "tiles.h"
 
 namespace dml::cpu {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Memory that may hold similarity tiles from forward to backward, whatever N and M.
 constexpr int64_t kCacheBytes = int64_t(64) << 20;
+
+// Memory of the weights of one wave of tiles.
+constexpr int64_t kWeightBytes = int64_t(16) << 20;
+
+// Tiles of one wave of the forward pass: some 3 MiB of parts.
+constexpr int64_t kForwardWave = 256;
 
 // A tile whose share of non-zero weights is below this is multiplied pair by pair: above it the dense
 // product, which wastes work on zeros but uses the cache better, is faster.
 constexpr double kSparseShare = 0.4;
 
-// Two bytes more than tiles: a tensor of one element would make torch.compile compile once more.
-constexpr int64_t kept_numel(int64_t tiles) { return tiles + 2; }
+// Rows whose losses one task finishes and adds up.
+constexpr int64_t kRowPiece = 1024;
+
+// ---- what forward leaves for backward
+// ----------------------------------------------------------------------
+
+// The bytes of `saved`: [stats | plan | kept | tiles], each from a multiple of 64 on.
+//   stats  T: six numbers a row, two scales, poisoned     plan   int32 (plan.h)
+//   kept   per tile, whether any of its pairs may have a gradient
+//   tiles  the similarities of the first `cached` tiles
+struct Layout {
+    int64_t plan, kept, tiles, cached, bytes;
+
+    Layout(int64_t n, const Tiles& all, int64_t itemsize, bool save_tiles) {
+        const auto after = [](int64_t at, int64_t size) { return (at + size + 63) / 64 * 64; };
+        cached = save_tiles ? std::min(all.count(), kCacheBytes / (all.area() * itemsize)) : 0;
+        plan = after(0, (6 * n + 3) * itemsize);
+        kept = after(plan, Plan::numel(n, all.m, all.square) * int64_t(sizeof(int32_t)));
+        tiles = after(kept, all.count());
+        bytes = tiles + cached * all.area() * itemsize;
+    }
+};
+
+template <typename T>
+struct Stats {
+    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N] each
+    T* scale;                                                          // [2] 1 / units of each part
+    T* poisoned;
+
+    Stats(T* data, int64_t n)
+        : neg_above(data),
+          pos_below(data + n),
+          neg_value(data + 2 * n),
+          pos_value(data + 3 * n),
+          d_neg(data + 4 * n),
+          d_pos(data + 5 * n),
+          scale(data + 6 * n),
+          poisoned(data + 6 * n + 2) {}
+};
+
+// ---- one batch, prepared
+// -----------------------------------------------------------------------------------
 
 template <typename T>
 struct Scratch {
-    T similarities[kTile * kTile];
-    T weights[kTile * kTile];
-    SparseTile<T> by_row, by_col;
+    T tile[kMostSide * kMostSide];
 
     // Each thread keeps its own from call to call: for a small batch, touching fresh memory would cost
     // as much as the work.
@@ -59,51 +106,75 @@ struct Scratch {
     }
 };
 
-// The rows of a tensor that take part.
-OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
-    if (!x || !count) return x;
-    return x->narrow(0, 0, std::clamp<int64_t>(count->item<int64_t>(), 0, x->size(0)));
-}
-
 template <typename T>
 Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
     return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
                          at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
 }
 
-// One batch, prepared: the sorted points on both sides and the tiles between them.
+// The rows of a tensor that take part.
+OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
+    if (!x || !count) return x;
+    return x->narrow(0, 0, std::clamp<int64_t>(count->item<int64_t>(), 0, x->size(0)));
+}
+
+// How the references of a call take part: the whole space that they have, and those that are there.
+struct References {
+    OptionalTensor points, labels;
+    int64_t capacity;
+
+    explicit References(const Call& call)
+        : points(first_rows(call.ref_emb, call.ref_count)),
+          labels(first_rows(call.ref_labels, call.ref_count)),
+          capacity((call.ref_emb ? *call.ref_emb : call.embeddings).size(0)) {
+        TORCH_CHECK_VALUE(std::max(call.embeddings.size(0), capacity) < std::numeric_limits<int32_t>::max(),
+                          "embeddings: too many rows, ", std::max(call.embeddings.size(0), capacity));
+    }
+    int64_t count(const Call& call) const { return points ? points->size(0) : call.embeddings.size(0); }
+};
+
+// The sorted points on both sides and the tiles between them.
 template <typename T>
 class Batch {
    public:
-    Batch(const Tensor& embeddings, const OptionalTensor& ref_emb, const OptionalTensor& self_ref,
-          const Tensor& plan, Tensor tiles, bool normalize)
-        : square(!ref_emb),
-          n(embeddings.size(0)),
-          m(ref_emb ? ref_emb->size(0) : n),
-          dim(embeddings.size(1)),
-          plan(plan.const_data_ptr<int32_t>(), n, square),
-          rows(pack<T>(embeddings, this->plan.row_order, normalize)),
-          cols(square ? rows : pack<T>(*ref_emb, this->plan.col_order, normalize)),
-          schedule(n, m, square, at::get_num_threads()),
-          tiles_(std::move(tiles)),
-          cached_(tiles_.numel() / (kTile * kTile)) {
-        if (!square && !self_ref) return;
-        const Tensor self = self_ref ? self_ref->contiguous() : Tensor();
-        own_ = own_columns(this->plan, n, m, self_ref ? self.const_data_ptr<int64_t>() : nullptr);
+    Batch(const Call& call, const References& refs, const Problem& problem, const Layout& layout,
+          uint8_t* saved)
+        : square(problem.square),
+          n(call.embeddings.size(0)),
+          m(refs.count(call)),
+          similarity(problem.similarity),
+          params(problem.params),
+          kernels(tile_kernels<T>(problem.law)),
+          tiles(n, m, square, refs.capacity),
+          plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
+          rows(pack<T>(call.embeddings, plan.row_order, similarity)),
+          cols(square ? rows : pack<T>(*refs.points, plan.col_order, similarity)),
+          stats(reinterpret_cast<T*>(saved), n),
+          kept(saved + layout.kept),
+          cache_(reinterpret_cast<T*>(saved + layout.tiles)),
+          cached_(layout.cached) {
+        if (!square && !call.self_ref) return;
+        const Tensor self = call.self_ref ? call.self_ref->contiguous() : Tensor();
+        own_ = own_columns(plan, n, m, call.self_ref ? self.const_data_ptr<int64_t>() : nullptr);
     }
 
     const bool square;
-    const int64_t n, m, dim;
+    const int64_t n, m;
+    const Similarity similarity;
+    const double* const params;
+    const TileKernels<T>& kernels;
+    const Tiles tiles;
     const Plan plan;
-    const Points<T> rows, cols;
-    const Schedule schedule;
+    const PackedPoints<T> rows, cols;
+    const Stats<T> stats;
+    uint8_t* const kept;
 
     // The tile's place, without its similarities.
     Tile<T> place(const TileAt& at) const {
-        const int64_t row0 = at.row_block * kTile, col0 = at.col_block * kTile;
+        const int64_t row0 = at.row_block * tiles.side, col0 = at.col_block * tiles.side;
         return {nullptr,
-                static_cast<int>(std::min<int64_t>(kTile, n - row0)),
-                static_cast<int>(std::min<int64_t>(kTile, m - col0)),
+                static_cast<int>(std::min<int64_t>(tiles.side, n - row0)),
+                static_cast<int>(std::min<int64_t>(tiles.side, m - col0)),
                 row0,
                 col0,
                 plan.pos_begin,
@@ -116,364 +187,613 @@ class Batch {
     Tile<T> tile(const TileAt& at, bool known) const {
         Tile<T> tile = place(at);
         const bool cached = at.index < cached_;
-        T* s = cached ? tiles_.data_ptr<T>() + at.index * kTile * kTile : Scratch<T>::mine().similarities;
-        if (!cached || !known) {
-            Tensor out = matrix(s, tile.rows, tile.cols, tile.cols, 1);
-            at::cpu::mm_out(out, matrix(rows.row(tile.row0), tile.rows, dim, rows.stride(), 1),
-                            matrix(cols.row(tile.col0), dim, tile.cols, 1, cols.stride()));
-        }
+        T* s = cached ? cache_ + at.index * tiles.area() : Scratch<T>::mine().tile;
         tile.s = s;
-        if (cached && !known) std::fill(s + tile.rows * tile.cols, s + kTile * kTile, T(0));
+        if (cached && known) return tile;
+        T *x = rows.row(tile.row0), *y = cols.row(tile.col0);
+        Tensor out = matrix(s, tile.rows, tile.cols, tile.cols, 1);
+        at::cpu::mm_out(out, matrix(x, tile.rows, rows.dim, rows.stride(), 1),
+                        matrix(y, rows.dim, tile.cols, 1, cols.stride()));
+        if (similarity.euclidean) {
+            kernels.distances(s, tile.rows, tile.cols, x, rows.stride(), squares(rows, tile.row0), y,
+                              cols.stride(), squares(cols, tile.col0), rows.dim);
+        }
+        if (cached) std::fill(s + tile.rows * tile.cols, s + tiles.area(), T(0));
         return tile;
     }
 
     // Gives the cached tiles that were not needed a value: what an op returns must not be left to chance.
     void clear_unknown(const std::vector<uint8_t>& known) const {
-        for (int64_t index = 0; index < cached_; ++index) {
-            T* s = tiles_.data_ptr<T>() + index * kTile * kTile;
-            if (!known[index]) std::fill(s, s + kTile * kTile, T(0));
-        }
+        for_tasks(cached_, cached_ * tiles.area() / 8, [&](int64_t index) {
+            T* s = cache_ + index * tiles.area();
+            if (!known[index]) std::fill(s, s + tiles.area(), T(0));
+        });
     }
 
-    // Calls visit for every tile that is wanted, in rounds that share no rows and no columns.
-    template <typename Wanted, typename Visit>
-    void for_each_tile(const Wanted& wanted, const Visit& visit) const {
-        std::vector<std::vector<TileAt>> tasks;
-        for (int64_t round = 0; round < schedule.rounds(); ++round) {
-            tasks.clear();
-            for (int64_t k = 0; k < schedule.round_size(round); ++k) {
-                std::vector<TileAt> task;
-                schedule.for_each_tile(round, k, [&](const TileAt& at) {
-                    if (wanted(at)) task.push_back(at);
-                });
-                if (!task.empty()) tasks.push_back(std::move(task));
-            }
-            at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
-                for (int64_t k = from; k < to; ++k) {
-                    for (const TileAt& at : tasks[k]) visit(at);
-                }
-            });
-        }
-    }
+    // Steps of work that one tile takes.
+    int64_t tile_work() const { return tiles.area() * (rows.dim / 16 + 4); }
 
     // The pairs of row i that may count, and that mining compares: in a square matrix the self pair is none,
-    // where the columns are other points that hold row i's own it is mined with but does not count.
+    // where the columns are other points that hold row i's own it does not count, but may be mined with.
     int64_t positives(int64_t i) const { return same_label(i) - (has_own_positive(i) ? 1 : 0); }
     int64_t negatives(int64_t i) const { return m - same_label(i); }
-    int64_t mined_positives(int64_t i) const { return square ? positives(i) : same_label(i); }
-    bool counts_all_mined() const { return square || own_.empty(); }
+    int64_t same_label(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i]; }
 
-    bool holds_positives(const Tile<T>& tile) const {
+    bool holds_positives(const TileAt& at) const {
+        const Tile<T> tile = place(at);
         const int64_t last = tile.row0 + tile.rows - 1;
         return plan.pos_begin[tile.row0] < tile.col0 + tile.cols && plan.pos_end[last] > tile.col0;
     }
-    bool holds_negatives(const Tile<T>& tile) const {
+    bool holds_negatives(const TileAt& at) const {
+        const Tile<T> tile = place(at);
         const int64_t last = tile.row0 + tile.rows - 1;
         return plan.pos_begin[last] > tile.col0 || plan.pos_end[tile.row0] < tile.col0 + tile.cols;
     }
 
    private:
-    int64_t same_label(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i]; }
+    static const T* squares(const PackedPoints<T>& points, int64_t at) {
+        return points.square.template const_data_ptr<T>() + at;
+    }
     bool has_own_positive(int64_t i) const {
         return !own_.empty() && own_[i] >= plan.pos_begin[i] && own_[i] < plan.pos_end[i];
     }
 
-    Tensor tiles_;
+    T* cache_;
     int64_t cached_;
     std::vector<int32_t> own_;
 };
 
-// stats: [neg_above N | pos_below N | lse_neg N | lse_pos N | scale | poisoned]
+// ---- forward
+// -----------------------------------------------------------------------------------------------
+
+// The rows' folds while tiles pass.
 template <typename T>
-struct Stats {
-    T *neg_above, *pos_below, *lse_neg, *lse_pos, *scale, *poisoned;
+struct Folds {
+    std::vector<T> numbers;  // [7, N]
+    T *neg_a, *neg_b, *max_neg, *min_pos, *pos_a, *pos_b, *pos_context;
 
-    Stats(T* data, int64_t n)
-        : neg_above(data),
-          pos_below(data + n),
-          lse_neg(data + 2 * n),
-          lse_pos(data + 3 * n),
-          scale(data + 4 * n),
-          poisoned(data + 4 * n + 1) {}
+    Folds(int64_t n, Fold neg, Fold pos) : numbers(7 * n, T(0)) {
+        T** const all[] = {&neg_a, &neg_b, &max_neg, &min_pos, &pos_a, &pos_b, &pos_context};
+        for (int k = 0; k < 7; ++k) *all[k] = numbers.data() + k * n;
+        if (neg == Fold::kLogSumExp) std::fill_n(neg_a, n, -infinity<T>());
+        if (pos == Fold::kLogSumExp) std::fill_n(pos_a, n, -infinity<T>());
+        std::fill_n(max_neg, n, -infinity<T>());
+        std::fill_n(min_pos, n, infinity<T>());
+    }
+};
 
-    static int64_t numel(int64_t n) { return 4 * n + 2; }
+// What the losses of some rows add up to.
+struct Total {
+    double part[2] = {0, 0}, units[2] = {0, 0};
+    bool poisoned = false;
+
+    void add(const Total& other) {
+        for (int k = 0; k < 2; ++k) {
+            part[k] += other.part[k];
+            units[k] += other.units[k];
+        }
+        poisoned = poisoned || other.poisoned;
+    }
 };
 
 template <typename T>
-void accumulate_batch(const Batch<T>& batch, const TileKernels<T>& kernels, const double* params,
-                      std::optional<double> epsilon, std::vector<RowState<T>>& state,
-                      std::vector<uint8_t>& known, uint8_t* kept) {
-    const int64_t n = batch.n;
-    std::vector<uint8_t> block_active(Schedule::blocks(n), 0);
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t positives = epsilon ? batch.mined_positives(i) : batch.positives(i);
-        const bool both = positives > 0 && batch.negatives(i) > 0;
-        const bool active = both || (!epsilon && !kernels.needs_both);
-        state[i].bounds = active ? Bounds<T>::all() : Bounds<T>::none();
-        if (active) block_active[i / kTile] = 1;
-    }
-    const auto active = [&](const TileAt& at) {
-        return block_active[at.row_block] || (batch.square && block_active[at.col_block]);
-    };
-    const auto with_positives = [&](const TileAt& at) {
-        return active(at) && batch.holds_positives(batch.place(at));
-    };
-    const auto load = [&](const TileAt& at) {
-        const Tile<T> tile = batch.tile(at, known[at.index]);
-        known[at.index] = 1;
-        return tile;
-    };
-    const auto pass = [&](const auto& wanted, Kinds kinds) {
-        batch.for_each_tile(wanted, [&](const TileAt& at) {
-            if (kernels.accumulate(load(at), params, kinds, state.data())) kept[at.index] = 1;
+class Forward {
+   public:
+    Forward(const Batch<T>& batch, const Problem& problem)
+        : batch_(batch),
+          kernels_(batch.kernels),
+          mining_(problem.mining),
+          mine_self_(!batch.square && problem.mine_self),
+          reduction_(problem.reduction),
+          count_nonzero_(kernels_.unit == Unit::kPair && reduction_ == Reduction::kMeanNonzero),
+          folds_(batch.n, kernels_.neg, kernels_.pos),
+          block_active_(batch.tiles.row_blocks, 0),
+          known_(batch.tiles.count(), 0) {}
+
+    void accumulate() {
+        open_bounds();
+        const auto active = [&](const TileAt& at) {
+            return block_active_[at.row_block] || (batch_.square && block_active_[at.col_block]);
+        };
+        const auto with_positives = [&](const TileAt& at) {
+            return active(at) && batch_.holds_positives(at);
+        };
+        if (!mining_.on && !kernels_.context) {
+            pass(active, Kinds::kBoth);
+            return;
+        }
+        if (mining_.on) {
+            find_hardest_positives(with_positives);
+            each_row([&](int64_t i) {
+                T& above = batch_.stats.neg_above[i];
+                if (above == -infinity<T>()) above = folds_.min_pos[i] - T(mining_.epsilon);
+            });
+        }
+        pass([&](const TileAt& at) { return active(at) && batch_.holds_negatives(at); }, Kinds::kNegatives);
+        each_row([&](int64_t i) {
+            if (mining_.on) close_bounds(i);
+            if (kernels_.context) batch_.stats.neg_value[i] = neg_value(i);
         });
-    };
-    if (!epsilon) {
-        pass(active, Kinds::kBoth);
-        return;
+        pass(with_positives, Kinds::kPositives);
     }
-    const T margin = static_cast<T>(*epsilon);
-    std::vector<T> min_pos(n, infinity<T>());
-    batch.for_each_tile(with_positives, [&](const TileAt& at) {
-        Tile<T> tile = load(at);
-        if (!batch.square) tile.own = nullptr;  // mining sees it
-        kernels.min_positives(tile, min_pos.data());
-    });
-    for (int64_t i = 0; i < n; ++i) {
-        if (state[i].bounds.pos_below == infinity<T>()) state[i].bounds.neg_above = min_pos[i] - margin;
-    }
-    pass([&](const TileAt& at) { return active(at) && batch.holds_negatives(batch.place(at)); },
-         Kinds::kNegatives);
-    for (int64_t i = 0; i < n; ++i) {
-        state[i].bounds.pos_below = state[i].neg.empty() ? -infinity<T>() : state[i].max_neg + margin;
-    }
-    pass(with_positives, Kinds::kPositives);
-    for (int64_t i = 0; i < n; ++i) {
-        // In exact arithmetic both kept sets are empty together; rounding must not part them. Only a row
-        // that lost a positive which was itself may keep negatives alone.
-        const bool parted = state[i].pos.empty() && batch.positives(i) == batch.mined_positives(i);
-        if (state[i].neg.empty() || parted) state[i] = RowState<T>{Bounds<T>::none()};
-    }
-}
 
-template <typename T>
-double reduction_scale(const Batch<T>& batch, Reduction reduction, bool mined, const std::vector<T>& loss,
-                       const std::vector<RowState<T>>& state) {
-    int64_t count = 1;
-    if (reduction == Reduction::kMean) count = static_cast<int64_t>(loss.size());
-    if (reduction == Reduction::kMeanNonzero) {
-        count = std::count_if(loss.begin(), loss.end(), [](T value) { return value != T(0); });
+    // The rows' losses, and what backward needs of them. `each`: [N] in the order of the embeddings, or null.
+    Total finish(bool finite, T* each) {
+        batch_.clear_unknown(known_);
+        const int64_t pieces = (batch_.n + kRowPiece - 1) / kRowPiece;
+        std::vector<Total> totals(pieces);
+        for_tasks(pieces, batch_.n * 64, [&](int64_t k) {
+            const int64_t end = std::min(batch_.n, (k + 1) * kRowPiece);
+            for (int64_t i = k * kRowPiece; i < end; ++i) finish_row(i, finite, each, totals[k]);
+        });
+        Total total;
+        for (const Total& piece : totals) total.add(piece);
+        return total;
     }
-    if (reduction == Reduction::kMeanValid) {
-        count = 0;  // without mining every pair is kept, also where the loss needs both kinds and is 0
-        for (int64_t i = 0; i < batch.n; ++i) {
-            count += mined ? !state[i].pos.empty() || !state[i].neg.empty()
-                           : batch.positives(i) + batch.negatives(i) > 0;
+
+   private:
+    template <typename Visit>
+    void each_row(const Visit& visit) {
+        for_pieces(batch_.n, kRowPiece, batch_.n * 8, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; ++i) visit(i);
+        });
+    }
+
+    int64_t mined_positives(int64_t i) const {
+        return mine_self_ ? batch_.same_label(i) : batch_.positives(i);
+    }
+
+    // Keeps every pair of the rows that can have a loss, and none of the others.
+    void open_bounds() {
+        for_tasks(batch_.tiles.row_blocks, batch_.n * 8, [&](int64_t block) {
+            const int64_t begin = block * batch_.tiles.side,
+                          end = std::min(batch_.n, begin + batch_.tiles.side);
+            bool some = false;
+            for (int64_t i = begin; i < end; ++i) {
+                const bool active = mining_.on ? mined_positives(i) > 0 && batch_.negatives(i) > 0
+                                               : (!kernels_.needs_pos || batch_.positives(i) > 0) &&
+                                                     (!kernels_.needs_neg || batch_.negatives(i) > 0);
+                set_bounds(i, active ? Bounds<T>::all() : Bounds<T>::none());
+                some = some || active;
+            }
+            block_active_[block] = some;
+        });
+    }
+    void set_bounds(int64_t i, const Bounds<T>& bounds) {
+        batch_.stats.neg_above[i] = bounds.neg_above;
+        batch_.stats.pos_below[i] = bounds.pos_below;
+    }
+
+    // Which positives are kept, now that the hardest negative is known. In exact arithmetic both kept sets
+    // are empty together; rounding must not part them.
+    void close_bounds(int64_t i) {
+        const T below = folds_.max_neg[i] + T(mining_.epsilon);
+        if (folds_.max_neg[i] == -infinity<T>() || !(folds_.min_pos[i] < below)) {
+            set_bounds(i, Bounds<T>::none());
+            folds_.neg_a[i] = kernels_.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
+            folds_.neg_b[i] = T(0);
+            folds_.max_neg[i] = -infinity<T>();
+        } else {
+            batch_.stats.pos_below[i] = below;
         }
     }
-    return count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
-}
+
+    Tile<T> load(const TileAt& at) {
+        const Tile<T> tile = batch_.tile(at, known_[at.index]);
+        known_[at.index] = 1;
+        return tile;
+    }
+
+    // Runs `work` on every wanted tile, which returns whether it left parts; then merge(lines' parts, first
+    // row, rows) for each block of rows and each tile that did, in the order of the tiles.
+    template <typename Wanted, typename Work, typename Merge>
+    void over_tiles(const Wanted& wanted, const Work& work, const Merge& merge) {
+        batch_.tiles.for_each_wave(kForwardWave, wanted, [&](const std::vector<TileAt>& wave) {
+            const int64_t count = wave.size();
+            const std::unique_ptr<TileParts<T>[]> parts(new TileParts<T>[count]);
+            std::vector<uint8_t> some(count, 0);
+            for_tasks(count, count * batch_.tile_work(),
+                      [&](int64_t k) { some[k] = work(wave[k], parts[k]); });
+            const Owners owners(wave, batch_.tiles, true, batch_.square);
+            for_tasks(owners.size(), 2 * count * batch_.tiles.side * 16, [&](int64_t k) {
+                const int64_t first = owners.block(k) * batch_.tiles.side;
+                const int lines = static_cast<int>(std::min<int64_t>(batch_.tiles.side, batch_.n - first));
+                for (const auto* share = owners.begin(k); share != owners.end(k); ++share) {
+                    if (!some[share->tile]) continue;
+                    const TileParts<T>& of = parts[share->tile];
+                    merge(share->as_rows ? of.rows : of.cols, first, lines);
+                }
+            });
+        });
+    }
+
+    template <typename Wanted>
+    void find_hardest_positives(const Wanted& wanted) {
+        over_tiles(
+            wanted,
+            [&](const TileAt& at, TileParts<T>& parts) {
+                Tile<T> tile = load(at);
+                if (mine_self_) tile.own = nullptr;
+                kernels_.min_positives(tile, parts);
+                return true;
+            },
+            [&](const LineParts<T>& of, int64_t first, int lines) {
+                T* least = folds_.min_pos + first;
+                for (int i = 0; i < lines; ++i) least[i] = std::min(least[i], of.pos_a[i]);
+            });
+    }
+
+    template <typename Wanted>
+    void pass(const Wanted& wanted, Kinds kinds) {
+        const RowStates<T> states = {batch_.stats.neg_above, batch_.stats.pos_below, batch_.stats.neg_value};
+        const bool negatives = kinds != Kinds::kPositives, positives = kinds != Kinds::kNegatives;
+        const bool to_neg = negatives || (positives && kernels_.pos_in_neg);
+        over_tiles(
+            wanted,
+            [&](const TileAt& at, TileParts<T>& parts) {
+                const Found found =
+                    kernels_.accumulate(load(at), batch_.params, kinds, count_nonzero_, states, parts);
+                if (found.gradient) batch_.kept[at.index] = 1;
+                return found.parts;
+            },
+            [&](const LineParts<T>& of, int64_t r, int lines) {
+                if (to_neg)
+                    kernels_.merge(kernels_.neg, lines, of.neg_a, of.neg_b, folds_.neg_a + r,
+                                   folds_.neg_b + r);
+                if (negatives && mining_.on) {
+                    T* most = folds_.max_neg + r;
+                    for (int i = 0; i < lines; ++i) most[i] = std::max(most[i], of.max_neg[i]);
+                }
+                if (!positives) return;
+                kernels_.merge(kernels_.pos, lines, of.pos_a, of.pos_b, folds_.pos_a + r, folds_.pos_b + r);
+                if (!kernels_.context) return;
+                for (int i = 0; i < lines; ++i) folds_.pos_context[r + i] += of.pos_context[i];
+            });
+    }
+
+    T value(Fold fold, T a, T b) const {
+        return fold == Fold::kSum ? b : LogSumExp<T>{a, b}.value(kernels_.plus_one);
+    }
+    T neg_value(int64_t i) const { return value(kernels_.neg, folds_.neg_a[i], folds_.neg_b[i]); }
+
+    void finish_row(int64_t i, bool finite, T* each, Total& total) {
+        const Stats<T>& stats = batch_.stats;
+        Gathered<T> row;
+        row.neg = stats.neg_value[i] = neg_value(i);
+        row.pos = stats.pos_value[i] = value(kernels_.pos, folds_.pos_a[i], folds_.pos_b[i]);
+        if (kernels_.neg == Fold::kSum) row.neg_count = folds_.neg_a[i];
+        if (kernels_.pos == Fold::kSum) row.pos_count = folds_.pos_a[i];
+        row.pos_context = folds_.pos_context[i];
+        RowLoss<T> loss = kernels_.row(batch_.params, row);
+        const bool some = batch_.positives(i) > 0 || batch_.negatives(i) > 0;
+        if (!finite) {
+            const bool both = batch_.positives(i) > 0 && batch_.negatives(i) > 0;
+            const bool needed = (!kernels_.needs_pos || batch_.positives(i) > 0) &&
+                                (!kernels_.needs_neg || batch_.negatives(i) > 0);
+            if (mining_.on ? both : some && needed) {
+                loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+                total.poisoned = true;
+            }
+        }
+        stats.d_neg[i] = loss.d_neg;
+        stats.d_pos[i] = loss.d_pos;
+        if (each) each[batch_.plan.row_order[i]] = loss.part[0] + loss.part[1];
+        const bool kept_pos =
+            kernels_.pos == Fold::kSum ? folds_.pos_a[i] > T(0) : folds_.pos_a[i] > -infinity<T>();
+        const bool valid = mining_.on ? kept_pos || folds_.max_neg[i] > -infinity<T>() : some;
+        for (int k = 0; k < 2; ++k) {
+            T unit = loss.unit[k];
+            if (kernels_.unit == Unit::kRow) {
+                if (reduction_ == Reduction::kMeanNonzero) unit = loss.part[k] != T(0);
+                if (reduction_ == Reduction::kMeanValid) unit = valid;
+            }
+            total.part[k] += loss.part[k];
+            total.units[k] += unit;
+        }
+    }
+
+    const Batch<T>& batch_;
+    const TileKernels<T>& kernels_;
+    const Mining mining_;
+    const bool mine_self_;
+    const Reduction reduction_;
+    const bool count_nonzero_;
+    Folds<T> folds_;
+    std::vector<uint8_t> block_active_, known_;
+};
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& labels,
-                                                           const OptionalTensor& ref_emb,
-                                                           const OptionalTensor& ref_labels,
-                                                           const OptionalTensor& self_ref, int64_t capacity,
-                                                           PairLoss which, const double* params,
-                                                           std::optional<double> epsilon, bool normalize,
-                                                           Reduction reduction, bool save_for_backward) {
-    const bool square = !ref_emb;
-    const int64_t n = embeddings.size(0), m = square ? n : ref_emb->size(0);
-    TORCH_CHECK_VALUE(std::max(n, m) < std::numeric_limits<int32_t>::max(), "embeddings: too many rows, ", n);
-    const auto options = embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
-    const int64_t all_tiles = Schedule(n, capacity, square, 1).tiles();
-    const int64_t cached =
-        save_for_backward ? std::min<int64_t>(all_tiles, kCacheBytes / (kTile * kTile * sizeof(T))) : 0;
-    Tensor stats = at::empty({Stats<T>::numel(n)}, options);
-    Tensor plan = at::zeros({Plan::numel(n, capacity, square)}, options.dtype(at::kInt));
-    Tensor tiles = at::empty({cached * kTile * kTile}, options);
-    Tensor kept = at::zeros({kept_numel(all_tiles)}, options.dtype(at::kByte));
+ForwardResult forward(const Call& call) {
+    const Problem problem = describe(call);
+    const References refs(call);
+    const int64_t n = call.embeddings.size(0);
+    const Layout layout(n, Tiles(n, refs.capacity, problem.square, refs.capacity), sizeof(T),
+                        call.save_for_backward);
+    const auto options = call.embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
+    Tensor saved = at::empty({layout.bytes}, options.dtype(at::kByte));
+    auto* bytes = saved.data_ptr<uint8_t>();
+    std::memset(bytes, 0, layout.tiles);
 
-    const Tensor row_labels = labels.contiguous(),
-                 col_labels = square ? row_labels : ref_labels->contiguous();
-    make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), m, square,
-              plan.data_ptr<int32_t>());
-    const Batch<T> batch(embeddings, ref_emb, self_ref, plan, tiles, normalize);
-    const TileKernels<T>& kernels = tile_kernels<T>(which);
-
-    std::vector<RowState<T>> state(n, RowState<T>{Bounds<T>::none()});
+    const Tensor row_labels = call.labels.contiguous();
+    const Tensor col_labels = problem.square ? row_labels : refs.labels->contiguous();
+    make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), refs.count(call),
+              problem.square, reinterpret_cast<int32_t*>(bytes + layout.plan));
+    const Batch<T> batch(call, refs, problem, layout, bytes);
     const bool finite = batch.rows.finite && batch.cols.finite;
-    std::vector<uint8_t> known(all_tiles, 0);
-    if (finite) accumulate_batch(batch, kernels, params, epsilon, state, known, kept.data_ptr<uint8_t>());
-    batch.clear_unknown(known);
 
-    const Stats<T> saved(stats.data_ptr<T>(), n);
-    std::vector<T> loss(n);
-    *saved.poisoned = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const bool some = batch.positives(i) > 0 || batch.negatives(i) > 0;
-        const bool both = batch.positives(i) > 0 && batch.negatives(i) > 0;
-        saved.neg_above[i] = state[i].bounds.neg_above;
-        saved.pos_below[i] = state[i].bounds.pos_below;
-        saved.lse_neg[i] = state[i].neg.value(kernels.counts_one);
-        saved.lse_pos[i] = state[i].pos.value(kernels.counts_one);
-        const bool has_loss = kernels.needs_both ? !state[i].pos.empty() && !state[i].neg.empty()
-                                                 : !state[i].pos.empty() || !state[i].neg.empty();
-        loss[i] = has_loss ? kernels.loss(params, saved.lse_pos[i], saved.lse_neg[i]) : T(0);
-        if (!finite && (kernels.needs_both || epsilon ? both : some)) {
-            loss[i] = std::numeric_limits<T>::quiet_NaN();
-            *saved.poisoned = 1;
+    const bool each = problem.reduction == Reduction::kNone;
+    Tensor loss = each             ? at::empty({n}, options)
+                  : problem.divide ? at::empty({}, options)
+                                   : at::empty({4}, options);
+    T* out = loss.data_ptr<T>();
+    Forward<T> pass(batch, problem);
+    if (finite) pass.accumulate();
+    const Total total = pass.finish(finite, each ? out : nullptr);
+
+    const Stats<T>& stats = batch.stats;
+    *stats.poisoned = total.poisoned;
+    double sum = 0;
+    for (int k = 0; k < 2; ++k) {
+        const bool divided = problem.reduction != Reduction::kSum && !each;
+        const double scale = !divided ? 1.0 : total.units[k] > 0 ? 1.0 / total.units[k] : 0.0;
+        stats.scale[k] = static_cast<T>(scale);
+        sum += total.poisoned ? total.part[k] : total.part[k] * scale;
+        if (!each && !problem.divide) {
+            out[k] = static_cast<T>(total.part[k]);
+            out[2 + k] = static_cast<T>(total.units[k]);
         }
     }
-    const double scale = reduction_scale(batch, reduction, epsilon.has_value(), loss, state);
-    *saved.scale = static_cast<T>(scale);
-    Tensor result;
-    if (reduction == Reduction::kNone) {
-        result = at::empty({n}, options);
-        for (int64_t i = 0; i < n; ++i) result.data_ptr<T>()[batch.plan.row_order[i]] = loss[i];
-    } else {
-        double sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += loss[i];
-        result = at::empty({}, options);
-        *result.data_ptr<T>() = static_cast<T>(n == 0 ? 0.0 : *saved.poisoned ? sum : sum * scale);
+    if (!each && problem.divide) *out = static_cast<T>(sum);
+    return {loss, saved};
+}
+
+// ---- backward
+// ----------------------------------------------------------------------------------------------
+
+// The gradient with respect to packed points, as it is put together.
+template <typename T>
+struct Gradient {
+    Tensor sum;  // [rows, width]
+    T* row(int64_t i) const { return sum.data_ptr<T>() + i * sum.size(1); }
+};
+
+template <typename T>
+class BackwardPass {
+   public:
+    BackwardPass(const Batch<T>& batch, const RowWeights<T>& rows, bool rows_wanted, bool cols_wanted)
+        : batch_(batch),
+          weights_(rows),
+          rows_wanted_(rows_wanted),
+          cols_wanted_(cols_wanted),
+          width_(batch.rows.width),
+          grad_rows{at::zeros({rows_wanted ? batch.n : 0, width_}, batch.rows.x.options())},
+          grad_cols{at::zeros({cols_wanted && !batch.square ? batch.m : 0, width_}, batch.rows.x.options())} {
     }
-    return {result, stats, plan, tiles, kept};
-}
 
-// What forward saved, as far as a wrong size could lead outside of it.
-template <typename T>
-void check_saved(const Tensor& grad_loss, int64_t n, int64_t m, bool square, const Tensor& stats,
-                 const Tensor& plan, const Tensor& tiles, const Tensor& kept, Reduction reduction) {
-    const auto check = [](const Tensor& saved, int64_t numel, const char* name) {
-        TORCH_CHECK_VALUE(saved.dim() == 1 && saved.numel() == numel && saved.is_contiguous(), name,
-                          ": expected the ", numel, " elements that forward saved, got shape ",
-                          saved.sizes());
+    void run() {
+        const Tiles& tiles = batch_.tiles;
+        const int64_t slots = std::max<int64_t>(kWeightBytes / (tiles.area() * int64_t(sizeof(T))), 1);
+        tiles.for_each_wave(
+            slots, [&](const TileAt& at) { return batch_.kept[at.index] != 0; },
+            [&](const std::vector<TileAt>& wave) {
+                const int64_t count = wave.size();
+                if (!memory_) memory_.reset(new T[std::min(slots, tiles.count()) * tiles.area()]);
+                nonzeros_.assign(count, 0);
+                for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
+                add_gradients(wave);
+            });
+    }
+
+   private:
+    const Batch<T>& batch_;
+    const RowWeights<T> weights_;
+    const bool rows_wanted_, cols_wanted_;
+    const int64_t width_;
+    std::unique_ptr<T[]> memory_;    // the weights of a wave, tile by tile, dense or as a SparseTile
+    std::vector<int64_t> nonzeros_;  // of each tile; kDense where they are not told apart
+    static constexpr int64_t kDense = -1;
+
+   public:
+    const Gradient<T> grad_rows, grad_cols;
+
+   private:
+    T* slot(int64_t k) const { return memory_.get() + k * batch_.tiles.area(); }
+
+    void make_weights(const TileAt& at, int64_t k) {
+        Tile<T> tile = batch_.tile(at, true);
+        tile.both_sides = batch_.square;  // W + W^T, for the diagonal tiles too
+        const int64_t pairs = int64_t(tile.rows) * tile.cols;
+        const int64_t count =
+            batch_.kernels.weights(tile, batch_.params, batch_.similarity.euclidean, weights_, slot(k));
+        const bool sparse =
+            count < kSparseShare * pairs &&
+            SparseTile<T>::bytes(tile.rows, tile.cols, count) <= batch_.tiles.area() * int64_t(sizeof(T));
+        nonzeros_[k] = sparse ? count : kDense;
+        if (!sparse || count == 0) return;
+        T* dense = Scratch<T>::mine().tile;
+        std::memcpy(dense, slot(k), pairs * sizeof(T));
+        batch_.kernels.compress(dense, tile.rows, tile.cols, count, slot(k));
+    }
+
+    // Enough panels of dimensions that the blocks feed all threads evenly; the products want them wide. A
+    // dimension's sum does not depend on the panel that it is in.
+    int64_t panel(int64_t blocks) const {
+        constexpr int64_t kLeast = 128, kStep = 64;
+        const int64_t threads = at::get_num_threads(), tasks = threads == 1 ? 1 : 3 * threads;
+        const int64_t panels = (tasks + blocks - 1) / blocks;
+        const int64_t even = (width_ + panels - 1) / panels;
+        return std::max((even + kStep - 1) / kStep * kStep, kLeast);
+    }
+
+    void add_gradients(const std::vector<TileAt>& wave) {
+        const Owners owners(wave, batch_.tiles, rows_wanted_, batch_.square || cols_wanted_);
+        if (owners.size() == 0) return;
+        const int64_t wide = panel(owners.size()), panels = (width_ + wide - 1) / wide;
+        const int64_t work = int64_t(wave.size()) * batch_.tiles.area() * (width_ / 8 + 1);
+        for_tasks(owners.size() * panels, work, [&](int64_t task) {
+            const int64_t k = task / panels, from = task % panels * wide;
+            const int64_t dims = std::min(wide, width_ - from);
+            const bool is_rows = owners.is_rows(k);
+            const int64_t first = owners.block(k) * batch_.tiles.side;
+            const Gradient<T>& gradient = is_rows ? grad_rows : grad_cols;
+            const int lines = static_cast<int>(
+                std::min<int64_t>(batch_.tiles.side, (is_rows ? batch_.n : batch_.m) - first));
+            T* out = gradient.row(first) + from;
+            for (const auto* share = owners.begin(k); share != owners.end(k);) {
+                share = add_run(wave, share, owners.end(k), lines, from, dims, out);
+            }
+        });
+    }
+
+    // What one share of a block multiplies its weights with: the points on the other side of its tile.
+    struct Factor {
+        const PackedPoints<T>& points;
+        int64_t first;
+        int count;
     };
-    const int64_t all_tiles = Schedule(n, m, square, 1).tiles(), area = kTile * kTile;
-    check(stats, Stats<T>::numel(n), "stats");
-    check(plan, Plan::numel(n, m, square), "plan");
-    check(kept, kept_numel(all_tiles), "kept");
-    check(tiles, std::min(tiles.numel() / area, all_tiles) * area, "tiles");
-    const int64_t losses = reduction == Reduction::kNone ? n : 1;
-    TORCH_CHECK_VALUE(grad_loss.numel() == losses, "grad_loss: expected ", losses, " elements, got shape ",
-                      grad_loss.sizes());
-}
+    Factor factor(const TileAt& at, bool as_rows) const {
+        const Tile<T> tile = batch_.place(at);
+        return as_rows ? Factor{batch_.cols, tile.col0, tile.cols}
+                       : Factor{batch_.rows, tile.row0, tile.rows};
+    }
+
+    // Adds the weights of the next tile, or of a run of small dense ones whose points follow each other,
+    // times their points to the lines of a block. Returns the share after them.
+    const Owners::Share* add_run(const std::vector<TileAt>& wave, const Owners::Share* share,
+                                 const Owners::Share* end, int lines, int64_t from, int64_t dims,
+                                 T* out) const {
+        const int64_t count = nonzeros_[share->tile];
+        const Factor of = factor(wave[share->tile], share->as_rows);
+        T* x = of.points.row(of.first) + from;
+        const int64_t stride = of.points.stride();
+        const Tile<T> tile = batch_.place(wave[share->tile]);
+        if (count == 0) return share + 1;
+        if (count != kDense) {
+            const SparseTile<T> sparse(slot(share->tile), tile.rows, tile.cols, count);
+            batch_.kernels.add_product(share->as_rows ? sparse.by_row : sparse.by_col, lines, x, stride, dims,
+                                       out, width_);
+            return share + 1;
+        }
+        const auto add = [&](const Tensor& w, int64_t inner) {
+            Tensor sum = matrix(out, lines, dims, width_, 1);
+            at::cpu::addmm_out(sum, sum, w, matrix(x, inner, dims, stride, 1), 1, 1);
+        };
+        const auto next = [&](const Owners::Share* last) {  // whether the share after `last` joins the run
+            const Owners::Share* after = last + 1;
+            if (after == end || nonzeros_[after->tile] != kDense) return false;
+            const Factor a = factor(wave[last->tile], last->as_rows),
+                         b = factor(wave[after->tile], after->as_rows);
+            return &a.points == &b.points && a.first + a.count == b.first;
+        };
+        // A product over 64 columns spends more on its sums than on itself: many such become one. Larger
+        // tiles are not worth the copy.
+        constexpr int64_t kRun = kMostSide * kMostSide;  // weights
+        if (batch_.tiles.side == kMostSide || !next(share)) {
+            add(share->as_rows ? matrix(slot(share->tile), lines, of.count, tile.cols, 1)
+                               : matrix(slot(share->tile), lines, of.count, 1, tile.cols),
+                of.count);
+            return share + 1;
+        }
+        const int64_t pitch = kRun / lines;
+        T* run = Scratch<T>::mine().tile;  // [lines, pitch]
+        int64_t inner = 0;
+        while (true) {
+            const Tile<T> here = batch_.place(wave[share->tile]);
+            const T* w = slot(share->tile);
+            const int columns = share->as_rows ? here.cols : here.rows;
+            for (int i = 0; i < lines; ++i) {
+                T* to = run + i * pitch + inner;
+                if (share->as_rows) {
+                    std::memcpy(to, w + int64_t(i) * here.cols, columns * sizeof(T));
+                } else {
+                    for (int j = 0; j < columns; ++j) to[j] = w[int64_t(j) * here.cols + i];
+                }
+            }
+            inner += columns;
+            if (!next(share) || inner + batch_.tiles.side > pitch) break;
+            ++share;
+        }
+        add(matrix(run, lines, inner, pitch, 1), inner);
+        return share + 1;
+    }
+};
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& embeddings,
-                                    const OptionalTensor& ref_emb, const OptionalTensor& self_ref,
-                                    int64_t capacity, const Tensor& stats, const Tensor& plan,
-                                    const Tensor& tiles, const Tensor& kept, PairLoss which,
-                                    const double* params, bool normalize, Reduction reduction, bool need_emb,
-                                    bool need_ref) {
-    check_saved<T>(grad_loss, embeddings.size(0), capacity, !ref_emb, stats, plan, tiles, kept, reduction);
-    const Stats<T> saved(stats.data_ptr<T>(), embeddings.size(0));
-    const Tensor none = at::empty({0}, embeddings.options());
-    if (*saved.poisoned != T(0)) {
+BackwardResult backward(const Call& call, const Backward& from) {
+    const Problem problem = describe(call);
+    const References refs(call);
+    const int64_t n = call.embeddings.size(0);
+    const Layout layout(n, Tiles(n, refs.capacity, problem.square, refs.capacity), sizeof(T), true);
+    check_backward(call, from, layout.bytes);
+    auto* saved = from.saved.data_ptr<uint8_t>();
+    const bool need_ref = from.need_ref && call.ref_emb.has_value();
+    const Tensor none = at::empty({0}, call.embeddings.options());
+    if (*Stats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
-        return {need_emb ? fill(embeddings) : none, need_ref && ref_emb ? fill(*ref_emb) : none};
+        return {from.need_emb ? fill(call.embeddings) : none, need_ref ? fill(*call.ref_emb) : none};
     }
-    const Batch<T> batch(embeddings, ref_emb, self_ref, plan, tiles, normalize);
-    const TileKernels<T>& kernels = tile_kernels<T>(which);
-    const bool square = batch.square;
-    const int64_t n = batch.n, dim = batch.dim, stride = batch.rows.stride();
-    const bool rows_wanted = square || need_emb, cols_wanted = !square && need_ref;
+    const Batch<T> batch(call, refs, problem, layout, saved);
 
-    const Tensor upstream = grad_loss.to(stats.scalar_type()).contiguous();
-    std::vector<T> weight_neg(n), weight_pos(n);
-    for (int64_t i = 0; i < n; ++i) {
-        const T g = reduction == Reduction::kNone ? upstream.const_data_ptr<T>()[batch.plan.row_order[i]]
-                                                  : *upstream.const_data_ptr<T>() * *saved.scale;
-        const PosNeg<T> slope = kernels.dloss_dlse(params, saved.lse_pos[i], saved.lse_neg[i]);
-        weight_neg[i] = g * slope.neg;
-        weight_pos[i] = g * slope.pos;
-    }
-    const RowWeights<T> rows = {saved.neg_above, saved.pos_below,   saved.lse_neg,
-                                saved.lse_pos,   weight_neg.data(), weight_pos.data()};
+    // The rows' derivatives, with what comes from above.
+    const Tensor upstream = from.grad_loss.to(batch.rows.x.scalar_type()).contiguous();
+    const T* g = upstream.const_data_ptr<T>();
+    const int last = batch.kernels.parts - 1;
+    const bool each = problem.reduction == Reduction::kNone;
+    std::vector<T> d(2 * n);
+    T *d_neg = d.data(), *d_pos = d_neg + n;
+    for_pieces(n, kRowPiece, n * 4, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const T up_pos = each             ? g[batch.plan.row_order[i]]
+                             : problem.divide ? *g * batch.stats.scale[0]
+                                              : g[0];
+            const T up_neg = each ? up_pos : problem.divide ? *g * batch.stats.scale[last] : g[last];
+            d_neg[i] = up_neg * batch.stats.d_neg[i];
+            d_pos[i] = up_pos * batch.stats.d_pos[i];
+        }
+    });
+    const RowWeights<T> rows = {batch.stats.neg_above,
+                                batch.stats.pos_below,
+                                batch.stats.neg_value,
+                                batch.stats.pos_value,
+                                d_neg,
+                                d_pos};
+    BackwardPass<T> pass(batch, rows, batch.square || from.need_emb, need_ref);
+    pass.run();
 
-    const auto options = stats.options();
-    Tensor grad_rows = at::zeros({rows_wanted ? n : 0, dim}, options);
-    Tensor grad_cols = at::zeros({cols_wanted ? batch.m : 0, dim}, options);
-    const uint8_t* any = kept.const_data_ptr<uint8_t>();
-    batch.for_each_tile(
-        [&](const TileAt& at) { return any[at.index] != 0; },
-        [&](const TileAt& at) {
-            Tile<T> tile = batch.tile(at, true);
-            tile.both_sides = square;  // W + W^T, for the diagonal tiles too
-            const bool to_cols = square ? at.row_block != at.col_block : cols_wanted;
-            Scratch<T>& scratch = Scratch<T>::mine();
-            const int64_t count = kernels.weights(tile, params, rows, scratch.weights);
-            const int64_t pairs = int64_t(tile.rows) * tile.cols;
-            T* x = batch.rows.row(tile.row0);
-            T* y = batch.cols.row(tile.col0);
-            T* out_x = rows_wanted ? grad_rows.data_ptr<T>() + tile.row0 * dim : nullptr;
-            T* out_y = (square ? grad_rows : grad_cols).template data_ptr<T>() + tile.col0 * dim;
-            if (count < kSparseShare * pairs) {
-                kernels.compress(scratch.weights, tile.rows, tile.cols, scratch.by_row, scratch.by_col);
-                if (rows_wanted) kernels.add_product(scratch.by_row, tile.rows, y, stride, dim, out_x, dim);
-                if (to_cols) kernels.add_product(scratch.by_col, tile.cols, x, stride, dim, out_y, dim);
-                return;
-            }
-            const auto add = [&](T* out, int64_t lines, const Tensor& w, T* points, int64_t inner) {
-                Tensor sum = matrix(out, lines, dim, dim, 1);
-                at::cpu::addmm_out(sum, sum, w, matrix(points, inner, dim, stride, 1), 1, 1);
-            };
-            if (rows_wanted)
-                add(out_x, tile.rows, matrix(scratch.weights, tile.rows, tile.cols, tile.cols, 1), y,
-                    tile.cols);
-            if (to_cols)
-                add(out_y, tile.cols, matrix(scratch.weights, tile.cols, tile.rows, 1, tile.cols), x,
-                    tile.rows);
-        });
-    const auto finish = [&](const Tensor& gradient, const Points<T>& points, const int32_t* order,
+    const auto finish = [&](const Gradient<T>& gradient, const PackedPoints<T>& points, const int32_t* order,
                             const Tensor& like) {
-        return unpack_gradient<T>(gradient, points, order, like, normalize);
+        return unpack_gradient<T>(gradient.sum, points, order, like, problem.similarity.normalize);
     };
-    return {need_emb ? finish(grad_rows, batch.rows, batch.plan.row_order, embeddings) : none,
-            cols_wanted ? finish(grad_cols, batch.cols, batch.plan.col_order, *ref_emb) : none};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
-    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
-    c10::string_view reduction, bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    const PairLoss which = parse_loss(loss, params);
-    const Reduction how = parse_reduction(reduction);
-    const auto run = embeddings.scalar_type() == at::kDouble ? forward<double> : forward<float>;
-    return run(embeddings, labels, first_rows(ref_emb, ref_count), first_rows(ref_labels, ref_count),
-               self_ref, (ref_emb ? *ref_emb : embeddings).size(0), which, params.data(), epsilon, normalize,
-               how, save_for_backward);
-}
-
-std::tuple<Tensor, Tensor> pair_loss_backward(
-    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
-    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    const PairLoss which = parse_loss(loss, params);
-    const Reduction how = parse_reduction(reduction);
-    const auto run = embeddings.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    const OptionalTensor refs = first_rows(ref_emb, ref_count);
-    auto [grad_emb, grad_ref] =
-        run(grad_loss, embeddings, refs, self_ref, (ref_emb ? *ref_emb : embeddings).size(0), stats, plan,
-            tiles, kept, which, params.data(), normalize, how, need_emb, need_ref);
-    if (ref_count && need_ref) {  // the others took no part
-        Tensor all = at::zeros(ref_emb->sizes(), ref_emb->options());
-        all.narrow(0, 0, refs->size(0)).copy_(grad_ref);
+    Tensor grad_emb =
+        from.need_emb ? finish(pass.grad_rows, batch.rows, batch.plan.row_order, call.embeddings) : none;
+    Tensor grad_ref =
+        need_ref ? finish(pass.grad_cols, batch.cols, batch.plan.col_order, *refs.points) : none;
+    if (need_ref && call.ref_count) {  // the others took no part
+        Tensor all = at::zeros(call.ref_emb->sizes(), call.ref_emb->options());
+        all.narrow(0, 0, grad_ref.size(0)).copy_(grad_ref);
         grad_ref = all;
     }
     return {grad_emb, grad_ref};
 }
 
+// float64 is computed in itself, everything else in float32.
+ForwardResult pair_loss(const Call& call) {
+    check_inputs(call);
+    return call.embeddings.scalar_type() == at::kDouble ? forward<double>(call) : forward<float>(call);
+}
+
+BackwardResult pair_loss_backward(const Call& call, const Backward& from) {
+    check_inputs(call);
+    return call.embeddings.scalar_type() == at::kDouble ? backward<double>(call, from)
+                                                        : backward<float>(call, from);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("pair_loss", &pair_loss);
-    m.impl("pair_loss_backward", &pair_loss_backward);
+    m.impl("pair_loss", &pair_loss_op<pair_loss>);
+    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
 }
 
 }  // namespace dml::cpu

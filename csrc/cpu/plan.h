@@ -7,6 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include "tasks.h"
+
 namespace dml::cpu {
 
 // plan, int32: [row_order N | pos_begin N | pos_end N | col_order M], the last only when rectangular.
@@ -25,10 +27,23 @@ struct Plan {
     static int64_t numel(int64_t n, int64_t m, bool square) { return square ? 3 * n : 3 * n + m; }
 };
 
+// Stable: pieces are sorted on all threads, then merged two by two.
 inline void sort_by_label(const int64_t* labels, int64_t n, int32_t* order) {
+    constexpr int64_t kPiece = 4096;
     std::iota(order, order + n, 0);
     if (std::is_sorted(labels, labels + n)) return;
-    std::stable_sort(order, order + n, [&](int32_t a, int32_t b) { return labels[a] < labels[b]; });
+    const auto before = [labels](int32_t a, int32_t b) { return labels[a] < labels[b]; };
+    for_pieces(n, kPiece, n * 16,
+               [&](int64_t from, int64_t to) { std::stable_sort(order + from, order + to, before); });
+    std::vector<int32_t> other(n > kPiece ? n : 0);
+    int32_t *source = order, *target = other.data();
+    for (int64_t width = kPiece; width < n; width *= 2, std::swap(source, target)) {
+        for_pieces(n, 2 * width, n * 4, [&](int64_t from, int64_t to) {
+            const int64_t middle = std::min(from + width, to);
+            std::merge(source + from, source + middle, source + middle, source + to, target + from, before);
+        });
+    }
+    if (source != order) std::copy(source, source + n, order);
 }
 
 inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_labels, int64_t m, bool square,
@@ -39,15 +54,20 @@ inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_label
     int32_t* col_order = square ? row_order : plan + 3 * n;
     sort_by_label(labels, n, row_order);
     if (!square) sort_by_label(ref_labels, m, col_order);
-    int64_t begin = 0, end = 0;
-    for (int64_t i = 0; i < n; ++i) {  // both sides are sorted: the run only ever moves forward
-        const int64_t label = labels[row_order[i]];
-        while (begin < m && ref_labels[col_order[begin]] < label) ++begin;
-        if (end < begin) end = begin;
-        while (end < m && ref_labels[col_order[end]] == label) ++end;
-        pos_begin[i] = static_cast<int32_t>(begin);
-        pos_end[i] = static_cast<int32_t>(end);
-    }
+    for_pieces(n, 4096, n * 4 + m, [&](int64_t from, int64_t to) {
+        const auto below = [&](int32_t column, int64_t label) { return ref_labels[column] < label; };
+        int64_t begin =
+            std::lower_bound(col_order, col_order + m, labels[row_order[from]], below) - col_order;
+        int64_t end = begin;
+        for (int64_t i = from; i < to; ++i) {  // both sides are sorted: the run only ever moves forward
+            const int64_t label = labels[row_order[i]];
+            while (begin < m && ref_labels[col_order[begin]] < label) ++begin;
+            end = std::max(begin, end);
+            while (end < m && ref_labels[col_order[end]] == label) ++end;
+            pos_begin[i] = static_cast<int32_t>(begin);
+            pos_end[i] = static_cast<int32_t>(end);
+        }
+    });
 }
 
 // For every sorted row the sorted column that is its own point, or -1. self_ref gives it for the rows and
@@ -59,11 +79,15 @@ inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, 
         return own;
     }
     std::vector<int32_t> rank(m);
-    for (int64_t j = 0; j < m; ++j) rank[plan.col_order[j]] = static_cast<int32_t>(j);
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t self = self_ref[plan.row_order[i]];
-        own[i] = self >= 0 && self < m ? rank[self] : -1;
-    }
+    for_pieces(m, 16384, m, [&](int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; ++j) rank[plan.col_order[j]] = static_cast<int32_t>(j);
+    });
+    for_pieces(n, 16384, n, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t self = self_ref[plan.row_order[i]];
+            own[i] = self >= 0 && self < m ? rank[self] : -1;
+        }
+    });
     return own;
 }
 

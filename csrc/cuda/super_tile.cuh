@@ -39,17 +39,15 @@ struct TileTraits {
     static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
     static constexpr int kPitch = kDepth + kFragmentPad<Math>;
     static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
-    // One element more than the tile: down a row and down a column alike, neighbours are in other banks.
-    static constexpr int kSimPitch = kTile + 1;
+    // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
+    static constexpr int kSimPitch = kTile + kPad<Acc>;
     static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
     // Shared memory. The similarities take the place of the slices they were computed from.
     static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
     static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
     static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
     static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
-    static constexpr int kScratch = kFlags + kWarpSize * int(sizeof(int));
-    // Up to four numbers for each thread, to merge what the threads of one line found.
-    static constexpr int kSharedBytes = kScratch + 4 * kThreads * int(sizeof(Acc));
+    static constexpr int kEnd = kFlags + kWarpSize * int(sizeof(int));  // where users' own arrays begin
 };
 
 // A super-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
@@ -58,6 +56,8 @@ struct SuperTile {
     Rows<T, Acc> rows, cols;
     bool square;  // rows and columns are the same points
     const int64_t* self_ref;
+    bool mine_self;  // whether mining sees the pair of a row and itself
+    Similarity similarity;
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
     int64_t all_row_tiles, all_col_tiles, used_col_tiles;
@@ -75,9 +75,6 @@ struct SuperTile {
         return some;
     }
     DML_INLINE bool has(int64_t ti, int64_t tj) const { return square ? ti <= tj : tj < used_col_tiles; }
-    DML_INLINE bool is_pair(int64_t i, int64_t j) const {
-        return i < rows.points.rows && j < cols.points.rows && (!square || i < j);
-    }
     DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
 };
 
@@ -141,7 +138,7 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         const int64_t i = is_row ? row0 + t : col0 + t - kTile;
         const bool inside = i < (is_row ? rows.rows : cols.rows);
         labels[t] = inside ? (is_row ? super.rows.labels : super.cols.labels)[i] : 0;
-        norms[t] = inside ? (is_row ? super.rows.inverse_norms : super.cols.inverse_norms)[i] : Acc(0);
+        norms[t] = inside ? (is_row ? super.rows.norms : super.cols.norms)[i] : Acc(0);
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
     Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
@@ -158,7 +155,7 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
 
     bool careful = false;
     product.each([&](int r, int c, Acc dot) {
-        const Acc s = quick_similarity(dot, norms[r], norms[kTile + c]);
+        const Acc s = quick_similarity(super.similarity, dot, norms[r], norms[kTile + c]);
         careful = careful || s != s;
         sim[r * kSimPitch + c] = s;
     });
@@ -171,7 +168,10 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
             const int r = e / kTile, c = e % kTile;
             Acc& s = sim[r * kSimPitch + c];
-            if (s != s) s = careful_similarity(rows, row0 + r, norms[r], cols, col0 + c, norms[kTile + c]);
+            if (s != s) {
+                s = careful_similarity(super.similarity, rows, row0 + r, norms[r], cols, col0 + c,
+                                       norms[kTile + c]);
+            }
         }
         block_sync();
     }
@@ -181,50 +181,6 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         }
     }
     return tile;
-}
-
-// Raises the similarity of a row to itself over every bound, where that is a positive pair: it is not kept
-// then, and nobody else has to ask which pair it is.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE void leave_out_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile) {
-    constexpr int kTile = TileTraits<Math>::kTile;
-    if (!super.self_ref) return;
-    block_sync();  // the cache has been filled with what the similarity was
-    const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < super.rows.points.rows) {
-        const int64_t self = super.self_ref[tile.row0 + r];
-        if (self >= tile.col0 && self < tile.col0 + kTile) {
-            const int c = int(self - tile.col0);
-            if (tile.row_labels[r] == tile.col_labels[c])
-                tile.sim[r * TileTraits<Math>::kSimPitch + c] = infinity<Acc>();
-        }
-    }
-    block_sync();
-}
-
-// The pairs of one line of a tile (a row or, transposed, a column) that fall to this thread: threads
-// [0, kTile) take the first part of each line, the next kTile the next. Calls f(positive, s).
-template <bool Rows, typename Math, typename T, typename Acc, typename F>
-DML_DEVICE void for_line(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, const F& f) {
-    using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kLength = kTile * kTile / Traits::kThreads;
-    const int line = int(threadIdx.x) % kTile;
-    // Where the pairs of this line begin and end: within the matrix and, where square, right of the diagonal.
-    const auto clip = [](int64_t k, int least, int most) {
-        return int(k < least ? least : k > most ? most : k);
-    };
-    const int first = int(threadIdx.x) / kTile * kLength;
-    const int64_t self = Rows ? tile.row0 + line - tile.col0 : tile.col0 + line - tile.row0;
-    const int64_t rows = super.rows.points.rows - tile.row0, cols = super.cols.points.rows - tile.col0;
-    const int64_t begin = Rows && super.square ? self + 1 : 0;
-    int64_t end = Rows ? cols : super.square && self < rows ? self : rows;
-    if (line >= (Rows ? rows : cols)) end = 0;
-    const int from = clip(begin, first, first + kLength), to = clip(end, first, first + kLength);
-
-    const int64_t label = Rows ? tile.row_labels[line] : tile.col_labels[line];
-    const int64_t* labels = Rows ? tile.col_labels : tile.row_labels;
-    const Acc* sim = tile.sim + (Rows ? line * Traits::kSimPitch : line);
-    for (int k = from; k < to; ++k) f(labels[k] == label, sim[k * (Rows ? 1 : Traits::kSimPitch)]);
 }
 
 }  // namespace dml::cuda

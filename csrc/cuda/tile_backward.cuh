@@ -1,40 +1,20 @@
-// Large batches, backward. For each super-tile one launch turns similarities into weights, in a bounded
-// workspace, and one multiplies them by the points, with one owner for each block of the gradient. A last
-// launch takes out what the normalisation does. Tiles in which nothing was kept are skipped whole.
-//
-// The workspace holds W'_ij = dL/ds_ij / (|q_i| |r_j|), both factors at once, because a tile serves its rows
-// (W' R) and its columns (W'^T Q). What is accumulated for row i is then G_i / |q_i|.
+// Large batches, backward. For each super-tile one launch turns similarities into weights (pair_weights.cuh),
+// and one multiplies them by the points, with one owner for each block of the gradient: what is accumulated
+// for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in which nothing was
+// kept are skipped whole.
 #pragma once
 
-#include "super_tile.cuh"
+#include "pair_weights.cuh"
 
 namespace dml::cuda {
 
-// The type of the weights in the workspace: what the product would round them to anyway.
-template <typename GradMath>
-struct WeightOf {
-    using Type = typename GradMath::Acc;
-};
-template <typename T>
-struct WeightOf<HalfMath<T>> {
-    using Type = T;
-};
-template <typename T>
-struct WeightOf<Tf32Math<T, false>> {
-    using Type = RoundedToTf32;
-};
-template <>
-struct WeightOf<Bf16Math> {
-    using Type = __nv_bfloat16;
-};
-
-inline constexpr int kMaxSuperTile = 64;
+inline constexpr int kMaxSuperTile = 64;            // tiles along an edge, as a square
+inline constexpr int kMaxLine = 2 * kMaxSuperTile;  // along the longer edge
 
 // The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are read.
 template <typename GradMath>
 inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
 inline constexpr int kNarrowPanel = 64;
-inline constexpr int kEnoughBlocks = 128;  // for wide ones; fewer would leave multiprocessors without any
 
 template <typename GradMath, int Cols>
 struct GradTraits {
@@ -61,56 +41,9 @@ struct GradTraits {
     static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));
     static constexpr int kStageBytes = kWeightBytes + kDepth * kPointPitch * int(sizeof(T));
     static constexpr int kList = kStages * kStageBytes;  // which tiles to visit
-    static constexpr int kSharedBytes = kList + (kMaxSuperTile + 1) * int(sizeof(int));
+    static constexpr int kSharedBytes = kList + (kMaxLine + 1) * int(sizeof(int));
     static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
 };
-
-// weights: [row_tiles, col_tiles, kTile, kTile] of the super-tile. upstream: [1], or [rows] with per_row.
-template <typename Math, typename Loss, typename Weight, typename T = typename Math::Value,
-          typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    pair_weights(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
-                 const Acc* upstream, bool per_row, const uint8_t* kept, Weight* weights) {
-    using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile;
-    const auto super = all.template in_use<kTile>();
-    const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
-    if (!super.has(ti, tj) || (kept && !kept[super.tile_index(ti, tj)])) return;
-    const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
-    leave_out_self<Math>(super, tile);
-    const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Weight* out = weights + (int64_t(blockIdx.y) * super.col_tiles + blockIdx.x) * kTile * kTile;
-
-    // The rows' statistics go through shared memory; those of its one column a thread holds in registers.
-    Acc* scratch = shared_array<Acc>(Traits::kScratch, 4 * Traits::kThreads);
-    RowWeight<Acc>* of_rows = reinterpret_cast<RowWeight<Acc>*>(scratch);
-    static_assert(kTile * sizeof(RowWeight<Acc>) <= 4 * Traits::kThreads * sizeof(Acc), "they fit");
-    const auto load_weight = [&](int64_t i) {
-        RowWeight<Acc> weight = RowWeight<Acc>::load(stats, i);
-        if (per_row) weight.scale(upstream[i]);
-        return weight;
-    };
-    if (int(threadIdx.x) < kTile && tile.row0 + int(threadIdx.x) < super.rows.points.rows) {
-        of_rows[threadIdx.x] = load_weight(tile.row0 + int(threadIdx.x));
-    }
-    block_sync();
-    const int c = int(threadIdx.x) % kTile;
-    const int64_t j = tile.col0 + c;
-    const bool both = super.square && j < super.cols.points.rows;
-    const RowWeight<Acc> of_col = both ? load_weight(j) : RowWeight<Acc>{};
-    for (int r = int(threadIdx.x) / kTile; r < kTile; r += Traits::kThreads / kTile) {
-        Acc w = 0;
-        if (super.is_pair(tile.row0 + r, j)) {
-            const Acc s = tile.sim[r * Traits::kSimPitch + c];
-            const bool positive = tile.row_labels[r] == tile.col_labels[c];
-            w = of_rows[r].of(loss, positive, s);
-            if (both) w += of_col.of(loss, positive, s);
-            if (w != Acc(0))
-                w *= (positive ? loss.slope_pos(s) : loss.slope_neg(s)) * (norms[r] * norms[kTile + c]);
-        }
-        out[r * kTile + c] = Weight(w);
-    }
-}
 
 // One side's gradient under way: its rows from row0 on, contiguous.
 template <typename Acc>
@@ -156,11 +89,11 @@ DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super
     constexpr int kSlices = kTile / kDepth;  // of one tile
     static_assert(kSlices % Traits::kStages == 0, "whole rounds");
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
-    int* list = shared_array<int>(Traits::kList, kMaxSuperTile + 1);
+    int* list = shared_array<int>(Traits::kList, kMaxLine + 1);
     list_slots(list, Transposed ? super.row_tiles : super.col_tiles, [&](int slot) {
         const int64_t ti = super.row_tile + (Transposed ? slot : own);
         const int64_t tj = super.col_tile + (Transposed ? own : slot);
-        return super.has(ti, tj) && (!kept || kept[super.tile_index(ti, tj)]);
+        return super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient));
     });
 
     const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
@@ -247,30 +180,33 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
 
 inline constexpr int kFinishThreads = 256;
 
-// One warp a row in [begin, end): from the accumulated G_i / |q_i|, sum [end - begin, dim], to the gradient
-// of q_i, grad [rows, dim]. They may be the same. A row that took no part has a gradient of 0.
+// One warp a row in [begin, end): from the accumulated sum [end - begin, dim] to the gradient of q_i,
+// grad [rows, dim]. They may be the same. weight_sums: of each row's weights, for distances of rows as they
+// come. A row that took no part has a gradient of 0.
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, bool normalize, const Acc* scale,
-                    const Acc* upstream, const Acc* sum, T* grad) {
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
+                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, T* grad) {
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;
     const T* q = points.data + i * points.stride;
     const Acc* g = sum + (i - begin) * points.cols;
-    const Acc inverse = rows.inverse_norms[i];
-    Acc radial = 0;  // x_i . G_i
-    if (normalize) {
-        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize)
-            radial = std::fma(Acc(q[d]), g[d], radial);
-        radial = warp_sum(radial);
-    }
     const bool took_part = i < rows.in_use().points.rows;
-    const Acc factor = took_part ? scale[0] * (upstream ? upstream[0] : Acc(1)) : Acc(0);
+    const Acc factor = took_part ? gradient_factor(stats, upstream) : Acc(0);
+    const Acc norm = rows.norms[i];
+    Acc along = 0, scale = factor;  // how much of q_i there is too much
+    if (similarity.normalize) {
+        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) along = std::fma(Acc(q[d]), g[d], along);
+        along = warp_sum(along) * norm;  // x_i . G_i
+        scale = factor / stats.header[kRange];
+    } else if (similarity.euclidean && took_part) {
+        along = weight_sums[i];
+    }
+    const Acc unit = similarity.normalize ? norm : Acc(1);
     for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) {
-        const Acc value = g[d] - (radial * inverse) * (Acc(q[d]) * inverse);
-        // A scale of 0 also hides a point that is not finite where nothing asks for its gradient.
-        grad[i * points.cols + d] = factor == Acc(0) ? T(0.0f) : T(factor * value);
+        const Acc value = g[d] - along * (Acc(q[d]) * unit);
+        grad[i * points.cols + d] = factor == Acc(0) ? T(0.0f) : T(scale * value);
     }
 }
 

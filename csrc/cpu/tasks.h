@@ -1,0 +1,39 @@
+// Independent tasks on the threads that there are.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace dml::cpu {
+
+// Work, in elementary steps, that is worth waking another thread for: some ten microseconds.
+inline constexpr int64_t kTaskWork = int64_t(1) << 15;
+
+// Calls run(k) for k in [0, count), in any order on any thread. `work`: steps of all tasks together; the
+// number of threads follows from it. Whoever is free takes the next task, so uneven tasks share well; what
+// a task computes must depend on k alone.
+template <typename Run>
+void for_tasks(int64_t count, int64_t work, const Run& run) {
+    const int64_t useful = std::min(count, work / kTaskWork);
+    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(useful, at::get_num_threads());
+    if (threads <= 1) {
+        for (int64_t k = 0; k < count; ++k) run(k);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t k = next++; k < count; k = next++) run(k);
+    });
+}
+
+// Calls run(from, to) for pieces of [0, size) that do not depend on the number of threads.
+template <typename Run>
+void for_pieces(int64_t size, int64_t piece, int64_t work, const Run& run) {
+    for_tasks((size + piece - 1) / piece, work,
+              [&](int64_t k) { run(k * piece, std::min(size, (k + 1) * piece)); });
+}
+
+}  // namespace dml::cpu

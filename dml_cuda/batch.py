@@ -1,0 +1,94 @@
+"""A batch: its rows and columns, and which of their pairs count."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _autocast
+from ._arguments import check_batch, check_points
+from .pairs import MinedPairs, listed_pairs
+
+
+class Batch(NamedTuple):
+    """Rows and columns, and which of their pairs count: by label, or as listed."""
+
+    embeddings: Tensor  # [N, D]
+    ref_emb: Tensor | None  # [M, D]
+    labels: Tensor | None = None  # [N]
+    ref_labels: Tensor | None = None  # [M]
+    epsilon: float | None = None
+    self_ref: Tensor | None = None  # as reference.pair_loss has them
+    ref_count: Tensor | None = None
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+
+def _same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Under autocast points of a layer meet points in full precision: both then take the wider type."""
+    if not isinstance(ref_emb, Tensor) or not isinstance(embeddings, Tensor):
+        return embeddings, ref_emb
+    if embeddings.dtype == ref_emb.dtype or not _autocast.is_on(embeddings.device):
+        return embeddings, ref_emb
+    if not (embeddings.is_floating_point() and ref_emb.is_floating_point()):
+        return embeddings, ref_emb
+    wider = torch.promote_types(embeddings.dtype, ref_emb.dtype)
+    return embeddings.to(wider), ref_emb.to(wider)
+
+
+def _check_mined(
+    mined: MinedPairs, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, check_pairs: bool
+) -> None:
+    """Pairs of another batch can be told by its size, and by its labels if those may be looked at."""
+    for name, mined_from, points in (
+        ("embeddings", mined.embeddings, embeddings),
+        ("ref_emb", mined.ref_emb, ref_emb),
+    ):
+        was = None if mined_from is None else mined_from.shape[0]
+        now = None if points is None else points.shape[0]
+        if was != now:
+            raise ValueError(
+                f"indices_tuple: expected pairs mined from this batch, got pairs mined with {was} rows of "
+                f"{name} where there are {now}"
+            )
+    if check_pairs and labels is not None and not torch.equal(labels.to(mined.labels), mined.labels):
+        raise ValueError("indices_tuple: expected pairs mined from this batch, got pairs of other labels")
+
+
+def make_batch(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: object,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    *,
+    epsilon: float | None,
+    similarity: str,
+    check_pairs: bool,
+) -> Batch:
+    """Which pairs of a batch count; raises TypeError or ValueError for one that cannot be."""
+    given = embeddings, ref_emb
+    if ref_emb is not None:
+        embeddings, ref_emb = _same_dtype(embeddings, ref_emb)
+    if indices_tuple is None:
+        if labels is None:
+            raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
+        labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+        return Batch(embeddings, ref_emb, labels, ref_labels, epsilon)
+    check_points(embeddings, ref_emb)
+    mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
+    if epsilon is not None and (mined is None or mined.epsilon not in (None, epsilon)):
+        raise ValueError(
+            f"epsilon: expected None where the pairs are given by indices_tuple, got {epsilon}: it mines "
+            "inside the loss"
+        )
+    if mined is not None:
+        _check_mined(mined, embeddings, labels, ref_emb, check_pairs)
+        rule = epsilon if mined.epsilon is None else mined.epsilon
+        if mined.is_of(*given) and (rule is None or mined.similarity == similarity):
+            mined.check_unchanged()
+            return Batch(
+                embeddings, ref_emb, mined.labels, mined.ref_labels, rule, mined.self_ref, mined.ref_count
+            )
+    look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
+    indices = listed_pairs(indices_tuple, embeddings, ref_emb, check_range=mined is None and look)
+    return Batch(embeddings, ref_emb, indices=indices)

@@ -1,0 +1,117 @@
+"""What a law is: a loss as a function of the similarities of each row's kept pairs.
+
+The files of ``dml_cuda.losses`` each state one, as ``csrc/laws`` does for the kernels. A law sees its pairs
+only through :class:`Pairs`, so the same few lines serve a matrix with masks (``reference.py``), pairs given
+as lists (``listed.py``) and anything else that can sum over a row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """One sum over the rows, and what a mean divides it by."""
+
+    losses: Tensor  # [N]
+    units: Tensor  # [N] int64: a row's kept pairs
+    nonzero: Tensor  # [N] int64: how many of them have a loss other than 0
+
+
+class Pairs(ABC):
+    """The kept pairs of one kind, positives or negatives, of every row.
+
+    Attributes:
+        s: their similarities, in whatever shape they are stored; terms of pairs have the same.
+        count: ``[N]`` int64, how many each row has.
+    """
+
+    s: Tensor
+    count: Tensor
+
+    @abstractmethod
+    def spread(self, of_rows: Tensor) -> Tensor:
+        """A number of each row ``[N]``, beside each of its pairs."""
+
+    @abstractmethod
+    def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
+        """``[N]`` log(sum exp(logits)), -inf for a row without pairs; or log(1 + sum exp(logits))."""
+
+    @abstractmethod
+    def sum(self, terms: Tensor) -> Tensor:
+        """``[N]``"""
+
+    @abstractmethod
+    def number(self, which: Tensor) -> Tensor:
+        """``[N]`` int64, how many of a row's pairs are marked."""
+
+    def mean(self, terms: Tensor) -> Tensor:
+        """``[N]``, 0 for a row without pairs."""
+        return self.sum(terms) / self.count.clamp(min=1)
+
+    def each(self, losses: Tensor) -> Part:
+        """A part of the loss in which every pair is a unit of its own."""
+        return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
+
+
+class Law:
+    """A loss. Never instantiated: its parameters are arguments of :meth:`row`.
+
+    Attributes:
+        name: as csrc/laws.h has it.
+        parameters: the parameters in order, each with the check of its value: ``check(name, value)`` raises
+            TypeError or ValueError.
+        levels: those of them that are levels of the similarity, or margins of a distance: there ``row`` gets
+            them negated, as similarities are negated distances.
+        similarity, reduction: what the options of these names are by default.
+        repeats: whether a pair that is listed twice counts twice.
+    """
+
+    name: ClassVar[str]
+    parameters: ClassVar[Mapping[str, Callable[[str, object], None]]]
+    levels: ClassVar[tuple[str, ...]] = ()
+    similarity: ClassVar[str] = "cosine"
+    reduction: ClassVar[str] = "mean"
+    repeats: ClassVar[bool] = False
+
+    @classmethod
+    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+        """The parameters as :meth:`row` and the kernels take them."""
+        negated = cls.levels if similarity.startswith("euclidean") else ()
+        return [float(-values[name] if name in negated else values[name]) for name in cls.parameters]
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
+        """The rows' losses ``[N]``, or parts whose units are pairs.
+
+        Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.
+        """
+        raise NotImplementedError
+
+
+def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
+    """log(1 + exp(x)), last digits included; 0 without a gradient where that is not wanted."""
+    if where is None:
+        return torch.logaddexp(x, torch.zeros_like(x))
+    return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
+
+
+def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+    """One number, or one for each row, from what :meth:`Law.row` gives; ``valid`` ``[N]`` marks the rows with
+    a kept pair."""
+    if reduction == "none":
+        return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
+    if reduction == "sum":
+        return reduce(losses, valid, "none").sum()
+    if not isinstance(losses, Tensor):
+        units = ((part.nonzero if reduction == "mean_nonzero" else part.units) for part in losses)
+        return sum(
+            part.losses.sum() / unit.sum().clamp(min=1) for part, unit in zip(losses, units, strict=True)
+        )
+    if reduction == "mean":
+        return losses.sum() / max(len(losses), 1)
+    rows = losses != 0 if reduction == "mean_nonzero" else valid
+    return losses.sum() / rows.sum().clamp(min=1)

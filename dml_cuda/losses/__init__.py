@@ -1,0 +1,25 @@
+"""The losses, one a file: its law, its function and its module."""
+
+from .binomial_deviance import BinomialDevianceLoss, binomial_deviance_loss
+from .circle import CircleLoss, circle_loss
+from .classifier import CircleClassifierLoss
+from .contrastive import ContrastiveLoss, contrastive_loss
+from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
+from .nt_xent import NTXentLoss, nt_xent_loss
+from .sup_con import SupConLoss, sup_con_loss
+
+__all__ = [
+    "BinomialDevianceLoss",
+    "CircleClassifierLoss",
+    "CircleLoss",
+    "ContrastiveLoss",
+    "MultiSimilarityLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "binomial_deviance_loss",
+    "circle_loss",
+    "contrastive_loss",
+    "multi_similarity_loss",
+    "nt_xent_loss",
+    "sup_con_loss",
+]

@@ -1,0 +1,204 @@
+"""What the losses share: how a law with its options is applied to a batch, as a function and as a module."""
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C, _autocast, listed, ops, reference, scheduled
+from ..batch import Batch, make_batch
+from ..law import Law
+from ..options import NAMES, Options, PairOptions, check_options
+
+_warned: set[str] = set()
+
+
+class Call(NamedTuple):
+    """A law, its parameters and its options, checked: what remains is the batch."""
+
+    law: type[Law]
+    params: list[float]  # as law.row and the kernels take them
+    options: Options
+    similarity: str  # as the ops name it
+    scheduled: bool = False  # whether parameters may change from call to call
+
+
+def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
+    """Raises TypeError or ValueError for a parameter or an option that cannot be."""
+    for name, check in law.parameters.items():
+        check(name, values[name])
+    checked = check_options(options, similarity=law.similarity, reduction=law.reduction)
+    return Call(law, law.params(values, checked.measure), checked, checked.measure)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
+
+
+def _use_kernel(device: torch.device, backend: str) -> bool:
+    if backend == "reference":
+        return False
+    if _has_kernel(device):
+        return True
+    if backend == "fused":
+        raise RuntimeError(
+            f'backend: expected a device with a kernel for "fused", got embeddings on {device}; '
+            "dml_cuda.build_info() tells what was built"
+        )
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=5)
+    return False
+
+
+def _long(labels: Tensor | None) -> Tensor | None:
+    return labels if labels is None or labels.dtype == torch.int64 else labels.long()
+
+
+def _fused(call: Call, batch: Batch) -> Tensor:
+    embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, indices = batch
+    reduction = call.options.reduction
+    if indices is not None:
+        pairs = embeddings, ref_emb, indices
+        return listed.pair_loss(call.law, call.params, *pairs, call.similarity, reduction)
+    needs_grad = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
+    tensors = embeddings, _long(labels), ref_emb, _long(ref_labels), self_ref, ref_count
+    how = call.similarity, reduction, True, True, needs_grad and torch.is_grad_enabled()
+    # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
+    if torch.compiler.is_compiling() and (call.scheduled or embeddings.device.type == "cpu"):
+        return scheduled.pair_loss(*tensors, call.law.name, call.params, epsilon, *how)
+    return ops.call("pair_loss", *tensors, call.law.name, call.params, epsilon, *how)[0]
+
+
+def _reference(call: Call, batch: Batch) -> Tensor:
+    """As the kernels do, in float32 at least from the embeddings as they come."""
+    rows = batch._asdict()
+    for name in ("embeddings", "ref_emb"):
+        points = rows[name]
+        rows[name] = points if points is None or points.dtype == torch.float64 else points.float()
+    how = {"similarity": call.similarity, "reduction": call.options.reduction}
+    with _autocast.off(batch.embeddings.device):  # which would round the similarities
+        return reference.pair_loss(call.law, call.params, **rows, **how)
+
+
+def apply(
+    call: Call,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: object,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> Tensor:
+    """The loss of a batch."""
+    options = call.options
+    batch = make_batch(
+        embeddings,
+        labels,
+        indices_tuple,
+        ref_emb,
+        ref_labels,
+        epsilon=options.epsilon,
+        similarity=call.similarity,
+        check_pairs=options.check_pairs,
+    )
+    device, dtype = embeddings.device, embeddings.dtype
+    value = (_fused if _use_kernel(device, options.backend) else _reference)(call, batch)
+    wanted = torch.float32 if _autocast.is_on(device) else dtype
+    return value if value.dtype == wanted else value.to(wanted)
+
+
+def pair_loss(
+    law: type[Law],
+    values: Mapping[str, Any],
+    options: PairOptions,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: object,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> Tensor:
+    """What the functions are: a law with its parameters by name, applied to a batch."""
+    call = make_call(law, values, options)._replace(scheduled=True)
+    return apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+class _Option:
+    """An option of a module: an attribute that is checked when it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: "PairLoss | None", owner: type | None = None) -> Any:
+        return self if module is None else module.get_option(self.name)
+
+    def __set__(self, module: "PairLoss", value: object) -> None:
+        module.set_option(self.name, value)
+
+
+def option() -> Any:
+    """An attribute of :class:`PairLoss` that is one of its options."""
+    return _Option()
+
+
+class PairLoss(nn.Module):
+    """What the pair losses share.
+
+    Every parameter and option is an attribute, readable and settable, checked when it is set as when the
+    module was made. ``call`` is what applies them, prepared then, once.
+    """
+
+    law: ClassVar[type[Law]]
+
+    epsilon: float | None = option()
+    similarity: str = option()
+    normalize_embeddings: bool | None = option()
+    reduction: str = option()
+    backend: str = option()
+    check_pairs: bool = option()
+
+    def __init__(self, options: PairOptions, **values: Any) -> None:
+        super().__init__()
+        self._values = values
+        self.call = make_call(self.law, values, options)
+
+    def get_option(self, name: str) -> Any:
+        return getattr(self.call.options, name) if name in NAMES else self._values[name]
+
+    def set_option(self, name: str, value: object) -> None:
+        values, options = self._values, self.call.options._asdict()
+        if name in NAMES:
+            options = {**options, name: value}
+        else:
+            values = {**values, name: value}
+        # Who sets an option may do so again at every step: no graph should be compiled for each value.
+        self.call = make_call(self.law, values, options)._replace(scheduled=True)
+        self._values = values
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: object = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: ``[N, D]``.
+            labels: ``[N]`` integers; not needed with ``indices_tuple``.
+            indices_tuple: the pairs or triplets that count, as a miner returns them.
+            ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
+            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
+                ``indices_tuple``.
+        """
+        return apply(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        options = self._values | self.call.options._asdict()
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -1,0 +1,84 @@
+"""Contrastive loss."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import check_number
+from ..law import Law, Pairs, Part
+from ..options import PairOptions
+from .base import PairLoss, option, pair_loss
+
+
+class Contrastive(Law):
+    """Hadsell et al., CVPR 2006, with hinges as they are (not squared) and a margin for positives."""
+
+    name = "contrastive"
+    parameters: ClassVar = {"pos_margin": check_number, "neg_margin": check_number}
+    levels = ("pos_margin", "neg_margin")
+    similarity, reduction = "euclidean", "mean_nonzero"
+    repeats = True
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, pos_level: float, neg_level: float) -> tuple[Part, ...]:
+        return pos.each(torch.relu(-(pos.s - pos_level))), neg.each(torch.relu(neg.s - neg_level))
+
+
+def contrastive_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    pos_margin: float = 0.0,
+    neg_margin: float = 1.0,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices_tuple: object = None,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Contrastive loss: hinges on the distances :math:`d` of positives and of negatives.
+
+    .. math::
+        L = \operatorname{mean}_P [d_{ij} - m_p]_+ + \operatorname{mean}_N [m_n - d_{ij}]_+
+
+    over all kept positive and negative pairs of the batch. With cosine or dot product, where more is nearer,
+    the hinges are :math:`[m_p - s_{ij}]_+` and :math:`[s_{ij} - m_n]_+`: pass margins for those, 1 and 0 say.
+    Hadsell et al., *Dimensionality Reduction by Learning an Invariant Mapping*, CVPR 2006 (there squared,
+    without ``pos_margin``).
+
+    The unit is the pair, and positives and negatives have a mean each: ``reduction="mean_nonzero"`` is the
+    mean over positive pairs whose hinge is not 0 plus the mean over such negative pairs, ``"mean"`` and
+    ``"mean_valid"`` count all kept pairs, ``"none"`` gives each row's sum over its pairs.
+
+    Args:
+        pos_margin: a positive pair has a loss beyond this distance, or below this similarity.
+        neg_margin: a negative pair has a loss within this distance, or above this similarity.
+        indices_tuple: as in :func:`multi_similarity_loss`, but a pair listed twice counts twice.
+        embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
+        options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``,
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+
+    Returns, Raises:
+        As :func:`multi_similarity_loss`.
+    """
+    values = {"pos_margin": pos_margin, "neg_margin": neg_margin}
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    return pair_loss(Contrastive, values, options, *batch)
+
+
+class ContrastiveLoss(PairLoss):
+    """Contrastive loss; see :func:`dml_cuda.functional.contrastive_loss`.
+
+    >>> loss_fn = ContrastiveLoss(neg_margin=0.5)
+    >>> loss = loss_fn(embeddings, labels)
+    """
+
+    law = Contrastive
+    pos_margin: float = option()
+    neg_margin: float = option()
+
+    def __init__(
+        self, pos_margin: float = 0.0, neg_margin: float = 1.0, **options: Unpack[PairOptions]
+    ) -> None:
+        super().__init__(options, pos_margin=pos_margin, neg_margin=neg_margin)

@@ -1,0 +1,100 @@
+"""Multi-similarity loss."""
+
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import check_above_zero, check_number
+from ..law import Law, Pairs
+from ..options import PairOptions
+from .base import PairLoss, option, pair_loss
+
+
+class MultiSimilarity(Law):
+    """Wang et al., CVPR 2019, equation 15."""
+
+    name = "multi_similarity"
+    parameters: ClassVar = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
+    levels = ("base",)
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, alpha: float, beta: float, base: float) -> Tensor:
+        pull = pos.lse(-alpha * (pos.s - base), plus_one=True)
+        push = neg.lse(beta * (neg.s - base), plus_one=True)
+        return pull / alpha + push / beta
+
+
+def multi_similarity_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices_tuple: object = None,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Multi-similarity loss, with its hard-pair mining when ``epsilon`` is given.
+
+    For every row :math:`i`, over its kept positives :math:`P_i` and negatives :math:`N_i`:
+
+    .. math::
+        L_i = \frac{1}{\alpha} \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
+            + \frac{1}{\beta}  \log\Big(1 + \sum_{j \in N_i} e^{ \beta  (s_{ij} - \lambda)}\Big)
+
+    with :math:`\lambda` = ``base``. Wang et al., *Multi-Similarity Loss with General Pair Weighting
+    for Deep Metric Learning*, CVPR 2019.
+
+    Args:
+        embeddings: ``[N, D]`` float16, bfloat16, float32 or float64, any strides. They need not be
+            normalised.
+        labels: ``[N]``, any integer type. Rows with equal labels are positive pairs, all others
+            negative; a row is no pair with itself. Not needed with ``indices_tuple``.
+        alpha: weight of positives, above 0.
+        beta: weight of negatives, above 0.
+        base: the similarity (lambda in the paper) about which both are measured; with
+            ``similarity="euclidean"`` the distance.
+        ref_emb: ``[M, D]``, dtype and device of ``embeddings``: the columns to pair the rows with.
+            ``None`` pairs the rows among themselves.
+        ref_labels: ``[M]``, given exactly when ``ref_emb`` is.
+        indices_tuple: the pairs that count, instead of those that the labels make: what a miner of
+            dml_cuda or pytorch-metric-learning returns, ``(anchors, positives, anchors, negatives)`` or
+            triplets ``(anchors, positives, negatives)``, int64 or int32, anchors from ``embeddings`` and
+            the others from ``ref_emb`` where it is given. A pair listed twice counts once. What
+            :class:`dml_cuda.MultiSimilarityMiner` made of these very embeddings is never listed.
+        options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
+            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+
+    Returns:
+        A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (float32 under
+        autocast), differentiable once with respect to ``embeddings`` and ``ref_emb``. A batch without
+        pairs gives 0 with a zero gradient; NaN or infinite embeddings give NaN.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, shape or value, naming it.
+        RuntimeError: ``backend="fused"`` on a device without a kernel.
+    """
+    values = {"alpha": alpha, "beta": beta, "base": base}
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    return pair_loss(MultiSimilarity, values, options, *batch)
+
+
+class MultiSimilarityLoss(PairLoss):
+    """Multi-similarity loss; see :func:`dml_cuda.functional.multi_similarity_loss`.
+
+    >>> loss_fn = MultiSimilarityLoss(epsilon=0.1)
+    >>> loss = loss_fn(embeddings, labels)
+    """
+
+    law = MultiSimilarity
+    alpha: float = option()
+    beta: float = option()
+    base: float = option()
+
+    def __init__(
+        self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, **options: Unpack[PairOptions]
+    ) -> None:
+        super().__init__(options, alpha=alpha, beta=beta, base=base)

@@ -1,0 +1,77 @@
+"""Supervised contrastive loss."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import check_above_zero
+from ..law import Law, Pairs
+from ..options import PairOptions
+from .base import PairLoss, option, pair_loss
+
+
+class SupCon(Law):
+    """Khosla et al., NeurIPS 2020, equation 2."""
+
+    name = "sup_con"
+    parameters: ClassVar = {"temperature": check_above_zero}
+    reduction = "mean_nonzero"
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, temperature: float) -> Tensor:
+        z_pos, z_neg = pos.s / temperature, neg.s / temperature
+        some = pos.count > 0
+        of_pos = torch.where(some, pos.lse(z_pos), 0.0)
+        every = torch.logsumexp(torch.stack([of_pos, neg.lse(z_neg)]), 0)
+        return torch.where(some, every - pos.mean(z_pos), 0.0)
+
+
+def sup_con_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices_tuple: object = None,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Supervised contrastive loss.
+
+    For every row :math:`i` that has kept positives :math:`P_i` (other rows have loss 0), with its kept
+    negatives :math:`N_i`:
+
+    .. math::
+        L_i = -\frac{1}{|P_i|} \sum_{j \in P_i}
+              \log \frac{e^{s_{ij} / \tau}}{\sum_{k \in P_i \cup N_i} e^{s_{ik} / \tau}}
+
+    with :math:`\tau` = ``temperature``. Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020.
+
+    Args:
+        temperature: what similarities are divided by, above 0.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+
+    Returns, Raises:
+        As :func:`multi_similarity_loss`.
+    """
+    values = {"temperature": temperature}
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    return pair_loss(SupCon, values, options, *batch)
+
+
+class SupConLoss(PairLoss):
+    """Supervised contrastive loss; see :func:`dml_cuda.functional.sup_con_loss`.
+
+    >>> loss_fn = SupConLoss(temperature=0.07)
+    >>> loss = loss_fn(embeddings, labels)
+    """
+
+    law = SupCon
+    temperature: float = option()
+
+    def __init__(self, temperature: float = 0.1, **options: Unpack[PairOptions]) -> None:
+        super().__init__(options, temperature=temperature)

@@ -1,0 +1,134 @@
+"""The table of losses: what the tests that hold for every loss need to know of each."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pytest
+import torch
+
+import dml_cuda
+from dml_cuda import functional
+
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss by its name in the ops."""
+
+    name: str
+    module: type
+    other: dict  # every parameter, at another value than its default
+    smooth: dict = field(default_factory=dict)  # with which finite differences see the derivative
+    wrong: dict = field(default_factory=dict)  # as the cases of test_bad_input.py
+    pml: str | None = None  # its class in pytorch-metric-learning
+    cases: tuple[dict, ...] = ({},)  # parameters to compare with others at
+
+    @cached_property
+    def function(self):
+        return getattr(functional, f"{self.name}_loss")
+
+    @property
+    def defaults(self):
+        """The parameters by name, at their defaults."""
+        return {name: getattr(self.module(), name) for name in self.other}
+
+    def params(self, similarity="cosine", **changed):
+        """The parameters as the ops take them."""
+        return self.module.law.params({**self.defaults, **changed}, similarity)
+
+
+def _not_positive(*names):
+    cases = {}
+    for name in names:
+        cases |= {
+            f"{name} 0": ({name: 0}, ValueError, [name, "above 0", "0"]),
+            f"{name} negative": ({name: -2.0}, ValueError, [name, "above 0", "-2"]),
+        }
+    return cases | _no_number(*names)
+
+
+def _no_number(*names):
+    cases = {}
+    for name in names:
+        cases |= {
+            f"{name} infinite": ({name: INF}, ValueError, [name, "finite", "inf"]),
+            f"{name} NaN": ({name: NAN}, ValueError, [name, "finite", "nan"]),
+            f"{name} string": ({name: "0.5"}, TypeError, [name, "number", "str"]),
+            f"{name} tensor": ({name: torch.tensor(2.0)}, TypeError, [name, "number", "Tensor"]),
+            f"{name} None": ({name: None}, TypeError, [name, "number", "NoneType"]),
+            f"{name} beyond float": ({name: 10**400}, ValueError, [name, "finite", "1"]),
+        }
+    return cases
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss(
+            "multi_similarity",
+            dml_cuda.MultiSimilarityLoss,
+            {"alpha": 3.0, "beta": 40.0, "base": 0.3},
+            smooth={"beta": 5.0},
+            wrong={**_not_positive("alpha", "beta"), **_no_number("base")},
+            pml="MultiSimilarityLoss",
+            cases=({}, {"beta": 40}),
+        ),
+        Loss(
+            "circle",
+            dml_cuda.CircleLoss,
+            {"m": 0.25, "gamma": 64.0, "detach_weights": False},
+            smooth={"gamma": 4.0, "detach_weights": False},
+            wrong={
+                **_not_positive("gamma"),
+                **_no_number("m"),
+                "detach_weights": ({"detach_weights": 1}, TypeError, ["detach_weights", "True", "int"]),
+            },
+            pml="CircleLoss",
+            cases=({}, {"m": 0.25, "gamma": 256}),
+        ),
+        Loss(
+            "contrastive",
+            dml_cuda.ContrastiveLoss,
+            {"pos_margin": 0.2, "neg_margin": 0.7},
+            wrong=_no_number("pos_margin", "neg_margin"),
+            pml="ContrastiveLoss",
+            cases=({}, {"pos_margin": 0.9, "neg_margin": 0.4}),
+        ),
+        Loss(
+            "binomial_deviance",
+            dml_cuda.BinomialDevianceLoss,
+            {"alpha": 3.0, "beta": 20.0, "base": 0.3},
+            smooth={"beta": 5.0},
+            wrong={**_not_positive("alpha", "beta"), **_no_number("base")},
+        ),
+        Loss(
+            "nt_xent",
+            dml_cuda.NTXentLoss,
+            {"temperature": 0.3},
+            smooth={"temperature": 0.5},
+            wrong=_not_positive("temperature"),
+            pml="NTXentLoss",
+            cases=({}, {"temperature": 0.5}),
+        ),
+        Loss(
+            "sup_con",
+            dml_cuda.SupConLoss,
+            {"temperature": 0.3},
+            smooth={"temperature": 0.5},
+            wrong=_not_positive("temperature"),
+            pml="SupConLoss",
+            cases=({}, {"temperature": 0.5}),
+        ),
+    )
+}
+EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+SIMILARITIES = ("cosine", "dot", "euclidean", "euclidean_raw")  # as the ops name them
+REDUCTIONS = ("mean", "mean_nonzero", "mean_valid", "sum", "none")
+
+
+def by_name(similarity):
+    """The options that name a similarity of the ops."""
+    if similarity == "euclidean_raw":
+        return {"similarity": "euclidean", "normalize_embeddings": False}
+    return {"similarity": similarity}
