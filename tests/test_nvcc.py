@@ -1,6 +1,7 @@
 """nvcc compiles every kernel for every architecture: no spills, and tensor cores where they are meant."""
 
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -8,6 +9,7 @@ import pytest
 from emulator.build import HERE
 
 from tools import machine_code
+from tools.control_flow import global_bytes, kinds, multiply_adds
 
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
@@ -21,7 +23,9 @@ NO_PRODUCT = re.compile(r"^(finish|fold|norms|reduce)")
 def compiled():
     """The kernels of a source for an architecture, compiled once."""
     assert machine_code.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
-    return lambda source, architecture, flags=machine_code.FLAGS: machine_code.analyse(source, architecture, flags)
+    return lambda source, architecture, flags=machine_code.FLAGS: machine_code.analyse(
+        source, architecture, flags
+    )
 
 
 # ---- our kernels ---------------------------------------------------------------------------------------
@@ -54,6 +58,34 @@ def test_kernels(compiled_ahead, source, architecture):
             assert machine_code.matrix_instructions(kernel).get("HMMA", 0) > 0, where
         elif "SimtMath" in kernel.name:
             assert not machine_code.matrix_instructions(kernel), where
+
+
+# Instructions for each HMMA, all that stands in a product's loop: of the similarities, of the gradient.
+MOST_IN_A_LOOP = {
+    "HalfMath<__half>": (3, 7),  # whose gradient is a product in tf32
+    "HalfMath<__nv_bfloat16>": (3, 4),
+    "Tf32Math<float,false>": (5, 7),
+    "Tf32Math<float,true>": (4.5, 6),
+    "Bf16Math": (7, 6.5),  # floats, rounded in the loop
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
+def test_loops_of_products(compiled_ahead, source):
+    compiled_ahead(source, "90a")
+    for name, flow in machine_code.flows(source).items():
+        (kernel,) = [machine_code.shorten(x) for x in machine_code.demangle([name]).values()]
+        kind = next(
+            (i for i, k in enumerate(("find|accumulate|pair_w", "add_gr")) if re.match(k, kernel)), None
+        )
+        if kind is None or "SimtMath" in kernel:
+            continue
+        math = "HalfMath<__half>" if "__half" in kernel else None
+        math = math or next(m for m in MOST_IN_A_LOOP if kernel.partition("<")[2].startswith(m))
+        assert len(flow.product_loops) == (1, 2)[kind], kernel
+        for loop in flow.product_loops:
+            assert loop.in_code / kinds(loop.counts)["HMMA"] <= MOST_IN_A_LOOP[math][kind], kernel
 
 
 # ---- the primitives ------------------------------------------------------------------------------------
@@ -116,6 +148,60 @@ def test_sees_spills(compiled, tmp_path):
     assert not machine_code.matrix_instructions(tight)
 
 
+COUNTED = """
+__global__ void __launch_bounds__(32) counted(float* data, int rounds) {
+    float x = data[threadIdx.x];
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {  // times: 8
+        x *= data[32 + i];
+    }
+    if (x != x) {  // rare: not a number
+        for (int i = 0; i < rounds; ++i) data[i] = data[i + 1];
+    }
+    if (rounds > 3) {
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {  // times: 4
+            x += data[1000 + i];
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {  // times: 2
+            x *= data[2000 + i];
+        }
+    }
+    data[threadIdx.x] = x;
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+def test_counts_what_is_issued(compiled, architecture, tmp_path):
+    """Loops as often as they run, of two ways the longer one, and not what is rare."""
+    source = tmp_path / "counted.cu"
+    source.write_text(COUNTED)
+    (flow,) = machine_code.flows(source, architecture).values()
+    families = Counter()
+    for mnemonic, count in flow.counts.items():
+        families[mnemonic.split(".")[0]] += count
+    assert families["LDG"] == 1 + 8 + 4
+    assert families["STG"] == 1
+    assert list(flow.rare) == ["not a number"]
+    assert not flow.untold
+    assert global_bytes(flow.counts) == (1 + 8 + 4 + 1) * 32 * 4
+
+
+def test_multiply_adds_by_the_names_of_instructions():
+    assert multiply_adds({"HMMA.16816.F32.BF16": 2, "HMMA.1688.F32.TF32": 1, "FFMA": 5}) == 2 * 2048 + 1024
+    assert kinds({"LDSM.16.M88.4": 3, "LDS.64": 2, "IADD3": 1}) == {
+        "HMMA": 0,
+        "LDSM": 3,
+        "LDS": 2,
+        "LDGSTS": 0,
+        "rest": 1,
+    }
+
+
 @needs_nvcc
 def test_compile_errors_are_told(compiled, tmp_path):
     source = tmp_path / "wrong.cu"
@@ -132,10 +218,17 @@ def test_occupancy():
     assert machine_code.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
     assert machine_code.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
     assert machine_code.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
-    assert machine_code.occupancy("80", 1024, 80) == (0, 0.0, 0)  # cannot run: 2560, 6 in a quarter, 32 wanted
+    assert machine_code.occupancy("80", 1024, 80) == (
+        0,
+        0.0,
+        0,
+    )  # cannot run: 2560, 6 in a quarter, 32 wanted
     assert machine_code.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
 
 
 def test_names_are_shortened():
-    assert machine_code.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)") == "f<A<float>,3>"
+    assert (
+        machine_code.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)")
+        == "f<A<float>,3>"
+    )
     assert machine_code.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"

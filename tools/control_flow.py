@@ -55,7 +55,8 @@ class Loop:
 
 @dataclass
 class Flow:
-    """counts: one way through the kernel without its product loops; loops: the innermost ones."""
+    """counts: one way through the kernel without its product loops; loops: those that multiply, without the
+    loops around them, and the innermost of the others."""
 
     counts: Counter
     loops: list
@@ -65,6 +66,11 @@ class Flow:
     @property
     def product_loops(self):
         return [loop for loop in self.loops if loop.multiplies]
+
+    @property
+    def costliest_product(self):
+        """The product loop that issues most for an HMMA."""
+        return max(self.product_loops, key=lambda x: x.counts.total() / kinds(x.counts)["HMMA"])
 
 
 # ---- reading -------------------------------------------------------------------------------------------
@@ -163,15 +169,33 @@ def remarks(path):
 
 
 def mark_rare(blocks):
-    for block in blocks:
+    for i, block in enumerate(blocks):
         calls = [x for x in block.instructions if x.family == "CALL"]
         if calls and not block.rare:
             slow_path = re.search(r"__cuda_\w+?_(\w+?)_slowpath", calls[0].operands)
             block.rare = f"slow path of {slow_path[1] if slow_path else 'a function'}"
-        # A block is rare if all that is known of where its instructions come from is.
-        reasons = [rare_reason(x) for x in block.instructions if x.lines]
-        if reasons and all(reasons) and not block.rare:
+        # A block is rare if all that is known of where its instructions come from is. Where ways meet again
+        # some stand that belong to the rare one only by name.
+        reasons = [rare_reason(x) for x in block.instructions if x.lines and x.family not in MEETING]
+        if reasons and all(reasons) and not block.rare and not unavoidable(blocks, i):
             block.rare = reasons[0]
+
+
+MEETING = ("BSYNC", "BSSY", "NOP", "BRA", "EXIT")
+
+
+def unavoidable(blocks, avoided):
+    """Whether every way from the entry to an exit leads through a block."""
+    seen, stack = {avoided, 0}, [0] if avoided else []
+    while stack:
+        block = blocks[stack.pop()]
+        if block.instructions and block.instructions[-1].family in ("EXIT", "RET"):
+            return False
+        for n in block.next:
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
+    return True
 
 
 def rare_reason(instruction):
@@ -182,14 +206,22 @@ def rare_reason(instruction):
     return None
 
 
-def rounds_of(loop, blocks):
-    """How often a comment says the loop runs, and where the loop is: where its backward branch comes from."""
-    places = blocks[max(loop.body)].instructions[-1].lines
-    for file, line in places:
-        for first, _, kind, text in remarks(file):
-            if kind == "times" and line == first:
+def rounds_of(loop, blocks, inner):
+    """How often a comment says the loop runs, and where the loop is.
+
+    The comment is one of a line that the loop comes from, and of a block that most of the loop, without the
+    loops in it, comes from.
+    """
+    deeper = {i for x in inner for i in x.body}
+    own = [x for i in sorted(loop.body - deeper) for x in blocks[i].instructions if x.lines]
+    for file, line in sorted({place for x in own for place in x.lines}):
+        for first, last, kind, text in remarks(file):
+            if kind != "times" or line != first:
+                continue
+            within = sum(any(f == file and first <= n <= last for f, n in x.lines) for x in own)
+            if 2 * within > len(own):
                 return int(re.match(r"\d+", text)[0]), (file, line)
-    return None, places[0] if places else None
+    return None, own[-1].lines[0] if own else None
 
 
 # ---- loops and ways ------------------------------------------------------------------------------------
@@ -310,8 +342,8 @@ def analyse(items):
         )
         lowest, highest = min(loop.body), max(loop.body)
         loop.in_code = sum(len(blocks[i].instructions) for i in range(lowest, highest + 1))
-        loop.times, loop.place = rounds_of(loop, blocks)
-        if not inner:
+        loop.times, loop.place = rounds_of(loop, blocks, inner.values())
+        if not inner or (loop.multiplies and not any(x.multiplies for x in inner.values())):
             innermost.append(loop)
         if loop.times is None and not loop.multiplies:
             untold.append(loop.place)

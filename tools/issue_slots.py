@@ -110,7 +110,7 @@ def bound(problem, flows):
             result.not_counted[name] = result.not_counted.get(name, 0) + 1
             continue
         flow = flows[symbol]
-        loop = max(flow.product_loops, key=lambda x: x.counts.total() / kinds(x.counts)["HMMA"])
+        loop = flow.costliest_product
         parts = 3 if "Tf32MathIfLb1E" in symbol else 1  # products for one
         if name == "add_gradients":
             owners = last_tiles[0] + last_tiles[1] if square or problem.need_refs else last_tiles[0]

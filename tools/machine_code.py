@@ -102,7 +102,7 @@ def _compile(source, architecture, flags):
 # ---- reading what they made ----------------------------------------------------------------------------
 
 
-def _demangle(names):
+def demangle(names):
     text = "\n".join(names)
     done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
     return dict(zip(names, done.stdout.split("\n"), strict=False))
@@ -227,7 +227,7 @@ def analyse(source, architecture, flags=FLAGS, disassemble=True):
     facts = parse_report(report)
     threads = read_max_threads(cubin)
     counts = count_instructions(cubin) if disassemble and facts else {}
-    demangled = _demangle(list(facts))
+    demangled = demangle(list(facts))
     kernels = []
     for mangled, values in facts.items():
         kernel = Kernel(shorten(demangled[mangled]), source.name, architecture, **values)
@@ -331,7 +331,7 @@ def table(kernels, architectures=ARCHITECTURES):
 
 def hot_table(found):
     """What the hot path of each kernel issues, from {mangled name: (source's name, Flow)}."""
-    names = _demangle(list(found))
+    names = demangle(list(found))
     pairs = {False: 64 * 64 // 256, True: 128 * 128 // 256}  # of a tile, each thread's
     lines = [
         "What a warp issues on the hot path, by machine code and control flow.",
@@ -363,7 +363,8 @@ def hot_table(found):
     lines += [f"    {count:6}  {reason}" for reason, count in sorted(rare.items(), key=lambda item: -item[1])]
     lines += ["", "Loops whose rounds no comment tells (`// times: 4`), counted once:"]
     lines += [
-        f"    {file}:{line} in {', '.join(sorted(kernels))}" for (file, line), kernels in sorted(untold.items())
+        f"    {file}:{line} in {', '.join(sorted(kernels))}"
+        for (file, line), kernels in sorted(untold.items())
     ]
     return "\n".join(lines)
 

@@ -13,8 +13,8 @@
 
 namespace dml::cuda {
 
-// A matrix in global memory, of which each row begins and ends on a multiple of 16 bytes (with packed rows the
-// columns between cols and that multiple are 0).
+// A matrix in global memory, of which each row begins and ends on a multiple of 16 bytes (with packed rows
+// the columns between cols and that multiple are 0).
 template <typename T>
 struct Matrix {
     const T* data;   // [rows, cols]
@@ -80,7 +80,8 @@ class RowSlices {
     DML_DEVICE void start_first(T* shared, const Matrix<T>& m) {
         const int64_t k = (count(m) - 1) * int64_t(Depth);
         const bool inside = k + Own::col() < m.cols;
-        each(shared, [&](T* to, const T* from) { cp_async<16>(to, inside ? from + k : from, inside ? 16 : 0); });
+        each(shared,
+             [&](T* to, const T* from) { cp_async<16>(to, inside ? from + k : from, inside ? 16 : 0); });
     }
     // Starts the next one.
     DML_DEVICE void start_next(T* shared) {
@@ -91,12 +92,12 @@ class RowSlices {
     }
 };
 
-// The boxes m[row0 + row : row0 + row + Rows, col0 : col0 + Cols], for any row. What lies past the last column
-// is anything.
+// The boxes m[row0 + row : row0 + row + Rows, col0 : col0 + Cols], for any row. What lies past the last
+// column is anything.
 template <typename T, int Rows, int Cols, int Pitch, int Threads>
 class ColumnBoxes {
     using Own = Share<T, Rows, Cols, Threads>;
-    const char* source_;    // of this thread at row0
+    const char* source_;     // of this thread at row0
     uint32_t stride_bytes_;  // less than 2^32: others are packed
     int last_;
 

@@ -55,14 +55,15 @@ int64_t packed_bytes(const Problem& p) {
 template <typename T>
 Task with_aligned_rows(Task task, unsigned char*& workspace, cudaStream_t stream) {
     Problem& p = task.problem;
-    if (p.dim * int64_t(sizeof(T)) >= 1ll << 31) throw std::invalid_argument("dml_cuda: rows of 2 GiB or more");
+    if (p.dim * int64_t(sizeof(T)) >= 1ll << 31)
+        throw std::invalid_argument("dml_cuda: rows of 2 GiB or more");
     const auto align = [&](Points& points) {
         const int64_t bytes = packed_bytes<T>(points, p.dim), pitch = packed_stride<T>(p.dim);
         if (bytes == 0) return;
         T* packed = reinterpret_cast<T*>(workspace);
         constexpr int kRows = kPackThreads / kWarpSize;
-        launch(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0, stream,
-               static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
+        launch(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0,
+               stream, static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
         points.data = packed;
         points.stride = pitch;
         workspace += bytes;

@@ -61,8 +61,8 @@ struct SimtMath {
 // ---- tensor cores: each struct loads fragments (primitives.cuh shows their layout) and multiplies -----
 //
 // load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
-// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane then
-// reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane
+// then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
 
 // A float that was rounded to tf32 when it was stored.
 struct RoundedToTf32 {
@@ -203,10 +203,11 @@ struct Tf32Math {
         } else if constexpr (Tiles * kSteps == 2) {  // two tiles, or two steps of one
             constexpr int kCol = Split ? 0 : 8, kDown = Split ? 8 : 0;
             uint32_t x[4];
-            ldmatrix_x4(
-                x, view.at(col + lane % 8 + kCol * (lane / 16), k + 4 * (lane / 8 % 2) + kDown * (lane / 16)));
+            ldmatrix_x4(x, view.at(col + lane % 8 + kCol * (lane / 16),
+                                   k + 4 * (lane / 8 % 2) + kDown * (lane / 16)));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) set(b[Split ? 0 : i / 2], Split ? i / 2 : 0, i % 2, __uint_as_float(x[i]));
+            for (int i = 0; i < 4; ++i)
+                set(b[Split ? 0 : i / 2], Split ? i / 2 : 0, i % 2, __uint_as_float(x[i]));
         } else {
             uint32_t x[2];
             ldmatrix_x2(x, view.at(col + lane % 8, k + 4 * (lane / 8 % 2)));
@@ -347,7 +348,7 @@ struct Product<Math, Shape, true> {
     }
     template <typename F>
     DML_DEVICE void each(const F& f) const {
-        each_run([&](int row, int col, const float(&values)[kRun]) {
+        each_run([&](int row, int col, const float (&values)[kRun]) {
 #pragma unroll
             for (int c = 0; c < kRun; ++c) f(row, col + c, values[c]);
         });

@@ -93,8 +93,8 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
             col_slices.start_next(cols_of(stage));
         };
         const auto use = [&](int stage, const auto& fetch) {
-            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)},
-                                         AlongK<T, kPitch>{cols_of(stage)}, fetch);
+            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)}, AlongK<T, kPitch>{cols_of(stage)},
+                                         fetch);
             if (ComputeNorms && norm_row < kStripRows + kStripCols) {
                 const T* x = rows_of(stage) + norm_row * kPitch + norm_half * (kDepth / 2);
 #pragma unroll 8

@@ -11,7 +11,8 @@ namespace dml::cuda {
 inline constexpr int kMaxSuperTile = 64;            // tiles along an edge, as a square
 inline constexpr int kMaxLine = 2 * kMaxSuperTile;  // along the longer edge
 
-// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are read.
+// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are
+// read.
 template <typename GradMath>
 inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
 inline constexpr int kNarrowPanel = 64;
@@ -34,8 +35,7 @@ struct GradTraits {
     // So do the points, which lanes read as vectors: four rows from each other, or every second of eight.
     static constexpr bool kFloatPairs = sizeof(T) == 4 && sizeof(Weight) == 2;
     static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
-    static constexpr int kPointPitch =
-        kCols + (sizeof(T) == 8 ? 2 : kFloatPairs ? 4 : kHalfVectors ? 16 : 8);
+    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kFloatPairs ? 4 : kHalfVectors ? 16 : 8);
     static constexpr int kWeightElements =
         kTile * kPitch > kDepth* kAcrossPitch ? kTile * kPitch : kDepth * kAcrossPitch;
     static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));
@@ -59,7 +59,8 @@ struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
 };
 
-// Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the block.
+// Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the
+// block.
 template <typename F>
 DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
     if (warp_id() == 0) {
@@ -77,8 +78,9 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
     block_sync();
 }
 
-// Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the points
-// P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their rows.
+// Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the
+// points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
+// rows.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
 DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own,
                                     const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {

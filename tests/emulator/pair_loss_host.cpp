@@ -138,7 +138,8 @@ int dml_launches(const Arguments* a, int with_backward, int need_queries, int ne
         alignas(16) char any[16];
         forward(task, with_backward != 0, any, any, any, nullptr);
         if (with_backward) {
-            backward(task, true, any, any, need_queries ? any : nullptr, need_refs ? any : nullptr, any, nullptr);
+            backward(task, true, any, any, need_queries ? any : nullptr, need_refs ? any : nullptr, any,
+                     nullptr);
         }
         emulator::record_launches(nullptr);
         if (int64_t(record.size()) >= out_capacity) throw std::runtime_error("too many launches");
