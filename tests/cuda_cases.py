@@ -101,17 +101,23 @@ class Case:
         return value, grad_q, grad_r
 
 
-def surrounded(x, offset=0, gap=0):
+def surrounded(x, offset=0, gap=0, amid=torch.nan):
     """x amid NaN: before its first row, between its rows and after the last. What a kernel reads from
-    there by mistake poisons its result. offset (elements) and gap decide how rows are aligned."""
+    there by mistake poisons its result; or, where a pair whose similarity is not finite would be looked at
+    again, amid a large number. offset (elements) and gap decide how rows are aligned."""
     n, d = x.shape
-    raw = torch.full((64 + offset + n * (d + gap) + 64,), torch.nan, dtype=x.dtype)
+    raw = torch.full((64 + offset + n * (d + gap) + 64,), amid, dtype=x.dtype)
     view = raw[64 + offset :].as_strided((n, d), (d + gap, 1))
     view.copy_(x)
     return view
 
 
-def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, **options):
+LARGE_NUMBER = 3e3  # with sums of squares that are finite
+
+
+def make(
+    n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, amid=torch.nan, **options
+):
     """A noisy batch around class centres in which no pair lies too near its mining threshold."""
     options = {"loss": MS, "similarity": "cosine", "epsilon": None, **options}
     for attempt in itertools.count(1000 * seed):
@@ -122,7 +128,7 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
             labels = torch.randint(classes, (count,), generator=g)
             x = (centres[labels] + spread * torch.randn(count, d, generator=g)).to(arithmetic.dtype)
             # Labels far apart and negative mean the same as 0, 1, 2.
-            return surrounded(x, offset, gap), labels * 1234567890123 - 4 * 1234567890123
+            return surrounded(x, offset, gap, amid), labels * 1234567890123 - 4 * 1234567890123
 
         q, labels = points(n)
         r, ref_labels = points(m) if m is not None else (None, None)

@@ -13,7 +13,9 @@ from cuda_cases import (
     CIRCLE,
     CIRCLE_NOT_DETACHED,
     LAWS,
+    LARGE_NUMBER,
     MS,
+    Arithmetic,
     Case,
     check,
     couples,
@@ -32,7 +34,8 @@ import dml_cuda
 
 PAIRS = ROOT / "csrc" / "cuda" / "pairs.cu"
 SMALL = {}
-LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0}  # every tile is computed again
+# Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones.
+LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0}
 CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30}
 PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
@@ -146,7 +149,88 @@ RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)
 def test_awkward_sizes(path, arithmetic, n, d, m):
     # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
     verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
-    verify(make(n, d, arithmetic, m=m, classes=3, loss=CIRCLE), arithmetic, path)
+    verify(make(n, d, arithmetic, m=m, classes=3, loss=CIRCLE, amid=LARGE_NUMBER), arithmetic, path)
+
+
+@pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    ("d", "offset", "gap"),
+    [
+        *[(41, *apart) for apart in ((0, 7), (1, 0), (2, 6), (3, 1), (4, 12), (8, 8))],  # packed
+        *[(40, 0, 7), (40, 4, 0), (40, 1, 8)],  # so are these
+        *[(40, 0, 8), (40, 8, 24), (8, 16, 8), (72, 0, 8), (136, 8, 0)],  # used as they are
+    ],
+)
+@pytest.mark.parametrize("path", ["small", "large"])
+def test_strides_and_alignment(path, d, offset, gap, arithmetic):
+    for amid in (torch.nan, LARGE_NUMBER):
+        case = make(70, d, arithmetic, m=40, offset=offset, gap=gap, epsilon=0.1, amid=amid)
+        assert case.q.stride() == (d + gap, 1)
+        verify(case, arithmetic, path)
+
+
+@pytest.mark.parametrize("m", [None, 40], ids=["square", "rect"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_only_rows_that_are_not_aligned_are_packed(dtype, m):
+    """Their copy is part of both workspaces, and as large as the inputs."""
+    item = torch.empty(0, dtype=dtype).element_size()
+
+    def workspaces(d, offset=0, gap=0):
+        case = make(70, d, Arithmetic("", dtype), m=m, offset=offset, gap=gap)
+        return engine(case, F64 if dtype == torch.float64 else F32).ask_sizes()[1:]
+
+    none = workspaces(64)
+    assert workspaces(64, offset=16 // item) == none
+    assert workspaces(64, gap=16 // item) == none
+    for d, offset, gap in ((64, 1, 0), (64, 0, 1), (63, 0, 0), (63, 0, 1)):
+        extra = [a - b for a, b in zip(workspaces(d, offset, gap), none, strict=True)]
+        assert extra == [(70 + (m or 0)) * 64 * item] * 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_law
+def test_reductions_of_every_law(law, path, epsilon, reduction):
+    upstream = torch.randn(140, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
+    # Many classes: some rows have no positive, and some summands are 0.
+    case = make(140, 12, F64, classes=60, epsilon=epsilon, loss=law)
+    case.reduction, case.upstream = reduction, upstream
+    verify(case, F64, path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
+@pytest.mark.parametrize("path", ["small", "large"])
+@by_law
+def test_parts_and_units_before_they_are_divided(law, path, reduction):
+    case = make(140, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
+    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    value, grads = run(case, F64, path)
+    assert value.shape == (4,)
+    check(case, F64, value, grads)
+
+
+@pytest.mark.parametrize("mine_self", [True, False])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@by_path
+@by_law
+def test_whether_mining_sees_a_row_itself(law, path, epsilon, mine_self):
+    for arithmetic in (F64,) if path == "cached" else (F64, F32):
+        case = make_from_refs(130, 20, arithmetic, m=140, loss=law, epsilon=epsilon, mine_self=mine_self)
+        verify(case, arithmetic, path)
+
+
+SQUARES = [(1, 3), (2, 1), (3, 31), (31, 64), (33, 65), (65, 129), (127, 7), (129, 66), (151, 36)]
+RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)]
+
+
+@pytest.mark.parametrize(("n", "d", "m"), [*((n, d, None) for n, d in SQUARES), *RECTANGLES])
+@pytest.mark.parametrize("arithmetic", [F64, F32, F16, BF16], ids=lambda a: a.name)
+@pytest.mark.parametrize("path", ["small", "large"])
+def test_awkward_sizes(path, arithmetic, n, d, m):
+    # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
+    verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
+    verify(make(n, d, arithmetic, m=m, classes=3, loss=CIRCLE, amid=LARGE_NUMBER), arithmetic, path)
 
 
 @pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
@@ -263,8 +347,9 @@ def test_strips_see_one_similarity_from_both_sides(arithmetic):
 
 @pytest.mark.parametrize("arithmetic", [F32, BF16, F64], ids=lambda a: a.name)
 @pytest.mark.parametrize("m", [None, 150], ids=["square", "rect"])
-def test_the_cache_changes_no_bit(m, arithmetic):
-    case = make(260, 40, arithmetic, m=m, epsilon=0.1)
+@pytest.mark.parametrize("d", [40, 130])
+def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
+    case = make(260, d, arithmetic, m=m, epsilon=0.1)
     (loss, grads), (cached_loss, cached_grads) = (
         run(case, arithmetic, "large"),
         run(case, arithmetic, "cached"),
@@ -437,16 +522,19 @@ ROW_COUNTS = (100, 1025, 2900, 4096, 5000, 30_000, 200_000, 700_000, 1_000_000, 
 
 
 @by_arithmetic
-@pytest.mark.parametrize("d", [1, 128, 1024, 16_384, 100_000])
+@pytest.mark.parametrize("d", [1, 33, 128, 1024, 16_384, 100_000])
 def test_memory_stays_bounded(arithmetic, d):
-    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for. The float32
-    sums for 16-bit gradients of 128 rows, the least there can be, count beyond 20,000 dimensions."""
+    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; and a copy of
+    rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
+    count beyond 20,000 dimensions."""
+    row_bytes = d * arithmetic.dtype.itemsize
+    packed = 0 if row_bytes % 16 == 0 else -(-row_bytes // 16) * 16
     least_sums = 128 * 4 * d if arithmetic.dtype.itemsize == 2 and d > 20_000 else 0
     for n in ROW_COUNTS:
         for m in (None, 1, 300, 4096, *ROW_COUNTS[-4:]):
             e = engine_of_sizes(arithmetic.dtype, n, m, d, precision=arithmetic.precision)
             saved, forward, backward = e.ask_sizes()
-            allowed = 64 * (n + (m or 0)) + (64 << 20)
+            allowed = (64 + packed) * (n + (m or 0)) + (64 << 20)
             assert saved + forward <= allowed, (n, m)
             assert saved + backward <= allowed + least_sums, (n, m)
 

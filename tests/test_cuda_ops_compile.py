@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
-from benchmarks import ptxas
+from tools import machine_code
 
 ROOT = Path(__file__).parent.parent
 
 
 def toolkit_headers() -> Path | None:
-    nvcc = ptxas.find_nvcc()
+    nvcc = machine_code.find_nvcc()
     homes = [CUDA_HOME, nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
     folders = [Path(home) / "include" for home in homes if home]
     return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)

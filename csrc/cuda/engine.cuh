@@ -37,12 +37,52 @@ struct GradMathOf<HalfMath<__half>> {
     using Type = Tf32Math<__half, false>;
 };
 
-inline int alignment(const void* data, int64_t stride_bytes) {
-    const uint64_t bits = reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(stride_bytes);
-    for (int bytes = 16; bytes > 1; bytes /= 2) {
-        if (bits % bytes == 0) return bytes;
+// Bytes of the copy that takes the place of points whose rows are not whole 16-byte chunks, or 0.
+template <typename T>
+int64_t packed_bytes(const Points& p, int64_t dim) {
+    const uint64_t stride = static_cast<uint64_t>(p.count > 1 ? p.stride : 0);
+    const uint64_t bits =
+        reinterpret_cast<uintptr_t>(p.data) | (stride | static_cast<uint64_t>(dim)) * sizeof(T);
+    const bool as_they_are = bits % 16 == 0 && stride * sizeof(T) < 1ull << 32;
+    return as_they_are || dim == 0 ? 0 : p.count * packed_stride<T>(dim) * int64_t(sizeof(T));
+}
+template <typename T>
+int64_t packed_bytes(const Problem& p) {
+    return packed_bytes<T>(p.queries, p.dim) + (p.square ? 0 : packed_bytes<T>(p.refs, p.dim));
+}
+
+// The kernels know aligned rows only: packs others at the beginning of the workspace, which moves on.
+template <typename T>
+Task with_aligned_rows(Task task, unsigned char*& workspace, cudaStream_t stream) {
+    Problem& p = task.problem;
+    if (p.dim * int64_t(sizeof(T)) >= 1ll << 31)
+        throw std::invalid_argument("dml_cuda: rows of 2 GiB or more");
+    const auto align = [&](Points& points) {
+        const int64_t bytes = packed_bytes<T>(points, p.dim), pitch = packed_stride<T>(p.dim);
+        if (bytes == 0) return;
+        T* packed = reinterpret_cast<T*>(workspace);
+        constexpr int kRows = kPackThreads / kWarpSize;
+        launch(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0,
+               stream, static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
+        points.data = packed;
+        points.stride = pitch;
+        workspace += bytes;
+    };
+    // Copies may touch memory of a row even where there is none.
+    const auto borrow = [](Points& none, const Points& other) {
+        if (none.count > 0) return;
+        none.data = other.data;
+        none.stride = other.stride;
+    };
+    align(p.queries);
+    if (p.square) {
+        p.refs = p.queries;
+    } else {
+        align(p.refs);
+        borrow(p.queries, p.refs);
+        borrow(p.refs, p.queries);
     }
-    return 1;
+    return task;
 }
 
 // Tiles [begin, end) along one side.
@@ -71,7 +111,7 @@ struct Work {
     using GradMath = typename GradMathOf<Math>::Type;
     using Traits = TileTraits<Math>;
     using Grid = PairGrid<Math>;
-    using Weight = typename GradTraits<GradMath>::Weight;
+    using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = Traits::kTile;
     static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
@@ -118,9 +158,7 @@ struct Work {
     // ---- arguments of kernels -----------------------------------------------------------------------------
 
     Rows<T, Acc> rows(const Points& side, Acc* norms, const int64_t* used) const {
-        const T* data = static_cast<const T*>(side.data);
-        const int64_t stride = side.stride * int64_t(sizeof(T));
-        return {{data, side.stride, side.count, p.dim, alignment(data, stride)}, side.labels, norms, used};
+        return {{static_cast<const T*>(side.data), side.stride, side.count, p.dim}, side.labels, norms, used};
     }
     Rows<T, Acc> queries() const { return rows(p.queries, query_norms(), nullptr); }
     Rows<T, Acc> refs() const { return p.square ? queries() : rows(p.refs, ref_norms(), p.ref_count); }
@@ -408,12 +446,21 @@ struct Work {
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
                      {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}}};
-                using Grad = GradTraits<GradMath>;
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
-                launch(add_gradients<GradMath>,
-                       dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
-                       dim3(Grad::kThreads), Grad::kSharedBytes, work.stream, super, gradients, work.kept(),
-                       weights);
+                const auto multiply = [&](auto panel) {
+                    using Grad = GradTraits<GradMath, decltype(panel)::value>;
+                    launch(add_gradients<GradMath, Grad::kCols>,
+                           dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
+                           dim3(Grad::kThreads), Grad::kSharedBytes, work.stream, super, gradients,
+                           work.kept(), weights);
+                };
+                constexpr int kWide = kWidePanel<GradMath>;
+                if (p.dim > kNarrowPanel &&
+                    (p.dim + kWide - 1) / kWide * owners >= work.task.tuning.wide_blocks) {
+                    multiply(std::integral_constant<int, kWide>());
+                } else {
+                    multiply(std::integral_constant<int, kNarrowPanel>());
+                }
             };
             work.for_super_tiles(backward_shape(work.task), rows.tiles, cols.tiles, add);
         }
@@ -494,23 +541,25 @@ int64_t Engine<Math>::saved_bytes(const Task& task, bool save_for_backward) {
 
 template <typename Math>
 int64_t Engine<Math>::forward_workspace_bytes(const Task& task) {
-    return Work<Math>::forward_workspace(task);
+    return packed_bytes<typename Math::Value>(task.problem) + Work<Math>::forward_workspace(task);
 }
 
 template <typename Math>
 int64_t Engine<Math>::backward_workspace_bytes(const Task& task) {
-    return Work<Math>::backward_workspace(task);
+    return packed_bytes<typename Math::Value>(task.problem) + Work<Math>::backward_workspace(task);
 }
 
 template <typename Math>
 void Engine<Math>::forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
                            cudaStream_t stream) {
-    const Work<Math> work{task, save_for_backward, static_cast<unsigned char*>(saved), stream};
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, stream);
+    const Work<Math> work{aligned, save_for_backward, static_cast<unsigned char*>(saved), stream};
     auto* result = static_cast<typename Math::Acc*>(loss);
     if (Work<Math>::uses_strips(task)) {
-        work.forward_strips(result, workspace);
+        work.forward_strips(result, bytes);
     } else {
-        work.forward_tiles(result, workspace);
+        work.forward_tiles(result, bytes);
     }
 }
 
@@ -518,14 +567,16 @@ template <typename Math>
 void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
                             void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
     using T = typename Math::Value;
-    const Work<Math> work{task, saved_for_backward, static_cast<unsigned char*>(saved), stream};
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    const Task aligned = with_aligned_rows<T>(task, bytes, stream);
+    const Work<Math> work{aligned, saved_for_backward, static_cast<unsigned char*>(saved), stream};
     const auto* upstream = static_cast<const typename Math::Acc*>(grad_loss);
     T *of_queries = static_cast<T*>(grad_queries), *of_refs = static_cast<T*>(grad_refs);
     if (Work<Math>::uses_strips(task)) {
         if (of_queries) work.backward_strips(true, upstream, of_queries);
         if (of_refs) work.backward_strips(false, upstream, of_refs);
     } else if (of_queries || of_refs) {
-        work.backward_tiles(upstream, of_queries, of_refs, workspace);
+        work.backward_tiles(upstream, of_queries, of_refs, bytes);
     }
 }
 

@@ -25,6 +25,7 @@ struct Tuning {
     int super_tile = 32;               // a super-tile has the area of a square with so many tiles an edge
     int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
     int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
+    int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
 };
 
 struct Task {

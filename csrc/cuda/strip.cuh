@@ -15,7 +15,8 @@ namespace dml::cuda {
 inline constexpr int kStripRows = 16;
 inline constexpr int kStripCols = 64;  // columns of one product
 inline constexpr int kStripStages = 3;
-using StripShape = Shape<kStripRows, kStripCols, 1, 8, true>;
+using StripShape = Shape<kStripRows, kStripCols, 1, 8, true, false>;
+using StripGradShape = Shape<kStripRows, kStripCols, 1, 8, false, true>;
 inline constexpr int kStripThreads = StripShape::kThreads;
 inline constexpr int kStripWarps = kStripThreads / kWarpSize;
 
@@ -81,20 +82,26 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
         Product<Math, StripShape> product;
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
-        const auto load = [&](int64_t slice, int stage) {
-            copy_box<kStripRows, kDepth, kPitch, kStripThreads>(rows_of(stage), own, row0, slice * kDepth);
-            copy_box<kStripCols, kDepth, kPitch, kStripThreads>(cols_of(stage), other, col0, slice * kDepth);
+        RowSlices<T, kStripRows, kDepth, kPitch, kStripThreads> row_slices(own, row0);
+        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other, col0);
+        const auto first = [&](int stage) {
+            row_slices.start_first(rows_of(stage), own);
+            col_slices.start_first(cols_of(stage), own);
         };
-        const auto use = [&](int stage) {
-            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)},
-                                         AlongK<T, kPitch>{cols_of(stage)});
+        const auto next = [&](int stage) {
+            row_slices.start_next(rows_of(stage));
+            col_slices.start_next(cols_of(stage));
+        };
+        const auto use = [&](int stage, const auto& fetch) {
+            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)}, AlongK<T, kPitch>{cols_of(stage)},
+                                         fetch);
             if (ComputeNorms && norm_row < kStripRows + kStripCols) {
                 const T* x = rows_of(stage) + norm_row * kPitch + norm_half * (kDepth / 2);
 #pragma unroll 8
                 for (int k = 0; k < kDepth / 2; ++k) squares = std::fma(Acc(x[k]), Acc(x[k]), squares);
             }
         };
-        pipeline<kStripStages>((own.cols + kDepth - 1) / kDepth, load, use);
+        pipeline<kStripStages, false>(row_slices.count(own), first, next, use);
 
         if (ComputeNorms) squares += shfl_xor(squares, 1);
         if (norm_row < kStripRows + kStripCols && norm_half == 0) {
@@ -300,20 +307,23 @@ __global__ void __launch_bounds__(kStripThreads, 1)
 
     const Acc factor = gradient_factor(stats, upstream);
     for (int64_t d0 = 0; d0 < own.cols; d0 += kStripCols) {
-        Product<GradMath, StripShape> product;
+        Product<GradMath, StripGradShape> product;
+        const ColumnBoxes<T, kDepth, kStripCols, kPitch, kStripThreads> boxes(other, 0, d0);
         const auto slice_of = [&](int stage) {
             return reinterpret_cast<T*>(stages + stage * Layout::kStageBytes);
         };
-        const auto load = [&](int64_t slice, int stage) {
-            copy_box<kDepth, kStripCols, kPitch, kStripThreads>(slice_of(stage), other, slice * kDepth, d0);
+        int below = 0;
+        const auto next = [&](int stage) {
+            boxes.start(slice_of(stage), below);
+            below += kDepth;
         };
-        int64_t at = 0;
-        const auto use = [&](int stage) {
+        int at = 0;
+        const auto use = [&](int stage, const auto& fetch) {
             product.template add<kDepth>(ResidentAlongK<Acc>{strip + at, pairs.pitch},
-                                         AcrossK<T, kPitch>{slice_of(stage)});
+                                         AcrossK<T, kPitch>{slice_of(stage)}, fetch);
             at += kDepth;
         };
-        pipeline<kStripStages>((other.rows + kDepth - 1) / kDepth, load, use);
+        pipeline<kStripStages, false>(int((other.rows + kDepth - 1) / kDepth), next, next, use);
         product.each([&](int r, int c, Acc g) {
             const int64_t i = row0 + r, d = d0 + c;
             if (i >= all.own.points.rows || d >= own.cols) return;

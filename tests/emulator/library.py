@@ -16,7 +16,7 @@ PRECISIONS = ["full", "tf32", "bf16"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 4
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes"]
+TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes", "wide_blocks"]
 GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
 
 
@@ -150,6 +150,16 @@ class Engine:
         sizes = (ctypes.c_int64 * 3)()
         self.library.dml_sizes(ctypes.byref(self.arguments), sizes)
         return list(sizes)
+
+    def launches(self, with_backward=True, need_q=True, need_r=True):
+        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, of which nothing is run."""
+        text, error = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(1000)
+        asked = ctypes.byref(self.arguments), with_backward, need_q, need_r
+        if self.library.dml_launches(*asked, text, ctypes.c_int64(len(text)), error, ctypes.c_int64(1000)):
+            raise RuntimeError(error.value.decode())
+        rows = [line.split() for line in text.value.decode().splitlines()]
+        shape = lambda numbers: tuple(map(int, numbers.split(",")))  # noqa: E731
+        return [(name, shape(grid), shape(block), int(shared)) for name, grid, block, shared in rows]
 
     def kept(self, tiles):
         """Whether each tile is known to hold a gradient: the last that is saved, but for rounding up."""

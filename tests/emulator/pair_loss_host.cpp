@@ -2,6 +2,7 @@
 // Addresses and sizes come from Python; the saved tensors and workspaces as well.
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 #include "machine.h"
@@ -25,7 +26,7 @@ struct Arguments {  // as in library.py, field by field
     const int64_t* self_ref;
     const int64_t* used_refs;
     int64_t square, dim, scalar, precision, law, euclidean, normalize, reduction, divide, mining, mine_self,
-        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes;
+        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes, wide_blocks;
     double params[kMaxParams];
     double epsilon;
     void* saved;
@@ -54,6 +55,7 @@ Task task_of(const Arguments& a) {
     if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
     if (a.cache_bytes >= 0) task.tuning.cache_bytes = a.cache_bytes;
     if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
+    if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
     return task;
 }
 
@@ -123,6 +125,25 @@ int dml_backward(const Arguments* a, const void* grad_loss, void* grad_queries, 
     return guarded(error, capacity, [&] {
         backward(task_of(*a), a->save_for_backward != 0, a->saved, grad_loss, grad_queries, grad_refs,
                  a->workspace, nullptr);
+    });
+}
+
+// The launches of a call that runs none of them, one line each (see machine.h).
+int dml_launches(const Arguments* a, int with_backward, int need_queries, int need_refs, char* out,
+                 int64_t out_capacity, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        std::string record;
+        emulator::record_launches(&record);
+        const Task task = task_of(*a);
+        alignas(16) char any[16];
+        forward(task, with_backward != 0, any, any, any, nullptr);
+        if (with_backward) {
+            backward(task, true, any, any, need_queries ? any : nullptr, need_refs ? any : nullptr, any,
+                     nullptr);
+        }
+        emulator::record_launches(nullptr);
+        if (int64_t(record.size()) >= out_capacity) throw std::runtime_error("too many launches");
+        std::memcpy(out, record.c_str(), record.size() + 1);
     });
 }
 

@@ -89,7 +89,7 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, LawId
 template <typename Math>
 void run_all(Scalar scalar) {
     // One tile of sums: where they are apart, gradients come in groups.
-    const Tuning small = {}, large = {0, 2, 0, 0}, cached = {0, 2, 1 << 30};
+    const Tuning small = {}, large = {0, 2, 0, 0, 0}, cached = {0, 2, 1 << 30};
     const Similarity cosine, raw = {true, false};
     run<Math>(scalar, 300, 0, 8, 8, LawId::multi_similarity, cosine, large);
     run<Math>(scalar, 37, 70, 24, 32, LawId::multi_similarity, cosine, small);
@@ -100,7 +100,7 @@ void run_all(Scalar scalar) {
     run<Math>(scalar, 140, 0, 8, 8, LawId::binomial_deviance, cosine, cached);
     run<Math>(scalar, 260, 0, 8, 8, LawId::nt_xent, cosine, large);
     run<Math>(scalar, 37, 70, 8, 8, LawId::nt_xent, cosine, small);
-    run<Math>(scalar, 140, 150, 8, 8, LawId::sup_con, cosine, large);
+    run<Math>(scalar, 140, 150, 72, 72, LawId::sup_con, cosine, large);
 }
 
 }  // namespace
