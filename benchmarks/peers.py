@@ -1,12 +1,13 @@
 """Who is measured. A peer turns a case and its batch into a step: a function that does one pass over it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dml_cuda import functional, reference
+from dml_cuda import functional
 
 from .cases import CUDA_GRAPH_LIMIT, Case
 from .chunked import chunked_loss
@@ -96,16 +97,18 @@ def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return replay
 
 
+def _in_pytorch(case: Case) -> Callable[..., Tensor]:
+    return partial(getattr(functional, f"{case.loss}_loss"), epsilon=case.epsilon, backend="reference")
+
+
 def dense_reference(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The readable PyTorch reference, which stores the whole matrix."""
-    function = getattr(reference, f"{case.loss}_loss")
-    return loss_step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+    return loss_step(case, _in_pytorch(case), embeddings, labels)
 
 
 def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The reference under torch.compile."""
-    function = torch.compile(getattr(reference, f"{case.loss}_loss"), dynamic=True)
-    return loss_step(case, lambda x, y: function(x, y, epsilon=case.epsilon), embeddings, labels)
+    return loss_step(case, torch.compile(_in_pytorch(case), dynamic=True), embeddings, labels)
 
 
 def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:

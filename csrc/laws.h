@@ -8,6 +8,7 @@
 #include "laws/binomial_deviance.h"
 #include "laws/circle.h"
 #include "laws/contrastive.h"
+#include "laws/lifted_structure.h"
 #include "laws/multi_similarity.h"
 #include "laws/nt_xent.h"
 #include "laws/sup_con.h"
@@ -19,7 +20,8 @@
     X(contrastive, Contrastive)            \
     X(binomial_deviance, BinomialDeviance) \
     X(nt_xent, NTXent)                     \
-    X(sup_con, SupCon)
+    X(sup_con, SupCon)                     \
+    X(lifted_structure, LiftedStructure)
 
 namespace dml {
 

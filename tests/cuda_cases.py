@@ -3,8 +3,9 @@
 import itertools
 from dataclasses import dataclass
 
-import brute_force
 import torch
+from losses import LOSSES
+from truth import brute_force, mining_margin
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -31,6 +32,11 @@ class Arithmetic:
     loss_tolerance: float = 2e-6
     grad_tolerance: float = 1e-5
 
+    @property
+    def of_numbers(self):
+        """``rounded`` of NumPy's arrays."""
+        return self.rounded and (lambda x: self.rounded(torch.from_numpy(x)).numpy())
+
 
 ARITHMETICS = [
     Arithmetic("f64", F64, loss_tolerance=1e-13, grad_tolerance=1e-12),
@@ -49,7 +55,8 @@ CONTRASTIVE = ("contrastive", (0.9, 0.2))
 BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
 NT_XENT = ("nt_xent", (0.07,))
 SUP_CON = ("sup_con", (0.1,))
-LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON]
+LIFTED = ("lifted_structure", (0.2, 0.9))
+LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED]
 # Levels for distances, whose similarities lie below 0.
 ON_DISTANCES = {
     "multi_similarity": (2.0, 10.0, -1.0),
@@ -58,6 +65,7 @@ ON_DISTANCES = {
     "binomial_deviance": (2.0, 10.0, -1.0),
     "nt_xent": (0.2,),
     "sup_con": (0.2,),
+    "lifted_structure": (-1.2, -0.1),
 }
 
 
@@ -77,25 +85,25 @@ class Case:
     divide: bool = True
     mine_self: bool = True
 
-    @property
-    def normalize(self):
-        return self.similarity in ("cosine", "euclidean")
-
-    @property
-    def euclidean(self):
-        return self.similarity.startswith("euclidean")
-
     def truth(self, arithmetic):
-        loss, params = self.loss
+        name, params = self.loss
+        params = dict(zip(LOSSES[name].module.law.parameters, params, strict=True))
         r, ref_labels = self.r, self.ref_labels
         if self.ref_count is not None:
             used = self.ref_count.clamp(0, len(r))
             r, ref_labels = r[:used], ref_labels[:used]
-        value, grad_q, grad_r = brute_force.loss_and_gradients(
-            self.q, self.labels, r, ref_labels, loss, params, self.epsilon, self.normalize,
-            self.reduction, self.upstream, arithmetic.rounded, self.self_ref, self.euclidean, self.mine_self,
-            self.divide,
+        of_rows = self.reduction == "none"
+        truth = brute_force(
+            name, self.q, self.labels, ref_emb=r, ref_labels=ref_labels, epsilon=self.epsilon,
+            similarity=self.similarity, reduction=self.reduction,
+            upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_ref=self.self_ref,
+            mine_self=self.mine_self, rounded=arithmetic.of_numbers, levels=True,
+            undivided=None if self.divide else self.upstream.tolist(), **params,
         )  # fmt: skip
+        value = torch.as_tensor(truth.losses if of_rows else truth.loss)
+        upstream = float(self.upstream) if self.divide and not of_rows else 1.0
+        grads = (truth.grad_emb, truth.grad_ref)
+        grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)
         if self.ref_count is not None:
             grad_r = torch.cat([grad_r, grad_r.new_zeros(len(self.r) - len(r), grad_r.shape[1])])
         return value, grad_q, grad_r
@@ -140,15 +148,14 @@ def make(
 def clear_margin(case, arithmetic):
     """Whether no pair lies too near its mining threshold."""
     sides = (case.q, case.labels, case.r, case.ref_labels)
-    margin = brute_force.mining_margin(
-        *sides, case.epsilon, case.normalize, arithmetic.rounded, case.euclidean
-    )
+    how = {"similarity": case.similarity, "rounded": arithmetic.of_numbers}
+    margin = mining_margin(*sides, case.epsilon, **how)
     return margin > 2e-6
 
 
 def of_similarity(law, similarity, n, d, arithmetic, **options):
     """A case of a law whose parameters suit the similarity."""
-    name, params = law
+    name, _ = law
     if similarity.startswith("euclidean"):
         law = name, ON_DISTANCES[name]
     case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)

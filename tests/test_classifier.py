@@ -4,14 +4,16 @@ import copy
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate
 
-from dml_cuda import CircleClassifierLoss
+from dml_cuda import CircleClassifierLoss, CircleLoss, MultiSimilarityMiner
 
 
 def paper(embeddings, weight, labels, m, gamma, detach):
@@ -47,9 +49,9 @@ def check_against_the_paper(head, embeddings, labels, *arguments):
     for found, expected in zip(in_double, truth, strict=True):
         close = 1e-12 * expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=0, atol=close)
-    head.loss.options["backend"] = "reference"
+    head.backend = "reference"
     plain = evaluate(head, embeddings, labels, torch.float32)
-    head.loss.options["backend"] = "fused"
+    head.backend = "fused"
     fused = evaluate(head, embeddings, labels, torch.float32)
     for what, f, p, t in zip(("loss", "gradient", "gradient to W"), fused, plain, truth, strict=True):
         assert_as_accurate(what, f, p, t)
@@ -125,6 +127,100 @@ def test_options():
         base(embeddings, labels[:3])
 
 
+def test_options_are_attributes():
+    embeddings, labels = torch.randn(20, 4), torch.randint(0, 10, (20,))
+    head = CircleClassifierLoss(10, 4)
+    changes = {"m": 0.4, "gamma": 80.0, "detach_weights": False, "reduction": "sum", "backend": "reference"}
+    for name, value in changes.items():
+        assert getattr(head, name) != value
+        setattr(head, name, value)
+        assert getattr(head, name) == value
+    assert head.margin == 0.4
+    made = CircleClassifierLoss(10, 4, **changes)
+    made.load_state_dict(head.state_dict())
+    assert torch.equal(head(embeddings, labels), made(embeddings, labels))
+    for name, wrong in (("gamma", 0), ("m", "x"), ("margin", "x"), ("reduction", "most"), ("backend", None)):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+            setattr(head, name, wrong)
+
+
+def test_sizes_of_any_integer_type():
+    head = CircleClassifierLoss(np.int64(10), np.int32(4))
+    assert head.W.shape == (4, 10)
+    for sizes in ((True, 4), (np.float64(10), 4), (10, np.int64(0))):
+        with pytest.raises((TypeError, ValueError), match=r"^(num_classes|embedding_size): expected"):
+            CircleClassifierLoss(*sizes)
+
+
+def test_errors_name_what_was_passed():
+    head, labels = CircleClassifierLoss(10, 4), torch.zeros(6, dtype=torch.long)
+    for embeddings, says in (
+        (torch.randn(6, 5), "embeddings: expected embedding_size=4 columns, got 5"),
+        (torch.randn(6, 4).double(), "embeddings: expected torch.float32 as W has, got torch.float64"),
+        (torch.randn(6, 4).to("meta"), "embeddings: expected on cpu as W is, got on meta"),
+        (torch.randn(4), "embeddings: expected shape [rows, D], got [4]"),
+        ([[1.0] * 4] * 6, "embeddings: expected a floating-point tensor of shape [rows, D], got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(says)}"):
+            head(embeddings, labels)
+
+
+def test_ignored_rows_in_each_reduction():
+    """As the docstring says: they count in "mean" and "mean_valid", not in "mean_nonzero"."""
+    head = CircleClassifierLoss(10, 4)
+    embeddings, labels = torch.randn(8, 4), torch.tensor([1, 2, 3, -1, -1, 12, 4, 5])
+    total = CircleClassifierLoss(10, 4, reduction="sum")
+    total.load_state_dict(head.state_dict())
+    for reduction, rows in (("mean", 8), ("mean_valid", 8), ("mean_nonzero", 5)):
+        head.reduction = reduction
+        torch.testing.assert_close(head(embeddings, labels), total(embeddings, labels) / rows)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "sum", "none"])
+def test_indices_weigh_the_rows(reduction):
+    """As pytorch-metric-learning's classification losses have it: by how often a row is listed."""
+    lmu = pytest.importorskip("pytorch_metric_learning.utils.loss_and_miner_utils")
+    head = CircleClassifierLoss(10, 4, gamma=8, reduction=reduction)
+    rows = CircleClassifierLoss(10, 4, gamma=8, reduction="none")
+    rows.load_state_dict(head.state_dict())
+    embeddings, labels = torch.randn(20, 4, requires_grad=True), torch.arange(20) // 2
+    empty = torch.tensor([])
+    triplets = tuple(torch.randint(0, 18, (30,)) for _ in range(3))
+    for given in (MultiSimilarityMiner(0.1)(embeddings, labels), triplets, (empty,) * 4):
+        value = head(embeddings, labels, given)
+        lists = tuple(index.long() for index in given)
+        losses = rows(embeddings, labels) * lmu.convert_to_weights(lists, labels, torch.float32)
+        expected = {
+            "mean": losses.mean(),
+            "mean_nonzero": losses.sum() / (losses != 0).sum(),
+            "sum": losses.sum(),
+            "none": losses,
+        }[reduction]
+        torch.testing.assert_close(value, expected)
+        assert value.requires_grad
+
+
+def test_in_multiple_losses():
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    head, pair_loss = CircleClassifierLoss(10, 4), CircleLoss()
+    embeddings, labels = torch.randn(20, 4), torch.arange(20) // 2
+    both = losses.MultipleLosses([head, pair_loss])
+    torch.testing.assert_close(
+        both(embeddings, labels), head(embeddings, labels) + pair_loss(embeddings, labels)
+    )
+    pairs = MultiSimilarityMiner(0.1)(embeddings, labels)
+    expected = head(embeddings, labels, pairs) + pair_loss(embeddings, labels, pairs)
+    torch.testing.assert_close(both(embeddings, labels, pairs), expected)
+
+
+def test_schedule_compiles():
+    head, (embeddings, labels) = CircleClassifierLoss(10, 4), (torch.randn(20, 4), torch.arange(20) // 2)
+    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
+    for k in range(10):
+        head.gamma, head.m = 64.0 + k, 0.2 + k / 40
+        torch.testing.assert_close(compiled(embeddings, labels), head(embeddings, labels))
+
+
 def test_copies():
     head = CircleClassifierLoss(10, 4)
     embeddings, labels = torch.randn(20, 4), torch.randint(0, 10, (20,))
@@ -146,7 +242,7 @@ def test_autocast(dtype):
     value.backward()
     assert embeddings.grad.dtype == dtype
     assert head.W.grad.dtype == torch.float32
-    with pytest.raises(TypeError, match=r"^ref_emb: expected torch\.\w+ as embeddings have"):
+    with pytest.raises(TypeError, match=r"^embeddings: expected torch\.float32 as W has, got torch\.\w+"):
         head(embeddings, labels)
 
 

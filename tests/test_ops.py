@@ -6,9 +6,8 @@ import torch._dynamo.testing
 import torch._inductor.config
 from accuracy import evaluate
 from data import make_batch, make_labels
-from losses import LOSSES
+from losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 
-import dml_cuda
 from dml_cuda import _C, functional
 
 OPS = torch.ops.dml_cuda
@@ -34,7 +33,7 @@ def forward_arguments(
     if m is not None:
         ref_emb, ref_labels = torch.randn(m, 6).to(dtype).requires_grad_(), make_labels(m)
     return (
-        embeddings.requires_grad_(),
+        embeddings.requires_grad_(save),
         labels,
         ref_emb,
         ref_labels,
@@ -59,8 +58,11 @@ FORWARD_CASES = {
     "half": {"loss": "multi_similarity", "n": 9, "dtype": torch.float16, "reduction": "mean_nonzero"},
     "double, nothing saved": {"loss": "circle", "n": 130, "dtype": torch.float64, "save": False},
     "empty": {"loss": "multi_similarity", "n": 0, "reduction": "none"},
-    **{name: {"loss": name, "n": 30, "similarity": "euclidean"} for name in LOSSES},
-    "undivided": {"loss": "contrastive", "n": 20, "divide": False},
+    "parts": {"loss": "contrastive", "n": 20, "similarity": "euclidean", "divide": False},
+    **{
+        f"{name}, distances": {"loss": name, "n": 20, "m": 30, "similarity": "euclidean_raw"}
+        for name in LOSSES
+    },
 }
 
 
@@ -76,7 +78,8 @@ def test_opcheck(name):
         ("rectangular", (True, True)),
         ("own among the references", (True, False)),
         ("some of the references", (True, True)),
-        ("undivided", (True, False)),
+        ("parts", (True, False)),
+        ("nt_xent, distances", (True, True)),
     ],
 )
 def test_opcheck_backward(name, need):
@@ -84,34 +87,48 @@ def test_opcheck_backward(name, need):
     with torch.no_grad():
         loss, saved = OPS.pair_loss(*inputs)
     points = [None if x is None else x.detach() for x in inputs[:6]]
-    arguments = (torch.ones_like(loss), *points, saved, *inputs[6:8], *inputs[9:11], inputs[12], *need)
+    *_, law, params, _, similarity, reduction, _, divide, _ = inputs
+    arguments = torch.ones_like(loss), *points, saved, law, params, similarity, reduction, divide, *need
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
-def test_gradients_by_finite_differences(reduction):
+@EVERY_LOSS
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_gradients_by_finite_differences(loss, similarity):
     embeddings, labels = make_batch(9, 4, dtype=torch.float64)
     ref_labels = make_labels(11)
     points = [embeddings.requires_grad_(), torch.randn(11, 4, dtype=torch.float64, requires_grad=True)]
-    losses = (
-        (functional.multi_similarity_loss, {"beta": 5.0}),
-        (functional.multi_similarity_loss, {"epsilon": 0.3, "similarity": "dot"}),
-        (functional.circle_loss, {"gamma": 4.0, "detach_weights": False}),
-        (functional.circle_loss, {"gamma": 4.0, "detach_weights": False, "epsilon": 0.3}),
-    )
-    for function, options in losses:
-        options = {**options, "reduction": reduction, "backend": "fused"}
+    for k, reduction in enumerate(REDUCTIONS):
+        options = {"reduction": reduction, "backend": "fused", **by_name(similarity), **loss.smooth}
+        options["epsilon"] = 0.3 if k % 2 else None
 
-        def square(x, function=function, options=options):
-            return function(x, labels, **options)
+        def square(x, options=options):
+            return loss.function(x, labels, **options)
 
-        def rectangular(x, y, function=function, options=options):
-            return function(x, labels, ref_emb=y, ref_labels=ref_labels, **options)
+        def rectangular(x, y, options=options):
+            return loss.function(x, labels, ref_emb=y, ref_labels=ref_labels, **options)
 
         assert torch.autograd.gradcheck(square, points[:1])
         assert torch.autograd.gradcheck(rectangular, points)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid"])
+def test_parts_and_units(loss, reduction):
+    """Undivided, the loss is its parts and what they are divided by; the gradient flows through the parts."""
+    embeddings, labels = make_batch(60, 6, dtype=torch.float64)
+    batch = embeddings, labels, None, None, None, None
+    similarity = loss.similarity
+    options = loss.name, loss.params(similarity), 0.1, similarity, reduction, True
+    leaf = embeddings.clone().requires_grad_()
+    sums, _ = OPS.pair_loss(leaf, *batch[1:], *options, False, True)
+    parts, units = sums[:2], sums[2:].detach()
+    value = (parts / units.clamp(min=1)).sum()
+    whole = evaluate(loss.function, embeddings, labels, epsilon=0.1, reduction=reduction)
+    torch.testing.assert_close(value.detach(), whole[0])
+    torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], whole[1])
 
 
 def test_compiled_with_inductor():
@@ -160,9 +177,11 @@ def test_compiled_with_any_number_of_rows(function):
     assert counter.frame_count == 2
 
 
-def test_compiled_module():
+@EVERY_LOSS
+def test_compiled_module(loss):
+    torch._dynamo.reset()
     embeddings, labels = make_batch(40, 8)
-    for module in (dml_cuda.CircleLoss(), dml_cuda.MultiSimilarityLoss(epsilon=0.1)):
+    for module in (loss.module(), loss.module(epsilon=0.1, **by_name("euclidean_raw"))):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(embeddings, labels), module(embeddings, labels))
 

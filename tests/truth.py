@@ -4,6 +4,7 @@ Nothing here imports dml_cuda or uses autograd, and no trick is shared with the 
 similarities go in, its loss and its derivatives come out.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class Row:
 @dataclass
 class Truth:
     losses: np.ndarray  # [N] of the rows
-    loss: float  # after the reduction
+    loss: float  # after the reduction; or [4], not yet divided
     grad_emb: np.ndarray  # [N, D]
     grad_ref: np.ndarray | None  # [M, D], None when the rows are paired among themselves
     kept: np.ndarray  # [N, M] bool: the pairs that count
@@ -120,6 +121,13 @@ def sup_con(pos, neg, temperature=0.1):
     return Row([Part(loss)], by_pos / temperature, by_neg / temperature)
 
 
+def lifted_structure(pos, neg, neg_margin=1.0, pos_margin=0.0):
+    pull, pos_shares = log_sum_exp(pos_margin - pos) if len(pos) else (0.0, pos)
+    push, neg_shares = log_sum_exp(neg - neg_margin) if len(neg) else (0.0, neg)
+    is_open = float(pull + push > 0)
+    return Row([Part(max(pull + push, 0.0))], -is_open * pos_shares, is_open * neg_shares)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -127,10 +135,9 @@ ROWS = {
     "binomial_deviance": binomial_deviance,
     "nt_xent": nt_xent,
     "sup_con": sup_con,
+    "lifted_structure": lifted_structure,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
-DEFAULT_MARGINS = {"multi_similarity": {"base": 0.5}, "binomial_deviance": {"base": 0.5}}
-DEFAULT_MARGINS["contrastive"] = {"pos_margin": 0.0, "neg_margin": 1.0}
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
 
 
@@ -211,6 +218,7 @@ def brute_force(
     mine_self=True,
     rounded=None,
     levels=False,
+    undivided=None,
     **options,
 ):
     """Loss and gradients.
@@ -232,8 +240,9 @@ def brute_force(
     (x, q_length), (y, r_length) = (_unit(p) if normalize else (p, None) for p in (q, r))
     distance = similarity.startswith("euclidean")
     if distance and not levels:
-        margins = {**DEFAULT_MARGINS.get(loss, {}), **options}
-        options.update({name: -value for name, value in margins.items() if name in MARGINS})
+        defaults = {name: p.default for name, p in inspect.signature(ROWS[loss]).parameters.items()}
+        margins = {name: value for name, value in (defaults | options).items() if name in MARGINS}
+        options |= {name: -value for name, value in margins.items()}
     s = _similarities(x, y, q, r, similarity, rounded)
     own = np.arange(n) if square else np.full(n, -1) if self_ref is None else self_ref.cpu().numpy()
 
@@ -252,12 +261,16 @@ def brute_force(
 
     parts = len(rows[0].parts) if rows else 0
     losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
-    scale = [1 / max(_units(rows, k, kept, losses, reduction), 1) for k in range(parts)]
+    units = [_units(rows, k, kept, losses, "mean" if reduction == "sum" else reduction) for k in range(parts)]
+    if undivided is not None:
+        scale = undivided
+    else:
+        scale = [1.0 if reduction in ("sum", "none") else 1 / max(u, 1) for u in units]
     per_row = np.ones(n) if upstream is None else _numbers(upstream)
     weights = np.zeros((n, m))
     for i, (row, (positives, negatives)) in enumerate(zip(rows, places, strict=True)):
         np.add.at(weights[i], positives, per_row[i] * scale[0] * row.by_pos)
-        np.add.at(weights[i], negatives, per_row[i] * scale[-1] * row.by_neg)
+        np.add.at(weights[i], negatives, per_row[i] * scale[parts - 1] * row.by_neg)
 
     grad_x, grad_y = _gradients(weights, x, y, distance)
     if square:
@@ -265,13 +278,17 @@ def brute_force(
     if normalize:
         grad_x = _through_norm(grad_x, x, q_length)
         grad_y = _through_norm(grad_y, y, r_length)
-    total = sum(losses[:, k].sum() * scale[k] for k in range(parts))
-    return Truth(losses.sum(axis=1), float(total), grad_x, None if square else grad_y, kept, weights)
+    if undivided is None:
+        total = float(sum(losses[:, k].sum() * scale[k] for k in range(parts)))
+    else:
+        two = [0.0] * (2 - parts)
+        total = np.array([*losses.sum(axis=0), *two, *units, *two])
+    return Truth(losses.sum(axis=1), total, grad_x, None if square else grad_y, kept, weights)
 
 
 def _units(rows, k, kept, losses, reduction):
     """How many units a mean divides part k by."""
-    if reduction in ("sum", "none"):
+    if reduction == "none":
         return 1
     parts = [row.parts[k] for row in rows]
     if parts[0].pairs is not None:

@@ -375,8 +375,10 @@ Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool co
         const Lines<T> rows = lines(parts.rows, tile.row0, false), cols = lines(parts.cols, tile.col0, false);
         run(Negatives<T, Law>{law}, std::integral_constant<Fold, Law::kNeg>(), rows, cols);
         if constexpr (Law::kNeg == Fold::kSum) {  // the hardest negative, for mining
-            if (wanted == static_cast<int>(Kinds::kNegatives))
+            if (wanted == static_cast<int>(Kinds::kNegatives)) {
                 hardest_negatives<T, kBothSides>(tile, rows, cols);
+                found.parts = true;  // satisfied hinges too have a hardest negative
+            }
         }
     }
     if (wanted & static_cast<int>(Kinds::kPositives)) {

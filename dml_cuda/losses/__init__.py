@@ -4,6 +4,7 @@ from .binomial_deviance import BinomialDevianceLoss, binomial_deviance_loss
 from .circle import CircleLoss, circle_loss
 from .classifier import CircleClassifierLoss
 from .contrastive import ContrastiveLoss, contrastive_loss
+from .lifted_structure import GeneralizedLiftedStructureLoss, generalized_lifted_structure_loss
 from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sup_con import SupConLoss, sup_con_loss
@@ -13,12 +14,14 @@ __all__ = [
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
+    "GeneralizedLiftedStructureLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "SupConLoss",
     "binomial_deviance_loss",
     "circle_loss",
     "contrastive_loss",
+    "generalized_lifted_structure_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "sup_con_loss",
