@@ -100,7 +100,7 @@ class Case:
             mine_self=self.mine_self, rounded=arithmetic.of_numbers, levels=True,
             undivided=None if self.divide else self.upstream.tolist(), **params,
         )  # fmt: skip
-        value = torch.as_tensor(truth.losses if of_rows else truth.loss)
+        value = torch.as_tensor(truth.losses if of_rows else truth.loss, dtype=torch.float64)
         upstream = float(self.upstream) if self.divide and not of_rows else 1.0
         grads = (truth.grad_emb, truth.grad_ref)
         grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)

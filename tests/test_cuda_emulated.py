@@ -469,8 +469,8 @@ ROW_COUNTS = (100, 1025, 2900, 4096, 5000, 30_000, 200_000, 700_000, 1_000_000, 
 @by_arithmetic
 @pytest.mark.parametrize("d", [1, 33, 128, 1024, 16_384, 100_000])
 def test_memory_stays_bounded(arithmetic, d):
-    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; and a copy of
-    rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
+    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; and a copy
+    of rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
     count beyond 20,000 dimensions."""
     row_bytes = d * arithmetic.dtype.itemsize
     packed = 0 if row_bytes % 16 == 0 else -(-row_bytes // 16) * 16
