@@ -14,6 +14,8 @@ from cuda_cases import (
     LARGE_NUMBER,
     LAWS,
     MS,
+    NT_XENT,
+    SUP_CON,
     Arithmetic,
     Case,
     check,
@@ -339,6 +341,116 @@ def test_tiles_without_kept_pairs_are_known_and_skipped():
     assert e.forward() == 0
     assert not any(e.kept(3))
     assert not e.backward()[0].any()
+
+
+def two_dimensional(angles, labels, offset=0.0):
+    """Points on the unit circle, so that similarities are cosines of differences."""
+    angles = torch.as_tensor(angles, dtype=torch.float64)
+    points = torch.stack([angles.cos(), angles.sin()], 1)
+    return surrounded(points), torch.as_tensor(labels)
+
+
+@pytest.mark.parametrize("m", [None, 64], ids=["square", "rect"])
+@pytest.mark.parametrize("who", ["row", "column", "nobody"])
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_tiles_that_one_line_or_one_kind_keeps_alive(kind, who, m):
+    """Tiles are 64 x 64 in float64. The tile of rows 0..63 and columns 64..127 holds one pair that can be kept,
+    for the sake of one of its two lines only."""
+    n = 128
+    labels = torch.arange(n) % 64  # rows i and i + 64 are a class
+    angles = torch.where(torch.arange(n) < 64, 0.0, 0.0) + 3.0 * (torch.arange(n) % 64) / 64
+    generator = torch.Generator().manual_seed(2)
+    angles = angles + 0.002 * torch.rand(n, generator=generator)
+    if kind == "negative":  # classes of the first half come twice there, so that positives are at hand
+        labels[:64] = torch.arange(64) // 2
+        labels[64:] = 100 + torch.arange(64) // 2
+        angles[:64] = 0.001 * torch.arange(64) % 2 + 3.0 * (torch.arange(64) // 2) / 64
+        angles[64:] = angles[:64] + 0.02
+    if who == "nobody":
+        angles[64:] += 0.0
+    elif who == "row":
+        angles[3] += 0.05
+    else:
+        angles[64 + 3] += 0.05
+    q, labels = two_dimensional(angles, labels)
+    case = Case(q, labels, epsilon=1e-5)
+    if m is not None:
+        case = Case(q[:64], labels[:64], q[64:], labels[64:], epsilon=1e-5)
+    for path in ("large", "cached"):
+        verify(case, F64, path)
+
+
+def test_a_reduction_of_more_numbers_than_threads():
+    """1024 threads reduce the results, a slot for every 32 rows, and look at the references' norms."""
+    n = 33_000
+    q, labels = two_dimensional(torch.arange(n) % 97 / 50.0, torch.arange(n) % 3)
+    r, ref_labels = two_dimensional([0.3, 1.1], [0, 1])
+    verify(Case(q, labels, r, ref_labels, loss=("binomial_deviance", (2.0, 40.0, 0.5))), F64, "large")
+    case = Case(r, ref_labels, q[:1100], labels[:1100])
+    verify(case, F64, "large")
+    case.r = surrounded(case.r)
+    case.r[1099, 1] = torch.nan  # the reduction must see the last of them
+    assert run(case, F64, "large")[0].isnan()
+
+
+@pytest.mark.parametrize("law", [MS, CIRCLE, NT_XENT, SUP_CON], ids=lambda law: law[0])
+@pytest.mark.parametrize("arithmetic", [F64, F32], ids=lambda a: a.name)
+@pytest.mark.parametrize("path", ["large", "cached"])
+def test_lines_far_below_the_tiles_largest_term(path, arithmetic, law):
+    """Some rows' terms are some hundred below those of other rows of their tile, forward and backward: relative
+    to the tile's they would vanish."""
+    name, params = law
+    sharp = {
+        "multi_similarity": (2.0, 2000.0, 0.5),
+        "circle": (0.4, 900.0, 1.0),
+        "nt_xent": (0.001,),
+        "sup_con": (0.001,),
+    }[name]
+    g = torch.Generator().manual_seed(0)
+    angles = torch.cat([0.01 * torch.rand(70, generator=g), 1.5 * torch.rand(70, generator=g)]).double()
+    labels = torch.arange(140) % 5
+    labels[70:] = torch.arange(70)  # in twos with none, or with the first half
+    q, labels = two_dimensional(angles, labels)
+    case = Case(surrounded(q.to(arithmetic.dtype)), labels, loss=(name, sharp), similarity="cosine")
+    loss, (grad, _) = run(case, arithmetic, path)
+    truth, true_grad, _ = case.truth(arithmetic)
+    # A float32 similarity is off by 1e-7, and so an exponential by 2000 times as much.
+    tolerance = 1e-10 if arithmetic is F64 else 2e-3
+    assert relative_error(loss, truth) <= tolerance
+    assert relative_error(grad, true_grad) <= tolerance
+
+
+def test_labels_that_differ_in_one_half_only():
+    """Labels are compared by 32 bits where the other 32 agree within a tile, and else otherwise."""
+    case = make(140, 8, F64, classes=4)
+    small = (case.labels - case.labels.min()) // 1234567890123
+    assert small.unique().tolist() == [0, 1, 2, 3]
+    results = []
+    for labels in (small, small - 2, small << 32, (small << 32) + 5, small + (7 << 40), small * (2**32 + 1)):
+        case.labels = labels
+        results.append(run(case, F64, "large")[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    verify(case, F64, "large")
+
+
+@pytest.mark.parametrize("similarity", ["euclidean", "euclidean_raw"])
+@pytest.mark.parametrize("m", [None, 60], ids=["square", "rect"])
+@by_path
+def test_near_and_equal_points(path, m, similarity):
+    """Distances from 0 up: no digit is lost to the difference of squares, no gradient is not finite."""
+    case = make(140, 6, F32, m=m, loss=("contrastive", (-0.001, -1.0)), similarity=similarity)
+    case.q[20:40] = case.q[:20]
+    case.labels[20:40] = case.labels[:20]
+    case.q[40:60] = case.q[:20] * (1 + 1e-4 * torch.randn(20, 6))
+    case.labels[40:60] = case.labels[:20]
+    loss, grads = run(case, F32, path)
+    truth, *true_grads = case.truth(F32)
+    assert relative_error(loss, truth) <= 2e-6
+    for got, want in zip(grads, true_grads, strict=True):
+        if got is not None:
+            assert got.isfinite().all()
+            # 1 / d magnifies what a sum of weights times points is rounded to.
+            assert relative_error(got, want) <= 2e-3
 
 
 @by_path

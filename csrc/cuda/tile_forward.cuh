@@ -266,8 +266,7 @@ struct PairTerm {
 
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
 template <typename Math, Stage kStage, typename Law, typename Acc>
-DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
-                                 Acc (&q)[kQuantities]) {
+DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above, Acc (&q)[kQuantities]) {
     using Grid = PairGrid<Math>;
     using Which = Summed<Law, kStage>;
     constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
@@ -436,8 +435,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     if constexpr (Which::kPoss) take(Which::kPosExp, 2, top_pos, sums.pos_count, sums.pos);
     if constexpr (Which::kContext) q[1] = sums.context;
     if constexpr (Which::kNegExp || Which::kPosExp) {
-        if (careful)
-            gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
+        if (careful) gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
     }
     const int side = line < kTile ? 0 : 1;
     const int row = int(blockIdx.y), col = int(blockIdx.x);

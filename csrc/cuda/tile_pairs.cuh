@@ -39,8 +39,8 @@ struct PairGrid {
         return warp_id() % kWarpCols * (kTile / kWarpCols) + lane_id() % kLaneCols * kCols + j;
     }
 
-    // The similarities, where load_tile has put them. (Not by the pointer in LoadedTile, of which the compiler
-    // would not see that it leads to shared memory.)
+    // The similarities, where load_tile has put them. (Not by the pointer in LoadedTile, of which the
+    // compiler would not see that it leads to shared memory.)
     static DML_DEVICE Acc& sim(int row, int col) {
         unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
         return reinterpret_cast<Acc*>(bytes)[row * Traits::kSimPitch + col];
@@ -114,8 +114,7 @@ DML_DEVICE void mark_edges(const SuperTile<T, Acc>& super, const LoadedTile<Math
     block_sync();  // the cache has been filled with what the similarities were
     for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {
         const int r = e / kTile, c = e % kTile;
-        if (r >= rows || c >= cols || (diagonal && c <= r))
-            PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
+        if (r >= rows || c >= cols || (diagonal && c <= r)) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
     }
     block_sync();
 }
@@ -131,8 +130,7 @@ DML_DEVICE void mark_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>
         const int64_t self = super.self_ref[tile.row0 + r];
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
-            if (tile.row_labels[r] == tile.col_labels[c])
-                PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
+            if (tile.row_labels[r] == tile.col_labels[c]) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
         }
     }
     block_sync();
