@@ -85,7 +85,7 @@ def nvcc_version() -> tuple[int, int]:
 
 
 def default_architectures() -> str:
-    """Those of this machine's GPUs, else every one that needs code of its own (8.6 and 8.9 run that of 8.0)."""
+    """Those of this machine's GPUs, else all that need code of their own (8.6 and 8.9 run that of 8.0)."""
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         if any(capability >= OLDEST for capability in found):

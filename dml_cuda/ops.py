@@ -37,8 +37,8 @@ def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
     return _after(kept, tiles) + cached * tile_bytes
 
 
-# csrc/cuda/engine.cuh: likewise; batches up to so many rows (bytes of one row of similarities) are done in strips
-# without tiles, and up to so many tiles it is known which hold a gradient.
+# csrc/cuda/engine.cuh: likewise; batches up to so many rows (bytes of one row of similarities) are done in
+# strips without tiles, and up to so many tiles it is known which hold a gradient.
 _CUDA_CACHE_BYTES = 34 << 20
 _CUDA_STRIP_BYTES = 4096
 _CUDA_KEPT_TILES = 16 << 20
