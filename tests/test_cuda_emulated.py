@@ -354,8 +354,8 @@ def two_dimensional(angles, labels):
 @pytest.mark.parametrize("who", ["row", "column", "nobody"])
 @pytest.mark.parametrize("kind", ["positive", "negative"])
 def test_tiles_that_one_line_or_one_kind_keeps_alive(kind, who, m):
-    """Tiles are 64 x 64 in float64. In that of rows 0..63 and columns 64..127 mining keeps what one line or one
-    kind gives, or nothing."""
+    """Tiles are 64 x 64 in float64. In that of rows 0..63 and columns 64..127 mining keeps what one line or
+    one kind gives, or nothing."""
     n = 128
     labels = torch.arange(n) % 64  # rows i and i + 64 are a class
     angles = 3.0 * (torch.arange(n) % 64) / 64
