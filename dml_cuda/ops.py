@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
 
-# ---- the bytes that forward leaves for backward, as the engines lay them out. Sizes may be symbolic. --------
+# ---- the bytes that forward leaves for backward, as the engines lay them out. Sizes may be symbolic. -------
 
 # csrc/cpu: the sides of small and large tiles, up to how many points there are small ones, and the memory
 # that may keep tiles for backward.
