@@ -43,9 +43,10 @@ format: $(VENV)/ready
 	$(PY) -m ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-# Registers, spills, occupancy and matrix instructions of every CUDA kernel; needs nvcc, no GPU.
+# Registers, spills and occupancy of every CUDA kernel, what its hot path issues, and what whole problems then
+# take at least; needs nvcc and nvdisasm, no GPU.
 ptxas: $(VENV)/ready
-	$(PY) -m benchmarks.ptxas
+	$(PY) -m tools.machine_code
 
 # Builds, tests, sanitises and benchmarks on the GPU of this machine, with a Python whose torch sees it.
 gpu-check:

@@ -4,8 +4,11 @@ DML_CUDA_BUILD=cpu or =cuda forces either; TORCH_CUDA_ARCH_LIST chooses the arch
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import setup
@@ -64,16 +67,48 @@ def has_cuda_headers() -> bool:
     return any(Path(folder, "cuda_runtime.h").exists() for folder in folders)
 
 
+OLDEST = (8, 0)  # what the kernels are written for: cp.async, bfloat16 and tf32
+# Names that TORCH_CUDA_ARCH_LIST may hold, of what is older.
+OLD_NAMES = ("Kepler", "Kepler+Tesla", "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Turing")
+
+
+def is_supported(architecture: str) -> bool:
+    number = re.match(r"(\d+)\.(\d+)", architecture)
+    return tuple(map(int, number.groups())) >= OLDEST if number else architecture not in OLD_NAMES
+
+
+def nvcc_version() -> tuple[int, int]:
+    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
+    return int(major), int(minor)
+
+
+def default_architectures() -> str:
+    """Those of this machine's GPUs, else all that need code of their own (8.6 and 8.9 run that of 8.0)."""
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        if any(capability >= OLDEST for capability in found):
+            return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    # Compilers before 12.8 do not know 10.0 and 12.0.
+    return "8.0;9.0;10.0;12.0+PTX" if nvcc_version() >= (12, 8) else "8.0;9.0+PTX"
+
+
+@cache
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST if set, else this machine's GPU, else every one that is supported."""
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        if torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            archs = f"{major}.{minor}"
-        else:  # compilers before 12.8 do not know 10.0 and 12.0
-            version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
-            archs = "8.0;8.6;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;8.6;9.0+PTX"
-        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    """TORCH_CUDA_ARCH_LIST without what is too old, or the default; torch's builder reads it from there."""
+    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    asked = [a for a in asked if a] or default_architectures().split(";")
+    kept = [architecture for architecture in asked if is_supported(architecture)]
+    left_out = [architecture for architecture in asked if architecture not in kept]
+    if not kept:
+        fail(
+            f"TORCH_CUDA_ARCH_LIST names no architecture from 8.0 on: {' '.join(asked)}.",
+            "Add one (8.0 and newer GPUs are supported), or set DML_CUDA_BUILD=cpu.",
+        )
+    if left_out:
+        print(f"dml_cuda: no kernels for {', '.join(left_out)}: older than 8.0", file=sys.stderr)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(kept)
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 

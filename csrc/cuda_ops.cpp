@@ -7,10 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
-
-#include <algorithm>
-#include <optional>
-#include <tuple>
+#include <torch/version.h>
 
 #include "cuda/pair_loss.h"
 #include "cuda/pairs.h"
@@ -21,144 +18,119 @@ namespace dml::cuda {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-Scalar scalar_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case at::kHalf:
-            return Scalar::kFloat16;
-        case at::kBFloat16:
-            return Scalar::kBFloat16;
-        case at::kFloat:
-            return Scalar::kFloat32;
-        case at::kDouble:
-            return Scalar::kFloat64;
-        default:
-            TORCH_CHECK_TYPE(false, "embeddings: expected float16, bfloat16, float32 or float64, got ",
-                             x.scalar_type());
-    }
-}
-
-// As torch.set_float32_matmul_precision says.
+// As torch says that float32 matrices are multiplied on CUDA. Its older getter raises where the older and the
+// newer way of saying so were mixed; it alone knows "medium", which the newer way calls tf32.
 Precision precision_in_use() {
-    switch (at::globalContext().float32MatmulPrecision()) {
-        case at::Float32MatmulPrecision::HIGH:
-            return Precision::kTf32;
-        case at::Float32MatmulPrecision::MEDIUM:
-            return Precision::kBf16;
-        default:
-            return Precision::kFull;
+    const auto& context = at::globalContext();
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
+    const auto of = [&](at::Float32Backend backend) {
+        return context.float32Precision(backend, at::Float32Op::MATMUL);
+    };
+    if (of(at::Float32Backend::CUDA) != at::Float32Precision::TF32) return Precision::kFull;
+    if (of(at::Float32Backend::MKLDNN) != at::Float32Precision::BF16) return Precision::kTf32;
+    const Precision unknown = Precision::kTf32;
+#else
+    const Precision unknown = Precision::kFull;
+#endif
+    try {
+        switch (context.float32MatmulPrecision()) {
+            case at::Float32MatmulPrecision::HIGH:
+                return Precision::kTf32;
+            case at::Float32MatmulPrecision::MEDIUM:
+                return Precision::kBf16;
+            default:
+                return Precision::kFull;
+        }
+    } catch (const c10::Error&) {
+        return unknown;
     }
 }
 
-cuda::Reduction reduction_of(std::string_view name) {
-    return static_cast<cuda::Reduction>(parse_reduction(name));
-}
+// Rows may lie at any distance but must be contiguous in themselves.
+Tensor with_dense_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
 
-// One side of the pairs. Rows may lie at any distance but must be contiguous in themselves.
-struct Side {
-    Tensor points;  // [N, D]
-    Tensor labels;  // [N]
-
-    Side(const Tensor& x, const Tensor& its_labels)
-        : points(x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous()), labels(its_labels.contiguous()) {}
-
-    Points view() const {
-        return {points.const_data_ptr(), points.stride(0), labels.const_data_ptr<int64_t>(), points.size(0)};
-    }
-};
-
-// The problem, and the tensors that its pointers lead to.
+// The task, and the tensors that its pointers lead to.
 struct Inputs {
-    Side queries;
-    std::optional<Side> refs;
-    OptionalTensor self_ref, ref_count;
-    Problem problem;
+    Tensor points, labels;
+    OptionalTensor ref_points, ref_labels, self_ref, ref_count;
+    Task task;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
-    Inputs(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-           const OptionalTensor& ref_labels, const OptionalTensor& own_ref, const OptionalTensor& count,
-           c10::string_view loss, at::ArrayRef<double> params, bool normalize, c10::string_view reduction)
-        : queries(embeddings, labels), ref_count(count) {
-        if (ref_emb) refs.emplace(*ref_emb, *ref_labels);
-        if (own_ref) self_ref = own_ref->contiguous();
-        problem.queries = queries.view();
-        problem.refs = refs ? refs->view() : problem.queries;
-        problem.square = !refs;
-        problem.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
-        problem.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
-        problem.dim = embeddings.size(1);
-        problem.scalar = scalar_of(embeddings);
-        problem.precision = precision_in_use();
-        problem.loss = parse_loss(loss, params);
-        std::copy(params.begin(), params.end(), problem.params);
-        problem.normalize = normalize;
-        problem.reduction = reduction_of(reduction);
-        const bool wide = embeddings.scalar_type() == at::kDouble;
-        accumulate = embeddings.options().dtype(wide ? at::kDouble : at::kFloat);
+    explicit Inputs(const Call& c)
+        : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
+        task.problem = describe(c);
+        Problem& p = task.problem;
+        p.queries = view(points, labels);
+        p.refs = p.queries;
+        if (c.ref_emb) {
+            ref_points = with_dense_rows(*c.ref_emb);
+            ref_labels = c.ref_labels->contiguous();
+            p.refs = view(*ref_points, *ref_labels);
+        }
+        if (c.self_ref) self_ref = c.self_ref->contiguous();
+        p.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
+        p.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
+        accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
+    }
+    static Points view(const Tensor& x, const Tensor& labels) {
+        return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
     }
 };
 
-template <typename T>
-T* data_or_null(const Tensor& x) {
-    return x.numel() > 0 ? static_cast<T*>(x.data_ptr()) : nullptr;
+Tensor bytes(int64_t count, const Tensor& like) {
+    return at::empty({count}, like.options().dtype(at::kByte));
 }
 
-Tensor workspace_of(int64_t bytes, const Tensor& like) {
-    return at::empty({bytes}, like.options().dtype(at::kByte));
+// How float32 was multiplied in forward is how backward must see the same similarities. The host has to know
+// without asking the device, so it is the number of bytes by which `saved` is longer than what it holds.
+int64_t mark(Precision precision) { return static_cast<int64_t>(precision); }
+
+ForwardResult pair_loss(const Call& c) {
+    check_inputs(c);
+    const c10::cuda::CUDAGuard guard(c.embeddings.device());
+    Inputs in(c);
+    if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
+    Tensor saved = bytes(saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
+    Tensor loss = in.task.problem.reduction == Reduction::kNone
+                      ? at::empty({c.embeddings.size(0)}, in.accumulate)
+                  : c.divide ? at::empty({}, in.accumulate)
+                             : at::empty({4}, in.accumulate);
+    const Tensor workspace = bytes(forward_workspace_bytes(in.task), c.embeddings);
+    forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
+            c10::cuda::getCurrentCUDAStream());
+    return {loss, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(
-    const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    c10::string_view loss, at::ArrayRef<double> params, std::optional<double> epsilon, bool normalize,
-    c10::string_view reduction, bool save_for_backward) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, normalize,
-                    reduction);
-    const SavedSizes sizes = saved_sizes(in.problem, save_for_backward);
-    Tensor stats = at::empty({sizes.stats}, in.accumulate);
-    Tensor plan = at::empty({sizes.plan}, in.accumulate.dtype(at::kInt));
-    Tensor tiles = at::empty({sizes.tiles}, in.accumulate);
-    Tensor kept = at::empty({sizes.kept}, in.accumulate.dtype(at::kByte));
-    Tensor result = in.problem.reduction == cuda::Reduction::kNone
-                        ? at::empty({embeddings.size(0)}, in.accumulate)
-                        : at::empty({}, in.accumulate);
-    const Tensor workspace = workspace_of(forward_workspace_bytes(in.problem), embeddings);
-    forward(in.problem, {epsilon.has_value(), epsilon.value_or(0.0)},
-            {stats.data_ptr(), data_or_null<int32_t>(plan), data_or_null<void>(tiles),
-             data_or_null<uint8_t>(kept)},
-            result.data_ptr(), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
-    return {result, stats, plan, tiles, kept};
+// Reads from the length of `saved` what forward was told and knew. Returns whether it kept tiles.
+bool read_saved(Task& task, int64_t length) {
+    const int marks = task.problem.scalar == Scalar::kFloat32 ? kPrecisions : 1;
+    for (int k = 0; k < marks; ++k) {
+        task.precision = static_cast<Precision>(k);
+        for (const bool saves : {true, false}) {
+            if (length == saved_bytes(task, saves) + k) return saves;
+        }
+    }
+    task.precision = Precision::kFull;
+    return true;
 }
 
-std::tuple<Tensor, Tensor> pair_loss_backward(
-    const Tensor& grad_loss, const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-    const OptionalTensor& ref_labels, const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-    const Tensor& stats, const Tensor& plan, const Tensor& tiles, const Tensor& kept, c10::string_view loss,
-    at::ArrayRef<double> params, bool normalize, c10::string_view reduction, bool need_emb, bool need_ref) {
-    check_inputs(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count);
-    const c10::cuda::CUDAGuard guard(embeddings.device());
-    const Inputs in(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, loss, params, normalize,
-                    reduction);
-    const SavedSizes sizes = saved_sizes(in.problem, tiles.numel() > 0);
-    TORCH_CHECK_VALUE(stats.numel() == sizes.stats && plan.numel() == sizes.plan &&
-                          tiles.numel() == sizes.tiles && kept.numel() == sizes.kept,
-                      "stats, plan, tiles, kept: not those of a forward pass over these inputs");
-    const Tensor upstream = grad_loss.to(stats.scalar_type()).contiguous();
+BackwardResult pair_loss_backward(const Call& c, const Backward& b) {
+    check_inputs(c);
+    const c10::cuda::CUDAGuard guard(c.embeddings.device());
+    Inputs in(c);
+    const bool saves = read_saved(in.task, b.saved.numel());
+    check_backward(c, b, saved_bytes(in.task, saves) + mark(in.task.precision));
+    const Tensor upstream = b.grad_loss.to(in.accumulate.dtype()).contiguous();
     const auto gradient = [&](const Tensor* of) {
-        return of ? at::empty(of->sizes(), of->options()) : at::empty({0}, embeddings.options());
+        return of ? at::empty(of->sizes(), of->options()) : at::empty({0}, c.embeddings.options());
     };
-    const bool ref_wanted = need_ref && ref_emb.has_value();
-    Tensor grad_emb = gradient(need_emb ? &embeddings : nullptr);
-    Tensor grad_ref = gradient(ref_wanted ? &*ref_emb : nullptr);
-    const Tensor workspace = workspace_of(backward_workspace_bytes(in.problem), embeddings);
-    backward(in.problem,
-             {stats.data_ptr(), data_or_null<int32_t>(plan), data_or_null<void>(tiles),
-              data_or_null<uint8_t>(kept)},
-             upstream.const_data_ptr(), data_or_null<void>(grad_emb), data_or_null<void>(grad_ref),
-             workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    Tensor grad_emb = gradient(b.need_emb ? &c.embeddings : nullptr);
+    Tensor grad_ref = gradient(b.need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
+    const Tensor workspace = bytes(backward_workspace_bytes(in.task), c.embeddings);
+    const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
+    backward(in.task, saves, b.saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
+             data_or_null(grad_ref), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
     return {grad_emb, grad_ref};
 }
 
@@ -224,8 +196,8 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
-    m.impl("pair_loss", &pair_loss);
-    m.impl("pair_loss_backward", &pair_loss_backward);
+    m.impl("pair_loss", &pair_loss_op<pair_loss>);
+    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
     m.impl("pair_products", &pair_products);
     m.impl("pair_sums", &pair_sums);
     m.impl("segment_logsumexp", &segment_logsumexp);

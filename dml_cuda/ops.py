@@ -39,8 +39,43 @@ def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
     return _after(kept, tiles) + cached * tile_bytes
 
 
+# csrc/cuda/engine.cuh: likewise; batches up to so many rows (bytes of one row of similarities) are done in
+# strips without tiles, and up to so many tiles it is known which hold a gradient.
+_CUDA_CACHE_BYTES = 34 << 20
+_CUDA_STRIP_BYTES = 4096
+_CUDA_KEPT_TILES = 16 << 20
+
+
+def _positive(x):
+    """1 where x > 0, else 0; without a branch."""
+    return torch.sym_min(1, torch.sym_max(x, 0))
+
+
 def _cuda_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
-    raise NotImplementedError
+    rows, columns = torch.sym_max(n, m), torch.sym_min(n, m)
+    in_tiles = _positive(rows - _CUDA_STRIP_BYTES // itemsize) * _positive(columns)
+    side = 64 if itemsize == 8 else 128
+    tiles = _tile_count(n, m, square, side) * in_tiles
+    cache = tiles * side * side * itemsize
+    cached = cache * _positive(_CUDA_CACHE_BYTES + 1 - cache) if save else 0
+    numbers = (4 + 7 * n + (0 if square else m)) * itemsize
+    flags = n + tiles * _positive(_CUDA_KEPT_TILES + 1 - tiles)
+    return ((numbers + 15) // 16 * 16 + cached + flags + 15) // 16 * 16
+
+
+def _cuda_precision() -> int:
+    """How float32 is multiplied: in full, as tf32 or as bfloat16. As csrc/cuda_ops.cpp finds it out, which
+    makes what is saved so many bytes longer."""
+    known = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if known is not None:
+        if known("cuda", "matmul") != "tf32":
+            return 0
+        if known("mkldnn", "matmul") != "bf16":
+            return 1
+    try:
+        return ["highest", "high", "medium"].index(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        return 0 if known is None else 1
 
 
 def saved_bytes(device: str, n, m, square: bool, itemsize: int, save: bool):
@@ -69,7 +104,10 @@ def _pair_loss_fake(
     n = embeddings.shape[0]
     m = n if ref_emb is None else ref_emb.shape[0]
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    size = saved_bytes(embeddings.device.type, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    device = embeddings.device.type
+    size = saved_bytes(device, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    if device == "cuda" and embeddings.dtype == torch.float32:
+        size += _cuda_precision()
     shape = (n,) if reduction == "none" else () if divide else (4,)
     return embeddings.new_empty(shape, dtype=dtype), embeddings.new_empty(size, dtype=torch.uint8)
 

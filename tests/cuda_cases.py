@@ -40,7 +40,6 @@ class Arithmetic:
 
 ARITHMETICS = [
     Arithmetic("f64", F64, loss_tolerance=1e-13, grad_tolerance=1e-12),
-    Arithmetic("f32_plain", F32, "plain"),
     Arithmetic("f32", F32),
     Arithmetic("f32_tf32", F32, "tf32", to_tf32, grad_tolerance=1e-3),
     Arithmetic("f32_bf16", F32, "bf16", lambda x: x.bfloat16().double(), grad_tolerance=8e-3),
@@ -52,6 +51,22 @@ BY_NAME = {a.name: a for a in ARITHMETICS}
 MS = ("multi_similarity", (2.0, 50.0, 0.5))
 CIRCLE = ("circle", (0.4, 80.0, 1.0))
 CIRCLE_NOT_DETACHED = ("circle", (0.4, 80.0, 0.0))
+CONTRASTIVE = ("contrastive", (0.9, 0.2))
+BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
+NT_XENT = ("nt_xent", (0.07,))
+SUP_CON = ("sup_con", (0.1,))
+LIFTED = ("lifted_structure", (0.2, 0.9))
+LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED]
+# Levels for distances, whose similarities lie below 0.
+ON_DISTANCES = {
+    "multi_similarity": (2.0, 10.0, -1.0),
+    "circle": (0.4, 4.0, 1.0),
+    "contrastive": (-0.1, -1.2),
+    "binomial_deviance": (2.0, 10.0, -1.0),
+    "nt_xent": (0.2,),
+    "sup_con": (0.2,),
+    "lifted_structure": (-1.2, -0.1),
+}
 
 
 @dataclass
@@ -64,9 +79,11 @@ class Case:
     ref_count: torch.Tensor | None = None
     loss: tuple = MS
     epsilon: float | None = None
-    normalize: bool = True
+    similarity: str = "cosine"
     reduction: str = "mean"
     upstream: object = 1.0
+    divide: bool = True
+    mine_self: bool = True
 
     def truth(self, arithmetic):
         name, params = self.loss
@@ -78,12 +95,13 @@ class Case:
         of_rows = self.reduction == "none"
         truth = brute_force(
             name, self.q, self.labels, ref_emb=r, ref_labels=ref_labels, epsilon=self.epsilon,
-            similarity="cosine" if self.normalize else "dot", reduction=self.reduction,
+            similarity=self.similarity, reduction=self.reduction,
             upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_ref=self.self_ref,
-            rounded=arithmetic.of_numbers, levels=True, **params,
+            mine_self=self.mine_self, rounded=arithmetic.of_numbers, levels=True,
+            undivided=None if self.divide else self.upstream.tolist(), **params,
         )  # fmt: skip
-        value = torch.as_tensor(truth.losses if of_rows else truth.loss)
-        upstream = 1.0 if of_rows else float(self.upstream)
+        value = torch.as_tensor(truth.losses if of_rows else truth.loss, dtype=torch.float64)
+        upstream = float(self.upstream) if self.divide and not of_rows else 1.0
         grads = (truth.grad_emb, truth.grad_ref)
         grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)
         if self.ref_count is not None:
@@ -91,19 +109,25 @@ class Case:
         return value, grad_q, grad_r
 
 
-def surrounded(x, offset=0, gap=0):
+def surrounded(x, offset=0, gap=0, amid=torch.nan):
     """x amid NaN: before its first row, between its rows and after the last. What a kernel reads from
-    there by mistake poisons its result. offset (elements) and gap decide how rows are aligned."""
+    there by mistake poisons its result; or, where a pair whose similarity is not finite would be looked at
+    again, amid a large number. offset (elements) and gap decide how rows are aligned."""
     n, d = x.shape
-    raw = torch.full((64 + offset + n * (d + gap) + 64,), torch.nan, dtype=x.dtype)
+    raw = torch.full((64 + offset + n * (d + gap) + 64,), amid, dtype=x.dtype)
     view = raw[64 + offset :].as_strided((n, d), (d + gap, 1))
     view.copy_(x)
     return view
 
 
-def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, **options):
+LARGE_NUMBER = 3e3  # with sums of squares that are finite
+
+
+def make(
+    n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, gap=0, amid=torch.nan, **options
+):
     """A noisy batch around class centres in which no pair lies too near its mining threshold."""
-    options = {"loss": MS, "normalize": True, "epsilon": None, **options}
+    options = {"loss": MS, "similarity": "cosine", "epsilon": None, **options}
     for attempt in itertools.count(1000 * seed):
         g = torch.Generator().manual_seed(attempt)
         centres = torch.randn(classes, d, generator=g)
@@ -112,16 +136,34 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
             labels = torch.randint(classes, (count,), generator=g)
             x = (centres[labels] + spread * torch.randn(count, d, generator=g)).to(arithmetic.dtype)
             # Labels far apart and negative mean the same as 0, 1, 2.
-            return surrounded(x, offset, gap), labels * 1234567890123 - 4 * 1234567890123
+            return surrounded(x, offset, gap, amid), labels * 1234567890123 - 4 * 1234567890123
 
         q, labels = points(n)
         r, ref_labels = points(m) if m is not None else (None, None)
-        sides = (q, labels, r, ref_labels)
-        similarity = "cosine" if options["normalize"] else "dot"
-        how = {"similarity": similarity, "rounded": arithmetic.of_numbers}
-        margin = mining_margin(*sides, options["epsilon"], **how)
-        if margin > 2e-6:
-            return Case(*sides, **options)
+        case = Case(q, labels, r, ref_labels, **options)
+        if clear_margin(case, arithmetic):
+            return case
+
+
+def clear_margin(case, arithmetic):
+    """Whether no pair lies too near its mining threshold."""
+    sides = (case.q, case.labels, case.r, case.ref_labels)
+    how = {"similarity": case.similarity, "rounded": arithmetic.of_numbers}
+    margin = mining_margin(*sides, case.epsilon, **how)
+    return margin > 2e-6
+
+
+def of_similarity(law, similarity, n, d, arithmetic, **options):
+    """A case of a law whose parameters suit the similarity."""
+    name, _ = law
+    if similarity.startswith("euclidean"):
+        law = name, ON_DISTANCES[name]
+    case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
+    if similarity in ("dot", "euclidean_raw"):
+        case.q *= 0.25  # of order 1
+        if case.r is not None:
+            case.r *= 0.25
+    return case
 
 
 def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
@@ -141,11 +183,7 @@ def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
             case.self_ref[6::5] = -1
             outside = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
             case.self_ref[: len(outside)] = outside
-        sides = (case.q, case.labels, case.r, case.ref_labels)
-        similarity = "cosine" if case.normalize else "dot"
-        how = {"similarity": similarity, "rounded": arithmetic.of_numbers}
-        margin = mining_margin(*sides, case.epsilon, **how)
-        if margin > 2e-6:
+        if clear_margin(case, arithmetic):
             return case
 
 

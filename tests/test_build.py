@@ -106,27 +106,71 @@ def test_cuda_forced_without_nvcc(tmp_path):
     assert_fails(run, "no nvcc", "CUDA_HOME", "DML_CUDA_BUILD=cpu")
 
 
+def toolkit(folder, release="13.0", headers=True):
+    """A CUDA toolkit, as far as setup.py looks at one."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    if headers:
+        (folder / "include").mkdir(exist_ok=True)
+        (folder / "include/cuda_runtime.h").touch()
+    return {"modules": CUDA_TORCH, "CUDA_HOME": str(folder)}
+
+
 @pytest.mark.parametrize("choice", ["auto", "cpu", "cuda"])
 def test_cuda_found(tmp_path, choice):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.touch(0o755)
-    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD=choice, CUDA_HOME=str(tmp_path))
+    run = run_setup(tmp_path, **toolkit(tmp_path, headers=False), DML_CUDA_BUILD=choice)
     if choice != "cpu":
-        assert_fails(run, str(nvcc.parent), "cuda_runtime.h", "CUDA_HOME", "DML_CUDA_BUILD=cpu")
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include/cuda_runtime.h").touch()
-    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD=choice, CUDA_HOME=str(tmp_path))
+        assert_fails(run, str(tmp_path / "bin"), "cuda_runtime.h", "CUDA_HOME", "DML_CUDA_BUILD=cpu")
+    run = run_setup(tmp_path, **toolkit(tmp_path), DML_CUDA_BUILD=choice)
     assert run.returncode == 0, run.stderr
-    assert ("architectures 8.0" in run.stdout) == (choice != "cpu")
-    run = run_setup(
-        tmp_path,
-        modules=CUDA_TORCH,
-        DML_CUDA_BUILD=choice,
-        CUDA_HOME=str(tmp_path),
-        TORCH_CUDA_ARCH_LIST="9.0a",
-    )
+    assert ("architectures 8.0;9.0;10.0;12.0+PTX" in run.stdout) == (choice != "cpu")
+    run = run_setup(tmp_path, **toolkit(tmp_path), DML_CUDA_BUILD=choice, TORCH_CUDA_ARCH_LIST="9.0a")
     assert ("architectures 9.0a" in run.stdout) == (choice != "cpu")
+
+
+def test_architectures_follow_the_compiler_not_torch(tmp_path):
+    run = run_setup(tmp_path, **toolkit(tmp_path, release="12.6"))
+    assert run.returncode == 0, run.stderr
+    assert "architectures 8.0;9.0+PTX\n" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "built", "left_out"),
+    [
+        ("7.0;7.5;8.0;8.6;9.0+PTX", "8.0;8.6;9.0+PTX", "7.0, 7.5"),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0;12.0+PTX", "7.5"),
+        ("Volta;Turing;Ampere", "Ampere", "Volta, Turing"),
+        ("5.2+PTX, 10.0a", "10.0a", "5.2+PTX"),
+        ("", "8.0;9.0;10.0;12.0+PTX", None),
+    ],
+)
+def test_architectures_that_are_too_old(tmp_path, asked, built, left_out):
+    """As container images ask for them."""
+    run = run_setup(tmp_path, **toolkit(tmp_path), TORCH_CUDA_ARCH_LIST=asked)
+    assert run.returncode == 0, run.stderr
+    assert f"architectures {built}\n" in run.stdout
+    assert (f"no kernels for {left_out}: older than 8.0" in run.stderr) == (left_out is not None)
+
+
+def test_only_architectures_that_are_too_old(tmp_path):
+    run = run_setup(tmp_path, **toolkit(tmp_path), TORCH_CUDA_ARCH_LIST="7.0;7.5+PTX")
+    assert_fails(run, "no architecture from 8.0 on", "7.0 7.5+PTX", "DML_CUDA_BUILD=cpu")
+
+
+def test_every_gpu_of_the_machine(tmp_path):
+    gpus = """
+def is_available(): return True
+def device_count(): return 4
+def get_device_capability(i): return [(9, 0), (7, 5), (8, 6), (9, 0)][i]
+"""
+    options = toolkit(tmp_path)
+    options["modules"] = {**CUDA_TORCH, "torch/cuda.py": gpus}
+    run = run_setup(tmp_path, **options)
+    assert run.returncode == 0, run.stderr
+    assert "architectures 8.6;9.0\n" in run.stdout
+    assert "7.5" in run.stderr
 
 
 def test_compiler_missing(tmp_path):

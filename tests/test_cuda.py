@@ -8,12 +8,14 @@ from cuda_cases import (
     ARITHMETICS,
     BY_NAME,
     CIRCLE,
+    LAWS,
     MS,
     Case,
     check,
     couples,
     make,
     make_from_refs,
+    of_similarity,
     partners,
     relative_error,
 )
@@ -26,7 +28,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU, and dml_cuda built with its CUDA kernels",
 )
 
-ON_GPU = [a for a in ARITHMETICS if a.precision != "plain"]
 MATMUL_PRECISION = {"full": "highest", "tf32": "high", "bf16": "medium"}
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 
@@ -50,14 +51,16 @@ def run(case, arithmetic, need_q=True, need_r=True):
     torch.set_float32_matmul_precision(MATMUL_PRECISION[arithmetic.precision])
     sides = case.q, case.labels, case.r, case.ref_labels, case.self_ref, case.ref_count
     inputs = [on_gpu(x) for x in sides]
-    loss, params = case.loss
-    value, *saved = torch.ops.dml_cuda.pair_loss(
-        *inputs, loss, params, case.epsilon, case.normalize, case.reduction, True
+    options = case.similarity, case.reduction
+    value, saved = torch.ops.dml_cuda.pair_loss(
+        *inputs, *case.loss, case.epsilon, *options, case.mine_self, case.divide, True
     )
     upstream = torch.as_tensor(case.upstream, dtype=value.dtype).cuda().expand(value.shape)
     wanted = [need_q, need_r and case.r is not None]
+    # What backward multiplies is what forward saw, whatever has been asked for since.
+    torch.set_float32_matmul_precision("highest")
     grads = torch.ops.dml_cuda.pair_loss_backward(
-        upstream, *inputs, *saved, loss, params, case.normalize, case.reduction, *wanted
+        upstream, *inputs, saved, *case.loss, *options, case.divide, *wanted
     )
     return value.cpu(), [g.cpu() if needed else None for g, needed in zip(grads, wanted, strict=True)]
 
@@ -67,10 +70,49 @@ def run(case, arithmetic, need_q=True, need_r=True):
 @pytest.mark.parametrize(
     ("n", "m"), [(70, None), (90, 200), (300, None), (1500, None), (1300, 700), (200, 1100)]
 )
-@pytest.mark.parametrize("arithmetic", ON_GPU, ids=lambda a: a.name)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 def test_every_kernel(arithmetic, n, m, epsilon, loss):
     case = make(n, 33, arithmetic, m=m, epsilon=epsilon if n * (m or n) < 200_000 else None, loss=loss)
     check(case, arithmetic, *run(case, arithmetic))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "euclidean_raw"])
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize(("n", "m"), [(70, None), (90, 200), (1100, None)])
+@pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
+def test_every_law(law, arithmetic, n, m, epsilon, similarity):
+    case = of_similarity(law, similarity, n, 24, arithmetic, m=m, epsilon=epsilon if n < 1000 else None)
+    check(case, arithmetic, *run(case, arithmetic))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
+@pytest.mark.parametrize("n", [140, 1100])
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
+def test_parts_and_units_before_they_are_divided(law, n, reduction):
+    case = make(n, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
+    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    check(case, F64, *run(case, F64))
+
+
+def test_what_backward_is_given_is_checked():
+    case = make(70, 8, F32)
+    q, labels = case.q.cuda(), case.labels.cuda()
+    sides = q, labels, None, None, None, None
+    loss, saved = torch.ops.dml_cuda.pair_loss(*sides, *MS, None, "cosine", "mean", True, True, True)
+
+    def backward(grad_loss, saved):
+        torch.ops.dml_cuda.pair_loss_backward(
+            grad_loss, *sides, saved, *MS, "cosine", "mean", True, True, False
+        )
+
+    backward(torch.ones_like(loss), saved)
+    for grad_loss in (torch.ones(()), torch.ones(2, device="cuda")):
+        with pytest.raises(ValueError, match="grad_loss"):
+            backward(grad_loss, saved)
+    for wrong in (saved.cpu(), saved[:-16], saved.char(), saved.repeat_interleave(2)[::2], saved[None]):
+        with pytest.raises(ValueError, match="saved"):
+            backward(torch.ones_like(loss), wrong)
 
 
 @pytest.mark.parametrize("n", [1000, 2900, 4100])
@@ -88,7 +130,7 @@ def test_mining_at_size(arithmetic, n):
 @pytest.mark.parametrize(
     ("n", "d"), [(1, 3), (2, 1), (31, 64), (33, 65), (127, 7), (129, 66), (1025, 3), (1153, 129)]
 )
-@pytest.mark.parametrize("arithmetic", ON_GPU, ids=lambda a: a.name)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 def test_awkward_sizes(arithmetic, n, d):
     case = make(n, d, arithmetic, classes=3, loss=CIRCLE)
     check(case, arithmetic, *run(case, arithmetic))
@@ -103,7 +145,7 @@ def test_strides(arithmetic, n, offset, gap):
 
 
 @pytest.mark.parametrize("n", [200, 1200])
-@pytest.mark.parametrize("arithmetic", ON_GPU, ids=lambda a: a.name)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 def test_the_same_bits_every_time(arithmetic, n):
     case = make(n, 65, arithmetic, reduction="none", upstream=torch.rand(n))
     loss, (grad, _) = run(case, arithmetic)
@@ -113,7 +155,7 @@ def test_the_same_bits_every_time(arithmetic, n):
         assert torch.equal(grad, grad_again)
 
 
-@pytest.mark.parametrize("arithmetic", ON_GPU, ids=lambda a: a.name)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 def test_strips_see_one_similarity_from_both_sides(arithmetic):
     """To the bit: that a product of tensor cores does not care which operand is which is no promise of the
     hardware's, but mining in strips relies on it."""
@@ -141,12 +183,11 @@ def test_under_a_cuda_graph(n):
     """Nothing synchronises the host, and a replay reads the inputs anew."""
     q, labels = torch.randn(n, 48, device="cuda"), torch.randint(9, (n,), device="cuda")
     inputs = q, labels, None, None, None, None
-    loss_name, params = MS
 
     def step():
-        loss, *saved = torch.ops.dml_cuda.pair_loss(*inputs, loss_name, params, 0.1, True, "mean", True)
+        loss, saved = torch.ops.dml_cuda.pair_loss(*inputs, *MS, 0.1, "cosine", "mean", True, True, True)
         grad, _ = torch.ops.dml_cuda.pair_loss_backward(
-            torch.ones_like(loss), *inputs, *saved, loss_name, params, True, "mean", True, False
+            torch.ones_like(loss), *inputs, saved, *MS, "cosine", "mean", True, True, False
         )
         return loss, grad
 

@@ -1,15 +1,17 @@
 """nvcc compiles every kernel for every architecture: no spills, and tensor cores where they are meant."""
 
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from emulator.build import HERE
 
-from benchmarks import ptxas
+from tools import machine_code
+from tools.control_flow import global_bytes, kinds, multiply_adds
 
-needs_nvcc = pytest.mark.skipif(ptxas.find_nvcc() is None, reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
 # The kinds of arithmetic that multiply on tensor cores (csrc/cuda/math.cuh), as kernels name them.
 TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math|Bf16Math)\b")
@@ -20,8 +22,10 @@ NO_PRODUCT = re.compile(r"^(finish|fold|norms|reduce)")
 @pytest.fixture(scope="module")
 def compiled():
     """The kernels of a source for an architecture, compiled once."""
-    assert ptxas.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
-    return lambda source, architecture, flags=ptxas.FLAGS: ptxas.analyse(source, architecture, flags)
+    assert machine_code.find_nvdisasm(), "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
+    return lambda source, architecture, flags=machine_code.FLAGS: machine_code.analyse(
+        source, architecture, flags
+    )
 
 
 # ---- our kernels ---------------------------------------------------------------------------------------
@@ -32,18 +36,18 @@ def compiled_ahead(compiled):
     """As above, with everything compiled two at a time; what does not compile is reported by its test."""
 
     def attempt(item):
-        with suppress(ptxas.CompileError):
+        with suppress(machine_code.CompileError):
             compiled(*item)
 
     with ThreadPoolExecutor(2) as pool:
-        work = [(source, a) for source in ptxas.sources() for a in ptxas.ARCHITECTURES]
+        work = [(source, a) for source in machine_code.sources() for a in machine_code.ARCHITECTURES]
         list(pool.map(attempt, work))
     return compiled
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
-@pytest.mark.parametrize("source", ptxas.sources(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
 def test_kernels(compiled_ahead, source, architecture):
     for kernel in compiled_ahead(source, architecture):
         where = f"{kernel.name} for sm_{architecture}"
@@ -51,16 +55,44 @@ def test_kernels(compiled_ahead, source, architecture):
         assert kernel.max_threads > 0, f"{where} has no __launch_bounds__"
         assert kernel.blocks_per_multiprocessor > 0, where
         if TENSOR_CORES.search(kernel.name) and not NO_PRODUCT.search(kernel.name):
-            assert ptxas.matrix_instructions(kernel).get("HMMA", 0) > 0, where
+            assert machine_code.matrix_instructions(kernel).get("HMMA", 0) > 0, where
         elif "SimtMath" in kernel.name:
-            assert not ptxas.matrix_instructions(kernel), where
+            assert not machine_code.matrix_instructions(kernel), where
+
+
+# Instructions for each HMMA, all that stands in a product's loop: of the similarities, of the gradient.
+MOST_IN_A_LOOP = {
+    "HalfMath<__half>": (3, 7),  # whose gradient is a product in tf32
+    "HalfMath<__nv_bfloat16>": (3, 4),
+    "Tf32Math<float,false>": (5, 7),
+    "Tf32Math<float,true>": (4.5, 6),
+    "Bf16Math": (7, 6.5),  # floats, rounded in the loop
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
+def test_loops_of_products(compiled_ahead, source):
+    compiled_ahead(source, "90a")
+    for name, flow in machine_code.flows(source).items():
+        (kernel,) = [machine_code.shorten(x) for x in machine_code.demangle([name]).values()]
+        kind = next(
+            (i for i, k in enumerate(("find|accumulate|pair_w", "add_gr")) if re.match(k, kernel)), None
+        )
+        if kind is None or "SimtMath" in kernel:
+            continue
+        math = "HalfMath<__half>" if "__half" in kernel else None
+        math = math or next(m for m in MOST_IN_A_LOOP if kernel.partition("<")[2].startswith(m))
+        assert len(flow.product_loops) == (1, 2)[kind], kernel
+        for loop in flow.product_loops:
+            assert loop.in_code / kinds(loop.counts)["HMMA"] <= MOST_IN_A_LOOP[math][kind], kernel
 
 
 # ---- the primitives ------------------------------------------------------------------------------------
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
 def test_primitives_become_the_instructions_meant(compiled, architecture):
     """The emulator's own product is CUDA like any other: 4 warps, 64 x 64 tiles, 64 bytes along k."""
     kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_gemm.cu", architecture)}
@@ -105,37 +137,98 @@ __global__ void __launch_bounds__(96, BLOCKS) hungry(float* data) {
 def test_sees_spills(compiled, tmp_path):
     source = tmp_path / "hungry.cu"
     source.write_text(HUNGRY)
-    (roomy,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=1"))
-    (tight,) = compiled(source, "80", (*ptxas.FLAGS, "-DBLOCKS=20"))
+    (roomy,) = compiled(source, "80", (*machine_code.FLAGS, "-DBLOCKS=1"))
+    (tight,) = compiled(source, "80", (*machine_code.FLAGS, "-DBLOCKS=20"))
     assert roomy.spill_bytes == 0
     assert roomy.registers > 64
     assert tight.spill_bytes > 0
     assert tight.registers <= 34
     assert tight.max_threads == 96
     assert tight.static_shared_bytes == 4
-    assert not ptxas.matrix_instructions(tight)
+    assert not machine_code.matrix_instructions(tight)
+
+
+COUNTED = """
+__global__ void __launch_bounds__(32) counted(float* data, int rounds) {
+    float x = data[threadIdx.x];
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {  // times: 8
+        x *= data[32 + i];
+    }
+    if (x != x) {  // rare: not a number
+        for (int i = 0; i < rounds; ++i) data[i] = data[i + 1];
+    }
+    if (rounds > 3) {
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {  // times: 4
+            x += data[1000 + i];
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {  // times: 2
+            x *= data[2000 + i];
+        }
+    }
+    data[threadIdx.x] = x;
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+def test_counts_what_is_issued(compiled, architecture, tmp_path):
+    """Loops as often as they run, of two ways the longer one, and not what is rare."""
+    source = tmp_path / "counted.cu"
+    source.write_text(COUNTED)
+    (flow,) = machine_code.flows(source, architecture).values()
+    families = Counter()
+    for mnemonic, count in flow.counts.items():
+        families[mnemonic.split(".")[0]] += count
+    assert families["LDG"] == 1 + 8 + 4
+    assert families["STG"] == 1
+    assert list(flow.rare) == ["not a number"]
+    assert not flow.untold
+    assert global_bytes(flow.counts) == (1 + 8 + 4 + 1) * 32 * 4
+
+
+def test_multiply_adds_by_the_names_of_instructions():
+    assert multiply_adds({"HMMA.16816.F32.BF16": 2, "HMMA.1688.F32.TF32": 1, "FFMA": 5}) == 2 * 2048 + 1024
+    assert kinds({"LDSM.16.M88.4": 3, "LDS.64": 2, "IADD3": 1}) == {
+        "HMMA": 0,
+        "LDSM": 3,
+        "LDS": 2,
+        "LDGSTS": 0,
+        "rest": 1,
+    }
 
 
 @needs_nvcc
 def test_compile_errors_are_told(compiled, tmp_path):
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void wrong() { return 1; }")
-    with pytest.raises(ptxas.CompileError, match=r"wrong\.cu"):
+    with pytest.raises(machine_code.CompileError, match=r"wrong\.cu"):
         compiled(source, "80")
 
 
 def test_occupancy():
     # threads, registers -> blocks, worked out from the table in the programming guide
-    assert ptxas.occupancy("80", 128, 32)[:2] == (16, 1.0)  # 64 warps in blocks of 4
-    assert ptxas.occupancy("80", 128, 168)[:2] == (3, 12 / 64)  # 5376 registers a warp: 3 in a quarter
-    assert ptxas.occupancy("90a", 256, 128)[:2] == (2, 16 / 64)  # 4096: 4 in a quarter
-    assert ptxas.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
-    assert ptxas.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
-    assert ptxas.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
-    assert ptxas.occupancy("80", 1024, 80) == (0, 0.0, 0)  # cannot run: 2560, 6 in a quarter, 32 wanted
-    assert ptxas.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
+    assert machine_code.occupancy("80", 128, 32)[:2] == (16, 1.0)  # 64 warps in blocks of 4
+    assert machine_code.occupancy("80", 128, 168)[:2] == (3, 12 / 64)  # 5376 registers a warp: 3 in a quarter
+    assert machine_code.occupancy("90a", 256, 128)[:2] == (2, 16 / 64)  # 4096: 4 in a quarter
+    assert machine_code.occupancy("90a", 256, 129)[:2] == (1, 8 / 64)  # 4352: 3 in a quarter
+    assert machine_code.occupancy("80", 32, 16)[:2] == (32, 0.5)  # at most 32 blocks
+    assert machine_code.occupancy("120", 1024, 40)[:2] == (1, 32 / 48)
+    assert machine_code.occupancy("80", 1024, 80) == (
+        0,
+        0.0,
+        0,
+    )  # cannot run: 2560, 6 in a quarter, 32 wanted
+    assert machine_code.occupancy("80", 128, 168)[2] == (164 * 1024 // 3 - 1024) // 128 * 128
 
 
 def test_names_are_shortened():
-    assert ptxas.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)") == "f<A<float>,3>"
-    assert ptxas.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"
+    assert (
+        machine_code.shorten("void dml::cuda::f<dml::A<float>, 3>(dml::B<int> const&, long)")
+        == "f<A<float>,3>"
+    )
+    assert machine_code.shorten("dml::(anonymous namespace)::copy(unsigned int*)") == "copy"

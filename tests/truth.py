@@ -34,7 +34,7 @@ class Row:
 @dataclass
 class Truth:
     losses: np.ndarray  # [N] of the rows
-    loss: float  # after the reduction
+    loss: float  # after the reduction; or [4], not yet divided
     grad_emb: np.ndarray  # [N, D]
     grad_ref: np.ndarray | None  # [M, D], None when the rows are paired among themselves
     kept: np.ndarray  # [N, M] bool: the pairs that count
@@ -242,6 +242,7 @@ def brute_force(
     mine_self=True,
     rounded=None,
     levels=False,
+    undivided=None,
     **options,
 ):
     """Loss and gradients.
@@ -284,12 +285,16 @@ def brute_force(
 
     parts = len(rows[0].parts) if rows else 0
     losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
-    scale = [1 / max(_units(rows, k, kept, losses, reduction), 1) for k in range(parts)]
+    units = [_units(rows, k, kept, losses, "mean" if reduction == "sum" else reduction) for k in range(parts)]
+    if undivided is not None:
+        scale = undivided
+    else:
+        scale = [1.0 if reduction in ("sum", "none") else 1 / max(u, 1) for u in units]
     per_row = np.ones(n) if upstream is None else _numbers(upstream)
     weights = np.zeros((n, m))
     for i, (row, (positives, negatives)) in enumerate(zip(rows, places, strict=True)):
         np.add.at(weights[i], positives, per_row[i] * scale[0] * row.by_pos)
-        np.add.at(weights[i], negatives, per_row[i] * scale[-1] * row.by_neg)
+        np.add.at(weights[i], negatives, per_row[i] * scale[parts - 1] * row.by_neg)
 
     grad_x, grad_y = _gradients(weights, x, y, distance)
     if square:
@@ -297,13 +302,17 @@ def brute_force(
     if normalize:
         grad_x = _through_norm(grad_x, x, q_length)
         grad_y = _through_norm(grad_y, y, r_length)
-    total = sum(losses[:, k].sum() * scale[k] for k in range(parts))
-    return Truth(losses.sum(axis=1), float(total), grad_x, None if square else grad_y, kept, weights)
+    if undivided is None:
+        total = float(sum(losses[:, k].sum() * scale[k] for k in range(parts)))
+    else:
+        two = [0.0] * (2 - parts)
+        total = np.array([*losses.sum(axis=0), *two, *units, *two])
+    return Truth(losses.sum(axis=1), total, grad_x, None if square else grad_y, kept, weights)
 
 
 def _units(rows, k, kept, losses, reduction):
     """How many units a mean divides part k by."""
-    if reduction in ("sum", "none"):
+    if reduction == "none":
         return 1
     parts = [row.parts[k] for row in rows]
     if parts[0].pairs is not None:

@@ -1,12 +1,15 @@
 // How a block multiplies two tiles that lie in shared memory. Each kind of arithmetic is one small struct
 // (SimtMath, HalfMath, Tf32Math, Bf16Math), all behind the same two names:
 //
-//   Product<Math, Shape>   the accumulators of C [Shape::kRows, Shape::kCols], spread over the block
-//     .add<depth>(a, b)      C += A B^T, A [kRows, depth], B [kCols, depth]
-//     .each(f)               f(row, col, value) for the elements that this thread holds
+//   Product<Math, Shape>    the accumulators of C [Shape::kRows, Shape::kCols], spread over the block
+//     .add<depth>(a, b, f)    C += A B^T, A [kRows, depth], B [kCols, depth]; f() once it is under way
+//     .each(f)                f(row, col, value) for the elements that this thread holds
+//     .each_run(f)            f(row, col, values) for kRun neighbours at a time
 //
 // A product made another way (wgmma, say) needs to offer only these.
 #pragma once
+
+#include <type_traits>
 
 #include "primitives.cuh"
 
@@ -37,13 +40,13 @@ struct ResidentAlongK {  // like AlongK, with a pitch known at run time
 };
 
 // The tile of a block, and how its warps share it. Symmetric: the product of (a, b) has the same bits as
-// that of (b, a), for kernels that compute a similarity from both sides.
-template <int Rows, int Cols, int WarpRows, int WarpCols, bool Symmetric>
+// that of (b, a), for kernels that compute a similarity from both sides. Across: B's rows run across k.
+template <int Rows, int Cols, int WarpRows, int WarpCols, bool Symmetric, bool Across>
 struct Shape {
     static constexpr int kRows = Rows, kCols = Cols;
     static constexpr int kWarpRows = WarpRows, kWarpCols = WarpCols;
     static constexpr int kThreads = WarpRows * WarpCols * kWarpSize;
-    static constexpr bool kSymmetric = Symmetric;
+    static constexpr bool kSymmetric = Symmetric, kAcross = Across;
 };
 
 // ---- plain multiply-adds ----------------------------------------------------------------------------
@@ -56,13 +59,30 @@ struct SimtMath {
 };
 
 // ---- tensor cores: each struct loads fragments (primitives.cuh shows their layout) and multiplies -----
+//
+// load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
+// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane
+// then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+
+// A float that was rounded to tf32 when it was stored.
+struct RoundedToTf32 {
+    float value;
+    RoundedToTf32() = default;
+    explicit DML_DEVICE RoundedToTf32(float x) : value(x == x ? __uint_as_float(to_tf32(x)) : x) {}
+    explicit DML_DEVICE operator float() const { return value; }
+};
+
+template <typename T, int Count>
+struct alignas(Count * sizeof(T)) Vector {
+    T value[Count];
+};
 
 // float16 and bfloat16 as they are.
 template <typename T>
 struct HalfMath {
     using Value = T;
     using Acc = float;
-    static constexpr bool kTensorCores = true;
+    static constexpr bool kTensorCores = true, kInterleaves = false;
     static constexpr int kDepth = kMmaK<T>;
     struct A {
         uint32_t r[4];
@@ -70,15 +90,18 @@ struct HalfMath {
     struct B {
         uint32_t r[2];
     };
+    static constexpr int at_once(int tiles, bool /*across*/) { return tiles % 2 == 0 ? 2 : 1; }
 
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
         if constexpr (sizeof(typename View::Value) == 4) {  // floats, rounded on the way
             const int g = lane / 4, t = lane % 4;
+#pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int at_row = row + g + 8 * (i & 1), at_k = k + 2 * t + 8 * (i / 2);
-                a.r[i] = pack2<T>(*view.at(at_row, at_k), *view.at(at_row, at_k + 1));
+                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(at_row, at_k));
+                a.r[i] = pack2<T>(x.value[0], x.value[1]);
             }
         } else if constexpr (View::kAlongK) {
             ldmatrix_x4(a.r, view.at(row + lane % 16, k + 8 * (lane / 16)));
@@ -86,13 +109,22 @@ struct HalfMath {
             ldmatrix_x4_trans(a.r, view.at(row + 8 * (lane / 8 % 2), k + lane % 8 + 8 * (lane / 16)));
         }
     }
-    template <typename View>
-    static DML_DEVICE void load(B& b, const View& view, int col, int k) {
-        const int lane = lane_id() % 16;
-        if constexpr (View::kAlongK) {
-            ldmatrix_x2(b.r, view.at(col + lane % 8, k + 8 * (lane / 8)));
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
+        const int lane = lane_id();
+        if constexpr (Tiles == 2) {
+            uint32_t both[4];
+            if constexpr (View::kAlongK) {
+                ldmatrix_x4(both, view.at(col + lane % 8 + 8 * (lane / 16), k + 8 * (lane / 8 % 2)));
+            } else {
+                ldmatrix_x4_trans(both, view.at(col + 8 * (lane / 16), k + lane % 16));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) b[i / 2].r[i % 2] = both[i];
+        } else if constexpr (View::kAlongK) {
+            ldmatrix_x2(b[0].r, view.at(col + lane % 8, k + 8 * (lane / 8 % 2)));
         } else {
-            ldmatrix_x2_trans(b.r, view.at(col, k + lane));
+            ldmatrix_x2_trans(b[0].r, view.at(col, k + lane % 16));
         }
     }
     template <bool Symmetric>
@@ -107,97 +139,140 @@ template <typename T, bool Split>
 struct Tf32Math {
     using Value = T;
     using Acc = float;
-    static constexpr bool kTensorCores = true;
-    static constexpr int kDepth = kMmaK<Tf32>;
+    static constexpr bool kTensorCores = true, kInterleaves = true;
+    // Tensor cores truncate what they add up. Where float32's accuracy is wanted, every kSteps steps
+    // therefore start at 0 and join the sum by an ordinary addition, which rounds.
+    static constexpr int kSteps = Split ? 2 : 1;
+    static constexpr int kDepth = kSteps * kMmaK<Tf32>;
     template <int Registers>
     struct Fragment {
-        uint32_t big[Registers], small[Split ? Registers : 1];
+        uint32_t big[kSteps][Registers], small[kSteps][Split ? Registers : 1];
     };
     using A = Fragment<4>;
     using B = Fragment<2>;
-
-    template <int Registers>
-    static DML_DEVICE void set(Fragment<Registers>& f, int i, float x) {
-        f.big[i] = to_tf32(x);
-        // The 13 bits that tf32 has not are unspecified, and must not count as part of the big number.
-        if constexpr (Split) f.small[i] = to_tf32(x - __uint_as_float(f.big[i] & 0xffffe000u));
+    static constexpr int at_once(int tiles, bool across) {
+        const int even = tiles % 2 == 0 ? 2 : 1;
+        return Split ? (across ? even : 1) : across && tiles % 4 == 0 ? 4 : even;
     }
+
+    template <int Registers, typename X>
+    static DML_DEVICE void set(Fragment<Registers>& f, int step, int i, X x) {
+        if constexpr (Split) {
+            split_tf32(x, f.big[step][i], f.small[step][i]);
+        } else if constexpr (std::is_same_v<X, float>) {
+            f.big[step][i] = to_tf32(x);
+        } else {  // is a tf32 number
+            f.big[step][i] = __float_as_uint(float(x));
+        }
+    }
+    template <typename X>
+    static DML_DEVICE X as(uint32_t bits) {
+        return reinterpret_cast<const X&>(bits);
+    }
+
+    // A holds floats, or numbers that were rounded when they were stored.
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
-        if constexpr (View::kAlongK && sizeof(typename View::Value) == 4) {
-            uint32_t x[4];
-            ldmatrix_x4(x, view.at(row + lane_id() % 16, k + 4 * (lane_id() / 16)));
+        using X = typename View::Value;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) set(a, i, __uint_as_float(x[i]));
-        } else {
-            const int g = lane_id() / 4, t = lane_id() % 4;
+        for (int step = 0; step < kSteps; ++step, k += kMmaK<Tf32>) {
+            if constexpr (View::kAlongK) {
+                uint32_t x[4];
+                ldmatrix_x4(x, view.at(row + lane_id() % 16, k + 4 * (lane_id() / 16)));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) set(a, step, i, as<X>(x[i]));
+            } else {
+                const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    set(a, step, i, *view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2)));
+            }
+        }
+    }
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
+        const int lane = lane_id(), g = lane / 4, t = lane % 4;
+        if constexpr (!View::kAlongK) {
+#pragma unroll
+            for (int i = 0; i < 2 * kSteps; ++i) {
+                const auto x =
+                    *reinterpret_cast<const Vector<T, Tiles>*>(view.at(col + Tiles * g, k + t + 4 * i));
+#pragma unroll
+                for (int j = 0; j < Tiles; ++j) set(b[j], i / 2, i % 2, x.value[j]);
+            }
+        } else if constexpr (Tiles * kSteps == 2) {  // two tiles, or two steps of one
+            constexpr int kCol = Split ? 0 : 8, kDown = Split ? 8 : 0;
+            uint32_t x[4];
+            ldmatrix_x4(x, view.at(col + lane % 8 + kCol * (lane / 16),
+                                   k + 4 * (lane / 8 % 2) + kDown * (lane / 16)));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                set(a, i, float(*view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2))));
-        }
-    }
-    template <typename View>
-    static DML_DEVICE void load(B& b, const View& view, int col, int k) {
-        if constexpr (View::kAlongK && sizeof(typename View::Value) == 4) {
-            uint32_t x[2];
-            ldmatrix_x2(x, view.at(col + lane_id() % 8, k + 4 * (lane_id() % 16 / 8)));
-#pragma unroll
-            for (int i = 0; i < 2; ++i) set(b, i, __uint_as_float(x[i]));
+                set(b[Split ? 0 : i / 2], Split ? i / 2 : 0, i % 2, __uint_as_float(x[i]));
         } else {
-            const int g = lane_id() / 4, t = lane_id() % 4;
+            uint32_t x[2];
+            ldmatrix_x2(x, view.at(col + lane % 8, k + 4 * (lane / 8 % 2)));
 #pragma unroll
-            for (int i = 0; i < 2; ++i) set(b, i, float(*view.at(col + g, k + t + 4 * i)));
+            for (int i = 0; i < 2; ++i) set(b[0], 0, i, __uint_as_float(x[i]));
         }
     }
-    // Tensor cores truncate what they add up. Where float32's accuracy is wanted each step therefore starts
-    // at 0 and joins the sum by an ordinary addition, which rounds. Where symmetry is, neither of big * small
-    // and small * big comes first.
+    // Small products come first. Where symmetry is wanted, neither of big * small and small * big does.
     template <bool Symmetric>
     static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
         if constexpr (!Split) {
-            mma<Tf32>(acc, a.big, b.big);
-        } else if constexpr (Symmetric) {
-            float big[4] = {}, left[4] = {}, right[4] = {};
-            mma<Tf32>(left, a.small, b.big);
-            mma<Tf32>(right, a.big, b.small);
-            mma<Tf32>(big, a.big, b.big);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc[e] += big[e] + (left[e] + right[e]);
+            mma<Tf32>(acc, a.big[0], b.big[0]);
         } else {
-            float step[4] = {};
-            mma<Tf32>(step, a.small, b.big);
-            mma<Tf32>(step, a.big, b.small);
-            mma<Tf32>(step, a.big, b.big);
+            float step[4], other[4];
+            mma_from_zero(step, a.small[0], b.big[0]);
+            mma<Tf32>(step, a.small[1], b.big[1]);
+            if constexpr (Symmetric) {
+                mma_from_zero(other, a.big[0], b.small[0]);
+                mma<Tf32>(other, a.big[1], b.small[1]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) step[e] += other[e];
+            } else {
+                mma<Tf32>(step, a.big[0], b.small[0]);
+                mma<Tf32>(step, a.big[1], b.small[1]);
+            }
+            mma<Tf32>(step, a.big[0], b.big[0]);
+            mma<Tf32>(step, a.big[1], b.big[1]);
 #pragma unroll
             for (int e = 0; e < 4; ++e) acc[e] += step[e];
         }
     }
 };
 
-// Floats rounded to bfloat16 as they are loaded.
+// Floats rounded to bfloat16 as they are loaded, and weights that were rounded when they were stored.
 struct Bf16Math {
     using Value = float;
     using Acc = float;
-    static constexpr bool kTensorCores = true;
-    static constexpr int kDepth = kMmaK<__nv_bfloat16>;
-    using A = HalfMath<__nv_bfloat16>::A;
-    using B = HalfMath<__nv_bfloat16>::B;
+    using Half = HalfMath<__nv_bfloat16>;
+    static constexpr bool kTensorCores = true, kInterleaves = true;
+    static constexpr int kDepth = Half::kDepth;
+    using A = Half::A;
+    using B = Half::B;
+    static constexpr int at_once(int tiles, bool across) { return across && tiles % 4 == 0 ? 4 : 1; }
 
     template <typename View>
-    static DML_DEVICE uint32_t pair(const View& view, int i, int k) {
-        return pack2<__nv_bfloat16>(*view.at(i, k), *view.at(i, k + 1));
-    }
-    template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a.r[i] = pair(view, row + g + 8 * (i & 1), k + 2 * t + 8 * (i / 2));
+        Half::load(a, view, row, k);
     }
-    template <typename View>
-    static DML_DEVICE void load(B& b, const View& view, int col, int k) {
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
         const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) b.r[i] = pair(view, col + g, k + 2 * t + 8 * i);
+        for (int i = 0; i < 2; ++i) {
+            const int at_k = k + 2 * t + 8 * i;
+            if constexpr (View::kAlongK) {
+                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(col + g, at_k));
+                b[0].r[i] = pack2<__nv_bfloat16>(x.value[0], x.value[1]);
+            } else {
+                using Columns = Vector<float, Tiles>;
+                const auto x = *reinterpret_cast<const Columns*>(view.at(col + Tiles * g, at_k));
+                const auto y = *reinterpret_cast<const Columns*>(view.at(col + Tiles * g, at_k + 1));
+#pragma unroll
+                for (int j = 0; j < Tiles; ++j) b[j].r[i] = pack2<__nv_bfloat16>(x.value[j], y.value[j]);
+            }
+        }
     }
     template <bool Symmetric>
     static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
@@ -216,45 +291,67 @@ struct Product<Math, Shape, true> {
     static constexpr int kColTiles = Shape::kCols / Shape::kWarpCols / 8;
     static_assert(kRowTiles * 16 * Shape::kWarpRows == Shape::kRows, "a warp's rows come in 16s");
     static_assert(kColTiles * 8 * Shape::kWarpCols == Shape::kCols, "a warp's columns come in 8s");
+    static constexpr int kAtOnce = Math::at_once(kColTiles, Shape::kAcross);
+    static constexpr bool kInterleaved = Math::kInterleaves && Shape::kAcross;
+    static constexpr int kRunTiles = kInterleaved ? kAtOnce : 1;
+    static constexpr int kRun = 2 * kRunTiles;  // neighbours that a lane holds
 
     float acc[kRowTiles][kColTiles][4] = {};
 
     static DML_DEVICE int row0() { return warp_id() / Shape::kWarpCols * kRowTiles * 16; }
     static DML_DEVICE int col0() { return warp_id() % Shape::kWarpCols * kColTiles * 8; }
 
-    template <int Depth, typename ViewA, typename ViewB>
-    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b) {
+    // Calls between() when the first fragments are loaded.
+    template <int Depth, typename ViewA, typename ViewB, typename F>
+    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
         static_assert(Depth % Math::kDepth == 0, "whole steps only");
+        static_assert(ViewB::kAlongK != Shape::kAcross, "as the shape says");
 #pragma unroll
         for (int k = 0; k < Depth; k += Math::kDepth) {
             typename Math::A a[kRowTiles];
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) Math::load(a[i], view_a, row0() + 16 * i, k);
 #pragma unroll
-            for (int j = 0; j < kColTiles; ++j) {
-                typename Math::B b;
+            for (int j = 0; j < kColTiles; j += kAtOnce) {
+                typename Math::B b[kAtOnce];
                 Math::load(b, view_b, col0() + 8 * j, k);
+                if (k == 0 && j == 0) between();
 #pragma unroll
-                for (int i = 0; i < kRowTiles; ++i) {
-                    Math::template multiply<Shape::kSymmetric>(acc[i][j], a[i], b);
+                for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+                    for (int i = 0; i < kRowTiles; ++i) {
+                        Math::template multiply<Shape::kSymmetric>(acc[i][j + n], a[i], b[n]);
+                    }
                 }
             }
         }
     }
 
+    // Calls f(row, col, values) for each run of kRun neighbours in a row.
     template <typename F>
-    DML_DEVICE void each(const F& f) const {
+    DML_DEVICE void each_run(const F& f) const {
         const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-            for (int j = 0; j < kColTiles; ++j) {
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    f(row0() + 16 * i + g + 8 * (e / 2), col0() + 8 * j + 2 * t + e % 2, acc[i][j][e]);
+                for (int j = 0; j < kColTiles; j += kRunTiles) {
+                    float values[kRun];
+#pragma unroll
+                    for (int c = 0; c < kRun; ++c)
+                        values[c] = acc[i][j + c % kRunTiles][2 * half + c / kRunTiles];
+                    f(row0() + 16 * i + g + 8 * half, col0() + 8 * j + kRun * t, values);
                 }
             }
         }
+    }
+    template <typename F>
+    DML_DEVICE void each(const F& f) const {
+        each_run([&](int row, int col, const float (&values)[kRun]) {
+#pragma unroll
+            for (int c = 0; c < kRun; ++c) f(row, col + c, values[c]);
+        });
     }
 };
 
@@ -267,15 +364,14 @@ struct Product<Math, Shape, false> {
     static constexpr int kRowsEach = Shape::kRows / kDown, kColsEach = Shape::kCols / kAcross;
     static_assert(kRowsEach * kDown == Shape::kRows && kColsEach * kAcross == Shape::kCols, "even shares");
 
+    static constexpr int kRun = 1;
+
     T acc[kRowsEach][kColsEach] = {};
 
     template <typename View>
     static DML_DEVICE void load(T (&x)[kVector], const View& view, int i, int k) {
         if constexpr (View::kAlongK) {
-            struct alignas(16) Vector {
-                T value[kVector];
-            };
-            const Vector v = *reinterpret_cast<const Vector*>(view.at(i, k));
+            const auto v = *reinterpret_cast<const Vector<T, kVector>*>(view.at(i, k));
 #pragma unroll
             for (int e = 0; e < kVector; ++e) x[e] = v.value[e];
         } else {
@@ -284,8 +380,9 @@ struct Product<Math, Shape, false> {
         }
     }
 
-    template <int Depth, typename ViewA, typename ViewB>
-    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b) {
+    template <int Depth, typename ViewA, typename ViewB, typename F>
+    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
+        between();
         const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
 #pragma unroll 2
         for (int k = 0; k < Depth; k += kVector) {
@@ -313,6 +410,13 @@ struct Product<Math, Shape, false> {
 #pragma unroll
             for (int j = 0; j < kColsEach; ++j) f(down + i * kDown, across + j * kAcross, acc[i][j]);
         }
+    }
+    template <typename F>
+    DML_DEVICE void each_run(const F& f) const {
+        each([&](int row, int col, T value) {
+            const T values[1] = {value};
+            f(row, col, values);
+        });
     }
 };
 

@@ -5,7 +5,6 @@
 namespace dml::cuda {
 
 extern template struct Engine<SimtMath<double>>;
-extern template struct Engine<SimtMath<float>>;
 extern template struct Engine<Tf32Math<float, true>>;
 extern template struct Engine<Tf32Math<float, false>>;
 extern template struct Engine<Bf16Math>;
@@ -15,8 +14,8 @@ extern template struct Engine<HalfMath<__nv_bfloat16>>;
 namespace {
 
 template <typename F>
-void with_math(const Problem& problem, const F& f) {
-    switch (problem.scalar) {
+auto with_engine(const Task& task, const F& f) {
+    switch (task.problem.scalar) {
         case Scalar::kFloat64:
             return f(Engine<SimtMath<double>>());
         case Scalar::kFloat16:
@@ -26,47 +25,42 @@ void with_math(const Problem& problem, const F& f) {
         case Scalar::kFloat32:
             break;
     }
-    switch (problem.precision) {
-        case Precision::kFull:
-            return f(Engine<Tf32Math<float, true>>());
+    switch (task.precision) {
         case Precision::kTf32:
             return f(Engine<Tf32Math<float, false>>());
         case Precision::kBf16:
             return f(Engine<Bf16Math>());
-        case Precision::kPlain:
-            return f(Engine<SimtMath<float>>());
+        case Precision::kFull:
+            break;
     }
+    return f(Engine<Tf32Math<float, true>>());
 }
 
 }  // namespace
 
-SavedSizes saved_sizes(const Problem& problem, bool save_for_backward) {
-    SavedSizes sizes = {};
-    with_math(problem, [&](auto engine) { sizes = engine.saved_sizes(problem, save_for_backward); });
-    return sizes;
+int64_t saved_bytes(const Task& task, bool save_for_backward) {
+    return with_engine(task, [&](auto engine) { return engine.saved_bytes(task, save_for_backward); });
 }
 
-int64_t forward_workspace_bytes(const Problem& problem) {
-    int64_t bytes = 0;
-    with_math(problem, [&](auto engine) { bytes = engine.forward_workspace_bytes(problem); });
-    return bytes;
+int64_t forward_workspace_bytes(const Task& task) {
+    return with_engine(task, [&](auto engine) { return engine.forward_workspace_bytes(task); });
 }
 
-int64_t backward_workspace_bytes(const Problem& problem) {
-    int64_t bytes = 0;
-    with_math(problem, [&](auto engine) { bytes = engine.backward_workspace_bytes(problem); });
-    return bytes;
+int64_t backward_workspace_bytes(const Task& task) {
+    return with_engine(task, [&](auto engine) { return engine.backward_workspace_bytes(task); });
 }
 
-void forward(const Problem& problem, const Mining& mining, const Saved& saved, void* loss, void* workspace,
+void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
              cudaStream_t stream) {
-    with_math(problem, [&](auto engine) { engine.forward(problem, mining, saved, loss, workspace, stream); });
+    with_engine(
+        task, [&](auto engine) { engine.forward(task, save_for_backward, saved, loss, workspace, stream); });
 }
 
-void backward(const Problem& problem, const Saved& saved, const void* grad_loss, void* grad_queries,
-              void* grad_refs, void* workspace, cudaStream_t stream) {
-    with_math(problem, [&](auto engine) {
-        engine.backward(problem, saved, grad_loss, grad_queries, grad_refs, workspace, stream);
+void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
+              void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
+    with_engine(task, [&](auto engine) {
+        engine.backward(task, saved_for_backward, saved, grad_loss, grad_queries, grad_refs, workspace,
+                        stream);
     });
 }
 

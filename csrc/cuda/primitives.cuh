@@ -149,8 +149,7 @@ DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 template <>
 DML_DEVICE void mma<__half>(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -158,8 +157,7 @@ DML_DEVICE void mma<__half>(float (&acc)[4], const uint32_t (&a)[4], const uint3
 
 template <>
 DML_DEVICE void mma<__nv_bfloat16>(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -167,22 +165,21 @@ DML_DEVICE void mma<__nv_bfloat16>(float (&acc)[4], const uint32_t (&a)[4], cons
 
 template <>
 DML_DEVICE void mma<Tf32>(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- conversions ------------------------------------------------------------------------------
-
-// x rounded to tf32 (10 stored mantissa bits, ties away from zero), as the bits of a float whose
-// lower 13 bits are unspecified: good for mma only. (See split_tf32 for float32 accuracy.)
-DML_DEVICE uint32_t to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
+// acc = A B, in tf32.
+DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
+
+// ---- conversions ------------------------------------------------------------------------------
 
 // Two floats rounded to nearest T (__half or __nv_bfloat16) in one register, `low` in the low half.
 template <typename T>
@@ -222,21 +219,6 @@ DML_DEVICE T shfl(T value, int source_lane) {
 
 DML_DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DML_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
-DML_DEVICE bool warp_all(bool predicate) { return __all_sync(0xffffffffu, predicate); }
-
-// ---- between blocks ---------------------------------------------------------------------------
-
-DML_DEVICE void thread_fence() { __threadfence(); }
-
-// Adds 1 and returns what was there, for "the last block done finishes the job": what the caller
-// saw written before the call is visible to whoever counts after it. After block_sync, one thread
-// of the block calls it. The counter decides who works, never the order of a sum.
-DML_DEVICE unsigned count_arrival(unsigned* counter) {
-    __threadfence();
-    const unsigned before = atomicAdd(counter, 1u);
-    __threadfence();
-    return before;
-}
 
 }  // namespace dml
 
@@ -244,11 +226,16 @@ DML_DEVICE unsigned count_arrival(unsigned* counter) {
 
 namespace dml {
 
+// x rounded to tf32 (10 stored mantissa bits, ties away from zero), as the bits of a float whose lower
+// 13 bits mean nothing: good for mma only, which ignores them. Integer arithmetic, several times faster
+// than cvt. Infinity stays what it is; a NaN may not.
+DML_DEVICE uint32_t to_tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+
 // x as the sum of two tf32 numbers, for float32 accuracy from tf32 products (big big + big small +
 // small big). big is x rounded to nearest, small the exact rest, of which mma keeps 11 bits:
-// together they are x to 2^-23. Integer arithmetic, as it is several times faster than cvt.
+// together they are x to 2^-23.
 DML_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
-    big = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+    big = to_tf32(x) & 0xffffe000u;
     small = __float_as_uint(x - __uint_as_float(big));
 }
 

@@ -1,5 +1,5 @@
 // Small batches. A block owns a strip of 16 rows and all columns, and the strip of S stays in its shared
-// memory: mining, both log-sum-exps and the row losses never leave the block, and no pass needs another
+// memory: mining, what the law gathers and the row losses never leave the block, and no pass needs another
 // kernel's result. Forward is this kernel and the reduction, backward this kernel alone.
 //
 // A pair is computed twice, in the strips of both its rows, and again in backward. All of these have the
@@ -8,14 +8,15 @@
 
 #include "math.cuh"
 #include "pair_loss.h"
-#include "rows.cuh"
+#include "statistics.cuh"
 
 namespace dml::cuda {
 
 inline constexpr int kStripRows = 16;
 inline constexpr int kStripCols = 64;  // columns of one product
 inline constexpr int kStripStages = 3;
-using StripShape = Shape<kStripRows, kStripCols, 1, 8, true>;
+using StripShape = Shape<kStripRows, kStripCols, 1, 8, true, false>;
+using StripGradShape = Shape<kStripRows, kStripCols, 1, 8, false, true>;
 inline constexpr int kStripThreads = StripShape::kThreads;
 inline constexpr int kStripWarps = kStripThreads / kWarpSize;
 
@@ -29,8 +30,8 @@ struct StripLayout {                                     // of shared memory, in
     static_assert(kDepth * kAcrossPitch * int(sizeof(T)) <= kStageBytes,
                   "both kinds of slices share the stages");
     static constexpr int kNorms = kStripStages * kStageBytes;
-    static constexpr int kRadial = kNorms + (kStripRows + kStripCols) * int(sizeof(Acc));
-    static constexpr int kStrip = kRadial + kStripRows * int(sizeof(Acc));
+    static constexpr int kAlong = kNorms + (kStripRows + kStripCols) * int(sizeof(Acc));
+    static constexpr int kStrip = kAlong + kStripRows * int(sizeof(Acc));
 
     static int64_t pitch(int64_t cols) {
         return (cols > 0 ? (cols + kStripCols - 1) / kStripCols : 1) * kStripCols + kPad<Acc>;
@@ -49,10 +50,10 @@ struct StripPairs {
     bool skip_self;      // both are the same points: (i, i) is no pair
     bool own_are_queries;
     const int64_t* self_ref;  // of the queries
-    bool normalize;
+    bool mine_self;           // whether mining sees the pair of a row and itself
+    Similarity similarity;
     int pitch;  // of the strip in shared memory
 
-    DML_DEVICE bool is_pair(int64_t i, int64_t j) const { return !skip_self || i != j; }
     DML_DEVICE StripPairs in_use() const {
         StripPairs some = *this;
         some.own = own.in_use();
@@ -62,7 +63,7 @@ struct StripPairs {
 };
 
 // Fills the strip [16, pitch] with the similarities of rows row0.. to all columns. With ComputeNorms it
-// takes the squares from the slices as they pass and stores the inverse norms, else it loads them.
+// takes the squares from the slices as they pass and stores the norms, else it loads them.
 template <typename Math, bool ComputeNorms, typename T, typename Acc>
 DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0, Acc* strip) {
     using Layout = StripLayout<T, Acc>;
@@ -81,42 +82,48 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
         Product<Math, StripShape> product;
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
-        const auto load = [&](int64_t slice, int stage) {
-            copy_box<kStripRows, kDepth, kPitch, kStripThreads>(rows_of(stage), own, row0, slice * kDepth);
-            copy_box<kStripCols, kDepth, kPitch, kStripThreads>(cols_of(stage), other, col0, slice * kDepth);
+        RowSlices<T, kStripRows, kDepth, kPitch, kStripThreads> row_slices(own, row0);
+        RowSlices<T, kStripCols, kDepth, kPitch, kStripThreads> col_slices(other, col0);
+        const auto first = [&](int stage) {
+            row_slices.start_first(rows_of(stage), own);
+            col_slices.start_first(cols_of(stage), own);
         };
-        const auto use = [&](int stage) {
-            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)},
-                                         AlongK<T, kPitch>{cols_of(stage)});
+        const auto next = [&](int stage) {
+            row_slices.start_next(rows_of(stage));
+            col_slices.start_next(cols_of(stage));
+        };
+        const auto use = [&](int stage, const auto& fetch) {
+            product.template add<kDepth>(AlongK<T, kPitch>{rows_of(stage)}, AlongK<T, kPitch>{cols_of(stage)},
+                                         fetch);
             if (ComputeNorms && norm_row < kStripRows + kStripCols) {
                 const T* x = rows_of(stage) + norm_row * kPitch + norm_half * (kDepth / 2);
 #pragma unroll 8
                 for (int k = 0; k < kDepth / 2; ++k) squares = std::fma(Acc(x[k]), Acc(x[k]), squares);
             }
         };
-        pipeline<kStripStages>((own.cols + kDepth - 1) / kDepth, load, use);
+        pipeline<kStripStages, false>(row_slices.count(own), first, next, use);
 
         if (ComputeNorms) squares += shfl_xor(squares, 1);
         if (norm_row < kStripRows + kStripCols && norm_half == 0) {
-            const auto inverse_of = [&](const Rows<T, Acc>& side, int64_t row, bool store) {
+            const auto norm_of = [&](const Rows<T, Acc>& side, int64_t row, bool store) {
                 if (row >= side.points.rows) return Acc(0);
-                if (!ComputeNorms) return side.inverse_norms[row];
-                const Acc inverse = inverse_norm(squares, side.points, row, pairs.normalize);
-                if (store) side.inverse_norms[row] = inverse;
-                return inverse;
+                if (!ComputeNorms) return side.norms[row];
+                const Acc norm = row_norm(squares, side.points, row, pairs.similarity);
+                if (store) side.norms[row] = norm;
+                return norm;
             };
-            norms[norm_row] = norm_row < kStripRows ? inverse_of(pairs.own, row0 + norm_row, col0 == 0)
-                                                    : inverse_of(pairs.other, col0 + norm_row - kStripRows,
-                                                                 !pairs.skip_self && blockIdx.x == 0);
+            norms[norm_row] = norm_row < kStripRows ? norm_of(pairs.own, row0 + norm_row, col0 == 0)
+                                                    : norm_of(pairs.other, col0 + norm_row - kStripRows,
+                                                              !pairs.skip_self && blockIdx.x == 0);
         }
         block_sync();
         product.each([&](int r, int c, Acc dot) {
             const int64_t i = row0 + r, j = col0 + c;
-            const Acc inv_i = norms[r], inv_j = norms[kStripRows + c];
+            const Acc norm_i = norms[r], norm_j = norms[kStripRows + c];
             Acc s = 0;
             if (i < own.rows && j < other.rows) {
-                s = quick_similarity(dot, inv_i, inv_j);
-                if (s != s) s = careful_similarity(own, i, inv_i, other, j, inv_j);
+                s = quick_similarity(pairs.similarity, dot, norm_i, norm_j);
+                if (s != s) s = careful_similarity(pairs.similarity, own, i, norm_i, other, j, norm_j);
             }
             strip[r * pairs.pitch + j] = s;
         });
@@ -124,85 +131,117 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
     block_sync();
 }
 
-// Raises the similarity of row i to itself among s over every bound, where that is a positive pair: it is not
-// kept then. Each lane of the warp touches only the columns that it visits anyway: j % 32 = lane.
+// Marks the pair of row i and itself among s, where that is a positive of a queue: no bound keeps NaN. Each
+// lane of the warp touches only the columns that it visits anyway: j % 32 = lane.
 template <typename T, typename Acc>
-DML_DEVICE void leave_out_self(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s) {
+DML_DEVICE void mark_self(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s) {
     if (!pairs.self_ref) return;
     const int64_t cols = pairs.other.points.rows;
-    const auto leave_out = [&](int64_t j) {
-        if (pairs.other.labels[j] == pairs.own.labels[i]) s[j] = infinity<Acc>();
+    const auto mark = [&](int64_t j) {
+        if (pairs.other.labels[j] == pairs.own.labels[i]) s[j] = not_a_number<Acc>();
     };
     if (pairs.own_are_queries) {
         const int64_t self = pairs.self_ref[i];
-        if (self >= 0 && self < cols && self % kWarpSize == lane_id()) leave_out(self);
+        if (self >= 0 && self < cols && self % kWarpSize == lane_id()) mark(self);
     } else {
         for (int64_t j = lane_id(); j < cols; j += kWarpSize) {
-            if (pairs.self_ref[j] == i) leave_out(j);
+            if (pairs.self_ref[j] == i) mark(j);
         }
     }
 }
+// Marks what is no pair at all.
+template <typename T, typename Acc>
+DML_DEVICE void mark_diagonal(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s) {
+    if (pairs.skip_self && i % kWarpSize == lane_id()) s[i] = not_a_number<Acc>();
+}
 
-// A warp finds the bounds and both log-sum-exps of row i, whose similarities are s.
-template <typename Loss, typename T, typename Acc>
-DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, const Loss& loss, bool mining,
-                          Acc epsilon, const RowStats<Acc>& stats) {
+// One fold over the pairs that each_kept visits, by a warp.
+template <Fold kFold, typename Acc, typename EachKept, typename Term>
+DML_DEVICE Running<kFold, Acc> gather_row(const EachKept& each_kept, const Term& term, Acc zero_counts) {
+    Running<kFold, Acc> fold;
+    if constexpr (kFold == Fold::kLogSumExp) {
+        each_kept([&](Acc s) {
+            const Acc z = term(s);
+            fold.a = z > fold.a ? z : fold.a;
+        });
+        fold.a = warp_max(fold.a);
+        each_kept([&](Acc s) { fold.b += std::exp(term(s) - fold.a); });
+    } else {
+        each_kept([&](Acc s) {
+            const Acc t = term(s);
+            fold.a += t != Acc(0) ? Acc(1) : zero_counts;
+            fold.b += t;
+        });
+        fold.a = warp_sum(fold.a);
+    }
+    fold.b = warp_sum(fold.b);
+    return fold;
+}
+
+// A warp finds the bounds and folds of row i, whose similarities are s.
+template <typename Law, typename T, typename Acc>
+DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, const Law& law, Mining mining,
+                          bool count_zeros, const RowStats<Acc>& stats, const Results<Acc>& results) {
     const int64_t cols = pairs.other.points.rows;
     const int64_t label = pairs.own.labels[i];
     const auto each_pair = [&](const auto& f) {
-        for (int64_t j = lane_id(); j < cols; j += kWarpSize) {
-            if (pairs.is_pair(i, j)) f(pairs.other.labels[j] == label, s[j]);
-        }
+        for (int64_t j = lane_id(); j < cols; j += kWarpSize) f(pairs.other.labels[j] == label, s[j]);
     };
-
+    mark_diagonal(pairs, i, s);
+    if (!pairs.mine_self) mark_self(pairs, i, s);
     Extremes<Acc> hardest;
-    if (mining) {
+    if (mining.on) {
         each_pair([&](bool positive, Acc sim) { hardest.add(positive, sim); });
         hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
     }
-    const Bounds<Acc> bounds = mining ? hardest.mined(epsilon) : Bounds<Acc>::all();
-    leave_out_self(pairs, i, s);
+    const Bounds<Acc> bounds = mining.on ? hardest.mined(Acc(mining.epsilon)) : Bounds<Acc>::all();
+    if (pairs.mine_self) mark_self(pairs, i, s);
 
-    LogSumExp<Acc> pos, neg;
-    each_pair([&](bool positive, Acc sim) {
-        if (positive ? sim < bounds.pos_below : sim > bounds.neg_above) {
-            const Acc logit = positive ? loss.logit_pos(sim) : loss.logit_neg(sim);
-            if (positive) {
-                pos.max = logit > pos.max ? logit : pos.max;
-            } else {
-                neg.max = logit > neg.max ? logit : neg.max;
-            }
-        }
-    });
-    pos.max = warp_max(pos.max);
-    neg.max = warp_max(neg.max);
-    each_pair([&](bool positive, Acc sim) {
-        if (positive ? sim < bounds.pos_below : sim > bounds.neg_above) {
-            if (positive) {
-                pos.sum += std::exp(loss.logit_pos(sim) - pos.max);
-            } else {
-                neg.sum += std::exp(loss.logit_neg(sim) - neg.max);
-            }
-        }
-    });
-    pos.sum = warp_sum(pos.sum);
-    neg.sum = warp_sum(neg.sum);
-    if (lane_id() == 0) finish_row(stats, i, loss, bounds, pos, neg, mining, hardest.has_both());
+    const auto each_negative = [&](const auto& f) {
+        each_pair([&](bool positive, Acc sim) {
+            if (positive ? Law::kPosInNeg && sim < bounds.pos_below : sim > bounds.neg_above) f(sim);
+        });
+    };
+    const auto each_positive = [&](const auto& f) {
+        each_pair([&](bool positive, Acc sim) {
+            if (positive && sim < bounds.pos_below) f(sim);
+        });
+    };
+    const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
+    Gathering<Law, Acc> row;
+    row.neg =
+        gather_row<Law::kNeg, Acc>(each_negative, [&](Acc sim) { return law.neg_term(sim); }, zero_counts);
+    Acc context = 0;
+    if constexpr (Law::kContext) {
+        context = row.neg.value(Law::kPlusOne);
+        Acc slope = 0;
+        each_positive([&](Acc sim) { slope += law.pos_context(sim, context); });
+        row.neg.a = context;
+        row.neg.b = warp_sum(slope);
+    }
+    row.pos = gather_row<Law::kPos, Acc>(
+        each_positive, [&](Acc sim) { return law.pos_term(sim, context); }, zero_counts);
+    if (lane_id() != 0) return;
+    results.store(i, finish_row(stats, i, law, row, bounds, mining.on, hardest.has_both(), pairs.own.norms[i],
+                                results));
 }
 
-template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_forward(const __grid_constant__ StripPairs<T, Acc> all, Loss loss, bool mining, Acc epsilon,
-                  RowStats<Acc> stats) {
+    strip_forward(const __grid_constant__ StripPairs<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
+                  Mining mining, bool count_zeros, RowStats<Acc> stats, Results<Acc> results) {
     using Layout = StripLayout<T, Acc>;
     const StripPairs<T, Acc> pairs = all.in_use();
     Acc* strip = shared_array<Acc>(Layout::kStrip, kStripRows * pairs.pitch);
     const int64_t row0 = int64_t(blockIdx.x) * kStripRows;
     strip_similarities<Math, true>(pairs, row0, strip);
-    for (int r = warp_id(); r < kStripRows; r += kStripWarps) {
-        if (row0 + r >= pairs.own.points.rows) break;
-        strip_row(pairs, row0 + r, strip + r * pairs.pitch, loss, mining, epsilon, stats);
-    }
+    any_law.visit([&](const auto& law) {
+#pragma unroll 1
+        for (int r = warp_id(); r < kStripRows; r += kStripWarps) {
+            if (row0 + r >= pairs.own.points.rows) break;
+            strip_row(pairs, row0 + r, strip + r * pairs.pitch, law, mining, count_zeros, stats, results);
+        }
+    });
 }
 
 // Which rows' losses reach the strips' rows: their own (they are queries), the columns' (those are), both.
@@ -210,71 +249,81 @@ struct Sides {
     bool own, other;
 };
 
-// grad: [own rows, dim]. upstream: [1], or [queries] with per_row.
-template <typename Math, typename GradMath, typename Loss, typename T = typename Math::Value,
+// grad: [own rows, dim].
+template <typename Math, typename GradMath, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_backward(const __grid_constant__ StripPairs<T, Acc> all, Loss loss, RowStats<Acc> stats,
-                   Sides sides, const Acc* upstream, bool per_row, T* grad) {
+    strip_backward(const __grid_constant__ StripPairs<T, Acc> all,
+                   const __grid_constant__ AnyLaw<Acc> any_law, RowStats<Acc> stats, Sides sides,
+                   Upstream<Acc> upstream, T* grad) {
     using Layout = StripLayout<T, Acc>;
     const StripPairs<T, Acc> pairs = all.in_use();
     constexpr int kDepth = Layout::kDepth, kPitch = Layout::kAcrossPitch;
     unsigned char* stages = shared_array<unsigned char>(0, Layout::kNorms);
-    Acc* radial = shared_array<Acc>(Layout::kRadial, kStripRows);
+    Acc* along = shared_array<Acc>(Layout::kAlong, kStripRows);
     Acc* strip = shared_array<Acc>(Layout::kStrip, kStripRows * pairs.pitch);
     const Matrix<T>& own = pairs.own.points;
     const Matrix<T>& other = pairs.other.points;
+    const Similarity kind = pairs.similarity;
     const int64_t row0 = int64_t(blockIdx.x) * kStripRows;
     const int64_t rows = own.rows - row0 < kStripRows ? own.rows - row0 : kStripRows;
     strip_similarities<Math, false>(pairs, row0, strip);
 
     // In place, the similarities become weights: the gradient with respect to each, times the inverse norm
     // of the column, so that what they multiply are the columns as they are.
-    for (int r = warp_id(); r < rows; r += kStripWarps) {
-        const int64_t i = row0 + r;
-        const int64_t label = pairs.own.labels[i];
-        const auto load_weight = [&](int64_t query) {
-            RowWeight<Acc> weight = RowWeight<Acc>::load(stats, query);
-            if (per_row) weight.scale(upstream[query]);
-            return weight;
-        };
-        const RowWeight<Acc> mine = sides.own ? load_weight(i) : RowWeight<Acc>{};
-        leave_out_self(pairs, i, strip + r * pairs.pitch);
-        Acc toward_self = 0;  // x_i . G_i, which the normalisation takes out of the gradient
-        for (int64_t j = lane_id(); j < other.rows; j += kWarpSize) {
-            const Acc s = strip[r * pairs.pitch + j];
-            const bool positive = pairs.other.labels[j] == label;
-            Acc w = 0;
-            if (pairs.is_pair(i, j)) {
-                if (sides.own) w += mine.of(loss, positive, s);
-                if (sides.other) w += load_weight(j).of(loss, positive, s);
-                w = w == Acc(0) ? w : w * (positive ? loss.slope_pos(s) : loss.slope_neg(s));
+    any_law.visit([&](const auto& law) {
+#pragma unroll 1
+        for (int r = warp_id(); r < rows; r += kStripWarps) {
+            const int64_t i = row0 + r;
+            const int64_t label = pairs.own.labels[i];
+            Acc* s = strip + r * pairs.pitch;
+            RowWeight<Acc> mine;
+            if (sides.own) mine = RowWeight<Acc>::load(stats, i, upstream);
+            mark_diagonal(pairs, i, s);
+            mark_self(pairs, i, s);
+            Acc toward_self = 0;  // how much of its own row the gradient holds too much
+#pragma unroll 1
+            for (int64_t j = lane_id(); j < other.rows; j += kWarpSize) {
+                const Acc sim = s[j];
+                const bool positive = pairs.other.labels[j] == label;
+                Acc w = mine.of(law, positive, sim);
+                if (sides.other) w += RowWeight<Acc>::load(stats, j, upstream).of(law, positive, sim);
+                if (w != Acc(0)) {
+                    const Acc norm = pairs.other.norms[j];
+                    if (kind.euclidean) w = by_distance(w, sim);
+                    // x_i . y_j, from a distance 1 - d^2 / 2
+                    const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
+                    toward_self += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;
+                    w *= unit_factor(norm, kind);
+                }
+                s[j] = w;
             }
-            toward_self += w == Acc(0) ? Acc(0) : w * s;
-            strip[r * pairs.pitch + j] = w == Acc(0) ? w : w * pairs.other.inverse_norms[j];
+            toward_self = warp_sum(toward_self);
+            if (lane_id() == 0) along[r] = kind.normalize || kind.euclidean ? toward_self : Acc(0);
         }
-        toward_self = warp_sum(toward_self);
-        if (lane_id() == 0) radial[r] = pairs.normalize ? toward_self : Acc(0);
-    }
+    });
     // The pipeline's first barrier comes before anybody reads the strip, unless there is no slice.
     block_sync();
 
-    const Acc scale = stats.scale[0] * (per_row ? Acc(1) : upstream[0]);
+    const Acc factor = gradient_factor(stats, upstream);
     for (int64_t d0 = 0; d0 < own.cols; d0 += kStripCols) {
-        Product<GradMath, StripShape> product;
+        Product<GradMath, StripGradShape> product;
+        const ColumnBoxes<T, kDepth, kStripCols, kPitch, kStripThreads> boxes(other, 0, d0);
         const auto slice_of = [&](int stage) {
             return reinterpret_cast<T*>(stages + stage * Layout::kStageBytes);
         };
-        const auto load = [&](int64_t slice, int stage) {
-            copy_box<kDepth, kStripCols, kPitch, kStripThreads>(slice_of(stage), other, slice * kDepth, d0);
+        int below = 0;
+        const auto next = [&](int stage) {
+            boxes.start(slice_of(stage), below);
+            below += kDepth;
         };
-        int64_t at = 0;
-        const auto use = [&](int stage) {
+        int at = 0;
+        const auto use = [&](int stage, const auto& fetch) {
             product.template add<kDepth>(ResidentAlongK<Acc>{strip + at, pairs.pitch},
-                                         AcrossK<T, kPitch>{slice_of(stage)});
+                                         AcrossK<T, kPitch>{slice_of(stage)}, fetch);
             at += kDepth;
         };
-        pipeline<kStripStages>((other.rows + kDepth - 1) / kDepth, load, use);
+        pipeline<kStripStages, false>(int((other.rows + kDepth - 1) / kDepth), next, next, use);
         product.each([&](int r, int c, Acc g) {
             const int64_t i = row0 + r, d = d0 + c;
             if (i >= all.own.points.rows || d >= own.cols) return;
@@ -282,10 +331,9 @@ __global__ void __launch_bounds__(kStripThreads, 1)
                 grad[i * own.cols + d] = T(0.0f);
                 return;
             }
-            const Acc inverse = pairs.own.inverse_norms[i];
-            const Acc x = Acc(own.data[i * own.stride + d]) * inverse;
-            // A scale of 0 also hides a point that is not finite where nothing asks for its gradient.
-            grad[i * own.cols + d] = scale == Acc(0) ? T(0.0f) : T(scale * ((g - radial[r] * x) * inverse));
+            const Acc unit = unit_factor(pairs.own.norms[i], kind);
+            const Acc x = Acc(own.data[i * own.stride + d]) * unit;
+            grad[i * own.cols + d] = factor == Acc(0) ? T(0.0f) : T(factor * ((g - along[r] * x) * unit));
         });
     }
 }

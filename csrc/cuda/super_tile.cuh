@@ -20,29 +20,34 @@ inline constexpr int kTileBlocks<SimtMath<T>> = 1;
 template <typename T>
 inline constexpr int kTileBlocks<Tf32Math<T, true>> = 1;
 
+// Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the
+// banks.
+template <typename Math>
+inline constexpr int kFragmentPad = kPad<typename Math::Value>;
+template <>
+inline constexpr int kFragmentPad<Bf16Math> = 8;
+
 template <typename Math>
 struct TileTraits {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
     static constexpr int kTile = Math::kTensorCores ? 128 : 64;
-    using TileShape = Shape<kTile, kTile, 2, 4, false>;
+    using TileShape = Shape<kTile, kTile, 2, 4, false, false>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 3;
     static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
-    static constexpr int kPitch = kDepth + kPad<T>;
+    static constexpr int kPitch = kDepth + kFragmentPad<Math>;
     static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
-    // One element more than the tile: down a row and down a column alike, neighbours are in other banks.
-    static constexpr int kSimPitch = kTile + 1;
+    // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
+    static constexpr int kSimPitch = kTile + kPad<Acc>;
     static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
     // Shared memory. The similarities take the place of the slices they were computed from.
     static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
     static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
     static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
     static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
-    static constexpr int kScratch = kFlags + kWarpSize * int(sizeof(int));
-    // Up to four numbers for each thread, to merge what the threads of one line found.
-    static constexpr int kSharedBytes = kScratch + 4 * kThreads * int(sizeof(Acc));
+    static constexpr int kEnd = kFlags + kWarpSize * int(sizeof(int));  // where users' own arrays begin
 };
 
 // A super-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
@@ -51,6 +56,8 @@ struct SuperTile {
     Rows<T, Acc> rows, cols;
     bool square;  // rows and columns are the same points
     const int64_t* self_ref;
+    bool mine_self;  // whether mining sees the pair of a row and itself
+    Similarity similarity;
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
     int64_t all_row_tiles, all_col_tiles, used_col_tiles;
@@ -68,9 +75,6 @@ struct SuperTile {
         return some;
     }
     DML_INLINE bool has(int64_t ti, int64_t tj) const { return square ? ti <= tj : tj < used_col_tiles; }
-    DML_INLINE bool is_pair(int64_t i, int64_t j) const {
-        return i < rows.points.rows && j < cols.points.rows && (!square || i < j);
-    }
     DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
 };
 
@@ -89,11 +93,82 @@ struct LoadedTile {
     int64_t* col_labels;  // [kTile]
 };
 
+// The bare dot products of a tile's rows and columns. Takes the first kStages * kStageBytes of shared memory.
+template <typename Math, typename T = typename Math::Value>
+DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape>& product,
+                              unsigned char* shared, const Matrix<T>& rows, int64_t row0,
+                              const Matrix<T>& cols, int64_t col0) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
+    using Slices = RowSlices<T, kTile, kDepth, kPitch, Traits::kThreads>;
+    Slices row_slices(rows, row0), col_slices(cols, col0);
+    const auto stage_of = [&](int stage) {
+        return reinterpret_cast<T*>(shared + stage * Traits::kStageBytes);
+    };
+    const auto first = [&](int stage) {
+        row_slices.start_first(stage_of(stage), rows);
+        col_slices.start_first(stage_of(stage) + kTile * kPitch, cols);
+    };
+    const auto next = [&](int stage) {
+        row_slices.start_next(stage_of(stage));
+        col_slices.start_next(stage_of(stage) + kTile * kPitch);
+    };
+    const auto use = [&](int stage, const auto& fetch) {
+        const T* from = stage_of(stage);
+        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
+                                     fetch);
+    };
+    pipeline<Traits::kStages, false>(Slices::count(rows), first, next, use);
+}
+
+// Inverse norms from which on the product of two is in range.
+template <typename Acc>
+inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
+
+// Writes a tile's similarities to sim; every thread is told whether some are NaN, and take
+// careful_similarity. plain: the norm of this thread's line is no reason to.
+template <typename Math, typename Sum, typename Acc>
+DML_DEVICE bool store_similarities(const Sum& product, Similarity kind, bool plain, const Acc* norms,
+                                   int* flags, Acc* sim) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch;
+    const auto block_any = [&](bool own) {
+        own = warp_any(own);
+        if (lane_id() == 0) flags[warp_id()] = own ? 1 : 0;
+        block_sync();
+        int any = 0;
+        for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) any |= flags[w];
+        block_sync();
+        return any != 0;
+    };
+    if (!kind.euclidean) {
+        Acc zero = 0;  // NaN once a similarity is not finite
+        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+            Vector<Acc, Sum::kRun> s;
+#pragma unroll
+            for (int e = 0; e < Sum::kRun; ++e) {
+                s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
+                zero = std::fma(s.value[e], Acc(0), zero);
+            }
+            *reinterpret_cast<Vector<Acc, Sum::kRun>*>(sim + r * kSimPitch + c) = s;
+        });
+        if (!block_any(!plain || zero != Acc(0))) return false;
+    }
+    bool careful = false;
+    {  // rare: distances; cosines at the edges, and of rows out of the ordinary
+        product.each([&](int r, int c, Acc dot) {
+            const Acc s = quick_similarity(kind, dot, norms[r], norms[kTile + c]);
+            careful = careful || s != s;
+            sim[r * kSimPitch + c] = s;
+        });
+    }
+    return block_any(careful);
+}
+
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
     using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
-    constexpr int kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
+    constexpr int kTile = Traits::kTile, kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
     int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
     Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
@@ -102,105 +177,58 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
     const Matrix<T>&rows = super.rows.points, &cols = super.cols.points;
     const int64_t row0 = ti * kTile, col0 = tj * kTile;
 
-    for (int t = int(threadIdx.x); t < 2 * kTile; t += kThreads) {
+    static_assert(2 * kTile <= kThreads, "a thread for each line");
+    bool plain = true;
+    if (int(threadIdx.x) < 2 * kTile) {
+        const int t = int(threadIdx.x);
         const bool is_row = t < kTile;
         const int64_t i = is_row ? row0 + t : col0 + t - kTile;
         const bool inside = i < (is_row ? rows.rows : cols.rows);
+        const Acc norm = inside ? (is_row ? super.rows.norms : super.cols.norms)[i] : Acc(0);
         labels[t] = inside ? (is_row ? super.rows.labels : super.cols.labels)[i] : 0;
-        norms[t] = inside ? (is_row ? super.rows.inverse_norms : super.cols.inverse_norms)[i] : Acc(0);
+        norms[t] = norm;
+        plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
+    constexpr int kVector = 16 / int(sizeof(Acc)), kVectors = kTile / kVector;  // of a row
+    constexpr int kEach = kTile * kVectors / kThreads;
     Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
     if (super.cache_filled) {
-        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
-            sim[e / kTile * kSimPitch + e % kTile] = cached[e];
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) {
+            const int e = n * kThreads + int(threadIdx.x);
+            cp_async<16>(sim + e / kVectors * kSimPitch + e % kVectors * kVector, cached + e * kVector);
         }
+        cp_async_commit();
+        cp_async_wait<0>();
         block_sync();
         return tile;
     }
 
     Product<Math, typename Traits::TileShape> product;
-    const auto rows_of = [&](int stage) { return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes); };
-    const auto load = [&](int64_t slice, int stage) {
-        T* to = rows_of(stage);
-        copy_box<kTile, kDepth, kPitch, kThreads>(to, rows, row0, slice * kDepth);
-        copy_box<kTile, kDepth, kPitch, kThreads>(to + kTile * kPitch, cols, col0, slice * kDepth);
-    };
-    const auto use = [&](int stage) {
-        const T* from = rows_of(stage);
-        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch});
-    };
-    pipeline<Traits::kStages>((rows.cols + kDepth - 1) / kDepth, load, use);
-
-    bool careful = false;
-    product.each([&](int r, int c, Acc dot) {
-        const Acc s = quick_similarity(dot, norms[r], norms[kTile + c]);
-        careful = careful || s != s;
-        sim[r * kSimPitch + c] = s;
-    });
-    careful = warp_any(careful);
-    if (lane_id() == 0) flags[warp_id()] = careful ? 1 : 0;
-    block_sync();
-    int any = 0;
-    for (int w = 0; w < kThreads / kWarpSize; ++w) any |= flags[w];
-    if (any) {  // at the edges, where a norm of 0 stands for no row, and for rows out of the ordinary
-        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
+    multiply_tile(product, bytes, rows, row0, cols, col0);
+    if (store_similarities<Math>(product, super.similarity, plain, norms, flags, sim)) {
+#pragma unroll 1
+        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {  // rare: the same
             const int r = e / kTile, c = e % kTile;
             Acc& s = sim[r * kSimPitch + c];
-            if (s != s) s = careful_similarity(rows, row0 + r, norms[r], cols, col0 + c, norms[kTile + c]);
+            if (s != s) {
+                s = careful_similarity(super.similarity, rows, row0 + r, norms[r], cols, col0 + c,
+                                       norms[kTile + c]);
+            }
         }
         block_sync();
     }
     if (cached) {
-        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {
-            cached[e] = sim[e / kTile * kSimPitch + e % kTile];
+        using Some = Vector<Acc, kVector>;
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) {
+            const int e = n * kThreads + int(threadIdx.x);
+            const Acc* from = sim + e / kVectors * kSimPitch + e % kVectors * kVector;
+            *reinterpret_cast<Some*>(cached + e * kVector) = *reinterpret_cast<const Some*>(from);
         }
     }
     return tile;
-}
-
-// Raises the similarity of a row to itself over every bound, where that is a positive pair: it is not kept
-// then, and nobody else has to ask which pair it is.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE void leave_out_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile) {
-    constexpr int kTile = TileTraits<Math>::kTile;
-    if (!super.self_ref) return;
-    block_sync();  // the cache has been filled with what the similarity was
-    const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < super.rows.points.rows) {
-        const int64_t self = super.self_ref[tile.row0 + r];
-        if (self >= tile.col0 && self < tile.col0 + kTile) {
-            const int c = int(self - tile.col0);
-            if (tile.row_labels[r] == tile.col_labels[c])
-                tile.sim[r * TileTraits<Math>::kSimPitch + c] = infinity<Acc>();
-        }
-    }
-    block_sync();
-}
-
-// The pairs of one line of a tile (a row or, transposed, a column) that fall to this thread: threads
-// [0, kTile) take the first part of each line, the next kTile the next. Calls f(positive, s).
-template <bool Rows, typename Math, typename T, typename Acc, typename F>
-DML_DEVICE void for_line(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, const F& f) {
-    using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kLength = kTile * kTile / Traits::kThreads;
-    const int line = int(threadIdx.x) % kTile;
-    // Where the pairs of this line begin and end: within the matrix and, where square, right of the diagonal.
-    const auto clip = [](int64_t k, int least, int most) {
-        return int(k < least ? least : k > most ? most : k);
-    };
-    const int first = int(threadIdx.x) / kTile * kLength;
-    const int64_t self = Rows ? tile.row0 + line - tile.col0 : tile.col0 + line - tile.row0;
-    const int64_t rows = super.rows.points.rows - tile.row0, cols = super.cols.points.rows - tile.col0;
-    const int64_t begin = Rows && super.square ? self + 1 : 0;
-    int64_t end = Rows ? cols : super.square && self < rows ? self : rows;
-    if (line >= (Rows ? rows : cols)) end = 0;
-    const int from = clip(begin, first, first + kLength), to = clip(end, first, first + kLength);
-
-    const int64_t label = Rows ? tile.row_labels[line] : tile.col_labels[line];
-    const int64_t* labels = Rows ? tile.col_labels : tile.row_labels;
-    const Acc* sim = tile.sim + (Rows ? line * Traits::kSimPitch : line);
-    for (int k = from; k < to; ++k) f(labels[k] == label, sim[k * (Rows ? 1 : Traits::kSimPitch)]);
 }
 
 }  // namespace dml::cuda

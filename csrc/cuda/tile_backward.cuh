@@ -1,97 +1,49 @@
-// Large batches, backward. For each super-tile one launch turns similarities into weights, in a bounded
-// workspace, and one multiplies them by the points, with one owner for each block of the gradient. A last
-// launch takes out what the normalisation does. Tiles in which nothing was kept are skipped whole.
-//
-// The workspace holds W'_ij = dL/ds_ij / (|q_i| |r_j|), both factors at once, because a tile serves its rows
-// (W' R) and its columns (W'^T Q). What is accumulated for row i is then G_i / |q_i|.
+// Large batches, backward. For each super-tile one launch turns similarities into weights (pair_weights.cuh),
+// and one multiplies them by the points, with one owner for each block of the gradient: what is accumulated
+// for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in which nothing was
+// kept are skipped whole.
 #pragma once
 
-#include "super_tile.cuh"
+#include "pair_weights.cuh"
 
 namespace dml::cuda {
 
-// The type of the weights in the workspace: what the product would round them to anyway.
-template <typename GradMath>
-struct WeightOf {
-    using Type = typename GradMath::Acc;
-};
-template <typename T>
-struct WeightOf<HalfMath<T>> {
-    using Type = T;
-};
+inline constexpr int kMaxSuperTile = 64;            // tiles along an edge, as a square
+inline constexpr int kMaxLine = 2 * kMaxSuperTile;  // along the longer edge
 
-inline constexpr int kMaxSuperTile = 64;
-
+// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are
+// read.
 template <typename GradMath>
+inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
+inline constexpr int kNarrowPanel = 64;
+
+template <typename GradMath, int Cols>
 struct GradTraits {
     using T = typename GradMath::Value;
     using Acc = typename GradMath::Acc;
     using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = TileTraits<GradMath>::kTile;
-    static constexpr int kCols = 64;  // of the gradient, for one block
-    using TileShape = Shape<kTile, kCols, 4, 2, false>;
+    static constexpr int kCols = Cols;  // of the gradient, for one block
+    using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, false, true>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 4;
-    static constexpr int kDepth = sizeof(Weight) == 2 ? 32 : 64 / int(sizeof(Weight));
+    static constexpr bool kWholeRounds = kTileBlocks<GradMath> > 1;  // if there are the registers
+    static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
     static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
     // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
     static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
-    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : 8);
+    // So do the points, which lanes read as vectors: four rows from each other, or every second of eight.
+    static constexpr bool kFloatPairs = sizeof(T) == 4 && sizeof(Weight) == 2;
+    static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
+    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kFloatPairs ? 4 : kHalfVectors ? 16 : 8);
     static constexpr int kWeightElements =
         kTile * kPitch > kDepth* kAcrossPitch ? kTile * kPitch : kDepth * kAcrossPitch;
     static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));
     static constexpr int kStageBytes = kWeightBytes + kDepth * kPointPitch * int(sizeof(T));
     static constexpr int kList = kStages * kStageBytes;  // which tiles to visit
-    static constexpr int kSharedBytes = kList + (2 * kMaxSuperTile + 1) * int(sizeof(int));
+    static constexpr int kSharedBytes = kList + (kMaxLine + 1) * int(sizeof(int));
     static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
 };
-
-// weights: [row_tiles, col_tiles, kTile, kTile] of the super-tile. upstream: [1], or [rows] with per_row.
-template <typename Math, typename Loss, typename Weight, typename T = typename Math::Value,
-          typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    pair_weights(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
-                 const Acc* upstream, bool per_row, const uint8_t* kept, Weight* weights) {
-    using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile;
-    const auto super = all.template in_use<kTile>();
-    const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
-    if (!super.has(ti, tj) || (kept && !kept[super.tile_index(ti, tj)])) return;
-    const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
-    leave_out_self<Math>(super, tile);
-    const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Weight* out = weights + (int64_t(blockIdx.y) * super.col_tiles + blockIdx.x) * kTile * kTile;
-
-    // The rows' statistics go through shared memory; those of its one column a thread holds in registers.
-    Acc* scratch = shared_array<Acc>(Traits::kScratch, 4 * Traits::kThreads);
-    RowWeight<Acc>* of_rows = reinterpret_cast<RowWeight<Acc>*>(scratch);
-    static_assert(kTile * sizeof(RowWeight<Acc>) <= 4 * Traits::kThreads * sizeof(Acc), "they fit");
-    const auto load_weight = [&](int64_t i) {
-        RowWeight<Acc> weight = RowWeight<Acc>::load(stats, i);
-        if (per_row) weight.scale(upstream[i]);
-        return weight;
-    };
-    if (int(threadIdx.x) < kTile && tile.row0 + int(threadIdx.x) < super.rows.points.rows) {
-        of_rows[threadIdx.x] = load_weight(tile.row0 + int(threadIdx.x));
-    }
-    block_sync();
-    const int c = int(threadIdx.x) % kTile;
-    const int64_t j = tile.col0 + c;
-    const bool both = super.square && j < super.cols.points.rows;
-    const RowWeight<Acc> of_col = both ? load_weight(j) : RowWeight<Acc>{};
-    for (int r = int(threadIdx.x) / kTile; r < kTile; r += Traits::kThreads / kTile) {
-        Acc w = 0;
-        if (super.is_pair(tile.row0 + r, j)) {
-            const Acc s = tile.sim[r * Traits::kSimPitch + c];
-            const bool positive = tile.row_labels[r] == tile.col_labels[c];
-            w = of_rows[r].of(loss, positive, s);
-            if (both) w += of_col.of(loss, positive, s);
-            if (w != Acc(0))
-                w *= (positive ? loss.slope_pos(s) : loss.slope_neg(s)) * (norms[r] * norms[kTile + c]);
-        }
-        out[r * kTile + c] = Weight(w);
-    }
-}
 
 // One side's gradient under way: its rows from row0 on, contiguous.
 template <typename Acc>
@@ -107,119 +59,156 @@ struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
 };
 
-// Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles.
-template <typename GradMath, typename T = typename GradMath::Value, typename Acc = typename GradMath::Acc>
-__global__ void __launch_bounds__(GradTraits<GradMath>::kThreads, kTileBlocks<GradMath>)
-    add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
-                  const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
-                  const typename GradTraits<GradMath>::Weight* weights) {
-    using Traits = GradTraits<GradMath>;
+// Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the
+// block.
+template <typename F>
+DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
+    if (warp_id() == 0) {
+        int count = 0;
+#pragma unroll 1
+        for (int first = 0; first < slots; first += kWarpSize) {
+            const int slot = first + lane_id();
+            const bool mine = slot < slots && wanted(slot);
+            const uint32_t all = warp_ballot(mine), before = all & ((1u << lane_id()) - 1u);
+            if (mine) list[1 + count + __popc(before)] = slot;
+            count += __popc(all);
+        }
+        if (lane_id() == 0) list[0] = count;
+    }
+    block_sync();
+}
+
+// Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the
+// points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
+// rows.
+template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
+DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own,
+                                    const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
     constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch,
                   kPointPitch = Traits::kPointPitch;
+    constexpr int kSlices = kTile / kDepth;  // of one tile
+    static_assert(kSlices % Traits::kStages == 0, "whole rounds");
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
-    int* list = shared_array<int>(Traits::kList, 2 * kMaxSuperTile + 1);
-    const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
-    const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
-    const Gradient<Acc>& gradient = gradients.side[side];
-    if (!gradient.sum) return;
-    const auto super = all.template in_use<kTile>();
-    Matrix<T> points = super.rows.points;  // which the weights multiply
-    if (side == 0) points = super.cols.points;
-    const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
-    const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
+    int* list = shared_array<int>(Traits::kList, kMaxLine + 1);
+    list_slots(list, Transposed ? super.row_tiles : super.col_tiles, [&](int slot) {
+        const int64_t ti = super.row_tile + (Transposed ? slot : own);
+        const int64_t tj = super.col_tile + (Transposed ? own : slot);
+        return super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient));
+    });
 
-    // The tiles that hold weights for these rows, in order: as they are in the block's row of tiles, then
-    // transposed in its column. Each is 2 * slot + transposed.
-    const auto place = [&](int entry, int& row, int& col) {
-        row = entry % 2 ? entry / 2 : own;
-        col = entry % 2 ? own : entry / 2;
-    };
-    if (threadIdx.x == 0) {
-        int count = 0;
-        const auto list_tile = [&](int entry) {
-            int row, col;
-            place(entry, row, col);
-            const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
-            if (super.has(ti, tj) && (!kept || kept[super.tile_index(ti, tj)])) list[++count] = entry;
-        };
-        for (int slot = 0; side == 0 && slot < super.col_tiles; ++slot) list_tile(2 * slot);
-        for (int slot = 0; (side == 1 || super.diagonal()) && slot < super.row_tiles; ++slot)
-            list_tile(2 * slot + 1);
-        list[0] = count;
-    }
-    block_sync();
-
-    Product<GradMath, typename Traits::TileShape> product;
+    const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
+        Transposed ? super.rows.points : super.cols.points,
+        (Transposed ? super.row_tile : super.col_tile) * kTile, d0);
+    using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
+    using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
+    const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
+        weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile);
+    const unsigned slot_size = unsigned(Transposed ? super.col_tiles : 1) * kTile * kTile;
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
     };
     const auto points_of = [&](int stage) {
         return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
     };
-    constexpr int kSlices = kTile / kDepth;  // of one tile
-    const auto load = [&](int64_t next, int stage) {
-        const int slice = int(next);
-        const int entry = list[1 + slice / kSlices];
-        int row, col;
-        place(entry, row, col);
-        const int k = slice % kSlices * kDepth;
-        const Matrix<Weight> w = {weights + (int64_t(row) * super.col_tiles + col) * kTile * kTile, kTile,
-                                  kTile, kTile, 16};
-        if (entry % 2) {
-            copy_box<kDepth, kTile, kAcrossPitch, kThreads>(weights_of(stage), w, k, 0);
-        } else {
-            copy_box<kTile, kDepth, kPitch, kThreads>(weights_of(stage), w, 0, k);
-        }
-        const int64_t point0 = (entry % 2 ? super.row_tile + row : super.col_tile + col) * kTile;
-        copy_box<kDepth, Traits::kCols, kPointPitch, kThreads>(points_of(stage), points, point0 + k, d0);
+    unsigned slice = 0;
+    const auto next = [&](int stage) {
+        const unsigned slot = unsigned(list[1 + slice / kSlices]), k = slice % kSlices * kDepth;
+        boxes.start(weights_of(stage), slot * slot_size + k * (Transposed ? kTile : 1));
+        points.start(points_of(stage), int(slot * kTile + k));
+        ++slice;
     };
-    int at = 0;
-    const auto use = [&](int stage) {
+    const auto use = [&](int stage, const auto& fetch) {
         const AcrossK<T, kPointPitch> slice{points_of(stage)};
-        if (list[1 + at / kSlices] % 2) {
-            product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, slice);
+        if constexpr (Transposed) {
+            product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, slice, fetch);
         } else {
-            product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice);
+            product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
         }
-        ++at;
     };
-    pipeline<Traits::kStages>(int64_t(list[0]) * kSlices, load, use);
-    product.each([&](int r, int c, Acc value) {
-        const int64_t i = row0 + r, d = d0 + c;
-        if (i >= gradient.count || d >= points.cols) return;
-        Acc& sum = gradient.sum[(i - gradient.row0) * points.cols + d];
-        sum = gradient.first ? value : sum + value;
-    });
+    pipeline<Traits::kStages, Traits::kWholeRounds>(list[0] * kSlices, next, next, use);
+}
+
+// Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles. A tile on the
+// diagonal of a square matrix serves the same points as rows and as columns.
+template <typename GradMath, int Cols, typename T = typename GradMath::Value,
+          typename Acc = typename GradMath::Acc>
+__global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
+    add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
+                  const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
+                  const typename GradTraits<GradMath, Cols>::Weight* weights) {
+    using Traits = GradTraits<GradMath, Cols>;
+    constexpr int kTile = Traits::kTile;
+    const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
+    const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
+    const Gradient<Acc>& gradient = gradients.side[side];
+    if (!gradient.sum) return;
+    const auto super = all.template in_use<kTile>();
+    const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
+
+    using Sum = Product<GradMath, typename Traits::TileShape>;
+    Sum product;
+    if (side == 0) add_weighted_points<Traits, false>(product, super, own, kept, weights, d0);
+    if (side == 1 || super.diagonal())
+        add_weighted_points<Traits, true>(product, super, own, kept, weights, d0);
+
+    const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
+    const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
+    Acc* sums = gradient.sum + (row0 - gradient.row0) * dim + d0;
+    constexpr int kVector = Sum::kRun * int(sizeof(Acc)) < 16 ? Sum::kRun : 16 / int(sizeof(Acc));
+    using Some = Vector<Acc, kVector>;
+    const bool aligned = reinterpret_cast<uintptr_t>(gradient.sum) % sizeof(Some) == 0 && dim % kVector == 0;
+    if (aligned && rows >= kTile && dim - d0 >= Traits::kCols) {
+        product.each_run([&](int r, int c, const Acc(&values)[Sum::kRun]) {
+            Some* sum = reinterpret_cast<Some*>(sums + r * dim + c);
+#pragma unroll
+            for (int v = 0; v < Sum::kRun / kVector; ++v) {
+                Some x = {};
+                if (!gradient.first) x = sum[v];
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) x.value[e] += values[v * kVector + e];
+                sum[v] = x;
+            }
+        });
+    } else {
+        product.each([&](int r, int c, Acc value) {
+            if (r >= rows || d0 + c >= dim) return;
+            Acc& sum = sums[r * dim + c];
+            sum = gradient.first ? value : sum + value;
+        });
+    }
 }
 
 inline constexpr int kFinishThreads = 256;
 
-// One warp a row in [begin, end): from the accumulated G_i / |q_i|, sum [end - begin, dim], to the gradient
-// of q_i, grad [rows, dim]. They may be the same. A row that took no part has a gradient of 0.
+// One warp a row in [begin, end): from the accumulated sum [end - begin, dim] to the gradient of q_i,
+// grad [rows, dim]. They may be the same. weight_sums: of each row's weights, for distances of rows as they
+// come. A row that took no part has a gradient of 0.
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, bool normalize, const Acc* scale,
-                    const Acc* upstream, const Acc* sum, T* grad) {
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
+                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, T* grad) {
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;
     const T* q = points.data + i * points.stride;
     const Acc* g = sum + (i - begin) * points.cols;
-    const Acc inverse = rows.inverse_norms[i];
-    Acc radial = 0;  // x_i . G_i
-    if (normalize) {
-        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize)
-            radial = std::fma(Acc(q[d]), g[d], radial);
-        radial = warp_sum(radial);
-    }
     const bool took_part = i < rows.in_use().points.rows;
-    const Acc factor = took_part ? scale[0] * (upstream ? upstream[0] : Acc(1)) : Acc(0);
+    const Acc factor = took_part ? gradient_factor(stats, upstream) : Acc(0);
+    const Acc norm = rows.norms[i];
+    Acc along = 0, scale = factor;  // how much of q_i there is too much
+    if (similarity.normalize) {
+        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) along = std::fma(Acc(q[d]), g[d], along);
+        along = warp_sum(along) * norm;  // x_i . G_i
+        scale = factor / stats.header[kRange];
+    } else if (similarity.euclidean && took_part) {
+        along = weight_sums[i];
+    }
+    const Acc unit = similarity.normalize ? norm : Acc(1);
     for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) {
-        const Acc value = g[d] - (radial * inverse) * (Acc(q[d]) * inverse);
-        // A scale of 0 also hides a point that is not finite where nothing asks for its gradient.
-        grad[i * points.cols + d] = factor == Acc(0) ? T(0.0f) : T(factor * value);
+        const Acc value = g[d] - along * (Acc(q[d]) * unit);
+        grad[i * points.cols + d] = factor == Acc(0) ? T(0.0f) : T(scale * value);
     }
 }
 

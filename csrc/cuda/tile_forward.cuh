@@ -1,48 +1,49 @@
-// Large batches, forward: two streams over the tiles, each followed by a fold into the rows' statistics.
-// The first (only with mining) finds every row's hardest pairs, the second both log-sum-exps over what was
-// kept. Tiles leave partial results for their rows and columns; folds merge them in the order of the tiles,
-// one thread a row, so that the result never depends on which block came first.
+// Large batches, forward: streams over the tiles, each followed by a fold into the rows' statistics. The
+// first (only with mining) finds every row's hardest pairs, the second what the law gathers over the pairs
+// kept; a law whose positives see what the negatives came to takes a third. Tiles leave partial results for
+// their rows and columns; folds merge them in the order of the tiles, one thread a row, so that the result
+// never depends on which block came first.
+//
+// A term does not depend on whose row it is. So log-sum-exps within a tile are relative to one number, the
+// tile's largest term, and one exponential a pair serves its row and its column. A line that lies so far
+// below that digits would be lost is gathered again by one thread, relative to its own largest term.
 #pragma once
 
-#include "super_tile.cuh"
+#include "tile_pairs.cuh"
 
 namespace dml::cuda {
 
-// Until it is finished a row keeps its running state in the arrays of its final statistics.
-template <typename Acc>
-struct RunningRow {
-    const RowStats<Acc>& stats;
-    int64_t i;
+// A super-tile's results for its lines: for each of 2 sides [slots][kQuantities][lines]. A line is a row
+// (side 0) or column (side 1) of the super-tile, a slot the tile on the other axis.
+inline constexpr int kQuantities = 4;
 
-    DML_DEVICE Acc& min_pos() const { return stats.neg_above[i]; }
-    DML_DEVICE Acc& max_neg() const { return stats.pos_below[i]; }
-    DML_DEVICE Acc& pos_max() const { return stats.lse_pos[i]; }
-    DML_DEVICE Acc& pos_sum() const { return stats.weight_pos[i]; }
-    DML_DEVICE Acc& neg_max() const { return stats.lse_neg[i]; }
-    DML_DEVICE Acc& neg_sum() const { return stats.weight_neg[i]; }
-};
-
-// A tile's results for its lines: [2 sides][slots][quantities][lines]. A line is a row (side 0) or column
-// (side 1) of the super-tile, a slot the tile on the other axis.
 template <typename Acc>
 struct Partials {
     Acc* data;
-    int slots, lines;
 
-    DML_DEVICE Acc& at(int side, int slot, int quantity, int line) const {
-        return data[((int64_t(side) * slots + slot) * 4 + quantity) * lines + line];
+    template <int Tile, typename T>
+    DML_DEVICE Acc& at(const SuperTile<T, Acc>& super, int side, int slot, int quantity, int line) const {
+        const int lines = (side == 0 ? super.row_tiles : super.col_tiles) * Tile;
+        const int64_t of_side = int64_t(super.row_tiles) * super.col_tiles * Tile * kQuantities;
+        return data[side * of_side + (int64_t(slot) * kQuantities + quantity) * lines + line];
     }
 };
-inline int64_t partials_size(int slots, int tile) { return int64_t(2) * slots * 4 * slots * tile; }
+inline int64_t partials_size(int64_t tiles, int tile, bool both_sides) {
+    return (both_sides ? 2 : 1) * tiles * tile * kQuantities;
+}
+
+// Bits of a tile's kept flag.
+inline constexpr uint8_t kHasGradient = 1;  // some derivative in it can be not 0
+inline constexpr uint8_t kHasPartials = 2;  // the present stream has left partial results
 
 // ---- every row's norm ---------------------------------------------------------------------------------
 
 inline constexpr int kNormThreads = 256;
 
-// One warp a row. Where stats are given, also starts the row's running state.
+// One warp a row. open: also sets the row's bounds so that everything is kept.
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kNormThreads)
-    prepare_rows(Rows<T, Acc> rows, bool normalize, RowStats<Acc> stats, bool start, bool mining) {
+    prepare_rows(Rows<T, Acc> rows, Similarity similarity, RowStats<Acc> stats, bool open) {
     const int64_t i = int64_t(blockIdx.x) * (kNormThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= points.rows) return;
@@ -53,213 +54,474 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     squares = warp_sum(squares);
     if (lane_id() != 0) return;
-    rows.inverse_norms[i] = inverse_norm(squares, points, i, normalize);
-    if (!start) return;
-    const RunningRow<Acc> row{stats, i};
-    const Bounds<Acc> all = Bounds<Acc>::all();
-    row.min_pos() = mining ? infinity<Acc>() : all.neg_above;
-    row.max_neg() = mining ? -infinity<Acc>() : all.pos_below;
-    row.pos_max() = row.neg_max() = -infinity<Acc>();
-    row.pos_sum() = row.neg_sum() = Acc(0);
-}
-
-// ---- merging the threads of one line --------------------------------------------------------------------
-
-// Threads line, line + kTile, .. hold parts of one line. merge(other thread) is called on the first of them
-// for each of the others, in order, after every thread has put its numbers into shared memory.
-template <typename Math, int Quantities, typename Acc, typename Merge>
-DML_DEVICE void merge_line(const Acc (&own)[Quantities], const Merge& merge) {
-    using Traits = TileTraits<Math>;
-    Acc* scratch = shared_array<Acc>(Traits::kScratch, 4 * Traits::kThreads);
-    for (int q = 0; q < Quantities; ++q) scratch[q * Traits::kThreads + int(threadIdx.x)] = own[q];
-    block_sync();
-    if (int(threadIdx.x) < Traits::kTile) {
-        for (int t = int(threadIdx.x) + Traits::kTile; t < Traits::kThreads; t += Traits::kTile) {
-            Acc other[Quantities];
-            for (int q = 0; q < Quantities; ++q) other[q] = scratch[q * Traits::kThreads + t];
-            merge(other);
-        }
-    }
-    block_sync();  // before the scratch is used again
+    rows.norms[i] = row_norm(squares, points, i, similarity);
+    if (!open) return;
+    stats.neg_above[i] = Bounds<Acc>::all().neg_above;
+    stats.pos_below[i] = Bounds<Acc>::all().pos_below;
 }
 
 // ---- the hardest pairs ------------------------------------------------------------------------------------
-
-template <bool RowSide, typename Math, typename T, typename Acc>
-DML_DEVICE Extremes<Acc> line_extremes(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile,
-                                       const Partials<Acc>& partials, int slot, int line0) {
-    Extremes<Acc> found;
-    for_line<RowSide>(super, tile, [&](bool positive, Acc s) { found.add(positive, s); });
-    const Acc own[2] = {found.min_pos, found.max_neg};
-    merge_line<Math>(own, [&](const Acc(&other)[2]) { found.merge({other[0], other[1]}); });
-    if (int(threadIdx.x) < TileTraits<Math>::kTile) {
-        const int side = RowSide ? 0 : 1, line = line0 + int(threadIdx.x);
-        partials.at(side, slot, 0, line) = found.min_pos;
-        partials.at(side, slot, 1, line) = found.max_neg;
-    }
-    return found;
-}
 
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     find_extremes(const __grid_constant__ SuperTile<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
-    using Traits = TileTraits<Math>;
-    const auto super = all.template in_use<Traits::kTile>();
+    using Grid = PairGrid<Math>;
+    constexpr int kTile = Grid::kTile;
+    const auto super = all.template in_use<kTile>();
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
     if (!super.has(ti, tj)) return;
-    const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
-    const Extremes<Acc> found = line_extremes<true>(super, tile, partials, col, row * Traits::kTile);
-    if (super.square) line_extremes<false>(super, tile, partials, row, col * Traits::kTile);
+    const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, true);
+    const Meeting<Grid> meeting = {Grid::scratch(2)};
+
+    int col_ids[Grid::kCols];
+    Extremes<Acc> of_cols[Grid::kCols];
+#pragma unroll
+    for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
+#pragma unroll 1
+    for (int i = 0; i < Grid::kRows; ++i) {
+        const int id = Grid::ids()[Grid::row(i)];
+        const auto sims = Grid::sims(i);
+        Extremes<Acc> of_row;
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) {
+            const bool positive = id == col_ids[j];
+            of_row.add(positive, sims.s[j]);
+            of_cols[j].add(positive, sims.s[j]);
+        }
+        meeting.put_row(0, i, over_row<Grid>(of_row.min_pos, Least{}));
+        meeting.put_row(1, i, over_row<Grid>(of_row.max_neg, Greatest{}));
+    }
+#pragma unroll
+    for (int j = 0; j < Grid::kCols; ++j) {
+        meeting.put_col(0, j, over_col<Grid>(of_cols[j].min_pos, Least{}));
+        meeting.put_col(1, j, over_col<Grid>(of_cols[j].max_neg, Greatest{}));
+    }
+    block_sync();
+
+    const int line = int(threadIdx.x);
+    Extremes<Acc> found;
+    if (line < (super.square ? Grid::kLines : kTile)) {
+        found = {meeting.get(0, line, Least{}), meeting.get(1, line, Greatest{})};
+        const int side = line < kTile ? 0 : 1;
+        const int slot = side == 0 ? col : row,
+                  at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
+        partials.template at<kTile>(super, side, slot, 0, at) = found.min_pos;
+        partials.template at<kTile>(super, side, slot, 1, at) = found.max_neg;
+    }
     if (!tile_extremes) return;
-    // Over the rows alone: the columns see the same pairs. Threads past the rows hold parts of those.
-    Acc* scratch = shared_array<Acc>(Traits::kScratch, 4 * Traits::kThreads);
+    Acc* of_warps = Grid::line_numbers();
     const Acc min_pos = warp_min(found.min_pos), max_neg = warp_max(found.max_neg);
     if (lane_id() == 0) {
-        scratch[warp_id()] = min_pos;
-        scratch[kWarpSize + warp_id()] = max_neg;
+        of_warps[warp_id()] = min_pos;
+        of_warps[kWarpSize + warp_id()] = max_neg;
     }
     block_sync();
     if (threadIdx.x != 0) return;
     Extremes<Acc> of_tile;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w)
-        of_tile.merge({scratch[w], scratch[kWarpSize + w]});
+    for (int w = 0; w < TileTraits<Math>::kThreads / kWarpSize; ++w)
+        of_tile.merge({of_warps[w], of_warps[kWarpSize + w]});
     const int64_t index = super.tile_index(ti, tj);
     tile_extremes[2 * index] = of_tile.min_pos;
     tile_extremes[2 * index + 1] = of_tile.max_neg;
 }
 
-// ---- the log-sum-exps ---------------------------------------------------------------------------------
+// ---- what the law gathers -----------------------------------------------------------------------------
 
-// Whether anything of a tile can have been kept, from the extremes of the tile and the loosest bounds of its
-// rows and columns. Every thread gets the answer.
+// Whether any line of a tile may keep anything of it, from the tile's extremes and the lines' bounds.
 template <typename Math, typename T, typename Acc>
 DML_DEVICE bool may_keep(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj, const RowStats<Acc>& stats,
-                         const Acc* tile_extremes) {
-    using Traits = TileTraits<Math>;
-    Acc* scratch = shared_array<Acc>(Traits::kScratch, 4 * Traits::kThreads);
-    Bounds<Acc> loosest = Bounds<Acc>::none();
-    for (int t = int(threadIdx.x); t < (super.square ? 2 : 1) * Traits::kTile; t += Traits::kThreads) {
-        const int64_t i = t < Traits::kTile ? ti * Traits::kTile + t : (tj - 1) * Traits::kTile + t;
-        if (i >= super.rows.points.rows) continue;
-        const Acc below = stats.pos_below[i], above = stats.neg_above[i];
-        loosest.pos_below = below > loosest.pos_below ? below : loosest.pos_below;
-        loosest.neg_above = above < loosest.neg_above ? above : loosest.neg_above;
-    }
-    const Acc below = warp_max(loosest.pos_below), above = warp_min(loosest.neg_above);
-    if (lane_id() == 0) {
-        scratch[warp_id()] = below;
-        scratch[kWarpSize + warp_id()] = above;
-    }
-    block_sync();
+                         const Acc* tile_extremes, bool negatives) {
     const int64_t index = super.tile_index(ti, tj);
-    bool may = false;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) {
-        may = may || tile_extremes[2 * index] < scratch[w] ||
-              tile_extremes[2 * index + 1] > scratch[kWarpSize + w];
+    const int64_t i = line_of_thread<Math>(super, ti, tj);
+    const bool counts = i >= 0 && (super.square || int(threadIdx.x) < TileTraits<Math>::kTile);
+    const bool own = counts && (tile_extremes[2 * index] < stats.pos_below[i] ||
+                                (negatives && tile_extremes[2 * index + 1] > stats.neg_above[i]));
+    return block_any<Math>(own);
+}
+
+// Whether any pair of a tile has one label.
+template <typename Math, typename T, typename Acc>
+DML_DEVICE bool has_positives(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile;
+    int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
+    const int64_t i = line_of_thread<Math>(super, ti, tj);
+    const int line = int(threadIdx.x);
+    if (i >= 0) labels[line] = (line < kTile ? super.rows : super.cols).labels[i];
+    block_sync();
+    bool any = false;
+    if (i >= 0 && line < kTile) {
+        const int64_t cols = super.cols.points.rows - tj * kTile;
+        for (int c = 0; c < (cols < kTile ? int(cols) : kTile); ++c)
+            any = any || labels[kTile + c] == labels[line];
+    }
+    return block_any<Math>(any);
+}
+
+// exp(x) for x <= 0 or little more, to about 2^-23 (1 + |x|).
+template <typename Acc>
+DML_DEVICE Acc quick_exp(Acc x) {
+    if constexpr (sizeof(Acc) == 4) {
+        return exp2_approx(x * 1.44269504f);
+    } else {
+        return std::exp(x);
+    }
+}
+
+// Exponentials count at least kLeastExp, so that a line that kept nothing is told from one far below the
+// tile's largest term; where all of them together are less than kLeastSum the line is gathered again.
+template <typename Acc>
+inline constexpr Acc kLeastExp = Acc(sizeof(Acc) == 4 ? 1e-36 : 1e-300);
+template <typename Acc>
+inline constexpr Acc kLeastSum = Acc(sizeof(Acc) == 4 ? 1e-26 : 1e-270);
+
+// Which quantities the threads of a line add up, for a law and a stage.
+template <typename Law, Stage kStage>
+struct Summed {
+    static constexpr bool kNegs = kStage != Stage::kPositives, kPoss = kStage != Stage::kNegatives;
+    static constexpr bool kNegExp = kNegs && Law::kNeg == Fold::kLogSumExp;
+    static constexpr bool kPosExp = kPoss && Law::kPos == Fold::kLogSumExp;
+    static constexpr bool kNegCount = kNegs && !kNegExp, kPosCount = kPoss && !kPosExp;
+    static constexpr bool kContext = kStage == Stage::kPositives;
+    static_assert(!(Law::kContext && (Law::kPos != Fold::kSum || Law::kPosInNeg)),
+                  "terms that see a context are summed, in a stage of their own");
+    static constexpr int kNegSum = 0, kAtNegCount = kNegSum + kNegs, kPosSum = kAtNegCount + kNegCount,
+                         kAtPosCount = kPosSum + kPoss, kAtContext = kAtPosCount + kPosCount;
+    static constexpr int kCount = kAtContext + kContext;
+};
+
+// How many quantities the kernels' scratch must have room for.
+inline int most_summed(LawId law) {
+    int most = 0;
+    with_law(law, [&](auto tag) {
+        using Law = typename decltype(tag)::template Of<float>;
+        most = Law::kContext
+                   ? std::max(Summed<Law, Stage::kNegatives>::kCount, Summed<Law, Stage::kPositives>::kCount)
+                   : Summed<Law, Stage::kBoth>::kCount;
+    });
+    return most;
+}
+
+// One line's sums under way; what a law and stage do not use, no register holds.
+template <typename Law, Stage kStage, typename Acc>
+struct LineSums {
+    using Which = Summed<Law, kStage>;
+    Acc neg = 0, neg_count = 0, pos = 0, pos_count = 0, context = 0;
+
+    template <typename F>
+    DML_DEVICE void each(const F& f) {
+        if constexpr (Which::kNegs) f(Which::kNegSum, neg);
+        if constexpr (Which::kNegCount) f(Which::kAtNegCount, neg_count);
+        if constexpr (Which::kPoss) f(Which::kPosSum, pos);
+        if constexpr (Which::kPosCount) f(Which::kAtPosCount, pos_count);
+        if constexpr (Which::kContext) f(Which::kAtContext, context);
+    }
+};
+
+// What a pair adds to its lines.
+template <typename Law, Stage kStage, typename Acc>
+struct PairTerm {
+    using Which = Summed<Law, kStage>;
+    const Law& law;
+    Acc top_neg, top_pos;  // what exponentials are relative to
+    Acc zero_counts;       // what a summand that is 0 counts
+    bool positive;
+    Acc s, neg = 0, pos = 0;  // of both lines
+
+    DML_DEVICE PairTerm(const Law& law, Acc top_neg, Acc top_pos, Acc zero_counts, bool positive, Acc s)
+        : law(law), top_neg(top_neg), top_pos(top_pos), zero_counts(zero_counts), positive(positive), s(s) {
+        if constexpr (Which::kNegExp && Which::kPosExp && !Law::kPosInNeg) {
+            const Acc z = positive ? law.pos_term(s, Acc(0)) - top_pos : law.neg_term(s) - top_neg;
+            neg = pos = at_least(quick_exp(z));
+        } else {
+            if constexpr (Which::kNegExp) neg = at_least(quick_exp(law.neg_term(s) - top_neg));
+            if constexpr (Which::kPosExp) pos = at_least(quick_exp(law.pos_term(s, Acc(0)) - top_pos));
+            if constexpr (Which::kNegCount) neg = law.neg_term(s);
+            if constexpr (Which::kPosCount && !Law::kContext) pos = law.pos_term(s, Acc(0));
+        }
+    }
+    static DML_DEVICE Acc at_least(Acc e) { return e > kLeastExp<Acc> ? e : kLeastExp<Acc>; }
+    DML_DEVICE Acc counted(Acc term) const { return term != Acc(0) ? Acc(1) : zero_counts; }
+
+    DML_DEVICE void add_to(LineSums<Law, kStage, Acc>& line, Acc below, Acc above, Acc context) const {
+        const bool keep_pos = positive && s < below, keep_neg = !positive && s > above;
+        if constexpr (Which::kNegs) {
+            if (keep_neg || (Law::kPosInNeg && keep_pos)) {
+                line.neg += neg;
+                if constexpr (Which::kNegCount) line.neg_count += counted(neg);
+            }
+        }
+        if constexpr (Which::kPoss) {
+            if (keep_pos) {
+                const Acc term = Law::kContext ? law.pos_term(s, context) : pos;
+                line.pos += term;
+                if constexpr (Which::kPosCount) line.pos_count += counted(term);
+                if constexpr (Which::kContext) line.context += law.pos_context(s, context);
+            }
+        }
+    }
+};
+
+// A line's log-sum-exps again, relative to its own largest terms, by one thread.
+template <typename Math, Stage kStage, typename Law, typename Acc>
+DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above, Acc (&q)[kQuantities]) {
+    using Grid = PairGrid<Math>;
+    using Which = Summed<Law, kStage>;
+    constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
+    const bool is_row = line < kTile;
+    const Acc* sims = is_row ? &Grid::sim(line, 0) : &Grid::sim(0, line - kTile);
+    const int* others = Grid::ids() + (is_row ? kTile : 0);
+    const int id = Grid::ids()[line];
+    Acc tops[2] = {-infinity<Acc>(), -infinity<Acc>()}, sums[2] = {Acc(0), Acc(0)};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+        for (int k = 0; k < kTile; ++k) {
+            const Acc s = sims[k * (is_row ? 1 : kPitch)];
+            const bool positive = others[k] == id;
+            if (positive ? !(s < below) : !(s > above)) continue;
+            const auto add = [&](int kind, Acc z) {
+                if (pass == 0) {
+                    tops[kind] = z > tops[kind] ? z : tops[kind];
+                } else {
+                    sums[kind] += std::exp(z - tops[kind]);
+                }
+            };
+            if constexpr (Which::kNegExp) {
+                if (!positive || Law::kPosInNeg) add(0, law.neg_term(s));
+            }
+            if constexpr (Which::kPosExp) {
+                if (positive) add(1, law.pos_term(s, Acc(0)));
+            }
+        }
+    }
+    if constexpr (Which::kNegExp) {
+        q[0] = tops[0];
+        q[1] = sums[0];
+    }
+    if constexpr (Which::kPosExp) {
+        q[2] = tops[1];
+        q[3] = sums[1];
+    }
+}
+
+// The largest of every thread's numbers.
+template <typename Math, typename Acc>
+DML_DEVICE Acc block_max(Acc x, Acc* shared) {
+    x = warp_max(x);
+    if (lane_id() == 0) shared[warp_id()] = x;
+    block_sync();
+    for (int w = 0; w < TileTraits<Math>::kThreads / kWarpSize; ++w) x = shared[w] > x ? shared[w] : x;
+    return x;
+}
+
+// Gathers a tile for its rows and, with BothSides, its columns. Returns whether this thread's line found a
+// derivative that can be not 0.
+template <typename Math, Stage kStage, bool BothSides, typename Law, typename T, typename Acc>
+DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, int64_t ti,
+                            int64_t tj, const Law& law, const RowStats<Acc>& stats,
+                            const Partials<Acc>& partials, bool count_zeros) {
+    using Grid = PairGrid<Math>;
+    using Which = Summed<Law, kStage>;
+    using Sums = LineSums<Law, kStage, Acc>;
+    constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
+    const int line = int(threadIdx.x);
+    const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
+
+    // Of each line: bounds and context.
+    Acc* numbers = Grid::line_numbers();
+    if (line < kLines) {
+        const int64_t i = line_of_thread<Math>(super, ti, tj);
+        const bool used = i >= 0 && (BothSides || line < kTile);
+        numbers[line] = used ? stats.pos_below[i] : Bounds<Acc>::none().pos_below;
+        numbers[kLines + line] = used ? stats.neg_above[i] : Bounds<Acc>::none().neg_above;
+        if constexpr (Which::kContext) numbers[2 * kLines + line] = used ? stats.neg[i] : Acc(0);
+    }
+    int col_ids[Grid::kCols];
+#pragma unroll
+    for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
+
+    // The largest terms, which are those of the least or the greatest similarity.
+    Acc top_neg = 0, top_pos = 0;
+    if constexpr (Which::kNegExp || Which::kPosExp) {
+        constexpr int kKinds = Law::kPosInNeg ? 1 : 2;  // negatives, positives; or all together
+        Acc least[kKinds], greatest[kKinds];
+        for (int k = 0; k < kKinds; ++k) {
+            least[k] = infinity<Acc>();
+            greatest[k] = -infinity<Acc>();
+        }
+#pragma unroll 1
+        for (int i = 0; i < Grid::kRows; ++i) {
+            const int id = Grid::ids()[Grid::row(i)];
+            const auto sims = Grid::sims(i);
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc s = sims.s[j];
+                const bool positive = id == col_ids[j];
+                if (kKinds == 1 || !positive) {
+                    least[0] = std::fmin(least[0], s);
+                    greatest[0] = std::fmax(greatest[0], s);
+                }
+                if (kKinds == 2 && positive) {
+                    least[kKinds - 1] = std::fmin(least[kKinds - 1], s);
+                    greatest[kKinds - 1] = std::fmax(greatest[kKinds - 1], s);
+                }
+            }
+        }
+        const auto top = [&](int kind, Acc* shared, const auto& term) {
+            const Acc low = -block_max<Math>(-least[kind], shared);
+            const Acc high = block_max<Math>(greatest[kind], shared + kWarpSize);
+            return std::fmax(term(low), term(high));
+        };
+        if constexpr (Which::kNegExp)
+            top_neg = top(0, numbers + 3 * kLines, [&](Acc s) { return law.neg_term(s); });
+        if constexpr (Which::kPosExp)
+            top_pos = top(kKinds - 1, numbers + 4 * kLines, [&](Acc s) { return law.pos_term(s, Acc(0)); });
     }
     block_sync();
-    return may;
-}
 
-template <bool RowSide, typename Math, typename Loss, typename T, typename Acc>
-DML_DEVICE bool line_sums(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, const Loss& loss,
-                          const RowStats<Acc>& stats, const Partials<Acc>& partials, int slot, int line0) {
-    constexpr int kTile = TileTraits<Math>::kTile;
-    const int in_tile = int(threadIdx.x) % kTile;
-    const int64_t i = (RowSide ? tile.row0 : tile.col0) + in_tile;
-    Bounds<Acc> bounds = Bounds<Acc>::none();
-    if (i < (RowSide ? super.rows : super.cols).points.rows)
-        bounds = {stats.pos_below[i], stats.neg_above[i]};
-
-    LogSumExp<Acc> pos, neg;
-    for_line<RowSide>(super, tile, [&](bool positive, Acc s) {
-        if (positive) {
-            const Acc logit = s < bounds.pos_below ? loss.logit_pos(s) : -infinity<Acc>();
-            pos.max = logit > pos.max ? logit : pos.max;
-        } else {
-            const Acc logit = s > bounds.neg_above ? loss.logit_neg(s) : -infinity<Acc>();
-            neg.max = logit > neg.max ? logit : neg.max;
+    Acc col_below[Grid::kCols], col_above[Grid::kCols], col_context[Grid::kCols];
+    Sums of_cols[Grid::kCols];
+    if constexpr (BothSides) {
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) {
+            const int at = kTile + Grid::col(j);
+            col_below[j] = numbers[at];
+            col_above[j] = numbers[kLines + at];
+            col_context[j] = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
         }
-    });
-    if (!pos.empty() || !neg.empty()) {
-        for_line<RowSide>(super, tile, [&](bool positive, Acc s) {
-            if (positive) {
-                if (s < bounds.pos_below) pos.sum += std::exp(loss.logit_pos(s) - pos.max);
-            } else {
-                if (s > bounds.neg_above) neg.sum += std::exp(loss.logit_neg(s) - neg.max);
-            }
-        });
     }
-    const Acc own[4] = {pos.max, pos.sum, neg.max, neg.sum};
-    merge_line<Math>(own, [&](const Acc(&other)[4]) {
-        pos.merge(other[0], other[1]);
-        neg.merge(other[2], other[3]);
-    });
-    if (int(threadIdx.x) < kTile) {
-        const int side = RowSide ? 0 : 1, line = line0 + int(threadIdx.x);
-        partials.at(side, slot, 0, line) = pos.max;
-        partials.at(side, slot, 1, line) = pos.sum;
-        partials.at(side, slot, 2, line) = neg.max;
-        partials.at(side, slot, 3, line) = neg.sum;
+    const Meeting<Grid> meeting = {Grid::scratch(Which::kCount)};
+#pragma unroll 1
+    for (int i = 0; i < Grid::kRows; ++i) {
+        const int at = Grid::row(i), id = Grid::ids()[at];
+        const Acc below = numbers[at], above = numbers[kLines + at];
+        const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
+        const auto sims = Grid::sims(i);
+        Sums of_row;
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) {
+            const PairTerm<Law, kStage, Acc> term(law, top_neg, top_pos, zero_counts, id == col_ids[j],
+                                                  sims.s[j]);
+            term.add_to(of_row, below, above, context);
+            if constexpr (BothSides) term.add_to(of_cols[j], col_below[j], col_above[j], col_context[j]);
+        }
+        of_row.each([&](int quantity, Acc x) { meeting.put_row(quantity, i, over_row<Grid>(x, Plus{})); });
     }
-    return !pos.empty() || !neg.empty();
+    if constexpr (BothSides) {
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) {
+            of_cols[j].each(
+                [&](int quantity, Acc x) { meeting.put_col(quantity, j, over_col<Grid>(x, Plus{})); });
+        }
+    }
+    block_sync();
+
+    if (line >= (BothSides ? kLines : kTile)) return false;
+    Sums sums;
+    sums.each([&](int quantity, Acc& x) { x = meeting.get(quantity, line, Plus{}); });
+    Acc q[kQuantities];
+    no_quantities<Law, kStage>(q);
+    bool careful = false, any = false;
+    const auto take = [&](bool exponentials, int at, Acc top, Acc count, Acc sum) {
+        q[at] = !exponentials ? count : sum > Acc(0) ? top : -infinity<Acc>();
+        q[at + 1] = sum;
+        careful = careful || (exponentials && sum > Acc(0) && sum < kLeastSum<Acc>);
+        any = any || (exponentials || Law::kHinge ? sum != Acc(0) : count > Acc(0));
+    };
+    if constexpr (Which::kNegs) take(Which::kNegExp, 0, top_neg, sums.neg_count, sums.neg);
+    if constexpr (Which::kPoss) take(Which::kPosExp, 2, top_pos, sums.pos_count, sums.pos);
+    if constexpr (Which::kContext) q[1] = sums.context;
+    if constexpr (Which::kNegExp || Which::kPosExp) {
+        if (careful) gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
+    }
+    const int side = line < kTile ? 0 : 1;
+    const int row = int(blockIdx.y), col = int(blockIdx.x);
+    const int slot = side == 0 ? col : row, at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
+#pragma unroll
+    for (int k = 0; k < kQuantities; ++k) partials.template at<kTile>(super, side, slot, k, at) = q[k];
+    return any;
 }
 
-// kept: [tiles] whether the tile holds any pair that some row kept, or null. A tile that was not kept
-// leaves no partials.
-template <typename Math, typename Loss, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+// kept: [tiles] bits of what the tile holds, or null. A tile that was skipped leaves no partials.
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
-    accumulate(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
-               Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept) {
-    using Traits = TileTraits<Math>;
-    const auto super = all.template in_use<Traits::kTile>();
-    const int row = int(blockIdx.y), col = int(blockIdx.x);
-    const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
+    accumulate(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
+               bool second, RowStats<Acc> stats, Partials<Acc> partials, const Acc* tile_extremes,
+               uint8_t* kept, bool count_zeros) {
+    constexpr int kTile = TileTraits<Math>::kTile;
+    const auto super = all.template in_use<kTile>();
+    const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
     if (!super.has(ti, tj)) return;
     const int64_t index = super.tile_index(ti, tj);
-    if (tile_extremes && !may_keep<Math>(super, ti, tj, stats, tile_extremes)) {
-        if (threadIdx.x == 0) kept[index] = 0;
+    const uint8_t before = kept && second ? kept[index] & kHasGradient : 0;
+    if ((tile_extremes && !may_keep<Math>(super, ti, tj, stats, tile_extremes, !second)) ||
+        (second && kept && !has_positives<Math>(super, ti, tj))) {
+        if (threadIdx.x == 0) kept[index] = before;
         return;
     }
-    const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
-    leave_out_self<Math>(super, tile);
-    bool any = line_sums<true>(super, tile, loss, stats, partials, col, row * Traits::kTile);
-    if (super.square)
-        any = line_sums<false>(super, tile, loss, stats, partials, row, col * Traits::kTile) || any;
+    const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, false);
+    bool any = false;
+    any_law.visit([&](const auto& law) {
+        using Law = std::decay_t<decltype(law)>;
+        const auto gather = [&](auto stage, auto both) {
+            any = gather_tile<Math, decltype(stage)::value, decltype(both)::value>(
+                super, tile, ti, tj, law, stats, partials, count_zeros);
+        };
+        const auto sides = [&](auto stage) {
+            if (super.square) {
+                gather(stage, std::true_type{});
+            } else {
+                gather(stage, std::false_type{});
+            }
+        };
+        if constexpr (!Law::kContext) {
+            sides(std::integral_constant<Stage, Stage::kBoth>{});
+        } else if (!second) {
+            sides(std::integral_constant<Stage, Stage::kNegatives>{});
+        } else {
+            sides(std::integral_constant<Stage, Stage::kPositives>{});
+        }
+    });
     if (!kept) return;
-    int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
-    any = warp_any(any);
-    if (lane_id() == 0) flags[warp_id()] = any ? 1 : 0;
-    block_sync();
-    if (threadIdx.x != 0) return;
-    int some = 0;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) some |= flags[w];
-    kept[index] = uint8_t(some);
+    any = block_any<Math>(any);
+    if (threadIdx.x == 0) kept[index] = before | kHasPartials | (any ? kHasGradient : 0);
 }
 
 // ---- folds --------------------------------------------------------------------------------------------
 
-inline constexpr int kFoldThreads = 128;
+inline constexpr int kFoldThreads = 64;
+inline constexpr int kFoldBatch = 4;  // slots that are loaded before the first of them is merged
 
-// Which partial results the rows of a super-tile get: thread `line` of side 0 is a row of it, of side 1 (only
-// off the diagonal, where both sides are the same points) a column. Calls f(side, slot) for each tile that
-// holds some, in order.
-template <int Tile, typename T, typename Acc, typename F>
-DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, int side, int line, const uint8_t* kept,
-                          const F& f) {
+// The partial results of a fold's thread: thread `line` of side 0 is a row of the super-tile, of side 1 (only
+// off the diagonal, where both sides are the same points) a column. Calls f(numbers) for each slot, in order;
+// numbers are `none` where the tile's kept flag lacks the bit.
+template <int Tile, int Count, typename T, typename Acc, typename F>
+DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& partials, int side, int line,
+                          const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
     const int own = line / Tile;
-    const auto visit = [&](int a_side, int slot) {
-        const int64_t ti = super.row_tile + (a_side == 0 ? own : slot),
-                      tj = super.col_tile + (a_side == 0 ? slot : own);
-        if (super.has(ti, tj) && (!kept || kept[super.tile_index(ti, tj)])) f(a_side, slot);
-    };
-    if (side == 0) {
-        for (int slot = 0; slot < super.col_tiles; ++slot) visit(0, slot);
-    }
-    if (side == 1 || super.diagonal()) {
-        for (int slot = 0; slot < super.row_tiles; ++slot) visit(1, slot);
+    const int of_rows = side == 0 ? super.col_tiles : 0;
+    const int slots = of_rows + (side == 1 || super.diagonal() ? super.row_tiles : 0);
+#pragma unroll 1
+    for (int first = 0; first < slots; first += kFoldBatch) {
+        Acc q[kFoldBatch][Count];
+#pragma unroll
+        for (int b = 0; b < kFoldBatch; ++b) {
+            const bool as_row = first + b < of_rows;
+            const int slot = as_row ? first + b : first + b - of_rows;
+            const int64_t ti = super.row_tile + (as_row ? own : slot),
+                          tj = super.col_tile + (as_row ? slot : own);
+            const bool there = first + b < slots && super.has(ti, tj) &&
+                               (!kept || (kept[super.tile_index(ti, tj)] & bit) != 0);
+#pragma unroll
+            for (int k = 0; k < Count; ++k) {
+                q[b][k] = there ? partials.template at<Tile>(super, as_row ? 0 : 1, slot, k, line) : none[k];
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < kFoldBatch; ++b) f(q[b]);
     }
 }
 
@@ -271,23 +533,31 @@ DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) 
     return i < (side == 0 ? super.rows : super.cols).points.rows ? i : -1;
 }
 
-// last: the rows of the super-tile have met all columns, and their bounds can be known.
+// Which of a side's rows a fold meets for the first time, and for the last.
+struct Turn {
+    bool rows_first, cols_first;
+    bool rows_last;
+
+    DML_DEVICE bool first(int side) const { return side == 0 ? rows_first : cols_first; }
+};
+
 template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
     fold_extremes(const __grid_constant__ SuperTile<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
-                  bool last, Acc epsilon) {
+                  Turn turn, Acc epsilon) {
     const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     const int64_t i = fold_row<Tile>(super, side, line);
     if (i < 0) return;
     const RunningRow<Acc> row{stats, i};
-    Extremes<Acc> found = {row.min_pos(), row.max_neg()};
-    for_slots<Tile>(super, side, line, nullptr, [&](int a_side, int slot) {
-        found.merge({partials.at(a_side, slot, 0, line), partials.at(a_side, slot, 1, line)});
-    });
-    if (last && side == 0) {
+    Extremes<Acc> found;
+    if (!turn.first(side)) found = {row.min_pos(), row.max_neg()};
+    const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
+    for_slots<Tile>(super, partials, side, line, nullptr, kHasPartials, none,
+                    [&](const Acc(&q)[2]) { found.merge({q[0], q[1]}); });
+    if (turn.rows_last && side == 0) {
         const Bounds<Acc> bounds = found.mined(epsilon);
-        stats.flags[i] = found.has_both() ? kEligible : 0;
+        stats.flags[i] = found.has_both() ? kEligible : uint8_t(0);
         stats.neg_above[i] = bounds.neg_above;
         stats.pos_below[i] = bounds.pos_below;
     } else {
@@ -296,29 +566,74 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     }
 }
 
-template <typename Loss, int Tile, typename T, typename Acc>
+template <int Tile, Stage kStage, typename Law, typename T, typename Acc>
+DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side, int line, int64_t i,
+                                        const Law& law, const RowStats<Acc>& stats,
+                                        const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
+                                        bool mining, const Results<Acc>& results) {
+    const RunningRow<Acc> row{stats, i};
+    const bool first = turn.first(side);
+    Gathering<Law, Acc> g;
+    if (!first) {
+        g = row.template load<Law>();
+    } else if constexpr (kStage == Stage::kPositives) {
+        g.neg = {stats.neg[i], Acc(0)};
+    }
+    Acc none[kQuantities];
+    no_quantities<Law, kStage>(none);
+    if (kStage == Stage::kPositives) none[1] = Acc(0);
+    for_slots<Tile>(super, partials, side, line, kept, kHasPartials, none,
+                    [&](const Acc(&q)[kQuantities]) { g.template merge<kStage>(q); });
+    if (!(turn.rows_last && side == 0)) {
+        row.store(g);
+        return {};
+    }
+    if constexpr (kStage == Stage::kNegatives) {
+        stats.neg[i] = g.neg.value(Law::kPlusOne);
+        return {};
+    } else {
+        const Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
+        return finish_row(stats, i, law, g, bounds, mining, mining && (stats.flags[i] & kEligible) != 0,
+                          super.rows.norms[i], results);
+    }
+}
+
+template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_sums(const __grid_constant__ SuperTile<T, Acc> all, Loss loss, RowStats<Acc> stats,
-              Partials<Acc> partials, const uint8_t* kept, bool last, bool mining) {
+    fold_sums(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
+              bool second, RowStats<Acc> stats, Partials<Acc> partials, const uint8_t* kept, Turn turn,
+              bool mining, Results<Acc> results) {
     const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     const int64_t i = fold_row<Tile>(super, side, line);
-    if (i < 0) return;
-    const RunningRow<Acc> row{stats, i};
-    LogSumExp<Acc> pos = {row.pos_max(), row.pos_sum()}, neg = {row.neg_max(), row.neg_sum()};
-    for_slots<Tile>(super, side, line, kept, [&](int a_side, int slot) {
-        pos.merge(partials.at(a_side, slot, 0, line), partials.at(a_side, slot, 1, line));
-        neg.merge(partials.at(a_side, slot, 2, line), partials.at(a_side, slot, 3, line));
+    RowResult<Acc> result;
+    bool finished = turn.rows_last && side == 0;
+    any_law.visit([&](const auto& law) {
+        using Law = std::decay_t<decltype(law)>;
+        const auto fold = [&](auto stage) {
+            if (i < 0) return;
+            result = fold_row_sums<Tile, decltype(stage)::value>(super, side, line, i, law, stats, partials,
+                                                                 kept, turn, mining, results);
+        };
+        if constexpr (!Law::kContext) {
+            fold(std::integral_constant<Stage, Stage::kBoth>{});
+        } else if (!second) {
+            finished = false;
+            fold(std::integral_constant<Stage, Stage::kNegatives>{});
+        } else {
+            fold(std::integral_constant<Stage, Stage::kPositives>{});
+        }
     });
-    if (last && side == 0) {
-        const Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
-        finish_row(stats, i, loss, bounds, pos, neg, mining, mining && (stats.flags[i] & kEligible) != 0);
-    } else {
-        row.pos_max() = pos.max;
-        row.pos_sum() = pos.sum;
-        row.neg_max() = neg.max;
-        row.neg_sum() = neg.sum;
-    }
+    if (!finished) return;
+    // One slot of results for each warp.
+    result.part[0] = warp_sum(result.part[0]);
+    result.part[1] = warp_sum(result.part[1]);
+    result.unit[0] = warp_sum(result.unit[0]);
+    result.unit[1] = warp_sum(result.unit[1]);
+    result.eligible = warp_sum(result.eligible);
+    result.not_finite = warp_sum(result.not_finite);
+    result.very_long = warp_sum(result.very_long);
+    if (lane_id() == 0 && i >= 0) results.store(i / kWarpSize, result);
 }
 
 }  // namespace dml::cuda

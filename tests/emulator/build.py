@@ -76,7 +76,7 @@ def _compile(source, flags):
 
 
 def _with_headers(source):
-    folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "cuda", source.parent}
+    folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "laws", ROOT / "csrc" / "cuda", source.parent}
     headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
     return [source, *sorted(headers)]
 

@@ -51,14 +51,6 @@ DML_DEVICE void warp_sync(Site site = Site::here()) {
     emulator::warp_rendezvous([](void* const*) {}, nullptr, site, true);
 }
 
-DML_DEVICE void thread_fence() {}
-
-DML_DEVICE unsigned count_arrival(unsigned* counter) {
-    emulator::release(counter);
-    emulator::acquire(counter);
-    return (*counter)++;
-}
-
 // ---- shared memory and asynchronous copies ----------------------------------------------------
 
 template <typename T>
@@ -142,15 +134,13 @@ DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)
     emulator::warp_rendezvous(MmaOnHost<T>::multiply, &own, site);
 }
 
-// ---- conversions ------------------------------------------------------------------------------
-
-// The bits below tf32 are unspecified on the device: here they are set, so that whoever takes them
-// for zero is wrong.
-DML_DEVICE uint32_t to_tf32(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    if ((bits & 0x7f800000u) == 0x7f800000u) return bits;  // infinity or NaN
-    return ((bits + 0x1000u) & 0xffffe000u) | 0x1555u;
+DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              Site site = Site::here()) {
+    for (float& x : acc) x = 0.0f;
+    mma<Tf32>(acc, a, b, site);
 }
+
+// ---- conversions ------------------------------------------------------------------------------
 
 template <typename T>
 DML_DEVICE uint32_t pack2(float low, float high) {
@@ -187,9 +177,6 @@ DML_DEVICE uint32_t warp_ballot(bool predicate, Site site = Site::here()) {
 
 DML_DEVICE bool warp_any(bool predicate, Site site = Site::here()) {
     return warp_ballot(predicate, site) != 0;
-}
-DML_DEVICE bool warp_all(bool predicate, Site site = Site::here()) {
-    return warp_ballot(predicate, site) == 0xffffffffu;
 }
 
 }  // namespace dml

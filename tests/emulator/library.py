@@ -12,10 +12,11 @@ from . import build
 
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), build.HERE / "pair_loss_host.cpp"]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-PRECISIONS = ["full", "tf32", "bf16", "plain"]
-LOSSES = ["multi_similarity", "circle"]
+PRECISIONS = ["full", "tf32", "bf16"]
+SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
+MAX_PARAMS = 4
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes"]
+TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes", "wide_blocks"]
 GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
 
 
@@ -48,16 +49,20 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "dim",
                 "scalar",
                 "precision",
-                "loss",
+                "law",
+                "euclidean",
                 "normalize",
                 "reduction",
+                "divide",
                 "mining",
+                "mine_self",
+                "save_for_backward",
                 *TUNING,
             )
         ],
-        ("params", ctypes.c_double * 3),
+        ("params", ctypes.c_double * MAX_PARAMS),
         ("epsilon", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in ("stats", "plan", "tiles", "kept", "workspace")],
+        *[(name, ctypes.c_void_p) for name in ("saved", "workspace")],
     ]
 
 
@@ -65,13 +70,21 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
 def load():
     """Compiles what is not cached, two files at a time."""
     native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
-    kernel = [*build.COMMON, *build.WARNINGS, "-O2", "-fPIC", *native]
+    # Without unique symbols: else a table of csrc's is dml_cuda._C's own, which may be an older build.
+    kernel = [*build.COMMON, *build.WARNINGS, "-O2", "-fPIC", "-fno-gnu-unique", *native]
     with ThreadPoolExecutor(2) as pool:
         objects = [
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
             *pool.map(lambda s: build._compile(s, kernel), SOURCES),
         ]
     return ctypes.CDLL(str(build._cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
+
+
+@cache
+def laws():
+    """The names of the laws, in the order of csrc/laws.h."""
+    load().dml_law_names.restype = ctypes.c_char_p
+    return load().dml_law_names().decode().split()
 
 
 def call(function, *arguments, schedule, buffers):
@@ -105,8 +118,10 @@ class Engine:
     loss: str = "multi_similarity"
     params: tuple = (2.0, 50.0, 0.5)
     epsilon: float | None = None
-    normalize: bool = True
+    similarity: str = "cosine"
     reduction: str = "mean"
+    divide: bool = True
+    mine_self: bool = True
     precision: str = "full"
     save_for_backward: bool = True
     tuning: dict = field(default_factory=dict)  # some of TUNING
@@ -121,23 +136,41 @@ class Engine:
             refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
             *[None if x is None else x.data_ptr() for x in (self.self_ref, self.ref_count)],
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            LOSSES.index(self.loss), self.normalize, REDUCTIONS.index(self.reduction),
-            self.epsilon is not None,
+            laws().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
+            self.divide, self.epsilon is not None, self.mine_self, self.save_for_backward,
             *[self.tuning.get(name, -1) for name in TUNING],
-            (ctypes.c_double * 3)(*self.params), self.epsilon or 0.0,
+            (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
-        self.sizes = self.ask_sizes()
         self.buffers = []
-        dtypes = (self.acc, torch.int32, self.acc, torch.uint8)
-        for name, count, dtype in zip(("stats", "plan", "tiles", "kept"), self.sizes, dtypes, strict=False):
-            setattr(self, name, self.buffer(count, dtype))
-            setattr(self.arguments, name, getattr(self, name).data_ptr() if count else None)
+        self.sizes = self.ask_sizes()
+        self.saved = self.buffer(self.sizes[0], torch.uint8)
+        self.arguments.saved = self.saved.data_ptr()
 
     def ask_sizes(self):
-        """Elements of stats, plan, tiles and kept; bytes of the two workspaces."""
-        sizes = (ctypes.c_int64 * 6)()
-        self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
+        """Bytes of what is saved, and of the workspaces of forward and backward."""
+        sizes = (ctypes.c_int64 * 3)()
+        self.library.dml_sizes(ctypes.byref(self.arguments), sizes)
         return list(sizes)
+
+    def launches(self, with_backward=True, need_q=True, need_r=True):
+        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, of which nothing is run."""
+        text, error = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(1000)
+        asked = ctypes.byref(self.arguments), with_backward, need_q, need_r
+        if self.library.dml_launches(*asked, text, ctypes.c_int64(len(text)), error, ctypes.c_int64(1000)):
+            raise RuntimeError(error.value.decode())
+        rows = [line.split() for line in text.value.decode().splitlines()]
+        shape = lambda numbers: tuple(map(int, numbers.split(",")))  # noqa: E731
+        return [(name, shape(grid), shape(block), int(shared)) for name, grid, block, shared in rows]
+
+    def kept(self, tiles):
+        """Whether each tile is known to hold a gradient: the last that is saved, but for rounding up."""
+        bytes_before = self.sizes[0] - tiles
+        starts = [at for at in range(bytes_before, bytes_before - 16, -1) if (at - len(self.q)) % 16 == 0]
+        return [bool(flag & 1) for flag in self.saved[starts[0] : starts[0] + tiles]]
+
+    @property
+    def losses(self):
+        return len(self.q) if self.reduction == "none" else 1 if self.divide else 4
 
     def buffer(self, count, dtype):
         view, raw = poisoned(count, dtype)
@@ -149,20 +182,20 @@ class Engine:
         call(function, reference, *arguments, schedule=self.schedule, buffers=self.buffers)
 
     def forward(self):
-        loss = self.buffer(len(self.q) if self.reduction == "none" else 1, self.acc)
-        self.arguments.workspace = self.buffer(self.sizes[4], torch.uint8).data_ptr()
+        loss = self.buffer(self.losses, self.acc)
+        self.arguments.workspace = self.buffer(self.sizes[1], torch.uint8).data_ptr()
         self.call(self.library.dml_forward, ctypes.c_void_p(loss.data_ptr()))
-        return loss if self.reduction == "none" else loss[0]
+        return loss if self.reduction == "none" or not self.divide else loss[0]
 
     def backward(self, upstream=None, need_q=True, need_r=True):
         if upstream is None:
-            upstream = torch.ones(len(self.q) if self.reduction == "none" else 1)
+            upstream = torch.ones(self.losses)
         upstream = upstream.to(self.acc).contiguous()
         grads = []
         for points, needed in ((self.q, need_q), (self.r, need_r)):
             wanted = points is not None and needed
             grads.append(self.buffer(points.numel(), self.q.dtype).view(points.shape) if wanted else None)
-        self.arguments.workspace = self.buffer(self.sizes[5], torch.uint8).data_ptr()
+        self.arguments.workspace = self.buffer(self.sizes[2], torch.uint8).data_ptr()
         pointers = [ctypes.c_void_p(g.data_ptr() if g is not None else None) for g in grads]
         self.call(self.library.dml_backward, ctypes.c_void_p(upstream.data_ptr()), *pointers)
         return grads

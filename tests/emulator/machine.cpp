@@ -1,5 +1,7 @@
 #include "machine.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +24,14 @@ extern "C" {
 
 namespace emulator {
 namespace {
+
+void release(const void* address) {
+    if (__tsan_release) __tsan_release(const_cast<void*>(address));
+}
+
+void acquire(const void* address) {
+    if (__tsan_acquire) __tsan_acquire(const_cast<void*>(address));
+}
 
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer type
 
@@ -101,6 +111,7 @@ class Machine {
     Schedule schedule = Schedule::kRoundRobin;
     Random random{0};
     Device device;
+    std::string* record = nullptr;
 
     Machine() {
         const char* name = std::getenv("DML_EMULATOR_SCHEDULE");
@@ -510,12 +521,18 @@ bool next_landed_copy(int pending, Copy& copy) {
     return true;
 }
 
-void release(const void* address) {
-    if (__tsan_release) __tsan_release(const_cast<void*>(address));
-}
+void record_launches(std::string* record) { machine().record = record; }
 
-void acquire(const void* address) {
-    if (__tsan_acquire) __tsan_acquire(const_cast<void*>(address));
+bool recorded(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+    std::string* record = machine().record;
+    if (!record) return false;
+    Dl_info symbol = {};
+    dladdr(kernel, &symbol);
+    *record += symbol.dli_sname ? symbol.dli_sname : "?";
+    for (const dim3& d : {grid, block})
+        *record += " " + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
+    *record += " " + std::to_string(shared_bytes) + "\n";
+    return true;
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {

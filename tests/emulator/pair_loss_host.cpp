@@ -2,11 +2,14 @@
 // Addresses and sizes come from Python; the saved tensors and workspaces as well.
 #include <cstring>
 #include <exception>
+#include <stdexcept>
+#include <string>
 
 #include "machine.h"
 #include "pair_loss.h"
 #include "pairs.h"
 
+using namespace dml;
 using namespace dml::cuda;
 
 namespace {
@@ -22,36 +25,38 @@ struct Arguments {  // as in library.py, field by field
     int64_t ref_count;
     const int64_t* self_ref;
     const int64_t* used_refs;
-    int64_t square, dim, scalar, precision, loss, normalize, reduction, mining, strip_limit, super_tile,
-        cache_bytes, sum_bytes;
-    double params[3];
+    int64_t square, dim, scalar, precision, law, euclidean, normalize, reduction, divide, mining, mine_self,
+        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes, wide_blocks;
+    double params[kMaxParams];
     double epsilon;
-    void* stats;
-    int32_t* plan;
-    void* tiles;
-    uint8_t* kept;
+    void* saved;
     void* workspace;
 };
 
-Problem problem_of(const Arguments& a) {
-    Problem p;
+Task task_of(const Arguments& a) {
+    Task task;
+    Problem& p = task.problem;
     p.queries = {a.queries, a.query_stride, a.query_labels, a.query_count};
     p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.ref_count};
     p.square = a.square != 0;
     p.self_ref = a.self_ref;
+    p.mine_self = a.mine_self != 0;
     p.ref_count = a.used_refs;
     p.dim = a.dim;
     p.scalar = static_cast<Scalar>(a.scalar);
-    p.precision = static_cast<Precision>(a.precision);
-    p.loss = static_cast<dml::PairLoss>(a.loss);
+    p.law = static_cast<LawId>(a.law);
     std::memcpy(p.params, a.params, sizeof p.params);
-    p.normalize = a.normalize != 0;
+    p.similarity = {a.euclidean != 0, a.normalize != 0};
+    p.mining = {a.mining != 0, a.epsilon};
     p.reduction = static_cast<Reduction>(a.reduction);
-    if (a.strip_limit >= 0) p.tuning.strip_limit = a.strip_limit;
-    if (a.super_tile > 0) p.tuning.super_tile = static_cast<int>(a.super_tile);
-    if (a.cache_bytes >= 0) p.tuning.cache_bytes = a.cache_bytes;
-    if (a.sum_bytes >= 0) p.tuning.sum_bytes = a.sum_bytes;
-    return p;
+    p.divide = a.divide != 0;
+    task.precision = static_cast<Precision>(a.precision);
+    if (a.strip_limit >= 0) task.tuning.strip_limit = a.strip_limit;
+    if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
+    if (a.cache_bytes >= 0) task.tuning.cache_bytes = a.cache_bytes;
+    if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
+    if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
+    return task;
 }
 
 // 0, or 1 with the message in `error`.
@@ -91,27 +96,54 @@ void dml_set_schedule(int warp_first, int64_t seed) {
                            uint64_t(seed));
 }
 
-// out: stats, plan, tiles, kept (elements); forward and backward workspace (bytes).
-void dml_sizes(const Arguments* a, int save_for_backward, int64_t* out) {
-    const Problem p = problem_of(*a);
-    const SavedSizes s = saved_sizes(p, save_for_backward != 0);
-    const int64_t sizes[6] = {
-        s.stats, s.plan, s.tiles, s.kept, forward_workspace_bytes(p), backward_workspace_bytes(p)};
-    std::memcpy(out, sizes, sizeof sizes);
+// The names of the laws, in the order of their numbers, each ended by a newline.
+const char* dml_law_names() {
+    static const std::string names = [] {
+        std::string all;
+        for (const LawInfo& law : kLaws) all += std::string(law.name) + "\n";
+        return all;
+    }();
+    return names.c_str();
+}
+
+// out, in bytes: what is saved, the workspaces of forward and backward.
+void dml_sizes(const Arguments* a, int64_t* out) {
+    const Task task = task_of(*a);
+    out[0] = saved_bytes(task, a->save_for_backward != 0);
+    out[1] = forward_workspace_bytes(task);
+    out[2] = backward_workspace_bytes(task);
 }
 
 int dml_forward(const Arguments* a, void* loss, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
-        forward(problem_of(*a), {a->mining != 0, a->epsilon}, {a->stats, a->plan, a->tiles, a->kept}, loss,
-                a->workspace, nullptr);
+        forward(task_of(*a), a->save_for_backward != 0, a->saved, loss, a->workspace, nullptr);
     });
 }
 
 int dml_backward(const Arguments* a, const void* grad_loss, void* grad_queries, void* grad_refs, char* error,
                  int64_t capacity) {
     return guarded(error, capacity, [&] {
-        backward(problem_of(*a), {a->stats, a->plan, a->tiles, a->kept}, grad_loss, grad_queries, grad_refs,
+        backward(task_of(*a), a->save_for_backward != 0, a->saved, grad_loss, grad_queries, grad_refs,
                  a->workspace, nullptr);
+    });
+}
+
+// The launches of a call that runs none of them, one line each (see machine.h).
+int dml_launches(const Arguments* a, int with_backward, int need_queries, int need_refs, char* out,
+                 int64_t out_capacity, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        std::string record;
+        emulator::record_launches(&record);
+        const Task task = task_of(*a);
+        alignas(16) char any[16];
+        forward(task, with_backward != 0, any, any, any, nullptr);
+        if (with_backward) {
+            backward(task, true, any, any, need_queries ? any : nullptr, need_refs ? any : nullptr, any,
+                     nullptr);
+        }
+        emulator::record_launches(nullptr);
+        if (int64_t(record.size()) >= out_capacity) throw std::runtime_error("too many launches");
+        std::memcpy(out, record.c_str(), record.size() + 1);
     });
 }
 

@@ -1,5 +1,6 @@
 // Runs the engine, forward and backward, over every path for the sanitizers to watch: each buffer is a heap
 // block of exactly the size that the engine asked for. Whether the results are right is tested elsewhere.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -7,6 +8,7 @@
 
 #include "engine.cuh"
 
+using namespace dml;
 using namespace dml::cuda;
 
 namespace {
@@ -42,21 +44,24 @@ struct Cloud {
 };
 
 template <typename Math>
-void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, dml::PairLoss loss,
+void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, LawId law, Similarity similarity,
          const Tuning& tuning) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     const Cloud<T> queries(n, dim, stride), refs(m > 0 ? m : 1, dim, dim);
-    Problem p;
+    Task task;
+    task.tuning = tuning;
+    Problem& p = task.problem;
     p.queries = queries.view;
     p.square = m == 0;
     p.refs = p.square ? p.queries : refs.view;
     p.dim = dim;
     p.scalar = scalar;
-    p.loss = loss;
-    const double params[2][3] = {{2, 50, 0.5}, {0.4, 80, 1}};
-    for (int k = 0; k < 3; ++k) p.params[k] = params[int(loss)][k];
-    p.tuning = tuning;
+    p.law = law;
+    p.similarity = similarity;
+    const double params[][3] = {{2, 50, 0.5}, {0.4, 80, 1}, {0.9, -3}, {2, 40, 0.5}, {0.1}, {0.1}};
+    std::copy_n(params[int(law)], 3, p.params);
+    p.mining = {law == LawId::multi_similarity || law == LawId::nt_xent, 0.1};
     // Every query is the reference of its number, if there is one, and the last references are still empty.
     const Buffer self_ref(n * int64_t(sizeof(int64_t))), ref_count(sizeof(int64_t));
     for (int64_t i = 0; i < n; ++i) self_ref.as<int64_t>()[i] = i;
@@ -66,19 +71,14 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, dml::
         p.ref_count = ref_count.as<int64_t>();
     }
 
-    const SavedSizes sizes = Engine<Math>::saved_sizes(p, true);
-    const Buffer stats(sizes.stats * int64_t(sizeof(Acc))), plan(sizes.plan * 4), kept(sizes.kept);
-    const Buffer tiles(sizes.tiles * int64_t(sizeof(Acc)));
-    const Saved saved = {stats.data.get(), plan.as<int32_t>(), sizes.tiles ? tiles.data.get() : nullptr,
-                         sizes.kept ? kept.as<uint8_t>() : nullptr};
+    const Buffer saved(Engine<Math>::saved_bytes(task, true));
     const Buffer result(sizeof(Acc)), upstream(sizeof(Acc)), grad_queries(n * dim * int64_t(sizeof(T))),
         grad_refs(m * dim * int64_t(sizeof(T)));
     *upstream.as<Acc>() = Acc(1);
-    const Buffer forward_space(Engine<Math>::forward_workspace_bytes(p));
-    const Buffer backward_space(Engine<Math>::backward_workspace_bytes(p));
-    const Mining mining = {loss == dml::PairLoss::kMultiSimilarity, 0.1};
-    Engine<Math>::forward(p, mining, saved, result.data.get(), forward_space.data.get(), nullptr);
-    Engine<Math>::backward(p, saved, upstream.data.get(), grad_queries.data.get(),
+    const Buffer forward_space(Engine<Math>::forward_workspace_bytes(task));
+    const Buffer backward_space(Engine<Math>::backward_workspace_bytes(task));
+    Engine<Math>::forward(task, true, saved.data.get(), result.data.get(), forward_space.data.get(), nullptr);
+    Engine<Math>::backward(task, true, saved.data.get(), upstream.data.get(), grad_queries.data.get(),
                            p.square ? nullptr : grad_refs.data.get(), backward_space.data.get(), nullptr);
     if (!(*result.as<Acc>() > Acc(0))) {
         std::fprintf(stderr, "a loss of %g\n", double(*result.as<Acc>()));
@@ -89,13 +89,18 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, dml::
 template <typename Math>
 void run_all(Scalar scalar) {
     // One tile of sums: where they are apart, gradients come in groups.
-    const Tuning small = {}, large = {0, 2, 0, 0}, cached = {0, 2, 1 << 30};
-    for (const auto loss : {dml::PairLoss::kMultiSimilarity, dml::PairLoss::kCircle}) {
-        run<Math>(scalar, 37, 0, 21, 21, loss, small);
-        run<Math>(scalar, 37, 70, 24, 32, loss, small);
-        run<Math>(scalar, 300, 0, 8, 8, loss, large);
-        run<Math>(scalar, 140, 270, 21, 23, loss, cached);
-    }
+    const Tuning small = {}, large = {0, 2, 0, 0, 0}, cached = {0, 2, 1 << 30};
+    const Similarity cosine, raw = {true, false};
+    run<Math>(scalar, 300, 0, 8, 8, LawId::multi_similarity, cosine, large);
+    run<Math>(scalar, 37, 70, 24, 32, LawId::multi_similarity, cosine, small);
+    run<Math>(scalar, 37, 0, 21, 21, LawId::circle, cosine, small);
+    run<Math>(scalar, 140, 270, 21, 23, LawId::circle, cosine, cached);
+    run<Math>(scalar, 140, 0, 8, 8, LawId::contrastive, raw, large);
+    run<Math>(scalar, 140, 150, 8, 8, LawId::contrastive, raw, cached);
+    run<Math>(scalar, 140, 0, 8, 8, LawId::binomial_deviance, cosine, cached);
+    run<Math>(scalar, 260, 0, 8, 8, LawId::nt_xent, cosine, large);
+    run<Math>(scalar, 37, 70, 8, 8, LawId::nt_xent, cosine, small);
+    run<Math>(scalar, 140, 150, 72, 72, LawId::sup_con, cosine, large);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-"""What the CUDA compiler made of the kernels: `python -m benchmarks.ptxas`, no GPU needed.
+"""What the CUDA compiler made of the kernels: `python -m tools.machine_code`, no GPU needed.
 
 Compiles every csrc/cuda/*.cu for every architecture and tabulates registers, spills, occupancy and the
-tensor-core instructions of each kernel. Results are cached under build/ptxas by content.
+tensor-core instructions of each kernel, what the hot path of each issues (control_flow.py), and what follows
+for whole problems (issue_slots.py). Results are cached under build/machine_code by content.
 """
 
 import argparse
@@ -20,10 +21,13 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
+from . import control_flow
+
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "ptxas"
+CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
-FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as setup.py's extension is built
+# As setup.py's extension is built; the line numbers change no instruction.
+FLAGS = ("-O3", "-std=c++17", "-lineinfo", *COMMON_NVCC_FLAGS)
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 
 
@@ -98,7 +102,7 @@ def _compile(source, architecture, flags):
 # ---- reading what they made ----------------------------------------------------------------------------
 
 
-def _demangle(names):
+def demangle(names):
     text = "\n".join(names)
     done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
     return dict(zip(names, done.stdout.split("\n"), strict=False))
@@ -159,24 +163,28 @@ def read_max_threads(cubin):
     return threads
 
 
+def _disassemble(cubin, *options):
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    command = [nvdisasm, "-c", *options, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def count_instructions(cubin):
     """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel; kept beside the cubin."""
     known = Path(cubin).with_suffix(".json")
     if known.exists():
         return json.loads(known.read_text())
-    nvdisasm = find_nvdisasm()
-    if nvdisasm is None:
-        raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     counts = {}
     current = None
-    for line in text.splitlines():
+    for line in _disassemble(cubin).splitlines():
         section = re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
         if section:
             current = counts.setdefault(section[1], {})
-        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
+        instruction = control_flow.INSTRUCTION.match(line)
         if instruction and current is not None:
-            current[instruction[1]] = current.get(instruction[1], 0) + 1
+            current[instruction[3]] = current.get(instruction[3], 0) + 1
     known.write_text(json.dumps(counts))
     return counts
 
@@ -219,7 +227,7 @@ def analyse(source, architecture, flags=FLAGS, disassemble=True):
     facts = parse_report(report)
     threads = read_max_threads(cubin)
     counts = count_instructions(cubin) if disassemble and facts else {}
-    demangled = _demangle(list(facts))
+    demangled = demangle(list(facts))
     kernels = []
     for mangled, values in facts.items():
         kernel = Kernel(shorten(demangled[mangled]), source.name, architecture, **values)
@@ -230,6 +238,14 @@ def analyse(source, architecture, flags=FLAGS, disassemble=True):
             kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
         kernels.append(kernel)
     return sorted(kernels, key=lambda k: k.name)
+
+
+@cache
+def flows(source, architecture="90a", flags=FLAGS):
+    """{mangled name: control_flow.Flow} of the kernels of one source."""
+    cubin, _ = _compile(Path(source).resolve(), architecture, flags)
+    kernels = control_flow.read_kernels(_disassemble(cubin, "-gi"))
+    return {name: control_flow.analyse(items) for name, items in kernels.items()}
 
 
 def matrix_instructions(kernel):
@@ -313,10 +329,55 @@ def table(kernels, architectures=ARCHITECTURES):
     return "\n".join(text)
 
 
+def hot_table(found):
+    """What the hot path of each kernel issues, from {mangled name: (source's name, Flow)}."""
+    names = demangle(list(found))
+    pairs = {False: 64 * 64 // 256, True: 128 * 128 // 256}  # of a tile, each thread's
+    lines = [
+        "What a warp issues on the hot path, by machine code and control flow.",
+        "in code: between the head of the product loop and its backward branch; per HMMA in brackets.",
+        "rest of the kernel: one way through it without product loops; for a thread's pairs where it has a tile.",
+        "",
+    ]
+    rare, untold = {}, {}
+    for name, (source, flow) in sorted(found.items(), key=lambda item: (item[1][0], names[item[0]])):
+        kernel = shorten(names[name])
+        lines.append(f"{source}: {kernel}")
+        for loop in flow.product_loops:
+            parts = control_flow.kinds(loop.counts)
+            hmma = parts["HMMA"]
+            text = "  ".join(f"{kind} {count}" for kind, count in parts.items())
+            lines.append(
+                f"    slice   {text}  all {loop.counts.total()} ({loop.counts.total() / hmma:.2f})"
+                f"  in code {loop.in_code} ({loop.in_code / hmma:.2f})"
+            )
+        rest = flow.counts.total()
+        per_pair = f" = {rest / pairs[bool(flow.product_loops)]:.1f} a pair" if has_tile(kernel) else ""
+        lines.append(f"    rest    {rest}{per_pair}")
+        for reason, count in flow.rare.items():
+            rare[reason] = rare.get(reason, 0) + count
+        for place in flow.untold:
+            if place:
+                untold.setdefault((Path(place[0]).name, place[1]), set()).add(kernel.split("<")[0])
+    lines += ["", "Left out as rarely taken, instructions in all kernels and why:"]
+    lines += [f"    {count:6}  {reason}" for reason, count in sorted(rare.items(), key=lambda item: -item[1])]
+    lines += ["", "Loops whose rounds no comment tells (`// times: 4`), counted once:"]
+    lines += [
+        f"    {file}:{line} in {', '.join(sorted(kernels))}"
+        for (file, line), kernels in sorted(untold.items())
+    ]
+    return "\n".join(lines)
+
+
+def has_tile(kernel):
+    return kernel.startswith(("find_extremes", "accumulate", "pair_weights"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: every csrc/cuda/*.cu")
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--hot", default="90a", choices=ARCHITECTURES, help="whose hot paths are counted")
     parser.add_argument("--json", type=Path, help="write everything here, too")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -329,10 +390,27 @@ def main():
         parser.exit(1, f"{error}\n")
     print(table(kernels, architectures))
     if find_nvdisasm() is None:
-        print("\nMatrix instructions were not counted: pip install nvidia-cuda-nvdisasm")
+        print("\nInstructions were not counted: pip install nvidia-cuda-nvdisasm")
+        return
+    found = {
+        name: (source.name, flow)
+        for source in options.sources or sources()
+        for name, flow in flows(source, options.hot).items()
+    }
+    print(f"\nsm_{options.hot}. " + hot_table(found))
+    bounds = []
+    if not options.sources:
+        from . import issue_slots
+
+        bounds = issue_slots.bounds({name: flow for name, (_, flow) in found.items()})
+        print("\n" + issue_slots.table(bounds))
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
-        everything = {"nvcc": _nvcc_version().split("\n")[-3], "kernels": rows}
+        everything = {
+            "nvcc": _nvcc_version().split("\n")[-3],
+            "kernels": rows,
+            "bounds": [asdict(bound) for bound in bounds],
+        }
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 

@@ -1,3 +1,0 @@
-#include "engine.cuh"
-
-template struct dml::cuda::Engine<dml::cuda::SimtMath<float>>;
