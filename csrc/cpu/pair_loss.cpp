@@ -852,7 +852,7 @@ BackwardResult backward(const Call& call, const Backward& from) {
     Batch<T> batch(call, refs, problem, layout, saved, true);
 
     // The rows' derivatives, with what comes from above.
-    const Tensor upstream = from.grad_loss.to(batch.rows.x.scalar_type()).contiguous();
+    const Tensor upstream = from.grad_loss.to(c10::CppTypeToScalarType<T>::value).contiguous();
     const T* g = upstream.const_data_ptr<T>();
     const int last = batch.kernels.parts - 1;
     const bool each = problem.reduction == Reduction::kNone;
