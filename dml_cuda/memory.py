@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import check_batch, check_count
+from .distributed import DistributedLoss
 from .miners import MultiSimilarityMiner
 from .pairs import MinedPairs, listed_pairs, mined_pairs
 
@@ -20,7 +21,9 @@ class CrossBatchMemory(nn.Module):
 
     Args:
         loss: a module called as ``loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)``: one of
-            dml_cuda, or any pair loss of pytorch-metric-learning.
+            dml_cuda, or any pair loss of pytorch-metric-learning. With
+            :class:`dml_cuda.distributed.DistributedLoss` the batches of all processes enter every process's
+            queue, in the same order everywhere: the memory is that of one process with the whole batch.
         embedding_size: D.
         memory_size: how many embeddings the queue holds; at least a batch.
         miner: called as ``miner(embeddings, labels, ref_emb, ref_labels)``, or ``None`` for every pair (or
@@ -91,25 +94,46 @@ class CrossBatchMemory(nn.Module):
             enqueue_mask: ``[N]`` bool. The rows marked enter the queue, and only the others have a loss
                 (queries and keys of two encoders, say). Not together with ``indices_tuple``.
         """
-        labels, _ = check_batch(embeddings, labels, None, None)
-        dim = self.embedding_size
-        if embeddings.shape[1] != dim:
-            raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
+
+        def check() -> tuple[Tensor, ...]:
+            return self._check(embeddings, labels, indices_tuple, enqueue_mask)
+
+        whole, own = self.loss.gather(check) if self._is_distributed else (check(), slice(None))
         self._move_to(embeddings)
+        labels = whole[1][own]
         if enqueue_mask is None:
-            places = self._enqueue(embeddings, labels)
+            places = self._enqueue(*whole)[own]
         else:
-            self._check_mask(enqueue_mask, embeddings, indices_tuple)
-            mask = enqueue_mask.to(embeddings.device)
-            self._enqueue(embeddings[mask], labels[mask])
-            embeddings, labels, places = embeddings[~mask], labels[~mask], None
+            self._enqueue(*(x[whole[2]] for x in whole[:2]))
+            others = ~whole[2][own]
+            embeddings, labels, places = embeddings[others], labels[others], None
         # A copy: the queue moves on, while the gradient of this loss may still be wanted.
         ref_emb, ref_labels = self.embedding_memory.clone(), self.label_memory.clone()
         pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, places)
         if indices_tuple is not None:
             more = listed_pairs(indices_tuple, embeddings, ref_emb, check_range=False)
             pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
-        return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
+        loss = self.loss.against if self._is_distributed else self.loss
+        return loss(embeddings, labels, pairs, ref_emb, ref_labels)
+
+    @property
+    def _is_distributed(self) -> bool:
+        return isinstance(self.loss, DistributedLoss)
+
+    def _check(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: object, enqueue_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The embeddings, the labels and the mask, if there is one, beside them."""
+        labels, _ = check_batch(embeddings, labels, None, None)
+        dim = self.embedding_size
+        if embeddings.shape[1] != dim:
+            raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
+        if indices_tuple is not None and self._is_distributed:
+            raise ValueError("indices_tuple: expected None with a loss of several processes")
+        if enqueue_mask is None:
+            return embeddings, labels.long()
+        self._check_mask(enqueue_mask, embeddings, indices_tuple)
+        return embeddings, labels.long(), enqueue_mask.to(embeddings.device)
 
     def _move_to(self, embeddings: Tensor) -> None:
         device, dtype = embeddings.device, embeddings.dtype
@@ -132,7 +156,7 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"embeddings: expected at most memory_size={self.memory_size} rows, got {rows}")
         places = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
         self.embedding_memory.index_copy_(0, places, embeddings.detach())
-        self.label_memory.index_copy_(0, places, labels.long())
+        self.label_memory.index_copy_(0, places, labels)
         self.position.add_(rows).remainder_(self.memory_size)
         self.count.add_(rows).clamp_(max=self.memory_size)
         return places

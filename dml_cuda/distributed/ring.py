@@ -1,0 +1,2 @@
+def check(call, batch): raise NotImplementedError
+def compute(*a): raise NotImplementedError
