@@ -52,7 +52,7 @@ constexpr int64_t kForwardWave = 256;
 constexpr double kSparseShare = 0.4;
 
 // Rows whose losses one task finishes and adds up.
-constexpr int64_t kRowPiece = 1024;
+constexpr int64_t kRowPiece = 256;
 
 // ---- what forward leaves for backward
 // ----------------------------------------------------------------------
@@ -566,9 +566,8 @@ class BackwardPass {
           rows_wanted_(rows_wanted),
           cols_wanted_(cols_wanted),
           width_(batch.rows.width),
-          grad_rows{at::zeros({rows_wanted ? batch.n : 0, width_}, batch.rows.x.options())},
-          grad_cols{at::zeros({cols_wanted && !batch.square ? batch.m : 0, width_}, batch.rows.x.options())} {
-    }
+          grad_rows{zeros(rows_wanted ? batch.n : 0)},
+          grad_cols{zeros(cols_wanted && !batch.square ? batch.m : 0)} {}
 
     void run() {
         const Tiles& tiles = batch_.tiles;
@@ -597,6 +596,14 @@ class BackwardPass {
     const Gradient<T> grad_rows, grad_cols;
 
    private:
+    Gradient<T> zeros(int64_t rows) const {
+        const Gradient<T> gradient{at::empty({rows, width_}, batch_.rows.x.options())};
+        for_pieces(rows, row_piece(width_), rows * row_work(width_), [&](int64_t from, int64_t to) {
+            std::fill(gradient.row(from), gradient.row(to), T(0));
+        });
+        return gradient;
+    }
+
     T* slot(int64_t k) const { return memory_.get() + k * batch_.tiles.area(); }
 
     void make_weights(const TileAt& at, int64_t k) {
@@ -619,7 +626,7 @@ class BackwardPass {
     // dimension's sum does not depend on the panel that it is in.
     int64_t panel(int64_t blocks) const {
         constexpr int64_t kLeast = 128, kStep = 64;
-        const int64_t threads = at::get_num_threads(), tasks = threads == 1 ? 1 : 3 * threads;
+        const int64_t threads = thread_count(), tasks = threads == 1 ? 1 : 3 * threads;
         const int64_t panels = (tasks + blocks - 1) / blocks;
         const int64_t even = (width_ + panels - 1) / panels;
         return std::max((even + kStep - 1) / kStep * kStep, kLeast);
@@ -723,7 +730,9 @@ BackwardResult backward(const Call& call, const Backward& from) {
     const Problem problem = describe(call);
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
-    const Layout layout(n, Tiles(n, refs.capacity, problem.square, refs.capacity), sizeof(T), true);
+    const Tiles all(n, refs.capacity, problem.square, refs.capacity);
+    const Layout with_tiles(n, all, sizeof(T), true), without(n, all, sizeof(T), false);
+    const Layout& layout = from.saved.numel() == without.bytes ? without : with_tiles;
     check_backward(call, from, layout.bytes);
     auto* saved = from.saved.data_ptr<uint8_t>();
     const bool need_ref = from.need_ref && call.ref_emb.has_value();
