@@ -324,9 +324,10 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
     return {terms || counts, terms || (counts && !Kind::kHinge)};
 }
 
-// The hardest kept negative of each line, which mining wants; a log-sum-exp finds it on its way.
+// The hardest kept negative of each line, which mining wants; a log-sum-exp finds it on its way. Returns
+// whether there is one: the terms of kept pairs may all be 0.
 template <typename T, bool kBothSides>
-DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, const Lines<T>& cols) {
+DML_INLINE bool hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, const Lines<T>& cols) {
     if (kBothSides) {
         for (int64_t j = 0; j < tile.cols; ++j) cols.extra[j] = -infinity<T>();
     }
@@ -348,6 +349,10 @@ DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, con
         }
         rows.extra[i] = most;
     }
+    Spread<T> found;
+    found.add(rows.extra, tile.rows);
+    if (kBothSides) found.add(cols.extra, tile.cols);
+    return !found.empty();
 }
 
 template <typename T, typename Law, bool kBothSides>
@@ -376,7 +381,7 @@ Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool co
         run(Negatives<T, Law>{law}, std::integral_constant<Fold, Law::kNeg>(), rows, cols);
         if constexpr (Law::kNeg == Fold::kSum) {  // the hardest negative, for mining
             if (wanted == static_cast<int>(Kinds::kNegatives))
-                hardest_negatives<T, kBothSides>(tile, rows, cols);
+                found.parts |= hardest_negatives<T, kBothSides>(tile, rows, cols);
         }
     }
     if (wanted & static_cast<int>(Kinds::kPositives)) {
