@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="(default: a GPU where there is one)",
     )
+    training("--distributed", action="store_true",
+             help="a share of every batch to each of torchrun's processes: the training of one")  # fmt: skip
     training("--seed", type=int, default=0, help="(default: %(default)s)")
 
     output = parser.add_argument_group("output").add_argument
@@ -104,6 +106,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
     if chosen.memory and chosen.memory < chosen.batch_size:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
+    if chosen.distributed and chosen.loss.startswith("pml-"):
+        parser.error(f"--distributed is for dml_cuda's losses, not {chosen.loss}")
     if chosen.miner is None:
         chosen.miner = chosen.loss in ("ms", "pml-ms")
     if chosen.lr is None:

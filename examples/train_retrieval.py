@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.machine import describe
@@ -28,6 +29,7 @@ from .networks import NetworkError, make_network
 from .options import JOINT_WEIGHT, parse
 from .plots import draw_curves, draw_neighbours, draw_similarities
 from .retrieval import embed, scores
+from .several import is_first, normalise_whole_batches, own_rows, start
 from .splits import Split, check_batch, images_in_order, open_split, training_batches
 
 console = Console(highlight=False, soft_wrap=True)
@@ -60,6 +62,7 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.gamma,
         arguments.embedding_size,
         arguments.memory,
+        arguments.distributed,
     ).to(device)
     head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device)
     parameters = [*network.parameters(), *(head.parameters() if arguments.joint else ())]
@@ -67,7 +70,12 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
     amp_dtype = torch.float16 if arguments.amp == "fp16" else torch.bfloat16
-    forward = torch.compile(network) if arguments.compile else network
+    forward = network
+    if arguments.distributed:
+        forward = DistributedDataParallel(normalise_whole_batches(network))
+        head = DistributedDataParallel(head)
+    if arguments.compile:
+        forward = torch.compile(forward)
     timer, memory = StepTimer(device), PeakMemory(device)
 
     batches = training_batches(
@@ -75,9 +83,10 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     )
     network.train()
     memory.start()
-    progress = tqdm(batches, desc="training", unit="step", total=arguments.steps)
+    quiet = not is_first()
+    progress = tqdm(batches, desc="training", unit="step", total=arguments.steps, disable=quiet)
     for step, (images, labels) in enumerate(progress, start=1):
-        images, labels = images.to(device), labels.to(device)
+        images, labels = (x.to(device) for x in own_rows(images, labels))
         timer.start()
         with torch.autocast(device.type, amp_dtype, enabled=arguments.amp is not None):
             embeddings = forward(images)
@@ -102,11 +111,12 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         if step % arguments.eval_every == 0 or step == arguments.steps:
             memory.stop()
             log["peak_memory_bytes"], log["peak_memory_of"] = memory.bytes, memory.of
-            found = embed_test(network, split, arguments)
-            log["evaluations"].append({"step": step} | judge(found, split))
+            if is_first():  # the others wait for it at the next step
+                found = embed_test(network, split, arguments)
+                log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
-    return found
+    return found if is_first() else ()
 
 
 def _print_scores(evaluations: list[dict[str, float]]) -> None:
@@ -122,6 +132,7 @@ def _title(arguments: argparse.Namespace) -> str:
     extras = {
         f"mined with epsilon {arguments.epsilon}": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
+        "several processes": arguments.distributed,
         "joint with cross entropy": arguments.joint,
     }
     return ", ".join([LOSSES[arguments.loss], *(text for text, there in extras.items() if there)])
@@ -134,6 +145,9 @@ def _write(log: dict, path: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """The whole training; returns the log, which is also written to ``--out``."""
+    if arguments.distributed:
+        arguments.device = str(start(arguments.device))
+    console.quiet = not is_first()
     torch.manual_seed(arguments.seed)
     np.random.seed(arguments.seed)  # pytorch-metric-learning's sampler draws from it
     split = open_split(arguments.data, arguments.image_size)
@@ -162,14 +176,17 @@ def run(arguments: argparse.Namespace) -> dict:
 
     log_path = arguments.out / "log.json"
     try:
-        before = embed_test(network, split, arguments)
+        before = embed_test(network, split, arguments)  # by all: they leave it alike
         log["evaluations"].append({"step": 0} | judge(before, split))
         after = train(network, split, arguments, log)
     except (KeyboardInterrupt, TrainingError) as error:
         log["interrupted"] = True
-        _write(log, log_path)
+        if is_first():
+            _write(log, log_path)
         console.print(f"\nstopped after {len(log['loss'])} steps; the log so far is {log_path}")
         raise error
+    if not is_first():
+        return log
     _write(log, log_path)
     weights = arguments.out / "network.pt"
     torch.save(network.state_dict(), weights)

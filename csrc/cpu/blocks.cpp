@@ -99,7 +99,7 @@ struct BlockCall {
           block_labels(block_labels_),
           self_ref(self_ref_),
           call{embeddings, labels, block,      block_labels, self_ref, none,  law,
-               params,     epsilon, similarity, reduction,    false,    false, true} {
+               params,     epsilon, similarity, reduction,    false,    true,  true} {
         check_inputs(call);
     }
 };
