@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     training(
         "--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="the network in bfloat16 or float16"
     )
+    training("--float64", action="store_true", help="everything in float64, where rounding is no matter")
     training("--compile", action="store_true", help="torch.compile of the network")
     training(
         "--device",
@@ -102,6 +103,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if chosen.float64 and chosen.amp:
+        parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
     if chosen.memory and chosen.memory < chosen.batch_size:

@@ -6,7 +6,6 @@ Every process draws the same batches and keeps its rows, so that the whole batch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 def start(device: str) -> torch.device:
@@ -32,6 +31,20 @@ def own_rows(*whole: Tensor) -> list[Tensor]:
     return [x.tensor_split(dist.get_world_size())[dist.get_rank()] for x in whole]
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; its gradient, that of the sum of what all make of it."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Sum.apply(grad)
+
+
 class WholeBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation by the mean and the variance of all processes' rows, on any device
     (torch.nn.SyncBatchNorm is for GPUs)."""
@@ -40,10 +53,10 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         dims = 0, 2, 3
-        count = all_reduce(x.new_tensor([float(x.numel() // x.shape[1])]))
-        mean = all_reduce(x.sum(dims)) / count
+        count = _Sum.apply(x.new_tensor([float(x.numel() // x.shape[1])]))
+        mean = _Sum.apply(x.sum(dims)) / count
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum(dims)) / count
+        variance = _Sum.apply(centred.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -58,7 +71,7 @@ def normalise_whole_batches(network: nn.Module) -> nn.Module:
         if not isinstance(layer, nn.BatchNorm2d):
             normalise_whole_batches(layer)
             continue
-        whole = WholeBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
+        whole = WholeBatchNorm2d(layer.num_features, layer.eps, layer.momentum).to(layer.weight)
         whole.load_state_dict(layer.state_dict())
-        setattr(network, name, whole.to(layer.weight.device))
+        setattr(network, name, whole)
     return network

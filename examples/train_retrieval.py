@@ -64,7 +64,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.memory,
         arguments.distributed,
     ).to(device)
-    head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device)
+    dtype = torch.float64 if arguments.float64 else torch.float32
+    head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device, dtype)
     parameters = [*network.parameters(), *(head.parameters() if arguments.joint else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
@@ -72,7 +73,7 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     amp_dtype = torch.float16 if arguments.amp == "fp16" else torch.bfloat16
     forward = network
     if arguments.distributed:
-        forward = DistributedDataParallel(normalise_whole_batches(network))
+        forward = DistributedDataParallel(network)
         head = DistributedDataParallel(head)
     if arguments.compile:
         forward = torch.compile(forward)
@@ -90,7 +91,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         timer.start()
         with torch.autocast(device.type, amp_dtype, enabled=arguments.amp is not None):
             embeddings = forward(images)
-        embeddings = embeddings.float()  # losses are sums of exponentials: in float32
+        if not arguments.float64:
+            embeddings = embeddings.float()  # losses are sums of exponentials: in float32
         timer.embedded(embeddings)
         loss = loss_fn(embeddings, labels)
         if arguments.joint:
@@ -153,6 +155,10 @@ def run(arguments: argparse.Namespace) -> dict:
     split = open_split(arguments.data, arguments.image_size)
     check_batch(split.train.labels, arguments.batch_size, arguments.per_class)
     network = make_network(arguments.network, split.channels, arguments.embedding_size).to(arguments.device)
+    if arguments.distributed:
+        normalise_whole_batches(network)
+    if arguments.float64:
+        network.double().register_forward_pre_hook(lambda _, images: images[0].double())
     log = {
         "title": _title(arguments),
         "arguments": vars(arguments) | {"out": str(arguments.out)},
