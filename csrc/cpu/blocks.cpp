@@ -8,10 +8,11 @@
 // ("hardest", "negatives", "positives" or "both", as stages() of a law lists them); pair_block_rows makes the
 // losses; pair_block_backward gives the gradient by the rows and by one block. Blocks are added in the order
 // of the calls, so the caller's order is that of every sum.
+#include "blocks.h"
+
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "blocks.h"
 #include "pair_loss.h"
 
 namespace dml::cpu {
@@ -92,14 +93,15 @@ struct BlockCall {
     OptionalTensor block, block_labels, self_ref, none;
     Call call;
 
-    BlockCall(const Tensor& embeddings, const Tensor& labels, const Tensor& block_, const Tensor& block_labels_,
-              const OptionalTensor& self_ref_, std::string_view law, at::ArrayRef<double> params,
-              std::optional<double> epsilon, std::string_view similarity, std::string_view reduction)
+    BlockCall(const Tensor& embeddings, const Tensor& labels, const Tensor& block_,
+              const Tensor& block_labels_, const OptionalTensor& self_ref_, std::string_view law,
+              at::ArrayRef<double> params, std::optional<double> epsilon, std::string_view similarity,
+              std::string_view reduction)
         : block(block_),
           block_labels(block_labels_),
           self_ref(self_ref_),
-          call{embeddings, labels, block,      block_labels, self_ref, none,  law,
-               params,     epsilon, similarity, reduction,    false,    true,  true} {
+          call{embeddings, labels,  block,      block_labels, self_ref, none, law,
+               params,     epsilon, similarity, reduction,    false,    true, true} {
         check_inputs(call);
     }
 };
@@ -107,8 +109,8 @@ struct BlockCall {
 void check_state(const Tensor& state, int64_t numbers, int64_t n, at::ScalarType type, const char* name) {
     TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == numbers && state.size(1) == n &&
                           state.scalar_type() == type && state.device().is_cpu(),
-                      name, ": expected ", type, " of shape [", numbers, ", ", n, "], got ", state.scalar_type(),
-                      " ", state.sizes());
+                      name, ": expected ", type, " of shape [", numbers, ", ", n, "], got ",
+                      state.scalar_type(), " ", state.sizes());
 }
 
 at::ScalarType compute_type(const Tensor& embeddings) {
@@ -205,8 +207,8 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
     });
 }
 
-// [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows [6, N], the derivatives
-// of each part still without what comes from above.
+// [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows [6, N], the
+// derivatives of each part still without what comes from above.
 std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs, c10::string_view law_name,
                                        at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
     const LawInfo& law = find_law(law_name, params);
@@ -247,8 +249,8 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
                                           const Tensor& block_labels, const OptionalTensor& self_ref,
                                           c10::string_view law, at::ArrayRef<double> params,
                                           c10::string_view similarity, bool need_emb, bool need_block) {
-    const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, std::nullopt, similarity,
-                       "sum");
+    const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, std::nullopt,
+                       similarity, "sum");
     const int64_t n = embeddings.size(0);
     const at::ScalarType type = compute_type(embeddings);
     check_state(grad_parts, 2, n, type, "grad_parts");

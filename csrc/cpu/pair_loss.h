@@ -309,8 +309,7 @@ struct FinishedRow {
         const bool some = positives > 0 || negatives > 0;
         poisoned = !finite && some && can_have_loss(law, mining, positives, negatives);
         if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
-        const bool kept_pos =
-            law.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
+        const bool kept_pos = law.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
         const bool valid = mining ? kept_pos || folds.max_neg[i] > -infinity<T>() : some;
         for (int k = 0; k < 2; ++k) {
             units[k] = loss.unit[k];
@@ -370,14 +369,16 @@ class Forward {
         }
         pass([&](const TileAt& at) { return active(at) && batch_.holds_negatives(at); }, Kinds::kNegatives);
         each_row([&](int64_t i) {
-            if (mining_.on) set_bounds(i, close_bounds(kernels_, folds_, i, batch_.stats.neg_above[i], T(mining_.epsilon)));
+            if (mining_.on)
+                set_bounds(i,
+                           close_bounds(kernels_, folds_, i, batch_.stats.neg_above[i], T(mining_.epsilon)));
             if (kernels_.context) batch_.stats.neg_value[i] = folds_.neg_value(kernels_, i);
         });
         pass(with_positives, Kinds::kPositives);
     }
 
-    // What accumulate does of one stage, for columns that are one block of several: the rows' folds, bounds and
-    // values are those of the blocks before (blocks.cpp).
+    // What accumulate does of one stage, for columns that are one block of several: the rows' folds, bounds
+    // and values are those of the blocks before (blocks.cpp).
     void hardest_positives() {
         find_hardest_positives([&](const TileAt& at) { return batch_.holds_positives(at); });
     }
@@ -424,9 +425,9 @@ class Forward {
                           end = std::min(batch_.n, begin + batch_.tiles.side);
             bool some = false;
             for (int64_t i = begin; i < end; ++i) {
-                const bool active = can_have_loss(
-                    kernels_, mining_.on, mining_.on ? mined_positives(i) : batch_.positives(i),
-                    batch_.negatives(i));
+                const bool active =
+                    can_have_loss(kernels_, mining_.on, mining_.on ? mined_positives(i) : batch_.positives(i),
+                                  batch_.negatives(i));
                 set_bounds(i, active ? Bounds<T>::all() : Bounds<T>::none());
                 some = some || active;
             }
@@ -633,9 +634,8 @@ class BackwardPass {
    private:
     Gradient<T> zeros(int64_t rows) const {
         const Gradient<T> gradient{at::empty({rows, width_}, batch_.rows.x.options())};
-        for_pieces(rows, row_piece(width_), rows * row_work(width_), [&](int64_t from, int64_t to) {
-            std::fill(gradient.row(from), gradient.row(to), T(0));
-        });
+        for_pieces(rows, row_piece(width_), rows * row_work(width_),
+                   [&](int64_t from, int64_t to) { std::fill(gradient.row(from), gradient.row(to), T(0)); });
         return gradient;
     }
 

@@ -44,9 +44,9 @@ class DistributedLoss(nn.Module):
 
     Each process passes its own embeddings and labels, as many as it has; none is fine. The value is that of
     one process with the rows of all, one after another in the order of the processes, and the same on every
-    process. **After the averaging of DistributedDataParallel the gradient of the network is that of one process
-    with the whole batch**, exactly: mining, reduction and counts of what is not 0 included. (What each process
-    gets is the gradient of the sum of all processes' values, of which averaging makes that of one.)
+    process. **After the averaging of DistributedDataParallel the gradient of the network is that of one
+    process with the whole batch**, exactly: mining, reduction and counts of what is not 0 included. (What each
+    process gets is the gradient of the sum of all processes' values, of which averaging makes that of one.)
 
     With the rows :math:`R_p` of process :math:`p`, and for each row :math:`i` the sums :math:`l_{k,i}` and
     units :math:`u_{k,i}` of the loss's parts over all columns (see :class:`dml_cuda.PairOptions`):
@@ -60,8 +60,8 @@ class DistributedLoss(nn.Module):
             ``DistributedDataParallel(DistributedLoss(head))``.
         group: the processes; ``None`` for all. Without torch.distributed there is one.
         mode: ``"gather"``: every process holds the embeddings of all while the loss is computed, N x D.
-            ``"ring"``: blocks of embeddings are passed around, the next one on its way while the present one is
-            computed; no process holds more than a few, so D times the largest share of the rows. The same
+            ``"ring"``: blocks of embeddings are passed around, the next one on its way while the present one
+            is computed; no process holds more than a few, so D times the largest share of the rows. The same
             result to rounding.
         miner: :class:`dml_cuda.MultiSimilarityMiner`, whose rule then applies to the whole batch, as the
             loss's own ``epsilon`` does.
@@ -138,8 +138,8 @@ class DistributedLoss(nn.Module):
     ) -> Tensor:
         """The loss of all processes' rows against columns that are the same on every process.
 
-        Arguments as those of :meth:`forward`, but ``ref_emb`` is whole. What :class:`dml_cuda.CrossBatchMemory`
-        does with its queue.
+        Arguments as those of :meth:`forward`, but ``ref_emb`` is whole. What
+        :class:`dml_cuda.CrossBatchMemory` does with its queue.
         """
         batch = embeddings, labels, pairs, ref_emb, ref_labels
         return self._compute(lambda: _Share(*self._pairs(*batch), whole=True))

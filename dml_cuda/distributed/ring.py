@@ -41,6 +41,8 @@ class _Ring:
     def pass_on(self, own: Tensor, tag: int) -> tuple[Tensor, list[dist.Work]]:
         """Sends a tensor to the next process. Returns where that of the previous will be, and what to wait
         for until it is there and ``own`` may be written to."""
+        if self.processes.size == 1:
+            return own, []
         received = torch.empty_like(own)
         group = self.processes.group
         sides = (dist.isend, own, self.next), (dist.irecv, received, self.previous)
@@ -62,23 +64,19 @@ class _Blocks(NamedTuple):
     self_ref: Tensor | None  # [N] the column, of this process's, that a row is itself
     ring: _Ring
 
-    def order(self) -> list[int]:
-        """Whose block is here in each step."""
+    def around(self) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
+        """Process, and columns, labels and self_ref, of every block, the next on its way meanwhile."""
+        block, following, work = self.own, self.own, []
         size, rank = self.ring.processes.size, self.ring.processes.rank
-        return [(rank - step) % size for step in range(size)]
-
-    def around(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-        """Process, columns, labels and self_ref of every block, the next one on its way meanwhile."""
-        block, work = self.own, []
-        order = self.order()
-        for step, owner in enumerate(order):
+        for step in range(size):
             _wait(work)
-            if step + 1 < len(order):
+            block, work = following, []
+            if step + 1 < size:
                 following, work = self.ring.pass_on(block, _BLOCK)
-            count, first = self.counts[owner], total(self.counts, owner)
-            yield owner, block[:count], self.labels[first : first + count], self.self_ref if step == 0 else None
-            if step + 1 < len(order):
-                block = following
+            owner = (rank - step) % size
+            columns = slice(total(self.counts, owner), total(self.counts, owner + 1))
+            own = self.self_ref if step == 0 else None
+            yield owner, (block[: self.counts[owner]], self.labels[columns], own)
 
 
 def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
@@ -101,14 +99,15 @@ class _PairLoss(torch.autograd.Function):
         state = ops.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
         kept: dict[int, Tensor] = {}
         for stage in _C.stages(law, epsilon is not None):
-            for owner, block, block_labels, self_ref in blocks.around():
-                points = embeddings, labels, block, block_labels, self_ref
+            for owner, block in blocks.around():
                 how = law, params, epsilon, call.similarity, reduction, stage
-                state, found = ops.pair_block(state, *points, *how)
+                state, found = ops.pair_block(state, embeddings, labels, *block, *how)
                 kept[owner] = kept[owner] | found if owner in kept else found
             state = ops.pair_block_turn(state, pairs, law, params, epsilon, stage, wide)
         losses, weights = ops.pair_block_rows(state, pairs, law, params, epsilon is not None, reduction)
-        ctx.save_for_backward(embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *kept.values())
+        ctx.save_for_backward(
+            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *kept.values()
+        )
         # The block is saved above: what is kept of the others must not hold it.
         ctx.where, ctx.call = (blocks._replace(own=None), list(kept)), call
         ctx.is_square = refs is None
@@ -123,24 +122,21 @@ class _PairLoss(torch.autograd.Function):
         rows = embeddings.shape[0]
         above = (grad if call.divide else grad[:2, None]).expand(2, rows)
         above = above.to(weights.dtype).contiguous()
-        grad_rows, travelling, work = None, torch.zeros_like(own, dtype=weights.dtype), []
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
-        for step, (owner, block, block_labels, self_ref) in enumerate(blocks.around()):
-            points = embeddings, labels, block, block_labels, self_ref
-            how = call.law.name, call.params, call.similarity, True, True
-            by_rows, by_block = torch.ops.dml_cuda.pair_block_backward(above, weights, kept[owner], *points, *how)
-            grad_rows = by_rows if grad_rows is None else grad_rows.add_(by_rows)
-            if step > 0:  # what the processes before have added to this block's gradient
-                _wait(work)
-                travelling = received
-            travelling[: block.shape[0]] += by_block.add_(nan)
-            if ring.processes.size > 1:
-                received, work = ring.pass_on(travelling, _GRADIENT)
-        if ring.processes.size > 1:  # the last step's goes home
-            _wait(work)
-            travelling = received
-        grad_rows.add_(nan)
-        home = travelling[: blocks.counts[ring.processes.rank]]
+        how = call.law.name, call.params, call.similarity, True, True
+        grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
+        arriving, work = torch.zeros_like(own, dtype=weights.dtype), []
+        for owner, block in blocks.around():
+            by_rows, by_block = torch.ops.dml_cuda.pair_block_backward(
+                above, weights, kept[owner], embeddings, labels, *block, *how
+            )
+            grad_rows += by_rows
+            _wait(work)  # until what the processes before have added to this block's gradient is here
+            arriving[: len(by_block)] += by_block.add_(nan)
+            arriving, work = ring.pass_on(arriving, _GRADIENT)
+        _wait(work)
+        home = arriving[: blocks.counts[ring.processes.rank]]
+        grad_rows += nan
         dtype = embeddings.dtype
         if ctx.is_square:
             return grad_rows.add_(home).to(dtype), *(None,) * 5
