@@ -1,5 +1,5 @@
-"""``python docs/several_gpus.py``: what several_gpus.md shows: the tables, and a training of one process beside
-that of two.
+"""``python docs/several_gpus.py``: what several_gpus.md shows: the tables, and a training of one process
+beside that of two.
 
 The tables of memory and of transfers come from the formulas below; what one machine can measure of them,
 memory, is measured.
@@ -157,7 +157,8 @@ def measure(mode: str, size: int) -> int:
             subprocess.Popen([*command, str(rank), str(size), folder], env=environment)
             for rank in range(size)
         ]
-        if any([rank.wait() for rank in ranks]):
+        codes = [rank.wait() for rank in ranks]
+        if any(codes):
             raise RuntimeError(f"a process of {size} that measured {mode} failed")
         return max(int(Path(folder, str(rank)).read_text()) for rank in range(size))
 

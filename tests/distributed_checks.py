@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 import torch.distributed as dist
 from accuracy import assert_as_accurate
@@ -84,7 +85,7 @@ def same_everywhere(value):
 
 
 def as_one_process(make, mode, rows, each, dtypes=(torch.float64, torch.float32), **batch):
-    """The value and the gradient of a loss that ``make()`` makes, against one process with the whole batch."""
+    """Value and gradient of the loss that ``make()`` makes, against one process with the whole batch."""
     embeddings, labels = whole_batch(rows, **batch)
     upstream = torch.randn(len(labels), dtype=torch.float64) if each else None
     truth = evaluate(make(), embeddings, labels, upstream)
@@ -192,12 +193,11 @@ def one_label_each(mode):
 
 
 def the_reference_backend():
-    for name, loss in LOSSES.items():
+    for loss in LOSSES.values():
         for reduction in REDUCTIONS:
             make = partial(loss.module, epsilon=0.1, reduction=reduction, backend="reference")
             rows = UNEVEN[dist.get_world_size()]
             as_one_process(make, "gather", rows, reduction == "none", dtypes=(torch.float64,))
-    del name
 
 
 def second_derivatives_of_the_reference():
@@ -435,12 +435,9 @@ def memory(mode):
 
 
 def raised(call, type_, *words):
-    try:
+    with pytest.raises(type_) as caught:
         call()
-    except type_ as error:
-        assert all(word in str(error) for word in words), str(error)
-    else:
-        raise AssertionError(f"expected {type_.__name__} with {words}")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def bad_input_on_one(mode):

@@ -1,4 +1,4 @@
-"""Several processes make of a batch what one makes: the checks of distributed_checks.py, and how a job ends."""
+"""Several processes make of a batch what one makes (distributed_checks.py); how a job ends."""
 
 import json
 import os
@@ -88,7 +88,8 @@ from dml_cuda import MultiSimilarityLoss
 from dml_cuda.distributed import DistributedLoss
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 timeout = datetime.timedelta(seconds=20)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
+store = f"file://{folder}/store"
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)
 loss, x, y = DistributedLoss(MultiSimilarityLoss(), mode="MODE"), torch.randn(8, 4), torch.arange(8) // 2
 loss(x, y)
 """

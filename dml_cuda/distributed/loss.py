@@ -45,8 +45,8 @@ class DistributedLoss(nn.Module):
     Each process passes its own embeddings and labels, as many as it has; none is fine. The value is that of
     one process with the rows of all, one after another in the order of the processes, and the same on every
     process. **After the averaging of DistributedDataParallel the gradient of the network is that of one
-    process with the whole batch**, exactly: mining, reduction and counts of what is not 0 included. (What each
-    process gets is the gradient of the sum of all processes' values, of which averaging makes that of one.)
+    process with the whole batch**, exactly: mining, reduction and counts of what is not 0 included. (What
+    each process gets is the gradient of the sum of all processes' values; averaging makes it that of one.)
 
     With the rows :math:`R_p` of process :math:`p`, and for each row :math:`i` the sums :math:`l_{k,i}` and
     units :math:`u_{k,i}` of the loss's parts over all columns (see :class:`dml_cuda.PairOptions`):
