@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dml_cuda import CircleLoss, MultiSimilarityLoss
-from dml_cuda.reference import _logsumexp, mine, reduce
+from dml_cuda.law import reduce
+from dml_cuda.reference import MaskedPairs, mine
 
 _ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # about the fastest of the powers of two
 _FEWEST_ROWS = 64
@@ -34,10 +35,8 @@ def _kept_pairs(unit: Tensor, labels: Tensor, rows: slice, epsilon: float | None
 
 
 def _row_losses(loss: str, s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    formula = _MODULES[loss].formula
-    lse_pos = _logsumexp(formula.positive_logits(s), positive, formula.plus_one)
-    lse_neg = _logsumexp(formula.negative_logits(s), negative, formula.plus_one)
-    return formula.row_losses(lse_pos, lse_neg)
+    law, params, *_ = _MODULES[loss].call
+    return law.row(MaskedPairs(s, positive), MaskedPairs(s, negative), *params)
 
 
 class _RowLosses(torch.autograd.Function):
@@ -75,7 +74,7 @@ class _RowLosses(torch.autograd.Function):
 def chunked_loss(embeddings: Tensor, labels: Tensor, loss: str, epsilon: float | None) -> Tensor:
     """The loss of a batch with its default options, in memory that grows with N only."""
     losses, valid = _RowLosses.apply(F.normalize(embeddings, dim=1), labels, loss, epsilon)
-    return reduce(losses, valid, _MODULES[loss].options["reduction"])
+    return reduce(losses, valid, _MODULES[loss].reduction)
 
 
 @torch.no_grad()

@@ -18,8 +18,16 @@ import dml_cuda
 from dml_cuda.functional import pair_weights
 
 EPSILON = 0.1
-LOSSES = {"multi-similarity": dml_cuda.MultiSimilarityLoss, "circle": dml_cuda.CircleLoss}
-_COLOURS = {"multi-similarity": "#0072B2", "circle": "#D55E00"}
+LOSSES = {
+    "multi-similarity": dml_cuda.MultiSimilarityLoss,
+    "circle": dml_cuda.CircleLoss,
+    "contrastive": dml_cuda.ContrastiveLoss,
+    "binomial deviance": dml_cuda.BinomialDevianceLoss,
+    "NT-Xent": dml_cuda.NTXentLoss,
+    "SupCon": dml_cuda.SupConLoss,
+    "lifted structure": dml_cuda.GeneralizedLiftedStructureLoss,
+}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D")
 
 
 class Row(NamedTuple):
@@ -39,7 +47,7 @@ PANELS = {
 
 
 def weight(loss: torch.nn.Module, row: Row) -> float:
-    """dL/ds of the negative at ``row.own``; 0 where mining leaves it out."""
+    """dL/ds of the negative at ``row.own``, of the row's own loss; 0 where mining leaves it out."""
     cosines = torch.tensor([row.own, *row.others, *row.positives], dtype=torch.float64)
     points = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -50,26 +58,27 @@ def weight(loss: torch.nn.Module, row: Row) -> float:
 
 def draw(path: Path) -> None:
     """The figure: a row for each loss, a column for each kind of similarity."""
+    size = 10, 2 + 1.7 * len(LOSSES)
     figure, axes = plt.subplots(
-        len(LOSSES), len(PANELS), sharex=True, sharey="row", figsize=(10, 5.4), layout="constrained"
+        len(LOSSES), len(PANELS), sharex=True, sharey="row", figsize=size, layout="constrained"
     )
     similarities = torch.linspace(0, 1, 101).tolist()
-    for (name, make), panels in zip(LOSSES.items(), axes, strict=True):
+    for (name, make), colour, panels in zip(LOSSES.items(), _COLOURS, axes, strict=True):
         for place, axis in zip(PANELS.values(), panels, strict=True):
             for epsilon, style in ((None, "-"), (EPSILON, "--")):
-                loss = make(epsilon=epsilon)
+                loss = make(epsilon=epsilon, reduction="sum")
                 axis.plot(
                     similarities,
                     [weight(loss, place(s)) for s in similarities],
                     style,
-                    color=_COLOURS[name] if epsilon is None else "#222222",
+                    color=colour if epsilon is None else "#222222",
                     lw=2.4 if epsilon is None else 1.1,
                     label="all pairs" if epsilon is None else f"mined, epsilon = {epsilon}",
                 )
             axis.grid(color="#EEEEEE")
             axis.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(f"{name}\nweight dL/ds")
-        panels[-1].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="upper left")
     for letter, kind, axis in zip("abc", PANELS, axes[-1], strict=True):
         axis.set_xlabel(f"({letter}) {kind}")
     others, positives = len(ROW.others), len(ROW.positives)
@@ -79,7 +88,7 @@ def draw(path: Path) -> None:
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.machine import describe
+from dml_cuda import SoftTripleLoss
+from dml_cuda.distributed import DistributedLoss
 
-from .criteria import LOSSES, make_loss
+from .criteria import JOINT, LOSSES, make_loss
 from .data import DataError
 from .meters import PeakMemory, StepTimer
 from .networks import NetworkError, make_network
@@ -64,9 +65,12 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.memory,
         arguments.distributed,
     ).to(device)
-    dtype = torch.float64 if arguments.float64 else torch.float32
-    head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device, dtype)
-    parameters = [*network.parameters(), *(head.parameters() if arguments.joint else ())]
+    classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
+    head = None
+    if arguments.joint:
+        head = JOINT[arguments.joint](len(classes), arguments.embedding_size)
+        head.to(device, torch.float64 if arguments.float64 else torch.float32)
+    parameters = [*network.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
@@ -74,7 +78,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     forward = network
     if arguments.distributed:
         forward = DistributedDataParallel(network)
-        head = DistributedDataParallel(head)
+        if head:
+            head = DistributedDataParallel(DistributedLoss(head))
     if arguments.compile:
         forward = torch.compile(forward)
     timer, memory = StepTimer(device), PeakMemory(device)
@@ -95,8 +100,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
             embeddings = embeddings.float()  # losses are sums of exponentials: in float32
         timer.embedded(embeddings)
         loss = loss_fn(embeddings, labels)
-        if arguments.joint:
-            loss = JOINT_WEIGHT * loss + F.cross_entropy(head(embeddings), labels)
+        if head:
+            loss = JOINT_WEIGHT * loss + head(embeddings, torch.searchsorted(classes, labels))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -118,6 +123,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
                 log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
+    if isinstance(head, SoftTripleLoss):
+        log["centers_left"] = head.merged_centers(0.3).float().mean().item()
     return found if is_first() else ()
 
 
@@ -135,7 +142,7 @@ def _title(arguments: argparse.Namespace) -> str:
         f"mined with epsilon {arguments.epsilon}": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
         "several processes": arguments.distributed,
-        "joint with cross entropy": arguments.joint,
+        f"joint with {arguments.joint}": arguments.joint,
     }
     return ", ".join([LOSSES[arguments.loss], *(text for text, there in extras.items() if there)])
 

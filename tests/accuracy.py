@@ -1,8 +1,17 @@
 """How close a result must be to the truth: twice as close as plain PyTorch in the same dtype gets."""
 
+from functools import partial
+
 import torch
 
+from dml_cuda import functional
+
 FUNCTIONS = {"multi_similarity": "multi_similarity_loss", "circle": "circle_loss"}
+
+
+def reference(name):
+    """A function of dml_cuda.functional, in plain PyTorch."""
+    return partial(getattr(functional, name), backend="reference")
 
 
 def evaluate(function, embeddings, labels, *, ref_emb=None, upstream=None, **options):

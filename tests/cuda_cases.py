@@ -3,8 +3,9 @@
 import itertools
 from dataclasses import dataclass
 
-import brute_force
 import torch
+from losses import LOSSES
+from truth import brute_force, mining_margin
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -30,6 +31,11 @@ class Arithmetic:
     rounded: object = None
     loss_tolerance: float = 2e-6
     grad_tolerance: float = 1e-5
+
+    @property
+    def of_numbers(self):
+        """``rounded`` of NumPy's arrays."""
+        return self.rounded and (lambda x: self.rounded(torch.from_numpy(x)).numpy())
 
 
 ARITHMETICS = [
@@ -63,15 +69,23 @@ class Case:
     upstream: object = 1.0
 
     def truth(self, arithmetic):
-        loss, params = self.loss
+        name, params = self.loss
+        params = dict(zip(LOSSES[name].module.law.parameters, params, strict=True))
         r, ref_labels = self.r, self.ref_labels
         if self.ref_count is not None:
             used = self.ref_count.clamp(0, len(r))
             r, ref_labels = r[:used], ref_labels[:used]
-        value, grad_q, grad_r = brute_force.loss_and_gradients(
-            self.q, self.labels, r, ref_labels, loss, params, self.epsilon, self.normalize,
-            self.reduction, self.upstream, arithmetic.rounded, self.self_ref,
+        of_rows = self.reduction == "none"
+        truth = brute_force(
+            name, self.q, self.labels, ref_emb=r, ref_labels=ref_labels, epsilon=self.epsilon,
+            similarity="cosine" if self.normalize else "dot", reduction=self.reduction,
+            upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_ref=self.self_ref,
+            rounded=arithmetic.of_numbers, levels=True, **params,
         )  # fmt: skip
+        value = torch.as_tensor(truth.losses if of_rows else truth.loss)
+        upstream = 1.0 if of_rows else float(self.upstream)
+        grads = (truth.grad_emb, truth.grad_ref)
+        grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)
         if self.ref_count is not None:
             grad_r = torch.cat([grad_r, grad_r.new_zeros(len(self.r) - len(r), grad_r.shape[1])])
         return value, grad_q, grad_r
@@ -103,9 +117,9 @@ def make(n, d, arithmetic, *, m=None, classes=8, spread=1.0, seed=0, offset=0, g
         q, labels = points(n)
         r, ref_labels = points(m) if m is not None else (None, None)
         sides = (q, labels, r, ref_labels)
-        margin = brute_force.mining_margin(
-            *sides, options["epsilon"], options["normalize"], arithmetic.rounded
-        )
+        similarity = "cosine" if options["normalize"] else "dot"
+        how = {"similarity": similarity, "rounded": arithmetic.of_numbers}
+        margin = mining_margin(*sides, options["epsilon"], **how)
         if margin > 2e-6:
             return Case(*sides, **options)
 
@@ -128,7 +142,9 @@ def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
             outside = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
             case.self_ref[: len(outside)] = outside
         sides = (case.q, case.labels, case.r, case.ref_labels)
-        margin = brute_force.mining_margin(*sides, case.epsilon, case.normalize, arithmetic.rounded)
+        similarity = "cosine" if case.normalize else "dot"
+        how = {"similarity": similarity, "rounded": arithmetic.of_numbers}
+        margin = mining_margin(*sides, case.epsilon, **how)
         if margin > 2e-6:
             return case
 

@@ -6,6 +6,7 @@ process makes of the whole. test_distributed.py starts them, once for each numbe
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import heads
 import pytest
 import torch
 import torch.distributed as dist
@@ -382,29 +384,29 @@ def autocast(mode):
     close(found[0], expected[0], "loss", 1e-5)
 
 
-def classifier():
-    """Columns are the classes: their weights' gradient is averaged by DistributedDataParallel."""
+def class_level(head):
+    """The gradient of the classes' weights is averaged by DistributedDataParallel."""
     size = dist.get_world_size()
-    for rows in layouts():
-        for reduction in ("mean", "mean_nonzero", "mean_valid", "sum", "none"):
-            embeddings, labels = whole_batch(rows)
-            torch.manual_seed(5)
-            head = CircleClassifierLoss(9, DIM, gamma=16.0, reduction=reduction).double()
-            state = head.state_dict()
-            one = evaluate(head, embeddings, labels)
-            upstream = torch.ones_like(one[0])
-            head(embeddings, labels).backward(upstream)
-            expected = head.W.grad
-            own = CircleClassifierLoss(9, DIM, gamma=16.0, reduction=reduction).double()
-            own.load_state_dict(state)
-            model = DistributedDataParallel(DistributedLoss(own))
-            x = share(embeddings, rows).clone().requires_grad_()
-            value = model(x, share(labels, rows))
-            value.backward(torch.ones_like(value))
-            each = reduction == "none"
-            close(value.detach(), share(one[0], rows) if each else one[0], "loss")
-            close(x.grad / (1 if each else size), share(one[1], rows), "gradient")
-            close(own.W.grad * (size if each else 1), expected, "weights")
+    reductions = [r for r in REDUCTIONS if (head.name, r) != ("ProxyAnchorLoss", "none")]
+    for rows, reduction in itertools.product(layouts(), reductions):
+        embeddings, labels = whole_batch(rows)
+        labels[::5] = -1  # to be left out
+        one, own = (head.make(9, DIM, reduction=reduction).double() for _ in range(2))
+        own.load_state_dict(one.state_dict())
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for p, q in zip(one.parameters(), own.parameters(), strict=True):
+                p.copy_(torch.randn_like(p))
+                q.copy_(p)
+        value, gradient, weights = heads.evaluate(one, embeddings, labels)
+        model = DistributedDataParallel(DistributedLoss(own))
+        x = share(embeddings, rows).clone().requires_grad_()
+        found = model(x, share(labels, rows))
+        found.backward(torch.ones_like(found))
+        each = reduction == "none"
+        close(found.detach(), share(value, rows) if each else value, "loss")
+        close(x.grad / (1 if each else size), share(gradient, rows), "gradient")
+        close(next(own.parameters()).grad * (size if each else 1), weights, "weights")
 
 
 def memory(mode):
@@ -447,7 +449,7 @@ def bad_input_on_one(mode):
     embeddings, labels = (share(x, rows) for x in whole_batch(rows))
     module = DistributedLoss(MultiSimilarityLoss(), mode=mode)
     bank = CrossBatchMemory(module, DIM)
-    head = DistributedLoss(CircleClassifierLoss(4, DIM).double(), mode=mode)
+    head = DistributedLoss(CircleClassifierLoss(9, DIM).double(), mode=mode)
     for bad, error, words in (
         (lambda: module(BAD, labels), ValueError, ("embeddings", "[3]")),
         (lambda: module(embeddings, labels[1:]), ValueError, ("labels",)),
@@ -492,6 +494,8 @@ def what_is_refused_everywhere(mode):
     embeddings, labels = (share(x, rows) for x in whole_batch(rows))
     miner = MultiSimilarityMiner(0.1)
     raised(lambda: DistributedLoss(nn.MSELoss()), TypeError, "loss", "MSELoss")
+    triple = dml_cuda.SoftTripleLoss(4, DIM)
+    raised(lambda: DistributedLoss(triple), TypeError, "loss", "SoftTripleLoss")
     raised(lambda: DistributedLoss(MultiSimilarityLoss(), mode="tree"), ValueError, "mode", "tree")
     raised(lambda: DistributedLoss(MultiSimilarityLoss(), miner=print), TypeError, "miner")
     twice = DistributedLoss(MultiSimilarityLoss(epsilon=0.1), mode=mode, miner=miner)
@@ -501,7 +505,7 @@ def what_is_refused_everywhere(mode):
     module = DistributedLoss(MultiSimilarityLoss(), mode=mode)
     others = miner(embeddings.clone(), labels)
     raised(lambda: module(embeddings, labels, others), ValueError, "indices_tuple", "very")
-    head = DistributedLoss(CircleClassifierLoss(4, DIM).double(), mode=mode)
+    head = DistributedLoss(CircleClassifierLoss(9, DIM).double(), mode=mode)
     raised(lambda: head(embeddings, labels, (labels,) * 3), ValueError, "indices_tuple")
     if mode == "ring":
         plain = DistributedLoss(MultiSimilarityLoss(backend="reference"), mode=mode)
@@ -534,8 +538,10 @@ def _table():
             what_is_refused_everywhere,
         ):
             checks[f"{mode}: {check.__name__}"] = partial(check, mode)
+    for name, head in heads.HEADS.items():
+        if name != "SoftTripleLoss":
+            checks[name] = partial(class_level, head)
     for check in (
-        classifier,
         the_reference_backend,
         second_derivatives_of_the_reference,
         a_compiled_step,

@@ -23,10 +23,16 @@ class Loss:
     wrong: dict = field(default_factory=dict)  # as the cases of test_bad_input.py
     pml: str | None = None  # its class in pytorch-metric-learning
     cases: tuple[dict, ...] = ({},)  # parameters to compare with others at
+    called: str | None = None  # the function, where it has another name than the law
 
     @cached_property
     def function(self):
-        return getattr(functional, f"{self.name}_loss")
+        return getattr(functional, self.called or f"{self.name}_loss")
+
+    @property
+    def similarity(self):
+        """That of its default options."""
+        return self.module.law.similarity
 
     @property
     def defaults(self):
@@ -119,6 +125,15 @@ LOSSES = {
             wrong=_not_positive("temperature"),
             pml="SupConLoss",
             cases=({}, {"temperature": 0.5}),
+        ),
+        Loss(
+            "lifted_structure",
+            dml_cuda.GeneralizedLiftedStructureLoss,
+            {"neg_margin": 1.5, "pos_margin": 0.2},
+            wrong=_no_number("neg_margin", "pos_margin"),
+            pml="GeneralizedLiftedStructureLoss",
+            cases=({}, {"neg_margin": 0.5, "pos_margin": 0.3}),
+            called="generalized_lifted_structure_loss",
         ),
     )
 }

@@ -7,22 +7,25 @@ everything else can be checked strictly.
 
 import pytest
 import torch
-from accuracy import FUNCTIONS, assert_as_accurate, evaluate
+from accuracy import assert_as_accurate, evaluate
 from data import LABELS, make_batch, make_integer_batch, make_labels, make_points
+from losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 from truth import brute_force
-
-from dml_cuda import functional, reference
 
 SIZES = [(2, 3), (3, 1), (31, 65), (33, 31), (127, 64), (128, 16), (129, 129), (151, 512), (257, 7)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+def reference(loss, embeddings, labels, *, similarity="cosine", **options):
+    how = {"backend": "reference", **by_name(similarity)}
+    return evaluate(loss.function, embeddings, labels, **how, **options)
+
+
 def losses_in_float64(loss, embeddings, labels, epsilon, **options):
     """The reference's losses per row; test_reference.py shows them equal to brute force."""
-    function = getattr(reference, FUNCTIONS[loss])
     if options.get("ref_emb") is not None:
         options = {**options, "ref_emb": options["ref_emb"].double()}
-    return function(embeddings.double(), labels, epsilon=epsilon, reduction="none", **options)
+    return reference(loss, embeddings.double(), labels, epsilon=epsilon, reduction="none", **options)[0]
 
 
 def doubtful_rows(loss, embeddings, labels, epsilon, **options):
@@ -31,36 +34,37 @@ def doubtful_rows(loss, embeddings, labels, epsilon, **options):
         losses = losses_in_float64(loss, embeddings, labels, None, **options)
         return losses, losses, torch.zeros(len(labels), dtype=torch.bool)
     unit = 1e-13 if embeddings.dtype == torch.float64 else 1e-5
-    low, high = (
+    less, more = (
         losses_in_float64(loss, embeddings, labels, epsilon + margin, **options) for margin in (-unit, unit)
     )
+    low, high = torch.minimum(less, more), torch.maximum(less, more)
     return low, high, (high - low).abs() > 1e-12 * high.abs()
 
 
-def check(loss, embeddings, labels, *, epsilon=None, logit=600.0, brute=True, **options):
+def check(loss, embeddings, labels, *, epsilon=None, logit=600.0, brute=True, similarity=None, **options):
     """Fused against truth, with the reference in the same dtype (float32 for the short ones) as yardstick."""
-    names = FUNCTIONS[loss]
+    similarity = options["similarity"] = similarity or loss.similarity
     low, high, doubtful = doubtful_rows(loss, embeddings, labels, epsilon, **options)
     n = len(labels)
     assert doubtful.sum() <= max(2, n // 5), "too many doubtful rows to prove anything"
     upstream = torch.where(doubtful, 0.0, torch.randint(32, 97, (n,)) / 64)  # exact in every dtype
     kwargs = {"upstream": upstream, "epsilon": epsilon, "reduction": "none", **options}
 
-    fused = evaluate(getattr(functional, names), embeddings, labels, backend="fused", **kwargs)
+    fused = evaluate(loss.function, embeddings, labels, backend="fused", **{**kwargs, **by_name(similarity)})
     assert fused[0].dtype == fused[1].dtype == embeddings.dtype
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     wide_kwargs = (
         {**kwargs, "ref_emb": options["ref_emb"].to(wide)} if options.get("ref_emb") is not None else kwargs
     )
-    same = evaluate(getattr(reference, names), embeddings.to(wide), labels, **wide_kwargs)
+    same = reference(loss, embeddings.to(wide), labels, **wide_kwargs)
     if brute:
-        answer = brute_force(loss, embeddings, labels, **kwargs)
+        answer = brute_force(loss.name, embeddings, labels, **kwargs)
         truth = [
             torch.as_tensor(t) for t in (answer.losses, answer.grad_emb, answer.grad_ref) if t is not None
         ]
     else:
         exact = {k: v.double() if k in ("ref_emb", "upstream") else v for k, v in kwargs.items()}
-        truth = evaluate(getattr(reference, names), embeddings.double(), labels, **exact)
+        truth = reference(loss, embeddings.double(), labels, **exact)
 
     sure = ~doubtful
     assert_as_accurate("loss", fused[0][sure], same[0][sure], truth[0][sure], logit=logit)
@@ -73,22 +77,25 @@ def check(loss, embeddings, labels, *, epsilon=None, logit=600.0, brute=True, **
     return fused
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 @pytest.mark.parametrize(("n", "dim"), SIZES)
 def test_sizes(loss, epsilon, n, dim):
     for dtype in (torch.float32, torch.float64):
-        check(loss, *make_batch(n, dim, dtype=dtype), epsilon=epsilon, brute=n < 130)
+        # In one dimension unit rows are 1 or -1, and the gradient of their distances is that of rounding.
+        for similarity in ("cosine", "euclidean") if dim > 1 else ("cosine", "euclidean_raw"):
+            options = {"epsilon": epsilon, "similarity": similarity, "brute": n < 130}
+            check(loss, *make_batch(n, dim, dtype=dtype), **options)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 def test_large(loss, epsilon, instruction_set):
     for spread in (1.0, 0.3):
         check(loss, *make_batch(1000, 65, spread=spread), epsilon=epsilon, brute=False)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(loss, dtype, instruction_set):
     for n, dim in ((33, 31), (151, 65)):
@@ -96,7 +103,7 @@ def test_dtypes(loss, dtype, instruction_set):
             check(loss, *make_batch(n, dim, dtype=dtype), epsilon=epsilon, brute=n < 130)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("kind", LABELS)
 def test_label_patterns(loss, kind):
     for n in (20, 150, 300):
@@ -104,37 +111,37 @@ def test_label_patterns(loss, kind):
             check(loss, *make_batch(n, 9, kind), epsilon=epsilon, brute=n < 130)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 @pytest.mark.parametrize(("n", "m"), [(1, 200), (200, 1), (40, 129), (257, 130)])
 def test_rectangular(loss, epsilon, n, m):
     labels, ref_labels = make_labels(n), make_labels(m)
     points = make_points(torch.cat([labels, ref_labels]), 17)
-    for similarity in ("cosine", "dot"):
+    for similarity in SIMILARITIES:
         rectangle = {"ref_emb": 0.5 * points[n:], "ref_labels": ref_labels, "similarity": similarity}
         check(loss, 0.5 * points[:n], labels, epsilon=epsilon, brute=n * m < 10_000, **rectangle)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 def test_same_points_as_columns(loss):
     """As ref_emb the points are no longer the rows themselves: (i, i) is a pair, even for one tensor."""
     embeddings, labels = make_batch(50, 8)
     check(loss, embeddings, labels, ref_emb=embeddings, ref_labels=labels)
     shared = embeddings.clone().requires_grad_()
-    function = getattr(functional, FUNCTIONS[loss])
+    function = loss.function
     (gradient,) = torch.autograd.grad(function(shared, labels, ref_emb=shared, ref_labels=labels), shared)
     parts = evaluate(function, embeddings, labels, ref_emb=embeddings, ref_labels=labels)
     torch.testing.assert_close(gradient, parts[1] + parts[2])
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 def test_class_weights(loss):
     """Class-level circle loss: the columns are one weight vector for each class."""
     labels = torch.randint(0, 150, (90,))
     check(loss, torch.randn(90, 12), labels, ref_emb=torch.randn(150, 12), ref_labels=torch.arange(150))
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mining_is_strict(loss, dtype, instruction_set):
     """Integer dot products and thresholds are exact in every dtype: here no row is doubtful."""
@@ -142,39 +149,42 @@ def test_mining_is_strict(loss, dtype, instruction_set):
     ties = 0
     for epsilon in (0, 1, -2):
         options = {"epsilon": epsilon, "similarity": "dot", "reduction": "none"}
-        fused = evaluate(getattr(functional, FUNCTIONS[loss]), embeddings, labels, **options)
+        fused = evaluate(loss.function, embeddings, labels, **options)
         wide = torch.promote_types(dtype, torch.float32)
-        same = evaluate(getattr(reference, FUNCTIONS[loss]), embeddings.to(wide), labels, **options)
-        truth = brute_force(loss, embeddings, labels, **options)
+        same = reference(loss, embeddings.to(wide), labels, **options)
+        truth = brute_force(loss.name, embeddings, labels, **options)
         assert_as_accurate("loss", fused[0], same[0], truth.losses)
         assert_as_accurate("gradient", fused[1], same[1], truth.grad_emb)
-        looser = brute_force(loss, embeddings, labels, **{**options, "epsilon": epsilon + 1e-9})
+        looser = brute_force(loss.name, embeddings, labels, **{**options, "epsilon": epsilon + 1e-9})
         ties += (looser.kept & ~truth.kept).sum()
     assert ties > 100, "too few pairs on their threshold"
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
+@EVERY_LOSS
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(loss, reduction):
     labels = torch.cat([make_labels(130), torch.arange(1000, 1020)])  # twenty rows without a positive
     embeddings = make_points(labels, 6, spread=0.3)
     for epsilon in (None, -0.25):
-        _, _, doubtful = doubtful_rows(loss, embeddings, labels, epsilon)
+        options = {"similarity": loss.similarity, "epsilon": epsilon}
+        _, _, doubtful = doubtful_rows(loss, embeddings, labels, **options)
         assert not doubtful.any(), "choose another batch"
-        options = {"epsilon": epsilon, "reduction": reduction}
-        fused = evaluate(getattr(functional, FUNCTIONS[loss]), embeddings, labels, **options)
-        same = evaluate(getattr(reference, FUNCTIONS[loss]), embeddings, labels, **options)
-        truth = brute_force(loss, embeddings, labels, **options)
+        options["reduction"] = reduction
+        fused = evaluate(loss.function, embeddings, labels, **options)
+        same = reference(loss, embeddings, labels, **options)
+        truth = brute_force(loss.name, embeddings, labels, **options)
         assert_as_accurate("loss", fused[0], same[0], truth.losses if reduction == "none" else truth.loss)
         assert_as_accurate("gradient", fused[1], same[1], truth.grad_emb)
 
 
-def test_options_reach_the_kernel():
+@EVERY_LOSS
+def test_parameters_reach_the_kernel(loss):
     embeddings, labels = make_batch(60, 10)
-    for options in ({"alpha": 5.0}, {"beta": 20.0}, {"base": 0.1}, {"base": -0.3, "alpha": 1, "beta": 10}):
-        check("multi_similarity", embeddings, labels, **options)
-    for options in ({"m": 0.25, "gamma": 256.0}, {"m": 0.0}, {"gamma": 1}, {"detach_weights": False}):
-        check("circle", embeddings, labels, **options)
+    for name, value in loss.other.items():
+        for similarity in ("cosine", "euclidean"):
+            check(loss, embeddings, labels, similarity=similarity, **{name: value})
+    for parameters in loss.cases:
+        check(loss, embeddings, labels, **parameters)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
@@ -184,33 +194,37 @@ def test_huge_logits(scale, dtype, instruction_set):
     embeddings, labels = make_batch(140, 9, dtype=dtype)
     embeddings = scale * torch.nn.functional.normalize(embeddings)
     options = {"similarity": "dot", "brute": False, "logit": 256 * (1 + scale**2) ** 2}
-    check("multi_similarity", embeddings, labels, **options)
-    for detach_weights in (True, False):
-        check("circle", embeddings, labels, m=0.25, gamma=256.0, detach_weights=detach_weights, **options)
+    check(LOSSES["multi_similarity"], embeddings, labels, **options)
+    for detach in (True, False):
+        faces = {"m": 0.25, "gamma": 256.0, "detach_weights": detach}
+        check(LOSSES["circle"], embeddings, labels, **faces, **options)
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
-def test_duplicates_and_zero_rows(loss):
+@EVERY_LOSS
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_duplicates_and_zero_rows(loss, similarity):
     embeddings, labels = make_batch(140, 6)
     embeddings[10:30] = embeddings[40:60]  # in any class: similarity 1 to a positive or to a negative
     embeddings[100:104] = 0
     labels[100:102] = 0
-    check(loss, embeddings, labels, brute=False)
-    gradient = evaluate(getattr(functional, FUNCTIONS[loss]), embeddings, labels, epsilon=0.1)[1]
+    check(loss, embeddings, labels, similarity=similarity, brute=False)
+    options = {"epsilon": 0.1, **by_name(similarity)}
+    gradient = evaluate(loss.function, embeddings, labels, **options)[1]
     assert torch.isfinite(gradient).all()
-    assert (gradient[100:104] == 0).all()
-    zeros = evaluate(getattr(functional, FUNCTIONS[loss]), torch.zeros(9, 4), labels[:9], epsilon=0.1)
+    if similarity in ("cosine", "euclidean"):
+        assert (gradient[100:104] == 0).all()
+    zeros = evaluate(loss.function, torch.zeros(9, 4), labels[:9], **options)
     assert torch.isfinite(zeros[0])
     assert (zeros[1] == 0).all()
 
 
-@pytest.mark.parametrize("loss", FUNCTIONS)
+@EVERY_LOSS
 def test_length_of_rows_does_not_matter_to_cosine(loss):
     """Rows from 1e-10 to 1e30 long: the same loss, and a gradient that scales with 1 / length."""
     embeddings, labels = make_batch(60, 7)
-    expected = evaluate(getattr(functional, FUNCTIONS[loss]), embeddings, labels)
+    expected = evaluate(loss.function, embeddings, labels)
     scale = torch.logspace(-10, 30, 60)[:, None]
-    scaled = evaluate(getattr(functional, FUNCTIONS[loss]), embeddings * scale, labels)
+    scaled = evaluate(loss.function, embeddings * scale, labels)
     torch.testing.assert_close(scaled[0], expected[0], rtol=1e-5, atol=0)
     largest = expected[1].abs().max().item()
     torch.testing.assert_close(scaled[1] * scale, expected[1], rtol=1e-4, atol=1e-5 * largest)

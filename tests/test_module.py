@@ -258,7 +258,9 @@ def test_signatures():
             assert f"{name}: " in dml_cuda.PairOptions.__doc__
         assert f'``similarity="{module.similarity}"``' in text
         assert f'``reduction="{module.reduction}"``' in text
-    assert {f"{name}_loss" for name in LOSSES} | {"pair_weights", "PairWeights"} == set(functional.__all__)
+    assert {loss.function.__name__ for loss in LOSSES.values()} | {"pair_weights", "PairWeights"} == set(
+        functional.__all__
+    )
 
 
 def test_defaults():

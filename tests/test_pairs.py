@@ -10,9 +10,8 @@ import sys
 import pytest
 import torch
 from accuracy import FUNCTIONS, assert_as_accurate
-from brute_force import kept_masks, mining_margin, pair_masks, similarities
 from data import make_batch, make_labels, make_points
-from truth import ROWS
+from truth import brute_force, mining_margin
 
 import dml_cuda
 from dml_cuda import MinedPairs, MultiSimilarityMiner, functional
@@ -46,7 +45,7 @@ def value_and_gradients(function, points, *arguments, **options):
 # --- What the miner returns
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("m", [None, 150, 1])
 def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
     monkeypatch.setattr(dml_cuda.pairs, "_CPU_BLOCK", 1000)  # several blocks
@@ -58,10 +57,11 @@ def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
         embeddings, ref_emb = points[:70], None if m is None else points[70:]
         for epsilon in (0.1, 0.0, -0.2):
             batch = embeddings, labels, ref_emb, ref_labels
-            normalize = similarity == "cosine"
-            assert mining_margin(*batch, epsilon, normalize) > 1e-12  # no pair that rounding decides
-            s = similarities(embeddings, embeddings if m is None else ref_emb, normalize, None)
-            kept = kept_masks(s, *pair_masks(labels, ref_labels), epsilon)
+            assert mining_margin(*batch, epsilon, similarity=similarity) > 1e-12  # rounding decides no pair
+            rule = {"epsilon": epsilon, "similarity": similarity}
+            truth = brute_force("circle", embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, **rule)
+            same = labels[:, None] == (labels if m is None else ref_labels)
+            kept = [torch.from_numpy(truth.kept) & mask for mask in (same, ~same)]
             pairs = MultiSimilarityMiner(epsilon, similarity=similarity)(*batch)
             for lists, mask in zip((pairs[:2], pairs[2:]), kept, strict=True):
                 assert torch.equal(torch.stack(lists, 1), mask.nonzero())  # in the order of their rows
@@ -129,7 +129,11 @@ def test_counts_of_the_last_batch():
         assert miner.num_neg_pairs == len(pairs[3]) > 0
     for other in (copy.deepcopy(miner), pickle.loads(pickle.dumps(miner))):
         assert other.num_pos_pairs == 0  # a batch does not travel along
-        assert repr(other) == repr(miner) == "MultiSimilarityMiner(epsilon=0.1, similarity='cosine')"
+        assert (
+            repr(other)
+            == repr(miner)
+            == ("MultiSimilarityMiner(epsilon=0.1, similarity='cosine', normalize_embeddings=None)")
+        )
 
 
 def test_pair_counts_option(monkeypatch):
@@ -296,15 +300,11 @@ def test_listed_pairs_with_options(loss, similarity, reduction):
 
 @EVERY
 def test_listed_pairs_by_brute_force(loss):
-    """One pair at a time, from the papers' formulas."""
-    embeddings = torch.randn(12, 5, dtype=torch.float64)
-    a1, p, a2, n = indices = lists(12, 12, 30)
-    unit = torch.nn.functional.normalize(embeddings)
-    s = unit @ unit.T
+    """From the papers' formulas."""
+    embeddings, indices = torch.randn(12, 5, dtype=torch.float64), lists(12, 12, 30)
     found = function_of(loss)(embeddings, indices_tuple=indices, reduction="none")
-    for i in range(12):
-        kinds = [[s[i, j].item() for j in set(cols[rows == i].tolist())] for rows, cols in ((a1, p), (a2, n))]
-        assert found[i].item() == pytest.approx(ROWS[loss](*kinds)[0], rel=1e-12)
+    truth = brute_force(loss, embeddings, None, indices=indices)
+    assert found.tolist() == pytest.approx(truth.losses.tolist(), rel=1e-12)
 
 
 @EVERY
@@ -333,7 +333,8 @@ def test_forms_of_lists(loss):
 @EVERY
 def test_all_pairs_listed_give_the_loss_of_labels(loss):
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
-    masks = pair_masks(labels, None)
+    same = labels[:, None] == labels
+    masks = same & ~torch.eye(60, dtype=torch.bool), ~same
     indices = [index for mask in masks for index in mask.nonzero(as_tuple=True)]
     function = function_of(loss)
     listed = value_and_gradients(function, (embeddings, None), indices_tuple=indices)
@@ -484,7 +485,7 @@ def test_checks_do_not_wait_for_the_device(loss):
 
 @EVERY
 def test_labels_are_needed_without_pairs(loss):
-    with pytest.raises(TypeError, match=r"^labels: expected an integer tensor"):
+    with pytest.raises(ValueError, match=r"^labels: expected labels, or pairs as indices_tuple"):
         function_of(loss)(torch.randn(6, 4))
 
 

@@ -4,6 +4,7 @@ Nothing here imports dml_cuda or uses autograd, and no trick is shared with the 
 similarities go in, its loss and its derivatives come out.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +121,35 @@ def sup_con(pos, neg, temperature=0.1):
     return Row([Part(loss)], by_pos / temperature, by_neg / temperature)
 
 
+def lifted_structure(pos, neg, neg_margin=1.0, pos_margin=0.0):
+    pull, pos_shares = log_sum_exp(pos_margin - pos) if len(pos) else (0.0, pos)
+    push, neg_shares = log_sum_exp(neg - neg_margin) if len(neg) else (0.0, neg)
+    is_open = float(pull + push > 0)
+    return Row([Part(max(pull + push, 0.0))], -is_open * pos_shares, is_open * neg_shares)
+
+
+def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
+    """psi(theta) = cos(theta + angle) - margin of the own class, monotone beyond pi - angle."""
+    if len(pos) == 0 or len(neg) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    angle, theta = np.arctan2(sine, cosine), np.arccos(np.clip(pos, -1.0, 1.0))
+    falls = theta <= np.pi - angle
+    psi = np.where(falls, np.cos(theta + angle), pos - angle * np.sin(angle)) - margin
+    across = np.divide(pos, np.sin(theta), out=0 * pos, where=np.sin(theta) > 0)
+    slope = np.where(falls, cosine + sine * across, 1.0)
+    pull, pos_shares = log_sum_exp(-scale * psi)
+    push, neg_shares = log_sum_exp(scale * neg)
+    wrong = sigmoid(pull + push)
+    return Row([Part(softplus(pull + push))], -scale * wrong * pos_shares * slope, scale * wrong * neg_shares)
+
+
+def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
+    pull, pos_shares = _log_one_plus(-alpha * (pos - margin))
+    push, neg_shares = _log_one_plus(alpha * (neg + margin))
+    parts = [Part(pull, int(len(pos) > 0), int(pull != 0)), Part(push, 1, int(push != 0))]
+    return Row(parts, -alpha * pos_shares, alpha * neg_shares)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -127,10 +157,11 @@ ROWS = {
     "binomial_deviance": binomial_deviance,
     "nt_xent": nt_xent,
     "sup_con": sup_con,
+    "lifted_structure": lifted_structure,
+    "margin_softmax": margin_softmax,
+    "proxy_anchor": proxy_anchor,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
-DEFAULT_MARGINS = {"multi_similarity": {"base": 0.5}, "binomial_deviance": {"base": 0.5}}
-DEFAULT_MARGINS["contrastive"] = {"pos_margin": 0.0, "neg_margin": 1.0}
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
 
 
@@ -232,8 +263,9 @@ def brute_force(
     (x, q_length), (y, r_length) = (_unit(p) if normalize else (p, None) for p in (q, r))
     distance = similarity.startswith("euclidean")
     if distance and not levels:
-        margins = {**DEFAULT_MARGINS.get(loss, {}), **options}
-        options.update({name: -value for name, value in margins.items() if name in MARGINS})
+        defaults = {name: p.default for name, p in inspect.signature(ROWS[loss]).parameters.items()}
+        margins = {name: value for name, value in (defaults | options).items() if name in MARGINS}
+        options |= {name: -value for name, value in margins.items()}
     s = _similarities(x, y, q, r, similarity, rounded)
     own = np.arange(n) if square else np.full(n, -1) if self_ref is None else self_ref.cpu().numpy()
 

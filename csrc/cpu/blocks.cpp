@@ -62,14 +62,15 @@ struct Block {
     const References refs;
     const Layout layout;
     const Tensor memory;
-    const Batch<T> batch;
+    Batch<T> batch;
 
-    explicit Block(const Call& call)
+    // once: as Batch has it.
+    Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
           layout(call.embeddings.size(0), tiles(call), sizeof(T), false),
           memory(prepare(call)),
-          batch(call, refs, problem, layout, memory.data_ptr<uint8_t>()) {}
+          batch(call, refs, problem, layout, memory.data_ptr<uint8_t>(), once) {}
 
     bool finite() const { return batch.rows.finite && batch.cols.finite; }
     Tensor kept() const { return memory.narrow(0, layout.kept, batch.tiles.count()); }
@@ -181,8 +182,8 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.clone(at::MemoryFormat::Contiguous));
-        const Block<T> here(of.call);
-        const Batch<T>& batch = here.batch;
+        Block<T> here(of.call, false);  // all points are looked at, so whether they are finite is known
+        Batch<T>& batch = here.batch;
         const int32_t* order = batch.plan.row_order;
         if (!here.finite()) {
             std::fill_n(state.finite(), state.n, std::numeric_limits<T>::quiet_NaN());
@@ -257,8 +258,8 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
     check_state(weights, kStatNumbers, n, type, "weights");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
-        const Block<T> here(of.call);
-        const Batch<T>& batch = here.batch;
+        Block<T> here(of.call, true);
+        Batch<T>& batch = here.batch;
         TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.numel() == batch.tiles.count(),
                           "kept: expected the ", batch.tiles.count(), " bytes of pair_block, got ",
                           kept.scalar_type(), " ", kept.sizes());
@@ -275,18 +276,16 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
             }
         }
         const T* s = sorted.data();
-        BackwardPass<T> pass(batch, {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n}, need_emb,
-                             need_block);
-        pass.run();
-        const auto finish = [&](bool wanted, const Gradient<T>& gradient, const PackedPoints<T>& points,
-                                const int32_t* order, const Tensor& of) {
-            const Tensor like = at::empty({wanted ? of.size(0) : 0, of.size(1)}, of.options().dtype(type));
-            return wanted ? unpack_gradient<T>(gradient.sum, points, order, like,
-                                               here.problem.similarity.normalize)
-                          : like;
+        const auto like = [&](bool wanted, const Tensor& of) {
+            return wanted ? at::zeros(of.sizes(), of.options().dtype(type)) : Tensor();
         };
-        return {finish(need_emb, pass.grad_rows, batch.rows, batch.plan.row_order, embeddings),
-                finish(need_block, pass.grad_cols, batch.cols, batch.plan.col_order, block)};
+        const Tensor grad_emb = like(need_emb, embeddings), grad_block = like(need_block, block);
+        if (batch.tiles.count() > 0 && (need_emb || need_block)) {
+            const RowWeights<T> rows = {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n};
+            BackwardPass<T>(batch, rows, grad_emb, grad_block).run();
+        }
+        const Tensor none = at::empty({0}, embeddings.options().dtype(type));
+        return {need_emb ? grad_emb : none, need_block ? grad_block : none};
     });
 }
 

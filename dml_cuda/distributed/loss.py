@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .._arguments import check_choice
 from ..batch import Batch, make_batch
-from ..losses import CircleClassifierLoss
+from ..losses import ProxyAnchorLoss
 from ..losses.base import Call, PairLoss, compute, in_wanted_dtype
+from ..losses.classifier import ClassifierLoss
 from ..miners import MultiSimilarityMiner
 from ..pairs import MinedPairs
 from . import ring
@@ -36,7 +37,8 @@ class _Share(NamedTuple):
 
     call: Call
     batch: Batch
-    whole: bool  # whether its columns are all columns, the same on every process
+    whole: bool = False  # whether its columns are all columns, the same on every process
+    proxies: bool = False  # whether the points of all processes are the columns of the proxies, not the rows
 
 
 class DistributedLoss(nn.Module):
@@ -55,7 +57,7 @@ class DistributedLoss(nn.Module):
         L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
 
     Args:
-        loss: a pair loss of dml_cuda, or :class:`dml_cuda.CircleClassifierLoss`. Its weights belong in
+        loss: a pair loss of dml_cuda, or a class-level loss but SoftTripleLoss. Their weights belong in
             DistributedDataParallel, which makes their gradient that of one process too:
             ``DistributedDataParallel(DistributedLoss(head))``.
         group: the processes; ``None`` for all. Without torch.distributed there is one.
@@ -85,17 +87,19 @@ class DistributedLoss(nn.Module):
         miner: MultiSimilarityMiner | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(loss, PairLoss | CircleClassifierLoss):
+        if not (isinstance(loss, PairLoss) or _is_class_level(loss)):
             raise TypeError(
-                "loss: expected a pair loss of dml_cuda or its CircleClassifierLoss, got "
-                f"{type(loss).__name__}"
+                "loss: expected a pair loss of dml_cuda, or a class-level loss of it that is a sum over rows "
+                f"or proxies, got {type(loss).__name__}"
             )
         if miner is not None and not isinstance(miner, MultiSimilarityMiner):
             raise TypeError(
                 f"miner: expected dml_cuda.MultiSimilarityMiner or None, got {type(miner).__name__}"
             )
-        if miner is not None and isinstance(loss, CircleClassifierLoss):
-            raise ValueError("miner: expected None with CircleClassifierLoss, whose columns are the classes")
+        if miner is not None and isinstance(loss, ClassifierLoss):
+            raise ValueError("miner: expected None with a class-level loss")
+        if isinstance(loss, ProxyAnchorLoss) and loss.reduction == "none":
+            raise ValueError('loss: expected a reduction of ProxyAnchorLoss other than "none"')
         check_choice("mode", mode, MODES)
         self.loss = loss
         self.group = group
@@ -123,11 +127,11 @@ class DistributedLoss(nn.Module):
                 with; ``None`` pairs the rows among themselves.
             ref_labels: ``[M_p]`` integers, given exactly when ``ref_emb`` is.
         """
-        if isinstance(self.loss, CircleClassifierLoss):
+        if isinstance(self.loss, ClassifierLoss):
             refused = indices_tuple, ref_emb, ref_labels
             return self._compute(lambda: self._rows_and_classes(embeddings, labels, refused))
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        return self._compute(lambda: _Share(*self._pairs(*batch), whole=False))
+        return self._compute(lambda: _Share(*self._pairs(*batch)))
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward
@@ -181,20 +185,36 @@ class DistributedLoss(nn.Module):
     def _rows_and_classes(self, embeddings: Tensor, labels: Tensor, refused: tuple) -> _Share:
         for name, value in zip(("indices_tuple", "ref_emb", "ref_labels"), refused, strict=True):
             if value is not None:
-                raise ValueError(f"{name}: expected None with CircleClassifierLoss on several processes")
+                raise ValueError(f"{name}: expected None with a class-level loss on several processes")
         head = self.loss
-        head._check(embeddings)
-        call, columns = head.loss.call, head.W.T
-        classes = torch.arange(columns.shape[0], device=columns.device)
-        rule = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
-        return _Share(call, make_batch(embeddings, labels, None, columns, classes, **rule), whole=True)
+        labels = head.check(embeddings, labels)
+        rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
+        if isinstance(head, ProxyAnchorLoss):
+            there = labels >= 0  # the others are left out, as negatives too
+            return _Share(
+                head.call, make_batch(embeddings[there], labels[there], *(None,) * 3, **rule), proxies=True
+            )
+        batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
+        return _Share(head.call, batch, whole=True)
+
+    def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
+        """This process's share of the proxies as rows, and the points of all processes as columns."""
+        batch = batch._replace(
+            ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+            ref_labels=processes.gather_rows(batch.labels, rows),
+        )
+        proxies, classes = (
+            x.tensor_split(processes.size)[processes.rank] for x in (self.loss.rows(), self.loss.classes())
+        )
+        wide = torch.promote_types(proxies.dtype, batch.ref_emb.dtype)  # they differ under autocast
+        return batch._replace(embeddings=proxies.to(wide), ref_emb=batch.ref_emb.to(wide), labels=classes)
 
     def _compute(self, prepare: Callable[[], _Share]) -> Tensor:
         processes = Processes(self.group)
 
         def share_and_words():
             share = prepare()
-            if self.mode == "ring" and not share.whole:
+            if self.mode == "ring" and not (share.whole or share.proxies):
                 ring.check(share.call, share.batch)
             return share, _words(share)
 
@@ -211,6 +231,8 @@ class DistributedLoss(nn.Module):
         call = call._replace(divide=each)
         if share.whole:
             value = compute(call, batch)
+        elif share.proxies:
+            value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
         elif self.mode == "ring":
             value = ring.compute(call, batch, processes, words["rows"], words["refs"])
         else:
@@ -237,6 +259,13 @@ class DistributedLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"
+
+
+def _is_class_level(loss: object) -> bool:
+    """Whether a loss is one of rows and the weights of classes, or of proxies and rows, and no more."""
+    if not isinstance(loss, ClassifierLoss) or type(loss).forward is not ClassifierLoss.forward:
+        return False
+    return isinstance(loss, ProxyAnchorLoss) or type(loss).losses is ClassifierLoss.losses
 
 
 def _points(embeddings: Tensor) -> dict[str, int]:

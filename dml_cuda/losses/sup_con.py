@@ -47,7 +47,8 @@ def sup_con_loss(
         L_i = -\frac{1}{|P_i|} \sum_{j \in P_i}
               \log \frac{e^{s_{ij} / \tau}}{\sum_{k \in P_i \cup N_i} e^{s_{ik} / \tau}}
 
-    with :math:`\tau` = ``temperature``. Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020.
+    with :math:`\tau` = ``temperature``. Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020. (A
+    batch in which no row has a negative has this loss too; pytorch-metric-learning gives 0 there.)
 
     Args:
         temperature: what similarities are divided by, above 0.
