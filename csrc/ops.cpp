@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "cpu/blocks.h"
 #include "cpu/tasks.h"
 #include "cpu/tile_kernels.h"
 #include "laws.h"
@@ -38,6 +39,25 @@ TORCH_LIBRARY(dml_cuda, m) {
         "str similarity, str reduction, bool divide, bool need_emb, bool need_ref) "
         "-> (Tensor grad_emb, Tensor grad_ref)");
 
+    // The same a block of columns at a time, for who never holds all of them (cpu/blocks.cpp): rows [N]
+    // against blocks [B, D], of which self_ref [N] names each row's own column, or -1. Mining does not see
+    // that pair.
+    m.def(
+        "pair_block_turn(Tensor? state, Tensor pairs, str law, float[] params, float? epsilon, str stage, "
+        "bool wide) -> Tensor state");
+    m.def(
+        "pair_block(Tensor state, Tensor embeddings, Tensor labels, Tensor block, Tensor block_labels, "
+        "Tensor? self_ref, str law, float[] params, float? epsilon, str similarity, str reduction, str "
+        "stage) "
+        "-> (Tensor state, Tensor kept)");
+    m.def(
+        "pair_block_rows(Tensor state, Tensor pairs, str law, float[] params, bool mining, str reduction) "
+        "-> (Tensor losses, Tensor weights)");
+    m.def(
+        "pair_block_backward(Tensor grad_parts, Tensor weights, Tensor kept, Tensor embeddings, "
+        "Tensor labels, Tensor block, Tensor block_labels, Tensor? self_ref, str law, float[] params, "
+        "str similarity, bool need_emb, bool need_block) -> (Tensor grad_emb, Tensor grad_block)");
+
     // Pairs given as lists. rows ascends, and the pairs of row i are [row_offsets[i], row_offsets[i + 1]).
     // products: <x[rows[k]], y[cols[k]]> [P]. sums: the weighted points of each row [R, D].
     m.def("pair_products(Tensor x, Tensor y, Tensor rows, Tensor cols, Tensor row_offsets) -> Tensor");
@@ -67,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
     for (const dml::LawInfo& law : dml::kLaws)
         laws[pybind11::str(law.name.data(), law.name.size())] = law.params;
     m.attr("laws") = laws;  // name: number of parameters
+    m.def("stages", &dml::cpu::stages, "The passes over all columns that a law's forward makes, in order.",
+          pybind11::arg("law"), pybind11::arg("mining"));
     m.def("cpu_instruction_sets", &dml::cpu::available_instruction_sets,
           "Instruction sets of this machine that there are kernels for, slowest first.");
     m.def("cpu_instruction_set", &dml::cpu::instruction_set, "The instruction set in use.");

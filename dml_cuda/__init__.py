@@ -10,7 +10,7 @@ except ImportError as error:
         f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-from . import functional, reference
+from . import distributed, functional, reference
 from .losses import (
     ArcFaceLoss,
     BinomialDevianceLoss,
@@ -55,6 +55,7 @@ __all__ = [
     "SoftTripleLoss",
     "SupConLoss",
     "build_info",
+    "distributed",
     "functional",
     "reference",
 ]

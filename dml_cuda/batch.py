@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     self_ref: Tensor | None = None  # as reference.pair_loss has them
     ref_count: Tensor | None = None
     indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    mine_self: bool = True
 
 
 def _same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:

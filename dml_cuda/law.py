@@ -99,6 +99,18 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
 
 
+def _totals(
+    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str
+) -> tuple[list[Tensor], list[Tensor | int]]:
+    """The sum of each part, and of its units."""
+    if not isinstance(losses, Tensor):
+        units = [(part.nonzero if reduction == "mean_nonzero" else part.units).sum() for part in losses]
+        return [part.losses.sum() for part in losses], units
+    if reduction == "mean_nonzero":
+        return [losses.sum()], [(losses != 0).sum()]
+    return [losses.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
+
+
 def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
     """One number, or one for each row, from what :meth:`Law.row` gives; ``valid`` ``[N]`` marks the rows with
     a kept pair."""
@@ -106,12 +118,16 @@ def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> 
         return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
     if reduction == "sum":
         return reduce(losses, valid, "none").sum()
-    if not isinstance(losses, Tensor):
-        units = ((part.nonzero if reduction == "mean_nonzero" else part.units) for part in losses)
-        return sum(
-            part.losses.sum() / unit.sum().clamp(min=1) for part, unit in zip(losses, units, strict=True)
-        )
-    if reduction == "mean":
-        return losses.sum() / max(len(losses), 1)
-    rows = losses != 0 if reduction == "mean_nonzero" else valid
-    return losses.sum() / rows.sum().clamp(min=1)
+    parts, units = _totals(losses, valid, reduction)
+    return sum(
+        part / (unit.clamp(min=1) if isinstance(unit, Tensor) else max(unit, 1))
+        for part, unit in zip(parts, units, strict=True)
+    )
+
+
+def undivided(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+    """``[4]``: parts 0 and 1 and their units, as the op gives them without ``divide``."""
+    parts, units = _totals(losses, valid, reduction)
+    units = [unit if isinstance(unit, Tensor) else parts[0].new_full((), unit) for unit in units]
+    none = [parts[0].new_zeros(())] * (2 - len(parts))
+    return torch.stack([*parts, *none, *(unit.to(parts[0]) for unit in units), *none])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import check_batch, check_count
+from .distributed import DistributedLoss
 from .losses.base import PairLoss
 from .miners import MultiSimilarityMiner
 from .pairs import MinedPairs, listed_pairs, mined_pairs
@@ -15,6 +16,8 @@ from .pairs import MinedPairs, listed_pairs, mined_pairs
 def _takes_rules(loss: object) -> bool:
     """Whether a loss applies the rule of mined pairs, and so leaves out the places that are still empty."""
     loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
+    if isinstance(loss, DistributedLoss):
+        return True
     if isinstance(loss, PairLoss):
         return type(loss).forward is PairLoss.forward
     is_fused = getattr(loss, "is_fused", None)  # the adapters of dml_cuda.pml
@@ -38,7 +41,9 @@ class CrossBatchMemory(nn.Module):
 
     Args:
         loss: a module called as ``loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)``: one of
-            dml_cuda, or any pair loss of pytorch-metric-learning.
+            dml_cuda, or any pair loss of pytorch-metric-learning. With
+            :class:`dml_cuda.distributed.DistributedLoss` the batches of all processes enter every process's
+            queue, in the same order everywhere: the memory is that of one process with the whole batch.
         embedding_size: D.
         memory_size: how many embeddings the queue holds; at least a batch.
         miner: called as ``miner(embeddings, labels, ref_emb, ref_labels)``, or ``None`` for every pair (or
@@ -156,19 +161,19 @@ class CrossBatchMemory(nn.Module):
             enqueue_mask: ``[N]`` bool. The rows marked enter the queue, and only the others have a loss
                 (queries and keys of two encoders, say). Not together with ``indices_tuple``.
         """
-        self._check_epsilon()
-        labels, _ = check_batch(embeddings, labels, None, None)
-        dim = self.embedding_size
-        if embeddings.shape[1] != dim:
-            raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
+
+        def check() -> tuple[Tensor, ...]:
+            return self._check(embeddings, labels, indices_tuple, enqueue_mask)
+
+        whole, own = self.loss.gather(check) if self._is_distributed else (check(), slice(None))
         self._move_to(embeddings)
+        labels = whole[1][own]
         if enqueue_mask is None:
-            places = self._enqueue(embeddings, labels)
+            places = self._enqueue(*whole)[own]
         else:
-            self._check_mask(enqueue_mask, embeddings, indices_tuple)
-            mask = enqueue_mask.to(embeddings.device)
-            self._enqueue(embeddings[mask], labels[mask])
-            embeddings, labels, places = embeddings[~mask], labels[~mask], None
+            self._enqueue(*(x[whole[2]] for x in whole[:2]))
+            others = ~whole[2][own]
+            embeddings, labels, places = embeddings[others], labels[others], None
         # Who does not know of the count gets the filled part; to know it a GPU must be waited for.
         filled = self.memory_size if _takes_rules(self.loss) else int(self.count)
         # A copy: the queue moves on, while the gradient of this loss may still be wanted.
@@ -180,7 +185,28 @@ class CrossBatchMemory(nn.Module):
             if len(pairs) == 3:
                 more = _to_triplets(more) if len(given) == 4 else (*more[:2], more[3])
             pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
-        return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
+        loss = self.loss.against if self._is_distributed else self.loss
+        return loss(embeddings, labels, pairs, ref_emb, ref_labels)
+
+    @property
+    def _is_distributed(self) -> bool:
+        return isinstance(self.loss, DistributedLoss)
+
+    def _check(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: object, enqueue_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The embeddings, the labels and the mask, if there is one, beside them."""
+        self._check_epsilon()
+        labels, _ = check_batch(embeddings, labels, None, None)
+        dim = self.embedding_size
+        if embeddings.shape[1] != dim:
+            raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
+        if indices_tuple is not None and self._is_distributed:
+            raise ValueError("indices_tuple: expected None with a loss of several processes")
+        if enqueue_mask is None:
+            return embeddings, labels
+        self._check_mask(enqueue_mask, embeddings, indices_tuple)
+        return embeddings, labels, enqueue_mask.to(embeddings.device)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
 
@@ -193,7 +219,8 @@ class CrossBatchMemory(nn.Module):
         ) -> Tensor: ...
 
     def _check_epsilon(self) -> None:
-        epsilon = self.loss.epsilon if isinstance(self.loss, PairLoss) else None
+        loss = self.loss.loss if self._is_distributed else self.loss
+        epsilon = loss.epsilon if isinstance(loss, PairLoss) else None
         if None in (epsilon, self.miner) or getattr(self.miner, "epsilon", None) == epsilon:
             return
         kind = type(self.miner).__name__

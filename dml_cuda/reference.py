@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .law import Law, Pairs, reduce
+from .law import Law, Pairs, reduce, undivided
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed from the differences
@@ -176,13 +176,15 @@ def pair_loss(
     indices: Sequence[Tensor] | None = None,
     similarity: str = "cosine",
     reduction: str = "mean",
+    divide: bool = True,
 ) -> Tensor:
     """The loss that a law makes of a batch.
 
     ``params`` are what ``law.params`` gives. ``self_ref`` ``[N]`` names for each row the row of ``ref_emb``
     that is the same point (or -1): the loss does not see that pair, mining does if ``mine_self``. Only the
     first ``ref_count`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
-    anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it.
+    anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it. Without ``divide`` the
+    result is ``[4]``: parts 0 and 1 and their units.
     """
     columns = embeddings if ref_emb is None else ref_emb
     s = _similarities(embeddings, columns, similarity)
@@ -201,4 +203,5 @@ def pair_loss(
         if self_ref is not None:
             positive = without_self(positive, self_ref)
     pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
-    return reduce(law.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction)
+    losses, valid = law.row(pos, neg, *params), (pos.count + neg.count) > 0
+    return reduce(losses, valid, reduction) if divide else undivided(losses, valid, reduction)

@@ -7,6 +7,7 @@ from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
 
 import dml_cuda
+from dml_cuda.distributed import DistributedLoss
 
 LOSSES = {
     "ms": "multi-similarity, dml_cuda",
@@ -36,7 +37,12 @@ class _Mined(nn.Module):
 
 
 def make_loss(
-    name: str, epsilon: float | None, gamma: float, embedding_size: int, memory: int = 0
+    name: str,
+    epsilon: float | None,
+    gamma: float,
+    embedding_size: int,
+    memory: int = 0,
+    distributed: bool = False,
 ) -> nn.Module:
     """A module to call with embeddings and labels.
 
@@ -48,10 +54,13 @@ def make_loss(
         gamma: the scale of circle loss; the other has none.
         embedding_size: the columns of the embeddings.
         memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
+        distributed: whether the batch is spread over processes; not with pytorch-metric-learning's losses.
     """
     is_pml = name.startswith("pml-")
     losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
     loss = losses.CircleLoss(gamma=gamma) if name.endswith("circle") else losses.MultiSimilarityLoss()
+    if distributed:
+        loss = DistributedLoss(loss)
     miner = None if epsilon is None else miners.MultiSimilarityMiner(epsilon=epsilon)
     if memory:
         return losses.CrossBatchMemory(loss, embedding_size, memory, miner=miner)

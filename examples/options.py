@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     training(
         "--amp", nargs="?", const="bf16", choices=("bf16", "fp16"), help="the network in bfloat16 or float16"
     )
+    training("--float64", action="store_true", help="everything in float64, where rounding is no matter")
     training("--compile", action="store_true", help="torch.compile of the network")
     training(
         "--device",
@@ -81,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="(default: a GPU where there is one)",
     )
+    training("--distributed", action="store_true",
+             help="a share of every batch to each of torchrun's processes: the training of one")  # fmt: skip
     training("--seed", type=int, default=0, help="(default: %(default)s)")
 
     output = parser.add_argument_group("output").add_argument
@@ -100,10 +103,16 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if chosen.distributed and chosen.joint == "softtriple":
+        parser.error("--distributed: --joint softtriple is for one process")
+    if chosen.float64 and chosen.amp:
+        parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
     if chosen.memory and chosen.memory < chosen.batch_size:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
+    if chosen.distributed and chosen.loss.startswith("pml-"):
+        parser.error(f"--distributed is for dml_cuda's losses, not {chosen.loss}")
     if chosen.miner is None:
         chosen.miner = chosen.loss in ("ms", "pml-ms")
     if chosen.lr is None:

@@ -16,10 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.machine import describe
 from dml_cuda import SoftTripleLoss
+from dml_cuda.distributed import DistributedLoss
 
 from .criteria import JOINT, LOSSES, make_loss
 from .data import DataError
@@ -28,6 +30,7 @@ from .networks import NetworkError, make_network
 from .options import JOINT_WEIGHT, parse
 from .plots import draw_curves, draw_neighbours, draw_similarities
 from .retrieval import embed, scores
+from .several import is_first, normalise_whole_batches, own_rows, start
 from .splits import Split, check_batch, images_in_order, open_split, training_batches
 
 console = Console(highlight=False, soft_wrap=True)
@@ -60,17 +63,25 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.gamma,
         arguments.embedding_size,
         arguments.memory,
+        arguments.distributed,
     ).to(device)
     classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
     head = None
     if arguments.joint:
-        head = JOINT[arguments.joint](len(classes), arguments.embedding_size).to(device)
+        head = JOINT[arguments.joint](len(classes), arguments.embedding_size)
+        head.to(device, torch.float64 if arguments.float64 else torch.float32)
     parameters = [*network.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
     amp_dtype = torch.float16 if arguments.amp == "fp16" else torch.bfloat16
-    forward = torch.compile(network) if arguments.compile else network
+    forward = network
+    if arguments.distributed:
+        forward = DistributedDataParallel(network)
+        if head:
+            head = DistributedDataParallel(DistributedLoss(head))
+    if arguments.compile:
+        forward = torch.compile(forward)
     timer, memory = StepTimer(device), PeakMemory(device)
 
     batches = training_batches(
@@ -78,13 +89,15 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     )
     network.train()
     memory.start()
-    progress = tqdm(batches, desc="training", unit="step", total=arguments.steps)
+    quiet = not is_first()
+    progress = tqdm(batches, desc="training", unit="step", total=arguments.steps, disable=quiet)
     for step, (images, labels) in enumerate(progress, start=1):
-        images, labels = images.to(device), labels.to(device)
+        images, labels = (x.to(device) for x in own_rows(images, labels))
         timer.start()
         with torch.autocast(device.type, amp_dtype, enabled=arguments.amp is not None):
             embeddings = forward(images)
-        embeddings = embeddings.float()  # losses are sums of exponentials: in float32
+        if not arguments.float64:
+            embeddings = embeddings.float()  # losses are sums of exponentials: in float32
         timer.embedded(embeddings)
         loss = loss_fn(embeddings, labels)
         if head:
@@ -105,13 +118,14 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         if step % arguments.eval_every == 0 or step == arguments.steps:
             memory.stop()
             log["peak_memory_bytes"], log["peak_memory_of"] = memory.bytes, memory.of
-            found = embed_test(network, split, arguments)
-            log["evaluations"].append({"step": step} | judge(found, split))
+            if is_first():  # the others wait for it at the next step
+                found = embed_test(network, split, arguments)
+                log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
     if isinstance(head, SoftTripleLoss):
         log["centers_left"] = head.merged_centers(0.3).float().mean().item()
-    return found
+    return found if is_first() else ()
 
 
 def _print_scores(evaluations: list[dict[str, float]]) -> None:
@@ -127,6 +141,7 @@ def _title(arguments: argparse.Namespace) -> str:
     extras = {
         f"mined with epsilon {arguments.epsilon}": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
+        "several processes": arguments.distributed,
         f"joint with {arguments.joint}": arguments.joint,
     }
     return ", ".join([LOSSES[arguments.loss], *(text for text, there in extras.items() if there)])
@@ -139,11 +154,18 @@ def _write(log: dict, path: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """The whole training; returns the log, which is also written to ``--out``."""
+    if arguments.distributed:
+        arguments.device = str(start(arguments.device))
+    console.quiet = not is_first()
     torch.manual_seed(arguments.seed)
     np.random.seed(arguments.seed)  # pytorch-metric-learning's sampler draws from it
     split = open_split(arguments.data, arguments.image_size)
     check_batch(split.train.labels, arguments.batch_size, arguments.per_class)
     network = make_network(arguments.network, split.channels, arguments.embedding_size).to(arguments.device)
+    if arguments.distributed:
+        normalise_whole_batches(network)
+    if arguments.float64:
+        network.double().register_forward_pre_hook(lambda _, images: images[0].double())
     log = {
         "title": _title(arguments),
         "arguments": vars(arguments) | {"out": str(arguments.out)},
@@ -167,14 +189,17 @@ def run(arguments: argparse.Namespace) -> dict:
 
     log_path = arguments.out / "log.json"
     try:
-        before = embed_test(network, split, arguments)
+        before = embed_test(network, split, arguments)  # by all: they leave it alike
         log["evaluations"].append({"step": 0} | judge(before, split))
         after = train(network, split, arguments, log)
     except (KeyboardInterrupt, TrainingError) as error:
         log["interrupted"] = True
-        _write(log, log_path)
+        if is_first():
+            _write(log, log_path)
         console.print(f"\nstopped after {len(log['loss'])} steps; the log so far is {log_path}")
         raise error
+    if not is_first():
+        return log
     _write(log, log_path)
     weights = arguments.out / "network.pt"
     torch.save(network.state_dict(), weights)

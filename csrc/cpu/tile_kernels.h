@@ -1,6 +1,6 @@
 // The loops over the pairs of one similarity tile, behind a table of function pointers: one table for each
 // scalar type, law and instruction set. They see raw pointers only; which tile to visit when, and the matrix
-// products, belong to the engine (pair_loss.cpp).
+// products, belong to the engine (pair_loss.h).
 //
 // Rows and columns are sorted by label, so the positives of a row are one run of columns.
 #pragma once

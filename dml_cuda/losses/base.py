@@ -23,6 +23,7 @@ class Call(NamedTuple):
     options: Options
     similarity: str  # as the ops name it
     scheduled: bool = False  # whether parameters may change from call to call
+    divide: bool = True  # False: the result is [part 0, part 1, units 0, units 1], for the caller to divide
 
 
 def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
@@ -58,14 +59,15 @@ def _long(labels: Tensor | None) -> Tensor | None:
 
 
 def _fused(call: Call, batch: Batch) -> Tensor:
-    embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, indices = batch
+    embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, indices, mine_self = batch
     reduction = call.options.reduction
     if indices is not None:
         pairs = embeddings, ref_emb, indices
         return listed.pair_loss(call.law, call.params, *pairs, call.similarity, reduction)
     needs_grad = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
     tensors = embeddings, _long(labels), ref_emb, _long(ref_labels), self_ref, ref_count
-    how = call.similarity, reduction, True, True, needs_grad and torch.is_grad_enabled()
+    save = needs_grad and torch.is_grad_enabled()
+    how = call.similarity, reduction, mine_self, call.divide, save
     # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
     if torch.compiler.is_compiling() and (call.scheduled or embeddings.device.type == "cpu"):
         return scheduled.pair_loss(*tensors, call.law.name, call.params, epsilon, *how)
@@ -78,17 +80,26 @@ def _reference(call: Call, batch: Batch) -> Tensor:
     for name in ("embeddings", "ref_emb"):
         points = rows[name]
         rows[name] = points if points is None or points.dtype == torch.float64 else points.float()
-    how = {"similarity": call.similarity, "reduction": call.options.reduction}
+    how = {"similarity": call.similarity, "reduction": call.options.reduction, "divide": call.divide}
     with _autocast.off(batch.embeddings.device):  # which would round the similarities
         return reference.pair_loss(call.law, call.params, **rows, **how)
 
 
+def compute(call: Call, batch: Batch) -> Tensor:
+    """What a law makes of a batch, float32 or float64."""
+    use_kernel = _use_kernel(batch.embeddings.device, call.options.backend)
+    return (_fused if use_kernel else _reference)(call, batch)
+
+
+def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
+    """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
+    wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
+    return value if value.dtype == wanted else value.to(wanted)
+
+
 def evaluate(call: Call, batch: Batch) -> Tensor:
     """The loss of a batch that has been checked."""
-    device, dtype = batch.embeddings.device, batch.embeddings.dtype
-    value = (_fused if _use_kernel(device, call.options.backend) else _reference)(call, batch)
-    wanted = torch.float32 if _autocast.is_on(device) else dtype
-    return value if value.dtype == wanted else value.to(wanted)
+    return in_wanted_dtype(compute(call, batch), batch.embeddings)
 
 
 def apply(

@@ -15,12 +15,13 @@
 // in order, by a dense product, or pair by pair where few are left.
 //
 // So every number is made in one fixed order, whatever the number of threads.
+#pragma once
+
 #include <ATen/CPUFunctions.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstring>
 #include <memory>
@@ -34,7 +35,6 @@
 #include "tiles.h"
 
 namespace dml::cpu {
-namespace {
 
 using at::Tensor;
 
@@ -119,7 +119,7 @@ Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t c
 }
 
 // The rows of a tensor that take part.
-OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
+inline OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
     if (!x || !count) return x;
     return x->narrow(0, 0, std::clamp<int64_t>(count->item<int64_t>(), 0, x->size(0)));
 }
@@ -314,6 +314,64 @@ struct Folds {
         std::fill_n(max_neg, n, -infinity<T>());
         std::fill_n(min_pos, n, infinity<T>());
     }
+
+    T neg_value(const TileKernels<T>& of, int64_t i) const { return value(of, of.neg, neg_a[i], neg_b[i]); }
+    T pos_value(const TileKernels<T>& of, int64_t i) const { return value(of, of.pos, pos_a[i], pos_b[i]); }
+
+   private:
+    static T value(const TileKernels<T>& of, Fold fold, T a, T b) {
+        return fold == Fold::kSum ? b : LogSumExp<T>{a, b}.value(of.plus_one);
+    }
+};
+
+// Whether a row with so many pairs can have a loss.
+template <typename T>
+bool can_have_loss(const TileKernels<T>& law, bool mining, int64_t positives, int64_t negatives) {
+    return mining ? positives > 0 && negatives > 0
+                  : (!law.needs_pos || positives > 0) && (!law.needs_neg || negatives > 0);
+}
+
+// Which pairs of row i are kept, now that the hardest negative is known. In exact arithmetic both kept sets
+// are empty together; rounding must not part them.
+template <typename T>
+Bounds<T> close_bounds(const TileKernels<T>& law, Folds<T>& folds, int64_t i, T neg_above, T epsilon) {
+    const T below = folds.max_neg[i] + epsilon;
+    if (folds.max_neg[i] != -infinity<T>() && folds.min_pos[i] < below) return {below, neg_above};
+    folds.neg_a[i] = law.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
+    folds.neg_b[i] = T(0);
+    folds.max_neg[i] = -infinity<T>();
+    return Bounds<T>::none();
+}
+
+// What a row's folds make of it.
+template <typename T>
+struct FinishedRow {
+    RowLoss<T> loss;
+    T neg_value, pos_value, units[2];
+    bool poisoned;
+
+    // positives, negatives: how many pairs the row has, kept or not.
+    FinishedRow(const TileKernels<T>& law, const double* params, bool mining, Reduction reduction,
+                const Folds<T>& folds, int64_t i, int64_t positives, int64_t negatives, bool finite) {
+        Gathered<T> row;
+        row.neg = neg_value = folds.neg_value(law, i);
+        row.pos = pos_value = folds.pos_value(law, i);
+        if (law.neg == Fold::kSum) row.neg_count = folds.neg_a[i];
+        if (law.pos == Fold::kSum) row.pos_count = folds.pos_a[i];
+        row.pos_context = folds.pos_context[i];
+        loss = law.row(params, row);
+        const bool some = positives > 0 || negatives > 0;
+        poisoned = !finite && some && can_have_loss(law, mining, positives, negatives);
+        if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+        const bool kept_pos = law.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
+        const bool valid = mining ? kept_pos || folds.max_neg[i] > -infinity<T>() : some;
+        for (int k = 0; k < 2; ++k) {
+            units[k] = loss.unit[k];
+            if (law.unit != Unit::kRow) continue;
+            if (reduction == Reduction::kMeanNonzero) units[k] = loss.part[k] != T(0);
+            if (reduction == Reduction::kMeanValid) units[k] = valid;
+        }
+    }
 };
 
 // What the losses of some rows add up to.
@@ -365,11 +423,28 @@ class Forward {
         }
         pass([&](const TileAt& at) { return active(at) && batch_.holds_negatives(at); }, Kinds::kNegatives);
         each_row([&](int64_t i) {
-            if (mining_.on) close_bounds(i);
-            if (kernels_.context) batch_.stats.neg_value[i] = neg_value(i);
+            if (mining_.on)
+                set_bounds(i,
+                           close_bounds(kernels_, folds_, i, batch_.stats.neg_above[i], T(mining_.epsilon)));
+            if (kernels_.context) batch_.stats.neg_value[i] = folds_.neg_value(kernels_, i);
         });
         pass(with_positives, Kinds::kPositives);
     }
+
+    // What accumulate does of one stage, for columns that are one block of several: the rows' folds, bounds
+    // and values are those of the blocks before (blocks.cpp).
+    void hardest_positives() {
+        find_hardest_positives([&](const TileAt& at) { return batch_.holds_positives(at); });
+    }
+    void add(Kinds kinds) {
+        pass(
+            [&](const TileAt& at) {
+                return kinds == Kinds::kBoth ||
+                       (kinds == Kinds::kPositives ? batch_.holds_positives(at) : batch_.holds_negatives(at));
+            },
+            kinds);
+    }
+    Folds<T>& folds() { return folds_; }
 
     // The rows' losses, and what backward needs of them. `each`: [N] in the order of the embeddings, or null.
     Total finish(bool finite, T* each) {
@@ -404,9 +479,9 @@ class Forward {
                           end = std::min(batch_.n, begin + batch_.tiles.side);
             bool some = false;
             for (int64_t i = begin; i < end; ++i) {
-                const bool active = mining_.on ? mined_positives(i) > 0 && batch_.negatives(i) > 0
-                                               : (!kernels_.needs_pos || batch_.positives(i) > 0) &&
-                                                     (!kernels_.needs_neg || batch_.negatives(i) > 0);
+                const bool active =
+                    can_have_loss(kernels_, mining_.on, mining_.on ? mined_positives(i) : batch_.positives(i),
+                                  batch_.negatives(i));
                 set_bounds(i, active ? Bounds<T>::all() : Bounds<T>::none());
                 some = some || active;
             }
@@ -416,20 +491,6 @@ class Forward {
     void set_bounds(int64_t i, const Bounds<T>& bounds) {
         batch_.stats.neg_above[i] = bounds.neg_above;
         batch_.stats.pos_below[i] = bounds.pos_below;
-    }
-
-    // Which positives are kept, now that the hardest negative is known. In exact arithmetic both kept sets
-    // are empty together; rounding must not part them.
-    void close_bounds(int64_t i) {
-        const T below = folds_.max_neg[i] + T(mining_.epsilon);
-        if (folds_.max_neg[i] == -infinity<T>() || !(folds_.min_pos[i] < below)) {
-            set_bounds(i, Bounds<T>::none());
-            folds_.neg_a[i] = kernels_.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
-            folds_.neg_b[i] = T(0);
-            folds_.max_neg[i] = -infinity<T>();
-        } else {
-            batch_.stats.pos_below[i] = below;
-        }
     }
 
     Tile<T> load(const TileAt& at) {
@@ -507,44 +568,19 @@ class Forward {
             });
     }
 
-    T value(Fold fold, T a, T b) const {
-        return fold == Fold::kSum ? b : LogSumExp<T>{a, b}.value(kernels_.plus_one);
-    }
-    T neg_value(int64_t i) const { return value(kernels_.neg, folds_.neg_a[i], folds_.neg_b[i]); }
-
     void finish_row(int64_t i, bool finite, T* each, Total& total) {
         const Stats<T>& stats = batch_.stats;
-        Gathered<T> row;
-        row.neg = stats.neg_value[i] = neg_value(i);
-        row.pos = stats.pos_value[i] = value(kernels_.pos, folds_.pos_a[i], folds_.pos_b[i]);
-        if (kernels_.neg == Fold::kSum) row.neg_count = folds_.neg_a[i];
-        if (kernels_.pos == Fold::kSum) row.pos_count = folds_.pos_a[i];
-        row.pos_context = folds_.pos_context[i];
-        RowLoss<T> loss = kernels_.row(batch_.params, row);
-        const bool some = batch_.positives(i) > 0 || batch_.negatives(i) > 0;
-        if (!finite) {
-            const bool both = batch_.positives(i) > 0 && batch_.negatives(i) > 0;
-            const bool needed = (!kernels_.needs_pos || batch_.positives(i) > 0) &&
-                                (!kernels_.needs_neg || batch_.negatives(i) > 0);
-            if (mining_.on ? both : some && needed) {
-                loss.part[0] = std::numeric_limits<T>::quiet_NaN();
-                total.poisoned = true;
-            }
-        }
-        stats.d_neg[i] = loss.d_neg;
-        stats.d_pos[i] = loss.d_pos;
-        if (each) each[batch_.plan.row_order[i]] = loss.part[0] + loss.part[1];
-        const bool kept_pos =
-            kernels_.pos == Fold::kSum ? folds_.pos_a[i] > T(0) : folds_.pos_a[i] > -infinity<T>();
-        const bool valid = mining_.on ? kept_pos || folds_.max_neg[i] > -infinity<T>() : some;
+        const FinishedRow<T> row(kernels_, batch_.params, mining_.on, reduction_, folds_, i,
+                                 batch_.positives(i), batch_.negatives(i), finite);
+        stats.neg_value[i] = row.neg_value;
+        stats.pos_value[i] = row.pos_value;
+        stats.d_neg[i] = row.loss.d_neg;
+        stats.d_pos[i] = row.loss.d_pos;
+        if (each) each[batch_.plan.row_order[i]] = row.loss.part[0] + row.loss.part[1];
+        total.poisoned = total.poisoned || row.poisoned;
         for (int k = 0; k < 2; ++k) {
-            T unit = loss.unit[k];
-            if (kernels_.unit == Unit::kRow) {
-                if (reduction_ == Reduction::kMeanNonzero) unit = loss.part[k] != T(0);
-                if (reduction_ == Reduction::kMeanValid) unit = valid;
-            }
-            total.part[k] += loss.part[k];
-            total.units[k] += unit;
+            total.part[k] += row.loss.part[k];
+            total.units[k] += row.units[k];
         }
     }
 
@@ -885,25 +921,6 @@ BackwardResult backward(const Call& call, const Backward& from) {
         BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
     }
     return {from.need_emb ? grad_emb : none, need_ref ? grad_ref : none};
-}
-
-// float64 is computed in itself, everything else in float32.
-ForwardResult pair_loss(const Call& call) {
-    check_inputs(call);
-    return call.embeddings.scalar_type() == at::kDouble ? forward<double>(call) : forward<float>(call);
-}
-
-BackwardResult pair_loss_backward(const Call& call, const Backward& from) {
-    check_inputs(call);
-    return call.embeddings.scalar_type() == at::kDouble ? backward<double>(call, from)
-                                                        : backward<float>(call, from);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("pair_loss", &pair_loss_op<pair_loss>);
-    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
 }
 
 }  // namespace dml::cpu

@@ -1,0 +1,12 @@
+// How often who brings columns block by block must bring them all (blocks.cpp).
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dml::cpu {
+
+// The stages of a law's forward pass; every block is added in each, and the rows turn after it.
+std::vector<std::string> stages(const std::string& law, bool mining);
+
+}  // namespace dml::cpu

@@ -1,0 +1,322 @@
+"""A loss of a batch that is spread over several processes."""
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._arguments import check_choice
+from ..batch import Batch, make_batch
+from ..losses import ProxyAnchorLoss
+from ..losses.base import Call, PairLoss, compute, in_wanted_dtype
+from ..losses.classifier import ClassifierLoss
+from ..miners import MultiSimilarityMiner
+from ..pairs import MinedPairs
+from . import ring
+from .processes import GatherRows, Processes, Sum, total
+
+MODES = ("gather", "ring")
+
+# What must be the same on every process, as the words of Processes.agree, and how to say that it is not.
+_SAME = {
+    "options": "loss: expected the same loss with the same options on every process",
+    "dtype": "embeddings: expected one dtype on every process",
+    "columns": "embeddings: expected as many columns on every process",
+    "tensors": "enqueue_mask: expected on every process or on none",
+    "references": "ref_emb: expected on every process or on none",
+    "graph": "torch.no_grad: expected on every process or on none",
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _Share(NamedTuple):
+    """This process's share of the batch, checked."""
+
+    call: Call
+    batch: Batch
+    whole: bool = False  # whether its columns are all columns, the same on every process
+    proxies: bool = False  # whether the points of all processes are the columns of the proxies, not the rows
+
+
+class DistributedLoss(nn.Module):
+    r"""The loss of a batch that is spread over the processes of a group of torch.distributed.
+
+    Each process passes its own embeddings and labels, as many as it has; none is fine. The value is that of
+    one process with the rows of all, one after another in the order of the processes, and the same on every
+    process. **After the averaging of DistributedDataParallel the gradient of the network is that of one
+    process with the whole batch**, exactly: mining, reduction and counts of what is not 0 included. (What
+    each process gets is the gradient of the sum of all processes' values; averaging makes it that of one.)
+
+    With the rows :math:`R_p` of process :math:`p`, and for each row :math:`i` the sums :math:`l_{k,i}` and
+    units :math:`u_{k,i}` of the loss's parts over all columns (see :class:`dml_cuda.PairOptions`):
+
+    .. math::
+        L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
+
+    Args:
+        loss: a pair loss of dml_cuda, or a class-level loss but SoftTripleLoss. Their weights belong in
+            DistributedDataParallel, which makes their gradient that of one process too:
+            ``DistributedDataParallel(DistributedLoss(head))``.
+        group: the processes; ``None`` for all. Without torch.distributed there is one.
+        mode: ``"gather"``: every process holds the embeddings of all while the loss is computed, N x D.
+            ``"ring"``: blocks of embeddings are passed around, the next one on its way while the present one
+            is computed; no process holds more than a few, so D times the largest share of the rows. The same
+            result to rounding.
+        miner: :class:`dml_cuda.MultiSimilarityMiner`, whose rule then applies to the whole batch, as the
+            loss's own ``epsilon`` does.
+
+    With ``reduction="none"`` the result is the losses of this process's rows, ``[N_p]``.
+
+    Bad input on one process ends the call on all: there with the error itself, elsewhere with a RuntimeError
+    that repeats it. The processes compare sizes and options before anything large travels; where the group
+    has no backend for CPUs (``"nccl"`` alone, not ``"cpu:gloo,cuda:nccl"``), that waits for the GPU.
+
+    >>> loss_fn = DistributedLoss(MultiSimilarityLoss(epsilon=0.1))
+    >>> loss = loss_fn(network(images), labels)  # network: DistributedDataParallel
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        group: "dist.ProcessGroup | None" = None,
+        mode: str = "gather",
+        *,
+        miner: MultiSimilarityMiner | None = None,
+    ) -> None:
+        super().__init__()
+        if not (isinstance(loss, PairLoss) or _is_class_level(loss)):
+            raise TypeError(
+                "loss: expected a pair loss of dml_cuda, or a class-level loss of it that is a sum over rows "
+                f"or proxies, got {type(loss).__name__}"
+            )
+        if miner is not None and not isinstance(miner, MultiSimilarityMiner):
+            raise TypeError(
+                f"miner: expected dml_cuda.MultiSimilarityMiner or None, got {type(miner).__name__}"
+            )
+        if miner is not None and isinstance(loss, ClassifierLoss):
+            raise ValueError("miner: expected None with a class-level loss")
+        if isinstance(loss, ProxyAnchorLoss) and loss.reduction == "none":
+            raise ValueError('loss: expected a reduction of ProxyAnchorLoss other than "none"')
+        check_choice("mode", mode, MODES)
+        self.loss = loss
+        self.group = group
+        self.mode = mode
+        self.miner = miner
+
+    @torch.compiler.disable  # the processes look at each other's sizes
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: object = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the whole batch.
+
+        Args:
+            embeddings: ``[N_p, D]``, this process's rows.
+            labels: ``[N_p]`` integers.
+            indices_tuple: what :class:`dml_cuda.MultiSimilarityMiner` made of these rows: its rule then
+                applies to the whole batch. Lists of pairs are refused, as they cannot name other processes'
+                rows.
+            ref_emb: ``[M_p, D]``, this process's share of other columns to pair the rows of all processes
+                with; ``None`` pairs the rows among themselves.
+            ref_labels: ``[M_p]`` integers, given exactly when ``ref_emb`` is.
+        """
+        if isinstance(self.loss, ClassifierLoss):
+            refused = indices_tuple, ref_emb, ref_labels
+            return self._compute(lambda: self._rows_and_classes(embeddings, labels, refused))
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        return self._compute(lambda: _Share(*self._pairs(*batch)))
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+        __call__ = forward
+
+    @torch.compiler.disable
+    def against(
+        self, embeddings: Tensor, labels: Tensor, pairs: MinedPairs, ref_emb: Tensor, ref_labels: Tensor
+    ) -> Tensor:
+        """The loss of all processes' rows against columns that are the same on every process.
+
+        Arguments as those of :meth:`forward`, but ``ref_emb`` is whole. What
+        :class:`dml_cuda.CrossBatchMemory` does with its queue.
+        """
+        batch = embeddings, labels, pairs, ref_emb, ref_labels
+        return self._compute(lambda: _Share(*self._pairs(*batch), whole=True))
+
+    def _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> tuple[Call, Batch]:
+        call = self.loss.call
+        epsilon = call.options.epsilon
+        if indices_tuple is not None and not isinstance(indices_tuple, MinedPairs):
+            raise ValueError(
+                "indices_tuple: expected None or the pairs of dml_cuda.MultiSimilarityMiner, got "
+                f"{type(indices_tuple).__name__}: lists of pairs cannot name the rows of other processes"
+            )
+        if self.miner is not None:
+            if epsilon is not None or indices_tuple is not None:
+                raise ValueError("miner: expected no epsilon of the loss and no indices_tuple beside it")
+            if self.miner.similarity != call.similarity:
+                raise ValueError(
+                    f'miner: expected similarity="{call.similarity}" as the loss has, got '
+                    f'"{self.miner.similarity}"'
+                )
+            epsilon = self.miner.epsilon
+        batch = make_batch(
+            embeddings,
+            labels,
+            indices_tuple,
+            ref_emb,
+            ref_labels,
+            epsilon=epsilon,
+            similarity=call.similarity,
+            check_pairs=call.options.check_pairs,
+        )
+        if batch.indices is not None:
+            raise ValueError(
+                "indices_tuple: expected pairs mined from these very embeddings, by the similarity of the "
+                "loss: other pairs would be listed, and lists cannot name the rows of other processes"
+            )
+        return call, batch
+
+    def _rows_and_classes(self, embeddings: Tensor, labels: Tensor, refused: tuple) -> _Share:
+        for name, value in zip(("indices_tuple", "ref_emb", "ref_labels"), refused, strict=True):
+            if value is not None:
+                raise ValueError(f"{name}: expected None with a class-level loss on several processes")
+        head = self.loss
+        labels = head.check(embeddings, labels)
+        rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
+        if isinstance(head, ProxyAnchorLoss):
+            there = labels >= 0  # the others are left out, as negatives too
+            return _Share(
+                head.call, make_batch(embeddings[there], labels[there], *(None,) * 3, **rule), proxies=True
+            )
+        batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
+        return _Share(head.call, batch, whole=True)
+
+    def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
+        """This process's share of the proxies as rows, and the points of all processes as columns."""
+        batch = batch._replace(
+            ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+            ref_labels=processes.gather_rows(batch.labels, rows),
+        )
+        proxies, classes = (
+            x.tensor_split(processes.size)[processes.rank] for x in (self.loss.rows(), self.loss.classes())
+        )
+        wide = torch.promote_types(proxies.dtype, batch.ref_emb.dtype)  # they differ under autocast
+        return batch._replace(embeddings=proxies.to(wide), ref_emb=batch.ref_emb.to(wide), labels=classes)
+
+    def _compute(self, prepare: Callable[[], _Share]) -> Tensor:
+        processes = Processes(self.group)
+
+        def share_and_words():
+            share = prepare()
+            if self.mode == "ring" and not (share.whole or share.proxies):
+                ring.check(share.call, share.batch)
+            return share, _words(share)
+
+        share, words = processes.agree(share_and_words)
+        _check_same(words)
+        call, batch = share.call, share.batch._replace(labels=share.batch.labels.long())
+        # Where one process wants a gradient all must take part in making it.
+        embeddings, ref_emb = batch.embeddings, batch.ref_emb
+        if any(words["emb_grad"]) and not embeddings.requires_grad:
+            batch = batch._replace(embeddings=embeddings.detach().requires_grad_())
+        if any(words["ref_grad"]) and not ref_emb.requires_grad and not share.whole:
+            batch = batch._replace(ref_emb=ref_emb.detach().requires_grad_())
+        each = call.options.reduction == "none"
+        call = call._replace(divide=each)
+        if share.whole:
+            value = compute(call, batch)
+        elif share.proxies:
+            value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
+        elif self.mode == "ring":
+            value = ring.compute(call, batch, processes, words["rows"], words["refs"])
+        else:
+            value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
+        if not each:
+            value = _divide(Sum.apply(value.double(), processes), call.options.reduction)
+        return in_wanted_dtype(value, embeddings)
+
+    def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:
+        """The rows of all processes, without a gradient, of the tensors that ``check`` returns or raises an
+        error instead of (the first of them embeddings); and which rows are this process's."""
+        processes = Processes(self.group)
+
+        def tensors_and_words():
+            tensors = check()
+            return tensors, {"tensors": len(tensors), **_points(tensors[0])}
+
+        tensors, words = processes.agree(tensors_and_words)
+        _check_same(words)
+        rows = words["rows"]
+        first = total(rows, processes.rank)
+        whole = tuple(processes.gather_rows(x, rows) for x in tensors)
+        return whole, slice(first, first + rows[processes.rank])
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}"
+
+
+def _is_class_level(loss: object) -> bool:
+    """Whether a loss is one of rows and the weights of classes, or of proxies and rows, and no more."""
+    if not isinstance(loss, ClassifierLoss) or type(loss).forward is not ClassifierLoss.forward:
+        return False
+    return isinstance(loss, ProxyAnchorLoss) or type(loss).losses is ClassifierLoss.losses
+
+
+def _points(embeddings: Tensor) -> dict[str, int]:
+    return {
+        "rows": embeddings.shape[0],
+        "columns": embeddings.shape[1],
+        "dtype": _DTYPES.index(embeddings.dtype),
+    }
+
+
+def _check_same(words: dict[str, list[int]]) -> None:
+    for name, message in _SAME.items():
+        if len(set(words.get(name, []))) > 1:
+            raise ValueError(f"{message}; they differ")
+
+
+def _words(share: _Share) -> dict[str, int]:
+    call, batch = share.call, share.batch
+    refs = 0 if batch.ref_emb is None else batch.ref_emb.shape[0]
+    options = call.law.name, call.params, call.similarity, call.options.reduction, batch.epsilon
+    columns = refs if share.whole else None
+    return {
+        **_points(batch.embeddings),
+        "refs": refs,
+        "references": batch.ref_emb is not None,
+        "graph": torch.is_grad_enabled(),
+        "emb_grad": batch.embeddings.requires_grad,
+        "ref_grad": batch.ref_emb is not None and batch.ref_emb.requires_grad,
+        "options": zlib.crc32(repr((*options, columns)).encode()),
+    }
+
+
+def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Batch:
+    """The batch with the columns of all processes, and for each row which of them it is itself."""
+    if batch.ref_emb is not None:
+        return batch._replace(
+            ref_emb=GatherRows.apply(batch.ref_emb, processes, refs),
+            ref_labels=processes.gather_rows(batch.ref_labels.long(), refs),
+        )
+    first, device = total(rows, processes.rank), batch.labels.device
+    return batch._replace(
+        ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+        ref_labels=processes.gather_rows(batch.labels, rows),
+        self_ref=torch.arange(first, first + rows[processes.rank], device=device),
+        mine_self=False,
+    )
+
+
+def _divide(totals: Tensor, reduction: str) -> Tensor:
+    """The loss from ``[part 0, part 1, units 0, units 1]``; a part without units is 0."""
+    parts, units = totals[:2], totals[2:].detach()
+    if reduction == "sum":
+        return parts.sum()
+    return (parts * torch.where(units > 0, 1 / units, 0.0)).sum()

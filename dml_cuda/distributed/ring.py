@@ -1,0 +1,160 @@
+"""Rows against the columns of all processes, a block at a time, none of which anybody keeps.
+
+The blocks go around: in every step each process computes with one block while the next is on its way to it
+from the process before. So a process meets the blocks in the order of the ring, its own first, forward once
+for each stage of the law, and backward once more, when each block's gradient travels with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _C
+from ..batch import Batch
+from ..losses.base import Call
+from .processes import Processes, padded, total
+
+_BLOCK, _GRADIENT = 1, 2  # tags of what is sent
+
+
+def check(call: Call, batch: Batch) -> None:
+    """Raises an error for what only the gathering mode does."""
+    if call.options.backend == "reference":
+        raise ValueError('mode: expected "gather" with backend="reference", got "ring"')
+    device = batch.embeddings.device
+    if device.type != "cpu":
+        raise NotImplementedError(f'mode: "ring" has kernels for CPUs only, got embeddings on {device}')
+
+
+class _Ring:
+    """What travels around a ring: tensors of one shape."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        size, rank = processes.size, processes.rank
+        self.next = processes.global_rank((rank + 1) % size)
+        self.previous = processes.global_rank((rank - 1) % size)
+
+    def pass_on(self, own: Tensor, tag: int) -> tuple[Tensor, list[dist.Work]]:
+        """Sends a tensor to the next process. Returns where that of the previous will be, and what to wait
+        for until it is there and ``own`` may be written to."""
+        if self.processes.size == 1:
+            return own, []
+        received = torch.empty_like(own)
+        group = self.processes.group
+        sides = (dist.isend, own, self.next), (dist.irecv, received, self.previous)
+        work = dist.batch_isend_irecv([dist.P2POp(*side, group=group, tag=tag) for side in sides])
+        return received, work
+
+
+def _wait(work: Sequence[dist.Work]) -> None:
+    for each in work:
+        each.wait()
+
+
+class _Blocks(NamedTuple):
+    """The columns of all processes, of which each holds its own."""
+
+    own: Tensor  # [largest, D], zeros after this process's columns
+    labels: Tensor  # [M] of all
+    counts: list[int]  # of each process
+    self_ref: Tensor | None  # [N] the column, of this process's, that a row is itself
+    ring: _Ring
+
+    def around(self) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
+        """Process, and columns, labels and self_ref, of every block, the next on its way meanwhile."""
+        block, following, work = self.own, self.own, []
+        size, rank = self.ring.processes.size, self.ring.processes.rank
+        for step in range(size):
+            _wait(work)
+            block, work = following, []
+            if step + 1 < size:
+                following, work = self.ring.pass_on(block, _BLOCK)
+            owner = (rank - step) % size
+            columns = slice(total(self.counts, owner), total(self.counts, owner + 1))
+            own = self.self_ref if step == 0 else None
+            yield owner, (block[: self.counts[owner]], self.labels[columns], own)
+
+
+def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
+    """``[2, N]`` how many positives and negatives each row has."""
+    ascending = blocks.labels.sort().values
+    same = torch.searchsorted(ascending, labels, right=True) - torch.searchsorted(ascending, labels)
+    own = 0 if blocks.self_ref is None else 1
+    return torch.stack([same - own, len(ascending) - same])
+
+
+class _PairLoss(torch.autograd.Function):
+    """``[4]`` parts and units of this process's rows; or, with reduction "none", their losses ``[N]``."""
+
+    @staticmethod
+    def forward(ctx, embeddings, refs, labels, blocks, call, epsilon):
+        law, params, reduction = call.law.name, call.params, call.options.reduction
+        ops = torch.ops.dml_cuda
+        pairs = _counts_of_pairs(labels, blocks)
+        wide = embeddings.dtype == torch.float64
+        state = ops.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
+        kept: dict[int, Tensor] = {}
+        for stage in _C.stages(law, epsilon is not None):
+            for owner, block in blocks.around():
+                how = law, params, epsilon, call.similarity, reduction, stage
+                state, found = ops.pair_block(state, embeddings, labels, *block, *how)
+                kept[owner] = kept[owner] | found if owner in kept else found
+            state = ops.pair_block_turn(state, pairs, law, params, epsilon, stage, wide)
+        losses, weights = ops.pair_block_rows(state, pairs, law, params, epsilon is not None, reduction)
+        ctx.save_for_backward(
+            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *kept.values()
+        )
+        # The block is saved above: what is kept of the others must not hold it.
+        ctx.where, ctx.call = (blocks._replace(own=None), list(kept)), call
+        ctx.is_square = refs is None
+        return losses[:2].sum(0) if reduction == "none" else losses.double().sum(1).to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
+        blocks, owners = ctx.where
+        blocks, kept = blocks._replace(own=own), dict(zip(owners, kept, strict=True))
+        call, ring = ctx.call, blocks.ring
+        rows = embeddings.shape[0]
+        above = (grad if call.divide else grad[:2, None]).expand(2, rows)
+        above = above.to(weights.dtype).contiguous()
+        nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
+        how = call.law.name, call.params, call.similarity, True, True
+        grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
+        arriving, work = torch.zeros_like(own, dtype=weights.dtype), []
+        for owner, block in blocks.around():
+            by_rows, by_block = torch.ops.dml_cuda.pair_block_backward(
+                above, weights, kept[owner], embeddings, labels, *block, *how
+            )
+            grad_rows += by_rows
+            _wait(work)  # until what the processes before have added to this block's gradient is here
+            arriving[: len(by_block)] += by_block.add_(nan)
+            arriving, work = ring.pass_on(arriving, _GRADIENT)
+        _wait(work)
+        home = arriving[: blocks.counts[ring.processes.rank]]
+        grad_rows += nan
+        dtype = embeddings.dtype
+        if ctx.is_square:
+            return grad_rows.add_(home).to(dtype), *(None,) * 5
+        return grad_rows.to(dtype), home.to(dtype), *(None,) * 4
+
+
+def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:
+    """As losses.base.compute, without the columns of all processes in one place."""
+    columns, counts, self_ref = batch.ref_emb, refs, None
+    labels = batch.ref_labels
+    if columns is None:
+        columns, counts, labels = batch.embeddings, rows, batch.labels
+        self_ref = torch.arange(len(columns))
+    blocks = _Blocks(
+        padded(columns.detach(), max(counts)).contiguous(),
+        processes.gather_rows(labels.long(), counts),
+        counts,
+        self_ref,
+        _Ring(processes),
+    )
+    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, call, batch.epsilon)
