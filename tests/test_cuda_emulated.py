@@ -378,6 +378,21 @@ def test_tiles_that_one_line_or_one_kind_keeps_alive(kind, who, m):
         verify(case, F64, path)
 
 
+@pytest.mark.parametrize("m", [None, 64], ids=["square", "rect"])
+def test_tiles_of_kept_positives_alone_and_of_kept_negatives_alone(m):
+    """A row has its negatives at 0.6 in one tile, its positive at 0.4 among negatives at 0 in another."""
+    own, side = torch.eye(64).repeat(2, 1), torch.eye(2).repeat_interleave(64, 0)
+    q = surrounded(torch.cat([0.4**0.5 * own, 0.6**0.5 * side], 1).double())
+    labels = torch.arange(128) % 64
+    case = Case(q, labels, epsilon=0.01)
+    if m is not None:  # the first half against all, without the pairs of rows and themselves
+        case = Case(q[:64], labels[:64], q, labels, torch.arange(64), epsilon=0.01, mine_self=False)
+    for path in ("large", "cached"):
+        loss, grads = run(case, F64, path)
+        assert loss > 0.1
+        check(case, F64, loss, grads)
+
+
 def test_a_reduction_of_more_numbers_than_threads():
     """1024 threads reduce the results, a slot for every 32 rows, and look at the references' norms."""
     n = 33_000
