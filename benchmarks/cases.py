@@ -17,7 +17,23 @@ STREAMING_PEERS = ("fused", "chunked")  # those that never hold the N x N matrix
 CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
 
 
-_LOSS_TITLES = {"multi_similarity": "MS", "circle": "circle"}
+_LOSS_TITLES = {
+    "multi_similarity": "MS",
+    "circle": "circle",
+    "contrastive": "contrastive",
+    "lifted_structure": "lifted structure",
+    "binomial_deviance": "binomial deviance",
+    "nt_xent": "NT-Xent",
+    "sup_con": "SupCon",
+    # class-level only
+    "normalized_softmax": "softmax",
+    "cosface": "CosFace",
+    "arcface": "ArcFace",
+    "proxy_anchor": "proxy anchor",
+    "soft_triple": "SoftTriple",
+}
+FAMILY = tuple(_LOSS_TITLES)[:7]
+FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Case:
     """One loss on one batch of ``n`` rows of ``d`` columns."""
 
     group: str
-    loss: str  # "multi_similarity" or "circle"
+    loss: str  # a key of _LOSS_TITLES
     n: int
     d: int
     epsilon: float | None = EPSILON  # the miner's margin; None takes every pair
@@ -127,8 +143,23 @@ def _forward_cases() -> list[Case]:
     ]
 
 
-def _memory_case(n: int, d: int, peers: tuple[str, ...] = STREAMING_PEERS) -> Case:
-    return Case("memory", "multi_similarity", n, d, peers=peers, once=True)
+def _memory_case(
+    n: int,
+    d: int,
+    peers: tuple[str, ...] = STREAMING_PEERS,
+    loss: str = "multi_similarity",
+    epsilon: float | None = EPSILON,
+) -> Case:
+    return Case("memory", loss, n, d, epsilon, peers=peers, once=True)
+
+
+def _family_cases() -> list[Case]:
+    """Every loss over all pairs, with its default options."""
+    return [
+        Case("family", loss, n, d, epsilon=None, peers=FAMILY_PEERS)
+        for loss in FAMILY
+        for n, d in ((512, 128), (2048, 512))
+    ]
 
 
 def _drop_in_cases() -> list[Case]:
@@ -136,22 +167,36 @@ def _drop_in_cases() -> list[Case]:
     mining = product(("list", "count"), (512, 2048), (128, 512))
     listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
     batches = (8192, False), (65_536, True)
+    heads = ("circle", "normalized_softmax", "cosface", "arcface", "proxy_anchor")
+    classifier = partial(case, epsilon=None, part="classifier")
     return [
         *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
         *(case(loss, 2048, 512, part=part) for loss, part in listed),
         *(case("multi_similarity", n, d, part="mined") for n, d in ((512, 128), (2048, 512))),
         *(case("multi_similarity", 512, 128, part="memory", columns=m, once=once) for m, once in batches),
         *(
-            case("circle", 512, 128, epsilon=None, part="classifier", columns=c, peers=("fused", "reference"))
-            for c in (10_000, 100_000)
+            classifier(loss, n, 128, columns=c, peers=("matmuls", "fused", "reference", "pml"))
+            for loss, (n, c) in product(heads, ((128, 100), (512, 10_000), (512, 100_000)))
+        ),
+        *(
+            classifier("soft_triple", n, 128, columns=c, peers=("fused", "reference", "pml"))
+            for n, c in ((128, 100), (512, 10_000))
         ),
     ]
 
 
 def _cpu_cases() -> list[Case]:
     shapes = {"noisy": [(512, 512), (2048, 512), (4096, 512)], "separated": [(2048, 512)]}
-    memory = [_memory_case(32_768, 64)]
-    return [*_training_cases(shapes), *_pml_protocol(), *_forward_cases(), *memory, *_drop_in_cases()]
+    memory = [_memory_case(32_768, 64), _memory_case(32_768, 64, ("fused",), "nt_xent", None)]
+    family = _family_cases()
+    return [
+        *_training_cases(shapes),
+        *_pml_protocol(),
+        *family,
+        *_forward_cases(),
+        *memory,
+        *_drop_in_cases(),
+    ]
 
 
 def _cuda_cases() -> list[Case]:
@@ -164,7 +209,7 @@ def _cuda_cases() -> list[Case]:
     for dtype in ("float16", "bfloat16"):
         cases += _training_cases(large, mined, dtype=dtype)
     memory = [_memory_case(131_072, 128), _memory_case(1_000_000, 128, peers=("fused",))]
-    return [*cases, *_pml_protocol(), *_forward_cases(), *memory, *_drop_in_cases()]
+    return [*cases, *_pml_protocol(), *_family_cases(), *_forward_cases(), *memory, *_drop_in_cases()]
 
 
 def default_cases(device: str) -> list[Case]:

@@ -5,6 +5,7 @@ What a part does is written once and run with the classes of either package.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import NamedTuple
 
@@ -136,39 +137,62 @@ def _memory(classes: _Classes, case: DropInCase, embeddings: Tensor, labels: Ten
     return step
 
 
-def _head(case: DropInCase, device: torch.device) -> dml_cuda.CircleClassifierLoss:
-    head = dml_cuda.CircleClassifierLoss(case.columns, case.d)
-    nn.init.normal_(head.W, generator=torch.Generator().manual_seed(0))
-    return head.to(device)
+_HEADS = {
+    "circle": "CircleClassifierLoss",
+    "normalized_softmax": "NormalizedSoftmaxLoss",
+    "cosface": "CosFaceLoss",
+    "arcface": "ArcFaceLoss",
+    "proxy_anchor": "ProxyAnchorLoss",
+    "soft_triple": "SoftTripleLoss",
+}
 
 
-def _classifier_step(head: nn.Module, loss_fn: Callable, embeddings: Tensor, labels: Tensor) -> Step:
+def _classifier(make: Callable[..., nn.Module], case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
+    """A class-level loss of ``case.columns`` classes, with the gradient of their weights."""
+    head = make(case.columns, case.d)
+    (weight,) = head.parameters()
+    torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    head.to(embeddings.device)
+    classes = labels % case.columns
+
     def step():
-        loss = loss_fn(embeddings, labels)
-        return loss.detach(), *torch.autograd.grad(loss, (embeddings, head.W))
+        loss = head(embeddings, classes)
+        return loss.detach(), *torch.autograd.grad(loss, (embeddings, weight))
 
     return step
 
 
-def _classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
-    """Circle loss against the weights of all classes."""
-    head = _head(case, embeddings.device)
-    return _classifier_step(head, head, embeddings, labels)
+def _fused_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
+    return _classifier(getattr(dml_cuda, _HEADS[case.loss]), case, embeddings, labels)
 
 
 def _dense_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
-    """The same in plain PyTorch, which stores the logits of all rows and classes."""
-    head = _head(case, embeddings.device)
-    formula = head.loss.formula
+    """The readable PyTorch reference, which stores the matrix of rows and classes."""
+    make = partial(getattr(dml_cuda, _HEADS[case.loss]), backend="reference")
+    return _classifier(make, case, embeddings, labels)
 
-    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-        s = F.normalize(x, dim=1) @ F.normalize(head.W, dim=0)
-        own = y[:, None]
-        positive = formula.positive_logits(s.gather(1, own))
-        negative = formula.negative_logits(s).scatter(1, own, -float("inf"))
-        return F.softplus(positive.squeeze(1) + negative.logsumexp(dim=1)).mean()
 
-    return _classifier_step(head, loss_fn, embeddings, labels)
+def _pml_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
+    require_pml()
+    make = getattr(pml_losses, _HEADS[case.loss], None)
+    if make is None:
+        raise Unavailable("pytorch-metric-learning has no such loss")
+    return _classifier(make, case, embeddings, labels)
+
+
+def _classifier_matmuls(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
+    """The matmuls alone, into memory already there: S = X W^T, S W and S^T X."""
+    x = F.normalize(embeddings.detach(), dim=1)
+    w = F.normalize(torch.randn(case.columns, case.d, dtype=x.dtype).to(x.device), dim=1)
+    s, by_row, by_class = x.new_empty(case.n, case.columns), torch.empty_like(x), torch.empty_like(w)
+
+    def step():
+        torch.mm(x, w.T, out=s)
+        torch.mm(s, w, out=by_row)
+        torch.mm(s.T, x, out=by_class)
+        return ()
+
+    return step
 
 
 PARTS: dict[str, dict[str, Maker]] = {
@@ -178,5 +202,10 @@ PARTS: dict[str, dict[str, Maker]] = {
     "triplets": _with_both(_given),
     "mined": _with_both(_mined),
     "memory": _with_both(_memory),
-    "classifier": {"fused": _classifier, "reference": _dense_classifier},
+    "classifier": {
+        "matmuls": _classifier_matmuls,
+        "fused": _fused_classifier,
+        "reference": _dense_classifier,
+        "pml": _pml_classifier,
+    },
 }

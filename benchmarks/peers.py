@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dml_cuda import functional
 
-from .cases import CUDA_GRAPH_LIMIT, Case
+from .cases import CUDA_GRAPH_LIMIT, ROWS_PER_CLASS, Case
 from .chunked import chunked_loss
+from .measure import available_bytes
 
 try:
     from pytorch_metric_learning import losses as pml_losses
@@ -111,12 +112,33 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return loss_step(case, torch.compile(_in_pytorch(case), dynamic=True), embeddings, labels)
 
 
+_PML_NAMES = {
+    "multi_similarity": "MultiSimilarityLoss",
+    "circle": "CircleLoss",
+    "contrastive": "ContrastiveLoss",
+    "lifted_structure": "GeneralizedLiftedStructureLoss",
+    "nt_xent": "NTXentLoss",
+    "sup_con": "SupConLoss",
+}
+
+
+def _check_triplets(case: Case, device: torch.device) -> None:
+    """pytorch-metric-learning's NT-Xent crosses its positive pairs with its negative pairs."""
+    if case.loss != "nt_xent":
+        return
+    positives, negatives = case.n * (ROWS_PER_CLASS - 1), case.n * (case.n - ROWS_PER_CLASS)
+    needed = 5 * positives * negatives * torch.finfo(getattr(torch, case.dtype)).bits // 8
+    if needed > available_bytes(device):
+        raise Unavailable(f"needs {needed / 2**30:,.0f} GiB")
+
+
 def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """pytorch-metric-learning's loss, with its miner where the case mines."""
     require_pml()
-    loss_fn = {"multi_similarity": pml_losses.MultiSimilarityLoss, "circle": pml_losses.CircleLoss}[
-        case.loss
-    ]()
+    if case.loss not in _PML_NAMES:
+        raise Unavailable("none")
+    _check_triplets(case, embeddings.device)
+    loss_fn = getattr(pml_losses, _PML_NAMES[case.loss])()
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

@@ -1,4 +1,5 @@
-"""``python -m benchmarks.readme``: writes the README's benchmark tables from the JSON of earlier runs."""
+"""``python -m benchmarks.readme``: from the JSON of earlier runs, a short table for the README and all tables
+for benchmarks/README.md."""
 
 import argparse
 import json
@@ -87,22 +88,48 @@ def table(record: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _times(case: dict) -> str:
+    result = case["results"].get("pml", {})
+    return result.get("skipped", NOTHING) if "median_s" not in result else duration(result["median_s"])
+
+
+def summary(records: list[dict]) -> str:
+    """Markdown of what a newcomer wants to know: each loss beside pytorch-metric-learning's, and a memory."""
+    cases = [case for record in records for case in record["cases"] if record["machine"]["device"] == "cpu"]
+    shown = [case for case in cases if case["group"] == "family"]
+    shown += [case for case in cases if case.get("part") in ("mined", "memory")]
+    rows = []
+    for case in shown:
+        peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in ("fused", "pml"))
+        ours = duration(case["results"]["fused"]["median_s"])
+        times = versus(case, "pml") if "pml" in case["time_over_fused"] else NOTHING
+        rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
+    machine = next((record["machine"] for record in records if record["machine"]["device"] == "cpu"), None)
+    header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "as fast", "MiB here", "MiB PML"]
+    where = "" if machine is None else f"Forward and backward, float32, on {one_line(machine)}.\n\n"
+    return where + markdown_table(header, rows, left=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument(
         "json", nargs="*", type=Path, help="records of runs (default: all of benchmarks/results)"
     )
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--all", type=Path, default=Path("benchmarks/README.md"))
     arguments = parser.parse_args()
     paths = arguments.json or sorted(_RESULTS.glob("*.json"))
     if not paths:
         parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
-    tables = "\n\n".join(table(json.loads(path.read_text())) for path in paths)
+    records = [json.loads(path.read_text()) for path in paths]
+    written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
     try:
-        arguments.readme.write_text(insert(arguments.readme.read_text(), tables))
+        for page, tables in written.items():
+            page.write_text(insert(page.read_text(), tables))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"wrote the tables of {', '.join(path.name for path in paths)} into {arguments.readme}")
+    names = ", ".join(path.name for path in paths)
+    print(f"wrote the tables of {names} into {arguments.readme} and {arguments.all}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@
 #include "laws/circle.h"
 #include "laws/contrastive.h"
 #include "laws/lifted_structure.h"
+#include "laws/margin_softmax.h"
 #include "laws/multi_similarity.h"
 #include "laws/nt_xent.h"
+#include "laws/proxy_anchor.h"
 #include "laws/sup_con.h"
 
 //  X(name of the law in ops, its struct)
@@ -21,7 +23,9 @@
     X(binomial_deviance, BinomialDeviance) \
     X(nt_xent, NTXent)                     \
     X(sup_con, SupCon)                     \
-    X(lifted_structure, LiftedStructure)
+    X(lifted_structure, LiftedStructure)   \
+    X(margin_softmax, MarginSoftmax)       \
+    X(proxy_anchor, ProxyAnchor)
 
 namespace dml {
 

@@ -12,13 +12,19 @@ except ImportError as error:
 
 from . import functional, reference
 from .losses import (
+    ArcFaceLoss,
     BinomialDevianceLoss,
     CircleClassifierLoss,
     CircleLoss,
     ContrastiveLoss,
+    CosFaceLoss,
     GeneralizedLiftedStructureLoss,
     MultiSimilarityLoss,
+    NormalizedSoftmaxLoss,
     NTXentLoss,
+    ProxyAnchorLoss,
+    ProxyNCALoss,
+    SoftTripleLoss,
     SupConLoss,
 )
 from .memory import CrossBatchMemory
@@ -29,18 +35,24 @@ from .pairs import MinedPairs, PairCounts
 __version__: str = _C.version
 
 __all__ = [
+    "ArcFaceLoss",
     "BinomialDevianceLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
+    "CosFaceLoss",
     "CrossBatchMemory",
     "GeneralizedLiftedStructureLoss",
     "MinedPairs",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
+    "NormalizedSoftmaxLoss",
     "PairCounts",
     "PairOptions",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "SoftTripleLoss",
     "SupConLoss",
     "build_info",
     "functional",

@@ -43,15 +43,24 @@ def _check_mined(
         ("embeddings", mined.embeddings, embeddings),
         ("ref_emb", mined.ref_emb, ref_emb),
     ):
-        was = None if mined_from is None else mined_from.shape[0]
-        now = None if points is None else points.shape[0]
+        was = 0 if mined_from is None else mined_from.shape[0]
+        now = 0 if points is None else points.shape[0]
         if was != now:
             raise ValueError(
-                f"indices_tuple: expected pairs mined from this batch, got pairs mined with {was} rows of "
-                f"{name} where there are {now}"
+                f"indices_tuple: expected pairs mined from this batch, got pairs mined with "
+                f"{was or 'no'} rows of {name} where there are {now or 'none'}"
             )
     if check_pairs and labels is not None and not torch.equal(labels.to(mined.labels), mined.labels):
         raise ValueError("indices_tuple: expected pairs mined from this batch, got pairs of other labels")
+
+
+def _to_save(x: Tensor | None) -> Tensor | None:
+    """What autograd may keep for backward: a copy of a tensor made in inference mode."""
+    if x is None or torch.compiler.is_compiling():
+        return x
+    if not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone() if torch.is_grad_enabled() else x
 
 
 def make_batch(
@@ -73,7 +82,8 @@ def make_batch(
         if labels is None:
             raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-        return Batch(embeddings, ref_emb, labels, ref_labels, epsilon)
+        batch = map(_to_save, (embeddings, ref_emb, labels, ref_labels))
+        return Batch(*batch, epsilon)
     check_points(embeddings, ref_emb)
     mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
     if epsilon is not None and (mined is None or mined.epsilon not in (None, epsilon)):
@@ -84,11 +94,11 @@ def make_batch(
     if mined is not None:
         _check_mined(mined, embeddings, labels, ref_emb, check_pairs)
         rule = epsilon if mined.epsilon is None else mined.epsilon
-        if mined.is_of(*given) and (rule is None or mined.similarity == similarity):
-            mined.check_unchanged()
-            return Batch(
-                embeddings, ref_emb, mined.labels, mined.ref_labels, rule, mined.self_ref, mined.ref_count
-            )
+        if (rule is None or mined.similarity == similarity) and mined.rules(*given):
+            batch = map(_to_save, (embeddings, ref_emb, mined.labels, mined.ref_labels))
+            return Batch(*batch, rule, _to_save(mined.self_ref), _to_save(mined.ref_count))
+    listed = mined is None or mined.only_lists
     look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
-    indices = listed_pairs(indices_tuple, embeddings, ref_emb, check_range=mined is None and look)
-    return Batch(embeddings, ref_emb, indices=indices)
+    checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}
+    indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
+    return Batch(_to_save(embeddings), _to_save(ref_emb), indices=indices)

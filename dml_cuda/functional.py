@@ -16,7 +16,7 @@ from .losses import (
     nt_xent_loss,
     sup_con_loss,
 )
-from .losses.base import PairLoss
+from .losses.base import Call, PairLoss
 from .pairs import mined_pairs
 
 __all__ = [
@@ -53,7 +53,7 @@ class PairWeights(NamedTuple):
 
 
 def pair_weights(
-    loss: PairLoss,
+    loss: PairLoss | torch.nn.Module,
     embeddings: Tensor,
     labels: Tensor | None = None,
     *,
@@ -70,8 +70,8 @@ def pair_weights(
     lists the pairs, so it waits for the device, and its memory grows with them.
 
     Args:
-        loss: a pair loss of dml_cuda; its options choose the mining, the similarity and the reduction
-            (``"none"`` counts as ``"sum"``).
+        loss: a pair loss of dml_cuda, or one of dml_cuda.pml that it computes; its options choose the
+            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``).
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as the loss takes them.
 
     Returns:
@@ -81,9 +81,10 @@ def pair_weights(
     Raises:
         TypeError, ValueError: as the loss does, and for what is no pair loss.
     """
-    if not isinstance(loss, PairLoss):
+    call = getattr(loss, "call", None)  # the adapters of dml_cuda.pml have it too
+    if not isinstance(call, Call):
         raise TypeError(f"loss: expected a pair loss of dml_cuda, got {type(loss).__name__}")
-    law, params, options, similarity, _ = loss.call
+    law, params, options, similarity, _ = call
     batch = make_batch(
         embeddings,
         labels,

@@ -1,13 +1,31 @@
 """Cross-batch memory: a batch against the embeddings of the batches before it."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ._arguments import check_batch, check_count
+from .losses.base import PairLoss
 from .miners import MultiSimilarityMiner
 from .pairs import MinedPairs, listed_pairs, mined_pairs
+
+
+def _takes_rules(loss: object) -> bool:
+    """Whether a loss applies the rule of mined pairs, and so leaves out the places that are still empty."""
+    loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
+    if isinstance(loss, PairLoss):
+        return type(loss).forward is PairLoss.forward
+    is_fused = getattr(loss, "is_fused", None)  # the adapters of dml_cuda.pml
+    return is_fused is not None and is_fused()
+
+
+def _to_triplets(pairs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each positive with each negative of the same anchor."""
+    pos_anchors, positives, neg_anchors, negatives = pairs
+    p, n = (pos_anchors[:, None] == neg_anchors).nonzero(as_tuple=True)
+    return pos_anchors[p], positives[p], negatives[n]
 
 
 class CrossBatchMemory(nn.Module):
@@ -33,31 +51,78 @@ class CrossBatchMemory(nn.Module):
         count: int64 buffer, one number: how many embeddings the queue holds.
 
     All state is in buffers, so it travels with ``state_dict``, and a compiled or captured step needs no
-    other graph as the queue fills up.
+    other graph as the queue fills up. A ``state_dict`` of pytorch-metric-learning's class loads too: it does
+    not say where the queue stands, so the places that hold numbers count as filled, and a full queue goes
+    on at its first.
+
+    ``loss``, ``miner``, ``embedding_size`` and ``memory_size`` can be set. Another ``memory_size`` keeps the
+    latest embeddings, another ``embedding_size`` none.
 
     >>> memory = CrossBatchMemory(MultiSimilarityLoss(), 128, 4096, MultiSimilarityMiner(0.1))
     >>> loss = memory(embeddings, labels)
     """
 
+    loss: Callable[..., Any]
+    miner: Callable[..., Any] | None
     embedding_memory: Tensor
     label_memory: Tensor
     position: Tensor
     count: Tensor
 
     def __init__(
-        self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Callable | None = None
+        self,
+        loss: Callable[..., Any],
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         check_count("embedding_size", embedding_size)
         check_count("memory_size", memory_size)
         self.loss = loss
         self.miner = miner
-        self.embedding_size = embedding_size
-        self.memory_size = memory_size
+        self._check_epsilon()
         self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size))
         self.register_buffer("label_memory", torch.zeros(memory_size, dtype=torch.long))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss" and not callable(value):
+            raise TypeError(f"loss: expected a module or a function, got {type(value).__name__}")
+        if name == "miner" and not (value is None or callable(value)):
+            raise TypeError(f"miner: expected a module, a function or None, got {type(value).__name__}")
+        if name in ("loss", "miner") and not isinstance(value, nn.Module):
+            self._modules.pop(name, None)  # where PyTorch takes nothing but modules
+        super().__setattr__(name, value)
+
+    @property
+    def embedding_size(self) -> int:
+        return self.embedding_memory.shape[1]
+
+    @embedding_size.setter
+    def embedding_size(self, size: int) -> None:
+        check_count("embedding_size", size)
+        if size != self.embedding_size:
+            self.embedding_memory = self.embedding_memory.new_zeros(self.memory_size, size)
+            self.reset_queue()
+
+    @property
+    def memory_size(self) -> int:
+        return self.embedding_memory.shape[0]
+
+    @memory_size.setter
+    def memory_size(self, size: int) -> None:
+        check_count("memory_size", size)
+        kept = min(int(self.count), size)
+        latest = (self.position - kept + torch.arange(kept, device=self.position.device)) % self.memory_size
+        for name in ("embedding_memory", "label_memory"):
+            old = getattr(self, name)
+            new = old.new_zeros(size, *old.shape[1:])
+            new[:kept] = old[latest]
+            setattr(self, name, new)
+        self.count.fill_(kept)
+        self.position.fill_(kept % size)
 
     def reset_queue(self) -> None:
         """Empties the queue."""
@@ -91,6 +156,7 @@ class CrossBatchMemory(nn.Module):
             enqueue_mask: ``[N]`` bool. The rows marked enter the queue, and only the others have a loss
                 (queries and keys of two encoders, say). Not together with ``indices_tuple``.
         """
+        self._check_epsilon()
         labels, _ = check_batch(embeddings, labels, None, None)
         dim = self.embedding_size
         if embeddings.shape[1] != dim:
@@ -103,20 +169,54 @@ class CrossBatchMemory(nn.Module):
             mask = enqueue_mask.to(embeddings.device)
             self._enqueue(embeddings[mask], labels[mask])
             embeddings, labels, places = embeddings[~mask], labels[~mask], None
+        # Who does not know of the count gets the filled part; to know it a GPU must be waited for.
+        filled = self.memory_size if _takes_rules(self.loss) else int(self.count)
         # A copy: the queue moves on, while the gradient of this loss may still be wanted.
-        ref_emb, ref_labels = self.embedding_memory.clone(), self.label_memory.clone()
+        ref_emb, ref_labels = self.embedding_memory[:filled].clone(), self.label_memory[:filled].clone()
         pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, places)
         if indices_tuple is not None:
-            more = listed_pairs(indices_tuple, embeddings, ref_emb, check_range=False)
+            pairs, given = tuple(pairs), tuple(indices_tuple)
+            more = listed_pairs(given, embeddings, ref_emb, check_range=False)
+            if len(pairs) == 3:
+                more = _to_triplets(more) if len(given) == 4 else (*more[:2], more[3])
             pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
         return self.loss(embeddings, labels, pairs, ref_emb, ref_labels)
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            indices_tuple: object = None,
+            enqueue_mask: Tensor | None = None,
+        ) -> Tensor: ...
+
+    def _check_epsilon(self) -> None:
+        epsilon = self.loss.epsilon if isinstance(self.loss, PairLoss) else None
+        if None in (epsilon, self.miner) or getattr(self.miner, "epsilon", None) == epsilon:
+            return
+        kind = type(self.miner).__name__
+        raise ValueError(f"miner: expected None where the loss mines by its epsilon={epsilon}, got {kind}")
 
     def _move_to(self, embeddings: Tensor) -> None:
         device, dtype = embeddings.device, embeddings.dtype
         if self.embedding_memory.dtype != dtype or self.embedding_memory.device != device:
-            self.embedding_memory = self.embedding_memory.to(device, dtype)
-            self.label_memory = self.label_memory.to(device)
-            self.position, self.count = self.position.to(device), self.count.to(device)
+            with torch.inference_mode(False):  # the queue goes on afterwards
+                self.embedding_memory = self.embedding_memory.to(device, dtype)
+                self.label_memory = self.label_memory.to(device)
+                self.position, self.count = self.position.to(device), self.count.to(device)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        queue = state_dict.get(prefix + "embedding_memory")
+        if queue is not None and queue.dtype != self.embedding_memory.dtype:
+            self.embedding_memory = self.embedding_memory.to(queue.dtype)
+        if queue is not None and queue.ndim == 2 and prefix + "count" not in state_dict:
+            filled = queue.detach().ne(0).any(1).nonzero()
+            count = filled[-1, 0] + 1 if len(filled) else torch.zeros((), dtype=torch.long)
+            state_dict[prefix + "count"] = count
+            state_dict[prefix + "position"] = count % len(queue)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _check_mask(self, mask: Tensor, embeddings: Tensor, indices_tuple: object) -> None:
         if indices_tuple is not None:
@@ -132,7 +232,7 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"embeddings: expected at most memory_size={self.memory_size} rows, got {rows}")
         places = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
         self.embedding_memory.index_copy_(0, places, embeddings.detach())
-        self.label_memory.index_copy_(0, places, labels.long())
+        self.label_memory.index_copy_(0, places, labels.to(self.label_memory.dtype))
         self.position.add_(rows).remainder_(self.memory_size)
         self.count.add_(rows).clamp_(max=self.memory_size)
         return places
@@ -140,23 +240,27 @@ class CrossBatchMemory(nn.Module):
     def _pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, places: Tensor | None
     ) -> MinedPairs | tuple[Tensor, ...]:
-        """The pairs that count, without those of a row with its own copy at ``places`` ``[N]``."""
+        """The pairs or triplets that count, without a row and its own copy, at ``places`` ``[N]``."""
         batch = embeddings, labels, ref_emb, ref_labels
-        own = {"self_ref": places, "ref_count": self.count.clone()}
+        count = self.count.clone()
+        own = {"self_ref": places, "ref_count": count}
         if self.miner is None:
             return mined_pairs(*batch, epsilon=None, similarity="cosine", **own)
-        if isinstance(self.miner, MultiSimilarityMiner):
-            return self.miner.mine(*batch, **own)
-        size = int(self.count)  # a miner of another kind must not see the places that are still empty
-        mined = self.miner(embeddings, labels, ref_emb[:size], ref_labels[:size])
-        if isinstance(mined, MinedPairs):
+        # Miners see the queue itself, not the copy: what they remember of it takes no memory.
+        queue, queue_labels = self.embedding_memory, self.label_memory
+        if getattr(type(self.miner), "forward", None) is MultiSimilarityMiner.forward:
+            mined = self.miner.mine(embeddings, labels, queue, queue_labels, count)
+        else:  # a miner of another kind must not see the places that are still empty
+            queue, queue_labels = queue[: int(count)], queue_labels[: int(count)]
+            mined = self.miner(embeddings, labels, queue, queue_labels)
+        if isinstance(mined, MinedPairs) and mined.rules(embeddings, queue):
             return mined_pairs(*batch, epsilon=mined.epsilon, similarity=mined.similarity, **own)
         lists = tuple(mined)
         if places is not None:
             others = places[lists[0].long()] != lists[1]
             with_positives = 3 if len(lists) == 3 else 2  # a triplet goes whole
             lists = (*(index[others] for index in lists[:with_positives]), *lists[with_positives:])
-        return listed_pairs(lists, embeddings, ref_emb, check_range=False)
+        return lists
 
     def extra_repr(self) -> str:
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"

@@ -1,13 +1,88 @@
 """The multi-similarity miner, for who wants to see the pairs or to give them to another loss."""
 
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
-from ._arguments import SIMILARITIES, check_choice, check_flag, check_number
-from .pairs import MinedPairs, PairCounts, mined_pairs
+from ._arguments import SIMILARITIES, Similarity, check_choice, check_flag, check_number
+from .losses.base import option
+from .options import measure
+from .pairs import MinedPairs, PairCounts, mined_pairs, version
+
+# What a miner returns, by its pair_counts.
+_Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)
+
+# A tensor up to this size, in bytes, is copied for pairs to be counted later.
+_COPIED = 4 << 20
 
 
-class MultiSimilarityMiner(nn.Module):
+class _Borrowed:
+    """A tensor as it is now, for as long as others keep it so."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._owner = weakref.ref(x._base if x._is_view() else x)
+        self._form = x.shape, x.stride(), x.storage_offset()
+        self._version = version(x)
+
+    def tensor(self) -> Tensor | None:
+        owner = self._owner()
+        if owner is None or version(owner) != self._version:
+            return None
+        return owner.detach().as_strided(*self._form)
+
+
+def _kept(x: Tensor | None) -> Tensor | _Borrowed | None:
+    if x is None or x.numel() * x.element_size() <= _COPIED:
+        return x if x is None else x.detach().clone()
+    return None if torch.compiler.is_compiling() else _Borrowed(x)
+
+
+class LastBatch:
+    """The batch that a miner saw last: how many pairs it kept, counted when somebody asks.
+
+    By then the step may be over, its memory wanted for other things, and embeddings that are parameters
+    updated. So what is small is copied, and large embeddings or a large queue are not kept alive.
+    """
+
+    def __init__(
+        self,
+        pairs: MinedPairs,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> None:
+        self._counts: tuple[int, int] | None = None
+        self._rule = {"epsilon": pairs.epsilon, "similarity": pairs.similarity, "ref_count": pairs.ref_count}
+        self._square = ref_emb is None
+        self._batch = [_kept(x) for x in (embeddings, labels, ref_emb, ref_labels)]
+        self._pairs = None if torch.compiler.is_compiling() else weakref.ref(pairs)
+
+    def _mined(self) -> MinedPairs | None:
+        batch = [x.tensor() if isinstance(x, _Borrowed) else x for x in self._batch]
+        if all(x is not None for x in batch[: 2 if self._square else 4]):
+            return mined_pairs(*batch, **self._rule)
+        return None if self._pairs is None else self._pairs()
+
+    def counts(self) -> tuple[int, int]:
+        """Kept positives and kept negatives; waits for the device."""
+        if self._counts is None:
+            pairs = self._mined()
+            if pairs is None:
+                raise RuntimeError(
+                    "num_pos_pairs, num_neg_pairs: expected the last batch to be there still, unchanged: a "
+                    "miner keeps no tensor above 4 MiB; read the numbers before, or take pair_counts=True"
+                )
+            positives, negatives = pairs.pair_counts()
+            self._counts = int(positives.sum()), int(negatives.sum())
+            self._batch.clear()
+        return self._counts
+
+
+class MultiSimilarityMiner(nn.Module, Generic[_Found]):
     """The hard pairs of a batch by the multi-similarity rule.
 
     A positive is kept when ``s - epsilon < max(negatives of its row)``, a negative when
@@ -19,25 +94,70 @@ class MultiSimilarityMiner(nn.Module):
 
     Args:
         epsilon: the margin.
-        similarity: ``"cosine"`` or ``"dot"``.
+        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"``, as the losses have it. The rule on distances
+            is that of pytorch-metric-learning's miner with its ``LpDistance``.
+        normalize_embeddings: as the losses have it; ``None`` is what the similarity says.
         pair_counts: also return how many pairs each row keeps.
+
+    Each is an attribute too, readable and settable.
 
     >>> miner, loss_fn = MultiSimilarityMiner(epsilon=0.1), MultiSimilarityLoss()
     >>> pairs = miner(embeddings, labels)
     >>> loss = loss_fn(embeddings, labels, pairs)
     """
 
+    epsilon: float = option()
+    similarity: Similarity = option()
+    normalize_embeddings: bool | None = option()
+    pair_counts: bool = option()
+
+    @overload
     def __init__(
-        self, epsilon: float = 0.1, *, similarity: str = "cosine", pair_counts: bool = False
+        self: "MultiSimilarityMiner[MinedPairs]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[False] = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "MultiSimilarityMiner[tuple[MinedPairs, PairCounts]]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[True],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        epsilon: float = 0.1,
+        *,
+        similarity: Similarity = "cosine",
+        normalize_embeddings: bool | None = None,
+        pair_counts: bool = False,
     ) -> None:
         super().__init__()
-        check_number("epsilon", epsilon)
-        check_choice("similarity", similarity, SIMILARITIES)
-        check_flag("pair_counts", pair_counts)
+        self._options: dict[str, Any] = {}
+        self._last: LastBatch | None = None
         self.epsilon = epsilon
         self.similarity = similarity
+        self.normalize_embeddings = normalize_embeddings
         self.pair_counts = pair_counts
-        self._last: MinedPairs | None = None
+
+    def get_option(self, name: str) -> Any:
+        return self._options[name]
+
+    def set_option(self, name: str, value: Any) -> None:
+        if name == "epsilon":
+            check_number(name, value)
+        elif name == "similarity":
+            check_choice(name, value, SIMILARITIES)
+        elif name == "pair_counts" or value is not None:
+            check_flag(name, value)
+        self._options = {**self._options, name: value}
 
     def forward(
         self,
@@ -45,7 +165,7 @@ class MultiSimilarityMiner(nn.Module):
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> MinedPairs | tuple[MinedPairs, PairCounts]:
+    ) -> _Found:
         """The pairs of a batch, made when looked at.
 
         Args:
@@ -58,30 +178,46 @@ class MultiSimilarityMiner(nn.Module):
             :class:`dml_cuda.MinedPairs`; with ``pair_counts``, that and :class:`dml_cuda.PairCounts`.
         """
         pairs = self.mine(embeddings, labels, ref_emb, ref_labels)
-        return (pairs, pairs.pair_counts()) if self.pair_counts else pairs
+        return (pairs, pairs.pair_counts()) if self.pair_counts else pairs  # type: ignore[return-value]
 
-    def mine(self, *batch: Tensor | None, **own: Tensor | None) -> MinedPairs:
-        """The pairs of a batch; ``own`` are options of :func:`mined_pairs`."""
-        pairs = mined_pairs(*batch, epsilon=self.epsilon, similarity=self.similarity, **own)
-        if not torch.compiler.is_compiling():
-            self._last = pairs
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            ref_emb: Tensor | None = None,
+            ref_labels: Tensor | None = None,
+        ) -> _Found: ...
+
+    def mine(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        ref_count: Tensor | None = None,
+    ) -> MinedPairs:
+        """The pairs of a batch with the first ``ref_count`` references."""
+        batch = embeddings, labels, ref_emb, ref_labels
+        similarity = measure(self.similarity, self.normalize_embeddings)
+        pairs = mined_pairs(*batch, epsilon=self.epsilon, similarity=similarity, ref_count=ref_count)
+        self._last = None if torch.compiler.is_exporting() else LastBatch(pairs, *batch)
         return pairs
-
-    def _count(self, kind: int) -> int:
-        return 0 if self._last is None else len(self._last[kind])
 
     @property
     def num_pos_pairs(self) -> int:
-        """Positive pairs that the last batch kept; lists them, and waits for the device."""
-        return self._count(0)
+        """Positive pairs that the last batch kept; counts them, and waits for the device."""
+        return 0 if self._last is None else self._last.counts()[0]
 
     @property
     def num_neg_pairs(self) -> int:
-        """Negative pairs that the last batch kept; lists them, and waits for the device."""
-        return self._count(2)
+        """Negative pairs that the last batch kept; counts them, and waits for the device."""
+        return 0 if self._last is None else self._last.counts()[1]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
 
     def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon}, similarity={self.similarity!r}"
+        shown = ("epsilon", "similarity", "normalize_embeddings")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -6,13 +6,14 @@ from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
 
-# ---- the bytes that forward leaves for backward, as the engines lay them out. Sizes may be symbolic. -------
+# ---- the bytes that forward leaves for backward, as the engines lay them out; sizes may be symbolic --------
 
 # csrc/cpu: the sides of small and large tiles, up to how many points there are small ones, and the memory
 # that may keep tiles for backward.
 _CPU_SIDES = 64, 128
 _CPU_SMALL = 512
-_CPU_CACHE_BYTES = 64 << 20
+_CPU_CACHE_BYTES = 40 << 20
+_CPU_SQUARE_CACHE_BYTES = 64 << 20
 
 
 def _after(at, size):
@@ -31,7 +32,8 @@ def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
     is_large = torch.sym_min(1, torch.sym_max(torch.sym_max(n, m) - _CPU_SMALL, 0))
     side = small + (large - small) * is_large
     tiles, tile_bytes = _tile_count(n, m, square, side), side * side * itemsize
-    cached = torch.sym_min(tiles, _CPU_CACHE_BYTES // tile_bytes) if save else 0
+    most = _CPU_SQUARE_CACHE_BYTES if square else _CPU_CACHE_BYTES
+    cached = torch.sym_min(tiles, most // tile_bytes) if save else 0
     plan = _after(0, (6 * n + 3) * itemsize)
     kept = _after(plan, 4 * (3 * n + (0 if square else m)))
     return _after(kept, tiles) + cached * tile_bytes

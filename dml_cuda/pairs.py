@@ -1,7 +1,9 @@
 """Pairs, as the rule that mines them or as lists of indices."""
 
+import copyreg
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from .reference import first_columns, mine, normalizes, similarity_matrix, unit_
 # they should keep it busy.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 24
 
+_BATCH = ("embeddings", "ref_emb", "labels", "ref_labels")
 _NAMES = ("pos_anchors", "positives", "neg_anchors", "negatives")
 
 
@@ -44,7 +47,7 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
         return False
 
 
-def _version(x: Tensor | None) -> int | None:
+def version(x: Tensor | None) -> int | None:
     """Counts the changes in place that a tensor has seen, where that is known."""
     if x is None or torch.compiler.is_compiling() or x.is_inference():
         return None
@@ -73,7 +76,7 @@ class _Growing:
         return self._room[: self._size]
 
 
-class MinedPairs(list):
+class MinedPairs(list[Tensor]):
     """The pairs of a batch: ``(pos_anchors, positives, neg_anchors, negatives)``, made when looked at.
 
     What :class:`dml_cuda.MultiSimilarityMiner` returns. It unpacks, indexes and has the length 4 of
@@ -82,8 +85,22 @@ class MinedPairs(list):
     batch applies the rule in its kernel and never lists a pair. Looking lists them block by block, without
     the N x M matrix, and waits for the device.
 
+    The rule is that of the batch as it was. Embeddings or labels that were changed in place since are an
+    error, unless the pairs were looked at before: then they are what was found, whatever happens to the
+    batch. Compiled code (``torch.compile``) cannot see such a change: there, look first. A copy, and what
+    another process receives, are lists.
+
     A list, which fills itself, and not a tuple, so that functions that take only true lists and tuples
     (``torch.cat``) take it once it has been looked at.
+
+    Args:
+        embeddings, labels, ref_emb, ref_labels: as the losses take them.
+        epsilon: the miner's margin; ``None`` for every pair.
+        similarity: as the miner takes it.
+        self_ref: ``[N]`` int64, for each row the row of ``ref_emb`` that is the same point, or -1. Mining
+            sees that pair, but it is none: ``torch.arange(N)`` for two views of the same images leaves out
+            the pairs (i, i).
+        ref_count: int64, one number: only so many rows of ``ref_emb`` take part.
 
     Attributes:
         pos_anchors, positives: ``[P]`` int64, rows of ``embeddings`` and of ``ref_emb`` (of ``embeddings``
@@ -109,30 +126,54 @@ class MinedPairs(list):
         self.similarity = similarity
         # Without their graph, which a list of pairs should not keep alive; but a compiler, and a transform
         # of torch.func, know a tensor again only when it is the same.
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        compiling = torch.compiler.is_compiling()
+        traced = compiling or torch._C._are_functorch_transforms_active()
         keep = (lambda x: x) if traced else Tensor.detach
         self.embeddings = keep(embeddings)
         self.ref_emb = None if ref_emb is None else keep(ref_emb)
+        # A compiler knows the miner's points again by these, when it traces a loss of them.
+        given = embeddings, ref_emb
+        self._given = None if compiling else tuple(x if x is None else weakref.ref(x) for x in given)
         self.labels = labels
         self.ref_labels = ref_labels
         self.self_ref, self.ref_count = self_ref, ref_count  # as reference.pair_loss has them
-        self._versions = _version(embeddings), _version(ref_emb)
+        self._looked = self.only_lists = False
+        self._versions = self._batch_versions()
 
-    def is_of(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+    def _is_of(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
         """Whether these are the very points that were mined."""
+        if torch.compiler.is_compiling() and self._given is not None:
+            rows, columns = self._given
+            return rows() is embeddings and (ref_emb is None if columns is None else columns() is ref_emb)
         return _is_same(self.embeddings, embeddings) and _is_same(self.ref_emb, ref_emb)
 
-    def check_unchanged(self) -> None:
-        now = _version(self.embeddings), _version(self.ref_emb)
-        if any(was not in (None, is_now) for was, is_now in zip(self._versions, now, strict=True)):
+    def rules(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+        """Whether the rule, applied to these points, gives the pairs. If not they go by their lists."""
+        if not self._is_of(embeddings, ref_emb):
+            return False
+        if not self._looked:
+            self._check_unchanged()
+            return True
+        return not (self.only_lists or torch.compiler.is_compiling() or self._changed())
+
+    def _batch_versions(self) -> tuple[int | None, ...]:
+        return tuple(version(getattr(self, name)) for name in _BATCH)
+
+    def _changed(self) -> list[str]:
+        """What of the batch is known to have been changed in place."""
+        versions = zip(_BATCH, self._versions, self._batch_versions(), strict=True)
+        return [name for name, was, now in versions if None not in (was, now) and was != now]
+
+    def _check_unchanged(self) -> None:
+        if changed := self._changed():
             raise RuntimeError(
-                "indices_tuple: the embeddings were changed in place since they were mined; use, or look at, "
-                "mined pairs before that"
+                f"indices_tuple: {' and '.join(changed)} changed in place since pairs were mined; use, or "
+                "look at, mined pairs before that"
             )
 
     def _blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First row, and masks ``[rows, M]`` of the kept positives and negatives, block after block."""
-        self.check_unchanged()
+        self._check_unchanged()
         square = self.ref_emb is None
         labels = self.labels.long()
         ref_labels = labels if square else self.ref_labels.long()
@@ -162,7 +203,7 @@ class MinedPairs(list):
                 yield begin, positive, negative
 
     def _look(self) -> None:
-        if super().__len__() > 0:
+        if self._looked:
             return
         found = [_Growing(self.embeddings.device) for _ in _NAMES]
         for begin, *masks in self._blocks():
@@ -171,15 +212,26 @@ class MinedPairs(list):
                 found[2 * kind].append(rows + begin)
                 found[2 * kind + 1].append(cols)
         super().extend(parts.tensor().clone() for parts in found)
+        self._looked = True
 
     def pair_counts(self) -> PairCounts:
         """How many positives and negatives each row keeps, on the device and without waiting for it."""
         size, device = self.embeddings.shape[0], self.embeddings.device
-        counts = PairCounts(*(torch.empty(size, dtype=torch.long, device=device) for _ in range(2)))
+        counts = PairCounts(*(torch.zeros(size, dtype=torch.long, device=device) for _ in range(2)))
+        if self._looked:
+            for count, rows in zip(counts, (self[0], self[2]), strict=True):
+                count.index_add_(0, rows, torch.ones_like(rows))
+            return counts
         for begin, *masks in self._blocks():
             for count, mask in zip(counts, masks, strict=True):
                 torch.sum(mask, 1, out=count[begin : begin + mask.shape[0]])
         return counts
+
+    def __reduce__(self):
+        self._look()
+        # Whether the batch is still as it was mined cannot be told there: a copy is its lists.
+        state = self.__dict__ | {"_given": None, "only_lists": True}
+        return copyreg.__newobj__, (type(self),), state, super().__iter__()
 
     def __len__(self) -> int:
         return 4
@@ -188,9 +240,20 @@ class MinedPairs(list):
         self._look()
         return super().__iter__()
 
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
     def __getitem__(self, index):
         self._look()
         return super().__getitem__(index)
+
+    def __setitem__(self, index, value) -> None:
+        self._look()
+        self.only_lists = True
+        super().__setitem__(index, value)
 
     def __reversed__(self) -> Iterator[Tensor]:
         return iter(self[::-1])
@@ -214,10 +277,21 @@ class MinedPairs(list):
         rows = self.embeddings.shape[0]
         return f"MinedPairs(epsilon={self.epsilon}, rows={rows}, columns={columns.shape[0]})"
 
-    pos_anchors = property(lambda self: self[0])
-    positives = property(lambda self: self[1])
-    neg_anchors = property(lambda self: self[2])
-    negatives = property(lambda self: self[3])
+    @property
+    def pos_anchors(self) -> Tensor:
+        return self[0]
+
+    @property
+    def positives(self) -> Tensor:
+        return self[1]
+
+    @property
+    def neg_anchors(self) -> Tensor:
+        return self[2]
+
+    @property
+    def negatives(self) -> Tensor:
+        return self[3]
 
 
 def mined_pairs(
@@ -240,7 +314,7 @@ def mined_pairs(
 def _check_list(name: str, index: object) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"indices_tuple: {name}: expected an integer tensor, got {type(index).__name__}")
-    if index.dtype not in (torch.int64, torch.int32):
+    if index.dtype not in (torch.int64, torch.int32) and index.numel() > 0:  # torch.tensor([]) is float
         raise TypeError(f"indices_tuple: {name}: expected int64 or int32 indices, got {index.dtype}")
     if index.ndim != 1:
         raise ValueError(f"indices_tuple: {name}: expected one dimension, got shape {list(index.shape)}")
@@ -255,12 +329,28 @@ def _check_range(name: str, index: Tensor, rows: int, of: str) -> None:
         raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {of}, got {got}")
 
 
+def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
+    positives, negatives = (indices[k] * columns + indices[k + 1] for k in (0, 2))
+    both = positives[torch.isin(positives, negatives)]
+    if both.numel() > 0:
+        row, column = divmod(int(both[0]), columns)
+        raise ValueError(
+            f"indices_tuple: expected each pair to be positive or negative, got ({row}, {column}) as both"
+        )
+
+
 def listed_pairs(
-    indices_tuple: object, embeddings: Tensor, ref_emb: Tensor | None, *, check_range: bool
+    indices_tuple: object,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    *,
+    check_range: bool,
+    check_kinds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors, positives, anchors, negatives from pairs or triplets, int64 beside the embeddings.
 
-    ``check_range`` looks at the indices, for which a GPU must be waited for.
+    ``check_range`` and ``check_kinds``, that no pair is listed as both, look at the indices, for which a GPU
+    must be waited for.
     """
     if not isinstance(indices_tuple, Sequence | Iterable):
         raise TypeError(
@@ -294,4 +384,7 @@ def listed_pairs(
             else:
                 _check_range(name, index, columns.shape[0], of)
     indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
-    return indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    if check_kinds:
+        _check_kinds(pairs, (embeddings if ref_emb is None else ref_emb).shape[0])
+    return pairs

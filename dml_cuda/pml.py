@@ -2,7 +2,10 @@
 
 Each class subclasses the one of the same name and replaces only its computation, so reducers,
 regularisers, ``collect_stats``, ``isinstance`` checks, ``CrossBatchMemory`` and
-``DistributedLossWrapper`` go on working. Needs ``pip install "dml_cuda[pml]"`` (version 2.9).
+``DistributedLossWrapper`` go on working. Needs ``pip install "./[pml]"`` in a clone (version 2.9).
+
+Where the kernels lack something (a distance, a reducer of pairs' losses, a method that a subclass replaces),
+pytorch-metric-learning computes, and one warning says so.
 
 One result differs: pytorch-metric-learning gives 0 for a batch in which a miner leaves one pair of each
 kind at most. To know that, the pairs would have to be counted, so here such pairs have their loss.
@@ -13,42 +16,68 @@ kind at most. To know that, the pairs would have to be counted, so here such pai
 """
 
 import warnings
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 try:
-    from pytorch_metric_learning import distances, losses, miners
+    from pytorch_metric_learning import distances, losses, miners, reducers
+    from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
 except ImportError as error:
     raise ImportError(
         'dml_cuda.pml needs pytorch-metric-learning 2.9: pip install "pytorch-metric-learning>=2.9,<3"'
     ) from error
 
-from . import functional
+from .law import Law
+from .losses.base import Call, apply, make_call
+from .losses.circle import Circle
+from .losses.contrastive import Contrastive
+from .losses.lifted_structure import LiftedStructure
+from .losses.multi_similarity import MultiSimilarity
+from .losses.nt_xent import NTXent
+from .losses.sup_con import SupCon
+from .miners import LastBatch
+from .options import measure
 from .pairs import MinedPairs, mined_pairs
 
-__all__ = ["CircleLoss", "MultiSimilarityLoss", "MultiSimilarityMiner"]
+__all__ = [
+    "CircleLoss",
+    "ContrastiveLoss",
+    "GeneralizedLiftedStructureLoss",
+    "MultiSimilarityLoss",
+    "MultiSimilarityMiner",
+    "NTXentLoss",
+    "SupConLoss",
+]
 
+_REDUCTIONS = {
+    reducers.MeanReducer: "mean",
+    reducers.AvgNonZeroReducer: "mean_nonzero",
+    reducers.SumReducer: "sum",
+}
 _warned: set[str] = set()
 
 
-def _similarity(distance: distances.BaseDistance) -> str | None:
-    """What the kernels call this distance, or None for one that they lack."""
-    if type(distance) not in (distances.CosineSimilarity, distances.DotProductSimilarity):
+def _similarity(distance: distances.BaseDistance) -> dict[str, Any] | None:
+    """The options that stand for a distance, or None for one that the kernels lack."""
+    if distance.power != 1 or (distance.p != 2 and distance.normalize_embeddings):
         return None
-    if distance.power != 1 or (distance.normalize_embeddings and distance.p != 2):
-        return None
-    return "cosine" if distance.normalize_embeddings else "dot"
+    kind = type(distance)
+    if kind is distances.LpDistance and distance.p == 2:
+        return {"similarity": "euclidean", "normalize_embeddings": bool(distance.normalize_embeddings)}
+    if kind in (distances.CosineSimilarity, distances.DotProductSimilarity):
+        return {"similarity": "cosine" if distance.normalize_embeddings else "dot"}
+    return None
 
 
-def _kernel_similarity(module: torch.nn.Module) -> str | None:
-    """As :func:`_similarity`; warns, once for each kind, where pytorch-metric-learning must compute."""
-    similarity = _similarity(module.distance)
-    kind = f"{type(module).__name__} with {module.distance}"
-    if similarity is None and kind not in _warned:
+def _warn(module: torch.nn.Module, why: str) -> None:
+    """Once for each kind."""
+    kind = f"{type(module).__name__} with {why}"
+    if kind not in _warned:
         _warned.add(kind)
         warnings.warn(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it", stacklevel=6)
-    return similarity
 
 
 def _collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tensor) -> None:
@@ -59,13 +88,88 @@ def _collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tens
         distance.set_default_stats(*points, *(distance.maybe_normalize(x) for x in points))
 
 
+def _reduction(reducer: reducers.BaseReducer, name: str) -> str | None:
+    """What the kernels call a reducer of the loss of that name, or None for one that they lack."""
+    if type(reducer) is reducers.MultipleReducers:
+        reducer = dict(reducer.reducers.items()).get(name, reducer.default_reducer)
+    if getattr(reducer, "collect_stats", False):
+        return None
+    if isinstance(reducer, reducers.AvgNonZeroReducer) and (reducer.low, reducer.high) != (0, None):
+        return None
+    return _REDUCTIONS.get(type(reducer))
+
+
 class _Fused:
-    """Replaces the computation of a pair loss; ``row_losses`` is its function."""
+    """Replaces the computation of a pair loss by that of a law."""
+
+    _law: ClassVar[type[Law]]
+    _row_losses = True  # whether pytorch-metric-learning has losses of rows here, not of pairs
+    _shape = (-1, 1)  # of these there, for which some reducers give another number than for [N]
+    _stands_for: ClassVar[dict[str, Any]] = {}  # pytorch-metric-learning's methods, which are not called
+    _override: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "_law" in vars(cls):
+            theirs = cls.__mro__[2], GenericPairLoss
+            skipped = {"compute_loss", "get_default_distance", "get_default_reducer"}
+            names = {n for each in theirs for n in vars(each) if not n.startswith("__")} - skipped
+            cls._stands_for = {name: getattr(cls, name) for name in names}
+        replaced = (n for n, method in cls._stands_for.items() if getattr(cls, n) is not method)
+        cls._override = next(replaced, None)
+
+    def _overridden(self) -> str | None:
+        """A method that a subclass, or somebody on this very loss, has put in place of theirs."""
+        if self._override is not None:
+            return self._override
+        for name in self._stands_for:
+            if name in self.__dict__:
+                return name
+        method = self.mat_based_loss if self._row_losses else self.pair_based_loss
+        # Compared as torch.compile can.
+        return None if getattr(self.loss_method, "__func__", None) is method.__func__ else "loss_method"
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._law.parameters}
+
+    def _kernel(self) -> Call | str:
+        """What computes this loss, or what the kernels lack for it."""
+        override = self._overridden()
+        if override is not None:
+            return f"its own {override}"
+        similarity = _similarity(self.distance)
+        if similarity is None:
+            return str(self.distance)
+        kinds = {_reduction(self.reducer, name) for name in self._sub_loss_names()}
+        reduction = kinds.pop() if len(kinds) == 1 else None
+        if reduction is None and not self._row_losses:
+            return str(self.reducer)
+        try:
+            return make_call(self._law, self._values(), {**similarity, "reduction": reduction or "none"})
+        except (TypeError, ValueError) as error:
+            return str(error)
+
+    def is_fused(self) -> bool:
+        """Whether dml_cuda computes this loss as it is now."""
+        return isinstance(self._kernel(), Call)
+
+    @property
+    def call(self) -> Call:
+        """The law and its options, as :func:`dml_cuda.functional.pair_weights` takes them."""
+        call = self._kernel()
+        if isinstance(call, str):
+            kind = f"{type(self).__name__} with {call}"
+            raise TypeError(f"loss: expected a pair loss that dml_cuda computes, got {kind}")
+        return call
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
-        similarity = _kernel_similarity(self)
-        if similarity is None or embeddings.shape[0] * ref_emb.shape[0] <= 2:
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        call = self._kernel()
+        if isinstance(call, str):
+            _warn(self, call)
+            return super().compute_loss(*batch)
+        if embeddings.shape[0] * ref_emb.shape[0] <= 2 or (labels is None and indices_tuple is None):
+            return super().compute_loss(*batch)
         listed = indices_tuple is not None and not isinstance(indices_tuple, MinedPairs)
         if listed and all(len(index) <= 1 for index in indices_tuple):
             return self.zero_losses()  # as pytorch-metric-learning does with a single pair of each kind
@@ -75,20 +179,20 @@ class _Fused:
         elif indices_tuple is None and ref_labels is labels:
             # The very same labels: pytorch-metric-learning takes row i of ref_emb for the same point too.
             own = torch.arange(embeddings.shape[0], device=embeddings.device)
-            rule = {"epsilon": None, "similarity": similarity, "self_ref": own}
+            rule = {"epsilon": None, "similarity": call.similarity, "self_ref": own}
             indices_tuple = mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
-        value = self._row_losses(
-            embeddings,
-            labels,
-            indices_tuple=indices_tuple,
-            ref_emb=ref_emb,
-            ref_labels=ref_labels,
-            similarity=similarity,
-            reduction="none",
-        )
-        rows = torch.arange(embeddings.shape[0], device=embeddings.device)
-        # [N, 1], as pytorch-metric-learning's own: some reducers give another number for [N].
-        return {"loss": {"losses": value[:, None], "indices": rows, "reduction_type": "element"}}
+        value = self._value(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if call.options.reduction == "none":
+            rows = torch.arange(embeddings.shape[0], device=embeddings.device)
+            value = value.view(self._shape)
+            return {"loss": {"losses": value, "indices": rows, "reduction_type": "element"}}
+        # The sum of all parts stands for the first.
+        first, *others = self._sub_loss_names()
+        reduced = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return {first: reduced, **{name: self.zero_loss() for name in others}}
+
+    def _value(self, call: Call, *batch) -> Tensor:
+        return apply(call, *batch)
 
 
 class MultiSimilarityLoss(_Fused, losses.MultiSimilarityLoss):
@@ -98,20 +202,92 @@ class MultiSimilarityLoss(_Fused, losses.MultiSimilarityLoss):
     class that this one replaces.
     """
 
-    def _row_losses(self, *batch, **options) -> Tensor:
-        weights = {"alpha": self.alpha, "beta": self.beta, "base": self.base}
-        return functional.multi_similarity_loss(*batch, **weights, **options)
+    _law = MultiSimilarity
 
 
 class CircleLoss(_Fused, losses.CircleLoss):
     """``pytorch_metric_learning.losses.CircleLoss`` on the kernels of dml_cuda.
 
     See :func:`dml_cuda.functional.circle_loss` for the equation, and for arguments and errors the class that
+    this one replaces. Setting ``m`` later sets what that class derives from it in its constructor only.
+    """
+
+    _law = Circle
+
+    @property
+    def m(self) -> float:
+        return self.delta_n
+
+    @m.setter
+    def m(self, m: float) -> None:
+        self.op, self.on, self.delta_p, self.delta_n = 1 + m, -m, 1 - m, m
+
+    def _overridden(self) -> str | None:
+        if (self.op, self.on, self.delta_p) != (1 + self.m, -self.m, 1 - self.m):
+            return "op, on, delta_p and delta_n"
+        return super()._overridden()
+
+    def _values(self) -> dict[str, Any]:
+        return {"m": self.m, "gamma": self.gamma, "detach_weights": True}
+
+
+class ContrastiveLoss(_Fused, losses.ContrastiveLoss):
+    """``pytorch_metric_learning.losses.ContrastiveLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.contrastive_loss` for the equation, and for arguments and errors the class
+    that this one replaces.
+    """
+
+    _law = Contrastive
+    _row_losses = False
+
+
+class GeneralizedLiftedStructureLoss(_Fused, losses.GeneralizedLiftedStructureLoss):
+    """``pytorch_metric_learning.losses.GeneralizedLiftedStructureLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.generalized_lifted_structure_loss` for the equation, and for arguments and
+    errors the class that this one replaces.
+    """
+
+    _law = LiftedStructure
+
+
+class NTXentLoss(_Fused, losses.NTXentLoss):
+    """``pytorch_metric_learning.losses.NTXentLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.nt_xent_loss` for the equation, and for arguments and errors the class that
     this one replaces.
     """
 
-    def _row_losses(self, *batch, **options) -> Tensor:
-        return functional.circle_loss(*batch, m=self.m, gamma=self.gamma, **options)
+    _law = NTXent
+    _row_losses = False
+
+
+class SupConLoss(_Fused, losses.SupConLoss):
+    """``pytorch_metric_learning.losses.SupConLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.sup_con_loss` for the equation, and for arguments and errors the class that
+    this one replaces.
+    """
+
+    _law = SupCon
+    _shape = (-1,)
+
+    def _value(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
+        """pytorch-metric-learning's is 0 where the batch has no negative at all."""
+        value = apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
+        if indices_tuple is not None and mined is None:
+            return value if len(indices_tuple[-1]) > 0 else value * 0
+        if mined is not None and mined.epsilon is not None:
+            return value  # its rows have both kinds or none
+        if mined is not None:
+            labels, ref_labels = mined.labels, mined.ref_labels
+        columns = labels if ref_labels is None else ref_labels
+        differ = columns != labels[:1]
+        if mined is not None and mined.ref_count is not None:
+            differ = differ & (torch.arange(len(columns), device=columns.device) < mined.ref_count)
+        return torch.where(differ.any() | (labels != labels[:1]).any(), value, 0.0)
 
 
 class MultiSimilarityMiner(miners.MultiSimilarityMiner):
@@ -120,27 +296,35 @@ class MultiSimilarityMiner(miners.MultiSimilarityMiner):
     Returns :class:`dml_cuda.MinedPairs`: a loss of this module, or of dml_cuda, never lists them.
     """
 
-    _pairs: MinedPairs | None = None
+    _last: LastBatch | None = None
 
     def mine(self, embeddings, labels, ref_emb, ref_labels):
-        similarity = _kernel_similarity(self)
+        similarity = _similarity(self.distance)
+        lacks = None
         if similarity is None:
+            lacks = str(self.distance)
+        elif not isinstance(self.epsilon, Real):
+            lacks = f"an epsilon of {type(self.epsilon).__name__}"
+        if lacks is not None:
+            _warn(self, lacks)
             return super().mine(embeddings, labels, ref_emb, ref_labels)
         _collect(self.distance, embeddings, ref_emb)
         if ref_emb is embeddings:
             ref_emb = ref_labels = None
-        return mined_pairs(
-            embeddings, labels, ref_emb, ref_labels, epsilon=self.epsilon, similarity=similarity
-        )
+        batch = embeddings, labels, ref_emb, ref_labels
+        named = measure(similarity["similarity"], similarity.get("normalize_embeddings"))
+        pairs = mined_pairs(*batch, epsilon=self.epsilon, similarity=named)
+        if not torch.compiler.is_exporting():
+            self._last = LastBatch(pairs, *batch)
+        return pairs
 
     def output_assertion(self, output) -> None:
-        """Keeps the pairs, to count them when ``num_pos_pairs`` or ``num_neg_pairs`` is read."""
-        self._pairs = output if isinstance(output, MinedPairs) else None
-        if self._pairs is None:
+        """Nothing to count yet: that is done when ``num_pos_pairs`` or ``num_neg_pairs`` is read."""
+        if not isinstance(output, MinedPairs):
             super().output_assertion(output)
 
     def _count(self, kind: int, name: str) -> int:
-        return self.__dict__.get(name, 0) if self._pairs is None else len(self._pairs[kind])
+        return self.__dict__.get(name, 0) if self._last is None else self._last.counts()[kind]
 
     @property
     def num_pos_pairs(self) -> int:
@@ -148,15 +332,15 @@ class MultiSimilarityMiner(miners.MultiSimilarityMiner):
 
     @num_pos_pairs.setter
     def num_pos_pairs(self, count: int) -> None:
-        self._pairs, self.__dict__["num_pos_pairs"] = None, count
+        self._last, self.__dict__["num_pos_pairs"] = None, count
 
     @property
     def num_neg_pairs(self) -> int:
-        return self._count(2, "num_neg_pairs")
+        return self._count(1, "num_neg_pairs")
 
     @num_neg_pairs.setter
     def num_neg_pairs(self, count: int) -> None:
-        self._pairs, self.__dict__["num_neg_pairs"] = None, count
+        self._last, self.__dict__["num_neg_pairs"] = None, count
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_pairs": None}
+        return self.__dict__ | {"_last": None}

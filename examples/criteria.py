@@ -1,5 +1,7 @@
 """The losses to choose from: dml_cuda's, and pytorch-metric-learning's (PML) to compare them with."""
 
+from functools import partial
+
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
@@ -11,6 +13,13 @@ LOSSES = {
     "circle": "circle, dml_cuda",
     "pml-ms": "multi-similarity, pytorch-metric-learning",
     "pml-circle": "circle, pytorch-metric-learning",
+}
+
+JOINT = {
+    "softmax": dml_cuda.NormalizedSoftmaxLoss,
+    "cosface": dml_cuda.CosFaceLoss,
+    "arcface": dml_cuda.ArcFaceLoss,
+    "softtriple": partial(dml_cuda.SoftTripleLoss, tau=0.2),  # as in its paper
 }
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .criteria import LOSSES
+from .criteria import JOINT, LOSSES
 from .networks import NETWORKS
 
-JOINT_WEIGHT = 0.1  # of the metric loss beside cross entropy
+JOINT_WEIGHT = 0.1  # of the metric loss beside a class-level one
 _LEARNING_RATE = {"small": 2e-3, "resnet50": 3e-5}
 _IMAGE_SIZE = {"small": 64, "resnet50": 224}
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROWS",
         help="pair a batch with that many earlier embeddings too",
     )
-    loss("--joint", action="store_true", help=f"{JOINT_WEIGHT} * the loss + cross entropy of a linear head")
+    loss("--joint", choices=JOINT, help=f"{JOINT_WEIGHT} * the loss + this class-level loss of dml_cuda")
 
     training = parser.add_argument_group("training").add_argument
     training(

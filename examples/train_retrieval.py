@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.machine import describe
+from dml_cuda import SoftTripleLoss
 
-from .criteria import LOSSES, make_loss
+from .criteria import JOINT, LOSSES, make_loss
 from .data import DataError
 from .meters import PeakMemory, StepTimer
 from .networks import NetworkError, make_network
@@ -61,8 +61,11 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.embedding_size,
         arguments.memory,
     ).to(device)
-    head = nn.Linear(arguments.embedding_size, len(split.train.labels.unique())).to(device)
-    parameters = [*network.parameters(), *(head.parameters() if arguments.joint else ())]
+    classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
+    head = None
+    if arguments.joint:
+        head = JOINT[arguments.joint](len(classes), arguments.embedding_size).to(device)
+    parameters = [*network.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
@@ -84,8 +87,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         embeddings = embeddings.float()  # losses are sums of exponentials: in float32
         timer.embedded(embeddings)
         loss = loss_fn(embeddings, labels)
-        if arguments.joint:
-            loss = JOINT_WEIGHT * loss + F.cross_entropy(head(embeddings), labels)
+        if head:
+            loss = JOINT_WEIGHT * loss + head(embeddings, torch.searchsorted(classes, labels))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -106,6 +109,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
             log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
+    if isinstance(head, SoftTripleLoss):
+        log["centers_left"] = head.merged_centers(0.3).float().mean().item()
     return found
 
 
@@ -122,7 +127,7 @@ def _title(arguments: argparse.Namespace) -> str:
     extras = {
         f"mined with epsilon {arguments.epsilon}": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
-        "joint with cross entropy": arguments.joint,
+        f"joint with {arguments.joint}": arguments.joint,
     }
     return ", ".join([LOSSES[arguments.loss], *(text for text, there in extras.items() if there)])
 

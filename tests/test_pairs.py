@@ -129,7 +129,9 @@ def test_counts_of_the_last_batch():
         assert miner.num_neg_pairs == len(pairs[3]) > 0
     for other in (copy.deepcopy(miner), pickle.loads(pickle.dumps(miner))):
         assert other.num_pos_pairs == 0  # a batch does not travel along
-        assert repr(other) == repr(miner) == "MultiSimilarityMiner(epsilon=0.1, similarity='cosine')"
+        assert repr(other) == repr(miner) == (
+            "MultiSimilarityMiner(epsilon=0.1, similarity='cosine', normalize_embeddings=None)"
+        )
 
 
 def test_pair_counts_option(monkeypatch):

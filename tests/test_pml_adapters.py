@@ -1,6 +1,7 @@
 """dml_cuda.pml: pytorch-metric-learning's own classes with our computation, and all else as it was."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -28,7 +29,10 @@ def evaluate(loss_fn, embeddings, labels=None, indices_tuple=None, ref_emb=None,
         indices_tuple = miner(leaves[0], labels, *refs)
     value = loss_fn(leaves[0], labels, indices_tuple, *refs)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [value.detach(), *(torch.zeros(()) if g is None else g for g in gradients)]
+    return [
+        value.detach(),
+        *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)),
+    ]
 
 
 def assert_same(found, expected):
@@ -86,6 +90,7 @@ REDUCERS = {
     "per anchor": reducers.PerAnchorReducer,
     "per anchor, sum": lambda: reducers.PerAnchorReducer(reducer=reducers.SumReducer()),
     "multiple": lambda: reducers.MultipleReducers({"loss": reducers.SumReducer()}),
+    "multiple, default": lambda: reducers.MultipleReducers({}, reducers.AvgNonZeroReducer()),
 }
 
 
@@ -297,7 +302,8 @@ def test_falls_back_for_another_distance():
     """PML's own code computes, and one warning says so."""
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
     for distance in (
-        distances.LpDistance(normalize_embeddings=False),
+        distances.LpDistance(p=1, normalize_embeddings=False),
+        distances.LpDistance(power=2),
         distances.CosineSimilarity(power=2),
         distances.DotProductSimilarity(p=1),
     ):
@@ -413,3 +419,158 @@ dist.destroy_process_group()
 def test_distributed_loss_wrapper(tmp_path):
     """Both of its settings, with and without a miner, on two processes."""
     run_two_ranks(RANK, tmp_path)
+
+
+# --- Every adapter
+
+# Each loss with distances it can have, and parameters for similarities or distances of about that size.
+COSINE, DOT_PRODUCT = distances.CosineSimilarity, distances.DotProductSimilarity
+EUCLIDEAN = distances.LpDistance
+RAW = {"normalize_embeddings": False}
+CASES = {
+    "MS, euclidean": ("MultiSimilarityLoss", {"distance": EUCLIDEAN(), "beta": 10, "base": 1.0}),
+    "MS, as they come": ("MultiSimilarityLoss", {"distance": EUCLIDEAN(**RAW), "beta": 2, "base": 3.0}),
+    "contrastive": ("ContrastiveLoss", {}),
+    "contrastive, as they come": (
+        "ContrastiveLoss", {"distance": EUCLIDEAN(**RAW), "pos_margin": 0.5, "neg_margin": 3.0}),
+    "contrastive, cosine": ("ContrastiveLoss", {"distance": COSINE(), "pos_margin": 0.9, "neg_margin": 0.2}),
+    "contrastive, dot": (
+        "ContrastiveLoss", {"distance": DOT_PRODUCT(**RAW), "pos_margin": 2, "neg_margin": 1}),
+    "lifted": ("GeneralizedLiftedStructureLoss", {}),
+    "lifted, as they come": (
+        "GeneralizedLiftedStructureLoss", {"distance": EUCLIDEAN(**RAW), "neg_margin": 4.0}),
+    "lifted, cosine": (
+        "GeneralizedLiftedStructureLoss", {"distance": COSINE(), "neg_margin": 0.2, "pos_margin": 0.7}),
+    "NT-Xent": ("NTXentLoss", {"temperature": 0.3}),
+    "NT-Xent, euclidean": ("NTXentLoss", {"distance": EUCLIDEAN()}),
+    "SupCon": ("SupConLoss", {}),
+    "SupCon, euclidean": ("SupConLoss", {"distance": EUCLIDEAN(), "temperature": 0.3}),
+    "SupCon, dot": ("SupConLoss", {"distance": DOT_PRODUCT(**RAW), "temperature": 2.0}),
+}  # fmt: skip
+EVERY_CASE = pytest.mark.parametrize("case", CASES)
+
+
+def close(found, expected):
+    """PML's distances are sqrt(|x|^2 + |y|^2 - 2 x.y), its floor in a logarithm 1e-308."""
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-8, atol=1e-9)
+    for f, e in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(f, e, rtol=0, atol=1e-7 * e.abs().max().item() + 1e-12)
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("kind", ["few", "unequal"])
+@pytest.mark.parametrize(
+    ("refs", "mined"),
+    [
+        *itertools.product(("none", "others"), (None, "lazy", "pairs", "triplets")),
+        # Not lazy: PML's miner then lists some pairs as both kinds.
+        *itertools.product(("same labels",), (None, "pairs", "triplets")),
+    ],
+)
+def test_cases(case, kind, refs, mined):
+    name, options = CASES[case]
+    labels = make_labels(24, kind)
+    points = make_points(torch.cat([labels, labels]), 6, torch.float64)
+    embeddings, ref_emb = points[:24], points[24:]
+    others = {"none": (None, None), "others": (ref_emb, labels.flip(0)), "same labels": (ref_emb, labels)}[
+        refs
+    ]
+    ours, theirs = both(name, **options)
+    assert ours.is_fused()
+    distance = copy.deepcopy(theirs.distance)
+    our_miner, their_miner = {
+        None: (None, None),
+        "lazy": [
+            m(0.2, distance=distance)
+            for m in (dml_cuda.pml.MultiSimilarityMiner, miners.MultiSimilarityMiner)
+        ],
+        "pairs": (miners.PairMarginMiner(0.2, 1.2),) * 2,
+        "triplets": (miners.TripletMarginMiner(0.3),) * 2,
+    }[mined]
+    batch = embeddings, labels, None, *others
+    close(evaluate(ours, *batch, miner=our_miner), evaluate(theirs, *batch, miner=their_miner))
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_reducers_of_cases(case, reducer):
+    """What the kernels lack for losses of pairs PML computes, with one warning."""
+    name, options = CASES[case]
+    embeddings, labels = make_batch(40, 6, dtype=torch.float64)
+    if reducer == "per anchor" or reducer == "per anchor, sum":
+        embeddings, labels = embeddings[:40], labels % 40
+    dml_cuda.pml._warned.clear()
+    ours, theirs = both(name, **options, reducer=REDUCERS[reducer]())
+    expected = evaluate(theirs, embeddings, labels)
+    of_rows = name not in ("ContrastiveLoss", "NTXentLoss")
+    known = reducer in ("default", "mean", "sum", "nonzero") or reducer.startswith("multiple")
+    assert ours.is_fused() == (of_rows or known)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            close(evaluate(ours, embeddings, labels), expected)
+    assert len(seen) == (0 if ours.is_fused() else 1)
+
+
+@EVERY_CASE
+def test_one_kind_only(case):
+    """A batch without any negative, or without any positive; SupCon's loss is 0 there in PML."""
+    name, options = CASES[case]
+    embeddings = torch.randn(12, 6, dtype=torch.float64)
+    ref_emb = torch.randn(9, 6, dtype=torch.float64)
+    for labels in (torch.zeros(12).long(), torch.arange(12)):
+        for refs in ((None, None), (ref_emb, labels[:9].clone()), (ref_emb, labels[:9] + 100)):
+            ours, theirs = both(name, **options)
+            close(
+                evaluate(ours, embeddings, labels, None, *refs),
+                evaluate(theirs, embeddings, labels, None, *refs),
+            )
+    none, some = torch.tensor([], dtype=torch.long), torch.tensor([0, 1, 1])
+    for lists in ((some, some + 2, none, none), (none, none, some, some + 2), (none,) * 4):
+        ours, theirs = both(name, **options)
+        close(evaluate(ours, embeddings, None, lists), evaluate(theirs, embeddings, None, lists))
+
+
+def test_supervised_contrastive_without_negatives():
+    """The documented difference of the root class: its rows have their loss."""
+    embeddings, labels = torch.randn(6, 4, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+    assert losses.SupConLoss()(embeddings, labels) == dml_cuda.pml.SupConLoss()(embeddings, labels) == 0
+    s = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(embeddings).T / 0.1
+    s = s[~torch.eye(6, dtype=torch.bool)].view(6, 5)
+    expected = (torch.logsumexp(s, 1) - s.mean(1)).mean()
+    torch.testing.assert_close(dml_cuda.SupConLoss()(embeddings, labels), expected)
+    memory = dml_cuda.CrossBatchMemory(dml_cuda.pml.SupConLoss(), 4, 20)
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(), 4, 20)
+    for labels in (torch.zeros(6).long(), torch.zeros(6).long(), torch.ones(6).long()):
+        torch.testing.assert_close(
+            memory(embeddings, labels), theirs(embeddings, labels), rtol=1e-8, atol=1e-9
+        )
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("ours_too", [False, True])
+def test_cases_in_memories(case, ours_too):
+    name, options = CASES[case]
+    ours, theirs = both(name, **options)
+    kind = dml_cuda.CrossBatchMemory if ours_too else losses.CrossBatchMemory
+    memories = kind(ours, 6, 50), losses.CrossBatchMemory(theirs, 6, 50)
+    for _ in range(4):
+        embeddings, labels = make_batch(16, 6, dtype=torch.float64)
+        found, expected = (
+            evaluate(lambda e, y, *_, m=m: m(e, y), embeddings, labels)[:2] for m in memories)  # fmt: skip
+        close(found, expected)
+
+
+@EVERY_CASE
+def test_copies_of_cases(case):
+    name, options = CASES[case]
+    ours = both(name, **options)[0]
+    embeddings, labels = make_batch(20, 6)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other.is_fused()
+        assert torch.equal(other(embeddings, labels), ours(embeddings, labels))
+
+
+def test_every_adapter_is_a_case():
+    names = {name for name, _ in CASES.values()} | {"CircleLoss", "MultiSimilarityMiner"}
+    assert names == set(dml_cuda.pml.__all__)

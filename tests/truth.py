@@ -128,6 +128,28 @@ def lifted_structure(pos, neg, neg_margin=1.0, pos_margin=0.0):
     return Row([Part(max(pull + push, 0.0))], -is_open * pos_shares, is_open * neg_shares)
 
 
+def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
+    """psi(theta) = cos(theta + angle) - margin of the own class, monotone beyond pi - angle."""
+    if len(pos) == 0 or len(neg) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    angle, theta = np.arctan2(sine, cosine), np.arccos(np.clip(pos, -1.0, 1.0))
+    falls = theta <= np.pi - angle
+    psi = np.where(falls, np.cos(theta + angle), pos - angle * np.sin(angle)) - margin
+    across = np.divide(pos, np.sin(theta), out=0 * pos, where=np.sin(theta) > 0)
+    slope = np.where(falls, cosine + sine * across, 1.0)
+    pull, pos_shares = log_sum_exp(-scale * psi)
+    push, neg_shares = log_sum_exp(scale * neg)
+    wrong = sigmoid(pull + push)
+    return Row([Part(softplus(pull + push))], -scale * wrong * pos_shares * slope, scale * wrong * neg_shares)
+
+
+def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
+    pull, pos_shares = _log_one_plus(-alpha * (pos - margin))
+    push, neg_shares = _log_one_plus(alpha * (neg + margin))
+    parts = [Part(pull, int(len(pos) > 0), int(pull != 0)), Part(push, 1, int(push != 0))]
+    return Row(parts, -alpha * pos_shares, alpha * neg_shares)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -136,6 +158,8 @@ ROWS = {
     "nt_xent": nt_xent,
     "sup_con": sup_con,
     "lifted_structure": lifted_structure,
+    "margin_softmax": margin_softmax,
+    "proxy_anchor": proxy_anchor,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice

@@ -1,9 +1,10 @@
 """How evenly the CPU engine's work falls on more threads than this machine has cores.
 
-The engine runs on one thread, cut as for T, and notes how long each task took. The tasks of a parallel region
-are then dealt out as the engine deals them (whoever is free takes the next), which gives the region's critical
-path; what runs outside of regions counts as serial. The efficiency is the threads' work over T times the sum
-of critical paths and serial time: 1 is even. Neither waking threads nor sharing memory bandwidth is in it. Run it on a quiet machine.
+The engine runs on one thread, cut as for T, and notes how long each task took. The tasks of a parallel
+region are then dealt out as the engine deals them (whoever is free takes the next), which gives the region's
+critical path; what runs outside of regions counts as serial. The efficiency is the threads' work over T times
+the sum of critical paths and serial time: 1 is even. Waking threads and sharing bandwidth are not in it.
+Run it on a quiet machine.
 
     python -m tools.cpu_threads [--out FILE.json]
 """

@@ -1,13 +1,14 @@
 // The ops on pairs given as lists: their similarities, what their weights add to the gradient, and the
 // log-sum-exp of each row's. The cost is that of the pairs listed, not of all.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -15,18 +16,28 @@
 
 #include "../listed_ops.h"
 #include "listed_kernels.h"
+#include "tasks.h"
 
 namespace dml::cpu {
 namespace {
 
 using at::Tensor;
 
+// Pairs that one task looks at.
+constexpr int64_t kPairPiece = 1 << 14;
+
 void check_range(const Tensor& index, int64_t size, const char* name) {
     const int64_t* at = index.const_data_ptr<int64_t>();
-    for (int64_t k = 0; k < index.numel(); ++k) {
-        TORCH_CHECK_INDEX(at[k] >= 0 && at[k] < size, name, ": expected indices below ", size, ", got ",
-                          at[k]);
-    }
+    const int64_t count = index.numel();
+    std::atomic<bool> good{true};
+    for_pieces(count, kPairPiece, count / 2, [&](int64_t from, int64_t to) {
+        bool here = true;
+        for (int64_t k = from; k < to; ++k) here = here && at[k] >= 0 && at[k] < size;
+        if (!here) good.store(false, std::memory_order_relaxed);
+    });
+    if (good) return;
+    const int64_t* wrong = std::find_if(at, at + count, [&](int64_t k) { return k < 0 || k >= size; });
+    TORCH_CHECK_INDEX(false, name, ": expected indices below ", size, ", got ", *wrong);
 }
 
 void check_offsets(const Tensor& offsets, int64_t pairs) {
@@ -49,7 +60,7 @@ Tensor pair_products(const Tensor& x, const Tensor& y, const Tensor& rows, const
     Tensor out = at::empty({rows.numel()}, x.options());
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "pair_products", [&] {
         const auto& kernels = listed_kernels<scalar_t>();
-        at::parallel_for(0, rows.numel(), grain(dim), [&](int64_t from, int64_t to) {
+        for_pieces(rows.numel(), grain(dim), rows.numel() * dim, [&](int64_t from, int64_t to) {
             kernels.products(x.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
                              rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), from, to, dim,
                              out.data_ptr<scalar_t>());
@@ -67,7 +78,7 @@ Tensor pair_sums(const Tensor& weights, const Tensor& points, const Tensor& inde
     const int64_t work = rows > 0 ? dim * (1 + index.numel() / rows) : 1;
     AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "pair_sums", [&] {
         const auto& kernels = listed_kernels<scalar_t>();
-        at::parallel_for(0, rows, grain(work), [&](int64_t from, int64_t to) {
+        for_pieces(rows, grain(work), rows * work, [&](int64_t from, int64_t to) {
             kernels.sums(weights.const_data_ptr<scalar_t>(), points.const_data_ptr<scalar_t>(),
                          index.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(), from, to, dim,
                          out.data_ptr<scalar_t>());
@@ -99,7 +110,7 @@ Tensor segment_logsumexp(const Tensor& logits, const Tensor& offsets, bool plus_
         const scalar_t* from_logits = logits.const_data_ptr<scalar_t>();
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         scalar_t* to_rows = out.data_ptr<scalar_t>();
-        at::parallel_for(0, rows, grain(work), [&](int64_t from, int64_t to) {
+        for_pieces(rows, grain(work), rows * work, [&](int64_t from, int64_t to) {
             for (int64_t r = from; r < to; ++r)
                 to_rows[r] = logsumexp(from_logits + at[r], at[r + 1] - at[r], plus_one);
         });
@@ -117,7 +128,7 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
         const scalar_t* from_logits = logits.const_data_ptr<scalar_t>();
         const int64_t* at = offsets.const_data_ptr<int64_t>();
         scalar_t* to = out.data_ptr<scalar_t>();
-        at::parallel_for(0, rows, grain(work), [&](int64_t begin, int64_t end) {
+        for_pieces(rows, grain(work), rows * work, [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r) {
                 const scalar_t scale = grad.const_data_ptr<scalar_t>()[r];
                 const scalar_t lse = value.const_data_ptr<scalar_t>()[r];
@@ -184,9 +195,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sort(const Tensor& rows, const T
         });
     Tensor fresh = at::empty({pairs}, rows.options().dtype(at::kBool));
     bool* is_fresh = fresh.data_ptr<bool>();
-    for (int64_t k = 0; k < pairs; ++k) {
-        is_fresh[k] = k == 0 || to_row[k] != to_row[k - 1] || to_col[k] != to_col[k - 1];
-    }
+    for_pieces(pairs, kPairPiece, pairs, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k) {
+            is_fresh[k] = k == 0 || to_row[k] != to_row[k - 1] || to_col[k] != to_col[k - 1];
+        }
+    });
     return {sorted_rows, sorted_cols, offsets, fresh};
 }
 

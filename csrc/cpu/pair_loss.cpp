@@ -38,11 +38,15 @@ namespace {
 
 using at::Tensor;
 
-// Memory that may hold similarity tiles from forward to backward, whatever N and M.
-constexpr int64_t kCacheBytes = int64_t(64) << 20;
+// Memory that may hold similarity tiles from forward to backward, whatever N and M: less where the gradient
+// of the columns, which may be many, comes on top.
+constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(40) << 20;
 
 // Memory of the weights of one wave of tiles.
-constexpr int64_t kWeightBytes = int64_t(16) << 20;
+constexpr int64_t kSquareWeightBytes = int64_t(16) << 20, kWeightBytes = int64_t(8) << 20;
+
+// Memory of the columns of a super-tile, where they are packed one super-tile after the other.
+constexpr int64_t kWindowBytes = int64_t(8) << 20;
 
 // Tiles of one wave of the forward pass: some 3 MiB of parts.
 constexpr int64_t kForwardWave = 256;
@@ -66,7 +70,8 @@ struct Layout {
 
     Layout(int64_t n, const Tiles& all, int64_t itemsize, bool save_tiles) {
         const auto after = [](int64_t at, int64_t size) { return (at + size + 63) / 64 * 64; };
-        cached = save_tiles ? std::min(all.count(), kCacheBytes / (all.area() * itemsize)) : 0;
+        const int64_t most = all.square ? kSquareCacheBytes : kCacheBytes;
+        cached = save_tiles ? std::min(all.count(), most / (all.area() * itemsize)) : 0;
         plan = after(0, (6 * n + 3) * itemsize);
         kept = after(plan, Plan::numel(n, all.m, all.square) * int64_t(sizeof(int32_t)));
         tiles = after(kept, all.count());
@@ -138,8 +143,9 @@ struct References {
 template <typename T>
 class Batch {
    public:
+    // once: every tile is visited once at most.
     Batch(const Call& call, const References& refs, const Problem& problem, const Layout& layout,
-          uint8_t* saved)
+          uint8_t* saved, bool once)
         : square(problem.square),
           n(call.embeddings.size(0)),
           m(refs.count(call)),
@@ -148,12 +154,18 @@ class Batch {
           kernels(tile_kernels<T>(problem.law)),
           tiles(n, m, square, refs.capacity),
           plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
-          rows(pack<T>(call.embeddings, plan.row_order, similarity)),
-          cols(square ? rows : pack<T>(*refs.points, plan.col_order, similarity)),
+          windows(!square && once),
+          rows(call.embeddings, plan.row_order, similarity),
+          cols(square ? rows : other_),
           stats(reinterpret_cast<T*>(saved), n),
           kept(saved + layout.kept),
           cache_(reinterpret_cast<T*>(saved + layout.tiles)),
-          cached_(layout.cached) {
+          cached_(layout.cached),
+          other_(square ? call.embeddings.narrow(0, 0, 0) : *refs.points, plan.col_order, similarity) {
+        if (!windows) {
+            rows.show(0, n);
+            if (!square) cols.show(0, m);
+        }
         if (!square && !call.self_ref) return;
         const Tensor self = call.self_ref ? call.self_ref->contiguous() : Tensor();
         own_ = own_columns(plan, n, m, call.self_ref ? self.const_data_ptr<int64_t>() : nullptr);
@@ -166,7 +178,9 @@ class Batch {
     const TileKernels<T>& kernels;
     const Tiles tiles;
     const Plan plan;
-    const PackedPoints<T> rows, cols;
+    const bool windows;  // points are packed when a super-tile needs them, else all are at first
+    PackedPoints<T> rows;
+    PackedPoints<T>& cols;
     const Stats<T> stats;
     uint8_t* const kept;
 
@@ -200,11 +214,47 @@ class Batch {
         at::cpu::mm_out(out, matrix(x, lines, rows.dim, rows.stride(), 1),
                         matrix(y, rows.dim, tile.pitch, 1, cols.stride()));
         if (similarity.euclidean) {
-            kernels.distances(s, tile.pitch, tile.rows, tile.cols, x, rows.stride(), squares(rows, tile.row0),
-                              y, cols.stride(), squares(cols, tile.col0), rows.dim);
+            kernels.distances(s, tile.pitch, tile.rows, tile.cols, x, rows.stride(), rows.square(tile.row0),
+                              y, cols.stride(), cols.square(tile.col0), rows.dim);
         }
         if (cached) std::fill(s + lines * tile.pitch, s + tiles.area(), T(0));
         return tile;
+    }
+
+    // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one super-tile's row),
+    // their points packed. Around the waves of one super-tile: enter(it), and leave(it), called for an empty
+    // one too, while its points are still packed; where windows are not used there is but one of both, for
+    // all.
+    template <typename Wanted, typename Visit, typename Enter, typename Leave>
+    void for_each_wave(int64_t most, const Wanted& wanted, const Visit& visit, const Enter& enter,
+                       const Leave& leave) {
+        std::vector<TileAt> wave;
+        if (!windows) {
+            const Tiles::Super all{0, tiles.row_blocks, 0, tiles.col_blocks};
+            enter(all);
+            tiles.for_each_super(tiles.col_blocks, [&](const Tiles::Super& super) {
+                tiles.gather(super, most, wanted, wave, visit);
+            });
+            Tiles::flush(wave, visit);
+            leave(all, true);
+            return;
+        }
+        const int64_t bytes = tiles.side * cols.stride() * int64_t(sizeof(T));
+        tiles.for_each_super(std::max<int64_t>(kWindowBytes / bytes, 1), [&](const Tiles::Super& super) {
+            bool some = false;
+            const auto ready = [&](const std::vector<TileAt>& wave) {
+                if (!some) {
+                    rows.show(super.i0 * tiles.side, std::min(super.i1 * tiles.side, n));
+                    cols.show(super.j0 * tiles.side, std::min(super.j1 * tiles.side, m));
+                    enter(super);
+                }
+                some = true;
+                visit(wave);
+            };
+            tiles.gather(super, most, wanted, wave, ready);
+            Tiles::flush(wave, ready);
+            leave(super, some);
+        });
     }
 
     // Gives the cached tiles that were not needed a value: what an op returns must not be left to chance.
@@ -237,15 +287,13 @@ class Batch {
     }
 
    private:
-    static const T* squares(const PackedPoints<T>& points, int64_t at) {
-        return points.square.template const_data_ptr<T>() + at;
-    }
     bool has_own_positive(int64_t i) const {
         return !own_.empty() && own_[i] >= plan.pos_begin[i] && own_[i] < plan.pos_end[i];
     }
 
     T* cache_;
     int64_t cached_;
+    PackedPoints<T> other_;  // the columns where they are not the rows
     std::vector<int32_t> own_;
 };
 
@@ -285,7 +333,7 @@ struct Total {
 template <typename T>
 class Forward {
    public:
-    Forward(const Batch<T>& batch, const Problem& problem)
+    Forward(Batch<T>& batch, const Problem& problem)
         : batch_(batch),
           kernels_(batch.kernels),
           mining_(problem.mining),
@@ -394,7 +442,7 @@ class Forward {
     // row, rows) for each block of rows and each tile that did, in the order of the tiles.
     template <typename Wanted, typename Work, typename Merge>
     void over_tiles(const Wanted& wanted, const Work& work, const Merge& merge) {
-        batch_.tiles.for_each_wave(kForwardWave, wanted, [&](const std::vector<TileAt>& wave) {
+        const auto visit = [&](const std::vector<TileAt>& wave) {
             const int64_t count = wave.size();
             const std::unique_ptr<TileParts<T>[]> parts(new TileParts<T>[count]);
             std::vector<uint8_t> some(count, 0);
@@ -410,7 +458,9 @@ class Forward {
                     merge(share->as_rows ? of.rows : of.cols, first, lines);
                 }
             });
-        });
+        };
+        const auto nothing = [](const auto&...) {};
+        batch_.for_each_wave(kForwardWave, wanted, visit, nothing, nothing);
     }
 
     template <typename Wanted>
@@ -498,7 +548,7 @@ class Forward {
         }
     }
 
-    const Batch<T>& batch_;
+    Batch<T>& batch_;
     const TileKernels<T>& kernels_;
     const Mining mining_;
     const bool mine_self_;
@@ -524,8 +574,8 @@ ForwardResult forward(const Call& call) {
     const Tensor col_labels = problem.square ? row_labels : refs.labels->contiguous();
     make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), refs.count(call),
               problem.square, reinterpret_cast<int32_t*>(bytes + layout.plan));
-    const Batch<T> batch(call, refs, problem, layout, bytes);
-    const bool finite = batch.rows.finite && batch.cols.finite;
+    const bool once = !problem.mining.on && !tile_kernels<T>(problem.law).context;
+    Batch<T> batch(call, refs, problem, layout, bytes, once);
 
     const bool each = problem.reduction == Reduction::kNone;
     Tensor loss = each             ? at::empty({n}, options)
@@ -533,7 +583,10 @@ ForwardResult forward(const Call& call) {
                                    : at::empty({4}, options);
     T* out = loss.data_ptr<T>();
     Forward<T> pass(batch, problem);
-    if (finite) pass.accumulate();
+    // Where points are packed on the way a number that is not finite is found on the way, and what was
+    // folded until then is not used.
+    if (batch.rows.finite && batch.cols.finite) pass.accumulate();
+    const bool finite = batch.rows.finite && batch.cols.finite;
     const Total total = pass.finish(finite, each ? out : nullptr);
 
     const Stats<T>& stats = batch.stats;
@@ -556,60 +609,106 @@ ForwardResult forward(const Call& call) {
 // ---- backward
 // ----------------------------------------------------------------------------------------------
 
-// The gradient with respect to packed points, as it is put together.
+// The gradient of one side: summed up for the points that are in the window, then handed on.
 template <typename T>
-struct Gradient {
-    Tensor sum;  // [padded(rows), padded(width)]
-    T* row(int64_t i) const { return sum.data_ptr<T>() + i * sum.size(1); }
+class Gradient {
+   public:
+    // out: where it goes, undefined where it is not wanted.
+    Gradient(const PackedPoints<T>& points, const Tensor& out) : points_(points), out_(out) {}
+
+    bool wanted() const { return out_.defined(); }
+    bool is_open() const { return open_; }
+    T* row(int64_t i) const { return sum_.data_ptr<T>() + (i - first_) * points_.padded_width(); }
+
+    // Begins the sums of the points from first to last, unless they are those under way.
+    void open(int64_t first, int64_t last) {
+        if (!wanted() || (open_ && first == first_)) return;
+        if (!sum_.defined() || sum_.size(0) < last - first) {
+            sum_ = at::empty({padded(last - first), points_.padded_width()}, points_.options());
+        }
+        first_ = first;
+        open_ = true;
+        const int64_t width = points_.padded_width();
+        for_pieces(last - first, row_piece(width), (last - first) * row_work(width) / 4,
+                   [&](int64_t from, int64_t to) { std::fill(row(first + from), row(first + to), T(0)); });
+    }
+
+    // Ends them; without a beginning they are 0.
+    void close(int64_t first, int64_t last) {
+        if (!wanted()) return;
+        if (open_) {
+            unpack(static_cast<const T*>(row(first)), points_, first, last - first, out_);
+        } else {
+            clear_rows(points_, first, last - first, out_);
+        }
+        open_ = false;
+    }
+
+   private:
+    const PackedPoints<T>& points_;
+    const Tensor out_;  // [N, D]
+    Tensor sum_;        // [padded(window), padded width]
+    int64_t first_ = 0;
+    bool open_ = false;
 };
 
 template <typename T>
 class BackwardPass {
    public:
-    BackwardPass(const Batch<T>& batch, const RowWeights<T>& rows, bool rows_wanted, bool cols_wanted)
+    BackwardPass(Batch<T>& batch, const RowWeights<T>& rows, const Tensor& grad_emb, const Tensor& grad_ref)
         : batch_(batch),
           weights_(rows),
-          rows_wanted_(rows_wanted),
-          cols_wanted_(cols_wanted),
           width_(batch.rows.padded_width()),
-          grad_rows{zeros(rows_wanted ? batch.n : 0)},
-          grad_cols{zeros(cols_wanted && !batch.square ? batch.m : 0)} {}
+          grad_rows_(batch.rows, grad_emb),
+          grad_cols_(batch.cols, grad_ref) {}
 
     void run() {
         const Tiles& tiles = batch_.tiles;
-        const int64_t slots = std::max<int64_t>(kWeightBytes / (tiles.area() * int64_t(sizeof(T))), 1);
-        tiles.for_each_wave(
-            slots, [&](const TileAt& at) { return batch_.kept[at.index] != 0; },
-            [&](const std::vector<TileAt>& wave) {
-                const int64_t count = wave.size();
-                if (!memory_.defined()) {
-                    memory_ =
-                        at::empty({std::min(slots, tiles.count()) * tiles.area()}, batch_.rows.x.options());
-                }
-                nonzeros_.assign(count, 0);
-                for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
-                add_gradients(wave);
-            });
+        const int64_t bytes = batch_.square ? kSquareWeightBytes : kWeightBytes;
+        const int64_t slots = std::max<int64_t>(bytes / (tiles.area() * int64_t(sizeof(T))), 1);
+        const auto wanted = [&](const TileAt& at) { return batch_.kept[at.index] != 0; };
+        const auto visit = [&](const std::vector<TileAt>& wave) {
+            const int64_t count = wave.size();
+            if (!memory_.defined()) {
+                memory_ = at::empty({std::min(slots, tiles.count()) * tiles.area()}, batch_.rows.options());
+            }
+            nonzeros_.assign(count, 0);
+            for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
+            add_gradients(wave);
+        };
+        // The sums of a block of rows are complete after all of its super-tiles, which follow each other;
+        // those of columns after one super-tile if that holds all rows, else in the end.
+        const bool at_once = batch_.windows && tiles.whole_columns();
+        if (!at_once) grad_cols_.open(0, batch_.m);
+        const auto enter = [&](const Tiles::Super& super) {
+            grad_rows_.open(super.i0 * tiles.side, std::min(super.i1 * tiles.side, batch_.n));
+            if (at_once) grad_cols_.open(super.j0 * tiles.side, std::min(super.j1 * tiles.side, batch_.m));
+        };
+        const auto leave = [&](const Tiles::Super& super, bool) {
+            if (super.j1 == tiles.col_blocks)
+                close(grad_rows_, batch_.rows, super.i0 * tiles.side,
+                      std::min(super.i1 * tiles.side, batch_.n));
+            if (at_once)
+                close(grad_cols_, batch_.cols, super.j0 * tiles.side,
+                      std::min(super.j1 * tiles.side, batch_.m));
+        };
+        batch_.for_each_wave(slots, wanted, visit, enter, leave);
+        if (!at_once) close(grad_cols_, batch_.cols, 0, batch_.m);
     }
 
    private:
-    const Batch<T>& batch_;
+    Batch<T>& batch_;
     const RowWeights<T> weights_;
-    const bool rows_wanted_, cols_wanted_;
     const int64_t width_;
     Tensor memory_;                  // the weights of a wave, tile by tile, dense or as a SparseTile
     std::vector<int64_t> nonzeros_;  // of each tile; kDense where they are not told apart
+    Gradient<T> grad_rows_, grad_cols_;
     static constexpr int64_t kDense = -1;
 
-   public:
-    const Gradient<T> grad_rows, grad_cols;
-
-   private:
-    Gradient<T> zeros(int64_t rows) const {
-        const Gradient<T> gradient{at::empty({padded(rows), width_}, batch_.rows.x.options())};
-        for_pieces(rows, row_piece(width_), rows * row_work(width_),
-                   [&](int64_t from, int64_t to) { std::fill(gradient.row(from), gradient.row(to), T(0)); });
-        return gradient;
+    // A gradient's way back needs its points.
+    static void close(Gradient<T>& gradient, PackedPoints<T>& points, int64_t first, int64_t last) {
+        if (gradient.wanted() && gradient.is_open()) points.show(first, last);
+        gradient.close(first, last);
     }
 
     T* slot(int64_t k) const { return memory_.data_ptr<T>() + k * batch_.tiles.area(); }
@@ -642,7 +741,7 @@ class BackwardPass {
     }
 
     void add_gradients(const std::vector<TileAt>& wave) {
-        const Owners owners(wave, batch_.tiles, rows_wanted_, batch_.square || cols_wanted_);
+        const Owners owners(wave, batch_.tiles, grad_rows_.wanted(), batch_.square || grad_cols_.wanted());
         if (owners.size() == 0) return;
         const int64_t wide = panel(owners.size()), panels = (width_ + wide - 1) / wide;
         const int64_t work = int64_t(wave.size()) * batch_.tiles.area() * (width_ / 8 + 1);
@@ -651,7 +750,7 @@ class BackwardPass {
             const int64_t dims = std::min(wide, width_ - from);
             const bool is_rows = owners.is_rows(k);
             const int64_t first = owners.block(k) * batch_.tiles.side;
-            const Gradient<T>& gradient = is_rows ? grad_rows : grad_cols;
+            const Gradient<T>& gradient = is_rows ? grad_rows_ : grad_cols_;
             const int lines = static_cast<int>(
                 std::min<int64_t>(batch_.tiles.side, (is_rows ? batch_.n : batch_.m) - first));
             T* out = gradient.row(first) + from;
@@ -750,7 +849,7 @@ BackwardResult backward(const Call& call, const Backward& from) {
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
         return {from.need_emb ? fill(call.embeddings) : none, need_ref ? fill(*call.ref_emb) : none};
     }
-    const Batch<T> batch(call, refs, problem, layout, saved);
+    Batch<T> batch(call, refs, problem, layout, saved, true);
 
     // The rows' derivatives, with what comes from above.
     const Tensor upstream = from.grad_loss.to(batch.rows.x.scalar_type()).contiguous();
@@ -775,23 +874,17 @@ BackwardResult backward(const Call& call, const Backward& from) {
                                 batch.stats.pos_value,
                                 d_neg,
                                 d_pos};
-    BackwardPass<T> pass(batch, rows, batch.square || from.need_emb, need_ref);
-    pass.run();
-
-    const auto finish = [&](const Gradient<T>& gradient, const PackedPoints<T>& points, const int32_t* order,
-                            const Tensor& like) {
-        return unpack_gradient<T>(gradient.sum, points, order, like, problem.similarity.normalize);
-    };
-    Tensor grad_emb =
-        from.need_emb ? finish(pass.grad_rows, batch.rows, batch.plan.row_order, call.embeddings) : none;
-    Tensor grad_ref =
-        need_ref ? finish(pass.grad_cols, batch.cols, batch.plan.col_order, *refs.points) : none;
-    if (need_ref && call.ref_count) {  // the others took no part
-        Tensor all = at::zeros(call.ref_emb->sizes(), call.ref_emb->options());
-        all.narrow(0, 0, grad_ref.size(0)).copy_(grad_ref);
-        grad_ref = all;
+    const auto like = [](const Tensor& points) { return at::empty(points.sizes(), points.options()); };
+    const Tensor grad_emb = from.need_emb ? like(call.embeddings) : Tensor();
+    const Tensor grad_ref = need_ref ? like(*call.ref_emb) : Tensor();
+    if (need_ref) grad_ref.narrow(0, batch.m, grad_ref.size(0) - batch.m).zero_();  // they took no part
+    if (batch.tiles.count() == 0) {
+        if (from.need_emb) grad_emb.zero_();
+        if (need_ref) grad_ref.zero_();
+    } else if (from.need_emb || need_ref) {
+        BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
     }
-    return {grad_emb, grad_ref};
+    return {from.need_emb ? grad_emb : none, need_ref ? grad_ref : none};
 }
 
 // float64 is computed in itself, everything else in float32.

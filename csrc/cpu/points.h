@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../problem.h"
@@ -22,22 +23,6 @@ inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has sim
 // that depends on the number of threads.
 inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
-template <typename T>
-struct PackedPoints {
-    at::Tensor x;         // [padded(N), stride] sorted; unit rows when normalised, else as given; then zeros
-    at::Tensor inv_norm;  // [N] sorted: 1 / |q|, 0 for tiny rows, 1 when not normalised
-    at::Tensor square;    // [N] sorted: |x|^2
-    int64_t count, dim;
-    // D, and one more where a column of ones follows: the product of weights and points then gives the sums
-    // of the weights as well, which distances between rows as they come need.
-    int64_t width;
-    bool finite = true;  // false: a value, or without normalising a squared norm, overflows or is NaN
-
-    int64_t stride() const { return x.size(1); }
-    int64_t padded_width() const { return padded(width); }
-    T* row(int64_t i) const { return x.data_ptr<T>() + i * stride(); }
-};
-
 // An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
 // of the first-level cache.
 template <typename T>
@@ -50,18 +35,84 @@ int64_t row_stride(int64_t dim) {
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
 
+// One side's points, of which a window is packed at a time: all of them, or those that a super-tile needs.
+template <typename T>
+class PackedPoints {
+   public:
+    const int64_t dim;
+    // D, and one more where a column of ones follows: the product of weights and points then gives the sums
+    // of the weights as well, which distances between rows as they come need.
+    const int64_t width;
+    bool finite = true;  // false: a value, or without normalising a squared norm, overflows or is NaN
+
+    PackedPoints(const at::Tensor& embeddings, const int32_t* order, const Similarity& how)
+        : dim(embeddings.size(1)),
+          width(dim + (how.euclidean && !how.normalize ? 1 : 0)),
+          source_(dim > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings),
+          order_(order),
+          how_(how) {}
+
+    int64_t size() const { return source_.size(0); }
+    int64_t stride() const { return row_stride<T>(width); }
+    int64_t padded_width() const { return padded(width); }
+
+    // Packs the points from first to last, in sorted order, unless they are there already.
+    void show(int64_t first, int64_t last);
+
+    // Of a point that is shown, a unit row when normalised, else as given, then zeros; after the last point
+    // rows of zeros fill up a block of 16.
+    T* row(int64_t i) const { return x_.data_ptr<T>() + (i - first_) * stride(); }
+    const T* square(int64_t i) const { return square_.const_data_ptr<T>() + (i - first_); }  // |x|^2
+    T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 when not normalised
+        return inv_norm_.const_data_ptr<T>()[i - first_];
+    }
+    int32_t place(int64_t i) const { return order_[i]; }
+    bool normalized() const { return how_.normalize; }
+
+    at::TensorOptions options() const { return source_.options().dtype(c10::CppTypeToScalarType<T>::value); }
+
+   private:
+    template <typename Input>
+    bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n);
+
+    const at::Tensor source_;
+    const int32_t* const order_;
+    const Similarity how_;
+    int64_t first_ = 0, last_ = 0;
+    at::Tensor x_;         // [padded(window), stride]
+    at::Tensor inv_norm_;  // [window]
+    at::Tensor square_;    // [window] of what is packed
+};
+
+template <typename T>
+void PackedPoints<T>::show(int64_t first, int64_t last) {
+    if (x_.defined() && first == first_ && last == last_) return;
+    const int64_t n = last - first;
+    if (!x_.defined() || n > inv_norm_.size(0)) {
+        x_ = at::empty({padded(n), stride()}, options());
+        inv_norm_ = at::empty({n}, options());
+        square_ = at::empty({how_.euclidean ? n : 0}, options());
+    }
+    first_ = first;
+    last_ = last;
+    std::fill(row(last), row(first + padded(n)), T(0));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source_.scalar_type(), "pack", [&] {
+        finite &= pack_rows(source_.const_data_ptr<scalar_t>(), source_.stride(0), order_ + first, n);
+    });
+}
+
 // Rows are short compared with N * N work, so the norm is taken in double: it cannot overflow for any
 // finite float input.
-template <typename T, typename Input>
-bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n,
-               const Similarity& how, PackedPoints<T>& points) {
+template <typename T>
+template <typename Input>
+bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n) {
     std::atomic<bool> finite{true};
-    const int64_t dim = points.dim, x_stride = points.stride();
+    const Similarity how = how_;
+    const int64_t dim = this->dim, width = this->width, x_stride = stride();
     const bool normalize = how.normalize;
     // The square of a distance is at most four times the larger square of a norm.
     const double most = double(std::numeric_limits<T>::max()) / (how.euclidean ? 4 : 1);
-    T *x = points.x.template data_ptr<T>(), *inv_norm = points.inv_norm.template data_ptr<T>(),
-      *squares = points.square.template data_ptr<T>();
+    T *x = x_.data_ptr<T>(), *inv_norm = inv_norm_.data_ptr<T>(), *squares = square_.data_ptr<T>();
     for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const Input* q = source + order[i] * source_stride;
@@ -89,7 +140,7 @@ bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order,
                 for (int64_t d = 0; d < dim; ++d) out[d] *= scale;
             }
             std::fill(out + dim, out + x_stride, T(0));
-            if (points.width > dim) out[dim] = T(1);
+            if (width > dim) out[dim] = T(1);
             if (!how.euclidean) continue;
             square = 0;  // of what is stored
 #pragma omp simd reduction(+ : square)
@@ -100,58 +151,45 @@ bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order,
     return finite.load();
 }
 
-template <typename T>
-PackedPoints<T> pack(const at::Tensor& embeddings, const int32_t* order, const Similarity& how) {
-    const at::Tensor source =
-        embeddings.size(1) > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings;
-    const int64_t n = source.size(0), dim = source.size(1);
-    const int64_t width = dim + (how.euclidean && !how.normalize ? 1 : 0);
-    const auto options = source.options().dtype(c10::CppTypeToScalarType<T>::value);
-    PackedPoints<T> points{at::empty({padded(n), row_stride<T>(width)}, options),
-                           at::empty({n}, options),
-                           at::empty({how.euclidean ? n : 0}, options),
-                           n,
-                           dim,
-                           width};
-    std::fill(points.row(n), points.row(padded(n)), T(0));
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "pack", [&] {
-        points.finite = pack_rows<T, scalar_t>(source.const_data_ptr<scalar_t>(), source.stride(0), order, n,
-                                               how, points);
-    });
-    return points;
-}
-
-// From the gradient G with respect to the packed rows to that of the embeddings:
-// dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for distances between rows as they
-// come, G itself for the dot product.
+// From the gradient G [count, padded width] with respect to the packed rows from `first` on to that of the
+// embeddings: dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for distances between rows
+// as they come, G itself for the dot product.
 template <typename T, typename Output>
-void unpack_rows(const T* gradient, const PackedPoints<T>& points, const int32_t* order, bool normalize,
+void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
                  Output* out) {
-    const int64_t n = points.count, dim = points.dim, width = points.width, pitch = points.padded_width();
-    const T* inv_norm = points.inv_norm.template const_data_ptr<T>();
-    for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
+    const int64_t dim = points.dim, width = points.width, pitch = points.padded_width();
+    for_pieces(count, row_piece(dim), count * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const T *g = gradient + i * pitch, *x = points.row(i);
-            Output* q = out + order[i] * dim;
+            const T *g = gradient + i * pitch, *x = points.row(first + i);
+            Output* q = out + points.place(first + i) * dim;
             T along = width > dim ? g[dim] : T(0);
-            if (normalize) {
+            if (points.normalized()) {
 #pragma omp simd reduction(+ : along)
                 for (int64_t d = 0; d < dim; ++d) along += g[d] * x[d];
             }
-            const T scale = inv_norm[i];
+            const T scale = points.inv_norm(first + i);
             for (int64_t d = 0; d < dim; ++d) q[d] = static_cast<Output>((g[d] - along * x[d]) * scale);
         }
     });
 }
 
+// Into the rows of `out` [N, D] that are those points.
 template <typename T>
-at::Tensor unpack_gradient(const at::Tensor& gradient, const PackedPoints<T>& points, const int32_t* order,
-                           const at::Tensor& like, bool normalize) {
-    at::Tensor out = at::empty(like.sizes(), like.options());
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "unpack_gradient", [&] {
-        unpack_rows(gradient.const_data_ptr<T>(), points, order, normalize, out.data_ptr<scalar_t>());
+void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
+            const at::Tensor& out) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "unpack", [&] {
+        unpack_rows(gradient, points, first, count, out.data_ptr<scalar_t>());
     });
-    return out;
+}
+
+// Those rows of `out`, where nothing has a gradient.
+template <typename T>
+void clear_rows(const PackedPoints<T>& points, int64_t first, int64_t count, const at::Tensor& out) {
+    const int64_t bytes = out.size(1) * out.element_size();
+    auto* data = static_cast<uint8_t*>(out.data_ptr());
+    for_pieces(count, row_piece(points.dim), count * row_work(points.dim) / 4, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) std::memset(data + points.place(first + i) * bytes, 0, bytes);
+    });
 }
 
 }  // namespace dml::cpu

@@ -42,32 +42,46 @@ class Tiles {
     int64_t area() const { return int64_t(side) * side; }
     int64_t count() const { return square ? row_blocks * (row_blocks + 1) / 2 : row_blocks * col_blocks; }
 
-    // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one super-tile's row).
-    template <typename Wanted, typename Visit>
-    void for_each_wave(int64_t most, const Wanted& wanted, const Visit& visit) const {
-        std::vector<TileAt> wave;
-        const auto flush = [&] {
-            if (!wave.empty()) visit(wave);
-            wave.clear();
-        };
-        // Long and narrow matrices have long and narrow super-tiles.
+    // Blocks of rows and of columns, each up to but not including the second.
+    struct Super {
+        int64_t i0, i1, j0, j1;
+    };
+
+    // Calls visit(super-tile), row by row. Long and narrow matrices have long and narrow super-tiles, of at
+    // most `widest` blocks of columns where rectangular.
+    template <typename Visit>
+    void for_each_super(int64_t widest, const Visit& visit) const {
         const int64_t down = std::min(row_blocks, kSuper),
-                      across = square ? kSuper : kSuper * kSuper / std::max<int64_t>(down, 1);
+                      across =
+                          square ? kSuper : std::min(kSuper * kSuper / std::max<int64_t>(down, 1), widest);
         for (int64_t i0 = 0; i0 < row_blocks; i0 += down) {
             for (int64_t j0 = square ? i0 : 0; j0 < col_blocks; j0 += across) {
-                const int64_t i1 = std::min(i0 + down, row_blocks), j1 = std::min(j0 + across, col_blocks);
-                for (int64_t i = i0; i < i1; ++i) {
-                    for (int64_t j = square ? std::max(i, j0) : j0; j < j1; ++j) {
-                        const TileAt at{i, j, index(i, j)};
-                        if (!wanted(at)) continue;
-                        if (static_cast<int64_t>(wave.size()) == most) flush();
-                        wave.push_back(at);
-                    }
-                }
+                visit(Super{i0, std::min(i0 + down, row_blocks), j0, std::min(j0 + across, col_blocks)});
             }
         }
-        flush();
     }
+
+    // Adds the wanted tiles of a super-tile to a wave, and calls visit(wave) whenever it has `most`.
+    template <typename Wanted, typename Visit>
+    void gather(const Super& super, int64_t most, const Wanted& wanted, std::vector<TileAt>& wave,
+                const Visit& visit) const {
+        for (int64_t i = super.i0; i < super.i1; ++i) {
+            for (int64_t j = square ? std::max(i, super.j0) : super.j0; j < super.j1; ++j) {
+                const TileAt at{i, j, index(i, j)};
+                if (!wanted(at)) continue;
+                if (static_cast<int64_t>(wave.size()) == most) flush(wave, visit);
+                wave.push_back(at);
+            }
+        }
+    }
+    template <typename Visit>
+    static void flush(std::vector<TileAt>& wave, const Visit& visit) {
+        if (!wave.empty()) visit(wave);
+        wave.clear();
+    }
+
+    // Whether a super-tile holds all rows of its columns.
+    bool whole_columns() const { return row_blocks <= kSuper; }
 
    private:
     static constexpr int64_t kSuper = 16;

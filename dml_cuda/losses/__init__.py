@@ -2,21 +2,31 @@
 
 from .binomial_deviance import BinomialDevianceLoss, binomial_deviance_loss
 from .circle import CircleLoss, circle_loss
-from .classifier import CircleClassifierLoss
+from .circle_classifier import CircleClassifierLoss
 from .contrastive import ContrastiveLoss, contrastive_loss
 from .lifted_structure import GeneralizedLiftedStructureLoss, generalized_lifted_structure_loss
+from .margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
 from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
+from .proxy_anchor import ProxyAnchorLoss
+from .proxy_nca import ProxyNCALoss
+from .soft_triple import SoftTripleLoss
 from .sup_con import SupConLoss, sup_con_loss
 
 __all__ = [
+    "ArcFaceLoss",
     "BinomialDevianceLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
+    "CosFaceLoss",
     "GeneralizedLiftedStructureLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
+    "NormalizedSoftmaxLoss",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "SoftTripleLoss",
     "SupConLoss",
     "binomial_deviance_loss",
     "circle_loss",

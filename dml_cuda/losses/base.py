@@ -49,7 +49,7 @@ def _use_kernel(device: torch.device, backend: str) -> bool:
         )
     if device.type not in _warned:
         _warned.add(device.type)
-        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=5)
+        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=6)
     return False
 
 
@@ -83,6 +83,14 @@ def _reference(call: Call, batch: Batch) -> Tensor:
         return reference.pair_loss(call.law, call.params, **rows, **how)
 
 
+def evaluate(call: Call, batch: Batch) -> Tensor:
+    """The loss of a batch that has been checked."""
+    device, dtype = batch.embeddings.device, batch.embeddings.dtype
+    value = (_fused if _use_kernel(device, call.options.backend) else _reference)(call, batch)
+    wanted = torch.float32 if _autocast.is_on(device) else dtype
+    return value if value.dtype == wanted else value.to(wanted)
+
+
 def apply(
     call: Call,
     embeddings: Tensor,
@@ -103,10 +111,7 @@ def apply(
         similarity=call.similarity,
         check_pairs=options.check_pairs,
     )
-    device, dtype = embeddings.device, embeddings.dtype
-    value = (_fused if _use_kernel(device, options.backend) else _reference)(call, batch)
-    wanted = torch.float32 if _autocast.is_on(device) else dtype
-    return value if value.dtype == wanted else value.to(wanted)
+    return evaluate(call, batch)
 
 
 def pair_loss(
@@ -130,20 +135,20 @@ class _Option:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: "PairLoss | None", owner: type | None = None) -> Any:
+    def __get__(self, module: "LawModule | None", owner: type | None = None) -> Any:
         return self if module is None else module.get_option(self.name)
 
-    def __set__(self, module: "PairLoss", value: object) -> None:
+    def __set__(self, module: "LawModule", value: object) -> None:
         module.set_option(self.name, value)
 
 
 def option() -> Any:
-    """An attribute of :class:`PairLoss` that is one of its options."""
+    """An attribute of :class:`LawModule` that is one of its options."""
     return _Option()
 
 
-class PairLoss(nn.Module):
-    """What the pair losses share.
+class LawModule(nn.Module):
+    """A law with its parameters and options as a module.
 
     Every parameter and option is an attribute, readable and settable, checked when it is set as when the
     module was made. ``call`` is what applies them, prepared then, once.
@@ -151,14 +156,10 @@ class PairLoss(nn.Module):
 
     law: ClassVar[type[Law]]
 
-    epsilon: float | None = option()
-    similarity: str = option()
-    normalize_embeddings: bool | None = option()
     reduction: str = option()
     backend: str = option()
-    check_pairs: bool = option()
 
-    def __init__(self, options: PairOptions, **values: Any) -> None:
+    def __init__(self, options: Mapping[str, Any], **values: Any) -> None:
         super().__init__()
         self._values = values
         self.call = make_call(self.law, values, options)
@@ -175,6 +176,19 @@ class PairLoss(nn.Module):
         # Who sets an option may do so again at every step: no graph should be compiled for each value.
         self.call = make_call(self.law, values, options)._replace(scheduled=True)
         self._values = values
+
+    def extra_repr(self) -> str:
+        options = self._values | self.call.options._asdict()
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class PairLoss(LawModule):
+    """What the pair losses share."""
+
+    epsilon: float | None = option()
+    similarity: str = option()
+    normalize_embeddings: bool | None = option()
+    check_pairs: bool = option()
 
     def forward(
         self,
@@ -197,8 +211,12 @@ class PairLoss(nn.Module):
         return apply(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
 
-    def extra_repr(self) -> str:
-        options = self._values | self.call.options._asdict()
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor | None = None,
+            indices_tuple: object = None,
+            ref_emb: Tensor | None = None,
+            ref_labels: Tensor | None = None,
+        ) -> Tensor: ...

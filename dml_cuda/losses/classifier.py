@@ -1,154 +1,151 @@
-"""Class-level circle loss."""
+"""What the class-level losses share: rows meet the weights of the classes instead of each other."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from .. import _autocast
-from .._arguments import check_count
+from .._arguments import Backend, Reduction, check_batch, check_count
 from ..law import reduce
-from ..options import Backend, Reduction
-from .base import apply
-from .circle import CircleLoss, margin_or_m
+from ..reference import is_traced
+from .base import Call, LawModule, apply
 
 
-class _OptionOfLoss:
-    """An option that the head hands on to its pair loss."""
+class ClassifierOptions(TypedDict, total=False):
+    """The options that the class-level losses share; those left out are ``"mean"`` and ``"auto"``.
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    Attributes:
+        reduction, backend: as :class:`dml_cuda.PairOptions` has them.
+    """
 
-    def __get__(self, module: "CircleClassifierLoss | None", owner: type | None = None) -> Any:
-        return self if module is None else getattr(module.loss, self.name)
-
-    def __set__(self, module: "CircleClassifierLoss", value: object) -> None:
-        setattr(module.loss, self.name, value)
+    reduction: Reduction
+    backend: Backend
 
 
-def _option() -> Any:
-    return _OptionOfLoss()
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Names the labels that are no class. A GPU would have to be waited for: there nobody looks."""
+    if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
+        return
+    labels = labels.long()
+    if int(labels.max()) < num_classes:
+        return
+    wrong = labels[labels >= num_classes].unique()
+    named = ", ".join(str(int(label)) for label in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    raise ValueError(
+        f"labels: expected classes below num_classes={num_classes} (or below 0, for rows to leave out), got "
+        f"{named}"
+    )
 
 
-def _row_weights(indices_tuple: Any, embeddings: Tensor) -> Tensor:
+def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
     """``[N]`` how often each row is listed, over the most often; 1 where none is."""
-    counts = embeddings.new_zeros(embeddings.shape[0], dtype=torch.float32)
-    for index in indices_tuple:
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
+    for index in indices:
         index = index.to(counts.device, torch.long)
         counts = counts.index_add(0, index, torch.ones_like(index, dtype=counts.dtype))
     most = counts.max() if len(counts) else counts.sum()
     return torch.where(most > 0, counts / most.clamp(min=1), 1.0)
 
 
-class CircleClassifierLoss(nn.Module):
-    r"""Circle loss with class-level labels: a classification loss whose columns are the classes' weights.
+class ClassifierLoss(LawModule):
+    """A loss of rows against one weight (or several) for each of ``num_classes`` classes.
 
-    For a row with class :math:`y`, and the cosine :math:`s_j` with the weight of class :math:`j`:
-
-    .. math::
-        L_i = \log\Big(1 + e^{-\gamma [1 + m - s_y]_+ (s_y - (1 - m))}
-                           \sum_{j \ne y} e^{ \gamma [s_j + m]_+ (s_j - m)}\Big)
-
-    Sun et al., *Circle Loss: A Unified Perspective of Pair Similarity Optimization*, CVPR 2020, section 3.
-    The N x C matrix of logits is never stored.
-
-    A row whose label is no class is ignored: its loss and its gradient are 0. ``reduction="mean"`` and
-    ``"mean_valid"`` divide by all N rows, the ignored ones among them (each row has a pair with every class);
-    ``"mean_nonzero"`` divides by those whose loss is not 0.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        m: the relaxation margin; ``margin`` is another name for it. Faces: 0.25.
-        gamma: the scale, above 0. Faces: 256.
-        detach_weights: hold :math:`[\cdot]_+` constant in the gradient, as the paper does.
-        reduction, backend: as :class:`dml_cuda.PairOptions` has them.
-
-    Attributes:
-        W: ``[D, C]`` parameter, normally distributed at first, one column a class.
-
-    >>> head = CircleClassifierLoss(num_classes=100, embedding_size=128)
-    >>> loss = head(embeddings, labels)  # labels in [0, 100)
-    >>> predicted = head.get_logits(embeddings).argmax(dim=1)
+    The matrix of logits is never stored. A row whose label is negative is left out: its loss and its gradient
+    are 0, and ``"mean"`` and ``"mean_valid"`` still divide by all N rows. A label from ``num_classes`` on is
+    an error on the CPU; elsewhere, where looking would mean waiting, and under a compiler its row is left out
+    too.
     """
 
-    m: float = _option()
-    margin: float = _option()
-    gamma: float = _option()
-    detach_weights: bool = _option()
-    reduction: str = _option()
-    backend: str = _option()
+    weight: ClassVar[str]  # the name of the parameter, as in pytorch-metric-learning
 
     def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        m: float = 0.25,
-        gamma: float = 256.0,
-        *,
-        margin: float | None = None,
-        detach_weights: bool = True,
-        reduction: Reduction = "mean",
-        backend: Backend = "auto",
+        self, num_classes: int, embedding_size: int, options: ClassifierOptions, **values: Any
     ) -> None:
-        super().__init__()
+        for name in options:
+            if name not in ClassifierOptions.__annotations__:
+                raise TypeError(f"{name}: expected one of the options reduction, backend")
+        super().__init__({"reduction": "mean", **options}, **values)
         check_count("num_classes", num_classes)
         check_count("embedding_size", embedding_size)
-        self.loss = CircleLoss(
-            margin_or_m(m, margin, 0.25),
-            gamma,
-            detach_weights=detach_weights,
-            reduction=reduction,
-            backend=backend,
-        )
-        self.W = nn.Parameter(torch.empty(int(embedding_size), int(num_classes)))
-        nn.init.normal_(self.W)
+        self.num_classes, self.embedding_size = int(num_classes), int(embedding_size)
 
-    def _check(self, embeddings: object) -> None:
-        """What the pair loss would otherwise say of ``ref_emb``, which nobody passed."""
-        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-            return  # which the pair loss says
-        if embeddings.shape[1] != self.W.shape[0]:
+    def add_columns(self, count: int, init: Any, **how: Any) -> None:
+        """The weights as pytorch-metric-learning shapes them, ``[D, count]``, laid out in memory as the rows
+        that the kernels read: their transpose is contiguous, and so is its gradient."""
+        weight = init(torch.empty(self.embedding_size, count), **how)
+        setattr(self, self.weight, nn.Parameter(weight.T.contiguous().T))
+
+    def rows(self) -> Tensor:
+        """``[C, D]`` the weights of the classes, a row each."""
+        return getattr(self, self.weight).T
+
+    def check(self, embeddings: object, labels: object) -> Tensor:
+        """The labels on the device of the embeddings. Raises TypeError or ValueError for a batch that cannot
+        be."""
+        labels, _ = check_batch(embeddings, labels, None, None)
+        name, weight = self.weight, getattr(self, self.weight)
+        if embeddings.shape[1] != self.embedding_size:
             raise ValueError(
-                f"embeddings: expected embedding_size={self.W.shape[0]} columns, got {embeddings.shape[1]}"
+                f"embeddings: expected embedding_size={self.embedding_size} columns, got "
+                f"{embeddings.shape[1]}"
             )
-        if embeddings.device != self.W.device:
-            raise ValueError(f"embeddings: expected on {self.W.device} as W is, got on {embeddings.device}")
-        if embeddings.dtype != self.W.dtype and not _autocast.is_on(embeddings.device):
-            raise TypeError(f"embeddings: expected {self.W.dtype} as W has, got {embeddings.dtype}")
+        if embeddings.device != weight.device:
+            raise ValueError(
+                f"embeddings: expected on {weight.device} as {name} is, got on {embeddings.device}"
+            )
+        if embeddings.dtype != weight.dtype and not _autocast.is_on(embeddings.device):
+            raise TypeError(f"embeddings: expected {weight.dtype} as {name} has, got {embeddings.dtype}")
+        check_classes(labels, self.num_classes)
+        return labels
+
+    def classes(self) -> Tensor:
+        """``[C]``"""
+        return torch.arange(self.num_classes, device=getattr(self, self.weight).device)
+
+    def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch that has been checked, by ``call``."""
+        return apply(call, embeddings, labels, None, self.rows(), self.classes())
+
+    def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
+        """The lists whose rows count for the rows' weights."""
+        return tuple(indices_tuple)
+
+    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
+        """As :meth:`losses`, each row weighed by how often it is listed."""
+        call = self.call._replace(options=self.call.options._replace(reduction="none"))
+        losses = self.losses(call, embeddings, labels)
+        losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
+        return reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor:
         """The loss of a batch.
 
         Args:
-            embeddings: ``[N, D]``, dtype and device of ``W``.
-            labels: ``[N]`` classes. A label outside [0, C) is the negative of every class, which gives 0: a
-                row to be ignored.
+            embeddings: ``[N, D]``, dtype and device of the weights.
+            labels: ``[N]`` classes, in [0, C); negative for a row to leave out.
             indices_tuple: pairs or triplets of a miner. They restrict nothing here, where every row meets
                 every class: as in pytorch-metric-learning's classification losses, each row's loss is
                 weighted by how often the row is listed, over how often the most listed one is (1 where no
                 row is).
         """
-        self._check(embeddings)
-        classes = torch.arange(self.W.shape[1], device=self.W.device)
+        labels = self.check(embeddings, labels)
         if indices_tuple is None:
-            return self.loss(embeddings, labels, ref_emb=self.W.T, ref_labels=classes)
-        return self._weighted(embeddings, labels, indices_tuple, classes)
+            return self.losses(self.call, embeddings, labels)
+        return self.weighted(embeddings, labels, indices_tuple)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-        __call__ = forward
 
-    def _weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: object, classes: Tensor) -> Tensor:
-        call = self.loss.call
-        call = call._replace(options=call.options._replace(reduction="none"))
-        losses = apply(call, embeddings, labels, None, self.W.T, classes)
-        losses = losses * _row_weights(indices_tuple, embeddings).to(losses.dtype)
-        return reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
+        def __call__(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor: ...
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: gamma times the cosine with each class's weight, for inference."""
-        unit, classes = nn.functional.normalize(embeddings, dim=1), nn.functional.normalize(self.W, dim=0)
-        return self.gamma * torch.matmul(unit, classes)
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``"""
+        rows = nn.functional.normalize(self.rows(), dim=1)
+        return nn.functional.normalize(embeddings, dim=1) @ rows.T
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.W.shape[1]}, embedding_size={self.W.shape[0]}"
+        values = {"num_classes": self.num_classes, "embedding_size": self.embedding_size, **self._values}
+        values |= {"reduction": self.reduction, "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())

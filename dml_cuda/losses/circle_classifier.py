@@ -1,0 +1,76 @@
+"""Class-level circle loss."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .._arguments import check_number
+from .base import option
+from .circle import Circle, margin_or_m
+from .classifier import ClassifierLoss, ClassifierOptions
+
+
+class CircleClassifierLoss(ClassifierLoss):
+    r"""Circle loss with class-level labels: a classification loss whose columns are the classes' weights.
+
+    For a row with class :math:`y`, and the cosine :math:`s_j` with the weight of class :math:`j`:
+
+    .. math::
+        L_i = \log\Big(1 + e^{-\gamma [1 + m - s_y]_+ (s_y - (1 - m))}
+                           \sum_{j \ne y} e^{ \gamma [s_j + m]_+ (s_j - m)}\Big)
+
+    Sun et al., *Circle Loss: A Unified Perspective of Pair Similarity Optimization*, CVPR 2020, section 3.
+    The N x C matrix of logits is never stored.
+
+    Args:
+        num_classes, embedding_size: C and D.
+        m: the relaxation margin; ``margin`` is another name for it. Faces: 0.25.
+        gamma: the scale, above 0. Faces: 256.
+        detach_weights: hold :math:`[\cdot]_+` constant in the gradient, as the paper does.
+        options: ``reduction="mean"`` over the N rows, ``backend="auto"``; see :class:`dml_cuda.PairOptions`.
+
+    Attributes:
+        W: ``[D, C]`` parameter, normally distributed at first, one column a class.
+
+    A row whose label is negative is left out; see :class:`dml_cuda.losses.classifier.ClassifierLoss`, of this
+    and of labels that are no class.
+
+    >>> head = CircleClassifierLoss(num_classes=100, embedding_size=128)
+    >>> loss = head(embeddings, labels)  # labels in [0, 100)
+    >>> predicted = head.get_logits(embeddings).argmax(dim=1)
+    """
+
+    law = Circle
+    weight = "W"
+    m: float = option()
+    gamma: float = option()
+    detach_weights: bool = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        m: float = 0.25,
+        gamma: float = 256.0,
+        *,
+        margin: float | None = None,
+        detach_weights: bool = True,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        values: dict[str, Any] = {"m": margin_or_m(m, margin, 0.25), "gamma": gamma}
+        super().__init__(num_classes, embedding_size, options, **values, detach_weights=detach_weights)
+        self.add_columns(self.num_classes, nn.init.normal_)
+
+    @property
+    def margin(self) -> float:
+        return self.m
+
+    @margin.setter
+    def margin(self, margin: float) -> None:
+        check_number("margin", margin)
+        self.m = margin
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``: gamma times the cosine with each class's weight, for inference."""
+        return self.gamma * self.cosines(embeddings)

@@ -1,0 +1,190 @@
+"""Softmax over the classes, with a margin for the row's own: normalised softmax, CosFace, ArcFace."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .._arguments import check_above_zero, check_number
+from ..law import Law, Pairs, softplus
+from .base import option
+from .classifier import ClassifierLoss, ClassifierOptions
+
+
+class MarginSoftmax(Law):
+    """Cross entropy of ``scale`` times the similarities, with cos(theta + angle) - margin for the own class.
+
+    The four numbers of the kernel are ``scale``, ``margin``, cos(angle) and sin(angle); each loss says which
+    of its parameters they come from.
+    """
+
+    name = "margin_softmax"
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, scale: float, margin: float, cosine: float, sine: float) -> Tensor:
+        s = pos.s
+        if sine == 0:
+            turned = cosine * s
+        else:
+            square = torch.relu((1 - s) * (1 + s))
+            some = square > 0
+            root = torch.where(some, torch.sqrt(torch.where(some, square, 1.0)), 0.0)
+            # Beyond pi - angle cos(theta + angle) would rise again.
+            shift = math.atan2(sine, cosine) * sine
+            turned = torch.where(s >= -cosine, cosine * s - sine * root, s - shift)
+        both = (pos.count > 0) & (neg.count > 0)
+        return softplus(pos.lse(-scale * (turned - margin)) + neg.lse(scale * neg.s), where=both)
+
+
+class NormalizedSoftmax(MarginSoftmax):
+    """Zhai & Wu, BMVC 2019."""
+
+    parameters: ClassVar = {"temperature": check_above_zero}
+
+    @classmethod
+    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+        return [1.0 / values["temperature"], 0.0, 1.0, 0.0]
+
+
+class CosFace(MarginSoftmax):
+    """Wang et al., CVPR 2018."""
+
+    parameters: ClassVar = {"margin": check_number, "scale": check_above_zero}
+
+    @classmethod
+    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+        return [float(values["scale"]), float(values["margin"]), 1.0, 0.0]
+
+
+def _check_degrees(name: str, value: object) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 180:
+        raise ValueError(f"{name}: expected an angle between 0 and 180 degrees, got {value}")
+
+
+class ArcFace(MarginSoftmax):
+    """Deng et al., CVPR 2019."""
+
+    parameters: ClassVar = {"margin": _check_degrees, "scale": check_above_zero}
+
+    @classmethod
+    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+        angle = math.radians(values["margin"])
+        return [float(values["scale"]), 0.0, math.cos(angle), math.sin(angle)]
+
+
+class _SoftmaxLoss(ClassifierLoss):
+    weight = "W"
+
+    def __init__(self, num_classes: int, embedding_size: int, options: ClassifierOptions, **values: float):
+        super().__init__(num_classes, embedding_size, options, **values)
+        self.add_columns(self.num_classes, nn.init.normal_)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``: the scaled cosine with each class's weight, without a margin; for inference."""
+        return self.call.params[0] * self.cosines(embeddings)
+
+
+class NormalizedSoftmaxLoss(_SoftmaxLoss):
+    r"""Softmax over the cosines :math:`s_j` of a row with the weights of the classes; y is its own.
+
+    .. math:: L_i = -\log \frac{e^{s_y / \tau}}{\sum_j e^{s_j / \tau}}
+
+    with :math:`\tau` = ``temperature``. Zhai & Wu, *Classification is a Strong Baseline for Deep Metric
+    Learning*, BMVC 2019. The N x C matrix of logits is never stored.
+
+    Args:
+        num_classes, embedding_size: C and D.
+        temperature: above 0.
+        options: ``reduction="mean"`` over the N rows, ``backend="auto"``; see :class:`dml_cuda.PairOptions`.
+
+    Attributes:
+        W: ``[D, C]`` parameter, one column a class, normally distributed at first.
+
+    A row whose label is negative is left out; see :class:`dml_cuda.losses.classifier.ClassifierLoss`, of this
+    and of labels that are no class.
+
+    >>> head = NormalizedSoftmaxLoss(num_classes=100, embedding_size=128)
+    >>> loss = head(embeddings, labels)  # labels in [0, 100)
+    >>> predicted = head.get_logits(embeddings).argmax(dim=1)
+    """
+
+    law = NormalizedSoftmax
+    temperature: float = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        temperature: float = 0.05,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, options, temperature=temperature)
+
+
+class CosFaceLoss(_SoftmaxLoss):
+    r"""Softmax over the classes with a margin on the cosine of a row's own class y.
+
+    .. math:: L_i = -\log \frac{e^{\sigma (s_y - m)}}{e^{\sigma (s_y - m)} + \sum_{j \ne y} e^{\sigma s_j}}
+
+    with :math:`\sigma` = ``scale`` and m = ``margin``. Wang et al., *CosFace: Large Margin Cosine Loss for
+    Deep Face Recognition*, CVPR 2018. The N x C matrix of logits is never stored.
+
+    Args:
+        margin: on the cosine.
+        scale: above 0.
+        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them, and so ``W``.
+    """
+
+    law = CosFace
+    margin: float = option()
+    scale: float = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, options, margin=margin, scale=scale)
+
+
+class ArcFaceLoss(_SoftmaxLoss):
+    r"""Softmax over the classes with a margin on the angle to a row's own class y.
+
+    .. math::
+        L_i = -\log \frac{e^{\sigma \psi(\theta_y)}}
+                         {e^{\sigma \psi(\theta_y)} + \sum_{j \ne y} e^{\sigma \cos \theta_j}}, \qquad
+        \psi(\theta) = \begin{cases} \cos(\theta + m) & \theta \le \pi - m \\
+                                     \cos \theta - m \sin m & \text{beyond} \end{cases}
+
+    with :math:`\sigma` = ``scale`` and m = ``margin``, in degrees. Deng et al., *ArcFace: Additive Angular
+    Margin Loss for Deep Face Recognition*, CVPR 2019. The N x C matrix of logits is never stored.
+
+    Args:
+        margin: on the angle, in degrees from 0 to 180. (The attribute too: pytorch-metric-learning's holds
+            radians.)
+        scale: above 0.
+        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them, and so ``W``.
+
+    The gradient of an angle of 0 is 0.
+    """
+
+    law = ArcFace
+    margin: float = option()
+    scale: float = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, options, margin=margin, scale=scale)

@@ -1,0 +1,71 @@
+"""ProxyNCA loss."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .._arguments import check_above_zero
+from .base import option
+from .classifier import ClassifierLoss, ClassifierOptions
+from .margin_softmax import MarginSoftmax
+
+
+class ProxyNCA(MarginSoftmax):
+    """Movshovitz-Attias et al., ICCV 2017. Of unit rows |x - p|^2 = 2 - 2 cos."""
+
+    parameters: ClassVar = {"softmax_scale": check_above_zero}
+
+    @classmethod
+    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+        return [2.0 * values["softmax_scale"], 0.0, 1.0, 0.0]
+
+
+class ProxyNCALoss(ClassifierLoss):
+    r"""Softmax over the negated squared distances of a unit row x to the proxies p of the classes.
+
+    .. math:: L_i = -\log \frac{e^{-\sigma |x_i - p_y|^2}}{\sum_j e^{-\sigma |x_i - p_j|^2}}
+
+    with :math:`\sigma` = ``softmax_scale``. Movshovitz-Attias et al., *No Fuss Distance Metric Learning using
+    Proxies*, ICCV 2017, with the own class in the denominator, as pytorch-metric-learning has it. The N x C
+    matrix is never stored.
+
+    Args:
+        softmax_scale: above 0.
+        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them.
+
+    Attributes:
+        proxies: ``[C, D]`` parameter, normally distributed at first.
+
+    Of ``indices_tuple`` the anchors alone count. A row whose own probability underflows to 0 has its loss
+    here (pytorch-metric-learning drops it).
+    """
+
+    law = ProxyNCA
+    weight = "proxies"
+    softmax_scale: float = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        softmax_scale: float = 1,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, options, softmax_scale=softmax_scale)
+        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
+        nn.init.normal_(self.proxies)
+
+    def rows(self) -> Tensor:
+        return self.proxies
+
+    def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
+        lists = tuple(indices_tuple)
+        return lists[:1] if len(lists) == 3 else lists[::2]
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``: the squared distance to each proxy, as pytorch-metric-learning has it: the least is the
+        class."""
+        return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()

@@ -1,0 +1,133 @@
+"""SoftTriple loss."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .. import _autocast, soft_triple
+from .._arguments import check_above_zero, check_count, check_number
+from ..law import Law, reduce
+from .base import option
+from .classifier import ClassifierLoss, ClassifierOptions, row_weights
+
+_MERGED = 1 << 22  # distances of centres that are looked at together
+
+
+def _check_not_negative(name: str, value: object) -> None:
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
+
+
+class SoftTriple(Law):
+    """Qian et al., ICCV 2019. Parameters only: a class has several centres, so this is no law of pairs."""
+
+    name = "soft_triple"
+    parameters: ClassVar = {
+        "la": check_above_zero,
+        "gamma": check_above_zero,
+        "margin": check_number,
+        "tau": _check_not_negative,
+    }
+
+
+class SoftTripleLoss(ClassifierLoss):
+    r"""Softmax over classes of several centres each, a class's centres weighed by a softmax of their own.
+
+    .. math::
+        S_{ic} = \sum_k \frac{e^{x_i \cdot w_{ck} / \gamma}}{\sum_l e^{x_i \cdot w_{cl} / \gamma}}
+                 x_i \cdot w_{ck}, \qquad
+        L_i = -\log \frac{e^{\lambda (S_{iy} - m)}}
+                         {e^{\lambda (S_{iy} - m)} + \sum_{c \ne y} e^{\lambda S_{ic}}}
+
+    of unit rows and centres, with :math:`\lambda` = ``la`` and m = ``margin``; plus, where ``tau`` is not 0,
+
+    .. math:: \tau \frac{\sum_c \sum_{s < t} \sqrt{2 - 2 w_{cs} \cdot w_{ct}}}{C K (K - 1)},
+
+    which draws centres that are not needed together: :meth:`merged_centers` tells how many are left. Qian et
+    al., *SoftTriple Loss: Deep Metric Learning Without Triplet Sampling*, ICCV 2019 (there tau 0.2, la 20,
+    gamma 0.1, margin 0.01). The classes pass in blocks, computed again in backward: memory is bounded by the
+    block.
+
+    Args:
+        num_classes, embedding_size: C and D.
+        centers_per_class: K.
+        la, gamma: the scales of the softmax over classes and, inverted, of that over centres; above 0.
+        margin: on the similarity to the own class.
+        tau: the weight of the regulariser, 0 for none. With ``reduction="sum"`` and ``"none"`` it is added
+            too, once for the batch and once for each row.
+        options: as :class:`NormalizedSoftmaxLoss` has them.
+
+    Attributes:
+        fc: ``[D, C K]`` parameter, the centres of a class side by side, drawn as by
+            ``kaiming_uniform_(a=sqrt(5))`` at first.
+
+    A row whose label is negative is left out, as in :class:`NormalizedSoftmaxLoss`.
+    """
+
+    law = SoftTriple
+    weight = "fc"
+    la: float = option()
+    gamma: float = option()
+    margin: float = option()
+    tau: float = option()
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        centers_per_class: int = 10,
+        la: float = 20,
+        gamma: float = 0.1,
+        margin: float = 0.01,
+        tau: float = 0.0,
+        **options: Unpack[ClassifierOptions],
+    ) -> None:
+        values = {"la": la, "gamma": gamma, "margin": margin, "tau": tau}
+        super().__init__(num_classes, embedding_size, options, **values)
+        check_count("centers_per_class", centers_per_class)
+        self.centers_per_class = int(centers_per_class)
+        columns = self.num_classes * self.centers_per_class
+        self.add_columns(columns, nn.init.kaiming_uniform_, a=math.sqrt(5))
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
+        labels = self.check(embeddings, labels).long()
+        centers, (la, gamma, margin, tau) = self.rows(), self.call.params
+        if embeddings.dtype != centers.dtype:  # under autocast
+            wide = torch.promote_types(embeddings.dtype, centers.dtype)
+            embeddings, centers = embeddings.to(wide), centers.to(wide)
+        run = soft_triple.dense if self.backend == "reference" else soft_triple.soft_triple
+        how = self.centers_per_class, la, gamma, margin, tau > 0
+        with _autocast.off(embeddings.device):
+            losses, *_, apart = run(embeddings, centers, labels, *how)
+            if indices_tuple is not None:
+                losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
+            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
+            if tau > 0:
+                value = value + tau * apart
+        return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``: the similarity to each class."""
+        x, w = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.rows()))
+        return soft_triple.similarities(x, w, self.centers_per_class, self.gamma)
+
+    @torch.no_grad()
+    def merged_centers(self, threshold: float = 0.01) -> Tensor:
+        """``[C]`` int64: how many centres each class has left once those nearer than ``threshold`` count as
+        one, and what is near to one of them too. Distances are between unit centres, from 0 to 2."""
+        _check_not_negative("threshold", threshold)
+        k = self.centers_per_class
+        counts = []
+        for rows in self.rows().split(k * max(1, _MERGED // (k * k))):
+            unit = nn.functional.normalize(rows.double(), dim=1).view(-1, k, rows.shape[1])
+            near = (2 - 2 * unit @ unit.mT).clamp(min=0).sqrt() < threshold
+            near |= torch.eye(k, dtype=torch.bool, device=near.device)
+            for _ in range((k - 1).bit_length()):  # near to what is near, twice as far each time
+                near = (near.float() @ near.float()) > 0
+            first = ~near.tril(-1).any(2)  # no centre before it is in its group
+            counts.append(first.sum(1))
+        return torch.cat(counts)
