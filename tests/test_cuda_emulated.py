@@ -12,8 +12,8 @@ from cuda_cases import (
     BY_NAME,
     CIRCLE,
     CIRCLE_NOT_DETACHED,
-    LAWS,
     LARGE_NUMBER,
+    LAWS,
     MS,
     Arithmetic,
     Case,
@@ -185,61 +185,6 @@ def test_only_rows_that_are_not_aligned_are_packed(dtype, m):
     for d, offset, gap in ((64, 1, 0), (64, 0, 1), (63, 0, 0), (63, 0, 1)):
         extra = [a - b for a, b in zip(workspaces(d, offset, gap), none, strict=True)]
         assert extra == [(70 + (m or 0)) * 64 * item] * 2
-
-
-@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
-@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@pytest.mark.parametrize("path", ["small", "large"])
-@by_law
-def test_reductions_of_every_law(law, path, epsilon, reduction):
-    upstream = torch.randn(140, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
-    # Many classes: some rows have no positive, and some summands are 0.
-    case = make(140, 12, F64, classes=60, epsilon=epsilon, loss=law)
-    case.reduction, case.upstream = reduction, upstream
-    verify(case, F64, path)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
-@pytest.mark.parametrize("path", ["small", "large"])
-@by_law
-def test_parts_and_units_before_they_are_divided(law, path, reduction):
-    case = make(140, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
-    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
-    value, grads = run(case, F64, path)
-    assert value.shape == (4,)
-    check(case, F64, value, grads)
-
-
-@pytest.mark.parametrize("mine_self", [True, False])
-@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@by_path
-@by_law
-def test_whether_mining_sees_a_row_itself(law, path, epsilon, mine_self):
-    for arithmetic in (F64,) if path == "cached" else (F64, F32):
-        case = make_from_refs(130, 20, arithmetic, m=140, loss=law, epsilon=epsilon, mine_self=mine_self)
-        verify(case, arithmetic, path)
-
-
-SQUARES = [(1, 3), (2, 1), (3, 31), (31, 64), (33, 65), (65, 129), (127, 7), (129, 66), (151, 36)]
-RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)]
-
-
-@pytest.mark.parametrize(("n", "d", "m"), [*((n, d, None) for n, d in SQUARES), *RECTANGLES])
-@pytest.mark.parametrize("arithmetic", [F64, F32, F16, BF16], ids=lambda a: a.name)
-@pytest.mark.parametrize("path", ["small", "large"])
-def test_awkward_sizes(path, arithmetic, n, d, m):
-    # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
-    verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
-    verify(make(n, d, arithmetic, m=m, classes=3, loss=CIRCLE, amid=LARGE_NUMBER), arithmetic, path)
-
-
-@pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
-@pytest.mark.parametrize(("offset", "gap"), [(0, 7), (1, 0), (2, 6), (3, 1), (4, 12), (8, 8)])
-@pytest.mark.parametrize("path", ["small", "large"])
-def test_strides_and_alignment(path, offset, gap, arithmetic):
-    case = make(70, 41, arithmetic, m=40, offset=offset, gap=gap, epsilon=0.1)
-    assert case.q.stride() == (41 + gap, 1)
-    verify(case, arithmetic, path)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
@@ -524,8 +469,8 @@ ROW_COUNTS = (100, 1025, 2900, 4096, 5000, 30_000, 200_000, 700_000, 1_000_000, 
 @by_arithmetic
 @pytest.mark.parametrize("d", [1, 33, 128, 1024, 16_384, 100_000])
 def test_memory_stays_bounded(arithmetic, d):
-    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; and a copy of
-    rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
+    """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for, and a copy
+    of rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
     count beyond 20,000 dimensions."""
     row_bytes = d * arithmetic.dtype.itemsize
     packed = 0 if row_bytes % 16 == 0 else -(-row_bytes // 16) * 16

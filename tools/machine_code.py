@@ -336,7 +336,7 @@ def hot_table(found):
     lines = [
         "What a warp issues on the hot path, by machine code and control flow.",
         "in code: between the head of the product loop and its backward branch; per HMMA in brackets.",
-        "rest of the kernel: one way through it without product loops; for a thread's pairs where it has a tile.",
+        "rest of the kernel: one way through it without product loops, and that for each of a thread's pairs.",
         "",
     ]
     rare, untold = {}, {}
