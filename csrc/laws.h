@@ -37,6 +37,7 @@ struct LawTag {
 };
 
 // visit(LawTag<..>) of the law: one branch, uniform where the law is the same for all.
+DML_CALLS_EITHER
 template <typename Visit>
 DML_INLINE auto with_law(LawId law, const Visit& visit) {
     switch (law) {

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "cpu/tasks.h"
 #include "cpu/tile_kernels.h"
 #include "laws.h"
 
@@ -53,6 +54,9 @@ TORCH_LIBRARY(dml_cuda, m) {
     m.def("column_order(Tensor cols, SymInt m) -> (Tensor order, Tensor offsets)");
 }
 
+// The tasks of what runs between start_task_log and end_task_log, on one thread: (threads, seconds of each).
+static dml::cpu::TaskLog task_log;
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled kernels of dml_cuda; importing it registers torch.ops.dml_cuda.";
     m.attr("version") = DML_VERSION;
@@ -68,4 +72,18 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_instruction_set", &dml::cpu::instruction_set, "The instruction set in use.");
     m.def("set_cpu_instruction_set", &dml::cpu::set_instruction_set, "Choose one, to test or compare.",
           pybind11::arg("name"));
+    m.def(
+        "start_task_log",
+        [](int64_t threads) {
+            task_log = {threads, {}};
+            dml::cpu::TaskLog::current() = &task_log;
+        },
+        "Run tasks one after another and note their times, cut as for so many threads; for one thread alone.",
+        pybind11::arg("threads"));
+    m.def("end_task_log", [] {
+        dml::cpu::TaskLog::current() = nullptr;
+        std::vector<std::pair<int64_t, std::vector<double>>> regions;
+        for (const auto& region : task_log.regions) regions.emplace_back(region.threads, region.tasks);
+        return regions;
+    });
 }

@@ -9,6 +9,13 @@
 #define DML_INLINE inline __attribute__((always_inline))
 #endif
 
+// Goes before a function of both sides that calls what it is given, which may be of either.
+#if defined(__CUDACC__)
+#define DML_CALLS_EITHER _Pragma("nv_exec_check_disable")
+#else
+#define DML_CALLS_EITHER
+#endif
+
 // Unrolls the loop that follows, on the host; nvcc unrolls loops of known length by itself.
 #if defined(__CUDACC__)
 #define DML_UNROLL(n)

@@ -4,15 +4,15 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from accuracy import FUNCTIONS, evaluate
+from accuracy import evaluate
 from data import make_batch, make_labels
+from losses import LOSSES
 
 import dml_cuda
-from dml_cuda import functional
+from dml_cuda import _C, functional
 
 OPS = torch.ops.dml_cuda
-PARAMS = {"multi_similarity": [2.0, 50.0, 0.5], "circle": [0.4, 80.0, 1.0]}
-EVERY = pytest.mark.parametrize("function", [getattr(functional, name) for name in FUNCTIONS.values()])
+EVERY = pytest.mark.parametrize("function", [loss.function for loss in LOSSES.values()], ids=LOSSES)
 
 
 def forward_arguments(
@@ -24,7 +24,9 @@ def forward_arguments(
     ref_count=None,
     dtype=torch.float32,
     epsilon=0.1,
+    similarity="cosine",
     reduction="mean",
+    divide=True,
     save=True,
 ):
     embeddings, labels = make_batch(n, 6, dtype=dtype)
@@ -39,10 +41,12 @@ def forward_arguments(
         self_ref,
         ref_count,
         loss,
-        PARAMS[loss],
+        LOSSES[loss].params(similarity),
         epsilon,
-        True,
+        similarity,
         reduction,
+        True,
+        divide,
         save,
     )
 
@@ -55,6 +59,8 @@ FORWARD_CASES = {
     "half": {"loss": "multi_similarity", "n": 9, "dtype": torch.float16, "reduction": "mean_nonzero"},
     "double, nothing saved": {"loss": "circle", "n": 130, "dtype": torch.float64, "save": False},
     "empty": {"loss": "multi_similarity", "n": 0, "reduction": "none"},
+    **{name: {"loss": name, "n": 30, "similarity": "euclidean"} for name in LOSSES},
+    "undivided": {"loss": "contrastive", "n": 20, "divide": False},
 }
 
 
@@ -70,14 +76,15 @@ def test_opcheck(name):
         ("rectangular", (True, True)),
         ("own among the references", (True, False)),
         ("some of the references", (True, True)),
+        ("undivided", (True, False)),
     ],
 )
 def test_opcheck_backward(name, need):
     inputs = forward_arguments(**FORWARD_CASES[name])
     with torch.no_grad():
-        loss, *saved = OPS.pair_loss(*inputs)
+        loss, saved = OPS.pair_loss(*inputs)
     points = [None if x is None else x.detach() for x in inputs[:6]]
-    arguments = (torch.ones_like(loss), *points, *saved, *inputs[6:8], *inputs[9:11], *need)
+    arguments = (torch.ones_like(loss), *points, saved, *inputs[6:8], *inputs[9:11], inputs[12], *need)
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)
@@ -231,7 +238,71 @@ def test_without_gradient(function):
 
 
 def test_nothing_is_cached_without_gradient():
-    inputs = list(forward_arguments("multi_similarity", 300))
-    for save, expected in ((True, True), (False, False)):
-        tiles = OPS.pair_loss(*inputs[:-1], save)[3]
-        assert (tiles.numel() > 0) == expected
+    inputs = forward_arguments("multi_similarity", 300)
+    with_tiles, without = (OPS.pair_loss(*inputs[:-1], save)[1].numel() for save in (True, False))
+    assert with_tiles > without + 300 * 300 / 2 * 4
+
+
+def test_the_list_of_laws():
+    """Kernels, Python and the tests know the same losses, with the same numbers of parameters."""
+    assert {name: len(loss.params()) for name, loss in LOSSES.items()}.items() <= _C.laws.items()
+
+
+def test_a_law_that_is_not_in_the_list():
+    inputs = list(forward_arguments("circle", 8))
+    inputs[6] = "cicle"
+    with pytest.raises(ValueError, match=r"law: expected one of multi_similarity, circle, .*; got .cicle."):
+        OPS.pair_loss(*inputs)
+    inputs[6:8] = "circle", [1.0]
+    with pytest.raises(ValueError, match="params: expected 3 numbers for circle, got 1"):
+        OPS.pair_loss(*inputs)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_undivided(name):
+    """Parts and units, for who divides them elsewhere: the same loss and the same gradient."""
+    inputs = forward_arguments(name, 40, dtype=torch.float64)
+    value, _ = OPS.pair_loss(*inputs)
+    parts, _ = OPS.pair_loss(*inputs[:-2], False, True)
+    assert parts.shape == (4,)
+    total = parts[0] / parts[2].detach().clamp(min=1) + parts[1] / parts[3].detach().clamp(min=1)
+    torch.testing.assert_close(total, value)
+    expected, found = (torch.autograd.grad(x, inputs[0])[0] for x in (value, total))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mine_self", [True, False])
+def test_a_row_among_the_references(mine_self):
+    """Without mining with it, a row's own copy is no pair at all: as if the references were the rows."""
+    embeddings, labels = make_batch(30, 6, dtype=torch.float64)
+    own = torch.arange(30)
+    law = "multi_similarity", LOSSES["multi_similarity"].params()
+    rule = 0.1, "cosine", "none"
+    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *law, *rule, True, True, False)
+    arguments = embeddings, labels, embeddings, labels, own, None, *law, *rule, mine_self, True, False
+    value, _ = OPS.pair_loss(*arguments)
+    if mine_self:
+        assert (value <= square + 1e-12).all()  # the copy is the easiest positive: never the hardest
+        assert not torch.equal(value, torch.zeros_like(value))
+    else:
+        torch.testing.assert_close(value, square)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": lambda saved: saved[:-1]}, "saved: expected the"),
+        ({"saved": lambda saved: saved.float()}, "saved: expected the"),
+        ({"grad_loss": lambda grad: torch.ones(3)}, "grad_loss: expected 1 elements"),
+    ],
+)
+def test_backward_of_something_else(change, message):
+    inputs = forward_arguments("circle", 30)
+    with torch.no_grad():
+        loss, saved = OPS.pair_loss(*inputs)
+    given = {"grad_loss": torch.ones_like(loss), "saved": saved}
+    for name, other in change.items():
+        given[name] = other(given[name])
+    options = *inputs[6:8], *inputs[9:11], True, True, False
+    with pytest.raises(ValueError, match=message):
+        OPS.pair_loss_backward(given["grad_loss"], *inputs[:6], given["saved"], *options)

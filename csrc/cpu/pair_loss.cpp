@@ -52,7 +52,7 @@ constexpr int64_t kForwardWave = 256;
 constexpr double kSparseShare = 0.4;
 
 // Rows whose losses one task finishes and adds up.
-constexpr int64_t kRowPiece = 1024;
+constexpr int64_t kRowPiece = 256;
 
 // ---- what forward leaves for backward
 // ----------------------------------------------------------------------
@@ -95,11 +95,12 @@ struct Stats {
 // -----------------------------------------------------------------------------------
 
 template <typename T>
-struct Scratch {
+struct alignas(64) Scratch {
     T tile[kMostSide * kMostSide];
 
-    // Each thread keeps its own from call to call: for a small batch, touching fresh memory would cost
-    // as much as the work.
+    // Aligned, as the tensors are, because the way a matrix product adds up may depend on it. Each thread
+    // keeps its own from call to call: for a small batch, touching fresh memory would cost as much as the
+    // work.
     static Scratch& mine() {
         static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
         return *scratch;
@@ -172,9 +173,12 @@ class Batch {
     // The tile's place, without its similarities.
     Tile<T> place(const TileAt& at) const {
         const int64_t row0 = at.row_block * tiles.side, col0 = at.col_block * tiles.side;
+        const int64_t rows_here = std::min<int64_t>(tiles.side, n - row0);
+        const int64_t cols_here = std::min<int64_t>(tiles.side, m - col0);
         return {nullptr,
-                static_cast<int>(std::min<int64_t>(tiles.side, n - row0)),
-                static_cast<int>(std::min<int64_t>(tiles.side, m - col0)),
+                padded(cols_here),
+                static_cast<int>(rows_here),
+                static_cast<int>(cols_here),
                 row0,
                 col0,
                 plan.pos_begin,
@@ -191,14 +195,15 @@ class Batch {
         tile.s = s;
         if (cached && known) return tile;
         T *x = rows.row(tile.row0), *y = cols.row(tile.col0);
-        Tensor out = matrix(s, tile.rows, tile.cols, tile.cols, 1);
-        at::cpu::mm_out(out, matrix(x, tile.rows, rows.dim, rows.stride(), 1),
-                        matrix(y, rows.dim, tile.cols, 1, cols.stride()));
+        const int64_t lines = padded(tile.rows);
+        Tensor out = matrix(s, lines, tile.pitch, tile.pitch, 1);
+        at::cpu::mm_out(out, matrix(x, lines, rows.dim, rows.stride(), 1),
+                        matrix(y, rows.dim, tile.pitch, 1, cols.stride()));
         if (similarity.euclidean) {
-            kernels.distances(s, tile.rows, tile.cols, x, rows.stride(), squares(rows, tile.row0), y,
-                              cols.stride(), squares(cols, tile.col0), rows.dim);
+            kernels.distances(s, tile.pitch, tile.rows, tile.cols, x, rows.stride(), squares(rows, tile.row0),
+                              y, cols.stride(), squares(cols, tile.col0), rows.dim);
         }
-        if (cached) std::fill(s + tile.rows * tile.cols, s + tiles.area(), T(0));
+        if (cached) std::fill(s + lines * tile.pitch, s + tiles.area(), T(0));
         return tile;
     }
 
@@ -206,7 +211,8 @@ class Batch {
     void clear_unknown(const std::vector<uint8_t>& known) const {
         for_tasks(cached_, cached_ * tiles.area() / 8, [&](int64_t index) {
             T* s = cache_ + index * tiles.area();
-            if (!known[index]) std::fill(s, s + tiles.area(), T(0));
+            const bool filled = index < tiles.count() && known[index];
+            if (!filled) std::fill(s, s + tiles.area(), T(0));
         });
     }
 
@@ -553,7 +559,7 @@ ForwardResult forward(const Call& call) {
 // The gradient with respect to packed points, as it is put together.
 template <typename T>
 struct Gradient {
-    Tensor sum;  // [rows, width]
+    Tensor sum;  // [padded(rows), padded(width)]
     T* row(int64_t i) const { return sum.data_ptr<T>() + i * sum.size(1); }
 };
 
@@ -565,10 +571,9 @@ class BackwardPass {
           weights_(rows),
           rows_wanted_(rows_wanted),
           cols_wanted_(cols_wanted),
-          width_(batch.rows.width),
-          grad_rows{at::zeros({rows_wanted ? batch.n : 0, width_}, batch.rows.x.options())},
-          grad_cols{at::zeros({cols_wanted && !batch.square ? batch.m : 0, width_}, batch.rows.x.options())} {
-    }
+          width_(batch.rows.padded_width()),
+          grad_rows{zeros(rows_wanted ? batch.n : 0)},
+          grad_cols{zeros(cols_wanted && !batch.square ? batch.m : 0)} {}
 
     void run() {
         const Tiles& tiles = batch_.tiles;
@@ -577,7 +582,10 @@ class BackwardPass {
             slots, [&](const TileAt& at) { return batch_.kept[at.index] != 0; },
             [&](const std::vector<TileAt>& wave) {
                 const int64_t count = wave.size();
-                if (!memory_) memory_.reset(new T[std::min(slots, tiles.count()) * tiles.area()]);
+                if (!memory_.defined()) {
+                    memory_ =
+                        at::empty({std::min(slots, tiles.count()) * tiles.area()}, batch_.rows.x.options());
+                }
                 nonzeros_.assign(count, 0);
                 for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
                 add_gradients(wave);
@@ -589,7 +597,7 @@ class BackwardPass {
     const RowWeights<T> weights_;
     const bool rows_wanted_, cols_wanted_;
     const int64_t width_;
-    std::unique_ptr<T[]> memory_;    // the weights of a wave, tile by tile, dense or as a SparseTile
+    Tensor memory_;                  // the weights of a wave, tile by tile, dense or as a SparseTile
     std::vector<int64_t> nonzeros_;  // of each tile; kDense where they are not told apart
     static constexpr int64_t kDense = -1;
 
@@ -597,12 +605,20 @@ class BackwardPass {
     const Gradient<T> grad_rows, grad_cols;
 
    private:
-    T* slot(int64_t k) const { return memory_.get() + k * batch_.tiles.area(); }
+    Gradient<T> zeros(int64_t rows) const {
+        const Gradient<T> gradient{at::empty({padded(rows), width_}, batch_.rows.x.options())};
+        for_pieces(rows, row_piece(width_), rows * row_work(width_),
+                   [&](int64_t from, int64_t to) { std::fill(gradient.row(from), gradient.row(to), T(0)); });
+        return gradient;
+    }
+
+    T* slot(int64_t k) const { return memory_.data_ptr<T>() + k * batch_.tiles.area(); }
 
     void make_weights(const TileAt& at, int64_t k) {
         Tile<T> tile = batch_.tile(at, true);
         tile.both_sides = batch_.square;  // W + W^T, for the diagonal tiles too
-        const int64_t pairs = int64_t(tile.rows) * tile.cols;
+        const int64_t pairs = int64_t(tile.rows) * tile.cols, size = padded(tile.rows) * tile.pitch;
+        if (size > pairs) std::fill(slot(k), slot(k) + size, T(0));
         const int64_t count =
             batch_.kernels.weights(tile, batch_.params, batch_.similarity.euclidean, weights_, slot(k));
         const bool sparse =
@@ -611,15 +627,15 @@ class BackwardPass {
         nonzeros_[k] = sparse ? count : kDense;
         if (!sparse || count == 0) return;
         T* dense = Scratch<T>::mine().tile;
-        std::memcpy(dense, slot(k), pairs * sizeof(T));
-        batch_.kernels.compress(dense, tile.rows, tile.cols, count, slot(k));
+        std::memcpy(dense, slot(k), size * sizeof(T));
+        batch_.kernels.compress(dense, tile.pitch, tile.rows, tile.cols, count, slot(k));
     }
 
     // Enough panels of dimensions that the blocks feed all threads evenly; the products want them wide. A
     // dimension's sum does not depend on the panel that it is in.
     int64_t panel(int64_t blocks) const {
         constexpr int64_t kLeast = 128, kStep = 64;
-        const int64_t threads = at::get_num_threads(), tasks = threads == 1 ? 1 : 3 * threads;
+        const int64_t threads = thread_count(), tasks = threads == 1 ? 1 : 3 * threads;
         const int64_t panels = (tasks + blocks - 1) / blocks;
         const int64_t even = (width_ + panels - 1) / panels;
         return std::max((even + kStep - 1) / kStep * kStep, kLeast);
@@ -648,13 +664,12 @@ class BackwardPass {
     // What one share of a block multiplies its weights with: the points on the other side of its tile.
     struct Factor {
         const PackedPoints<T>& points;
-        int64_t first;
-        int count;
+        int64_t first, count;  // of the padded points
     };
     Factor factor(const TileAt& at, bool as_rows) const {
         const Tile<T> tile = batch_.place(at);
-        return as_rows ? Factor{batch_.cols, tile.col0, tile.cols}
-                       : Factor{batch_.rows, tile.row0, tile.rows};
+        return as_rows ? Factor{batch_.cols, tile.col0, tile.pitch}
+                       : Factor{batch_.rows, tile.row0, padded(tile.rows)};
     }
 
     // Adds the weights of the next tile, or of a run of small dense ones whose points follow each other,
@@ -675,7 +690,7 @@ class BackwardPass {
             return share + 1;
         }
         const auto add = [&](const Tensor& w, int64_t inner) {
-            Tensor sum = matrix(out, lines, dims, width_, 1);
+            Tensor sum = matrix(out, padded(lines), dims, width_, 1);
             at::cpu::addmm_out(sum, sum, w, matrix(x, inner, dims, stride, 1), 1, 1);
         };
         const auto next = [&](const Owners::Share* last) {  // whether the share after `last` joins the run
@@ -689,31 +704,31 @@ class BackwardPass {
         // tiles are not worth the copy.
         constexpr int64_t kRun = kMostSide * kMostSide;  // weights
         if (batch_.tiles.side == kMostSide || !next(share)) {
-            add(share->as_rows ? matrix(slot(share->tile), lines, of.count, tile.cols, 1)
-                               : matrix(slot(share->tile), lines, of.count, 1, tile.cols),
+            add(share->as_rows ? matrix(slot(share->tile), padded(lines), of.count, tile.pitch, 1)
+                               : matrix(slot(share->tile), padded(lines), of.count, 1, tile.pitch),
                 of.count);
             return share + 1;
         }
-        const int64_t pitch = kRun / lines;
-        T* run = Scratch<T>::mine().tile;  // [lines, pitch]
+        const int64_t pitch = batch_.tiles.side * (kRun / (batch_.tiles.side * batch_.tiles.side));
+        T* run = Scratch<T>::mine().tile;  // [padded(lines), pitch]
         int64_t inner = 0;
         while (true) {
             const Tile<T> here = batch_.place(wave[share->tile]);
             const T* w = slot(share->tile);
-            const int columns = share->as_rows ? here.cols : here.rows;
-            for (int i = 0; i < lines; ++i) {
+            const int64_t columns = factor(wave[share->tile], share->as_rows).count;
+            for (int64_t i = 0; i < padded(lines); ++i) {
                 T* to = run + i * pitch + inner;
                 if (share->as_rows) {
-                    std::memcpy(to, w + int64_t(i) * here.cols, columns * sizeof(T));
+                    std::memcpy(to, w + i * here.pitch, columns * sizeof(T));
                 } else {
-                    for (int j = 0; j < columns; ++j) to[j] = w[int64_t(j) * here.cols + i];
+                    for (int64_t j = 0; j < columns; ++j) to[j] = w[j * here.pitch + i];
                 }
             }
             inner += columns;
             if (!next(share) || inner + batch_.tiles.side > pitch) break;
             ++share;
         }
-        add(matrix(run, lines, inner, pitch, 1), inner);
+        add(matrix(run, padded(lines), inner, pitch, 1), inner);
         return share + 1;
     }
 };
@@ -723,7 +738,9 @@ BackwardResult backward(const Call& call, const Backward& from) {
     const Problem problem = describe(call);
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
-    const Layout layout(n, Tiles(n, refs.capacity, problem.square, refs.capacity), sizeof(T), true);
+    const Tiles all(n, refs.capacity, problem.square, refs.capacity);
+    const Layout with_tiles(n, all, sizeof(T), true), without(n, all, sizeof(T), false);
+    const Layout& layout = from.saved.numel() == without.bytes ? without : with_tiles;
     check_backward(call, from, layout.bytes);
     auto* saved = from.saved.data_ptr<uint8_t>();
     const bool need_ref = from.need_ref && call.ref_emb.has_value();

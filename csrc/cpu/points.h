@@ -18,18 +18,23 @@ namespace dml::cpu {
 
 inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
 
+// Matrix products take whole blocks of 16: for what is left over beyond them a library may add up in an order
+// that depends on the number of threads.
+inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+
 template <typename T>
 struct PackedPoints {
-    at::Tensor x;         // [N, stride] sorted, D columns used; unit rows when normalised, else as given
+    at::Tensor x;         // [padded(N), stride] sorted; unit rows when normalised, else as given; then zeros
     at::Tensor inv_norm;  // [N] sorted: 1 / |q|, 0 for tiny rows, 1 when not normalised
     at::Tensor square;    // [N] sorted: |x|^2
-    int64_t dim;
+    int64_t count, dim;
     // D, and one more where a column of ones follows: the product of weights and points then gives the sums
     // of the weights as well, which distances between rows as they come need.
     int64_t width;
     bool finite = true;  // false: a value, or without normalising a squared norm, overflows or is NaN
 
     int64_t stride() const { return x.size(1); }
+    int64_t padded_width() const { return padded(width); }
     T* row(int64_t i) const { return x.data_ptr<T>() + i * stride(); }
 };
 
@@ -38,7 +43,7 @@ struct PackedPoints {
 template <typename T>
 int64_t row_stride(int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(T);
-    return ((dim + kLine - 1) / kLine | 1) * kLine;
+    return ((padded(dim) + kLine - 1) / kLine | 1) * kLine;
 }
 
 // Rows per task, and the work of one.
@@ -83,6 +88,7 @@ bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order,
             if (normalize) {
                 for (int64_t d = 0; d < dim; ++d) out[d] *= scale;
             }
+            std::fill(out + dim, out + x_stride, T(0));
             if (points.width > dim) out[dim] = T(1);
             if (!how.euclidean) continue;
             square = 0;  // of what is stored
@@ -101,8 +107,13 @@ PackedPoints<T> pack(const at::Tensor& embeddings, const int32_t* order, const S
     const int64_t n = source.size(0), dim = source.size(1);
     const int64_t width = dim + (how.euclidean && !how.normalize ? 1 : 0);
     const auto options = source.options().dtype(c10::CppTypeToScalarType<T>::value);
-    PackedPoints<T> points{at::empty({n, row_stride<T>(width)}, options), at::empty({n}, options),
-                           at::empty({how.euclidean ? n : 0}, options), dim, width};
+    PackedPoints<T> points{at::empty({padded(n), row_stride<T>(width)}, options),
+                           at::empty({n}, options),
+                           at::empty({how.euclidean ? n : 0}, options),
+                           n,
+                           dim,
+                           width};
+    std::fill(points.row(n), points.row(padded(n)), T(0));
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "pack", [&] {
         points.finite = pack_rows<T, scalar_t>(source.const_data_ptr<scalar_t>(), source.stride(0), order, n,
                                                how, points);
@@ -116,11 +127,11 @@ PackedPoints<T> pack(const at::Tensor& embeddings, const int32_t* order, const S
 template <typename T, typename Output>
 void unpack_rows(const T* gradient, const PackedPoints<T>& points, const int32_t* order, bool normalize,
                  Output* out) {
-    const int64_t n = points.x.size(0), dim = points.dim, width = points.width;
+    const int64_t n = points.count, dim = points.dim, width = points.width, pitch = points.padded_width();
     const T* inv_norm = points.inv_norm.template const_data_ptr<T>();
     for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const T *g = gradient + i * width, *x = points.row(i);
+            const T *g = gradient + i * pitch, *x = points.row(i);
             Output* q = out + order[i] * dim;
             T along = width > dim ? g[dim] : T(0);
             if (normalize) {

@@ -5,12 +5,35 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <vector>
 
 namespace dml::cpu {
 
 // Work, in elementary steps, that is worth waking another thread for: some ten microseconds.
 inline constexpr int64_t kTaskWork = int64_t(1) << 15;
+
+// What tools/cpu_threads.py reads: how much processor time each task took, run one after another, as
+// `threads` threads would have been handed them. Null, and without cost, otherwise.
+struct TaskLog {
+    struct Region {
+        int64_t threads;            // that would have shared the tasks
+        std::vector<double> tasks;  // seconds
+    };
+    int64_t threads;
+    std::vector<Region> regions;
+
+    static TaskLog*& current() {
+        static TaskLog* log = nullptr;
+        return log;
+    }
+};
+
+inline int64_t thread_count() {
+    const TaskLog* log = TaskLog::current();
+    return log ? log->threads : at::get_num_threads();
+}
 
 // Calls run(k) for k in [0, count), in any order on any thread. `work`: steps of all tasks together; the
 // number of threads follows from it. Whoever is free takes the next task, so uneven tasks share well; what
@@ -18,7 +41,18 @@ inline constexpr int64_t kTaskWork = int64_t(1) << 15;
 template <typename Run>
 void for_tasks(int64_t count, int64_t work, const Run& run) {
     const int64_t useful = std::min(count, work / kTaskWork);
-    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(useful, at::get_num_threads());
+    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(useful, thread_count());
+    if (TaskLog* log = TaskLog::current()) {
+        using Clock = std::chrono::steady_clock;  // asking for processor time would cost more than a task
+        log->regions.push_back({std::max<int64_t>(threads, 1), {}});
+        std::vector<double>& tasks = log->regions.back().tasks;
+        for (int64_t k = 0; k < count; ++k) {
+            const auto start = Clock::now();
+            run(k);
+            tasks.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+        }
+        return;
+    }
     if (threads <= 1) {
         for (int64_t k = 0; k < count; ++k) run(k);
         return;

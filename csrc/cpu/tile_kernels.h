@@ -18,7 +18,8 @@ inline constexpr int kMostSide = 128;  // rows and columns of the largest tiles
 // One block of similarities, and where it lies in the sorted matrix.
 template <typename T>
 struct Tile {
-    const T* s;  // [rows, cols], contiguous
+    const T* s;  // [rows, cols], rows `pitch` apart
+    int64_t pitch;
     int rows, cols;
     int64_t row0, col0;        // global index of the first row and column
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
@@ -99,8 +100,8 @@ template <typename T>
 struct TileKernels {
     // s = -|x - y| from s = <x, y>, in place. x: [rows, dim], y: [cols, dim], strided, with their squared
     // norms. Where the points are close the difference is summed up again.
-    void (*distances)(T* s, int rows, int cols, const T* x, int64_t x_stride, const T* x_square, const T* y,
-                      int64_t y_stride, const T* y_square, int64_t dim);
+    void (*distances)(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride,
+                      const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
     // The smallest similarity of the positives of each line, into rows.pos_a and cols.pos_a.
     void (*min_positives)(const Tile<T>&, TileParts<T>&);
     // What the tile's kept pairs of the given kinds add to the folds of its lines. count_nonzero: sums count
@@ -109,13 +110,13 @@ struct TileKernels {
                         TileParts<T>&);
     // Merges the parts of n lines into their folds: (a, b) and (part_a, part_b) as in LineParts.
     void (*merge)(Fold, int n, const T* part_a, const T* part_b, T* a, T* b);
-    // weights[i][j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; by 1 / |x - y| where
+    // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; by 1 / |x - y| where
     // euclidean. Returns the number of non-zeros.
     int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
                        T* weights);
     RowLoss<T> (*row)(const double* params, const Gathered<T>&);
     // The non-zeros of weights by row and by column, into memory of the size that SparseTile::bytes says.
-    void (*compress)(const T* weights, int rows, int cols, int64_t count, void* memory);
+    void (*compress)(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory);
     // out[i] += sum_k value_k * x[index_k] for every line. x, out: [., dim], strided.
     void (*add_product)(const typename SparseTile<T>::Lines&, int lines, const T* x, int64_t x_stride,
                         int64_t dim, T* out, int64_t out_stride);

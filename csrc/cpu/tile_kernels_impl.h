@@ -31,7 +31,7 @@ DML_INLINE PositiveRun positive_run(const Tile<T>& tile, int i) {
 // over negatives run over whole rows, without a ragged start or end. Copies only where there are any.
 template <typename T>
 DML_INLINE const T* negatives_of_row(const Tile<T>& tile, int i, T* buffer) {
-    const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+    const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
     const PositiveRun run = positive_run(tile, i);
     if (run.begin() == run.end()) return s;
     for (int64_t j = 0; j < tile.cols; ++j) buffer[j] = s[j];
@@ -45,10 +45,10 @@ template <typename T>
 inline constexpr T kNearShare = T(1) / T(64);
 
 template <typename T>
-void distances(T* s, int rows, int cols, const T* x, int64_t x_stride, const T* x_square, const T* y,
-               int64_t y_stride, const T* y_square, int64_t dim) {
+void distances(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride, const T* x_square,
+               const T* y, int64_t y_stride, const T* y_square, int64_t dim) {
     for (int i = 0; i < rows; ++i) {
-        T* line = s + static_cast<int64_t>(i) * cols;
+        T* line = s + i * pitch;
         const T own = x_square[i];
         int near = 0;
 #pragma omp simd reduction(+ : near)
@@ -77,7 +77,7 @@ void min_positives(const Tile<T>& tile, TileParts<T>& parts) {
     T *rows = parts.rows.pos_a, *cols = parts.cols.pos_a;
     for (int64_t j = 0; j < tile.cols; ++j) cols[j] = infinity<T>();
     for (int i = 0; i < tile.rows; ++i) {
-        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+        const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
         const PositiveRun run = positive_run(tile, i);
         T least = infinity<T>();
         for (const auto& range : run.parts) {
@@ -113,7 +113,7 @@ struct Positives {
     template <typename Visit>
     static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
         const PositiveRun run = positive_run(tile, i);
-        const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+        const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
         for (const auto& range : run.parts) {
             if (range[0] < range[1]) visit(s, range[0], range[1]);
         }
@@ -545,7 +545,7 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
                                           Law::kPos == Fold::kSum ? 0 : m);
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
-        T* line = out + static_cast<int64_t>(i) * tile.cols;
+        T* line = out + static_cast<int64_t>(i) * tile.pitch;
         neg.for_each_range(tile, i,
                            [&](const T* s, int64_t begin, int64_t end) {  // writes 0 for positives and self
                                range_weights<T, Law::kNeg, kBothSides, false>(neg, s, begin, end, i, neg_rows,
@@ -560,7 +560,7 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
             }
         });
         if (euclidean) {  // ds = -d|x - y|; the weights are those of the product <x, y>
-            const T* s = tile.s + static_cast<int64_t>(i) * tile.cols;
+            const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
 #pragma omp simd
             for (int64_t j = 0; j < tile.cols; ++j) line[j] = s[j] < T(0) ? line[j] / -s[j] : T(0);
         }
@@ -586,7 +586,7 @@ RowLoss<T> row(const double* params, const Gathered<T>& gathered) {
 }
 
 template <typename T>
-void compress(const T* weights, int rows, int cols, int64_t count, void* memory) {
+void compress(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory) {
     // The same places as SparseTile's, for writing.
     T* value = static_cast<T*>(memory);
     auto* start = reinterpret_cast<uint16_t*>(value + 2 * count);
@@ -597,7 +597,7 @@ void compress(const T* weights, int rows, int cols, int64_t count, void* memory)
     int n = 0;
     for (int i = 0; i < rows; ++i) {
         start[i] = static_cast<uint16_t>(n);
-        const T* w = weights + static_cast<int64_t>(i) * cols;
+        const T* w = weights + i * pitch;
         for (int64_t j = 0; j < cols; ++j) {  // no branch: always write, advance only past a non-zero
             index[n] = static_cast<uint8_t>(j);
             value[n] = w[j];

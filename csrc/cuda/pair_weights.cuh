@@ -46,8 +46,9 @@ DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) 
     return top;
 }
 
-// Shared numbers of each line.
-enum LineNumber { kBelow, kAbove, kNegWeight, kPosWeight, kLineContext };
+// Shared numbers of each line. A positive is kept when -s > -pos_below, so that one comparison does for both
+// kinds: each bound is a least value of s or of -s.
+enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineContext };
 
 // Calls write(i, weights of this thread's pairs of its row i): dL/ds.
 template <typename Math, bool BothSides, typename Law, typename T, typename Acc, typename Write>
@@ -74,8 +75,8 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             if (!exponential || careful || d == Acc(0)) return d;
             return d * std::exp(top - value);
         };
-        numbers[kBelow * kLines + line] = own.bounds.pos_below;
-        numbers[kAbove * kLines + line] = own.bounds.neg_above;
+        numbers[kPosBound * kLines + line] = -own.bounds.pos_below;
+        numbers[kNegBound * kLines + line] = own.bounds.neg_above;
         numbers[kNegWeight * kLines + line] = factor(kNegExp, own.d_neg, own.neg, top_neg);
         numbers[kPosWeight * kLines + line] = factor(kPosExp, own.d_pos, own.pos, top_pos);
         if constexpr (Law::kContext) numbers[kLineContext * kLines + line] = own.neg;
@@ -86,7 +87,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
 #pragma unroll 1
         for (int i = 0; i < Grid::kRows; ++i) {
             const int row = Grid::row(i);
-            const auto sims = Grid::sims(tile, i);
+            const auto sims = Grid::sims(i);
             typename Grid::Sims w;
             const RowWeight<Acc> of_row = tile.row0 + row < super.rows.points.rows
                                               ? RowWeight<Acc>::load(stats, tile.row0 + row, upstream)
@@ -95,28 +96,28 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             for (int j = 0; j < Grid::kCols; ++j) {
                 const int col = Grid::col(j);
                 const bool positive = Grid::ids()[row] == Grid::ids()[kTile + col];
-                const Acc s = tile.sim[row * TileTraits<Math>::kSimPitch + col];
+                const Acc s = Grid::sim(row, col);
                 Acc sum = of_row.of(law, positive, s);
                 if (BothSides && tile.col0 + col < super.cols.points.rows)
                     sum += RowWeight<Acc>::load(stats, tile.col0 + col, upstream).of(law, positive, s);
-                tile.sim[row * TileTraits<Math>::kSimPitch + col] = sum;
+                Grid::sim(row, col) = sum;
             }
-            w = Grid::sims(tile, i);
+            w = Grid::sims(i);
             write(i, sims, w);
         }
         return;
     }
 
     int col_ids[Grid::kCols];
-    Acc col_below[Grid::kCols], col_above[Grid::kCols], col_neg[Grid::kCols], col_pos[Grid::kCols];
+    Acc col_bound[Grid::kCols][2], col_pos[Grid::kCols], col_neg[Grid::kCols];
     Acc col_context[Grid::kCols];
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) {
         const int at = kTile + Grid::col(j);
         col_ids[j] = Grid::ids()[at];
         if constexpr (BothSides) {
-            col_below[j] = numbers[kBelow * kLines + at];
-            col_above[j] = numbers[kAbove * kLines + at];
+            col_bound[j][0] = numbers[kNegBound * kLines + at];
+            col_bound[j][1] = numbers[kPosBound * kLines + at];
             col_neg[j] = numbers[kNegWeight * kLines + at];
             col_pos[j] = numbers[kPosWeight * kLines + at];
             col_context[j] = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
@@ -125,17 +126,18 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
 #pragma unroll 1
     for (int i = 0; i < Grid::kRows; ++i) {
         const int at = Grid::row(i), id = Grid::ids()[at];
-        const Acc below = numbers[kBelow * kLines + at], above = numbers[kAbove * kLines + at];
+        const Acc pos_bound = numbers[kPosBound * kLines + at], neg_bound = numbers[kNegBound * kLines + at];
         const Acc neg = numbers[kNegWeight * kLines + at], pos = numbers[kPosWeight * kLines + at];
         const Acc context = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
-        const auto sims = Grid::sims(tile, i);
+        const auto sims = Grid::sims(i);
         typename Grid::Sims w;
 #pragma unroll
         for (int j = 0; j < Grid::kCols; ++j) {
             const Acc s = sims.s[j];
             const bool positive = id == col_ids[j];
-            const bool by_row = positive ? s < below : s > above;
-            const bool by_col = BothSides && (positive ? s < col_below[j] : s > col_above[j]);
+            const Acc sided = positive ? -s : s;
+            const bool by_row = sided > (positive ? pos_bound : neg_bound);
+            const bool by_col = BothSides && sided > (positive ? col_bound[j][1] : col_bound[j][0]);
             const auto of_lines = [&](Acc of_row, Acc of_col) {
                 return (by_row ? of_row : Acc(0)) + (by_col ? of_col : Acc(0));
             };
@@ -143,15 +145,13 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             if constexpr (kNegExp && kPosExp && !Law::kPosInNeg && !Law::kContext) {
                 const Acc z = positive ? law.pos_term(s, Acc(0)) - top_pos : law.neg_term(s) - top_neg;
                 const Acc slope = positive ? law.pos_slope(s, Acc(0)) : law.neg_slope(s);
-                const Acc lines = of_lines(positive ? pos : neg, positive ? col_pos[j] : col_neg[j]);
-                sum = by_row || by_col ? lines * quick_exp(z) * slope : Acc(0);
+                const Acc row_weight = positive ? pos : neg, col_weight = positive ? col_pos[j] : col_neg[j];
+                sum = of_lines(row_weight, col_weight) * (quick_exp(z) * slope);
             } else {
-                sum = 0;
-                if ((by_row || by_col) && (!positive || Law::kPosInNeg)) {
-                    sum = of_lines(neg, col_neg[j]) * law.neg_slope(s);
-                    if constexpr (kNegExp) sum *= quick_exp(law.neg_term(s) - top_neg);
-                }
-                if ((by_row || by_col) && positive) {
+                Acc by_neg = law.neg_slope(s);
+                if constexpr (kNegExp) by_neg *= quick_exp(law.neg_term(s) - top_neg);
+                sum = !positive || Law::kPosInNeg ? of_lines(neg, col_neg[j]) * by_neg : Acc(0);
+                if (positive) {  // for most laws too dear to be done for all
                     if constexpr (Law::kContext) {
                         sum += of_lines(pos * law.pos_slope(s, context),
                                         BothSides ? col_pos[j] * law.pos_slope(s, col_context[j]) : Acc(0));
@@ -162,6 +162,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
                     }
                 }
             }
+            sum = by_row || by_col ? sum : Acc(0);
             w.s[j] = sum;
         }
         write(i, sims, w);
@@ -198,20 +199,34 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
     for (int j = 0; j < Grid::kCols; ++j) col_norms[j] = apart ? Acc(1) : norms[kTile + Grid::col(j)];
     const auto write = [&](int i, const typename Grid::Sims& sims, const typename Grid::Sims& w) {
         const Acc row_norm = apart ? Acc(1) : norms[Grid::row(i)] * range;
-        Row row;
-        Acc row_sum = 0;
+        typename Grid::Sims x = w;
+        if (kind.euclidean) {
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
-            const Acc x = w.s[j] == Acc(0) ? Acc(0)  // norms are NaN where rows are not finite
-                                           : by_distance(kind, w.s[j], sims.s[j]) * row_norm * col_norms[j];
-            row.w[j] = Weight(x);
-            if (apart) {
+            for (int j = 0; j < Grid::kCols; ++j) x.s[j] = by_distance(x.s[j], sims.s[j]);
+        }
+        Row row;
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) x.s[j] = x.s[j] * row_norm * col_norms[j];
+        if constexpr (sizeof(Weight) == 2) {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; j += 2) {
+                const uint32_t both = pack2<Weight>(x.s[j], x.s[j + 1]);
+                std::memcpy(&row.w[j], &both, sizeof both);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) row.w[j] = Weight(x.s[j]);
+        }
+        if (apart) {
+            Acc row_sum = 0;
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
                 row_sum += Acc(row.w[j]);
                 col_sums[j] += Acc(row.w[j]);
             }
+            meeting.put_row(0, i, over_row<Grid>(row_sum, Plus{}));
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
-        if (apart) meeting.put_row(0, i, over_row<Grid>(row_sum, Plus{}));
     };
     any_law.visit([&](const auto& law) {
         if (super.square) {

@@ -133,11 +133,11 @@ template <typename Acc>
 struct Extremes {
     Acc min_pos = infinity<Acc>(), max_neg = -infinity<Acc>();
 
-    DML_DEVICE void add(bool positive, Acc s) {
+    DML_DEVICE void add(bool positive, Acc s) {  // s may be NaN, which std::fmin and fmax pass over
         if (positive) {
-            min_pos = s < min_pos ? s : min_pos;
+            min_pos = std::fmin(min_pos, s);
         } else {
-            max_neg = s > max_neg ? s : max_neg;
+            max_neg = std::fmax(max_neg, s);
         }
     }
     DML_DEVICE void merge(const Extremes& other) {
@@ -292,11 +292,16 @@ struct RowWeight {
     }
 };
 
-// dL/ds to what multiplies the other row: of distances, 1/d of it, and 0 where they are 0.
+// dL/ds of a distance to what multiplies the other row: 1/d of it, and 0 where they are 0.
 template <typename Acc>
-DML_DEVICE Acc by_distance(Similarity kind, Acc weight, Acc s) {
-    if (!kind.euclidean) return weight;
-    return s < Acc(0) ? weight / -s : Acc(0);
+DML_DEVICE Acc by_distance(Acc weight, Acc s) {
+    Acc by;
+    if constexpr (sizeof(Acc) == 4) {
+        by = __fdividef(weight, -s);  // a distance is no subnormal number
+    } else {
+        by = weight / -s;
+    }
+    return s < Acc(0) ? by : Acc(0);
 }
 
 }  // namespace dml::cuda

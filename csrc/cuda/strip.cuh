@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
                 if (sides.other) w += RowWeight<Acc>::load(stats, j, upstream).of(law, positive, sim);
                 if (w != Acc(0)) {
                     const Acc norm = pairs.other.norms[j];
-                    w = by_distance(kind, w, sim);
+                    if (kind.euclidean) w = by_distance(w, sim);
                     // x_i . y_j, from a distance 1 - d^2 / 2
                     const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
                     toward_self += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
 #pragma unroll 1
     for (int i = 0; i < Grid::kRows; ++i) {
         const int id = Grid::ids()[Grid::row(i)];
-        const auto sims = Grid::sims(tile, i);
+        const auto sims = Grid::sims(i);
         Extremes<Acc> of_row;
 #pragma unroll
         for (int j = 0; j < Grid::kCols; ++j) {
@@ -266,13 +266,13 @@ struct PairTerm {
 
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
 template <typename Math, Stage kStage, typename Law, typename Acc>
-DML_DEVICE void gather_carefully(const LoadedTile<Math>& tile, const Law& law, int line, Acc below, Acc above,
+DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
                                  Acc (&q)[kQuantities]) {
     using Grid = PairGrid<Math>;
     using Which = Summed<Law, kStage>;
     constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
     const bool is_row = line < kTile;
-    const Acc* sims = tile.sim + (is_row ? line * kPitch : line - kTile);
+    const Acc* sims = is_row ? &Grid::sim(line, 0) : &Grid::sim(0, line - kTile);
     const int* others = Grid::ids() + (is_row ? kTile : 0);
     const int id = Grid::ids()[line];
     Acc tops[2] = {-infinity<Acc>(), -infinity<Acc>()}, sums[2] = {Acc(0), Acc(0)};
@@ -344,28 +344,42 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
 
-    // The largest terms.
-    Acc top_neg = -infinity<Acc>(), top_pos = -infinity<Acc>();
+    // The largest terms, which are those of the least or the greatest similarity.
+    Acc top_neg = 0, top_pos = 0;
     if constexpr (Which::kNegExp || Which::kPosExp) {
+        constexpr int kKinds = Law::kPosInNeg ? 1 : 2;  // negatives, positives; or all together
+        Acc least[kKinds], greatest[kKinds];
+        for (int k = 0; k < kKinds; ++k) {
+            least[k] = infinity<Acc>();
+            greatest[k] = -infinity<Acc>();
+        }
 #pragma unroll 1
         for (int i = 0; i < Grid::kRows; ++i) {
             const int id = Grid::ids()[Grid::row(i)];
-            const auto sims = Grid::sims(tile, i);
+            const auto sims = Grid::sims(i);
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc s = sims.s[j];
                 const bool positive = id == col_ids[j];
-                if constexpr (Which::kNegExp) {
-                    const Acc z = law.neg_term(sims.s[j]);
-                    if ((!positive || Law::kPosInNeg) && z > top_neg) top_neg = z;
+                if (kKinds == 1 || !positive) {
+                    least[0] = std::fmin(least[0], s);
+                    greatest[0] = std::fmax(greatest[0], s);
                 }
-                if constexpr (Which::kPosExp) {
-                    const Acc z = law.pos_term(sims.s[j], Acc(0));
-                    if (positive && z > top_pos) top_pos = z;
+                if (kKinds == 2 && positive) {
+                    least[kKinds - 1] = std::fmin(least[kKinds - 1], s);
+                    greatest[kKinds - 1] = std::fmax(greatest[kKinds - 1], s);
                 }
             }
         }
-        if constexpr (Which::kNegExp) top_neg = block_max<Math>(top_neg, numbers + 3 * kLines);
-        if constexpr (Which::kPosExp) top_pos = block_max<Math>(top_pos, numbers + 4 * kLines);
+        const auto top = [&](int kind, Acc* shared, const auto& term) {
+            const Acc low = -block_max<Math>(-least[kind], shared);
+            const Acc high = block_max<Math>(greatest[kind], shared + kWarpSize);
+            return std::fmax(term(low), term(high));
+        };
+        if constexpr (Which::kNegExp)
+            top_neg = top(0, numbers + 3 * kLines, [&](Acc s) { return law.neg_term(s); });
+        if constexpr (Which::kPosExp)
+            top_pos = top(kKinds - 1, numbers + 4 * kLines, [&](Acc s) { return law.pos_term(s, Acc(0)); });
     }
     block_sync();
 
@@ -386,7 +400,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc below = numbers[at], above = numbers[kLines + at];
         const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
-        const auto sims = Grid::sims(tile, i);
+        const auto sims = Grid::sims(i);
         Sums of_row;
 #pragma unroll
         for (int j = 0; j < Grid::kCols; ++j) {
@@ -423,7 +437,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     if constexpr (Which::kContext) q[1] = sums.context;
     if constexpr (Which::kNegExp || Which::kPosExp) {
         if (careful)
-            gather_carefully<Math, kStage>(tile, law, line, numbers[line], numbers[kLines + line], q);
+            gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
     }
     const int side = line < kTile ? 0 : 1;
     const int row = int(blockIdx.y), col = int(blockIdx.x);

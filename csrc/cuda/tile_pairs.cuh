@@ -39,13 +39,17 @@ struct PairGrid {
         return warp_id() % kWarpCols * (kTile / kWarpCols) + lane_id() % kLaneCols * kCols + j;
     }
 
+    // The similarities, where load_tile has put them. (Not by the pointer in LoadedTile, of which the compiler
+    // would not see that it leads to shared memory.)
+    static DML_DEVICE Acc& sim(int row, int col) {
+        unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
+        return reinterpret_cast<Acc*>(bytes)[row * Traits::kSimPitch + col];
+    }
     // A thread's own pairs in one row.
     struct alignas(16) Sims {
         Acc s[kCols];
     };
-    static DML_DEVICE Sims sims(const LoadedTile<Math>& tile, int i) {
-        return *reinterpret_cast<const Sims*>(tile.sim + row(i) * Traits::kSimPitch + col(0));
-    }
+    static DML_DEVICE Sims sims(int i) { return reinterpret_cast<const Sims&>(sim(row(i), col(0))); }
 
     static DML_DEVICE int* ids() { return shared_array<int>(kIds, kLines); }
     // [kMaxLineNumbers][kLines]
@@ -111,7 +115,7 @@ DML_DEVICE void mark_edges(const SuperTile<T, Acc>& super, const LoadedTile<Math
     for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {
         const int r = e / kTile, c = e % kTile;
         if (r >= rows || c >= cols || (diagonal && c <= r))
-            tile.sim[r * Traits::kSimPitch + c] = not_a_number<Acc>();
+            PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
     }
     block_sync();
 }
@@ -128,7 +132,7 @@ DML_DEVICE void mark_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
             if (tile.row_labels[r] == tile.col_labels[c])
-                tile.sim[r * TileTraits<Math>::kSimPitch + c] = not_a_number<Acc>();
+                PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
         }
     }
     block_sync();

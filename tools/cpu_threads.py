@@ -1,0 +1,84 @@
+"""How evenly the CPU engine's work falls on more threads than this machine has cores.
+
+The engine runs on one thread, cut as for T, and notes how long each task took. The tasks of a parallel region
+are then dealt out as the engine deals them (whoever is free takes the next), which gives the region's critical
+path; what runs outside of regions counts as serial. The efficiency is the threads' work over T times the sum
+of critical paths and serial time: 1 is even. Neither waking threads nor sharing memory bandwidth is in it. Run it on a quiet machine.
+
+    python -m tools.cpu_threads [--out FILE.json]
+"""
+
+import argparse
+import heapq
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import dml_cuda
+from dml_cuda import _C
+
+CASES = [  # rows, dimensions, threads
+    (512, 128, 8),
+    (512, 512, 8),
+    (1024, 512, 16),
+    (2048, 512, 16),
+    (2048, 512, 32),
+]
+LOSSES = {
+    "all pairs": dml_cuda.MultiSimilarityLoss(),
+    "mined": dml_cuda.MultiSimilarityLoss(epsilon=0.1),
+}
+ROUNDS = 15
+
+
+def critical_path(tasks: list[float], threads: int) -> float:
+    """When the last of the threads is done, each taking the next task as soon as it is free."""
+    free = [0.0] * threads
+    for seconds in tasks:
+        heapq.heappush(free, heapq.heappop(free) + seconds)
+    return max(free)
+
+
+def batch(rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(rows) // 4
+    centres = torch.randn(rows // 4, dim, generator=generator)
+    return (centres[labels] + 2 * torch.randn(rows, dim, generator=generator)).requires_grad_(), labels
+
+
+def efficiency(loss: torch.nn.Module, rows: int, dim: int, threads: int) -> float:
+    """Of the quickest of some rounds of forward and backward."""
+    embeddings, labels = batch(rows, dim)
+    best = None
+    for _ in range(ROUNDS):
+        _C.start_task_log(threads)
+        start = time.perf_counter()
+        torch.autograd.grad(loss(embeddings, labels), embeddings)
+        total = time.perf_counter() - start
+        regions = _C.end_task_log()
+        work = sum(sum(tasks) for _, tasks in regions)
+        path = sum(critical_path(tasks, shared) for shared, tasks in regions)
+        if best is None or total < best[0]:
+            best = (total, total / (threads * (total - work + path)))
+    return best[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    print(f"{'':>24}" + "".join(f"{name:>12}" for name in LOSSES))
+    for n, dim, threads in CASES:
+        found = {name: efficiency(loss, n, dim, threads) for name, loss in LOSSES.items()}
+        rows.append({"rows": n, "dim": dim, "threads": threads, **found})
+        print(f"{f'{n} x {dim}, {threads} threads':>24}" + "".join(f"{e:12.2f}" for e in found.values()))
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
