@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int id = Grid::ids()[Grid::row(i)];
         const auto sims = Grid::sims(i);
         Extremes<Acc> of_row;
@@ -267,7 +267,7 @@ struct PairTerm {
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
 template <typename Math, Stage kStage, typename Law, typename Acc>
 DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
-                                 Acc (&q)[kQuantities]) {
+                                 Acc (&q)[kQuantities]) {  // rare: a line far below the others of its tile
     using Grid = PairGrid<Math>;
     using Which = Summed<Law, kStage>;
     constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
@@ -354,7 +354,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
             greatest[k] = -infinity<Acc>();
         }
 #pragma unroll 1
-        for (int i = 0; i < Grid::kRows; ++i) {
+        for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
             const int id = Grid::ids()[Grid::row(i)];
             const auto sims = Grid::sims(i);
 #pragma unroll
@@ -396,7 +396,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     }
     const Meeting<Grid> meeting = {Grid::scratch(Which::kCount)};
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc below = numbers[at], above = numbers[kLines + at];
         const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
@@ -436,8 +436,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     if constexpr (Which::kPoss) take(Which::kPosExp, 2, top_pos, sums.pos_count, sums.pos);
     if constexpr (Which::kContext) q[1] = sums.context;
     if constexpr (Which::kNegExp || Which::kPosExp) {
-        if (careful)
-            gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
+        if (careful) gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
     }
     const int side = line < kTile ? 0 : 1;
     const int row = int(blockIdx.y), col = int(blockIdx.x);
