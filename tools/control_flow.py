@@ -129,13 +129,14 @@ def cut(items):
         if not block.instructions:
             continue
         last = block.instructions[-1]
-        target = re.search(r"\((\.\w+)\)", last.operands) if last.family == "BRA" else None
-        if target and target[1] in labels:
-            block.next.append(labels[target[1]])
+        # BRX, a jump by a table, names all its targets.
+        targets = re.findall(r"\.L_\w+", last.operands) if last.family in ("BRA", "BRX") else []
+        for target in targets:
+            block.next.append(labels[target])
             if last.mnemonic.startswith("BRA.DIV"):
-                blocks[labels[target[1]]].rare = "lanes of a warp apart (BRA.DIV)"
+                blocks[labels[target]].rare = "lanes of a warp apart (BRA.DIV)"
         always = last.predicate is None and not last.operands.startswith(("!", "P", "U"))
-        ends = last.family in ("EXIT", "RET", "BRX", "JMP", "BRA") and always
+        ends = last.family in ("EXIT", "RET", "BRX", "JMP", "BRA") and (always or last.family == "BRX")
         if not ends and i + 1 < len(blocks):
             block.next.append(i + 1)
     return blocks

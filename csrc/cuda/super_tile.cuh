@@ -190,15 +190,9 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
-    constexpr int kVector = 16 / int(sizeof(Acc)), kVectors = kTile / kVector;  // of a row
-    constexpr int kEach = kTile * kVectors / kThreads;
     Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
     if (super.cache_filled) {
-#pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-            const int e = n * kThreads + int(threadIdx.x);
-            cp_async<16>(sim + e / kVectors * kSimPitch + e % kVectors * kVector, cached + e * kVector);
-        }
+        WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached).start(sim, 0);
         cp_async_commit();
         cp_async_wait<0>();
         block_sync();
@@ -220,12 +214,14 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         block_sync();
     }
     if (cached) {
-        using Some = Vector<Acc, kVector>;
+        using Own = Share<Acc, kTile, kTile, kThreads>;
+        using Some = Vector<Acc, Own::kElements>;
+        const Acc* from = sim + Own::row() * kSimPitch + Own::col();
+        Acc* to = cached + Own::row() * kTile + Own::col();
 #pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-            const int e = n * kThreads + int(threadIdx.x);
-            const Acc* from = sim + e / kVectors * kSimPitch + e % kVectors * kVector;
-            *reinterpret_cast<Some*>(cached + e * kVector) = *reinterpret_cast<const Some*>(from);
+        for (int c = 0; c < Own::kChunks; ++c) {
+            *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
+                *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
         }
     }
     return tile;
