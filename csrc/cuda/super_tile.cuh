@@ -11,14 +11,23 @@
 
 namespace dml::cuda {
 
-// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
-// at its pairs. Split tf32 needs the registers of two, and so do doubles.
+// Arithmetic whose tiles take the registers of two blocks.
 template <typename Math>
-inline constexpr int kTileBlocks = 2;
+inline constexpr bool kNeedsManyRegisters = false;
 template <typename T>
-inline constexpr int kTileBlocks<SimtMath<T>> = 1;
+inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
-inline constexpr int kTileBlocks<Tf32Math<T, true>> = 1;
+inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
+
+// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
+// at its pairs. From sm_120 on shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename Math>
+inline constexpr int kTileBlocks = 1;
+#else
+template <typename Math>
+inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
+#endif
 
 // Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the
 // banks.
