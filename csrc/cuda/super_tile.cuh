@@ -199,9 +199,10 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
-    Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
+    // Where it is used: the product leaves no registers to keep it in.
+    const auto cached = [&] { return super.cache + super.tile_index(ti, tj) * kTile * kTile; };
     if (super.cache_filled) {
-        WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached).start(sim, 0);
+        WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached()).start(sim, 0);
         cp_async_commit();
         cp_async_wait<0>();
         block_sync();
@@ -222,11 +223,11 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         }
         block_sync();
     }
-    if (cached) {
+    if (super.cache) {
         using Own = Share<Acc, kTile, kTile, kThreads>;
         using Some = Vector<Acc, Own::kElements>;
         const Acc* from = sim + Own::row() * kSimPitch + Own::col();
-        Acc* to = cached + Own::row() * kTile + Own::col();
+        Acc* to = cached() + Own::row() * kTile + Own::col();
 #pragma unroll
         for (int c = 0; c < Own::kChunks; ++c) {
             *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
