@@ -129,13 +129,14 @@ def cut(items):
         if not block.instructions:
             continue
         last = block.instructions[-1]
-        target = re.search(r"\((\.\w+)\)", last.operands) if last.family == "BRA" else None
-        if target and target[1] in labels:
-            block.next.append(labels[target[1]])
+        # BRX, a jump by a table, names all its targets.
+        targets = re.findall(r"\.L_\w+", last.operands) if last.family in ("BRA", "BRX") else []
+        for target in targets:
+            block.next.append(labels[target])
             if last.mnemonic.startswith("BRA.DIV"):
-                blocks[labels[target[1]]].rare = "lanes of a warp apart (BRA.DIV)"
+                blocks[labels[target]].rare = "lanes of a warp apart (BRA.DIV)"
         always = last.predicate is None and not last.operands.startswith(("!", "P", "U"))
-        ends = last.family in ("EXIT", "RET", "BRX", "JMP", "BRA") and always
+        ends = last.family in ("EXIT", "RET", "BRX", "JMP", "BRA") and (always or last.family == "BRX")
         if not ends and i + 1 < len(blocks):
             block.next.append(i + 1)
     return blocks
@@ -324,13 +325,46 @@ def longest(blocks, nodes, start, order, inside):
     return result
 
 
-def analyse(items):
-    """The Flow of one kernel."""
+def of_other_law(instruction, law):
+    """Whether it comes from the file of one loss's law (csrc/laws), and from another one's than that."""
+    files = [Path(file) for file, _ in instruction.lines]
+    laws = {file.stem for file in files if file.parent.name == "laws"} - {"law"}
+    return bool(laws) and law not in laws
+
+
+def leave_out_other_laws(blocks, law):
+    """A kernel branches into the loops of its law: only one of them is taken, and what leads to it."""
+    for block in blocks:
+        if not block.rare and any(of_other_law(x, law) for x in block.instructions):
+            block.rare = OTHER_LAW
+    before, leads_out, stack = {}, set(), []
+    for i, block in enumerate(blocks):
+        if block.instructions and block.instructions[-1].family in ("EXIT", "RET"):
+            stack.append(i)
+        for n in block.next:
+            before.setdefault(n, []).append(i)
+    while stack:
+        i = stack.pop()
+        if i not in leads_out and not blocks[i].rare:
+            leads_out.add(i)
+            stack.extend(before.get(i, []))
+    for i, block in enumerate(blocks):
+        if i not in leads_out and not block.rare:
+            block.rare = OTHER_LAW
+
+
+OTHER_LAW = "another law"
+
+
+def analyse(items, law=None):
+    """The Flow of one kernel; with a law, where it computes that one, else where it takes longest."""
     blocks = cut(items)
     mark_rare(blocks)
+    if law:
+        leave_out_other_laws(blocks, law)
     rare = Counter()
     for block in blocks:
-        if block.rare:
+        if block.rare and block.rare != OTHER_LAW:
             rare[block.rare] += len(block.instructions)
     loops, order = find_loops(blocks)
     done = []  # of the loops seen so far those that no other one contains

@@ -1,8 +1,8 @@
 """How long whole problems take at least, if nothing but one of an H100's resources limits them.
 
-Three bounds, each alone: the schedulers' issue slots, the tensor cores and the bytes from L2. Counted from what
-the hot path of each kernel issues (control_flow.py) and from the launches that the engine itself asks for: the
-host build of the engine (tests/emulator) writes them down instead of running them.
+Three bounds, each alone: the schedulers' issue slots, the tensor cores and the bytes from L2. Counted from
+what the hot path of each kernel issues (control_flow.py) and from the launches that the engine itself asks
+for: the host build of the engine (tests/emulator) writes them down instead of running them.
 """
 
 import math
@@ -151,8 +151,8 @@ def bounds(flows):
 
 def table(found):
     lines = [
-        f"Least time on {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.3f} GHz, microseconds, each resource "
-        "alone.",
+        f"Least time on {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.3f} GHz, microseconds, each "
+        "resource alone.",
         "issue slots = similarities + pairs + gradients; tensor cores at their dense peak; L2 at "
         f"{L2_BYTES / 1e12:.1f} TB/s.",
         "",

@@ -241,11 +241,16 @@ def analyse(source, architecture, flags=FLAGS, disassemble=True):
 
 
 @cache
-def flows(source, architecture="90a", flags=FLAGS):
-    """{mangled name: control_flow.Flow} of the kernels of one source."""
+def _code(source, architecture, flags):
     cubin, _ = _compile(Path(source).resolve(), architecture, flags)
-    kernels = control_flow.read_kernels(_disassemble(cubin, "-gi"))
-    return {name: control_flow.analyse(items) for name, items in kernels.items()}
+    return control_flow.read_kernels(_disassemble(cubin, "-gi"))
+
+
+@cache
+def flows(source, architecture="90a", flags=FLAGS, law=None):
+    """{mangled name: control_flow.Flow} of the kernels of one source."""
+    kernels = _code(source, architecture, flags)
+    return {name: control_flow.analyse(items, law) for name, items in kernels.items()}
 
 
 def matrix_instructions(kernel):
@@ -329,14 +334,18 @@ def table(kernels, architectures=ARCHITECTURES):
     return "\n".join(text)
 
 
-def hot_table(found):
-    """What the hot path of each kernel issues, from {mangled name: (source's name, Flow)}."""
+LAWS = ("multi_similarity", "circle")  # whose loops over pairs are counted
+
+
+def hot_table(found, of_laws):
+    """What the hot path of each kernel issues, from {mangled name: (source's name, Flow)}; of_laws: for each
+    of LAWS the Flows by name."""
     names = demangle(list(found))
     pairs = {False: 64 * 64 // 256, True: 128 * 128 // 256}  # of a tile, each thread's
     lines = [
         "What a warp issues on the hot path, by machine code and control flow.",
         "in code: between the head of the product loop and its backward branch; per HMMA in brackets.",
-        "rest of the kernel: one way through it without product loops; for a thread's pairs where it has a tile.",
+        "rest of the kernel: one way through it without product loops; for each of a thread's pairs.",
         "",
     ]
     rare, untold = {}, {}
@@ -351,9 +360,13 @@ def hot_table(found):
                 f"    slice   {text}  all {loop.counts.total()} ({loop.counts.total() / hmma:.2f})"
                 f"  in code {loop.in_code} ({loop.in_code / hmma:.2f})"
             )
-        rest = flow.counts.total()
-        per_pair = f" = {rest / pairs[bool(flow.product_loops)]:.1f} a pair" if has_tile(kernel) else ""
-        lines.append(f"    rest    {rest}{per_pair}")
+        if has_tile(kernel):
+            each = pairs[bool(flow.product_loops)]
+            for law in LAWS[: 1 if kernel.startswith("find") else None]:
+                rest = of_laws[law][name].counts.total()
+                lines.append(f"    rest    {rest} = {rest / each:.1f} a pair, {law}")
+        else:
+            lines.append(f"    rest    {flow.counts.total()}")
         for reason, count in flow.rare.items():
             rare[reason] = rare.get(reason, 0) + count
         for place in flow.untold:
@@ -397,12 +410,20 @@ def main():
         for source in options.sources or sources()
         for name, flow in flows(source, options.hot).items()
     }
-    print(f"\nsm_{options.hot}. " + hot_table(found))
+    of_laws = {
+        law: {
+            name: flow
+            for source in options.sources or sources()
+            for name, flow in flows(source, options.hot, law=law).items()
+        }
+        for law in LAWS
+    }
+    print(f"\nsm_{options.hot}. " + hot_table(found, of_laws))
     bounds = []
     if not options.sources:
         from . import issue_slots
 
-        bounds = issue_slots.bounds({name: flow for name, (_, flow) in found.items()})
+        bounds = issue_slots.bounds(of_laws["multi_similarity"])
         print("\n" + issue_slots.table(bounds))
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]

@@ -83,7 +83,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     }
     block_sync();
 
-    if (careful) {
+    if (careful) {  // rare: lines far below the others of their tile
 #pragma unroll 1
         for (int i = 0; i < Grid::kRows; ++i) {
             const int row = Grid::row(i);
@@ -124,7 +124,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         }
     }
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc pos_bound = numbers[kPosBound * kLines + at], neg_bound = numbers[kNegBound * kLines + at];
         const Acc neg = numbers[kNegWeight * kLines + at], pos = numbers[kPosWeight * kLines + at];

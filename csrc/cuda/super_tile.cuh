@@ -11,14 +11,23 @@
 
 namespace dml::cuda {
 
-// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
-// at its pairs. Split tf32 needs the registers of two, and so do doubles.
+// Arithmetic whose tiles take the registers of two blocks.
 template <typename Math>
-inline constexpr int kTileBlocks = 2;
+inline constexpr bool kNeedsManyRegisters = false;
 template <typename T>
-inline constexpr int kTileBlocks<SimtMath<T>> = 1;
+inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
-inline constexpr int kTileBlocks<Tf32Math<T, true>> = 1;
+inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
+
+// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
+// at its pairs. From sm_120 on shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename Math>
+inline constexpr int kTileBlocks = 1;
+#else
+template <typename Math>
+inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
+#endif
 
 // Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the
 // banks.
@@ -190,15 +199,10 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
-    constexpr int kVector = 16 / int(sizeof(Acc)), kVectors = kTile / kVector;  // of a row
-    constexpr int kEach = kTile * kVectors / kThreads;
-    Acc* cached = super.cache ? super.cache + super.tile_index(ti, tj) * kTile * kTile : nullptr;
+    // Where it is used: the product leaves no registers to keep it in.
+    const auto cached = [&] { return super.cache + super.tile_index(ti, tj) * kTile * kTile; };
     if (super.cache_filled) {
-#pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-            const int e = n * kThreads + int(threadIdx.x);
-            cp_async<16>(sim + e / kVectors * kSimPitch + e % kVectors * kVector, cached + e * kVector);
-        }
+        WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached()).start(sim, 0);
         cp_async_commit();
         cp_async_wait<0>();
         block_sync();
@@ -219,13 +223,15 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         }
         block_sync();
     }
-    if (cached) {
-        using Some = Vector<Acc, kVector>;
+    if (super.cache) {
+        using Own = Share<Acc, kTile, kTile, kThreads>;
+        using Some = Vector<Acc, Own::kElements>;
+        const Acc* from = sim + Own::row() * kSimPitch + Own::col();
+        Acc* to = cached() + Own::row() * kTile + Own::col();
 #pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-            const int e = n * kThreads + int(threadIdx.x);
-            const Acc* from = sim + e / kVectors * kSimPitch + e % kVectors * kVector;
-            *reinterpret_cast<Some*>(cached + e * kVector) = *reinterpret_cast<const Some*>(from);
+        for (int c = 0; c < Own::kChunks; ++c) {
+            *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
+                *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
         }
     }
     return tile;

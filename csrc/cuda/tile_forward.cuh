@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int id = Grid::ids()[Grid::row(i)];
         const auto sims = Grid::sims(i);
         Extremes<Acc> of_row;
@@ -266,7 +266,8 @@ struct PairTerm {
 
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
 template <typename Math, Stage kStage, typename Law, typename Acc>
-DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above, Acc (&q)[kQuantities]) {
+DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
+                                 Acc (&q)[kQuantities]) {  // rare: a line far below the others of its tile
     using Grid = PairGrid<Math>;
     using Which = Summed<Law, kStage>;
     constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
@@ -353,7 +354,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
             greatest[k] = -infinity<Acc>();
         }
 #pragma unroll 1
-        for (int i = 0; i < Grid::kRows; ++i) {
+        for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
             const int id = Grid::ids()[Grid::row(i)];
             const auto sims = Grid::sims(i);
 #pragma unroll
@@ -395,7 +396,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     }
     const Meeting<Grid> meeting = {Grid::scratch(Which::kCount)};
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc below = numbers[at], above = numbers[kLines + at];
         const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);

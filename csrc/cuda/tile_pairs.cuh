@@ -95,7 +95,7 @@ DML_DEVICE void number_labels(const LoadedTile<Math>& tile) {
     const int64_t* labels = tile.row_labels;  // the columns' follow
     const int64_t own = line < Grid::kLines ? labels[line] : labels[0];
     int id = int(uint32_t(own));
-    if (block_any<Math>((own ^ labels[0]) >> 32 != 0)) {
+    if (block_any<Math>((own ^ labels[0]) >> 32 != 0)) {  // rare: labels beyond 32 bits
         id = 0;
         while (labels[id] != own) ++id;
     }
@@ -112,7 +112,7 @@ DML_DEVICE void mark_edges(const SuperTile<T, Acc>& super, const LoadedTile<Math
     const bool diagonal = super.square && tile.row0 == tile.col0;
     if (rows >= kTile && cols >= kTile && !diagonal) return;
     block_sync();  // the cache has been filled with what the similarities were
-    for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {
+    for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {  // rare: edges, diagonal
         const int r = e / kTile, c = e % kTile;
         if (r >= rows || c >= cols || (diagonal && c <= r)) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
     }
@@ -126,7 +126,7 @@ DML_DEVICE void mark_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>
     if (!super.self_ref) return;
     block_sync();
     const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < super.rows.points.rows) {
+    if (r < kTile && tile.row0 + r < super.rows.points.rows) {  // rare: rows among the references
         const int64_t self = super.self_ref[tile.row0 + r];
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
