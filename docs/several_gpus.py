@@ -153,8 +153,6 @@ def measure(mode: str, size: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__)), "--measure", mode]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        # What is freed goes back to the system, as PyTorch's own allocator would use it again.
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
         ranks = [
             subprocess.Popen([*command, str(rank), str(size), folder], env=environment)
             for rank in range(size)
