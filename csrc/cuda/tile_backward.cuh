@@ -27,7 +27,9 @@ struct GradTraits {
     using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, false, true>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 4;
-    static constexpr bool kWholeRounds = !kNeedsManyRegisters<GradMath>;  // which takes some more
+    // Which takes some more registers.
+    static constexpr bool kWholeRounds =
+        !kNeedsManyRegisters<GradMath> && (kCols == kNarrowPanel || sizeof(T) == 2);
     static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
     static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
     // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
