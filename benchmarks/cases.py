@@ -162,6 +162,12 @@ def _family_cases() -> list[Case]:
     ]
 
 
+def _head_peers(loss: str) -> tuple[str, ...]:
+    """pytorch-metric-learning has circle loss on pairs only."""
+    peers = "matmuls", "fused", "reference", "pml"
+    return peers[:3] if loss == "circle" else peers
+
+
 def _drop_in_cases() -> list[Case]:
     case = partial(DropInCase, "drop-in")
     mining = product(("list", "count"), (512, 2048), (128, 512))
@@ -175,7 +181,7 @@ def _drop_in_cases() -> list[Case]:
         *(case("multi_similarity", n, d, part="mined") for n, d in ((512, 128), (2048, 512))),
         *(case("multi_similarity", 512, 128, part="memory", columns=m, once=once) for m, once in batches),
         *(
-            classifier(loss, n, 128, columns=c, peers=("matmuls", "fused", "reference", "pml"))
+            classifier(loss, n, 128, columns=c, peers=_head_peers(loss))
             for loss, (n, c) in product(heads, ((128, 100), (512, 10_000), (512, 100_000)))
         ),
         *(

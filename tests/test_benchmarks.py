@@ -64,21 +64,38 @@ def test_plot(run):
     assert (run / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_table(run, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    command = [sys.executable, "-m", "benchmarks.readme", str(run / "cpu.json"), "--readme", str(page)]
+def test_readme_tables(run, tmp_path):
+    pages = tmp_path / "README.md", tmp_path / "all.md"
+    for page in pages:
+        page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    command = [sys.executable, "-m", "benchmarks.readme", str(run / "cpu.json")]
     for _ in range(2):  # the second time replaces what the first wrote
-        subprocess.run(command, cwd=ROOT, check=True)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
+        subprocess.run([*command, "--readme", str(pages[0]), "--all", str(pages[1])], cwd=ROOT, check=True)
+    short, text = (page.read_text() for page in pages)
+    for page in (short, text):
+        assert page.startswith("before\n")
+        assert page.endswith("\nafter\n")
+        assert "old" not in page
     assert text.count("| 128 x 128 |") == 1
     case = json.loads((run / "cpu.json").read_text())["cases"][0]
     ratio = case["time_over_matmuls"]["fused"]
     shown = float(re.search(r"\*\*([\d.]+)\*\*", text.split("| 128 x 128 |")[1])[1])
     assert shown == pytest.approx(ratio, rel=0.03)  # as rounded: two or three digits
+
+
+def test_summary():
+    """The short table: our time, the other package's or why there is none, how many times, both memories."""
+    machine = describe("cpu")
+    results = {"fused": {"median_s": 0.002, "peak_bytes": 3 << 20}, "pml": {"skipped": "needs 600 GiB"}}
+    case = {"group": "family", "loss_title": "NT-Xent, all pairs", "n": 512, "d": 128, "results": results}
+    case["time_over_fused"] = {"fused": 1.0}
+    other = {**case, "loss_title": "SupCon, all pairs", "time_over_fused": {"fused": 1.0, "pml": 12.5}}
+    other["results"] = {**results, "pml": {"median_s": 0.025, "peak_bytes": 40 << 20}}
+    left_out = {**case, "group": "forward", "loss_title": "MS, mined"}
+    text = readme.summary([{"machine": machine, "cases": [case, other, left_out]}])
+    assert "| NT-Xent, all pairs | 512 x 128 | 2.00 ms | needs 600 GiB | – | 3.0 | – |" in text
+    assert "| SupCon, all pairs | 512 x 128 | 2.00 ms | 25.0 ms | 12.5x | 3.0 | 40 |" in text
+    assert "MS, mined" not in text
 
 
 def test_readme_without_markers():

@@ -198,7 +198,6 @@ def test_op_errors(name):
     changed, says = OP_ERRORS[name]
     points, labels = torch.randn(6, 4), torch.arange(6)
     own = {"self_ref": None, "ref_count": None} | changed
+    law, rule = ("circle", [0.4, 80.0, 1.0]), (0.1, "cosine", "mean", True, True, True)
     with pytest.raises((TypeError, ValueError), match=says):
-        torch.ops.dml_cuda.pair_loss(
-            points, labels, points, labels, *own.values(), "circle", [0.4, 80.0, 1.0], 0.1, True, "mean", True
-        )
+        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *law, *rule)

@@ -9,6 +9,9 @@
 //   pos_slope(s, ctx)  declares kContext, and 0 elsewhere
 //   pos_context(s, ctx)  d pos_term / d ctx; only with kContext
 //
+// Among the pairs of one kind a logit must be largest at their least or their greatest similarity (the CUDA
+// kernels look there for the largest).
+//
 // and, from both folds, row() gives the loss and its derivatives. No loop, no tile, no tensor.
 #pragma once
 
