@@ -93,7 +93,7 @@ def pair_weights(
         if ref_emb is not None or ref_labels is not None or indices_tuple is not None:
             raise ValueError("ref_emb, ref_labels, indices_tuple: expected None for a class-level loss")
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
-    law, params, options, similarity, _ = call
+    law, params, options, similarity, *_ = call
     batch = make_batch(
         embeddings,
         labels,

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C  # noqa: F401  (loading it registers torch.ops.dml_cuda)
+from . import _C  # loading it registers torch.ops.dml_cuda
+
+
+def stages(law: str, mining: bool) -> list[str]:
+    """The stages in which a law's rows meet blocks of columns, by name."""
+    return _C.stages(law, mining)
+
 
 # ---- the bytes that forward leaves for backward, as the engines lay them out; sizes may be symbolic --------
 

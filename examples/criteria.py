@@ -9,11 +9,19 @@ from torch import Tensor, nn
 import dml_cuda
 from dml_cuda.distributed import DistributedLoss
 
-LOSSES = {
-    "ms": "multi-similarity, dml_cuda",
-    "circle": "circle, dml_cuda",
-    "pml-ms": "multi-similarity, pytorch-metric-learning",
-    "pml-circle": "circle, pytorch-metric-learning",
+_CLASSES = {
+    "ms": ("MultiSimilarityLoss", "multi-similarity"),
+    "circle": ("CircleLoss", "circle"),
+    "contrastive": ("ContrastiveLoss", "contrastive"),
+    "lifted": ("GeneralizedLiftedStructureLoss", "generalised lifted structure"),
+    "binomial": ("BinomialDevianceLoss", "binomial deviance"),
+    "ntxent": ("NTXentLoss", "NT-Xent"),
+    "supcon": ("SupConLoss", "SupCon"),
+}
+LOSSES = {name: f"{title}, dml_cuda" for name, (_, title) in _CLASSES.items()} | {
+    f"pml-{name}": f"{title}, pytorch-metric-learning"
+    for name, (of, title) in _CLASSES.items()
+    if hasattr(pml_losses, of)
 }
 
 JOINT = {
@@ -51,14 +59,15 @@ def make_loss(
     Args:
         name: one of ``LOSSES``.
         epsilon: the miner's margin, or ``None`` to keep every pair.
-        gamma: the scale of circle loss; the other has none.
+        gamma: the scale of circle loss; the others have none.
         embedding_size: the columns of the embeddings.
         memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
         distributed: whether the batch is spread over processes; not with pytorch-metric-learning's losses.
     """
     is_pml = name.startswith("pml-")
     losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
-    loss = losses.CircleLoss(gamma=gamma) if name.endswith("circle") else losses.MultiSimilarityLoss()
+    kind = name.removeprefix("pml-")
+    loss = getattr(losses, _CLASSES[kind][0])(**({"gamma": gamma} if kind == "circle" else {}))
     if distributed:
         loss = DistributedLoss(loss)
     miner = None if epsilon is None else miners.MultiSimilarityMiner(epsilon=epsilon)

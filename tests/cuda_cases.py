@@ -2,10 +2,11 @@
 
 import itertools
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from losses import LOSSES
-from truth import brute_force, mining_margin
+from truth import ROWS, brute_force, mining_margin
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -56,7 +57,9 @@ BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
 NT_XENT = ("nt_xent", (0.07,))
 SUP_CON = ("sup_con", (0.1,))
 LIFTED = ("lifted_structure", (0.2, 0.9))
-LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED]
+MARGIN_SOFTMAX = ("margin_softmax", (20.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
+PROXY_ANCHOR = ("proxy_anchor", (0.1, 32.0))
+LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED, MARGIN_SOFTMAX, PROXY_ANCHOR]
 # Levels for distances, whose similarities lie below 0.
 ON_DISTANCES = {
     "multi_similarity": (2.0, 10.0, -1.0),
@@ -66,6 +69,8 @@ ON_DISTANCES = {
     "nt_xent": (0.2,),
     "sup_con": (0.2,),
     "lifted_structure": (-1.2, -0.1),
+    "margin_softmax": (4.0, 0.1, 1.0, 0.0),
+    "proxy_anchor": (-1.0, 4.0),
 }
 
 
@@ -87,7 +92,10 @@ class Case:
 
     def truth(self, arithmetic):
         name, params = self.loss
-        params = dict(zip(LOSSES[name].module.law.parameters, params, strict=True))
+        # Those of the class-level laws are not in the table: theirs are named as the truth names them.
+        of_truth = list(signature(ROWS[name]).parameters)[2:]
+        names = LOSSES[name].module.law.parameters if name in LOSSES else of_truth
+        params = dict(zip(names, params, strict=True))
         r, ref_labels = self.r, self.ref_labels
         if self.ref_count is not None:
             used = self.ref_count.clamp(0, len(r))

@@ -105,6 +105,13 @@ def test_memory_goes_the_same_way_too(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["contrastive", "lifted", "ntxent", "supcon"])
+def test_every_loss_goes_the_same_way(tmp_path, loss):
+    options = ["--steps", "8", "--no-pictures", "--loss"]
+    ours, theirs = (train(tmp_path, *options, name)["loss"] for name in (loss, f"pml-{loss}"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
 def test_compiled_is_as_good(tmp_path):
     options = ["--steps", "3", "--no-pictures"]
     plain, compiled = train(tmp_path, *options), train(tmp_path, *options, "--compile")

@@ -134,7 +134,8 @@ def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
         return Row([Part(0.0)], 0 * pos, 0 * neg)
     angle, theta = np.arctan2(sine, cosine), np.arccos(np.clip(pos, -1.0, 1.0))
     falls = theta <= np.pi - angle
-    psi = np.where(falls, np.cos(theta + angle), pos - angle * np.sin(angle)) - margin
+    turned = np.where(np.abs(pos) <= 1, np.cos(theta + angle), cosine * pos)  # a dot product is no cosine
+    psi = np.where(falls, turned, pos - angle * np.sin(angle)) - margin
     across = np.divide(pos, np.sin(theta), out=0 * pos, where=np.sin(theta) > 0)
     slope = np.where(falls, cosine + sine * across, 1.0)
     pull, pos_shares = log_sum_exp(-scale * psi)

@@ -18,6 +18,12 @@ template <typename T>
 inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
 inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
+template <>
+inline constexpr bool kNeedsManyRegisters<Bf16Math> = true;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+inline constexpr bool kNeedsManyRegisters<Tf32Math<T, false>> = true;
+#endif
 
 // Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
 // at its pairs. From sm_120 on shared memory holds one.

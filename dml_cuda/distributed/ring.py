@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _C
 from ..batch import Batch
 from ..losses.base import Call
+from ..ops import stages
 from .processes import Processes, padded, total
 
 _BLOCK, _GRADIENT = 1, 2  # tags of what is sent
@@ -98,7 +98,7 @@ class _PairLoss(torch.autograd.Function):
         wide = embeddings.dtype == torch.float64
         state = ops.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
         kept: dict[int, Tensor] = {}
-        for stage in _C.stages(law, epsilon is not None):
+        for stage in stages(law, epsilon is not None):
             for owner, block in blocks.around():
                 how = law, params, epsilon, call.similarity, reduction, stage
                 state, found = ops.pair_block(state, embeddings, labels, *block, *how)
