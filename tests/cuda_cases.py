@@ -57,8 +57,8 @@ BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
 NT_XENT = ("nt_xent", (0.07,))
 SUP_CON = ("sup_con", (0.1,))
 LIFTED = ("lifted_structure", (0.2, 0.9))
-MARGIN_SOFTMAX = ("margin_softmax", (20.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
-PROXY_ANCHOR = ("proxy_anchor", (0.1, 32.0))
+MARGIN_SOFTMAX = ("margin_softmax", (4.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
+PROXY_ANCHOR = ("proxy_anchor", (0.1, 4.0))
 LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED, MARGIN_SOFTMAX, PROXY_ANCHOR]
 # Levels for distances, whose similarities lie below 0.
 ON_DISTANCES = {
@@ -164,7 +164,8 @@ def clear_margin(case, arithmetic):
 def of_similarity(law, similarity, n, d, arithmetic, **options):
     """A case of a law whose parameters suit the similarity."""
     name, _ = law
-    if similarity.startswith("euclidean"):
+    turns = law == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
+    if similarity.startswith("euclidean") or turns:
         law = name, ON_DISTANCES[name]
     case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
     if similarity in ("dot", "euclidean_raw"):

@@ -369,7 +369,7 @@ struct FinishedRow {
             units[k] = loss.unit[k];
             if (law.unit != Unit::kRow) continue;
             if (reduction == Reduction::kMeanNonzero) units[k] = loss.part[k] != T(0);
-            if (reduction == Reduction::kMeanValid) units[k] = valid;
+            if (reduction == Reduction::kMeanValid && law.parts == 1) units[k] = valid;
         }
     }
 };

@@ -222,10 +222,12 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
 #pragma unroll
     for (int k = 0; k < Law::kParts; ++k) {
         result.part[k] = loss.part[k];
-        const bool counts = results.reduction == Reduction::kMeanNonzero ? loss.part[k] != Acc(0)
-                            : results.reduction == Reduction::kMeanValid ? valid
-                                                                         : true;
-        result.unit[k] = Law::kUnit == Unit::kPair ? loss.unit[k] : Acc(counts);
+        Acc unit = loss.unit[k];
+        if constexpr (Law::kUnit == Unit::kRow) {
+            if (results.reduction == Reduction::kMeanNonzero) unit = Acc(loss.part[k] != Acc(0));
+            if (results.reduction == Reduction::kMeanValid && Law::kParts == 1) unit = Acc(valid);
+        }
+        result.unit[k] = unit;
     }
     return result;
 }
