@@ -66,9 +66,14 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return step
 
 
+def _function(case: Case) -> Callable[..., Tensor]:
+    name = {"lifted_structure": "generalized_lifted_structure"}.get(case.loss, case.loss)
+    return getattr(functional, f"{name}_loss")
+
+
 def fused(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """This package's kernels."""
-    function = getattr(functional, f"{case.loss}_loss")
+    function = _function(case)
     return loss_step(
         case, lambda x, y: function(x, y, epsilon=case.epsilon, backend="fused"), embeddings, labels
     )
@@ -99,7 +104,7 @@ def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 
 def _in_pytorch(case: Case) -> Callable[..., Tensor]:
-    return partial(getattr(functional, f"{case.loss}_loss"), epsilon=case.epsilon, backend="reference")
+    return partial(_function(case), epsilon=case.epsilon, backend="reference")
 
 
 def dense_reference(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
