@@ -104,9 +104,11 @@ def summary(records: list[dict]) -> str:
         ours = duration(case["results"]["fused"]["median_s"])
         times = versus(case, "pml") if "pml" in case["time_over_fused"] else NOTHING
         rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
-    machine = next((record["machine"] for record in records if record["machine"]["device"] == "cpu"), None)
+    machines = {
+        one_line(record["machine"]): None for record in records if record["machine"]["device"] == "cpu"
+    }
     header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "as fast", "MiB here", "MiB PML"]
-    where = "" if machine is None else f"Forward and backward, float32, on {one_line(machine)}.\n\n"
+    where = f"Forward and backward, float32; runs on {'; and on '.join(machines)}.\n\n" if machines else ""
     return where + markdown_table(header, rows, left=2)
 
 
