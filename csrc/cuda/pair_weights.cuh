@@ -172,7 +172,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
 // weights: [row_tiles, col_tiles, kTile, kTile] of the super-tile. sums: their sums over each line, or null.
 template <typename Math, typename Weight, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     pair_weights(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
                  RowStats<Acc> stats, Upstream<Acc> upstream, const uint8_t* kept, Weight* weights,
                  Partials<Acc> sums) {

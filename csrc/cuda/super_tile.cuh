@@ -18,12 +18,6 @@ template <typename T>
 inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
 inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
-template <>
-inline constexpr bool kNeedsManyRegisters<Bf16Math> = true;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <typename T>
-inline constexpr bool kNeedsManyRegisters<Tf32Math<T, false>> = true;
-#endif
 
 // Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
 // at its pairs. From sm_120 on shared memory holds one.
@@ -33,6 +27,16 @@ inline constexpr int kTileBlocks = 1;
 #else
 template <typename Math>
 inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
+#endif
+
+// The same for the kernels that look at pairs, whose laws take registers as well.
+template <typename Math>
+inline constexpr int kPairBlocks = kTileBlocks<Math>;
+template <>
+inline constexpr int kPairBlocks<Bf16Math> = 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+inline constexpr int kPairBlocks<Tf32Math<T, false>> = 1;
 #endif
 
 // Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the

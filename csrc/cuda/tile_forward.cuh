@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     find_extremes(const __grid_constant__ SuperTile<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
     using Grid = PairGrid<Math>;
     constexpr int kTile = Grid::kTile;
@@ -448,7 +448,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
 
 // kept: [tiles] bits of what the tile holds, or null. A tile that was skipped leaves no partials.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kTileBlocks<Math>)
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     accumulate(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
                bool second, RowStats<Acc> stats, Partials<Acc> partials, const Acc* tile_extremes,
                uint8_t* kept, bool count_zeros) {
