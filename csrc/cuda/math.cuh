@@ -68,7 +68,8 @@ struct SimtMath {
 struct RoundedToTf32 {
     float value;
     RoundedToTf32() = default;
-    explicit DML_DEVICE RoundedToTf32(float x) : value(x == x ? __uint_as_float(to_tf32(x)) : x) {}
+    // Not in an initialiser list, which nvcc hands to the host's compiler too.
+    explicit DML_DEVICE RoundedToTf32(float x) { value = x == x ? __uint_as_float(to_tf32(x)) : x; }
     explicit DML_DEVICE operator float() const { return value; }
 };
 
