@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import _autocast, listed
-from .batch import make_batch
 from .law import Law
 from .losses import (
     binomial_deviance_loss,
@@ -17,7 +16,7 @@ from .losses import (
     nt_xent_loss,
     sup_con_loss,
 )
-from .losses.base import Call, PairLoss
+from .losses.base import Call, PairLoss, batch_of
 from .losses.classifier import ClassifierLoss
 from .pairs import mined_pairs
 
@@ -94,16 +93,8 @@ def pair_weights(
             raise ValueError("ref_emb, ref_labels, indices_tuple: expected None for a class-level loss")
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     law, params, options, similarity, *_ = call
-    batch = make_batch(
-        embeddings,
-        labels,
-        indices_tuple,
-        ref_emb,
-        ref_labels,
-        epsilon=options.epsilon,
-        similarity=similarity,
-        check_pairs=False,
-    )
+    unlooked = call._replace(options=options._replace(check_pairs=False))
+    batch = batch_of(unlooked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
     embeddings, ref_emb = batch.embeddings.detach(), batch.ref_emb
     ref_emb = None if ref_emb is None else ref_emb.detach()
     indices = batch.indices

@@ -209,14 +209,7 @@ class CrossBatchMemory(nn.Module):
         return embeddings, labels, enqueue_mask.to(embeddings.device)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-
-        def __call__(
-            self,
-            embeddings: Tensor,
-            labels: Tensor,
-            indices_tuple: object = None,
-            enqueue_mask: Tensor | None = None,
-        ) -> Tensor: ...
+        __call__ = forward
 
     def _check_epsilon(self) -> None:
         loss = self.loss.loss if self._is_distributed else self.loss

@@ -16,7 +16,6 @@ kind at most. To know that, the pairs would have to be counted, so here such pai
 """
 
 import math
-import warnings
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -34,6 +33,7 @@ except ImportError as error:
     ) from error
 
 from . import soft_triple
+from ._warnings import warn_once
 from .law import Law
 from .losses.base import Call, apply, make_call
 from .losses.circle import Circle
@@ -72,7 +72,6 @@ _REDUCTIONS = {
     reducers.AvgNonZeroReducer: "mean_nonzero",
     reducers.SumReducer: "sum",
 }
-_warned: set[str] = set()
 
 
 def _similarity(distance: distances.BaseDistance) -> dict[str, Any] | None:
@@ -90,9 +89,7 @@ def _similarity(distance: distances.BaseDistance) -> dict[str, Any] | None:
 def _warn(module: torch.nn.Module, why: str) -> None:
     """Once for each kind."""
     kind = f"{type(module).__name__} with {why}"
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it", stacklevel=6)
+    warn_once(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it")
 
 
 def _collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tensor) -> None:

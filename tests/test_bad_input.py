@@ -9,7 +9,7 @@ import torch
 from losses import LOSSES
 
 import dml_cuda
-from dml_cuda.losses import base
+from dml_cuda import _warnings
 
 POINTS, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 META = torch.device("meta")  # another device that every machine has
@@ -139,12 +139,20 @@ def test_no_kernel_for_the_device(loss):
     batch = POINTS.to(META), LABELS.to(META)
     with pytest.raises(RuntimeError, match=r"backend.*fused.*meta"):
         loss.function(*batch, backend="fused")
-    base._warned.clear()
+    _warnings._given.clear()
     with pytest.warns(UserWarning, match=r"no kernel for meta.*reference") as warned:
         results = [loss.function(*batch, epsilon=0.1) for _ in range(3)]
     assert len(warned) == 1
     assert warned[0].filename == __file__
     assert all(r.device == META and r.shape == () for r in results)
+
+
+def test_no_kernel_for_the_device_of_compiled_code():
+    _warnings._given.clear()
+    compiled = torch.compile(dml_cuda.CircleLoss(epsilon=0.1), fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match=r"no kernel for meta.*reference") as warned:
+        assert compiled(POINTS.to(META), LABELS.to(META)).shape == ()
+    assert [w.filename for w in warned] == [__file__]
 
 
 def call(

@@ -606,7 +606,7 @@ def test_what_a_subclass_overrides_is_used(adapter):
 
         return Mine
 
-    dml_cuda.pml._warned.clear()
+    dml_cuda._warnings._given.clear()
     ours, theirs = doubled(adapter)(), doubled(plain)()
     with pytest.warns(UserWarning, match="with its own _compute_loss: pytorch-metric-learning"):
         found = value_and_gradient(lambda x: ours(x, labels), embeddings)

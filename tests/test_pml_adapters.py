@@ -307,7 +307,7 @@ def test_falls_back_for_another_distance():
         distances.CosineSimilarity(power=2),
         distances.DotProductSimilarity(p=1),
     ):
-        dml_cuda.pml._warned.clear()
+        dml_cuda._warnings._given.clear()
         ours, theirs = both("MultiSimilarityLoss", distance=distance)
         miner = dml_cuda.pml.MultiSimilarityMiner(0.1, distance=distance)
         their_miner = miners.MultiSimilarityMiner(0.1, distance=distance)
@@ -499,7 +499,7 @@ def test_reducers_of_cases(case, reducer):
     embeddings, labels = make_batch(40, 6, dtype=torch.float64)
     if reducer == "per anchor" or reducer == "per anchor, sum":
         embeddings, labels = embeddings[:40], labels % 40
-    dml_cuda.pml._warned.clear()
+    dml_cuda._warnings._given.clear()
     ours, theirs = both(name, **options, reducer=REDUCERS[reducer]())
     expected = evaluate(theirs, embeddings, labels)
     of_rows = name not in ("ContrastiveLoss", "NTXentLoss")

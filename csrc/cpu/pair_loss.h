@@ -58,8 +58,7 @@ constexpr double kSparseShare = 0.4;
 // Rows whose losses one task finishes and adds up.
 constexpr int64_t kRowPiece = 256;
 
-// ---- what forward leaves for backward
-// ----------------------------------------------------------------------
+// ---- what forward leaves for backward -------------------------------------------------------------------
 
 // The bytes of `saved`: [stats | plan | kept | tiles], each from a multiple of 64 on.
 //   stats  T: six numbers a row, two scales, poisoned     plan   int32 (plan.h)
@@ -96,8 +95,7 @@ struct Stats {
           poisoned(data + 6 * n + 2) {}
 };
 
-// ---- one batch, prepared
-// -----------------------------------------------------------------------------------
+// ---- one batch, prepared --------------------------------------------------------------------------------
 
 template <typename T>
 struct alignas(64) Scratch {
@@ -297,8 +295,7 @@ class Batch {
     std::vector<int32_t> own_;
 };
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------
 
 // The rows' folds while tiles pass.
 template <typename T>
@@ -642,8 +639,7 @@ ForwardResult forward(const Call& call) {
     return {loss, saved};
 }
 
-// ---- backward
-// ----------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------
 
 // The gradient of one side: summed up for the points that are in the window, then handed on.
 template <typename T>

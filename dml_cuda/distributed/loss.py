@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._arguments import check_choice
 from ..batch import Batch, make_batch
 from ..losses import ProxyAnchorLoss
-from ..losses.base import Call, PairLoss, compute, in_wanted_dtype
+from ..losses.base import Call, PairLoss, batch_of, compute, in_wanted_dtype
 from ..losses.classifier import ClassifierLoss
 from ..miners import MultiSimilarityMiner
 from ..pairs import MinedPairs
@@ -165,16 +165,8 @@ class DistributedLoss(nn.Module):
                     f'"{self.miner.similarity}"'
                 )
             epsilon = self.miner.epsilon
-        batch = make_batch(
-            embeddings,
-            labels,
-            indices_tuple,
-            ref_emb,
-            ref_labels,
-            epsilon=epsilon,
-            similarity=call.similarity,
-            check_pairs=call.options.check_pairs,
-        )
+        mined = call._replace(options=call.options._replace(epsilon=epsilon))
+        batch = batch_of(mined, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if batch.indices is not None:
             raise ValueError(
                 "indices_tuple: expected pairs mined from these very embeddings, by the similarity of the "

@@ -1,6 +1,5 @@
 """What the losses share: how a law with its options is applied to a batch, as a function and as a module."""
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C, _autocast, listed, ops, reference, scheduled
+from .._warnings import warn_once
 from ..batch import Batch, make_batch
 from ..law import Law
 from ..options import NAMES, Options, PairOptions, check_options
-
-_warned: set[str] = set()
 
 
 class Call(NamedTuple):
@@ -48,9 +46,7 @@ def _use_kernel(device: torch.device, backend: str) -> bool:
             f'backend: expected a device with a kernel for "fused", got embeddings on {device}; '
             "dml_cuda.build_info() tells what was built"
         )
-    if device.type not in _warned:
-        _warned.add(device.type)
-        warnings.warn(f"dml_cuda has no kernel for {device.type}: using the reference", stacklevel=6)
+    warn_once(f"dml_cuda has no kernel for {device.type}: using the reference")
     return False
 
 
@@ -102,27 +98,30 @@ def evaluate(call: Call, batch: Batch) -> Tensor:
     return in_wanted_dtype(compute(call, batch), batch.embeddings)
 
 
-def apply(
+def batch_of(
     call: Call,
     embeddings: Tensor,
     labels: Tensor | None,
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-) -> Tensor:
-    """The loss of a batch."""
-    options = call.options
-    batch = make_batch(
+) -> Batch:
+    """The batch as the options of a call ask for it, checked."""
+    return make_batch(
         embeddings,
         labels,
         indices_tuple,
         ref_emb,
         ref_labels,
-        epsilon=options.epsilon,
+        epsilon=call.options.epsilon,
         similarity=call.similarity,
-        check_pairs=options.check_pairs,
+        check_pairs=call.options.check_pairs,
     )
-    return evaluate(call, batch)
+
+
+def apply(call: Call, *batch: Any) -> Tensor:
+    """The loss of a batch, whose arguments are those of :func:`batch_of`."""
+    return evaluate(call, batch_of(call, *batch))
 
 
 def pair_loss(
@@ -222,12 +221,4 @@ class PairLoss(LawModule):
         return apply(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-
-        def __call__(
-            self,
-            embeddings: Tensor,
-            labels: Tensor | None = None,
-            indices_tuple: object = None,
-            ref_emb: Tensor | None = None,
-            ref_labels: Tensor | None = None,
-        ) -> Tensor: ...
+        __call__ = forward

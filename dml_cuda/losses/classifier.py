@@ -142,8 +142,7 @@ class ClassifierLoss(LawModule):
         return self.weighted(embeddings, labels, indices_tuple)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
-
-        def __call__(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor: ...
+        __call__ = forward
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """``[N, C]``"""
