@@ -50,7 +50,7 @@ ptxas: $(VENV)/ready
 
 # Builds, tests, sanitises and benchmarks on the GPU of this machine, with a Python whose torch sees it.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(PARTS)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(PARTS)
 
 clean:
 	rm -rf $(VENV) build out *.egg-info dml_cuda/*.so

@@ -9,8 +9,8 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cuda/listed_pairs.h"
 #include "cuda/pair_loss.h"
-#include "cuda/pairs.h"
 #include "listed_ops.h"
 #include "ops.h"
 

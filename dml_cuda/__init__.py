@@ -28,9 +28,9 @@ from .losses import (
     SupConLoss,
 )
 from .memory import CrossBatchMemory
+from .mined import MinedPairs, PairCounts
 from .miners import MultiSimilarityMiner
 from .options import PairOptions
-from .pairs import MinedPairs, PairCounts
 
 __version__: str = _C.version
 

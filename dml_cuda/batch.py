@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import _autocast
 from ._arguments import check_batch, check_points
-from .pairs import MinedPairs, listed_pairs
+from .indices import listed_pairs
+from .mined import MinedPairs
 
 
 class Batch(NamedTuple):

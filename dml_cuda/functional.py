@@ -18,7 +18,7 @@ from .losses import (
 )
 from .losses.base import Call, PairLoss, batch_of
 from .losses.classifier import ClassifierLoss
-from .pairs import mined_pairs
+from .mined import mined_pairs
 
 __all__ = [
     "PairWeights",

@@ -14,8 +14,7 @@ from torch import Tensor
 from . import _autocast
 from .law import Law, Pairs, reduce
 from .ops import call
-from .pairs import full_precision
-from .reference import NEAR, is_traced, negated_root, squared_distances
+from .reference import NEAR, full_precision, is_traced, negated_root, squared_distances
 
 
 class SortedPairs(NamedTuple):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ._arguments import check_batch, check_count
 from .distributed import DistributedLoss
+from .indices import listed_pairs
 from .losses.base import PairLoss
+from .mined import MinedPairs, mined_pairs
 from .miners import MultiSimilarityMiner
-from .pairs import MinedPairs, listed_pairs, mined_pairs
 
 
 def _takes_rules(loss: object) -> bool:

@@ -9,8 +9,8 @@ from typing_extensions import TypeVar
 
 from ._arguments import SIMILARITIES, Similarity, check_choice, check_flag, check_number
 from .losses.base import option
+from .mined import MinedPairs, PairCounts, mined_pairs, version
 from .options import measure
-from .pairs import MinedPairs, PairCounts, mined_pairs, version
 
 # What a miner returns, by its pair_counts.
 _Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)

@@ -47,9 +47,9 @@ from .losses.proxy_anchor import ProxyAnchor
 from .losses.proxy_nca import ProxyNCA
 from .losses.soft_triple import SoftTriple
 from .losses.sup_con import SupCon
+from .mined import MinedPairs, mined_pairs
 from .miners import LastBatch
 from .options import measure
-from .pairs import MinedPairs, mined_pairs
 
 __all__ = [
     "ArcFaceLoss",

@@ -29,6 +29,12 @@ def normalizes(similarity: str) -> bool:
     return similarity in ("cosine", "euclidean")
 
 
+def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
+    """``[N, D]`` contiguous, float32 at least; unit rows where the similarity wants them."""
+    points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    return (unit_rows(points) if normalizes(similarity) else points).contiguous()
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether nobody can look at numbers now: under a compiler, a transform, or without any."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta

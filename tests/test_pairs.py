@@ -48,7 +48,7 @@ def value_and_gradients(function, points, *arguments, **options):
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("m", [None, 150, 1])
 def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
-    monkeypatch.setattr(dml_cuda.pairs, "_CPU_BLOCK", 1000)  # several blocks
+    monkeypatch.setattr(dml_cuda.mined, "_CPU_BLOCK", 1000)  # several blocks
     for kind in ("few", "one", "distinct", "unequal"):
         labels = make_labels(70, kind)
         ref_labels = None if m is None else make_labels(m, kind)

@@ -13,8 +13,8 @@ from ..batch import Batch, make_batch
 from ..losses import ProxyAnchorLoss
 from ..losses.base import Call, PairLoss, batch_of, compute, in_wanted_dtype
 from ..losses.classifier import ClassifierLoss
+from ..mined import MinedPairs
 from ..miners import MultiSimilarityMiner
-from ..pairs import MinedPairs
 from . import ring
 from .processes import GatherRows, Processes, Sum, total
 

@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "listed_pairs.h"
 #include "machine.h"
 #include "pair_loss.h"
-#include "pairs.h"
 
 using namespace dml;
 using namespace dml::cuda;

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go: ``make gpu-check``, or ``python -m benchmarks.gpu_check PART ..``.
+"""Everything that wants a GPU, in one go: ``make gpu-check``, or ``python -m tools.gpu_check PART ..``.
 
 Builds the kernels for the GPU of this machine, runs the tests on it, runs small cases under
 compute-sanitizer (memcheck, racecheck), and benchmarks: everything, and apart from it the batches too

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "pairs.cuh"
+#include "listed_pairs.cuh"
 
 using namespace dml::cuda;
 

@@ -3,7 +3,7 @@
 // fixed order. A row has few pairs as a rule; one with very many is still the work of one warp a slice.
 #pragma once
 
-#include "pairs.h"
+#include "listed_pairs.h"
 #include "rows.cuh"
 
 namespace dml::cuda {

@@ -1,8 +1,8 @@
-"""Pairs, as the rule that mines them or as lists of indices."""
+"""Mined pairs: the rule and the batch, listed when somebody looks."""
 
 import copyreg
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, SupportsIndex, overload
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from . import _autocast
 from ._arguments import check_batch
-from .reference import first_columns, mine, normalizes, similarity_matrix, unit_rows, without_self
+from .indices import NAMES
+from .reference import first_columns, full_precision, mine, similarity_matrix, without_self
 
 # Similarities looked at together when pairs are listed: on a CPU they should stay in its cache, on a GPU
 # they should keep it busy.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 24
 
 _BATCH = ("embeddings", "ref_emb", "labels", "ref_labels")
-_NAMES = ("pos_anchors", "positives", "neg_anchors", "negatives")
 
 
 class PairCounts(NamedTuple):
@@ -25,12 +25,6 @@ class PairCounts(NamedTuple):
 
     positives: Tensor
     negatives: Tensor
-
-
-def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
-    """``[N, D]`` contiguous, float32 at least; unit rows where the similarity wants them."""
-    points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return (unit_rows(points) if normalizes(similarity) else points).contiguous()
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -205,7 +199,7 @@ class MinedPairs(list[Tensor]):
     def _look(self) -> None:
         if self._looked:
             return
-        found = [_Growing(self.embeddings.device) for _ in _NAMES]
+        found = [_Growing(self.embeddings.device) for _ in NAMES]
         for begin, *masks in self._blocks():
             for kind, mask in enumerate(masks):
                 rows, cols = mask.nonzero(as_tuple=True)
@@ -309,82 +303,3 @@ def mined_pairs(
     labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
     rule = {"epsilon": epsilon, "similarity": similarity, "self_ref": self_ref, "ref_count": ref_count}
     return MinedPairs(embeddings, labels, ref_emb, ref_labels, **rule)
-
-
-def _check_list(name: str, index: object) -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(f"indices_tuple: {name}: expected an integer tensor, got {type(index).__name__}")
-    if index.dtype not in (torch.int64, torch.int32) and index.numel() > 0:  # torch.tensor([]) is float
-        raise TypeError(f"indices_tuple: {name}: expected int64 or int32 indices, got {index.dtype}")
-    if index.ndim != 1:
-        raise ValueError(f"indices_tuple: {name}: expected one dimension, got shape {list(index.shape)}")
-
-
-def _check_range(name: str, index: Tensor, rows: int, of: str) -> None:
-    if index.numel() == 0:
-        return
-    least, most = int(index.min()), int(index.max())
-    if least < 0 or most >= rows:
-        got = least if least < 0 else most
-        raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {of}, got {got}")
-
-
-def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
-    positives, negatives = (indices[k] * columns + indices[k + 1] for k in (0, 2))
-    both = positives[torch.isin(positives, negatives)]
-    if both.numel() > 0:
-        row, column = divmod(int(both[0]), columns)
-        raise ValueError(
-            f"indices_tuple: expected each pair to be positive or negative, got ({row}, {column}) as both"
-        )
-
-
-def listed_pairs(
-    indices_tuple: object,
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    *,
-    check_range: bool,
-    check_kinds: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors, positives, anchors, negatives from pairs or triplets, int64 beside the embeddings.
-
-    ``check_range`` and ``check_kinds``, that no pair is listed as both, look at the indices, for which a GPU
-    must be waited for.
-    """
-    if not isinstance(indices_tuple, Sequence | Iterable):
-        raise TypeError(
-            "indices_tuple: expected a tuple of 4 index tensors (pairs) or 3 (triplets), got "
-            f"{type(indices_tuple).__name__}"
-        )
-    indices = tuple(indices_tuple)
-    if len(indices) == 3:
-        names = ("anchors", "positives", "negatives")
-        equal = (0, 1), (0, 2)
-    elif len(indices) == 4:
-        names = _NAMES
-        equal = (0, 1), (2, 3)
-    else:
-        raise ValueError(
-            f"indices_tuple: expected 4 index tensors (pairs) or 3 (triplets), got {len(indices)}"
-        )
-    for name, index in zip(names, indices, strict=True):
-        _check_list(name, index)
-    for a, b in equal:
-        if indices[a].shape != indices[b].shape:
-            raise ValueError(
-                f"indices_tuple: {names[b]}: expected as many as {names[a]}, {indices[a].shape[0]}; got "
-                f"{indices[b].shape[0]}"
-            )
-    if check_range:
-        columns, of = (embeddings, "embeddings") if ref_emb is None else (ref_emb, "ref_emb")
-        for name, index in zip(names, indices, strict=True):
-            if name.endswith("anchors"):
-                _check_range(name, index, embeddings.shape[0], "embeddings")
-            else:
-                _check_range(name, index, columns.shape[0], of)
-    indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
-    pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
-    if check_kinds:
-        _check_kinds(pairs, (embeddings if ref_emb is None else ref_emb).shape[0])
-    return pairs

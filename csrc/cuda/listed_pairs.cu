@@ -1,8 +1,8 @@
-// Launches the kernels of pairs.cuh.
+// Launches the kernels of listed_pairs.cuh.
 #include <algorithm>
 
 #include "launch.h"
-#include "pairs.cuh"
+#include "listed_pairs.cuh"
 
 namespace dml::cuda {
 namespace {

@@ -1,0 +1,87 @@
+"""Pairs and triplets as lists of indices, the way pytorch-metric-learning's miners give them."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMES = ("pos_anchors", "positives", "neg_anchors", "negatives")
+
+
+def _check_list(name: str, index: object) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"indices_tuple: {name}: expected an integer tensor, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32) and index.numel() > 0:  # torch.tensor([]) is float
+        raise TypeError(f"indices_tuple: {name}: expected int64 or int32 indices, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"indices_tuple: {name}: expected one dimension, got shape {list(index.shape)}")
+
+
+def _check_range(name: str, index: Tensor, rows: int, of: str) -> None:
+    if index.numel() == 0:
+        return
+    least, most = int(index.min()), int(index.max())
+    if least < 0 or most >= rows:
+        got = least if least < 0 else most
+        raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {of}, got {got}")
+
+
+def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
+    positives, negatives = (indices[k] * columns + indices[k + 1] for k in (0, 2))
+    both = positives[torch.isin(positives, negatives)]
+    if both.numel() > 0:
+        row, column = divmod(int(both[0]), columns)
+        raise ValueError(
+            f"indices_tuple: expected each pair to be positive or negative, got ({row}, {column}) as both"
+        )
+
+
+def listed_pairs(
+    indices_tuple: object,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    *,
+    check_range: bool,
+    check_kinds: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Anchors, positives, anchors, negatives from pairs or triplets, int64 beside the embeddings.
+
+    ``check_range`` and ``check_kinds``, that no pair is listed as both, look at the indices, for which a GPU
+    must be waited for.
+    """
+    if not isinstance(indices_tuple, Sequence | Iterable):
+        raise TypeError(
+            "indices_tuple: expected a tuple of 4 index tensors (pairs) or 3 (triplets), got "
+            f"{type(indices_tuple).__name__}"
+        )
+    indices = tuple(indices_tuple)
+    if len(indices) == 3:
+        names = ("anchors", "positives", "negatives")
+        equal = (0, 1), (0, 2)
+    elif len(indices) == 4:
+        names = NAMES
+        equal = (0, 1), (2, 3)
+    else:
+        raise ValueError(
+            f"indices_tuple: expected 4 index tensors (pairs) or 3 (triplets), got {len(indices)}"
+        )
+    for name, index in zip(names, indices, strict=True):
+        _check_list(name, index)
+    for a, b in equal:
+        if indices[a].shape != indices[b].shape:
+            raise ValueError(
+                f"indices_tuple: {names[b]}: expected as many as {names[a]}, {indices[a].shape[0]}; got "
+                f"{indices[b].shape[0]}"
+            )
+    if check_range:
+        columns, of = (embeddings, "embeddings") if ref_emb is None else (ref_emb, "ref_emb")
+        for name, index in zip(names, indices, strict=True):
+            if name.endswith("anchors"):
+                _check_range(name, index, embeddings.shape[0], "embeddings")
+            else:
+                _check_range(name, index, columns.shape[0], of)
+    indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
+    pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    if check_kinds:
+        _check_kinds(pairs, (embeddings if ref_emb is None else ref_emb).shape[0])
+    return pairs
