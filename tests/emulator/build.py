@@ -8,6 +8,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tools.machine_code import with_headers
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
@@ -53,7 +55,7 @@ def build_for_gpu(source):
         *INCLUDES,
         str(source),
     ]
-    return _cached(_with_headers(source), command, suffix=".gpu")
+    return _cached(with_headers(source, HERE), command, suffix=".gpu")
 
 
 def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
@@ -72,13 +74,7 @@ def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=
 
 
 def _compile(source, flags):
-    return _cached(_with_headers(source), ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
-
-
-def _with_headers(source):
-    folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "laws", ROOT / "csrc" / "cuda", source.parent}
-    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
-    return [source, *sorted(headers)]
+    return _cached(with_headers(source, HERE), ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
 
 
 def _cached(inputs, command, suffix):
