@@ -116,8 +116,14 @@ class SoftTripleLoss(ClassifierLoss):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]``: the similarity to each class."""
-        x, w = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.rows()))
-        return soft_triple.similarities(x, w, self.centers_per_class, self.gamma)
+        return soft_triple.similarities(self.cosines(embeddings), self.centers_per_class, self.gamma)
+
+    def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """What :func:`dml_cuda.functional.pair_weights` tells of rows and centres."""
+        labels, (la, gamma, margin, _) = self.check(embeddings, labels).long(), self.call.params
+        points = embeddings, self.rows(), labels, self.centers_per_class
+        with torch.inference_mode(False), _autocast.off(embeddings.device):
+            return soft_triple.weights(*points, la, gamma, margin, self.reduction)
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:
