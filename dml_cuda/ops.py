@@ -18,7 +18,7 @@ def stages(law: str, mining: bool) -> list[str]:
 # that may keep tiles for backward.
 _CPU_SIDES = 64, 128
 _CPU_SMALL = 512
-_CPU_CACHE_BYTES = 40 << 20
+_CPU_CACHE_BYTES = 32 << 20
 _CPU_SQUARE_CACHE_BYTES = 64 << 20
 
 

@@ -40,7 +40,7 @@ using at::Tensor;
 
 // Memory that may hold similarity tiles from forward to backward, whatever N and M: less where the gradient
 // of the columns, which may be many, comes on top.
-constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(40) << 20;
+constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
 // Memory of the weights of one wave of tiles.
 constexpr int64_t kSquareWeightBytes = int64_t(16) << 20, kWeightBytes = int64_t(8) << 20;
