@@ -246,7 +246,8 @@ def triplet_loss(
             p, has_p = _listed_positives(positive, most)
         else:
             p, has_p = (each[:, None] for each in _positive(positives, fixed, positive, given))
-        losses, counts = x.new_zeros(len(rows)), x.new_zeros(len(rows), 2, dtype=torch.long)
+        losses = x.new_zeros(len(rows)) if m else x.sum(1) * 0
+        counts = x.new_zeros(len(rows), 2, dtype=torch.long)
         for begin in range(0, p.shape[1] if m else 0, panel):
             some = slice(begin, begin + panel)
             more = part(d, y, negative, p[:, some], has_p[:, some], rows, begin, beta)

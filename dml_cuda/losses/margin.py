@@ -25,7 +25,7 @@ from .triplets import (
 )
 
 
-def _call(values: Mapping[str, Any], options: Options) -> TripletCall:
+def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
     for name in ("margin", "nu"):
         check_number(name, values[name])
     per_anchor = check_per_anchor(values["triplets_per_anchor"])
@@ -70,7 +70,7 @@ def _of_rows(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) ->
     return of_rows(beta, labels.long().clamp(0, len(beta) - 1))
 
 
-def _evaluate(call: TripletCall, beta: Tensor | float, nu: float, *batch: Any) -> Tensor:
+def evaluate(call: TripletCall, beta: Tensor | float, nu: float, *batch: Any) -> Tensor:
     _check_beta(beta)
     found = triplet_batch(call, *batch)
     rows, reduction = found.rows, call.options.reduction
@@ -129,10 +129,10 @@ def margin_loss(
     Returns, Raises:
         As :func:`triplet_margin_loss`.
     """
-    call = _call(
+    call = make_call(
         {"margin": margin, "nu": nu, "triplets_per_anchor": triplets_per_anchor}, triplet_options(options)
     )
-    return _evaluate(call, beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    return evaluate(call, beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 class MarginLoss(TripletLoss):
@@ -146,7 +146,7 @@ class MarginLoss(TripletLoss):
     >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
     """
 
-    make_call = staticmethod(_call)
+    make_call = staticmethod(make_call)
     nu: float = option()
     beta: Tensor
 
@@ -190,7 +190,7 @@ class MarginLoss(TripletLoss):
     ) -> Tensor:
         """The loss of a batch; arguments as :meth:`TripletLoss.forward` has them."""
         nu = self.nu if self.learn_beta else 0.0
-        return _evaluate(self.call, self.beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        return evaluate(self.call, self.beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, learn_beta={self.learn_beta}, num_classes={self.num_classes}"

@@ -12,7 +12,7 @@ from .base import option
 from .triplets import TripletCall, TripletLoss, TripletOptions, check_per_anchor, evaluate, triplet_options
 
 
-def _call(values: Mapping[str, Any], options: Options) -> TripletCall:
+def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
     check_number("margin", values["margin"])
     for name in ("swap", "smooth_loss"):
         check_flag(name, values[name])
@@ -75,7 +75,7 @@ def triplet_margin_loss(
         "smooth_loss": smooth_loss,
         "triplets_per_anchor": triplets_per_anchor,
     }
-    call = _call(values, triplet_options(options))
+    call = make_call(values, triplet_options(options))
     return evaluate(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -86,7 +86,7 @@ class TripletMarginLoss(TripletLoss):
     >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
     """
 
-    make_call = staticmethod(_call)
+    make_call = staticmethod(make_call)
     swap: bool = option()
     smooth_loss: bool = option()
 

@@ -122,7 +122,7 @@ def triplet_batch(
     check_pairs = call.options.check_pairs
     mined = indices_tuple if isinstance(indices_tuple, Mined) else None
     if labels is not None:
-        labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+        labels, _ = check_batch(embeddings, labels, None, None)
     if mined is not None:
         check_mined(mined, embeddings, labels, ref_emb, check_pairs)
         labels = mined.labels if labels is None else labels
@@ -137,7 +137,7 @@ def triplet_batch(
     listed = mined is None or mined.only_lists
     look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
     indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=listed and look)
-    rows = Rows(*map(to_save, (embeddings, labels, ref_emb, ref_labels)), None, None)
+    rows = Rows(*map(to_save, (embeddings, labels, ref_emb)), None, None, None)
     if len(indices) == 3:
         return TripletBatch(rows, listed=listed_triplets.in_order(*indices))
     if call.swap:  # which measures positives against negatives: triplet by triplet
