@@ -136,7 +136,8 @@ class SelectingMiner(Miner):
         rule = {"similarity": self.measure, "seed": self.seed(embeddings.device), "ref_count": ref_count}
         batch = embeddings, labels, ref_emb, ref_labels
         mined = self.kind(*batch, selection=self.selection(embeddings), **rule)
-        self._collected = dict(self._stats_of(mined)) if self.collect_stats else {}
+        if self.collect_stats:
+            self._collected = dict(self._stats_of(mined))
         return mined
 
 

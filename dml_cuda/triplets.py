@@ -93,7 +93,8 @@ def _extreme(d: Tensor, among: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
 
 
 def _within(d: Tensor, low: float, high: float) -> Tensor:
-    return (d >= low) & (d <= high)
+    """Written as "not outside", so that a NaN keeps its pair and reaches the loss."""
+    return ~(d < low) & ~(d > high)
 
 
 def _positive(rule: str, d: Tensor, positive: Tensor, params: Params) -> tuple[Tensor, Tensor]:
@@ -189,8 +190,7 @@ class Terms(NamedTuple):
         """Every triplet's loss, how many of its terms are above 0, and whether it is considered."""
         low, high = self.gap
         gap = (d_n - d_p).detach() if gap is None else gap
-        # Written as "not outside", so that a NaN keeps its triplet and reaches the loss.
-        considered = kept & ~(gap <= low) & ~(gap > high)
+        considered = kept & ~(gap <= low) & ~(gap > high)  # a NaN is
         if self.kind == "margin":
             beta = beta.view(-1, *(1,) * (kept.ndim - 1))
             pull, push = torch.relu(d_p - beta + self.margin), torch.relu(beta - d_n + self.margin)
