@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _autocast, ops, triplets
-from .kernels import has_kernel as _device_has_kernel
+from .kernels import has_kernel
 
 INF = float("inf")
-
-
-def has_kernel(device):  # TEMPORARY, until the ops are there
-    return hasattr(torch.ops.dml_cuda, "triplet_loss") and _device_has_kernel(device)
-
-
 ANY = (-INF, INF)
 
 
@@ -149,6 +143,6 @@ def triplet_sums(
     with _autocast.off(rows.embeddings.device):
         if swap or not (fused and has_kernel(rows.embeddings.device)):
             return triplets.triplet_loss(*rows, beta, seed, *how, swap)
-        differentiable = (rows.embeddings, rows.ref_emb, beta)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-        return ops.call("triplet_loss", *rows, beta, seed, *how, save)[:2]
+        wanted = [x is not None and x.requires_grad for x in (rows.embeddings, rows.ref_emb, beta)]
+        save = torch.is_grad_enabled() and any(wanted)
+        return ops.call("triplet_loss", *rows, beta, seed, *how, save, save and wanted[1])[:2]
