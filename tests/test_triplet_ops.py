@@ -319,7 +319,12 @@ def test_strips(negatives):
     parts = []
     for i in range(n):
         one = Case(n=1, dim=4)
-        one.x, one.labels, one.y, one.ref_labels = case.x[i : i + 1], case.labels[i : i + 1], case.y, case.ref_labels
+        one.x, one.labels, one.y, one.ref_labels = (
+            case.x[i : i + 1],
+            case.labels[i : i + 1],
+            case.y,
+            case.ref_labels,
+        )
         parts.append(one.run("hinge", "all", negatives, numbers))
     if negatives == "drawn":  # which row it is takes part in the draw
         close(whole[0][:1], parts[0][0], 1e-12)
@@ -445,7 +450,10 @@ def test_draw_follows_its_distribution(dim, cutoffs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_do_not_change_a_bit(dtype):
-    cases = [Case(n=700, dim=40, classes=175, dtype=dtype), Case(n=150, m=9000, dim=33, classes=300, dtype=dtype)]
+    cases = [
+        Case(n=700, dim=40, classes=175, dtype=dtype),
+        Case(n=150, m=9000, dim=33, classes=300, dtype=dtype),
+    ]
     cases[0].labels[:300] = 1
     for case, negatives, term in itertools.product(cases, NEGATIVES, ("hinge", "margin")):
         results = []
@@ -575,7 +583,9 @@ def test_bad_input():
     case = Case(n=6)
 
     def run(**changed):
-        names = "x labels y ref_labels self_ref ref_count beta seed term positives negatives numbers similarity"
+        names = (
+            "x labels y ref_labels self_ref ref_count beta seed term positives negatives numbers similarity"
+        )
         good = [*case.points(), None, case.seed, "hinge", "all", "all", params(), "cosine"]
         arguments = dict(zip(names.split(), good, strict=True)) | changed
         return OPS.triplet_loss(*arguments.values(), True)
