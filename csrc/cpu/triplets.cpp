@@ -681,7 +681,7 @@ LossResult triplet_loss_of(const TripletPoints& points, const OptionalTensor& be
                            const std::array<double, kTripletParams>& params, bool save, bool save_ref) {
     const Similarities<T> of(points);
     const auto options = of.rows.options();
-    const Tensor none = at::empty({0}, options);
+    const auto none = [&] { return at::empty({0}, options); };  // each its own: outputs must not alias
     const bool for_refs = save && save_ref && !of.square;
     const int64_t capacity = of.square ? 0 : points.ref_emb->size(0);
     if (!of.finite()) {
@@ -689,19 +689,19 @@ LossResult triplet_loss_of(const TripletPoints& points, const OptionalTensor& be
             return at::full(shape, std::numeric_limits<double>::quiet_NaN(), options);
         };
         return {poison({of.n}), at::zeros({of.n, 2}, options.dtype(at::kLong)),
-                save ? poison({of.n, of.rows.dim}) : none, for_refs ? poison({capacity, of.rows.dim}) : none,
-                beta && save ? poison({of.n}) : none};
+                save ? poison({of.n, of.rows.dim}) : none(),
+                for_refs ? poison({capacity, of.rows.dim}) : none(), beta && save ? poison({of.n}) : none()};
     }
-    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : none;
+    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : none();
     TripletLoss<T> loss(of, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr, seed, save);
     if (!save) {
         loss.run(nullptr);
-        return {loss.sums, loss.counts, none, none, none};
+        return {loss.sums, loss.counts, none(), none(), none()};
     }
     Gradient<T> gradient(of, for_refs);
     loss.run(&gradient);
-    return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none,
-            beta ? loss.grad_beta : none};
+    return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none(),
+            beta ? loss.grad_beta : none()};
 }
 
 uint64_t seed_value(const OptionalTensor& seed) {
