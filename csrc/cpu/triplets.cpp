@@ -32,8 +32,31 @@ constexpr int64_t kWholeBytes = int64_t(64) << 20, kStripBytes = int64_t(32) << 
 // Rows whose weights fill less than this share of a strip are multiplied weight by weight.
 constexpr double kSparseWeights = 0.05;
 
-// Columns over which one product adds up, and dimensions of the gradient that one task makes.
-constexpr int64_t kDepth = 4096, kPanel = 256;
+// Columns over which one task adds up, those that one product takes, whose points stay in the second-level
+// cache, and dimensions of the gradient that one task makes.
+constexpr int64_t kDepth = 4096, kSlice = 512, kPanel = 256;
+
+// out = a b, or out += a b; a [lines, depth], b [depth, wide], each with the distances of its rows and columns.
+template <typename T>
+struct Operand {
+    T* data;
+    int64_t row, column;
+};
+template <typename T>
+void multiply(T* out, int64_t pitch, int64_t lines, int64_t depth, int64_t wide, const Operand<T>& a,
+              const Operand<T>& b, bool add) {
+    Tensor sum = matrix(out, lines, wide, pitch, 1);
+    for (int64_t k = 0; k < depth; k += kSlice) {
+        const int64_t here = std::min(kSlice, depth - k);
+        const Tensor left = matrix(a.data + k * a.column, lines, here, a.row, a.column);
+        const Tensor right = matrix(b.data + k * b.row, here, wide, b.row, b.column);
+        if (add || k > 0) {
+            at::cpu::addmm_out(sum, sum, left, right, 1, 1);
+        } else {
+            at::cpu::mm_out(sum, left, right);
+        }
+    }
+}
 
 template <typename T>
 struct Strip {
@@ -136,7 +159,8 @@ class Similarities {
           class_(n) {}
 
     void fill(const Strip<T>& strip) const {
-        const int64_t side = std::max(n, m) <= 512 ? 64 : kMostSide, wide = square ? side : 4 * side;
+        const int64_t most = std::max(n, m), side = most <= 512 ? 64 : most <= 2048 || !square ? 128 : 256;
+        const int64_t wide = square ? side : 4 * side;
         const int64_t down = (strip.rows() + side - 1) / side, across = (m + wide - 1) / wide;
         std::vector<std::pair<int32_t, int32_t>> blocks;
         for (int64_t i = 0; i < down; ++i) {
@@ -237,9 +261,8 @@ class Gradient {
         T* out = rows_.template data_ptr<T>();
         for_products(lines, side, lines, [&](int64_t i, int64_t d, int64_t wide) {
             const int64_t here = std::min(side, lines - i);
-            Tensor sum = matrix(out + i * width_ + d, here, wide, width_, 1);
-            at::cpu::mm_out(sum, matrix(strip.s + i * pitch, here, lines, pitch, 1),
-                            matrix(of_.rows.row(0) + d, lines, wide, of_.rows.stride(), 1));
+            multiply<T>(out + i * width_ + d, width_, here, lines, wide, {strip.s + i * pitch, pitch, 1},
+                        {of_.rows.row(0) + d, of_.rows.stride(), 1}, false);
         });
     }
 
@@ -250,9 +273,8 @@ class Gradient {
         if (parts_.size() < static_cast<size_t>(cuts * lines * width_)) parts_.resize(cuts * lines * width_);
         for_products(cuts * lines, lines, kDepth, [&](int64_t at, int64_t d, int64_t wide) {
             const int64_t cut = at / lines, j = cut * kDepth, depth = std::min(kDepth, m - j);
-            Tensor part = matrix(parts_.data() + at * width_ + d, lines, wide, width_, 1);
-            at::cpu::mm_out(part, matrix(strip.s + j, lines, depth, strip.pitch, 1),
-                            matrix(of_.cols.row(j) + d, depth, wide, of_.cols.stride(), 1));
+            multiply<T>(parts_.data() + at * width_ + d, width_, lines, depth, wide,
+                        {strip.s + j, strip.pitch, 1}, {of_.cols.row(j) + d, of_.cols.stride(), 1}, false);
         });
         T* out = rows_.template data_ptr<T>() + strip.first * width_;
         for_pieces(lines * width_, 4096, cuts * lines * width_, [&](int64_t from, int64_t to) {
@@ -268,11 +290,9 @@ class Gradient {
         const int64_t lines = padded(strip.rows()), m = padded(of_.m), side = 2 * kMostSide;
         T* out = cols_.template data_ptr<T>();
         for_products(m, side, lines, [&](int64_t j, int64_t d, int64_t wide) {
-            const int64_t here = std::min(side, m - j);
-            Tensor sum = matrix(out + j * width_ + d, here, wide, width_, 1);
-            at::cpu::addmm_out(sum, sum, matrix(strip.s + j, here, lines, 1, strip.pitch),
-                               matrix(of_.rows.row(strip.first) + d, lines, wide, of_.rows.stride(), 1), 1,
-                               1);
+            multiply<T>(out + j * width_ + d, width_, std::min(side, m - j), lines, wide,
+                        {strip.s + j, 1, strip.pitch}, {of_.rows.row(strip.first) + d, of_.rows.stride(), 1},
+                        true);
         });
     }
 
@@ -681,7 +701,7 @@ LossResult triplet_loss_of(const TripletPoints& points, const OptionalTensor& be
                            const std::array<double, kTripletParams>& params, bool save, bool save_ref) {
     const Similarities<T> of(points);
     const auto options = of.rows.options();
-    const Tensor none = at::empty({0}, options);
+    const auto none = [&] { return at::empty({0}, options); };  // each its own: outputs must not alias
     const bool for_refs = save && save_ref && !of.square;
     const int64_t capacity = of.square ? 0 : points.ref_emb->size(0);
     if (!of.finite()) {
@@ -689,19 +709,19 @@ LossResult triplet_loss_of(const TripletPoints& points, const OptionalTensor& be
             return at::full(shape, std::numeric_limits<double>::quiet_NaN(), options);
         };
         return {poison({of.n}), at::zeros({of.n, 2}, options.dtype(at::kLong)),
-                save ? poison({of.n, of.rows.dim}) : none, for_refs ? poison({capacity, of.rows.dim}) : none,
-                beta && save ? poison({of.n}) : none};
+                save ? poison({of.n, of.rows.dim}) : none(),
+                for_refs ? poison({capacity, of.rows.dim}) : none(), beta && save ? poison({of.n}) : none()};
     }
-    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : none;
+    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : none();
     TripletLoss<T> loss(of, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr, seed, save);
     if (!save) {
         loss.run(nullptr);
-        return {loss.sums, loss.counts, none, none, none};
+        return {loss.sums, loss.counts, none(), none(), none()};
     }
     Gradient<T> gradient(of, for_refs);
     loss.run(&gradient);
-    return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none,
-            beta ? loss.grad_beta : none};
+    return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none(),
+            beta ? loss.grad_beta : none()};
 }
 
 uint64_t seed_value(const OptionalTensor& seed) {
