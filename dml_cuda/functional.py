@@ -12,9 +12,11 @@ from .losses import (
     circle_loss,
     contrastive_loss,
     generalized_lifted_structure_loss,
+    margin_loss,
     multi_similarity_loss,
     nt_xent_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 from .losses.base import Call, PairLoss, batch_of
 from .losses.classifier import ClassifierLoss
@@ -27,10 +29,12 @@ __all__ = [
     "circle_loss",
     "contrastive_loss",
     "generalized_lifted_structure_loss",
+    "margin_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "pair_weights",
     "sup_con_loss",
+    "triplet_margin_loss",
 ]
 
 

@@ -146,6 +146,59 @@ def _pair_loss_backward_fake(
     return gradient(embeddings, need_emb), gradient(ref_emb, need_ref)
 
 
+@torch.library.register_fake("dml_cuda::triplet_loss")
+def _triplet_loss_fake(
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    self_ref,
+    ref_count,
+    beta,
+    seed,
+    term,
+    positives,
+    negatives,
+    params,
+    similarity,
+    save,
+    save_ref=True,
+):
+    n = embeddings.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return embeddings.new_empty(of.shape if needed and of is not None else (0,), dtype=dtype)
+
+    return (
+        embeddings.new_empty(n, dtype=dtype),
+        embeddings.new_empty((n, 2), dtype=torch.int64),
+        gradient(embeddings, save),
+        gradient(ref_emb, save and save_ref),
+        gradient(beta, save),
+    )
+
+
+@torch.library.register_fake("dml_cuda::select")
+def _select_fake(
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    self_ref,
+    ref_count,
+    seed,
+    rule,
+    params,
+    anchors,
+    positives,
+    similarity,
+):
+    count = embeddings.shape[0] if anchors is None else anchors.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return embeddings.new_empty(count, dtype=torch.int64), embeddings.new_empty(count, dtype=dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     batch, (law, params, _, similarity, reduction, _, divide, _) = inputs[:6], inputs[6:]
     saved = output[1]
@@ -298,6 +351,40 @@ def _logsumexp_backward(ctx, grad):
     return call("segment_softmax", grad.contiguous(), logits, value, offsets), None, None
 
 
+def _triplet_setup_context(ctx, inputs, output) -> None:
+    embeddings, ref_emb, beta, (save, save_ref) = inputs[0], inputs[2], inputs[6], inputs[13:]
+    sums, counts, *gradients = output
+    ctx.mark_non_differentiable(counts, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if x is None else x.dtype for x in (embeddings, ref_emb, beta)]
+    ctx.saved = save, save and save_ref, save
+
+
+def _triplet_backward(ctx, grad, *_):
+    """The forward pass made the gradient of the sum of all rows: here it is multiplied."""
+    result = [None] * 15
+    if grad is None:
+        return tuple(result)
+    if grad.shape[0] > 1 and grad.stride(0) != 0:  # not one number expanded, as the gradient of a sum is
+        torch._assert_async(
+            (grad == grad[0]).all(),
+            "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
+            'their sum; pass backend="reference" to weight them',
+        )
+    for k, (place, gradient, dtype, saved) in enumerate(
+        zip((0, 2, 6), ctx.saved_tensors, ctx.dtypes, ctx.saved, strict=True)
+    ):
+        if not ctx.needs_input_grad[place]:
+            continue
+        if not saved:
+            raise RuntimeError(
+                f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
+            )
+        result[place] = (gradient * grad[:1].sum()).to(dtype)
+    return tuple(result)
+
+
 def _no_context(ctx, inputs, output) -> None:
     pass
 
@@ -334,6 +421,7 @@ _DERIVATIVES = {
     "pair_products": (_products_backward, _products_setup_context),
     "pair_sums": (_double_backward, _no_context),
     "segment_softmax": (_double_backward, _no_context),
+    "triplet_loss": (_triplet_backward, _triplet_setup_context),
     "segment_logsumexp": (_logsumexp_backward, _logsumexp_setup_context),
 }
 for _name, (_derivative, _context) in _DERIVATIVES.items():

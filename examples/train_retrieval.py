@@ -23,7 +23,7 @@ from benchmarks.machine import describe
 from dml_cuda import SoftTripleLoss
 from dml_cuda.distributed import DistributedLoss
 
-from .criteria import JOINT, LOSSES, make_loss
+from .criteria import JOINT, LOSSES, MINERS, make_loss
 from .data import DataError
 from .meters import PeakMemory, StepTimer
 from .networks import NetworkError, make_network
@@ -59,7 +59,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     device = torch.device(arguments.device)
     loss_fn = make_loss(
         arguments.loss,
-        arguments.epsilon if arguments.miner else None,
+        arguments.miner,
+        arguments.epsilon,
         arguments.gamma,
         arguments.embedding_size,
         arguments.memory,
@@ -139,7 +140,9 @@ def _print_scores(evaluations: list[dict[str, float]]) -> None:
 
 def _title(arguments: argparse.Namespace) -> str:
     extras = {
-        f"mined with epsilon {arguments.epsilon}": arguments.miner,
+        MINERS[arguments.miner][1].format(epsilon=arguments.epsilon)
+        if arguments.miner
+        else "": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
         "several processes": arguments.distributed,
         f"joint with {arguments.joint}": arguments.joint,

@@ -3,6 +3,7 @@
 
 #include "listed_kernels.h"
 #include "tile_kernels.h"
+#include "triplet_kernels.h"
 
 // A build for a sanitizer takes the baseline alone.
 #if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
@@ -23,6 +24,10 @@ namespace dml::cpu {
     const ListedKernels<T>& listed();                                  \
     extern template const ListedKernels<float>& listed<float>();       \
     extern template const ListedKernels<double>& listed<double>();     \
+    template <typename T>                                              \
+    const TripletKernels<T>& triplets();                               \
+    extern template const TripletKernels<float>& triplets<float>();    \
+    extern template const TripletKernels<double>& triplets<double>();  \
     }
 DML_DECLARE(baseline)
 #if DML_HAS_AVX
@@ -87,5 +92,17 @@ const ListedKernels<T>& listed_kernels() {
 
 template const ListedKernels<float>& listed_kernels<float>();
 template const ListedKernels<double>& listed_kernels<double>();
+
+template <typename T>
+const TripletKernels<T>& triplet_kernels() {
+#if defined(__x86_64__)
+    if (chosen() == "avx512") return avx512::triplets<T>();
+    if (chosen() == "avx2") return avx2::triplets<T>();
+#endif
+    return baseline::triplets<T>();
+}
+
+template const TripletKernels<float>& triplet_kernels<float>();
+template const TripletKernels<double>& triplet_kernels<double>();
 
 }  // namespace dml::cpu

@@ -5,6 +5,7 @@
 #include "../numeric.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
+#include "triplet_kernels.h"
 
 // After the includes: what those headers define stays baseline, so that no copy of it made with wider
 // instructions can be linked into code that must run without them.
@@ -18,8 +19,9 @@
 #define DML_ISA avx512
 #define DML_VECTOR_BYTES 64
 #include "tile_kernels_impl.h"
-// Uses what the first defines.
+// These use what the first defines.
 #include "listed_kernels_impl.h"
+#include "triplet_kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

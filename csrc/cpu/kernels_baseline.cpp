@@ -4,9 +4,11 @@
 #include "../numeric.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
+#include "triplet_kernels.h"
 
 #define DML_ISA baseline
 #define DML_VECTOR_BYTES 16
 #include "tile_kernels_impl.h"
-// Uses what the first defines.
+// These use what the first defines.
 #include "listed_kernels_impl.h"
+#include "triplet_kernels_impl.h"

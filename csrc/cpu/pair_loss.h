@@ -19,7 +19,6 @@
 
 #include <ATen/CPUFunctions.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
@@ -109,12 +108,6 @@ struct alignas(64) Scratch {
         return *scratch;
     }
 };
-
-template <typename T>
-Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-    return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
-                         at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
-}
 
 // The rows of a tensor that take part.
 inline OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
