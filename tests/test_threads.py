@@ -1,5 +1,7 @@
 """ThreadSanitizer over the CPU engine: tasks share nothing but what is handed over."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ SOURCES = [
     HERE / "cpu_engine.cpp",
     *((ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in ("dispatch", "kernels_baseline")),
 ]
+
+
+def compiled(flags, source):
+    return cached(with_headers(source, HERE), ["g++", *flags, "-c", str(source)], suffix=".o")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +36,8 @@ def program():
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{folder}" for folder in includes),
     ]
-    objects = [
-        cached(with_headers(source, HERE), ["g++", *flags, "-c", str(source)], suffix=".o")
-        for source in SOURCES
-    ]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(partial(compiled, flags), SOURCES))
     libraries = [
         option
         for folder in cpp_extension.library_paths()

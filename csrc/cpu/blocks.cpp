@@ -133,7 +133,7 @@ auto in_compute_type(at::ScalarType type, const Run& run) {
     return type == at::kDouble ? run(double()) : run(float());
 }
 
-void check_pairs(const Tensor& pairs) {
+void check_pair_counts(const Tensor& pairs) {
     TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
                       "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());
 }
@@ -151,7 +151,7 @@ void check_stage(c10::string_view stage, std::optional<double> epsilon) {
 Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view law_name,
             at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage, bool wide) {
     const LawInfo& law = find_law(law_name, params);
-    check_pairs(pairs);
+    check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
     const at::ScalarType type = wide ? at::kDouble : at::kFloat;
     if (stage != "start") {
@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
 std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs, c10::string_view law_name,
                                        at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
     const LawInfo& law = find_law(law_name, params);
-    check_pairs(pairs);
+    check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
     check_state(before, kNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, "state");
     const Tensor counts = pairs.contiguous();

@@ -95,7 +95,7 @@ template const ListedKernels<double>& listed_kernels<double>();
 
 template <typename T>
 const TripletKernels<T>& triplet_kernels() {
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::triplets<T>();
     if (chosen() == "avx2") return avx2::triplets<T>();
 #endif

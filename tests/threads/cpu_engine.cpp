@@ -17,6 +17,7 @@
 // Their ops are of the files alone.
 #include "cpu/blocks.cpp"
 #include "cpu/listed_pairs.cpp"
+#include "cpu/triplets.cpp"
 
 namespace dml::cpu {
 namespace {
@@ -81,6 +82,33 @@ void check_lists(int64_t n, int64_t dim, int64_t pairs) {
     });
 }
 
+void check_triplets(int64_t n, int64_t m, int64_t dim) {
+    const Tensor embeddings = points(n, dim, at::kFloat), labels = classes(n);
+    OptionalTensor ref_emb, ref_labels;
+    if (m > 0) ref_emb = points(m, dim, at::kFloat), ref_labels = classes(m);
+    const Tensor seed = at::ones({1}, at::kLong);
+    const double far = std::numeric_limits<double>::infinity();
+    const std::vector<double> params = {0.2, -far, far, -far, far, -far, far, 0.5, 1.4, double(dim)};
+    const OptionalTensor none, beta = at::ones({n});
+    for (const char* term : {"hinge", "softplus", "margin"}) {
+        for (const auto& [positives, negatives] :
+             {std::pair("all", "all"), {"hardest", "hardest"}, {"all", "semihard"}, {"all", "drawn"}}) {
+            check(std::string("triplets: ") + term + ", " + positives + " and " + negatives, [&] {
+                const auto [sums, counts, grad_emb, grad_ref, grad_beta] =
+                    triplet_loss(embeddings, labels, ref_emb, ref_labels, none, none,
+                                 std::string_view(term) == "margin" ? beta : none, seed, term, positives,
+                                 negatives, params, "euclidean", true, m > 0);
+                return Tensors{sums, counts, grad_emb, grad_ref, grad_beta};
+            });
+        }
+    }
+    check("select", [&] {
+        const auto [column, similarity] = select(embeddings, labels, ref_emb, ref_labels, none, none, seed,
+                                                 "hardest_negative", params, none, none, "cosine");
+        return Tensors{column, similarity};
+    });
+}
+
 void race() {
     at::thread_limit() = 5;
     int64_t sum = 0;
@@ -101,6 +129,8 @@ void run() {
     }
     check_law<double>(kLaws[0], 600, 0, 40, 0.1);
     check_lists(300, 20, 40000);
+    check_triplets(200, 0, 24);
+    check_triplets(150, 230, 24);
 }
 
 }  // namespace
