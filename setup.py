@@ -113,10 +113,14 @@ def cuda_architectures() -> str:
 
 
 def extension(cuda: bool):
-    sources = ["csrc/ops.cpp", "csrc/autograd.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/loaded_laws.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-    macros = [("DML_VERSION", f'"{VERSION}"'), ("DML_TORCH_VERSION", f'"{torch.__version__}"')]
     flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+    macros = [
+        ("DML_VERSION", f'"{VERSION}"'),
+        ("DML_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for laws that are compiled on demand
+    ]
     compile_args = {"cxx": flags}
     build = cpp_extension.CppExtension
     if cuda:

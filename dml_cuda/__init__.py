@@ -31,6 +31,7 @@ from .memory import CrossBatchMemory
 from .mined import MinedPairs, PairCounts
 from .miners import MultiSimilarityMiner
 from .options import PairOptions
+from .own_law import check_law, load_law
 
 __version__: str = _C.version
 
@@ -55,8 +56,10 @@ __all__ = [
     "SoftTripleLoss",
     "SupConLoss",
     "build_info",
+    "check_law",
     "distributed",
     "functional",
+    "load_law",
     "reference",
 ]
 

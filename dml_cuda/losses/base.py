@@ -32,14 +32,14 @@ def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, A
     return Call(law, law.params(values, checked.measure), checked, checked.measure)
 
 
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
+def _has_kernel(device: torch.device, law: type[Law]) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version) and law.on_cuda)
 
 
-def _use_kernel(device: torch.device, backend: str) -> bool:
+def _use_kernel(device: torch.device, law: type[Law], backend: str) -> bool:
     if backend == "reference":
         return False
-    if _has_kernel(device):
+    if _has_kernel(device, law):
         return True
     if backend == "fused":
         raise RuntimeError(
@@ -83,7 +83,7 @@ def _reference(call: Call, batch: Batch) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """What a law makes of a batch, float32 or float64."""
-    use_kernel = _use_kernel(batch.embeddings.device, call.options.backend)
+    use_kernel = _use_kernel(batch.embeddings.device, call.law, call.options.backend)
     return (_fused if use_kernel else _reference)(call, batch)
 
 
