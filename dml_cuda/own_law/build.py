@@ -89,7 +89,7 @@ def _of_the_package() -> str:
 
 def key(source: Source, on: Target) -> str:
     """What a library is found by."""
-    everything = _of_the_package(), source.text, source.struct, source.file_name, on
+    everything = _of_the_package(), source.text, source.struct, on
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:24]
 
 
