@@ -37,7 +37,7 @@ struct FewParams<Law, T, true> : std::bool_constant<count_names(Law::kParams) <=
 template <typename T, typename Law>
 struct Complete {
     static_assert(NamesParams<Law, T>::value,
-                  "the law: lacks its parameters, static constexpr const char* kParams = \"alpha, beta\"");
+                  "the law: lacks its parameters, static constexpr const char* kParams = \"alpha, beta\";");
     static_assert(FewParams<Law, T>::value, "the law: kParams names more than 8 parameters");
     static_assert(std::is_constructible_v<Law, const double*>,
                   "the law: lacks a constructor from its parameters, NAME(const double* params)");

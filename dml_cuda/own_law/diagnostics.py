@@ -8,7 +8,8 @@ _ERROR = re.compile(
     r"(?P<file>[^\s:(][^:(]*)[:(](?P<line>\d+)[:)](?:\d+:)?:? (?:fatal )?error(?: #[\w-]+)?: (?P<text>.*)"
 )
 _PLACE = re.compile(r"(?P<file>[^\s:(][^:(]*)[:(](?P<line>\d+)")
-_ASSERTION = re.compile(r"static.assert(?:ion)? failed[^a-z]*(?:with )?[\"']?(?P<text>.*?)[\"']?$")
+_LACKS = "the law: "  # how the assertions of laws/slopes.h begin
+_TYPES = re.compile(r"(?:dml::)?Dual<(?:float|double)>")
 _DETAIL = re.compile(r"\s+(\d+ )?\||\s")  # the source line, and the mark under it
 _MOST = 6
 
@@ -39,10 +40,9 @@ def explain(log: str, path: str, shown: str) -> str:
     """
     lacking, own, reached, other = [], [], [], []
     for error, detail, context in _blocks(log):
-        text, line = error["text"], error["line"]
-        assertion = _ASSERTION.match(text)
-        if assertion:
-            lacking.append(f"{shown}: {assertion['text'].removeprefix('the law: ')}")
+        text, line = _TYPES.sub("Dual<T>", error["text"]), error["line"]
+        if text.startswith("static") and _LACKS in text:
+            lacking.append(f"{shown}: {text.partition(_LACKS)[2].rstrip(chr(34))}")
         elif error["file"].strip() == path:
             own.append("\n".join([f"{shown}:{line}: {text}", *detail]))
         else:
