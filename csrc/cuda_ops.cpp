@@ -98,14 +98,15 @@ ForwardResult pair_loss(const Call& c) {
     Inputs in(c);
     if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
     const EntryPoints& engine = *in.engine;
-    Tensor saved = bytes(engine.saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
+    Tensor saved =
+        bytes(engine.saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
     Tensor loss = in.task.problem.reduction == Reduction::kNone
                       ? at::empty({c.embeddings.size(0)}, in.accumulate)
                   : c.divide ? at::empty({}, in.accumulate)
                              : at::empty({4}, in.accumulate);
     const Tensor workspace = bytes(engine.forward_workspace_bytes(in.task), c.embeddings);
     engine.forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
-            c10::cuda::getCurrentCUDAStream());
+                   c10::cuda::getCurrentCUDAStream());
     return {loss, saved};
 }
 

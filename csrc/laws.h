@@ -72,8 +72,7 @@ struct LawInfo {
 };
 
 inline constexpr LawInfo kLaws[] = {
-#define DML_INFO(name, Struct) \
-{#name, LawId::name, count_names(Struct<float>::kParams)},
+#define DML_INFO(name, Struct) {#name, LawId::name, count_names(Struct<float>::kParams)},
     DML_LAWS(DML_INFO)
 #undef DML_INFO
 };

@@ -25,7 +25,7 @@ struct LoadedLaw {
         const cpu::TileKernels<float>* of_float;
         const cpu::TileKernels<double>* of_double;
     };
-    const Set* sets;  // ended by one without a name
+    const Set* sets;                // ended by one without a name
     const cuda::EntryPoints* cuda;  // null where nvcc did not compile it
 };
 

@@ -30,25 +30,22 @@ extern const EntryPoints kEntryPoints;
 
 namespace {
 
-#define DML_SET(isa) \
-    {#isa, &cpu::isa::kernels<float>(kLaws[0].id), &cpu::isa::kernels<double>(kLaws[0].id)},
+#define DML_SET(isa) {#isa, &cpu::isa::kernels<float>(kLaws[0].id), &cpu::isa::kernels<double>(kLaws[0].id)},
 
 const LoadedLaw* loaded_law() {
-    static const LoadedLaw::Set sets[] = {
-        DML_SET(baseline)
+    static const LoadedLaw::Set sets[] = {DML_SET(baseline)
 #if defined(DML_WITH_AVX2)
-            DML_SET(avx2)
+                                              DML_SET(avx2)
 #endif
 #if defined(DML_WITH_AVX512)
-                DML_SET(avx512)
+                                                  DML_SET(avx512)
 #endif
-        {}};
-    static const LoadedLaw law = {
-        kLoadedLawLayout, kOwnParameters, sets,
+                                                      {}};
+    static const LoadedLaw law = {kLoadedLawLayout, kOwnParameters, sets,
 #if defined(DML_WITH_CUDA)
-        &cuda::kEntryPoints
+                                  &cuda::kEntryPoints
 #else
-        nullptr
+                                  nullptr
 #endif
     };
     return &law;

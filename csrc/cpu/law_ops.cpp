@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> law_terms(const Tensor& s, const OptionalTens
 // derivatives by neg (without what goes through the context) and by pos.
 Tensor law_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
     const LawInfo& law = find_law(name, params);
-    TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) == 4,
-                      "gathered: expected shape [4, N], got ", gathered.sizes());
+    TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) == 4, "gathered: expected shape [4, N], got ",
+                      gathered.sizes());
     const Tensor from = gathered.contiguous();
     const int64_t n = gathered.size(1);
     Tensor out = at::empty({6, n}, from.options());

@@ -697,10 +697,10 @@ void add_product(const typename SparseTile<T>::Lines& sparse, int lines, const T
 
 template <typename T, typename Law>
 TileKernels<T> make_kernels() {
-    return {distances<T>,    min_positives<T>, accumulate<T, Law>, merge<T>,      weights<T, Law>,
-            row<T, Law>,     terms<T, Law>,    compress<T>,        add_product<T>, Law::kNeg,
-            Law::kPos,       Law::kPlusOne,    Law::kContext,      Law::kPosInNeg, Law::kHinge,
-            Law::kNeedsPos,  Law::kNeedsNeg,   Law::kUnit,         Law::kParts};
+    return {distances<T>,   min_positives<T>, accumulate<T, Law>, merge<T>,       weights<T, Law>,
+            row<T, Law>,    terms<T, Law>,    compress<T>,        add_product<T>, Law::kNeg,
+            Law::kPos,      Law::kPlusOne,    Law::kContext,      Law::kPosInNeg, Law::kHinge,
+            Law::kNeedsPos, Law::kNeedsNeg,   Law::kUnit,         Law::kParts};
 }
 
 template <typename T>

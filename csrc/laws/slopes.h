@@ -10,10 +10,10 @@ namespace dml {
 
 // ---- what a law must have ---------------------------------------------------------------------------------
 
-#define DML_HAS(Name, expression)                           \
-    template <typename L, typename T, typename = void>      \
-    struct Name : std::false_type {};                       \
-    template <typename L, typename T>                       \
+#define DML_HAS(Name, expression)                      \
+    template <typename L, typename T, typename = void> \
+    struct Name : std::false_type {};                  \
+    template <typename L, typename T>                  \
     struct Name<L, T, std::void_t<decltype(expression)>> : std::true_type {};
 DML_HAS(NamesParams, std::string_view(static_cast<const char*>(L::kParams)))
 DML_HAS(HasNegTerm, (void(std::declval<const L&>().neg_term(std::declval<T>())),
@@ -24,8 +24,7 @@ DML_HAS(HasPosTermWithContext,
         (void(std::declval<const L&>().pos_term(std::declval<T>(), std::declval<T>())),
          void(std::declval<const L&>().pos_term(std::declval<Dual<T>>(), std::declval<T>())),
          std::declval<const L&>().pos_term(std::declval<T>(), std::declval<Dual<T>>())))
-DML_HAS(HasRow,
-        RowLoss<Dual<T>>(std::declval<const L&>().row(std::declval<const Gathered<Dual<T>>&>())))
+DML_HAS(HasRow, RowLoss<Dual<T>>(std::declval<const L&>().row(std::declval<const Gathered<Dual<T>>&>())))
 #undef DML_HAS
 
 template <typename Law, typename T, bool kNamed = NamesParams<Law, T>::value>
@@ -45,9 +44,10 @@ struct Complete {
                   "the law: lacks a member template <typename S> S neg_term(S s) const");
     static_assert(Law::kContext || HasPosTerm<Law, T>::value,
                   "the law: lacks a member template <typename S> S pos_term(S s) const");
-    static_assert(!Law::kContext || HasPosTermWithContext<Law, T>::value,
-                  "the law: lacks a member template <typename S, typename C> auto pos_term(S s, C ctx) const, "
-                  "which kContext asks for");
+    static_assert(
+        !Law::kContext || HasPosTermWithContext<Law, T>::value,
+        "the law: lacks a member template <typename S, typename C> auto pos_term(S s, C ctx) const, "
+        "which kContext asks for");
     static_assert(HasRow<Law, T>::value,
                   "the law: lacks a member template <typename S> RowLoss<S> row(const Gathered<S>& g) const");
     static_assert(!Law::kContext || (Law::kParts == 1 && Law::kPos == Fold::kSum && !Law::kPosInNeg),

@@ -14,7 +14,7 @@ from ..options import NAMES
 from . import build
 from .check import check_law
 from .formulas import FormulaLaw
-from .source import Source, parameters, read
+from .source import parameters, read
 
 __all__ = ["LoadedLoss", "check_law", "load_law"]
 
@@ -123,18 +123,18 @@ def load_law(
         raise ValueError(f"name: expected a name, got {name!r}")
     read_source = read(source)
     op = build.load(read_source)
-    return _make_loss(op, read_source, reference, name or read_source.struct)
+    return _make_loss(op, read_source.text, reference, name or read_source.struct)
 
 
 @cache
-def _make_loss(op: str, source: Source, reference: type[Law] | None, title: str) -> type[LoadedLoss]:
+def _make_loss(op: str, text: str, reference: type[Law] | None, title: str) -> type[LoadedLoss]:
     stated = parameters(_C.law_facts(op)[0])
     law = _make_law(op, stated, reference)
     members: dict[str, Any] = {each: option() for each in stated}
     members |= {
-        "__doc__": f"{title}, loaded from {source.shown}; see :func:`dml_cuda.load_law`.",
+        "__doc__": f"{title}, a law of its own; see :func:`dml_cuda.load_law`.",
         "law": law,
-        "origin": Origin(source.text, reference, title),
+        "origin": Origin(text, reference, title),
         "signature": _signature(stated),
     }
     return type(title, (LoadedLoss,), members)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..law import Law, Pairs
+from ..law import Pairs
 from ..losses.base import PairLoss, apply, make_call
 from ..reference import MaskedPairs
 from . import formulas
@@ -102,7 +102,9 @@ def _check_finite(of: _Formulas, found: list[str]) -> None:
                     k = _first(~torch.isfinite(numbers))
                     if k is not None:
                         number = str(dtype).removeprefix("torch.")
-                        found.append(f"{name}: its {what} is {float(numbers[k])} {_at(s, k, context)} in {number}")
+                        found.append(
+                            f"{name}: its {what} is {float(numbers[k])} {_at(s, k, context)} in {number}"
+                        )
                         break
                 else:
                     continue
@@ -222,7 +224,9 @@ def _check_row(of: _Formulas, slopes: bool, found: list[str]) -> None:
             continue
         least, most = _one_sided(lambda step, k=k, part=1 - part: moved(step, k, part))
         if float(torch.maximum(least.abs(), most.abs()).max()) > _DIFFERENCE:
-            found.append(f"row: part {1 - part} depends on {name}; of two parts each has its own kind of pair")
+            found.append(
+                f"row: part {1 - part} depends on {name}; of two parts each has its own kind of pair"
+            )
 
 
 def _compare_formulas(of: _Formulas) -> list[str]:
@@ -394,18 +398,21 @@ def check_law(law: PairLoss | type[PairLoss]) -> None:
     has_reference = not issubclass(loss.law, FormulaLaw)
     origin = getattr(loss, "origin", None)
     text = origin.text if origin else ""
-    holds = "constant(" in text or "with_share_of_slope(" in text
+    # With a reference its gradient is the truth; without one a weight that is held has none.
+    differentiates = not (has_reference or "constant(" in text or "with_share_of_slope(" in text)
     _check_finite(of, found)
     if not found:
-        if not holds:
+        if differentiates:
             _check_slopes(of, found)
-        _check_row(of, not holds, found)
+        _check_row(of, differentiates, found)
         _check_declarations(of, found)
         of_batches: list[str] = []
         _check_batches(loss, of_batches)
         # Both may split a loss into formulas differently: only where the loss itself differs does that count.
         found += (of_batches and has_reference and _compare_formulas(of)) or of_batches
-        if not (found or holds):
+        if differentiates and not found:
             _check_directions(loss, found)
     if found:
-        raise ValueError(f"check_law: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in found))
+        raise ValueError(
+            f"check_law: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in found)
+        )

@@ -27,7 +27,11 @@ def _blocks(log: str) -> Iterator[tuple[re.Match, list[str], list[str]]]:
             detail.append(line)
         before = []
         for line in reversed(lines[starts[at - 1] + 1 if at else 0 : k]):
-            if "required from" not in line and "In instantiation" not in line and "requested here" not in line:
+            if (
+                "required from" not in line
+                and "In instantiation" not in line
+                and "requested here" not in line
+            ):
                 break
             before.append(line)
         yield _ERROR.match(lines[k]), detail, before + lines[k + 1 : end]

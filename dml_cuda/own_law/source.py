@@ -53,7 +53,7 @@ def parameters(stated: str) -> dict[str, float | None]:
     for part in filter(None, (part.strip() for part in stated.split(","))):
         name, equals, default = (word.strip() for word in part.partition("="))
         if not _NAME.fullmatch(name) or name in found:
-            raise ValueError(f"kParams: expected names, each once, as in \"alpha, beta = 50\"; got {stated!r}")
+            raise ValueError(f'kParams: expected names, each once, as in "alpha, beta = 50"; got {stated!r}')
         if not equals and any(value is not None for value in found.values()):
             raise ValueError(f"kParams: expected a default for {name}, as what precedes it has one")
         try:

@@ -1,5 +1,5 @@
-// Goldberger et al., "Neighbourhood Components Analysis", NeurIPS 2004: -log of the probability that a row's
-// neighbour, drawn by a softmax over similarities, is of its class.
+// nca.h: Goldberger et al., "Neighbourhood Components Analysis", NeurIPS 2004: -log of the probability that a
+// row's neighbour, drawn by a softmax over similarities, is of its class.
 template <typename T>
 struct NCA : LawDefaults {
     static constexpr const char* kParams = "scale = 16";

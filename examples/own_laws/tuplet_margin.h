@@ -1,4 +1,4 @@
-// Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019: for each positive
+// tuplet_margin.h: Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019: for each positive
 // log(1 + sum_n exp(scale (s_n - cos(theta_p - margin)))), with the margin in radians.
 template <typename T>
 struct TupletMargin : LawDefaults {
