@@ -151,7 +151,7 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
     macros = ["-DDML_OWN_LAW", *(f"-DDML_WITH_{name.upper()}" for name in on.cpu)]
     cuda_flags = []
     if on.gpu:
-        sources += sorted((SOURCES / "cuda").glob("kernels_*.cu")) + [SOURCES / "cuda" / "pair_loss.cu"]
+        sources += [*sorted((SOURCES / "cuda").glob("kernels_*.cu")), SOURCES / "cuda" / "pair_loss.cu"]
         macros += ["-DDML_WITH_CUDA"]
         codes = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in on.gpu]
         hidden = ["-Xcompiler", "-fvisibility=hidden"]
@@ -172,10 +172,11 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
                 is_python_module=False,
             )
         except RuntimeError as error:
-            (folder.parent / "build.log").write_text(str(error), encoding="utf-8")
+            log = folder.parent / "build.log"
+            log.write_text(str(error), encoding="utf-8")
+            told = diagnostics.explain(str(error), str(law), source.shown)
             raise ValueError(
-                f"source: the law does not compile:\n{diagnostics.explain(str(error), str(law), source.shown)}"
-                f"\nAll that the compiler said is in {folder.parent / 'build.log'}"
+                f"source: the law does not compile:\n{told}\nAll that the compiler said is in {log}"
             ) from None
     (made,) = folder.glob("law*.so")
     return made

@@ -97,7 +97,8 @@ def _check_finite(of: _Formulas, found: list[str]) -> None:
         for context in of.contexts(positives):
             for dtype in (torch.float64, torch.float32):
                 s = of.with_ends.to(dtype)
-                results = dict(zip(("value", "slope", "slope by ctx"), of.terms(s, positives, context)))
+                names = "value", "slope", "slope by the context"
+                results = dict(zip(names, of.terms(s, positives, context), strict=True))
                 for what, numbers in results.items():
                     k = _first(~torch.isfinite(numbers))
                     if k is not None:
@@ -153,8 +154,8 @@ def _check_slopes(of: _Formulas, found: list[str]) -> None:
             k = _outside(by_context, least, most)
             if k is not None:
                 found.append(
-                    f"{name}: its slope by the context is {float(by_context[k]):.8g} {_at(inner, k, context)}, "
-                    f"finite differences say {float((least[k] + most[k]) / 2):.8g}"
+                    f"{name}: its slope by the context is {float(by_context[k]):.8g} "
+                    f"{_at(inner, k, context)}, finite differences say {float((least[k] + most[k]) / 2):.8g}"
                 )
 
 
@@ -178,8 +179,8 @@ def _check_declarations(of: _Formulas, found: list[str]) -> None:
         k = int(peak.argmax())
         if float(peak[k]) > _CLOSE * (1 + float(term.abs().max())):
             found.append(
-                f"{name}: has a maximum {_at(of.grid, k, context)}, between smaller logits; the CUDA kernels look "
-                "for the largest at the least and the greatest similarity"
+                f"{name}: has a maximum {_at(of.grid, k, context)}, between smaller logits; the CUDA kernels "
+                "look for the largest at the least and the greatest similarity"
             )
 
 
@@ -217,8 +218,9 @@ def _check_row(of: _Formulas, slopes: bool, found: list[str]) -> None:
         i = _outside(result[4 + k], least, most)
         if i is not None:
             found.append(
-                f"row: its derivative by {name} is {float(result[4 + k, i]):.8g} at neg = {float(points[0, i]):.6g}, "
-                f"pos = {float(points[1, i]):.6g}, finite differences say {float((least[i] + most[i]) / 2):.8g}"
+                f"row: its derivative by {name} is {float(result[4 + k, i]):.8g} at neg = "
+                f"{float(points[0, i]):.6g}, pos = {float(points[1, i]):.6g}, finite differences say "
+                f"{float((least[i] + most[i]) / 2):.8g}"
             )
         if not two:
             continue
@@ -320,11 +322,11 @@ def _check_batches(loss: PairLoss, found: list[str]) -> None:
                 how = {"epsilon": epsilon, "reduction": reduction}
                 value, grad = _evaluate(loss, case, backend="fused", **how)
                 again = _evaluate(loss, case, backend="fused", **how)
-                if not (torch.equal(value, again[0]) and torch.equal(grad, again[1])):
-                    if bool(torch.isfinite(value).all()):
-                        found.append(f"{where}: the loss differs from call to call")
-                        return
-                if not (torch.isfinite(value).all() and torch.isfinite(grad).all()):
+                finite = torch.isfinite(value).all() and torch.isfinite(grad).all()
+                if finite and not (torch.equal(value, again[0]) and torch.equal(grad, again[1])):
+                    found.append(f"{where}: the loss differs from call to call")
+                    return
+                if not finite:
                     what = "loss" if not torch.isfinite(value).all() else "gradient"
                     found.append(f"{where}: the {what} is not finite (reduction {reduction!r})")
                     return
