@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "portable.h"
 
@@ -79,6 +80,31 @@ DML_INLINE T log1p_fast(T x) {
     DML_UNROLL(32)
     for (int k = kTerms - 1; k >= 0; --k) series = series * square + T(1.0 / (2 * k + 1));
     return T(2) * z * series;
+#endif
+}
+
+// log(x) for finite x > 0, numbers below the smallest normal one taken for it: x = 2^n y with y within a
+// factor sqrt(2) of 1, and log(y) = 2 artanh((y - 1) / (y + 1)).
+template <typename T>
+DML_INLINE T log_fast(T x) {
+#if defined(__CUDA_ARCH__)
+    return std::log(x);
+#else
+    using Traits = ExpTraits<T>;
+    using Bits = typename Traits::Bits;
+    constexpr int kTerms = sizeof(T) == 8 ? 10 : 4;
+    constexpr Bits kHalfRoot = sizeof(T) == 8 ? Bits(0x3FE6A09E667F3BCD) : Bits(0x3F3504F3);  // sqrt(1/2)
+    constexpr T kSmallest = std::numeric_limits<T>::min();
+    x = x < kSmallest ? kSmallest : x;
+    const Bits shifted = bit_cast<Bits>(x) - kHalfRoot;
+    const Bits exponent = shifted >> Traits::kMantissa;
+    const T y = bit_cast<T>(static_cast<Bits>((shifted & ((Bits(1) << Traits::kMantissa) - 1)) + kHalfRoot));
+    const T z = (y - T(1)) / (y + T(1)), square = z * z;
+    T series = T(1.0 / (2 * kTerms + 1));
+    DML_UNROLL(16)
+    for (int k = kTerms - 1; k >= 1; --k) series = series * square + T(1.0 / (2 * k + 1));
+    const T n = static_cast<T>(exponent);
+    return n * Traits::kLn2High + (T(2) * (z + z * square * series) + n * Traits::kLn2Low);
 #endif
 }
 

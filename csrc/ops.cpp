@@ -73,6 +73,29 @@ TORCH_LIBRARY(dml_cuda, m) {
         "(Tensor rows, Tensor cols, Tensor offsets, Tensor fresh)");
     // The stable order by column, and where each column's pairs begin.
     m.def("column_order(Tensor cols, SymInt m) -> (Tensor order, Tensor offsets)");
+
+    // Triplets of an anchor with a positive and a negative, without listing them; points as in pair_loss.
+    //   beta       [N], of the term margin
+    //   seed       int64 [1], of a draw
+    //   term       hinge | softplus | margin
+    //   positives  all | hardest | easiest
+    //   negatives  all | hardest | easiest | semihard | drawn
+    //   params     margin, gap_low, gap_high, pos_low, pos_high, neg_low, neg_high, cutoff, nonzero_cutoff, dim
+    //              (triplets.h)
+    //   sums       [N] a row's terms, summed; counts [N, 2] its terms that are not 0, its triplets
+    //   grad_*     the gradient of sums.sum(), in the type of sums; [0] where not saved or absent
+    m.def(
+        "triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, "
+        "Tensor? self_ref, Tensor? ref_count, Tensor? beta, Tensor? seed, str term, str positives, "
+        "str negatives, float[] params, str similarity, bool save, bool save_ref=True) -> "
+        "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
+    // The column, and its similarity, that a rule finds for each row, or for each pair of anchors (ascending)
+    // and positives (-1: none): hardest_ or easiest_positive, hardest_, easiest_, semihard_ or drawn_negative.
+    // -1 and -inf where there is none.
+    m.def(
+        "select(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_ref, "
+        "Tensor? ref_count, Tensor? seed, str rule, float[] params, Tensor? anchors, Tensor? positives, "
+        "str similarity) -> (Tensor column, Tensor similarity)");
 }
 
 // The tasks of what runs between start_task_log and end_task_log, on one thread: (threads, seconds of each).

@@ -18,7 +18,7 @@ def stages(law: str, mining: bool) -> list[str]:
 # that may keep tiles for backward.
 _CPU_SIDES = 64, 128
 _CPU_SMALL = 512
-_CPU_CACHE_BYTES = 40 << 20
+_CPU_CACHE_BYTES = 32 << 20
 _CPU_SQUARE_CACHE_BYTES = 64 << 20
 
 
@@ -32,11 +32,15 @@ def _tile_count(n, m, square: bool, side):
     return rows * (rows + 1) // 2 if square else rows * cols
 
 
-def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+def _cpu_side(n, m):
     small, large = _CPU_SIDES
     # Without a branch, which a symbolic size could not take.
     is_large = torch.sym_min(1, torch.sym_max(torch.sym_max(n, m) - _CPU_SMALL, 0))
-    side = small + (large - small) * is_large
+    return small + (large - small) * is_large
+
+
+def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+    side = _cpu_side(n, m)
     tiles, tile_bytes = _tile_count(n, m, square, side), side * side * itemsize
     most = _CPU_SQUARE_CACHE_BYTES if square else _CPU_CACHE_BYTES
     cached = torch.sym_min(tiles, most // tile_bytes) if save else 0
@@ -142,6 +146,59 @@ def _pair_loss_backward_fake(
     return gradient(embeddings, need_emb), gradient(ref_emb, need_ref)
 
 
+@torch.library.register_fake("dml_cuda::triplet_loss")
+def _triplet_loss_fake(
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    self_ref,
+    ref_count,
+    beta,
+    seed,
+    term,
+    positives,
+    negatives,
+    params,
+    similarity,
+    save,
+    save_ref=True,
+):
+    n = embeddings.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return embeddings.new_empty(of.shape if needed and of is not None else (0,), dtype=dtype)
+
+    return (
+        embeddings.new_empty(n, dtype=dtype),
+        embeddings.new_empty((n, 2), dtype=torch.int64),
+        gradient(embeddings, save),
+        gradient(ref_emb, save and save_ref),
+        gradient(beta, save),
+    )
+
+
+@torch.library.register_fake("dml_cuda::select")
+def _select_fake(
+    embeddings,
+    labels,
+    ref_emb,
+    ref_labels,
+    self_ref,
+    ref_count,
+    seed,
+    rule,
+    params,
+    anchors,
+    positives,
+    similarity,
+):
+    count = embeddings.shape[0] if anchors is None else anchors.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return embeddings.new_empty(count, dtype=torch.int64), embeddings.new_empty(count, dtype=dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     batch, (law, params, _, similarity, reduction, _, divide, _) = inputs[:6], inputs[6:]
     saved = output[1]
@@ -181,6 +238,38 @@ def _pair_sums_fake(weights, points, index, offsets):
 @torch.library.register_fake("dml_cuda::segment_logsumexp")
 def _segment_logsumexp_fake(logits, offsets, plus_one):
     return logits.new_empty(offsets.shape[0] - 1)
+
+
+# csrc/cpu/blocks.cpp: a row's numbers while blocks pass, and those of them that backward needs.
+_STATE_NUMBERS, _STAT_NUMBERS = 14, 6
+
+
+@torch.library.register_fake("dml_cuda::pair_block_turn")
+def _pair_block_turn_fake(state, pairs, law, params, epsilon, stage, wide):
+    dtype = torch.float64 if wide else torch.float32
+    return pairs.new_empty((_STATE_NUMBERS, pairs.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("dml_cuda::pair_block")
+def _pair_block_fake(state, embeddings, labels, block, block_labels, self_ref, *how):
+    n, m = embeddings.shape[0], block.shape[0]
+    tiles = _tile_count(n, m, False, _cpu_side(n, m))
+    return torch.empty_like(state), state.new_empty(tiles, dtype=torch.uint8)
+
+
+@torch.library.register_fake("dml_cuda::pair_block_rows")
+def _pair_block_rows_fake(state, pairs, law, params, mining, reduction):
+    n = pairs.shape[1]
+    return state.new_empty(4, n), state.new_empty(_STAT_NUMBERS, n)
+
+
+@torch.library.register_fake("dml_cuda::pair_block_backward")
+def _pair_block_backward_fake(
+    grad_parts, weights, kept, embeddings, labels, block, block_labels, self_ref, law, params, similarity,
+    need_emb, need_block,
+):  # fmt: skip
+    points = (embeddings, need_emb), (block, need_block)
+    return tuple(weights.new_empty(of.shape if needed else (0,)) for of, needed in points)
 
 
 def call(name: str, *arguments):
@@ -262,6 +351,40 @@ def _logsumexp_backward(ctx, grad):
     return call("segment_softmax", grad.contiguous(), logits, value, offsets), None, None
 
 
+def _triplet_setup_context(ctx, inputs, output) -> None:
+    embeddings, ref_emb, beta, (save, save_ref) = inputs[0], inputs[2], inputs[6], inputs[13:]
+    sums, counts, *gradients = output
+    ctx.mark_non_differentiable(counts, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if x is None else x.dtype for x in (embeddings, ref_emb, beta)]
+    ctx.saved = save, save and save_ref, save
+
+
+def _triplet_backward(ctx, grad, *_):
+    """The forward pass made the gradient of the sum of all rows: here it is multiplied."""
+    result = [None] * 15
+    if grad is None:
+        return tuple(result)
+    if grad.shape[0] > 1 and grad.stride(0) != 0:  # not one number expanded, as the gradient of a sum is
+        torch._assert_async(
+            (grad == grad[0]).all(),
+            "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
+            'their sum; pass backend="reference" to weight them',
+        )
+    for k, (place, gradient, dtype, saved) in enumerate(
+        zip((0, 2, 6), ctx.saved_tensors, ctx.dtypes, ctx.saved, strict=True)
+    ):
+        if not ctx.needs_input_grad[place]:
+            continue
+        if not saved:
+            raise RuntimeError(
+                f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
+            )
+        result[place] = (gradient * grad[:1].sum()).to(dtype)
+    return tuple(result)
+
+
 def _no_context(ctx, inputs, output) -> None:
     pass
 
@@ -298,6 +421,7 @@ _DERIVATIVES = {
     "pair_products": (_products_backward, _products_setup_context),
     "pair_sums": (_double_backward, _no_context),
     "segment_softmax": (_double_backward, _no_context),
+    "triplet_loss": (_triplet_backward, _triplet_setup_context),
     "segment_logsumexp": (_logsumexp_backward, _logsumexp_setup_context),
 }
 for _name, (_derivative, _context) in _DERIVATIVES.items():

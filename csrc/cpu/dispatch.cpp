@@ -5,6 +5,14 @@
 #include "../loaded_laws.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
+#include "triplet_kernels.h"
+
+// A build for a sanitizer takes the baseline alone.
+#if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
+#define DML_HAS_AVX 1
+#else
+#define DML_HAS_AVX 0
+#endif
 
 namespace dml::cpu {
 
@@ -18,9 +26,13 @@ namespace dml::cpu {
     const ListedKernels<T>& listed();                                  \
     extern template const ListedKernels<float>& listed<float>();       \
     extern template const ListedKernels<double>& listed<double>();     \
+    template <typename T>                                              \
+    const TripletKernels<T>& triplets();                               \
+    extern template const TripletKernels<float>& triplets<float>();    \
+    extern template const TripletKernels<double>& triplets<double>();  \
     }
 DML_DECLARE(baseline)
-#if defined(__x86_64__)
+#if DML_HAS_AVX
 DML_DECLARE(avx2)
 DML_DECLARE(avx512)
 #endif
@@ -28,7 +40,7 @@ DML_DECLARE(avx512)
 
 std::vector<std::string> available_instruction_sets() {
     std::vector<std::string> names = {"baseline"};
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) names.push_back("avx2");
@@ -77,7 +89,7 @@ const TileKernels<T>& kernels_of(const LoadedLaw& law) {
 template <typename T>
 const TileKernels<T>& tile_kernels(LawId law) {
     if (const LoadedLaw* own = loaded_law(law)) return kernels_of<T>(*own);
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::kernels<T>(law);
     if (chosen() == "avx2") return avx2::kernels<T>(law);
 #endif
@@ -89,7 +101,7 @@ template const TileKernels<double>& tile_kernels<double>(LawId);
 
 template <typename T>
 const ListedKernels<T>& listed_kernels() {
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::listed<T>();
     if (chosen() == "avx2") return avx2::listed<T>();
 #endif
@@ -98,5 +110,17 @@ const ListedKernels<T>& listed_kernels() {
 
 template const ListedKernels<float>& listed_kernels<float>();
 template const ListedKernels<double>& listed_kernels<double>();
+
+template <typename T>
+const TripletKernels<T>& triplet_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::triplets<T>();
+    if (chosen() == "avx2") return avx2::triplets<T>();
+#endif
+    return baseline::triplets<T>();
+}
+
+template const TripletKernels<float>& triplet_kernels<float>();
+template const TripletKernels<double>& triplet_kernels<double>();
 
 }  // namespace dml::cpu

@@ -5,6 +5,7 @@
 #include "../numeric.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
+#include "triplet_kernels.h"
 
 // After the includes: what those headers define stays baseline, so that no copy of it made with wider
 // instructions can be linked into code that must run without them.
@@ -17,8 +18,10 @@
 #define DML_ISA avx2
 #define DML_VECTOR_BYTES 32
 #include "tile_kernels_impl.h"
-// Uses what the first defines.
+#if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
 #include "listed_kernels_impl.h"
+#include "triplet_kernels_impl.h"
+#endif
 
 #if defined(__clang__)
 #pragma clang attribute pop

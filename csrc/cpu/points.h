@@ -5,6 +5,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <atomic>
@@ -29,6 +30,13 @@ template <typename T>
 int64_t row_stride(int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(T);
     return ((padded(dim) + kLine - 1) / kLine | 1) * kLine;
+}
+
+// Numbers that lie there, as a matrix.
+template <typename T>
+at::Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+    return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
+                         at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
 }
 
 // Rows per task, and the work of one.
