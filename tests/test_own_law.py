@@ -22,8 +22,9 @@ from dml_cuda.functional import pair_weights
 from dml_cuda.law import Law, softplus
 from dml_cuda.own_law import build, diagnostics
 from dml_cuda.own_law.formulas import FormulaLaw
-from dml_cuda.own_law.source import parameters
+from dml_cuda.own_law.source import parameters, read
 from examples import own_laws
+from tools import machine_code
 
 ROOT = Path(__file__).parent.parent
 NCA_TEXT = (own_laws.HERE / "nca.h").read_text()
@@ -591,6 +592,18 @@ def test_from_an_installed_package(cache, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "DML_CUDA_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
+def test_cuda_kernels_compile(tmp_path):
+    """The sources of the CUDA engine with one law in the list: nothing spills."""
+    source = read(own_laws.HERE / "tuplet_margin.h")
+    build.write_headers(source, tmp_path)
+    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "laws")]
+    flags = (*machine_code.FLAGS, "-DDML_OWN_LAW", "-DDML_WITH_CUDA", *includes)
+    kernels = machine_code.analyse(build.SOURCES / "cuda" / "kernels_f16.cu", "90a", flags)
+    assert len(kernels) > 10
+    assert all(kernel.spill_bytes == 0 for kernel in kernels)
 
 
 # ---- the walk-through ----------------------------------------------------------------------------------

@@ -137,16 +137,21 @@ def _check_tools(on: Target) -> None:
         raise RuntimeError("dml_cuda.load_law: no ninja was found; pip install ninja")
 
 
-def _compile(source: Source, on: Target, folder: Path) -> Path:
-    """The library of a law, made in an empty folder. Raises ValueError for a law that does not compile."""
-    from torch.utils import cpp_extension  # slow to import
-
+def write_headers(source: Source, folder: Path) -> Path:
+    """What the package's sources include of a law, into a folder; returns the law's own file."""
     law = folder / "law" / source.file_name
     law.parent.mkdir()
     law.write_text(source.text, encoding="utf-8")
     header = _HEADER.format(file_name=source.file_name, struct=source.struct)
     (folder / "own_law.h").write_text(header, encoding="utf-8")
+    return law
 
+
+def _compile(source: Source, on: Target, folder: Path) -> Path:
+    """The library of a law, made in an empty folder. Raises ValueError for a law that does not compile."""
+    from torch.utils import cpp_extension  # slow to import
+
+    law = write_headers(source, folder)
     sources = [SOURCES / "own_law.cpp", *(SOURCES / "cpu" / f"kernels_{name}.cpp" for name in on.cpu)]
     macros = ["-DDML_OWN_LAW", *(f"-DDML_WITH_{name.upper()}" for name in on.cpu)]
     cuda_flags = []
