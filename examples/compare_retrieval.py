@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.markdown import Section
+
 from .plots import draw_comparison
-from .tables import OURS, THEIRS, TITLES, insert, tables
+from .tables import OURS, THEIRS, TITLES, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -36,6 +38,14 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default="auto", help="as for train_retrieval")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=TITLES,
+        default=["ms", "circle"],
+        metavar="LOSS",
+        help="as --loss there",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument(
@@ -44,6 +54,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=12, help="for step times")
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), help="folder to write to")
     parser.add_argument("--readme", type=Path, help="a file to put the tables in, between its markers")
+    parser.add_argument("--section", default="comparison", help="the name in those markers")
     arguments = parser.parse_args(options)
     for size in arguments.batches:
         if size % _CLASSES:
@@ -74,7 +85,7 @@ def _summary(log: dict, skip: int = 0) -> dict:
 
 def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict]:
     """The runs of each loss, seed by seed, and the log of the one whose pictures are kept."""
-    runs = {name: [] for loss in TITLES for name in (loss, f"pml-{loss}")}
+    runs = {name: [] for loss in arguments.losses for name in (loss, f"pml-{loss}")}
     for seed in range(arguments.seeds):
         for loss, found in runs.items():
             progress.set_postfix_str(f"{loss}, seed {seed}")
@@ -84,7 +95,7 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
                 {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
                  "embedding_size": log["arguments"]["embedding_size"]}
             )  # fmt: skip
-            if loss == "ms" and seed == 0:
+            if loss == arguments.losses[0] and seed == 0:
                 kept = log
                 for name in _PICTURES:
                     shutil.copy(folder / loss / name, arguments.out / name)
@@ -94,7 +105,7 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
 
 def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
     rows = []
-    for loss in TITLES:
+    for loss in arguments.losses:
         for size in arguments.batches:
             sides = {}
             for side, name in (("ours", loss), ("theirs", f"pml-{loss}")):
@@ -114,7 +125,7 @@ def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs everything, and writes everything."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    total = 2 * len(TITLES) * (arguments.seeds + len(arguments.batches))
+    total = 2 * len(arguments.losses) * (arguments.seeds + len(arguments.batches))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
         runs, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
@@ -131,6 +142,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     curves = {
         title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
         for loss, title in TITLES.items()
+        if loss in runs
     }
     draw_comparison(arguments.out / "loss_curves.png", curves)
     return record
@@ -141,7 +153,9 @@ def main(options: list[str] | None = None) -> None:
     try:
         written = tables(compare(arguments))
         if arguments.readme:
-            arguments.readme.write_text(insert(arguments.readme.read_text(), written))
+            arguments.readme.write_text(
+                Section(arguments.section).insert(arguments.readme.read_text(), written)
+            )
         else:
             (arguments.out / "tables.md").write_text(written + "\n")
     except KeyboardInterrupt:

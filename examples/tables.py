@@ -7,10 +7,21 @@ from benchmarks.markdown import Section, markdown_table
 
 SECTION = Section("comparison")
 BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
-TITLES = {"ms": "MS", "circle": "circle"}
+TITLES = {"ms": "MS", "circle": "circle", "triplet": "triplet margin", "margin": "margin"}
+_MINED = {
+    "ms": "MS is mined with epsilon {epsilon}",
+    "circle": "circle takes all pairs",
+    "triplet": "triplet margin takes semi-hard triplets",
+    "margin": "margin draws triplets by distance",
+}
 OURS, THEIRS = "dml_cuda", "PML"
 _SCORES = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "NMI", "MAP@R")
 _EARLY = 20  # steps in which rounding has not yet grown
+
+
+def _titles(runs: dict[str, list[dict]]) -> dict[str, str]:
+    """Of the losses that there are runs of."""
+    return {loss: title for loss, title in TITLES.items() if loss in runs}
 
 
 def _percent(values: list[float]) -> str:
@@ -40,7 +51,7 @@ def _row(title: str, runs: list[dict], when: str) -> list[str]:
 def _retrieval(runs: dict[str, list[dict]]) -> str:
     header = ["loss", "dim", *_SCORES, "step", "peak memory"]
     rows = [_row("untrained", next(iter(runs.values())), "before")]
-    for loss, title in TITLES.items():
+    for loss, title in _titles(runs).items():
         rows.append(_row(f"{title}, {OURS}", runs[loss], "after"))
         rows.append(_row(f"{title}, {THEIRS}", runs[f"pml-{loss}"], "after"))
     return markdown_table(header, rows, left=1)
@@ -54,7 +65,7 @@ def _relative(differences: np.ndarray) -> str:
 def _agreement(runs: dict[str, list[dict]]) -> str:
     """How far the two libraries' trainings are from each other, seed by seed, in words."""
     lines = []
-    for loss, title in TITLES.items():
+    for loss, title in _titles(runs).items():
         ours, theirs = runs[loss], runs[f"pml-{loss}"]
         losses = [np.array([run["loss"] for run in side]) for side in (ours, theirs)]
         apart = np.abs(losses[0] - losses[1]) / losses[1]
@@ -95,12 +106,14 @@ def tables(record: dict) -> str:
     """All of it, in Markdown."""
     data, options, runs, batches = (record[key] for key in ("data", "options", "retrieval", "batches"))
     train, test = data["train"], data["test"]
+    mined = ", ".join(_MINED[loss].format(**options) for loss in _titles(runs))
+    seeds = len(next(iter(runs.values())))
     parts = [
         f"Measured on {one_line(record['machine'])}.",
         f"**Retrieval.** {data['title']}: {train['images']} images of {train['classes']} classes to train "
         f"on, {test['images']} of {test['classes']} others to search. {options['steps']} steps of "
-        f"{options['batch_size']} images; in %, mean ± standard deviation of {len(runs['ms'])} seeds. "
-        f"MS is mined with epsilon {options['epsilon']}, circle takes all pairs.",
+        f"{options['batch_size']} images; in %, mean ± standard deviation of {seeds} seeds. "
+        f"{mined[0].upper() + mined[1:]}.",
         _retrieval(runs),
         _agreement(runs),
         f"**Step time, and the share of the loss in it,** by batch size: the same network, data and "
