@@ -114,8 +114,6 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if chosen.distributed and chosen.joint == "softtriple":
-        parser.error("--distributed: --joint softtriple is for one process")
     if chosen.float64 and chosen.amp:
         parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":

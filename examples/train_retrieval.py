@@ -67,9 +67,9 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         arguments.distributed,
     ).to(device)
     classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
-    head = None
+    head = softmax = None
     if arguments.joint:
-        head = JOINT[arguments.joint](len(classes), arguments.embedding_size)
+        head = softmax = JOINT[arguments.joint](len(classes), arguments.embedding_size)
         head.to(device, torch.float64 if arguments.float64 else torch.float32)
     parameters = [*network.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
@@ -124,8 +124,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
                 log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
-    if isinstance(head, SoftTripleLoss):
-        log["centers_left"] = head.merged_centers(0.3).float().mean().item()
+    if isinstance(softmax, SoftTripleLoss):
+        log["centers_left"] = softmax.merged_centers(0.3).float().mean().item()
     return found if is_first() else ()
 
 
