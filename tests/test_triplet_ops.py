@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from triplet_truth import (
     INF,
     INTERVALS,
@@ -26,6 +25,8 @@ from triplet_truth import (
 from dml_cuda import ops
 
 OPS = torch.ops.dml_cuda
+
+
 class Case:
     """A batch with its truth."""
 
@@ -208,14 +209,19 @@ def test_strided():
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_strips(negatives):
     """So many columns that the rows go in several strips, square and not, against the reference formula."""
-    n, m = 40, 300_000
+    n, m = 20, 600_000
     case = Case(n=n, m=m, dim=4, classes=2000, dtype=torch.float64)
     numbers = params(dim=4)
     whole = case.run("hinge", "all", negatives, numbers)
     parts = []
     for i in range(n):
         one = Case(n=1, dim=4)
-        one.x, one.labels, one.y, one.ref_labels = case.x[i : i + 1], case.labels[i : i + 1], case.y, case.ref_labels
+        one.x, one.labels, one.y, one.ref_labels = (
+            case.x[i : i + 1],
+            case.labels[i : i + 1],
+            case.y,
+            case.ref_labels,
+        )
         parts.append(one.run("hinge", "all", negatives, numbers))
     if negatives == "drawn":  # which row it is takes part in the draw
         close(whole[0][:1], parts[0][0], 1e-12)
@@ -341,7 +347,10 @@ def test_draw_follows_its_distribution(dim, cutoffs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_do_not_change_a_bit(dtype):
-    cases = [Case(n=700, dim=40, classes=175, dtype=dtype), Case(n=150, m=9000, dim=33, classes=300, dtype=dtype)]
+    cases = [
+        Case(n=700, dim=40, classes=175, dtype=dtype),
+        Case(n=150, m=9000, dim=33, classes=300, dtype=dtype),
+    ]
     cases[0].labels[:300] = 1
     for case, negatives, term in itertools.product(cases, NEGATIVES, ("hinge", "margin")):
         results = []
@@ -471,7 +480,9 @@ def test_bad_input():
     case = Case(n=6)
 
     def run(**changed):
-        names = "x labels y ref_labels self_ref ref_count beta seed term positives negatives numbers similarity"
+        names = (
+            "x labels y ref_labels self_ref ref_count beta seed term positives negatives numbers similarity"
+        )
         good = [*case.points(), None, case.seed, "hinge", "all", "all", params(), "cosine"]
         arguments = dict(zip(names.split(), good, strict=True)) | changed
         return OPS.triplet_loss(*arguments.values(), True)
