@@ -137,7 +137,9 @@ def test_strips_and_nothing_written():
     part = library.TripletRows(s[7:12].clone(), labels, params=params(), first=7)
     before = part.s.clone()
     part_sums, part_counts, _ = part.losses("hinge", "all", "all", write=False)
-    assert part_sums[7:12].equal(sums[7:12]) and part_sums[:7].isnan().all() and part_sums[12:].isnan().all()
+    assert part_sums[7:12].equal(sums[7:12])
+    assert part_sums[:7].isnan().all()
+    assert part_sums[12:].isnan().all()
     assert part_counts[7:12].equal(counts[7:12])
     same = labels[7:12, None] == labels
     assert part.s[~same].equal(before[~same])  # only the positives' places are used
