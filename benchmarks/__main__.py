@@ -20,7 +20,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="five cases only, under a minute")
     parser.add_argument(
-        "--cases", nargs="+", metavar="GROUP", help="only these groups, such as train, pml, memory, drop-in"
+        "--cases",
+        nargs="+",
+        metavar="GROUP",
+        help="only these groups, such as train, pml, memory, drop-in, triplets",
     )
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), help="only these implementations")

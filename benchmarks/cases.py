@@ -31,6 +31,9 @@ _LOSS_TITLES = {
     "arcface": "ArcFace",
     "proxy_anchor": "proxy anchor",
     "soft_triple": "SoftTriple",
+    # of triplets
+    "triplet": "triplet margin",
+    "margin": "margin",
 }
 FAMILY = tuple(_LOSS_TITLES)[:7]
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
@@ -91,6 +94,12 @@ _PART_TITLES = {
     "mined": "{} given its miner",
     "memory": "cross-batch memory, {} and miner",
     "classifier": "class-level {}",
+    # of triplets
+    "every": "{}, all triplets",
+    "semihard": "{}, semi-hard miner",
+    "batch_hard": "{}, batch-hard miner",
+    "distance_weighted": "{}, distance-weighted miner",
+    "bank": "{} against a bank",
 }
 
 
@@ -104,6 +113,8 @@ class DropInCase(Case):
 
     @property
     def compared(self) -> tuple[str, ...]:
+        if self.part == "distance_weighted":
+            return ()  # everybody draws other triplets
         mines = self.part in ("list", "count")
         return ("pairs_difference",) if mines else (*Case.compared, "weights_gradient_difference")
 
@@ -191,6 +202,24 @@ def _drop_in_cases() -> list[Case]:
     ]
 
 
+def _triplet_cases() -> list[Case]:
+    """Two losses of pairs among them, for the times beside which those of triplets are judged."""
+    case = partial(DropInCase, "triplets", epsilon=None)
+    small, large = (512, 128), (2048, 512)
+    mined = partial(DropInCase, "triplets", "multi_similarity", peers=("fused",))
+    return [
+        *(case("triplet", *small, part=part) for part in ("every", "semihard")),
+        *(case("triplet", *size, part="batch_hard") for size in (small, large)),
+        case("margin", *small, part="every"),
+        case("margin", *small, part="distance_weighted"),
+        case("margin", *large, part="distance_weighted", once=True),
+        case("triplet", 4096, 512, part="every", peers=("fused",)),
+        mined(4096, 512, part="mined"),
+        case("triplet", 512, 128, part="bank", columns=65_536, peers=("fused",)),
+        mined(512, 128, part="bank", columns=65_536),
+    ]
+
+
 def _cpu_cases() -> list[Case]:
     shapes = {"noisy": [(512, 512), (2048, 512), (4096, 512)], "separated": [(2048, 512)]}
     memory = [_memory_case(32_768, 64), _memory_case(32_768, 64, ("fused",), "nt_xent", None)]
@@ -202,6 +231,7 @@ def _cpu_cases() -> list[Case]:
         *_forward_cases(),
         *memory,
         *_drop_in_cases(),
+        *_triplet_cases(),
     ]
 
 
@@ -215,7 +245,8 @@ def _cuda_cases() -> list[Case]:
     for dtype in ("float16", "bfloat16"):
         cases += _training_cases(large, mined, dtype=dtype)
     memory = [_memory_case(131_072, 128), _memory_case(1_000_000, 128, peers=("fused",))]
-    return [*cases, *_pml_protocol(), *_family_cases(), *_forward_cases(), *memory, *_drop_in_cases()]
+    others = *_pml_protocol(), *_family_cases(), *_forward_cases(), *memory, *_drop_in_cases()
+    return [*cases, *others, *_triplet_cases()]
 
 
 def default_cases(device: str) -> list[Case]:

@@ -97,7 +97,9 @@ def summary(records: list[dict]) -> str:
     """Markdown of what a newcomer wants to know: each loss beside pytorch-metric-learning's, and a memory."""
     cases = [case for record in records for case in record["cases"] if record["machine"]["device"] == "cpu"]
     shown = [case for case in cases if case["group"] == "family"]
-    shown += [case for case in cases if case.get("part") in ("mined", "memory")]
+    shown += [
+        case for case in cases if case.get("part") in ("mined", "memory") or case["group"] == "triplets"
+    ]
     rows = []
     for case in shown:
         peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in ("fused", "pml"))

@@ -14,6 +14,7 @@ from .machine import describe
 from .measure import make_clock, measure, summarise
 from .peers import PEERS, Maker, Step, Unavailable
 from .roofline import roofline
+from .triplets import TRIPLET_PARTS
 
 _YARDSTICKS = ("reference", "chunked", "pml", "fused")  # the first that ran is what the others should equal
 _CAREFUL = ("matmuls", "fused", "fused_graph")  # the ratio that matters most is between these
@@ -68,7 +69,7 @@ def _warm_up(step: Step, clock) -> tuple[tuple, dict]:
 
 
 def _makers(case: Case) -> dict[str, Maker]:
-    return PARTS[case.part] if isinstance(case, DropInCase) else PEERS
+    return (PARTS | TRIPLET_PARTS)[case.part] if isinstance(case, DropInCase) else PEERS
 
 
 def _wanted(case: Case, device: str, only_peers: Iterable[str] | None) -> list[str]:

@@ -19,6 +19,7 @@ from .losses import (
     ContrastiveLoss,
     CosFaceLoss,
     GeneralizedLiftedStructureLoss,
+    MarginLoss,
     MultiSimilarityLoss,
     NormalizedSoftmaxLoss,
     NTXentLoss,
@@ -26,34 +27,54 @@ from .losses import (
     ProxyNCALoss,
     SoftTripleLoss,
     SupConLoss,
+    TripletMarginLoss,
 )
+from .losses.triplets import TripletOptions
 from .memory import CrossBatchMemory
 from .mined import MinedPairs, PairCounts
+from .mined_triplets import MinedTriplets, SelectedPairs
 from .miners import MultiSimilarityMiner
 from .options import PairOptions
+from .triplet_miners import (
+    BatchEasyHardMiner,
+    BatchHardMiner,
+    DistanceWeightedMiner,
+    PairMarginMiner,
+    TripletMarginMiner,
+)
 
 __version__: str = _C.version
 
 __all__ = [
     "ArcFaceLoss",
+    "BatchEasyHardMiner",
+    "BatchHardMiner",
     "BinomialDevianceLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
     "CosFaceLoss",
     "CrossBatchMemory",
+    "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
+    "MarginLoss",
     "MinedPairs",
+    "MinedTriplets",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
     "NormalizedSoftmaxLoss",
     "PairCounts",
+    "PairMarginMiner",
     "PairOptions",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
+    "SelectedPairs",
     "SoftTripleLoss",
     "SupConLoss",
+    "TripletMarginLoss",
+    "TripletMarginMiner",
+    "TripletOptions",
     "build_info",
     "distributed",
     "functional",

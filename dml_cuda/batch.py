@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _autocast
 from ._arguments import check_batch, check_points
 from .indices import listed_pairs
-from .mined import MinedPairs
+from .mined import Mined, MinedPairs
 
 
 class Batch(NamedTuple):
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     mine_self: bool = True
 
 
-def _same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Under autocast points of a layer meet points in full precision: both then take the wider type."""
     if not isinstance(ref_emb, Tensor) or not isinstance(embeddings, Tensor):
         return embeddings, ref_emb
@@ -37,8 +37,8 @@ def _same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Ten
     return embeddings.to(wider), ref_emb.to(wider)
 
 
-def _check_mined(
-    mined: MinedPairs, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, check_pairs: bool
+def check_mined(
+    mined: Mined, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, check_pairs: bool
 ) -> None:
     """Pairs of another batch can be told by its size, and by its labels if those may be looked at."""
     for name, mined_from, points in (
@@ -56,7 +56,7 @@ def _check_mined(
         raise ValueError("indices_tuple: expected pairs mined from this batch, got pairs of other labels")
 
 
-def _to_save(x: Tensor | None) -> Tensor | None:
+def to_save(x: Tensor | None) -> Tensor | None:
     """What autograd may keep for backward: a copy of a tensor made in inference mode."""
     if x is None or torch.compiler.is_compiling():
         return x
@@ -79,28 +79,30 @@ def make_batch(
     """Which pairs of a batch count; raises TypeError or ValueError for one that cannot be."""
     given = embeddings, ref_emb
     if ref_emb is not None:
-        embeddings, ref_emb = _same_dtype(embeddings, ref_emb)
+        embeddings, ref_emb = same_dtype(embeddings, ref_emb)
     if indices_tuple is None:
         if labels is None:
             raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-        batch = map(_to_save, (embeddings, ref_emb, labels, ref_labels))
+        batch = map(to_save, (embeddings, ref_emb, labels, ref_labels))
         return Batch(*batch, epsilon)
     check_points(embeddings, ref_emb)
-    mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
-    if epsilon is not None and (mined is None or mined.epsilon not in (None, epsilon)):
+    mined = indices_tuple if isinstance(indices_tuple, Mined) else None
+    pairs = mined if isinstance(mined, MinedPairs) else None
+    if epsilon is not None and (pairs is None or pairs.epsilon not in (None, epsilon)):
         raise ValueError(
             f"epsilon: expected None where the pairs are given by indices_tuple, got {epsilon}: it mines "
             "inside the loss"
         )
     if mined is not None:
-        _check_mined(mined, embeddings, labels, ref_emb, check_pairs)
-        rule = epsilon if mined.epsilon is None else mined.epsilon
-        if (rule is None or mined.similarity == similarity) and mined.rules(*given):
-            batch = map(_to_save, (embeddings, ref_emb, mined.labels, mined.ref_labels))
-            return Batch(*batch, rule, _to_save(mined.self_ref), _to_save(mined.ref_count))
+        check_mined(mined, embeddings, labels, ref_emb, check_pairs)
+    if pairs is not None:
+        rule = epsilon if pairs.epsilon is None else pairs.epsilon
+        if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
+            batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
+            return Batch(*batch, rule, to_save(pairs.self_ref), to_save(pairs.ref_count))
     listed = mined is None or mined.only_lists
     look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
     checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}
     indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
-    return Batch(_to_save(embeddings), _to_save(ref_emb), indices=indices)
+    return Batch(to_save(embeddings), to_save(ref_emb), indices=indices)

@@ -12,12 +12,15 @@ from .losses import (
     circle_loss,
     contrastive_loss,
     generalized_lifted_structure_loss,
+    margin_loss,
     multi_similarity_loss,
     nt_xent_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 from .losses.base import Call, PairLoss, batch_of
 from .losses.classifier import ClassifierLoss
+from .losses.soft_triple import SoftTripleLoss
 from .mined import mined_pairs
 
 __all__ = [
@@ -26,10 +29,12 @@ __all__ = [
     "circle_loss",
     "contrastive_loss",
     "generalized_lifted_structure_loss",
+    "margin_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "pair_weights",
     "sup_con_loss",
+    "triplet_margin_loss",
 ]
 
 
@@ -72,8 +77,9 @@ def pair_weights(
 
     Args:
         loss: a pair loss of dml_cuda, or one of dml_cuda.pml that it computes; its options choose the
-            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``). Or a class-level loss
-            (not SoftTriple's): its pairs are rows and classes, or for proxy anchor proxies and rows.
+            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``). Or a class-level loss:
+            its pairs are rows and classes, for SoftTriple rows and centres (those of class c are columns
+            c K to c K + K - 1), for proxy anchor proxies and rows.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as the loss takes them.
 
     Returns:
@@ -87,12 +93,14 @@ def pair_weights(
     if not isinstance(call, Call):
         raise TypeError(f"loss: expected a pair loss of dml_cuda, got {type(loss).__name__}")
     if isinstance(loss, ClassifierLoss):
-        if call.law.row is Law.row:
-            raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
         if ref_emb is not None or ref_labels is not None or indices_tuple is not None:
             raise ValueError("ref_emb, ref_labels, indices_tuple: expected None for a class-level loss")
+        if isinstance(loss, SoftTripleLoss):
+            return PairWeights(*loss.center_weights(embeddings, labels))
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     law, params, options, similarity, *_ = call
+    if law.row is Law.row:
+        raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
     unlooked = call._replace(options=options._replace(check_pairs=False))
     batch = batch_of(unlooked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
     embeddings, ref_emb = batch.embeddings.detach(), batch.ref_emb

@@ -36,18 +36,12 @@ def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
         )
 
 
-def listed_pairs(
-    indices_tuple: object,
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    *,
-    check_range: bool,
-    check_kinds: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors, positives, anchors, negatives from pairs or triplets, int64 beside the embeddings.
+def listed_indices(
+    indices_tuple: object, embeddings: Tensor, ref_emb: Tensor | None, *, check_range: bool
+) -> tuple[Tensor, ...]:
+    """The lists of triplets (3) or pairs (4), int64 beside the embeddings.
 
-    ``check_range`` and ``check_kinds``, that no pair is listed as both, look at the indices, for which a GPU
-    must be waited for.
+    ``check_range`` looks at the indices, for which a GPU must be waited for.
     """
     if not isinstance(indices_tuple, Sequence | Iterable):
         raise TypeError(
@@ -80,7 +74,22 @@ def listed_pairs(
                 _check_range(name, index, embeddings.shape[0], "embeddings")
             else:
                 _check_range(name, index, columns.shape[0], of)
-    indices = tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
+    return tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
+
+
+def listed_pairs(
+    indices_tuple: object,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    *,
+    check_range: bool,
+    check_kinds: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Anchors, positives, anchors, negatives from pairs or triplets, as :func:`listed_indices` gives them.
+
+    ``check_kinds``, that no pair is listed as both, looks at the indices too.
+    """
+    indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=check_range)
     pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
     if check_kinds:
         _check_kinds(pairs, (embeddings if ref_emb is None else ref_emb).shape[0])

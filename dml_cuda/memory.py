@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ._arguments import check_batch, check_count
 from .distributed import DistributedLoss
 from .indices import listed_pairs
+from .losses import MarginLoss
 from .losses.base import PairLoss
-from .mined import MinedPairs, mined_pairs
-from .miners import MultiSimilarityMiner
+from .losses.triplets import TripletLoss, to_triplets
+from .mined import Mined, mined_pairs
+from .miners import Miner, MultiSimilarityMiner
 
 
 def _takes_rules(loss: object) -> bool:
@@ -19,17 +21,11 @@ def _takes_rules(loss: object) -> bool:
     loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
     if isinstance(loss, DistributedLoss):
         return True
-    if isinstance(loss, PairLoss):
-        return type(loss).forward is PairLoss.forward
+    for kind in (PairLoss, TripletLoss, MarginLoss):
+        if isinstance(loss, kind) and type(loss).forward is kind.forward:
+            return True
     is_fused = getattr(loss, "is_fused", None)  # the adapters of dml_cuda.pml
     return is_fused is not None and is_fused()
-
-
-def _to_triplets(pairs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each positive with each negative of the same anchor."""
-    pos_anchors, positives, neg_anchors, negatives = pairs
-    p, n = (pos_anchors[:, None] == neg_anchors).nonzero(as_tuple=True)
-    return pos_anchors[p], positives[p], negatives[n]
 
 
 class CrossBatchMemory(nn.Module):
@@ -184,7 +180,7 @@ class CrossBatchMemory(nn.Module):
             pairs, given = tuple(pairs), tuple(indices_tuple)
             more = listed_pairs(given, embeddings, ref_emb, check_range=False)
             if len(pairs) == 3:
-                more = _to_triplets(more) if len(given) == 4 else (*more[:2], more[3])
+                more = to_triplets(more) if len(given) == 4 else (*more[:2], more[3])
             pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
         loss = self.loss.against if self._is_distributed else self.loss
         return loss(embeddings, labels, pairs, ref_emb, ref_labels)
@@ -260,7 +256,7 @@ class CrossBatchMemory(nn.Module):
 
     def _pairs(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, places: Tensor | None
-    ) -> MinedPairs | tuple[Tensor, ...]:
+    ) -> Mined | tuple[Tensor, ...]:
         """The pairs or triplets that count, without a row and its own copy, at ``places`` ``[N]``."""
         batch = embeddings, labels, ref_emb, ref_labels
         count = self.count.clone()
@@ -269,13 +265,13 @@ class CrossBatchMemory(nn.Module):
             return mined_pairs(*batch, epsilon=None, similarity="cosine", **own)
         # Miners see the queue itself, not the copy: what they remember of it takes no memory.
         queue, queue_labels = self.embedding_memory, self.label_memory
-        if getattr(type(self.miner), "forward", None) is MultiSimilarityMiner.forward:
+        if getattr(type(self.miner), "forward", None) in (Miner.forward, MultiSimilarityMiner.forward):
             mined = self.miner.mine(embeddings, labels, queue, queue_labels, count)
         else:  # a miner of another kind must not see the places that are still empty
             queue, queue_labels = queue[: int(count)], queue_labels[: int(count)]
             mined = self.miner(embeddings, labels, queue, queue_labels)
-        if isinstance(mined, MinedPairs) and mined.rules(embeddings, queue):
-            return mined_pairs(*batch, epsilon=mined.epsilon, similarity=mined.similarity, **own)
+        if isinstance(mined, Mined) and mined.rules(embeddings, queue):
+            return mined.of(*batch, **own)
         lists = tuple(mined)
         if places is not None:
             others = places[lists[0].long()] != lists[1]

@@ -1,7 +1,9 @@
-"""The multi-similarity miner, for who wants to see the pairs or to give them to another loss."""
+"""What the miners share, and the multi-similarity miner, for who wants to see its pairs or to give them to
+another loss."""
 
 import weakref
-from typing import TYPE_CHECKING, Any, Generic, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from typing_extensions import TypeVar
 
 from ._arguments import SIMILARITIES, Similarity, check_choice, check_flag, check_number
 from .losses.base import option
-from .mined import MinedPairs, PairCounts, mined_pairs, version
+from .mined import Mined, MinedPairs, PairCounts, mined_pairs, version
 from .options import measure
 
 # What a miner returns, by its pair_counts.
@@ -41,7 +43,7 @@ def _kept(x: Tensor | None) -> Tensor | _Borrowed | None:
 
 
 class LastBatch:
-    """The batch that a miner saw last: how many pairs it kept, counted when somebody asks.
+    """The batch that a miner saw last: what it kept, counted when somebody asks.
 
     By then the step may be over, its memory wanted for other things, and embeddings that are parameters
     updated. So what is small is copied, and large embeddings or a large queue are not kept alive.
@@ -49,40 +51,124 @@ class LastBatch:
 
     def __init__(
         self,
-        pairs: MinedPairs,
+        mined: Mined,
         embeddings: Tensor,
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> None:
-        self._counts: tuple[int, int] | None = None
-        self._rule = {"epsilon": pairs.epsilon, "similarity": pairs.similarity, "ref_count": pairs.ref_count}
+        self._counts: tuple[int, ...] | None = None
+        self._kind, self._rule = type(mined), mined.rule | {"ref_count": mined.ref_count}
         self._square = ref_emb is None
         self._batch = [_kept(x) for x in (embeddings, labels, ref_emb, ref_labels)]
-        self._pairs = None if torch.compiler.is_compiling() else weakref.ref(pairs)
+        self._mined = None if torch.compiler.is_compiling() else weakref.ref(mined)
 
-    def _mined(self) -> MinedPairs | None:
+    def _again(self) -> Mined | None:
         batch = [x.tensor() if isinstance(x, _Borrowed) else x for x in self._batch]
         if all(x is not None for x in batch[: 2 if self._square else 4]):
-            return mined_pairs(*batch, **self._rule)
-        return None if self._pairs is None else self._pairs()
+            return self._kind(*batch, **self._rule)
+        return None if self._mined is None else self._mined()
 
-    def counts(self) -> tuple[int, int]:
-        """Kept positives and kept negatives; waits for the device."""
+    def counts(self) -> tuple[int, ...]:
+        """Kept positives and kept negatives, or triplets; waits for the device."""
         if self._counts is None:
-            pairs = self._mined()
-            if pairs is None:
+            mined = self._again()
+            if mined is None:
+                names = "num_triplets" if self._kind.names[0] == "anchors" else "num_pos_pairs, num_neg_pairs"
                 raise RuntimeError(
-                    "num_pos_pairs, num_neg_pairs: expected the last batch to be there still, unchanged: a "
+                    f"{names}: expected the last batch to be there still, unchanged: a "
                     "miner keeps no tensor above 4 MiB; read the numbers before, or take pair_counts=True"
                 )
-            positives, negatives = pairs.pair_counts()
-            self._counts = int(positives.sum()), int(negatives.sum())
+            self._counts = mined.counts()
             self._batch.clear()
         return self._counts
 
 
-class MultiSimilarityMiner(nn.Module, Generic[_Found]):
+class Miner(nn.Module):
+    """What the miners share: options that are attributes, checked when they are set, and a last batch."""
+
+    similarity: Similarity = option()
+    normalize_embeddings: bool | None = option()
+
+    checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}  # of the options, by name
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {}
+        self._last: LastBatch | None = None
+        for name, value in options.items():
+            self.set_option(name, value)
+
+    def get_option(self, name: str) -> Any:
+        return self._options[name]
+
+    def set_option(self, name: str, value: Any) -> None:
+        if name == "similarity":
+            check_choice(name, value, SIMILARITIES)
+        elif name == "normalize_embeddings":
+            if value is not None:
+                check_flag(name, value)
+        else:
+            self.checks[name](name, value)
+        self._options = {**self._options, name: value}
+
+    @property
+    def measure(self) -> str:
+        """The similarity as the ops name it."""
+        return measure(self.similarity, self.normalize_embeddings)
+
+    def _find(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        ref_count: Tensor | None,
+    ) -> Mined:
+        raise NotImplementedError
+
+    def mine(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        ref_count: Tensor | None = None,
+    ) -> Any:
+        """What is found in a batch with the first ``ref_count`` references."""
+        batch = embeddings, labels, ref_emb, ref_labels
+        mined = self._find(*batch, ref_count)
+        self._last = None if torch.compiler.is_exporting() else LastBatch(mined, *batch)
+        return mined
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """What is found in a batch, listed when looked at.
+
+        Args:
+            embeddings: ``[N, D]``.
+            labels: ``[N]`` integers.
+            ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
+            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is.
+        """
+        return self.mine(embeddings, labels, ref_emb, ref_labels)
+
+    def _counted(self, kind: int) -> int:
+        return 0 if self._last is None else self._last.counts()[kind]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+
+
+class MultiSimilarityMiner(Miner, Generic[_Found]):
     """The hard pairs of a batch by the multi-similarity rule.
 
     A positive is kept when ``s - epsilon < max(negatives of its row)``, a negative when
@@ -107,9 +193,9 @@ class MultiSimilarityMiner(nn.Module, Generic[_Found]):
     """
 
     epsilon: float = option()
-    similarity: Similarity = option()
-    normalize_embeddings: bool | None = option()
     pair_counts: bool = option()
+
+    checks: ClassVar = {"epsilon": check_number, "pair_counts": check_flag}
 
     @overload
     def __init__(
@@ -139,25 +225,8 @@ class MultiSimilarityMiner(nn.Module, Generic[_Found]):
         normalize_embeddings: bool | None = None,
         pair_counts: bool = False,
     ) -> None:
-        super().__init__()
-        self._options: dict[str, Any] = {}
-        self._last: LastBatch | None = None
-        self.epsilon = epsilon
-        self.similarity = similarity
-        self.normalize_embeddings = normalize_embeddings
-        self.pair_counts = pair_counts
-
-    def get_option(self, name: str) -> Any:
-        return self._options[name]
-
-    def set_option(self, name: str, value: Any) -> None:
-        if name == "epsilon":
-            check_number(name, value)
-        elif name == "similarity":
-            check_choice(name, value, SIMILARITIES)
-        elif name == "pair_counts" or value is not None:
-            check_flag(name, value)
-        self._options = {**self._options, name: value}
+        options = {"epsilon": epsilon, "similarity": similarity, "normalize_embeddings": normalize_embeddings}
+        super().__init__(**options, pair_counts=pair_counts)
 
     def forward(
         self,
@@ -190,33 +259,19 @@ class MultiSimilarityMiner(nn.Module, Generic[_Found]):
             ref_labels: Tensor | None = None,
         ) -> _Found: ...
 
-    def mine(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        ref_count: Tensor | None = None,
-    ) -> MinedPairs:
-        """The pairs of a batch with the first ``ref_count`` references."""
-        batch = embeddings, labels, ref_emb, ref_labels
-        similarity = measure(self.similarity, self.normalize_embeddings)
-        pairs = mined_pairs(*batch, epsilon=self.epsilon, similarity=similarity, ref_count=ref_count)
-        self._last = None if torch.compiler.is_exporting() else LastBatch(pairs, *batch)
-        return pairs
+    def _find(self, embeddings, labels, ref_emb, ref_labels, ref_count) -> MinedPairs:
+        rule = {"epsilon": self.epsilon, "similarity": self.measure, "ref_count": ref_count}
+        return mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
 
     @property
     def num_pos_pairs(self) -> int:
         """Positive pairs that the last batch kept; counts them, and waits for the device."""
-        return 0 if self._last is None else self._last.counts()[0]
+        return self._counted(0)
 
     @property
     def num_neg_pairs(self) -> int:
         """Negative pairs that the last batch kept; counts them, and waits for the device."""
-        return 0 if self._last is None else self._last.counts()[1]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
+        return self._counted(1)
 
     def extra_repr(self) -> str:
         shown = ("epsilon", "similarity", "normalize_embeddings")

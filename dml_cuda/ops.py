@@ -18,7 +18,7 @@ def stages(law: str, mining: bool) -> list[str]:
 # that may keep tiles for backward.
 _CPU_SIDES = 64, 128
 _CPU_SMALL = 512
-_CPU_CACHE_BYTES = 40 << 20
+_CPU_CACHE_BYTES = 32 << 20
 _CPU_SQUARE_CACHE_BYTES = 64 << 20
 
 
@@ -32,11 +32,15 @@ def _tile_count(n, m, square: bool, side):
     return rows * (rows + 1) // 2 if square else rows * cols
 
 
-def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+def _cpu_side(n, m):
     small, large = _CPU_SIDES
     # Without a branch, which a symbolic size could not take.
     is_large = torch.sym_min(1, torch.sym_max(torch.sym_max(n, m) - _CPU_SMALL, 0))
-    side = small + (large - small) * is_large
+    return small + (large - small) * is_large
+
+
+def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+    side = _cpu_side(n, m)
     tiles, tile_bytes = _tile_count(n, m, square, side), side * side * itemsize
     most = _CPU_SQUARE_CACHE_BYTES if square else _CPU_CACHE_BYTES
     cached = torch.sym_min(tiles, most // tile_bytes) if save else 0
@@ -234,6 +238,38 @@ def _pair_sums_fake(weights, points, index, offsets):
 @torch.library.register_fake("dml_cuda::segment_logsumexp")
 def _segment_logsumexp_fake(logits, offsets, plus_one):
     return logits.new_empty(offsets.shape[0] - 1)
+
+
+# csrc/cpu/blocks.cpp: a row's numbers while blocks pass, and those of them that backward needs.
+_STATE_NUMBERS, _STAT_NUMBERS = 14, 6
+
+
+@torch.library.register_fake("dml_cuda::pair_block_turn")
+def _pair_block_turn_fake(state, pairs, law, params, epsilon, stage, wide):
+    dtype = torch.float64 if wide else torch.float32
+    return pairs.new_empty((_STATE_NUMBERS, pairs.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("dml_cuda::pair_block")
+def _pair_block_fake(state, embeddings, labels, block, block_labels, self_ref, *how):
+    n, m = embeddings.shape[0], block.shape[0]
+    tiles = _tile_count(n, m, False, _cpu_side(n, m))
+    return torch.empty_like(state), state.new_empty(tiles, dtype=torch.uint8)
+
+
+@torch.library.register_fake("dml_cuda::pair_block_rows")
+def _pair_block_rows_fake(state, pairs, law, params, mining, reduction):
+    n = pairs.shape[1]
+    return state.new_empty(4, n), state.new_empty(_STAT_NUMBERS, n)
+
+
+@torch.library.register_fake("dml_cuda::pair_block_backward")
+def _pair_block_backward_fake(
+    grad_parts, weights, kept, embeddings, labels, block, block_labels, self_ref, law, params, similarity,
+    need_emb, need_block,
+):  # fmt: skip
+    points = (embeddings, need_emb), (block, need_block)
+    return tuple(weights.new_empty(of.shape if needed else (0,)) for of, needed in points)
 
 
 def call(name: str, *arguments):

@@ -16,24 +16,19 @@ kind at most. To know that, the pairs would have to be counted, so here such pai
 """
 
 import math
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-try:
-    from pytorch_metric_learning import distances, losses, miners, reducers
-    from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
-    from pytorch_metric_learning.utils import common_functions as c_f
-    from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-except ImportError as error:
-    raise ImportError(
-        'dml_cuda.pml needs pytorch-metric-learning 2.9: pip install "pytorch-metric-learning>=2.9,<3"'
-    ) from error
+from .pml_shared import collect, reducer_of, reduction_name, similarity_options, warn  # isort: skip  # before PML itself
+
+from pytorch_metric_learning import distances, losses, reducers
+from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from . import soft_triple
-from ._warnings import warn_once
 from .law import Law
 from .losses.base import Call, apply, make_call
 from .losses.circle import Circle
@@ -47,74 +42,39 @@ from .losses.proxy_anchor import ProxyAnchor
 from .losses.proxy_nca import ProxyNCA
 from .losses.soft_triple import SoftTriple
 from .losses.sup_con import SupCon
-from .mined import MinedPairs, mined_pairs
-from .miners import LastBatch
-from .options import measure
+from .mined import Mined, MinedPairs, mined_pairs
+from .pml_miners import (
+    BatchEasyHardMiner,
+    BatchHardMiner,
+    DistanceWeightedMiner,
+    MultiSimilarityMiner,
+    PairMarginMiner,
+    TripletMarginMiner,
+)
+from .pml_triplets import MarginLoss, TripletMarginLoss
 
 __all__ = [
     "ArcFaceLoss",
+    "BatchEasyHardMiner",
+    "BatchHardMiner",
     "CircleLoss",
     "ContrastiveLoss",
     "CosFaceLoss",
+    "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
+    "MarginLoss",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
     "NormalizedSoftmaxLoss",
+    "PairMarginMiner",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
     "SoftTripleLoss",
     "SupConLoss",
+    "TripletMarginLoss",
+    "TripletMarginMiner",
 ]
-
-_REDUCTIONS = {
-    reducers.MeanReducer: "mean",
-    reducers.AvgNonZeroReducer: "mean_nonzero",
-    reducers.SumReducer: "sum",
-}
-
-
-def _similarity(distance: distances.BaseDistance) -> dict[str, Any] | None:
-    """The options that stand for a distance, or None for one that the kernels lack."""
-    if distance.power != 1 or (distance.p != 2 and distance.normalize_embeddings):
-        return None
-    kind = type(distance)
-    if kind is distances.LpDistance and distance.p == 2:
-        return {"similarity": "euclidean", "normalize_embeddings": bool(distance.normalize_embeddings)}
-    if kind in (distances.CosineSimilarity, distances.DotProductSimilarity):
-        return {"similarity": "cosine" if distance.normalize_embeddings else "dot"}
-    return None
-
-
-def _warn(module: torch.nn.Module, why: str) -> None:
-    """Once for each kind."""
-    kind = f"{type(module).__name__} with {why}"
-    warn_once(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it")
-
-
-def _collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tensor) -> None:
-    """The statistics of the norms that a distance collects when it is called."""
-    distance.reset_stats()
-    if distance.collect_stats:
-        points = embeddings, ref_emb
-        distance.set_default_stats(*points, *(distance.maybe_normalize(x) for x in points))
-
-
-def _reducer_of(reducer: reducers.BaseReducer, name: str) -> reducers.BaseReducer:
-    """The one that reduces the loss of that name."""
-    if type(reducer) is reducers.MultipleReducers:
-        return dict(reducer.reducers.items()).get(name, reducer.default_reducer)
-    return reducer
-
-
-def _reduction(reducer: reducers.BaseReducer, name: str) -> str | None:
-    """What the kernels call a reducer of the loss of that name, or None for one that they lack."""
-    reducer = _reducer_of(reducer, name)
-    if getattr(reducer, "collect_stats", False):
-        return None
-    if isinstance(reducer, reducers.AvgNonZeroReducer) and (reducer.low, reducer.high) != (0, None):
-        return None
-    return _REDUCTIONS.get(type(reducer))
 
 
 class _Fused:
@@ -155,10 +115,10 @@ class _Fused:
         override = self._overridden()
         if override is not None:
             return f"its own {override}"
-        similarity = _similarity(self.distance)
+        similarity = similarity_options(self.distance)
         if similarity is None:
             return str(self.distance)
-        kinds = {_reduction(self.reducer, name) for name in self._sub_loss_names()}
+        kinds = {reduction_name(self.reducer, name) for name in self._sub_loss_names()}
         reduction = kinds.pop() if len(kinds) == 1 else None
         if reduction is None and not self._row_losses:
             return str(self.reducer)
@@ -184,14 +144,14 @@ class _Fused:
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
         call = self._kernel()
         if isinstance(call, str):
-            _warn(self, call)
+            warn(self, call)
             return super().compute_loss(*batch)
         if embeddings.shape[0] * ref_emb.shape[0] <= 2 or (labels is None and indices_tuple is None):
             return super().compute_loss(*batch)
-        listed = indices_tuple is not None and not isinstance(indices_tuple, MinedPairs)
+        listed = indices_tuple is not None and not isinstance(indices_tuple, Mined)
         if listed and all(len(index) <= 1 for index in indices_tuple):
             return self.zero_losses()  # as pytorch-metric-learning does with a single pair of each kind
-        _collect(self.distance, embeddings, ref_emb)
+        collect(self.distance, embeddings, ref_emb)
         if ref_emb is embeddings and (ref_labels is labels or indices_tuple is not None):
             ref_emb = ref_labels = None  # no other points: a row is no pair with itself
         elif indices_tuple is None and ref_labels is labels:
@@ -365,7 +325,7 @@ class _FusedClassifier:
         if self.collect_stats:
             return "collect_stats"
         if self._reducers is not None:
-            kinds = {type(_reducer_of(self.reducer, name)) for name in self._sub_loss_names()}
+            kinds = {type(reducer_of(self.reducer, name)) for name in self._sub_loss_names()}
             if not kinds <= set(self._reducers):
                 return str(self.reducer)
         reduction = "none" if self._reducers is None else "mean"
@@ -376,7 +336,7 @@ class _FusedClassifier:
 
     @staticmethod
     def _measures(distance: distances.BaseDistance) -> bool:
-        return _similarity(distance) == {"similarity": "cosine"}
+        return similarity_options(distance) == {"similarity": "cosine"}
 
     def is_fused(self) -> bool:
         """Whether dml_cuda computes this loss as it is now."""
@@ -386,7 +346,7 @@ class _FusedClassifier:
         call = self._kernel()
         if isinstance(call, str) or labels is None or ref_emb is not embeddings:
             if isinstance(call, str):
-                _warn(self, call)
+                warn(self, call)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         self.cast_types(embeddings.dtype, embeddings.device)
@@ -481,59 +441,3 @@ class SoftTripleLoss(_FusedClassifier, losses.SoftTripleLoss):
         batch = embeddings, self._rows(), labels.long()
         value, *_ = soft_triple.soft_triple(*batch, self.centers_per_class, la, gamma, margin, False)
         return value.to(embeddings.dtype)
-
-
-class MultiSimilarityMiner(miners.MultiSimilarityMiner):
-    """``pytorch_metric_learning.miners.MultiSimilarityMiner``, which lists its pairs only when looked at.
-
-    Returns :class:`dml_cuda.MinedPairs`: a loss of this module, or of dml_cuda, never lists them.
-    """
-
-    _last: LastBatch | None = None
-
-    def mine(self, embeddings, labels, ref_emb, ref_labels):
-        similarity = _similarity(self.distance)
-        lacks = None
-        if similarity is None:
-            lacks = str(self.distance)
-        elif not isinstance(self.epsilon, Real):
-            lacks = f"an epsilon of {type(self.epsilon).__name__}"
-        if lacks is not None:
-            _warn(self, lacks)
-            return super().mine(embeddings, labels, ref_emb, ref_labels)
-        _collect(self.distance, embeddings, ref_emb)
-        if ref_emb is embeddings:
-            ref_emb = ref_labels = None
-        batch = embeddings, labels, ref_emb, ref_labels
-        named = measure(similarity["similarity"], similarity.get("normalize_embeddings"))
-        pairs = mined_pairs(*batch, epsilon=self.epsilon, similarity=named)
-        if not torch.compiler.is_exporting():
-            self._last = LastBatch(pairs, *batch)
-        return pairs
-
-    def output_assertion(self, output) -> None:
-        """Nothing to count yet: that is done when ``num_pos_pairs`` or ``num_neg_pairs`` is read."""
-        if not isinstance(output, MinedPairs):
-            super().output_assertion(output)
-
-    def _count(self, kind: int, name: str) -> int:
-        return self.__dict__.get(name, 0) if self._last is None else self._last.counts()[kind]
-
-    @property
-    def num_pos_pairs(self) -> int:
-        return self._count(0, "num_pos_pairs")
-
-    @num_pos_pairs.setter
-    def num_pos_pairs(self, count: int) -> None:
-        self._last, self.__dict__["num_pos_pairs"] = None, count
-
-    @property
-    def num_neg_pairs(self) -> int:
-        return self._count(1, "num_neg_pairs")
-
-    @num_neg_pairs.setter
-    def num_neg_pairs(self, count: int) -> None:
-        self._last, self.__dict__["num_neg_pairs"] = None, count
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_last": None}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast
+from .law import reduce
 from .reference import TINY_NORM
 
 _BLOCK = 1 << 19  # logits of rows and centres that are there at once
@@ -200,22 +201,57 @@ def dense(
     """Losses and spread as :func:`soft_triple` has them, in plain PyTorch on the whole matrix."""
     dtype = _wide(embeddings.dtype)
     x, w = (_unit(points.to(dtype))[0] for points in (embeddings, centers))
-    classes = len(w) // per_class
-    logits = la * similarities(x, w, per_class, gamma)
-    own = labels[:, None] == torch.arange(classes, device=labels.device)
-    logits = torch.where(own, logits - la * margin, logits)
-    losses = torch.logsumexp(logits, 1) - torch.where(own, logits, 0.0).sum(1)
+    losses = _losses(x @ w.T, labels, per_class, la, gamma, margin)
     apart = x.new_zeros(())
     if spread and per_class > 1:
-        w = w.view(classes, per_class, -1)
+        w = w.view(len(w) // per_class, per_class, -1)
         squares = (2 - 2 * (w @ w.mT)).triu(1)
         some = squares > 16 * torch.finfo(dtype).eps
         d = torch.where(some, torch.sqrt(torch.where(some, squares, 1.0)), 0.0)
-        apart = d.sum() * _spread_scale(classes, per_class)
-    return torch.where(own.any(1), losses, 0.0), apart
+        apart = d.sum() * _spread_scale(len(w), per_class)
+    return losses, apart
 
 
-def similarities(x: Tensor, w: Tensor, per_class: int, gamma: float) -> Tensor:
-    """``[N, C]`` of unit rows ``[N, D]`` to the classes whose unit centres are w ``[C K, D]``."""
-    s = (x @ w.T).view(len(x), len(w) // per_class, per_class)
+def _losses(
+    cosines: Tensor, labels: Tensor, per_class: int, la: float, gamma: float, margin: float
+) -> Tensor:
+    """``[N]`` from the cosines ``[N, C K]`` of rows and centres."""
+    logits = la * similarities(cosines, per_class, gamma)
+    own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+    logits = torch.where(own, logits - la * margin, logits)
+    losses = torch.logsumexp(logits, 1) - torch.where(own, logits, 0.0).sum(1)
+    return torch.where(own.any(1), losses, 0.0)
+
+
+def similarities(cosines: Tensor, per_class: int, gamma: float) -> Tensor:
+    """``[N, C]`` of rows to classes, from the cosines ``[N, C K]`` of rows and centres."""
+    s = cosines.unflatten(1, (cosines.shape[1] // per_class, per_class))
     return (torch.softmax(s / gamma, 2) * s).sum(2)
+
+
+def weights(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    per_class: int,
+    la: float,
+    gamma: float,
+    margin: float,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """Rows, centres, their cosine and the loss's derivative by it: first those of the row's own class, then
+    the others."""
+    dtype = _wide(embeddings.dtype)
+    x, w = (_unit(points.detach().to(dtype))[0] for points in (embeddings, centers))
+    with torch.enable_grad():
+        s = (x @ w.T).requires_grad_()
+        losses = _losses(s, labels, per_class, la, gamma, margin)
+        value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction).sum()
+    (derivative,) = torch.autograd.grad(value, s)
+    classes = torch.arange(len(w), device=labels.device) // per_class
+    own, known = labels[:, None] == classes, (labels >= 0)[:, None]
+    return tuple(
+        column
+        for kind in (own, ~own & known)
+        for column in (*kind.nonzero().unbind(1), s.detach()[kind], derivative[kind])
+    )

@@ -17,12 +17,24 @@ _CLASSES = {
     "binomial": ("BinomialDevianceLoss", "binomial deviance"),
     "ntxent": ("NTXentLoss", "NT-Xent"),
     "supcon": ("SupConLoss", "SupCon"),
+    "triplet": ("TripletMarginLoss", "triplet margin"),
+    "margin": ("MarginLoss", "margin"),
 }
 LOSSES = {name: f"{title}, dml_cuda" for name, (_, title) in _CLASSES.items()} | {
     f"pml-{name}": f"{title}, pytorch-metric-learning"
     for name, (of, title) in _CLASSES.items()
     if hasattr(pml_losses, of)
 }
+
+# By their name in --miner: their class, what it is called and what of the paper's it is given.
+MINERS = {
+    "multi_similarity": ("MultiSimilarityMiner", "mined with epsilon {epsilon}", {}),
+    "batch_hard": ("BatchHardMiner", "batch-hard triplets", {}),
+    "semihard": ("TripletMarginMiner", "semi-hard triplets", {"type_of_triplets": "semihard"}),
+    "distance_weighted": ("DistanceWeightedMiner", "distance-weighted triplets", {}),
+}
+# Where none is chosen.
+DEFAULT_MINERS = {"ms": "multi_similarity", "triplet": "semihard", "margin": "distance_weighted"}
 
 JOINT = {
     "softmax": dml_cuda.NormalizedSoftmaxLoss,
@@ -46,7 +58,8 @@ class _Mined(nn.Module):
 
 def make_loss(
     name: str,
-    epsilon: float | None,
+    miner: str | None,
+    epsilon: float,
     gamma: float,
     embedding_size: int,
     memory: int = 0,
@@ -58,7 +71,8 @@ def make_loss(
 
     Args:
         name: one of ``LOSSES``.
-        epsilon: the miner's margin, or ``None`` to keep every pair.
+        miner: one of ``MINERS``, or ``None`` to keep every pair or triplet.
+        epsilon: the margin of the multi-similarity miner.
         gamma: the scale of circle loss; the others have none.
         embedding_size: the columns of the embeddings.
         memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
@@ -70,7 +84,12 @@ def make_loss(
     loss = getattr(losses, _CLASSES[kind][0])(**({"gamma": gamma} if kind == "circle" else {}))
     if distributed:
         loss = DistributedLoss(loss)
-    miner = None if epsilon is None else miners.MultiSimilarityMiner(epsilon=epsilon)
+    find = None
+    if miner is not None:
+        cls, _, options = MINERS[miner]
+        find = getattr(miners, cls)(
+            **options, **({"epsilon": epsilon} if miner == "multi_similarity" else {})
+        )
     if memory:
-        return losses.CrossBatchMemory(loss, embedding_size, memory, miner=miner)
-    return _Mined(loss, miner)
+        return losses.CrossBatchMemory(loss, embedding_size, memory, miner=find)
+    return _Mined(loss, find)

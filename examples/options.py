@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .criteria import JOINT, LOSSES
+from .criteria import DEFAULT_MINERS, JOINT, LOSSES, MINERS
 from .networks import NETWORKS
 
 JOINT_WEIGHT = 0.1  # of the metric loss beside a class-level one
@@ -48,9 +48,20 @@ def _parser() -> argparse.ArgumentParser:
         help="pml-...: pytorch-metric-learning's (default: %(default)s)",
     )
     loss(
-        "--miner", action=switch, help="keep hard pairs only (default: with ms and pml-ms, as in their paper)"
+        "--miner",
+        nargs="?",
+        const="multi_similarity",
+        choices=MINERS,
+        help="keep these pairs or triplets only (alone: multi_similarity; default: that of the papers of ms, "
+        "triplet and margin)",
     )
-    loss("--epsilon", type=float, default=0.1, help="the miner's margin (default: %(default)s)")
+    loss("--no-miner", dest="miner", action="store_const", const="none", help="keep all")
+    loss(
+        "--epsilon",
+        type=float,
+        default=0.1,
+        help="the margin of the multi_similarity miner (default: %(default)s)",
+    )
     loss("--gamma", type=float, default=80, help="the scale of circle loss (default: %(default)s)")
     loss(
         "--memory",
@@ -103,8 +114,6 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if chosen.distributed and chosen.joint == "softtriple":
-        parser.error("--distributed: --joint softtriple is for one process")
     if chosen.float64 and chosen.amp:
         parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":
@@ -113,8 +122,13 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
     if chosen.distributed and chosen.loss.startswith("pml-"):
         parser.error(f"--distributed is for dml_cuda's losses, not {chosen.loss}")
-    if chosen.miner is None:
-        chosen.miner = chosen.loss in ("ms", "pml-ms")
+    if chosen.distributed and chosen.loss in ("triplet", "margin"):
+        parser.error(f"--distributed: --loss {chosen.loss} is for one process")
+    chosen.miner = chosen.miner or DEFAULT_MINERS.get(chosen.loss.removeprefix("pml-"))
+    if chosen.miner == "none":
+        chosen.miner = None
+    if chosen.distributed and chosen.miner not in (None, "multi_similarity"):
+        parser.error(f"--distributed: --miner {chosen.miner} is for one process")
     if chosen.lr is None:
         chosen.lr = _LEARNING_RATE[chosen.network]
     if chosen.image_size is None:

@@ -23,7 +23,7 @@ from benchmarks.machine import describe
 from dml_cuda import SoftTripleLoss
 from dml_cuda.distributed import DistributedLoss
 
-from .criteria import JOINT, LOSSES, make_loss
+from .criteria import JOINT, LOSSES, MINERS, make_loss
 from .data import DataError
 from .meters import PeakMemory, StepTimer
 from .networks import NetworkError, make_network
@@ -59,16 +59,17 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     device = torch.device(arguments.device)
     loss_fn = make_loss(
         arguments.loss,
-        arguments.epsilon if arguments.miner else None,
+        arguments.miner,
+        arguments.epsilon,
         arguments.gamma,
         arguments.embedding_size,
         arguments.memory,
         arguments.distributed,
     ).to(device)
     classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
-    head = None
+    head = softmax = None
     if arguments.joint:
-        head = JOINT[arguments.joint](len(classes), arguments.embedding_size)
+        head = softmax = JOINT[arguments.joint](len(classes), arguments.embedding_size)
         head.to(device, torch.float64 if arguments.float64 else torch.float32)
     parameters = [*network.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, arguments.lr)
@@ -123,8 +124,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
                 log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
-    if isinstance(head, SoftTripleLoss):
-        log["centers_left"] = head.merged_centers(0.3).float().mean().item()
+    if isinstance(softmax, SoftTripleLoss):
+        log["centers_left"] = softmax.merged_centers(0.3).float().mean().item()
     return found if is_first() else ()
 
 
@@ -139,7 +140,9 @@ def _print_scores(evaluations: list[dict[str, float]]) -> None:
 
 def _title(arguments: argparse.Namespace) -> str:
     extras = {
-        f"mined with epsilon {arguments.epsilon}": arguments.miner,
+        MINERS[arguments.miner][1].format(epsilon=arguments.epsilon)
+        if arguments.miner
+        else "": arguments.miner,
         f"memory of {arguments.memory}": arguments.memory,
         "several processes": arguments.distributed,
         f"joint with {arguments.joint}": arguments.joint,

@@ -14,7 +14,7 @@ from accuracy import reference
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import chunked, drop_in, readme
+from benchmarks import chunked, drop_in, readme, triplets
 from benchmarks.cases import Case, DropInCase, default_cases, make_batch, quick_cases
 from benchmarks.machine import describe
 from benchmarks.measure import CpuClock, plan_rounds
@@ -152,6 +152,25 @@ def test_every_drop_in_part_is_measured():
     for device in ("cpu", "cuda"):
         assert {case.part for case in default_cases(device) if case.group == "drop-in"} == set(drop_in.PARTS)
     assert sum(isinstance(case, DropInCase) for case in quick_cases()) == 1
+
+
+@pytest.mark.parametrize("part", triplets.TRIPLET_PARTS)
+def test_losses_of_triplets_do_what_they_replace(part):
+    pytest.importorskip("pytorch_metric_learning")
+    results = run_case(replace(drop_in_case(part), peers=("fused", "pml")), budget=0.01)["results"]
+    assert all(result["median_s"] > 0 for result in results.values())
+    differences = [value for name, value in results["fused"].items() if name.endswith("_difference")]
+    assert len(differences) == (0 if part == "distance_weighted" else 2)  # draws differ
+    assert max(differences, default=0) < 1e-5
+
+
+def test_every_part_of_triplets_is_measured(monkeypatch):
+    for device in ("cpu", "cuda"):
+        parts = {case.part for case in default_cases(device) if case.group == "triplets"}
+        assert parts == {*triplets.TRIPLET_PARTS, "mined"}
+    monkeypatch.setattr(triplets, "available_bytes", lambda device: 0)
+    case = replace(drop_in_case("every"), peers=("fused", "pml"))
+    assert run_case(case, budget=0.01)["results"]["pml"] == {"skipped": "needs 0 GiB"}
 
 
 def test_batches_that_take_turns_leave_the_queue_as_it_is():

@@ -13,10 +13,12 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from heads import EVERY_HEAD, HEADS, evaluate, make_rows, parameter
+from losses import REDUCTIONS
 from truth import brute_force
 
 import dml_cuda
 from dml_cuda import CircleClassifierLoss, CircleLoss, MultiSimilarityMiner
+from dml_cuda.losses import proxy_anchor
 
 SIZES = [(1, 2, 3), (40, 10, 16), (33, 257, 31), (5, 1000, 8), (300, 130, 65)]
 CASES = [
@@ -460,11 +462,8 @@ def test_pair_weights(head):
     module = head.make(10, 4).double()
     embeddings, labels = make_rows(module, 20)
     labels[3] = -1
-    if head.name == "SoftTripleLoss":
-        with pytest.raises(TypeError, match=r"^loss: expected a loss of pairs"):
-            dml_cuda.functional.pair_weights(module, embeddings, labels)
-        return
     found = dml_cuda.functional.pair_weights(module, embeddings, labels)
+    assert (labels[found.pos_anchors] >= 0).all() or head.name == "ProxyAnchorLoss"
     module.backend = "reference"
     _, grad, _ = evaluate(module, embeddings, labels)
     rows, _, columns, _ = (x.detach() for x in module.pairs(embeddings, labels))
@@ -477,6 +476,17 @@ def test_pair_weights(head):
     unit = [torch.nn.functional.normalize(x, dim=1) for x in (leaf, columns)]
     (expected,) = torch.autograd.grad((unit[0] @ unit[1].T * weights).sum(), leaf)
     torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weighted_proxies_some_at_a_time(reduction, monkeypatch):
+    module = dml_cuda.ProxyAnchorLoss(12, 8, reduction=reduction).double()
+    embeddings, labels = make_rows(module, 40)
+    rows = (torch.randint(40, (90,)),) * 3
+    whole = evaluate(module, embeddings.double(), labels, rows)
+    monkeypatch.setattr(proxy_anchor, "_BLOCK", 200)  # five proxies, five, and two
+    for found, expected in zip(evaluate(module, embeddings.double(), labels, rows), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 # ---- circle, of which pytorch-metric-learning has no class-level loss ------------------------------------

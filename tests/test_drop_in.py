@@ -4,9 +4,6 @@ compiling, changing options, batches and buffers in between, resuming, deriving,
 import copy
 import gc
 import pickle
-import subprocess
-import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
@@ -784,45 +781,3 @@ def test_messages():
         memory(e, y)
     memory.loss.epsilon = None
     memory(e, y)
-
-
-# --- Types
-
-TYPED = """
-import torch
-from typing_extensions import assert_type
-
-import dml_cuda
-
-embeddings, labels = torch.randn(8, 4), torch.arange(8) // 2
-miner, loss_fn = dml_cuda.MultiSimilarityMiner(0.1), dml_cuda.CircleLoss()
-pairs = miner(embeddings, labels)
-assert_type(pairs, dml_cuda.MinedPairs)
-assert_type(pairs.pos_anchors, torch.Tensor)
-assert_type(pairs[2:], list[torch.Tensor])
-anchors, positives, *_ = pairs
-assert_type(anchors, torch.Tensor)
-_, counts = dml_cuda.MultiSimilarityMiner(pair_counts=True)(embeddings, labels)
-assert_type(counts.positives, torch.Tensor)
-memory = dml_cuda.CrossBatchMemory(loss_fn, 4, 100, miner)
-assert_type(memory(embeddings, labels), torch.Tensor)
-assert_type(dml_cuda.functional.pair_weights(loss_fn, embeddings, labels).pos_weights, torch.Tensor)
-memory.memory_size, memory.miner, miner.epsilon = 64, None, 0.2
-
-
-def count(miner: dml_cuda.MultiSimilarityMiner) -> int:
-    return miner.num_pos_pairs
-
-
-miner.epsilon = "large"  # type: ignore[assignment]
-"""
-
-
-@pytest.mark.skipif(util.find_spec("mypy") is None, reason="mypy is not installed")
-def test_types(tmp_path):
-    script = tmp_path / "typed.py"
-    script.write_text(TYPED)
-    flags = ["--strict", "--follow-imports=silent", "--cache-dir", ROOT / "build/mypy"]
-    check = [sys.executable, "-m", "mypy", *flags, script]
-    run = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr

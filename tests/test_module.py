@@ -4,9 +4,6 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
-from importlib import resources, util
 from pathlib import Path
 
 import pytest
@@ -280,34 +277,3 @@ def test_defaults():
         assert module.similarity == ("euclidean" if name == "contrastive" else "cosine")
         nonzero = name in ("circle", "contrastive", "sup_con")
         assert module.reduction == ("mean_nonzero" if nonzero else "mean")
-
-
-# What a checker of types must see: calls give tensors, options have types, and errors are found.
-TYPED = """
-import torch
-from typing_extensions import assert_type
-
-import dml_cuda
-from dml_cuda import functional
-
-embeddings, labels = torch.randn(8, 4), torch.arange(8) // 2
-loss_fn = dml_cuda.MultiSimilarityLoss(beta=40, epsilon=0.1, similarity="euclidean")
-assert_type(loss_fn(embeddings, labels), torch.Tensor)
-assert_type(functional.circle_loss(embeddings, labels, gamma=64, reduction="sum"), torch.Tensor)
-assert_type(dml_cuda.CircleClassifierLoss(4, 4)(embeddings, labels), torch.Tensor)
-loss_fn.alpha, loss_fn.epsilon = 3, None
-loss_fn.beta = "large"  # type: ignore[assignment]
-dml_cuda.CircleLoss(epsilom=0.1)  # type: ignore[call-arg]
-functional.circle_loss(embeddings, labels, similarity="cosin")  # type: ignore[arg-type]
-"""
-
-
-@pytest.mark.skipif(util.find_spec("mypy") is None, reason="mypy is not installed")
-def test_types(tmp_path):
-    assert resources.files("dml_cuda").joinpath("py.typed").is_file()
-    script = tmp_path / "typed.py"
-    script.write_text(TYPED)
-    flags = ["--strict", "--follow-imports=silent", "--cache-dir", ROOT / "build/mypy"]
-    check = [sys.executable, "-m", "mypy", *flags, script]
-    run = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr

@@ -202,6 +202,22 @@ def test_multiply_adds_by_the_names_of_instructions():
     }
 
 
+HOST_ONLY = """
+#ifndef __CUDA_ARCH__
+static_assert(sizeof(int) == 2, "the host side");
+#endif
+__global__ void __launch_bounds__(32) store(int* x) { *x = 1; }
+"""
+
+
+@needs_nvcc
+def test_the_host_side_is_compiled_too(compiled, tmp_path):
+    source = tmp_path / "mixed.cu"
+    source.write_text(HOST_ONLY)
+    with pytest.raises(machine_code.CompileError, match="the host side"):
+        compiled(source, machine_code.ARCHITECTURES[0])
+
+
 @needs_nvcc
 def test_compile_errors_are_told(compiled, tmp_path):
     source = tmp_path / "wrong.cu"

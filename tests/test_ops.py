@@ -95,6 +95,59 @@ def test_opcheck_backward(name, need):
 
 
 @EVERY_LOSS
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+def test_opcheck_of_blocks(loss, epsilon):
+    """A block of columns after the other, as they go around a ring of processes."""
+    embeddings, labels = make_batch(20, 6)
+    law, params = loss.name, loss.params()
+    blocks = [(embeddings, labels, torch.arange(20)), (torch.randn(30, 6), make_labels(30), None)]
+    every = torch.cat([columns for _, columns, _ in blocks])
+    positives = (labels[:, None] == every).sum(1)
+    pairs = torch.stack([positives - 1, len(every) - positives])
+    names = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+    def run(name, *arguments):
+        op = getattr(OPS, name).default
+        torch.library.opcheck(op, arguments, test_utils=names)
+        return op(*arguments)
+
+    state = run("pair_block_turn", None, pairs, law, params, epsilon, "start", False)
+    for stage in _C.stages(law, epsilon is not None):
+        how = law, params, epsilon, "cosine", "mean", stage
+        kept = []
+        for block in blocks:
+            state, found = run("pair_block", state, embeddings, labels, *block, *how)
+            kept.append(found)
+        state = run("pair_block_turn", state, pairs, law, params, epsilon, stage, False)
+    losses, weights = run("pair_block_rows", state, pairs, law, params, epsilon is not None, "mean")
+    whole = OPS.pair_loss(
+        embeddings, labels, torch.cat([points for points, *_ in blocks]), every, torch.arange(20), None,
+        law, params, epsilon, "cosine", "mean", False, False, False,
+    )[0]  # fmt: skip
+    torch.testing.assert_close(losses.sum(1), whole)
+    above = torch.ones(2, 20)
+    for block, found in zip(blocks, kept, strict=True):
+        points = above, weights, found, embeddings, labels, *block
+        run("pair_block_backward", *points, law, params, "cosine", True, False)
+
+
+def test_block_ops_called_directly():
+    pairs = torch.zeros(2, 4, dtype=torch.long)
+    circle = "circle", LOSSES["circle"].params()
+    with pytest.raises(ValueError, match=r"state.*start"):
+        OPS.pair_block_turn(None, pairs, *circle, None, "positives", False)
+    with pytest.raises(ValueError, match=r"stage.*first"):
+        OPS.pair_block_turn(None, pairs, *circle, None, "first", False)
+    state = OPS.pair_block_turn(None, pairs, *circle, None, "start", False)
+    with pytest.raises(ValueError, match=r"epsilon.*hardest"):
+        OPS.pair_block_turn(state, pairs, *circle, None, "hardest", False)
+    with pytest.raises(ValueError, match=r"pairs.*\[2, N\]"):
+        OPS.pair_block_turn(None, pairs[:1], *circle, None, "start", False)
+    with pytest.raises(ValueError, match=r"state.*\[14, 4\]"):
+        OPS.pair_block_rows(state[:3], pairs, *circle, False, "mean")
+
+
+@EVERY_LOSS
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gradients_by_finite_differences(loss, similarity):
     embeddings, labels = make_batch(9, 4, dtype=torch.float64)

@@ -105,6 +105,16 @@ def test_memory_goes_the_same_way_too(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
+@pytest.mark.parametrize("extra", [["--miner", "batch_hard"], [], ["--no-miner"]])
+@pytest.mark.parametrize("loss", ["triplet", "margin"])
+def test_triplets_go_the_same_way(tmp_path, loss, extra):
+    drawn = loss == "margin" and not extra
+    options = ["--steps", "4" if drawn else "8", "--no-pictures", *extra, "--loss"]
+    ours, theirs = (train(tmp_path, *options, name)["loss"] for name in (loss, f"pml-{loss}"))
+    # Draws differ; what they are drawn from does not.
+    np.testing.assert_allclose(ours, theirs, rtol=0.2 if drawn else 1e-3)
+
+
 @pytest.mark.parametrize("loss", ["contrastive", "lifted", "ntxent", "supcon"])
 def test_every_loss_goes_the_same_way(tmp_path, loss):
     options = ["--steps", "8", "--no-pictures", "--loss"]
@@ -169,7 +179,7 @@ def test_resnet50_says_what_it_needs(tmp_path, monkeypatch):
         (["--memory", "10"], "--memory 10 does not hold a batch of 64"),
         (["--amp", "fp16", "--device", "cpu"], "--amp bf16"),
         (["--steps", "0"], "less than 1"),
-        (["--loss", "triplet"], "invalid choice"),
+        (["--loss", "cubic"], "invalid choice"),
     ],
 )
 def test_options_that_do_not_fit(capsys, options, message):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from triplet_truth import (
+from every_triplet import (
     INF,
     INTERVALS,
     NEGATIVES,

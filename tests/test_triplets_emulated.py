@@ -8,7 +8,7 @@ import torch
 from emulator import library
 from emulator.build import HERE, ROOT, build
 from emulator.build import run as run_program
-from triplet_truth import (
+from every_triplet import (
     INF,
     INTERVALS,
     NEGATIVES,

@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -73,12 +74,20 @@ def _nvcc_version():
     return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def with_headers(source, *folders):
+    """A source and every header that it may include: what a cached object of it depends on."""
+    folders = {ROOT / "csrc", source.parent, *folders}
+    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.rglob(kind)}
+    return [source, *sorted(headers)]
+
+
 def _compile(source, architecture, flags):
-    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed."""
-    folders = {ROOT / "csrc", ROOT / "csrc" / "cuda", source.parent}
-    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
+    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed.
+
+    For the first architecture the host's side is compiled as well, as whoever builds the package does.
+    """
     digest = hashlib.sha256(" ".join([_nvcc_version(), architecture, *flags]).encode())
-    for path in (source, *sorted(headers)):
+    for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     stem = f"{source.stem}-sm_{architecture}"
     cubin = CACHE / f"{stem}-{digest.hexdigest()[:20]}.cubin"
@@ -87,14 +96,15 @@ def _compile(source, architecture, flags):
         CACHE.mkdir(parents=True, exist_ok=True)
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-        fresh = cubin.with_name(f"{cubin.name}.{os.getpid()}")
-        command = [find_nvcc(), *flags, *include, target, "-cubin", "-Xptxas", "-v"]
-        done = subprocess.run(
-            [*command, "-o", str(fresh), str(source)], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise CompileError(f"{' '.join(command)} {source}\n{done.stdout}{done.stderr}")
-        os.replace(fresh, cubin)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            kept = ["--keep", f"--keep-dir={folder}"]
+            ends = ["-c", *kept] if architecture == ARCHITECTURES[0] else ["-cubin"]
+            made = Path(folder, "made")
+            command = [find_nvcc(), *flags, *include, target, *ends, "-Xptxas", "-v", "-o", str(made)]
+            done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise CompileError(f"{' '.join(command)} {source}\n{done.stdout}{done.stderr}")
+            os.replace(next(Path(folder).glob("*.cubin"), made), cubin)
         report.write_text(done.stderr)
     return cubin, report.read_text()
 

@@ -32,6 +32,13 @@ namespace {
 constexpr int64_t kFoldNumbers = 7, kStatNumbers = 6, kNumbers = kFoldNumbers + kStatNumbers + 1;
 constexpr int64_t kNegAbove = kFoldNumbers, kPosBelow = kNegAbove + 1, kNegValue = kNegAbove + 2;
 
+template <typename Visit>
+void each_row(int64_t n, const Visit& visit) {
+    for_pieces(n, kRowPiece, n * 8, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) visit(i);
+    });
+}
+
 // The rows' numbers of a state.
 template <typename T>
 struct State {
@@ -44,14 +51,16 @@ struct State {
 
     // Folds from it, and back, for rows in the order of a plan or (null) as they are.
     void read(Folds<T>& folds, const int32_t* order) const {
-        for (int64_t k = 0; k < kFoldNumbers; ++k) {
-            for (int64_t i = 0; i < n; ++i) folds.numbers[k * n + i] = row(k)[order ? order[i] : i];
-        }
+        each_row(n, [&](int64_t i) {
+            for (int64_t k = 0; k < kFoldNumbers; ++k)
+                folds.numbers[k * n + i] = row(k)[order ? order[i] : i];
+        });
     }
     void write(const Folds<T>& folds, const int32_t* order) const {
-        for (int64_t k = 0; k < kFoldNumbers; ++k) {
-            for (int64_t i = 0; i < n; ++i) row(k)[order ? order[i] : i] = folds.numbers[k * n + i];
-        }
+        each_row(n, [&](int64_t i) {
+            for (int64_t k = 0; k < kFoldNumbers; ++k)
+                row(k)[order ? order[i] : i] = folds.numbers[k * n + i];
+        });
     }
 };
 
@@ -124,15 +133,32 @@ auto in_compute_type(at::ScalarType type, const Run& run) {
     return type == at::kDouble ? run(double()) : run(float());
 }
 
+void check_pair_counts(const Tensor& pairs) {
+    TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
+                      "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());
+}
+
+void check_stage(c10::string_view stage, std::optional<double> epsilon) {
+    for (const char* known : {"hardest", "negatives", "positives", "both"}) {
+        if (stage != known) continue;
+        TORCH_CHECK_VALUE(stage != "hardest" || epsilon, "epsilon: expected a number in stage \"hardest\"");
+        return;
+    }
+    TORCH_CHECK_VALUE(false, "stage: unknown \"", stage, "\"");
+}
+
 // pairs [2, N] int64: how many positives and negatives each row has among all columns.
 Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view law_name,
             at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage, bool wide) {
     const LawInfo& law = find_law(law_name, params);
+    check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
-                      "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());
     const at::ScalarType type = wide ? at::kDouble : at::kFloat;
-    if (before) check_state(*before, kNumbers, n, type, "state");
+    if (stage != "start") {
+        check_stage(stage, epsilon);
+        TORCH_CHECK_VALUE(before, "state: expected one in every stage but \"start\"");
+        check_state(*before, kNumbers, n, type, "state");
+    }
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
     return in_compute_type(type, [&](auto number) {
@@ -142,27 +168,27 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
         if (stage == "start") {
             const State<T> state(at::zeros({kNumbers, n}, pairs.options().dtype(type)));
             state.write(folds, nullptr);
-            for (int64_t i = 0; i < n; ++i) {
+            each_row(n, [&](int64_t i) {
                 const bool active = can_have_loss(kernels, epsilon.has_value(), count[i], count[n + i]);
                 const Bounds<T> bounds = active ? Bounds<T>::all() : Bounds<T>::none();
                 state.row(kNegAbove)[i] = bounds.neg_above;
                 state.row(kPosBelow)[i] = bounds.pos_below;
-            }
+            });
             return state.numbers;
         }
         const State<T> state(before->clone(at::MemoryFormat::Contiguous));
         state.read(folds, nullptr);
         T *above = state.row(kNegAbove), *below = state.row(kPosBelow);
-        for (int64_t i = 0; i < n; ++i) {
+        each_row(n, [&](int64_t i) {
             if (stage == "hardest" && above[i] == -infinity<T>()) above[i] = folds.min_pos[i] - T(*epsilon);
-            if (stage != "negatives") continue;
+            if (stage != "negatives") return;
             if (epsilon) {
                 const Bounds<T> bounds = close_bounds(kernels, folds, i, above[i], T(*epsilon));
                 above[i] = bounds.neg_above;
                 below[i] = bounds.pos_below;
             }
             if (kernels.context) state.row(kNegValue)[i] = folds.neg_value(kernels, i);
-        }
+        });
         state.write(folds, nullptr);
         return state.numbers;
     });
@@ -178,6 +204,7 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
     const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity,
                        reduction);
     const at::ScalarType type = compute_type(embeddings);
+    check_stage(stage, epsilon);
     check_state(before, kNumbers, embeddings.size(0), type, "state");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
@@ -191,11 +218,11 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
         }
         Forward<T> pass(batch, here.problem);
         state.read(pass.folds(), order);
-        for (int64_t i = 0; i < state.n; ++i) {
+        each_row(state.n, [&](int64_t i) {
             batch.stats.neg_above[i] = state.row(kNegAbove)[order[i]];
             batch.stats.pos_below[i] = state.row(kPosBelow)[order[i]];
             batch.stats.neg_value[i] = state.row(kNegValue)[order[i]];
-        }
+        });
         if (stage == "hardest") {
             pass.hardest_positives();
         } else {
@@ -213,8 +240,9 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
 std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs, c10::string_view law_name,
                                        at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
     const LawInfo& law = find_law(law_name, params);
+    check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    check_state(before, kNumbers, n, before.scalar_type(), "state");
+    check_state(before, kNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, "state");
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
     double numbers[kMaxParams] = {};
@@ -228,9 +256,10 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
         Tensor losses = at::empty({4, n}, before.options());
         Tensor weights = state.numbers.narrow(0, kFoldNumbers, kStatNumbers).clone();
         T *loss = losses.data_ptr<T>(), *weight = weights.data_ptr<T>();
-        for (int64_t i = 0; i < n; ++i) {
-            const FinishedRow<T> row(kernels, numbers, mining, parse_reduction(reduction), folds, i, count[i],
-                                     count[n + i], !std::isnan(state.finite()[i]));
+        const Reduction how = parse_reduction(reduction);
+        each_row(n, [&](int64_t i) {
+            const FinishedRow<T> row(kernels, numbers, mining, how, folds, i, count[i], count[n + i],
+                                     !std::isnan(state.finite()[i]));
             for (int k = 0; k < 2; ++k) {
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.units[k];
@@ -239,7 +268,7 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
             weight[3 * n + i] = row.pos_value;
             weight[4 * n + i] = row.loss.d_neg;
             weight[5 * n + i] = row.loss.d_pos;
-        }
+        });
         return {losses, weights};
     });
 }
@@ -267,14 +296,14 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
         const Tensor above = grad_parts.contiguous(), stats = weights.contiguous();
         const int last = batch.kernels.parts - 1;
         std::vector<T> sorted(kStatNumbers * n);
-        for (int64_t k = 0; k < kStatNumbers; ++k) {
-            const T* from = stats.const_data_ptr<T>() + k * n;
-            const T* up = k < 4 ? nullptr : above.const_data_ptr<T>() + (k == 4 ? last * n : 0);
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t row = batch.plan.row_order[i];
-                sorted[k * n + i] = up ? up[row] * from[row] : from[row];
+        each_row(n, [&](int64_t i) {
+            const int64_t row = batch.plan.row_order[i];
+            for (int64_t k = 0; k < kStatNumbers; ++k) {
+                const T* up = k < 4 ? nullptr : above.const_data_ptr<T>() + (k == 4 ? last * n : 0);
+                const T from = stats.const_data_ptr<T>()[k * n + row];
+                sorted[k * n + i] = up ? up[row] * from : from;
             }
-        }
+        });
         const T* s = sorted.data();
         const auto like = [&](bool wanted, const Tensor& of) {
             return wanted ? at::zeros(of.sizes(), of.options().dtype(type)) : Tensor();

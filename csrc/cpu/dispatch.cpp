@@ -5,6 +5,13 @@
 #include "tile_kernels.h"
 #include "triplet_kernels.h"
 
+// A build for a sanitizer takes the baseline alone.
+#if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
+#define DML_HAS_AVX 1
+#else
+#define DML_HAS_AVX 0
+#endif
+
 namespace dml::cpu {
 
 #define DML_DECLARE(isa)                                               \
@@ -23,7 +30,7 @@ namespace dml::cpu {
     extern template const TripletKernels<double>& triplets<double>();  \
     }
 DML_DECLARE(baseline)
-#if defined(__x86_64__)
+#if DML_HAS_AVX
 DML_DECLARE(avx2)
 DML_DECLARE(avx512)
 #endif
@@ -31,7 +38,7 @@ DML_DECLARE(avx512)
 
 std::vector<std::string> available_instruction_sets() {
     std::vector<std::string> names = {"baseline"};
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) names.push_back("avx2");
@@ -64,7 +71,7 @@ void set_instruction_set(const std::string& name) {
 
 template <typename T>
 const TileKernels<T>& tile_kernels(LawId law) {
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::kernels<T>(law);
     if (chosen() == "avx2") return avx2::kernels<T>(law);
 #endif
@@ -76,7 +83,7 @@ template const TileKernels<double>& tile_kernels<double>(LawId);
 
 template <typename T>
 const ListedKernels<T>& listed_kernels() {
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::listed<T>();
     if (chosen() == "avx2") return avx2::listed<T>();
 #endif
@@ -88,7 +95,7 @@ template const ListedKernels<double>& listed_kernels<double>();
 
 template <typename T>
 const TripletKernels<T>& triplet_kernels() {
-#if defined(__x86_64__)
+#if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::triplets<T>();
     if (chosen() == "avx2") return avx2::triplets<T>();
 #endif

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 
 #include "../listed_ops.h"
 #include "listed_kernels.h"
+#include "sort.h"
 #include "tasks.h"
 
 namespace dml::cpu {
@@ -43,8 +43,12 @@ void check_range(const Tensor& index, int64_t size, const char* name) {
 void check_offsets(const Tensor& offsets, int64_t pairs) {
     const int64_t* at = offsets.const_data_ptr<int64_t>();
     const int64_t rows = offsets.numel() - 1;
-    bool good = at[0] == 0 && at[rows] == pairs;
-    for (int64_t r = 0; r < rows; ++r) good = good && at[r] <= at[r + 1];
+    std::atomic<bool> good{at[0] == 0 && at[rows] == pairs};
+    for_pieces(rows, kPairPiece, rows / 2, [&](int64_t from, int64_t to) {
+        bool here = true;
+        for (int64_t r = from; r < to; ++r) here = here && at[r] <= at[r + 1];
+        if (!here) good.store(false, std::memory_order_relaxed);
+    });
     TORCH_CHECK_VALUE(good, "offsets: expected to rise from 0 to ", pairs);
 }
 
@@ -141,32 +145,39 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
     return out;
 }
 
-// Calls place(k, position) for k = order(0), order(1), .. so that positions ascend by key, stably. Returns
-// where each key begins [keys + 1].
-template <typename Order, typename Place>
-Tensor counting_sort(const Tensor& index, int64_t keys, const Order& order, const Place& place) {
-    const int64_t* key = index.const_data_ptr<int64_t>();
-    const int64_t count = index.numel();
-    Tensor offsets = at::zeros({keys + 1}, index.options());
+// Where each of `count` ascending keys begins [count + 1], from key(k) of `pairs` pairs.
+template <typename Key>
+Tensor begins(int64_t pairs, int64_t count, const at::TensorOptions& options, const Key& key) {
+    Tensor offsets = at::empty({count + 1}, options);
     int64_t* at = offsets.data_ptr<int64_t>();
-    for (int64_t k = 0; k < count; ++k) ++at[key[k] + 1];
-    for (int64_t i = 0; i < keys; ++i) at[i + 1] += at[i];
-    std::vector<int64_t> next(at, at + keys);
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = order(i);
-        place(k, next[key[k]]++);
-    }
+    // Each pair writes the keys after the pair before, up to its own; what follows the last is of the end.
+    for_pieces(pairs + 1, kPairPiece, pairs + count, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k) {
+            const int64_t first = k == 0 ? 0 : key(k - 1) + 1, last = k == pairs ? count : key(k);
+            for (int64_t i = first; i <= last; ++i) at[i] = k;
+        }
+    });
     return offsets;
 }
 
 std::tuple<Tensor, Tensor> column_order(const Tensor& cols, int64_t m) {
     check_vector(cols, at::kLong, cols, "cols");
     check_range(cols, m, "cols");
-    Tensor order = at::empty({cols.numel()}, cols.options());
-    int64_t* to = order.data_ptr<int64_t>();
-    Tensor offsets = counting_sort(
-        cols, m, [](int64_t i) { return i; }, [to](int64_t k, int64_t position) { to[position] = k; });
-    return {order, offsets};
+    const int64_t pairs = cols.numel();
+    const int64_t* col = cols.const_data_ptr<int64_t>();
+    const int shift = bits_of(pairs);
+    std::vector<uint64_t> keys(pairs);  // column, position
+    for_pieces(pairs, kPairPiece, pairs, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k) keys[k] = uint64_t(col[k]) << shift | uint64_t(k);
+    });
+    sort_keys(keys, shift, shift + bits_of(m));
+    Tensor order = at::empty({pairs}, cols.options());
+    int64_t* to_order = order.data_ptr<int64_t>();
+    const uint64_t mask = (uint64_t(1) << shift) - 1;
+    for_pieces(pairs, kPairPiece, pairs, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k) to_order[k] = static_cast<int64_t>(keys[k] & mask);
+    });
+    return {order, begins(pairs, m, cols.options(), [&](int64_t k) { return int64_t(keys[k] >> shift); })};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sort(const Tensor& rows, const Tensor& cols, int64_t n,
@@ -179,27 +190,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sort(const Tensor& rows, const T
     check_range(cols, m, "cols");
     const int64_t pairs = rows.numel();
     const int64_t *row = rows.const_data_ptr<int64_t>(), *col = cols.const_data_ptr<int64_t>();
+    const int shift = bits_of(m);
+    std::vector<uint64_t> keys(pairs);  // row, column
+    std::atomic<bool> sorted{true};     // as a miner lists them
+    for_pieces(pairs, kPairPiece, pairs, [&](int64_t from, int64_t to) {
+        const auto key = [&](int64_t k) { return uint64_t(row[k]) << shift | uint64_t(col[k]); };
+        bool ascending = true;
+        for (int64_t k = from; k < to; ++k) {
+            keys[k] = key(k);
+            ascending = ascending && (k == 0 || key(k - 1) <= keys[k]);
+        }
+        if (!ascending) sorted.store(false, std::memory_order_relaxed);
+    });
+    if (!sorted) sort_keys(keys, 0, shift + bits_of(n));
     Tensor sorted_rows = at::empty({pairs}, rows.options()), sorted_cols = at::empty({pairs}, rows.options());
-    int64_t *to_row = sorted_rows.data_ptr<int64_t>(), *to_col = sorted_cols.data_ptr<int64_t>();
-    bool sorted = true;  // as a miner lists them
-    for (int64_t k = 1; k < pairs && sorted; ++k) {
-        sorted = row[k - 1] < row[k] || (row[k - 1] == row[k] && col[k - 1] <= col[k]);
-    }
-    const Tensor by_column = sorted ? Tensor() : std::get<0>(column_order(cols, m));
-    const int64_t* order = sorted ? nullptr : by_column.const_data_ptr<int64_t>();
-    Tensor offsets = counting_sort(
-        rows, n, [order](int64_t i) { return order ? order[i] : i; },
-        [=](int64_t k, int64_t position) {
-            to_row[position] = row[k];
-            to_col[position] = col[k];
-        });
     Tensor fresh = at::empty({pairs}, rows.options().dtype(at::kBool));
+    int64_t *to_row = sorted_rows.data_ptr<int64_t>(), *to_col = sorted_cols.data_ptr<int64_t>();
     bool* is_fresh = fresh.data_ptr<bool>();
+    const uint64_t mask = (uint64_t(1) << shift) - 1;
     for_pieces(pairs, kPairPiece, pairs, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) {
-            is_fresh[k] = k == 0 || to_row[k] != to_row[k - 1] || to_col[k] != to_col[k - 1];
+            to_row[k] = static_cast<int64_t>(keys[k] >> shift);
+            to_col[k] = static_cast<int64_t>(keys[k] & mask);
+            is_fresh[k] = k == 0 || keys[k] != keys[k - 1];
         }
     });
+    const Tensor offsets = begins(pairs, n, rows.options(), [&](int64_t k) { return to_row[k]; });
     return {sorted_rows, sorted_cols, offsets, fresh};
 }
 

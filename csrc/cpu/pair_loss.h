@@ -39,7 +39,7 @@ using at::Tensor;
 
 // Memory that may hold similarity tiles from forward to backward, whatever N and M: less where the gradient
 // of the columns, which may be many, comes on top.
-constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(40) << 20;
+constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
 // Memory of the weights of one wave of tiles.
 constexpr int64_t kSquareWeightBytes = int64_t(16) << 20, kWeightBytes = int64_t(8) << 20;
@@ -195,21 +195,18 @@ class Batch {
     // Similarities from the cache where they are known to be there, else from a product.
     Tile<T> tile(const TileAt& at, bool known) const {
         Tile<T> tile = place(at);
-        const bool cached = at.index < cached_;
-        T* s = cached ? cache_ + at.index * tiles.area() : Scratch<T>::mine().tile;
+        T* s = is_cached(at) ? cached(at) : Scratch<T>::mine().tile;
         tile.s = s;
-        if (cached && known) return tile;
-        T *x = rows.row(tile.row0), *y = cols.row(tile.col0);
-        const int64_t lines = padded(tile.rows);
-        Tensor out = matrix(s, lines, tile.pitch, tile.pitch, 1);
-        at::cpu::mm_out(out, matrix(x, lines, rows.dim, rows.stride(), 1),
-                        matrix(y, rows.dim, tile.pitch, 1, cols.stride()));
-        if (similarity.euclidean) {
-            kernels.distances(s, tile.pitch, tile.rows, tile.cols, x, rows.stride(), rows.square(tile.row0),
-                              y, cols.stride(), cols.square(tile.col0), rows.dim);
-        }
-        if (cached) std::fill(s + lines * tile.pitch, s + tiles.area(), T(0));
+        if (!is_cached(at) || !known) multiply(tile, 0, padded(tile.rows), s);
         return tile;
+    }
+
+    bool is_cached(const TileAt& at) const { return at.index < cached_; }
+
+    // Some lines of a cached tile, a multiple of 16 of them.
+    void multiply(const TileAt& at, int64_t from, int64_t to) const {
+        const Tile<T> tile = place(at);
+        if (from < padded(tile.rows)) multiply(tile, from, std::min(to, padded(tile.rows)), cached(at));
     }
 
     // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one super-tile's row),
@@ -278,6 +275,24 @@ class Batch {
     }
 
    private:
+    T* cached(const TileAt& at) const { return cache_ + at.index * tiles.area(); }
+
+    // s: of the whole tile, whose lines [from, to) are made. A cached tile's end is cleared with its last.
+    void multiply(const Tile<T>& tile, int64_t from, int64_t to, T* s) const {
+        T *x = rows.row(tile.row0 + from), *y = cols.row(tile.col0);
+        Tensor out = matrix(s + from * tile.pitch, to - from, tile.pitch, tile.pitch, 1);
+        at::cpu::mm_out(out, matrix(x, to - from, rows.dim, rows.stride(), 1),
+                        matrix(y, rows.dim, tile.pitch, 1, cols.stride()));
+        if (similarity.euclidean) {
+            kernels.distances(s + from * tile.pitch, tile.pitch,
+                              static_cast<int>(std::min<int64_t>(to, tile.rows) - from), tile.cols, x,
+                              rows.stride(), rows.square(tile.row0 + from), y, cols.stride(),
+                              cols.square(tile.col0), rows.dim);
+        }
+        const bool last = to == padded(tile.rows) && s != Scratch<T>::mine().tile;
+        if (last) std::fill(s + to * tile.pitch, s + tiles.area(), T(0));
+    }
+
     bool has_own_positive(int64_t i) const {
         return !own_.empty() && own_[i] >= plan.pos_begin[i] && own_[i] < plan.pos_end[i];
     }
@@ -514,8 +529,29 @@ class Forward {
         batch_.for_each_wave(kForwardWave, wanted, visit, nothing, nothing);
     }
 
+    // The products of cached tiles before they are looked at, cut finer than tiles where there are fewer of
+    // them than threads would share evenly.
+    template <typename Wanted>
+    void multiply_ahead(const Wanted& wanted) {
+        constexpr int64_t kLines = 32;
+        const int64_t strips = batch_.tiles.side / kLines;
+        std::vector<TileAt> ahead;
+        batch_.tiles.for_each_super(batch_.tiles.col_blocks, [&](const Tiles::Super& super) {
+            const auto wanted_here = [&](const TileAt& at) { return batch_.is_cached(at) && wanted(at); };
+            batch_.tiles.gather(super, std::numeric_limits<int64_t>::max(), wanted_here, ahead, [](auto&) {});
+        });
+        const int64_t count = ahead.size();
+        if (count >= 4 * thread_count()) return;
+        for_tasks(count * strips, count * batch_.tile_work(), [&](int64_t k) {
+            const int64_t from = k % strips * kLines;
+            batch_.multiply(ahead[k / strips], from, from + kLines);
+        });
+        for (const TileAt& at : ahead) known_[at.index] = 1;
+    }
+
     template <typename Wanted>
     void find_hardest_positives(const Wanted& wanted) {
+        if (!batch_.windows && thread_count() > 1) multiply_ahead(wanted);
         over_tiles(
             wanted,
             [&](const TileAt& at, TileParts<T>& parts) {

@@ -57,15 +57,12 @@ void for_tasks(int64_t count, int64_t work, const Run& run) {
         for (int64_t k = 0; k < count; ++k) run(k);
         return;
     }
-    // Taking a task sees what was written before the region, and what follows sees what the tasks wrote. The
-    // region's own barriers say so too, but not to a sanitizer that cannot look into them.
-    std::atomic<int64_t> next, done{0};
-    next.store(0, std::memory_order_release);
+    // Relaxed: the region's beginning and end order what tasks hand on, and nothing else may.
+    std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        for (int64_t k = next++; k < count; k = next++) run(k);
-        done.fetch_add(1, std::memory_order_release);
+        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t k = take(); k < count; k = take()) run(k);
     });
-    done.load(std::memory_order_acquire);
 }
 
 // Calls run(from, to) for pieces of [0, size) that do not depend on the number of threads.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .._arguments import check_choice
 from ..batch import Batch, make_batch
-from ..losses import ProxyAnchorLoss
+from ..law import undivided
+from ..losses import ProxyAnchorLoss, SoftTripleLoss
 from ..losses.base import Call, PairLoss, batch_of, compute, in_wanted_dtype
 from ..losses.classifier import ClassifierLoss
 from ..mined import MinedPairs
@@ -57,7 +58,7 @@ class DistributedLoss(nn.Module):
         L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
 
     Args:
-        loss: a pair loss of dml_cuda, or a class-level loss but SoftTripleLoss. Their weights belong in
+        loss: a pair loss of dml_cuda, or a class-level loss. Their weights belong in
             DistributedDataParallel, which makes their gradient that of one process too:
             ``DistributedDataParallel(DistributedLoss(head))``.
         group: the processes; ``None`` for all. Without torch.distributed there is one.
@@ -89,8 +90,7 @@ class DistributedLoss(nn.Module):
         super().__init__()
         if not (isinstance(loss, PairLoss) or _is_class_level(loss)):
             raise TypeError(
-                "loss: expected a pair loss of dml_cuda, or a class-level loss of it that is a sum over rows "
-                f"or proxies, got {type(loss).__name__}"
+                f"loss: expected a pair loss or a class-level loss of dml_cuda, got {type(loss).__name__}"
             )
         if miner is not None and not isinstance(miner, MultiSimilarityMiner):
             raise TypeError(
@@ -181,6 +181,8 @@ class DistributedLoss(nn.Module):
         head = self.loss
         labels = head.check(embeddings, labels)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
+        if isinstance(head, SoftTripleLoss):  # makes its own columns
+            return _Share(head.call, make_batch(embeddings, labels, *(None,) * 3, **rule), whole=True)
         if isinstance(head, ProxyAnchorLoss):
             there = labels >= 0  # the others are left out, as negatives too
             return _Share(
@@ -221,7 +223,12 @@ class DistributedLoss(nn.Module):
             batch = batch._replace(ref_emb=ref_emb.detach().requires_grad_())
         each = call.options.reduction == "none"
         call = call._replace(divide=each)
-        if share.whole:
+        added: Tensor | float = 0.0
+        if isinstance(self.loss, SoftTripleLoss):
+            value, added = self.loss.row_losses(batch.embeddings, batch.labels)
+            if not each:
+                value = undivided(value, torch.ones_like(value, dtype=torch.bool), call.options.reduction)
+        elif share.whole:
             value = compute(call, batch)
         elif share.proxies:
             value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
@@ -231,7 +238,7 @@ class DistributedLoss(nn.Module):
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
         if not each:
             value = _divide(Sum.apply(value.double(), processes), call.options.reduction)
-        return in_wanted_dtype(value, embeddings)
+        return in_wanted_dtype(value + added, embeddings)
 
     def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:
         """The rows of all processes, without a gradient, of the tensors that ``check`` returns or raises an
@@ -255,7 +262,11 @@ class DistributedLoss(nn.Module):
 
 def _is_class_level(loss: object) -> bool:
     """Whether a loss is one of rows and the weights of classes, or of proxies and rows, and no more."""
-    if not isinstance(loss, ClassifierLoss) or type(loss).forward is not ClassifierLoss.forward:
+    if not isinstance(loss, ClassifierLoss):
+        return False
+    if isinstance(loss, SoftTripleLoss):
+        return type(loss).forward is SoftTripleLoss.forward
+    if type(loss).forward is not ClassifierLoss.forward:
         return False
     return isinstance(loss, ProxyAnchorLoss) or type(loss).losses is ClassifierLoss.losses
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _C, _autocast, listed, ops, reference, scheduled
-from .._warnings import warn_once
+from .. import _autocast, listed, ops, reference, scheduled
 from ..batch import Batch, make_batch
+from ..kernels import use_kernel
 from ..law import Law
 from ..options import NAMES, Options, PairOptions, check_options
 
@@ -30,24 +30,6 @@ def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, A
         check(name, values[name])
     checked = check_options(options, similarity=law.similarity, reduction=law.reduction)
     return Call(law, law.params(values, checked.measure), checked, checked.measure)
-
-
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
-
-
-def _use_kernel(device: torch.device, backend: str) -> bool:
-    if backend == "reference":
-        return False
-    if _has_kernel(device):
-        return True
-    if backend == "fused":
-        raise RuntimeError(
-            f'backend: expected a device with a kernel for "fused", got embeddings on {device}; '
-            "dml_cuda.build_info() tells what was built"
-        )
-    warn_once(f"dml_cuda has no kernel for {device.type}: using the reference")
-    return False
 
 
 def _long(labels: Tensor | None) -> Tensor | None:
@@ -83,8 +65,8 @@ def _reference(call: Call, batch: Batch) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """What a law makes of a batch, float32 or float64."""
-    use_kernel = _use_kernel(batch.embeddings.device, call.options.backend)
-    return (_fused if use_kernel else _reference)(call, batch)
+    fused = use_kernel(batch.embeddings.device, call.options.backend)
+    return (_fused if fused else _reference)(call, batch)
 
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:

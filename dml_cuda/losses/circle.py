@@ -81,7 +81,22 @@ def margin_or_m(m: float, margin: float | None, default: float) -> float:
     return margin
 
 
-class CircleLoss(PairLoss):
+class NamedMargin:
+    """``margin``, another name for the attribute ``m``."""
+
+    m: float
+
+    @property
+    def margin(self) -> float:
+        return self.m
+
+    @margin.setter
+    def margin(self, margin: float) -> None:
+        check_number("margin", margin)
+        self.m = margin
+
+
+class CircleLoss(NamedMargin, PairLoss):
     """Circle loss on pairs; see :func:`dml_cuda.functional.circle_loss`. ``margin`` is the same as ``m``.
 
     >>> loss_fn = CircleLoss(m=0.4, gamma=80)
@@ -104,12 +119,3 @@ class CircleLoss(PairLoss):
     ) -> None:
         m = margin_or_m(m, margin, 0.4)
         super().__init__(options, m=m, gamma=gamma, detach_weights=detach_weights)
-
-    @property
-    def margin(self) -> float:
-        return self.m
-
-    @margin.setter
-    def margin(self, margin: float) -> None:
-        check_number("margin", margin)
-        self.m = margin

@@ -5,13 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._arguments import check_number
 from .base import option
-from .circle import Circle, margin_or_m
+from .circle import Circle, NamedMargin, margin_or_m
 from .classifier import ClassifierLoss, ClassifierOptions
 
 
-class CircleClassifierLoss(ClassifierLoss):
+class CircleClassifierLoss(NamedMargin, ClassifierLoss):
     r"""Circle loss with class-level labels: a classification loss whose columns are the classes' weights.
 
     For a row with class :math:`y`, and the cosine :math:`s_j` with the weight of class :math:`j`:
@@ -61,15 +60,6 @@ class CircleClassifierLoss(ClassifierLoss):
         values: dict[str, Any] = {"m": margin_or_m(m, margin, 0.25), "gamma": gamma}
         super().__init__(num_classes, embedding_size, options, **values, detach_weights=detach_weights)
         self.add_columns(self.num_classes, nn.init.normal_)
-
-    @property
-    def margin(self) -> float:
-        return self.m
-
-    @margin.setter
-    def margin(self, margin: float) -> None:
-        check_number("margin", margin)
-        self.m = margin
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]``: gamma times the cosine with each class's weight, for inference."""

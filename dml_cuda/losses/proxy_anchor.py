@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from .. import _autocast
@@ -13,6 +14,8 @@ from ..law import Law, Pairs, Part, reduce, softplus
 from ..reference import MaskedPairs, is_traced, unit_rows
 from .base import Call, evaluate, option
 from .classifier import ClassifierLoss, ClassifierOptions, row_weights
+
+_BLOCK = 1 << 22  # cosines that are there at once where rows are weighted
 
 
 class ProxyAnchor(Law):
@@ -33,6 +36,16 @@ class ProxyAnchor(Law):
             Part(pull, with_positives, (pull.detach() != 0).long()),
             Part(push, torch.ones_like(with_positives), (push.detach() != 0).long()),
         )
+
+
+def _raised(
+    proxies: Tensor, classes: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor, params: list[float]
+) -> tuple[Part, ...]:
+    """The parts of some proxies, the logits of each row raised by its bias."""
+    s = unit_rows(proxies) @ unit_rows(embeddings).T
+    positive = classes[:, None] == labels
+    pos, neg = (MaskedPairs(s, mask) for mask in (positive, ~positive & (labels >= 0)))
+    return ProxyAnchor.row(pos, neg, *params, bias=bias)
 
 
 class ProxyAnchorLoss(ClassifierLoss):
@@ -58,7 +71,7 @@ class ProxyAnchorLoss(ClassifierLoss):
 
     A row whose label is negative is left out: it is no negative of any proxy either. With ``indices_tuple`` a
     row's logits are raised by its weight (how often it is listed, over the most often) minus 1, as in
-    pytorch-metric-learning; that alone stores the C x N matrix.
+    pytorch-metric-learning.
     """
 
     law = ProxyAnchor
@@ -103,12 +116,20 @@ class ProxyAnchorLoss(ClassifierLoss):
         labels = labels.long()
         with _autocast.off(embeddings.device):
             wide = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
-            s = unit_rows(self.proxies.to(wide)) @ unit_rows(embeddings.to(wide)).T
             bias = row_weights(self.listed(indices_tuple), embeddings).to(wide) - 1
-            positive = self.classes()[:, None] == labels
-            pos, neg = (MaskedPairs(s, mask) for mask in (positive, ~positive & (labels >= 0)))
-            parts = ProxyAnchor.row(pos, neg, *self.call.params, bias=bias)
-            value = reduce(parts, pos.count + neg.count > 0, self.reduction)
+            x, params = embeddings.to(wide), self.call.params
+            # Some proxies at a time, computed again in backward: the C x N matrix is never there.
+            step = max(1, _BLOCK // max(1, len(labels)))
+            blocks = zip(self.proxies.split(step), self.classes().split(step), strict=True)
+            parts = [
+                checkpoint(_raised, proxies.to(wide), classes, x, labels, bias, params, use_reentrant=False)
+                for proxies, classes in blocks
+            ]
+            whole = tuple(
+                Part(*(torch.cat(same) for same in zip(*of_blocks, strict=True)))
+                for of_blocks in zip(*parts, strict=True)
+            )
+            value = reduce(whole, whole[0].units > 0, self.reduction)
         return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

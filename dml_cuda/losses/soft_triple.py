@@ -93,8 +93,9 @@ class SoftTripleLoss(ClassifierLoss):
         columns = self.num_classes * self.centers_per_class
         self.add_columns(columns, nn.init.kaiming_uniform_, a=math.sqrt(5))
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
-        labels = self.check(embeddings, labels).long()
+    def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Of a batch that has been checked, the rows' losses ``[N]``, float32 or float64, and what the
+        regulariser adds to the batch's."""
         centers, (la, gamma, margin, tau) = self.rows(), self.call.params
         if embeddings.dtype != centers.dtype:  # under autocast
             wide = torch.promote_types(embeddings.dtype, centers.dtype)
@@ -102,18 +103,27 @@ class SoftTripleLoss(ClassifierLoss):
         run = soft_triple.dense if self.backend == "reference" else soft_triple.soft_triple
         how = self.centers_per_class, la, gamma, margin, tau > 0
         with _autocast.off(embeddings.device):
-            losses, *_, apart = run(embeddings, centers, labels, *how)
+            losses, *_, apart = run(embeddings, centers, labels.long(), *how)
+        return losses, tau * apart if tau > 0 else 0.0
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
+        losses, added = self.row_losses(embeddings, self.check(embeddings, labels))
+        with _autocast.off(embeddings.device):
             if indices_tuple is not None:
                 losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
-            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
-            if tau > 0:
-                value = value + tau * apart
+            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction) + added
         return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]``: the similarity to each class."""
-        x, w = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.rows()))
-        return soft_triple.similarities(x, w, self.centers_per_class, self.gamma)
+        return soft_triple.similarities(self.cosines(embeddings), self.centers_per_class, self.gamma)
+
+    def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """What :func:`dml_cuda.functional.pair_weights` tells of rows and centres."""
+        labels, (la, gamma, margin, _) = self.check(embeddings, labels).long(), self.call.params
+        points = embeddings, self.rows(), labels, self.centers_per_class
+        with torch.inference_mode(False), _autocast.off(embeddings.device):
+            return soft_triple.weights(*points, la, gamma, margin, self.reduction)
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:

@@ -8,6 +8,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tools.machine_code import with_headers
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
@@ -38,7 +40,7 @@ def build(sources, *, sanitizer="address", defines=(), optimize="-O1"):
     kernel_flags = [*common, optimize, *sanitize]
     objects = [_compile(source, [*common, "-O3"]) for source in RUNTIME]
     objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
-    return _cached([*reversed(objects)], ["g++", *sanitize, *map(str, objects)], suffix="")
+    return cached([*reversed(objects)], ["g++", *sanitize, *map(str, objects)], suffix="")
 
 
 def build_for_gpu(source):
@@ -53,7 +55,7 @@ def build_for_gpu(source):
         *INCLUDES,
         str(source),
     ]
-    return _cached(_with_headers(source), command, suffix=".gpu")
+    return cached(with_headers(source, HERE), command, suffix=".gpu")
 
 
 def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
@@ -72,16 +74,10 @@ def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=
 
 
 def _compile(source, flags):
-    return _cached(_with_headers(source), ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
+    return cached(with_headers(source, HERE), ["g++", *flags, "-x", "c++", "-c", str(source)], suffix=".o")
 
 
-def _with_headers(source):
-    folders = {HERE, ROOT / "csrc", ROOT / "csrc" / "laws", ROOT / "csrc" / "cuda", source.parent}
-    headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.glob(kind)}
-    return [source, *sorted(headers)]
-
-
-def _cached(inputs, command, suffix):
+def cached(inputs, command, suffix):
     digest = hashlib.sha256(" ".join(command).encode())
     for path in inputs:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,0 +1,154 @@
+"""The losses of triplets given as lists of indices, at the cost of the triplets, or of the pairs, listed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from . import _autocast
+from .kernels import has_kernel
+from .listed import SortedPairs, similarities, sort_pairs
+from .reference import full_precision, similarity_matrix
+from .triplets import Terms, recomputed
+
+_AREA = 1 << 20  # triplets of listed pairs that are looked at together
+
+
+class Triplets(NamedTuple):
+    """Triplets in the order of their anchors."""
+
+    anchors: Tensor  # [T] ascending
+    positives: Tensor  # [T]
+    negatives: Tensor  # [T]
+    there: Tensor | None = None  # [T] bool, False for one that does not count; None where all do
+
+
+def of_rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` of one dimension, with a gradient that is summed in the same order every time."""
+    return embedding(index, values[:, None])[:, 0]
+
+
+def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """``[N]`` the sum of each segment, in float64: one may be long; integers exactly."""
+    if values.dtype == torch.long:
+        return torch.nn.functional.pad(values.cumsum(0), (1, 0))[offsets].diff()
+    total = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0)
+    return total.to(values.dtype)
+
+
+def in_order(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Triplets:
+    anchors, order = torch.sort(anchors, stable=True)
+    return Triplets(anchors, positives[order], negatives[order])
+
+
+class _Points:
+    """Points that pairs of are measured, by the kernels of listed pairs or, for reference, by the matrix."""
+
+    def __init__(self, embeddings: Tensor, ref_emb: Tensor | None, similarity: str, fused: bool) -> None:
+        self.x = full_precision(embeddings, similarity)
+        self.y = self.x if ref_emb is None else full_precision(ref_emb, similarity)
+        self.similarity, self.fused = similarity, fused
+
+    def distances(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """``[P]`` of pairs of ascending rows of ``x`` and columns; NaN for an index out of range."""
+        n, m = x.shape[0], self.y.shape[0]
+        outside = (rows < 0) | (rows >= n) | (cols < 0) | (cols >= m)
+        rows = rows.clamp(0, max(n - 1, 0))
+        if not self.fused:
+            if rows.numel() == 0:
+                return x.new_zeros(0) * x.sum()
+            found = -similarity_matrix(x, self.y, self.similarity)[rows, cols.clamp(0, max(m - 1, 0))]
+            return torch.where(outside, torch.nan, found)
+        offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+        pairs = SortedPairs(rows, torch.where(outside, m, cols), offsets, ~outside)
+        return -similarities(x, self.y, pairs, self.similarity)
+
+
+def triplet_sums(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    listed: Triplets,
+    similarity: str,
+    terms: Terms,
+    beta: Tensor | None,
+    swap: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's loss ``[N]`` and counts ``[N, 2]``, as the op ``triplet_loss`` has them."""
+    with _autocast.off(embeddings.device):
+        points = _Points(embeddings, ref_emb, similarity, fused)
+        anchors, positives, negatives, there = listed
+        if there is None:
+            there = torch.ones_like(anchors, dtype=torch.bool)
+        else:  # what does not count must still be some pair
+            positives, negatives = (torch.where(there, index, 0) for index in (positives, negatives))
+            there = there & (points.y.shape[0] > 0)
+        d_p, d_n = (points.distances(points.x, anchors, cols) for cols in (positives, negatives))
+        if swap:
+            rows, order = torch.sort(positives, stable=True)
+            between = points.distances(points.y, rows, negatives[order])
+            d_n = torch.minimum(d_n, torch.empty_like(between).index_copy(0, order, between))
+        n = embeddings.shape[0]
+        rows = anchors.clamp(0, max(n - 1, 0))
+        losses, active, considered = terms.each(
+            d_p, d_n, there, None if beta is None else of_rows(beta, rows)
+        )
+        offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+        counts = torch.stack([_segment_sums(each.long(), offsets) for each in (active, considered)], dim=1)
+        return _segment_sums(losses, offsets), counts
+
+
+def crossed_sums(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+    similarity: str,
+    terms: Terms,
+    beta: Tensor | None,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`triplet_sums`, of every triplet that a listed positive makes with a listed negative of the
+    same anchor: no triplet is listed. Waits for the device, to know how many there are."""
+    with _autocast.off(embeddings.device):
+        points = _Points(embeddings, ref_emb, similarity, fused)
+        n, m = points.x.shape[0], points.y.shape[0]
+        pos, neg = (sort_pairs(*pairs[k : k + 2], n, m) for k in (0, 2))
+        found = [points.distances(points.x, each.rows, each.cols) for each in (pos, neg)]
+        offsets = [each.offsets for each in (pos, neg)]
+        both = (offsets[0].diff() > 0) & (offsets[1].diff() > 0)
+        (rows,) = both.nonzero(as_tuple=True)
+        losses, counts = points.x.new_zeros(n), points.x.new_zeros(n, 2, dtype=torch.long)
+        if len(rows) == 0:
+            return losses + points.x.sum() * 0 + points.y.sum() * 0, counts
+        most = [int(each.diff()[rows].max()) for each in offsets]
+
+        def padded(kind: int, d: Tensor, some: Tensor, places: range) -> tuple[Tensor, Tensor]:
+            """``[B, K]`` the distances of some rows' pairs, from one place in their lists to another."""
+            begin, end = offsets[kind][some, None], offsets[kind][some + 1, None]
+            at = begin + torch.arange(places.start, places.stop, device=begin.device)
+            return d[at.clamp(max=len(d) - 1)], at < end
+
+        def part(d_p, d_n, beta, some, places) -> tuple[Tensor, Tensor]:
+            d_p, has_p = padded(0, d_p, some, places)
+            d_n, has_n = padded(1, d_n, some, range(most[1]))
+            own = None if beta is None else of_rows(beta, some)
+            kept = has_p[:, :, None] & has_n[:, None, :]
+            return terms.sums(d_p[:, :, None], d_n[:, None, :], kept, own)
+
+        panel = max(1, _AREA // most[1])
+        for some in rows.split(max(1, _AREA // (most[0] * most[1]))):
+            for begin in range(0, most[0], panel):
+                places = range(begin, min(begin + panel, most[0]))
+                more = recomputed(part, *found, beta, some, places)
+                losses = losses.index_add(0, some, more[0])
+                counts = counts.index_add(0, some, more[1])
+        return losses, counts
+
+
+def distances(
+    embeddings: Tensor, ref_emb: Tensor | None, rows: Tensor, cols: Tensor, similarity: str
+) -> Tensor:
+    """``[P]`` the negated similarities of listed pairs, rows ascending."""
+    points = _Points(embeddings, ref_emb, similarity, has_kernel(embeddings.device))
+    return points.distances(points.x, rows, cols)

@@ -1,0 +1,102 @@
+"""Triplet margin loss."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import check_flag, check_number
+from ..options import Options
+from .base import option
+from .triplets import TripletCall, TripletLoss, TripletOptions, check_per_anchor, evaluate, triplet_options
+
+
+def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
+    check_number("margin", values["margin"])
+    for name in ("swap", "smooth_loss"):
+        check_flag(name, values[name])
+    term = "softplus" if values["smooth_loss"] else "hinge"
+    per_anchor = check_per_anchor(values["triplets_per_anchor"])
+    return TripletCall(term, float(values["margin"]), values["swap"], per_anchor, options)
+
+
+def triplet_margin_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    margin: float = 0.05,
+    swap: bool = False,
+    smooth_loss: bool = False,
+    triplets_per_anchor: int | Literal["all"] = "all",
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices_tuple: object = None,
+    **options: Unpack[TripletOptions],
+) -> Tensor:
+    r"""Triplet margin loss: a positive should be nearer to its anchor than a negative, by a margin.
+
+    .. math:: L = \operatorname{mean}_{(a, p, n)} [d_{ap} - d_{an} + m]_+
+
+    over the triplets whose loss is not 0. With cosine or dot product, d is the negated similarity. Schroff et
+    al., *FaceNet*, CVPR 2015; Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*,
+    2017, whose soft margin is ``smooth_loss=True, margin=0``.
+
+    The N P Q triplets of N rows with P positives and Q negatives each are never listed: all of them, those
+    that :class:`dml_cuda.TripletMarginMiner` leaves, and those that the other miners select cost about what
+    the pairs cost, and memory stays O(N). The numbers of triplets are exact, beyond 2^31 too.
+
+    Not fused, and slower, are ``swap`` over all triplets (or over those of a ``TripletMarginMiner``), which
+    compares P Q distances in each row, and ``reduction="none"``: they are computed from blocks of rows,
+    within bounded memory. ``swap`` over listed, selected or ``triplets_per_anchor`` triplets costs what the
+    triplets cost.
+
+    Args:
+        margin: by how much, as a distance or a difference of similarities.
+        swap: the distance from negative to positive counts instead of that from negative to anchor where it
+            is less. Between rows of ``ref_emb`` where that is given.
+        smooth_loss: ``log(1 + exp(d_ap - d_an + margin))`` instead of the hinge.
+        triplets_per_anchor: ``"all"``, or how many are drawn for each row, positive and negative uniformly
+            and with replacement, by torch's generator. Without ``indices_tuple`` only.
+        indices_tuple: the triplets that count, instead of all: what a miner of dml_cuda or
+            pytorch-metric-learning returns, triplets ``(anchors, positives, negatives)`` or pairs
+            ``(anchors, positives, anchors, negatives)``, of which every positive makes a triplet with every
+            negative of its anchor; for pairs that are listed a GPU is waited for.
+        embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
+        options: ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean_nonzero"``,
+            ``backend``, ``check_pairs``; see :class:`dml_cuda.TripletOptions`.
+
+    Returns, Raises:
+        As :func:`multi_similarity_loss`. The counts that it is divided by are constants for the gradient.
+    """
+    values = {
+        "margin": margin,
+        "swap": swap,
+        "smooth_loss": smooth_loss,
+        "triplets_per_anchor": triplets_per_anchor,
+    }
+    call = make_call(values, triplet_options(options))
+    return evaluate(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+class TripletMarginLoss(TripletLoss):
+    """Triplet margin loss; see :func:`dml_cuda.functional.triplet_margin_loss`.
+
+    >>> loss_fn, miner = TripletMarginLoss(margin=0.1), BatchHardMiner()
+    >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
+    """
+
+    make_call = staticmethod(make_call)
+    swap: bool = option()
+    smooth_loss: bool = option()
+
+    def __init__(
+        self,
+        margin: float = 0.05,
+        swap: bool = False,
+        smooth_loss: bool = False,
+        triplets_per_anchor: int | Literal["all"] = "all",
+        **options: Unpack[TripletOptions],
+    ) -> None:
+        values = {"margin": margin, "swap": swap, "smooth_loss": smooth_loss}
+        super().__init__(options, **values, triplets_per_anchor=triplets_per_anchor)
