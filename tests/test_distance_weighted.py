@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import triplet_loops as truth
+import triplet_truth as truth
 from chances import chi_squared_is_likely
 from data import make_batch
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-import triplet_loops as truth
+import triplet_truth as truth
 from chances import chi_squared_is_likely
 from data import make_batch, make_integer_batch
 from losses import SIMILARITIES, by_name

@@ -8,7 +8,7 @@ import torch
 from emulator import library
 from emulator.build import HERE, ROOT, build
 from emulator.build import run as run_program
-from triplet_truth import (
+from every_triplet import (
     INF,
     INTERVALS,
     NEGATIVES,
@@ -137,7 +137,9 @@ def test_strips_and_nothing_written():
     part = library.TripletRows(s[7:12].clone(), labels, params=params(), first=7)
     before = part.s.clone()
     part_sums, part_counts, _ = part.losses("hinge", "all", "all", write=False)
-    assert part_sums[7:12].equal(sums[7:12]) and part_sums[:7].isnan().all() and part_sums[12:].isnan().all()
+    assert part_sums[7:12].equal(sums[7:12])
+    assert part_sums[:7].isnan().all()
+    assert part_sums[12:].isnan().all()
     assert part_counts[7:12].equal(counts[7:12])
     same = labels[7:12, None] == labels
     assert part.s[~same].equal(before[~same])  # only the positives' places are used
@@ -190,7 +192,9 @@ def test_select(rule, of_positives, schedule):
         if rule in ("hardest", "easiest"):
             rows.s.copy_(s)
             column, _ = rows.select(rule, of_positives)
-            known = {int(i): c for i, p, (c, _) in zip(*pairs, expected, strict=True) if of_positives or p >= 0}
+            known = {
+                int(i): c for i, p, (c, _) in zip(*pairs, expected, strict=True) if of_positives or p >= 0
+            }
             assert all(int(column[i]) == c for i, c in known.items())
 
 
@@ -216,9 +220,7 @@ def test_draws_follow_their_distribution():
 def test_distances(dim, dtype):
     x, y = torch.randn(7, dim, dtype=dtype), torch.randn(70, dim, dtype=dtype)
     y[3], y[40:50] = x[2], x[5] + 1e-4 * y[40:50]
-    rows = library.TripletRows(
-        x @ y.T, torch.zeros(7, dtype=torch.int64), torch.zeros(70, dtype=torch.int64)
-    )
+    rows = library.TripletRows(x @ y.T, torch.zeros(7, dtype=torch.int64), torch.zeros(70, dtype=torch.int64))
     rows.make_distances(x, y)
     truth = -(x.double()[:, None] - y.double()).norm(dim=2)
     assert torch.allclose(rows.s.double(), truth, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=0)

@@ -51,13 +51,13 @@ void select_rows(const TripletStrip<T>& strip, const TripletRules& rules, const 
            TripletWork<T>::bytes(strip.columns));
 }
 
-#define DML_TRIPLETS(T)                                                                                      \
-    template int64_t triplet_workspace_bytes<T>(int64_t, int64_t);                                           \
-    template void make_distances(const TripletStrip<T>&, const T*, const T*, const T*, const T*, int64_t,    \
-                                 cudaStream_t);                                                              \
-    template void triplet_rows(const TripletStrip<T>&, const TripletRules&, const T*, T*, int64_t*, T*,      \
-                               void*, cudaStream_t);                                                         \
-    template void select_rows(const TripletStrip<T>&, const TripletRules&, const SelectedPairs&, int64_t*,   \
+#define DML_TRIPLETS(T)                                                                                    \
+    template int64_t triplet_workspace_bytes<T>(int64_t, int64_t);                                         \
+    template void make_distances(const TripletStrip<T>&, const T*, const T*, const T*, const T*, int64_t,  \
+                                 cudaStream_t);                                                            \
+    template void triplet_rows(const TripletStrip<T>&, const TripletRules&, const T*, T*, int64_t*, T*,    \
+                               void*, cudaStream_t);                                                       \
+    template void select_rows(const TripletStrip<T>&, const TripletRules&, const SelectedPairs&, int64_t*, \
                               T*, void*, cudaStream_t);
 DML_TRIPLETS(float)
 DML_TRIPLETS(double)

@@ -1,7 +1,7 @@
 // Triplets of a row, by one block: the row's similarities are at hand in global memory, its positives are
 // gathered into a workspace, and every negative is compared with them, one by one where they are few, else as
-// a run of the sorted ones that a search finds (../triplets.h). Sums are folded in a fixed order; what several
-// threads add to one number are integers.
+// a run of the sorted ones that a search finds (../triplets.h). Sums are folded in a fixed order; what
+// several threads add to one number are integers.
 #pragma once
 
 #include "rows.cuh"
@@ -182,7 +182,8 @@ struct TripletRow {
         block_sync();
     }
 
-    // The column of the largest similarity below the limit, or of the smallest, the first among equals; or -1.
+    // The column of the largest similarity below the limit, or of the smallest, the first among equals; or
+    // -1.
     DML_DEVICE int64_t extreme_negative(bool largest, T limit) const {
         T best = -infinity<T>();
         int64_t at = columns;
@@ -381,8 +382,8 @@ DML_DEVICE void each_run(TripletRow<T>& row, TripletTotals<T>& totals, const The
             atomic_add(work.step + end, -1);
             if (kViolating) {
                 const double length = double(end - begin);
-                totals.sum +=
-                    work.prefix[end] - work.prefix[begin] + length * (double(row.params.margin) - double(d_neg));
+                totals.sum += work.prefix[end] - work.prefix[begin] +
+                              length * (double(row.params.margin) - double(d_neg));
                 totals.nonzero += end - begin;
             }
         }
@@ -412,7 +413,8 @@ DML_DEVICE void all_terms(TripletRow<T>& row, TripletTotals<T>& totals, const Th
 
 // All negatives of a row; the weights over its similarities.
 template <typename T>
-DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T beta, TripletTotals<T>& totals) {
+DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T beta,
+                              TripletTotals<T>& totals) {
     const auto write = [&](int64_t j, T slope) {
         if (!rules.write) return;
         row.s[j] = slope != T(0) ? slope * inverse_distance(rules.euclidean, -row.s[j]) : T(0);
@@ -510,7 +512,7 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kTripletThreads)
+__global__ void __launch_bounds__(kTripletThreads, 2)
     triplet_row_losses(TripletStrip<T> strip, TripletRules rules, const T* beta, T* sums, int64_t* counts,
                        T* grad_beta, unsigned char* workspace, int64_t space, int64_t work_bytes) {
     TripletRow<T> row;
@@ -563,7 +565,7 @@ DML_DEVICE int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t va
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kTripletThreads)
+__global__ void __launch_bounds__(kTripletThreads, 2)
     select_of_rows(TripletStrip<T> strip, TripletRules rules, SelectedPairs pairs, int64_t* columns,
                    T* similarities, unsigned char* workspace, int64_t space, int64_t work_bytes) {
     TripletRow<T> row;
@@ -594,15 +596,15 @@ __global__ void __launch_bounds__(kTripletThreads)
             const RowDraw<T> draw(row);
             const uint64_t seed = uint64_t(*rules.seed);
             for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
-                const int64_t j =
-                    columns[k] < 0 ? -1 : draw.column(uniform_draw(seed, uint64_t(row.i), uint64_t(k - from)));
+                const int64_t j = columns[k] < 0
+                                      ? -1
+                                      : draw.column(uniform_draw(seed, uint64_t(row.i), uint64_t(k - from)));
                 columns[k] = j;
                 similarities[k] = j < 0 ? -infinity<T>() : row.s[j];
             }
         } else {
             const bool each = which == Selection::kSemihard;
-            const int64_t all =
-                each ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
+            const int64_t all = each ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
             for (int64_t k = from; k < to; ++k) {
                 const bool asks = !pairs.anchors || columns[k] >= 0;
                 int64_t j = all;
@@ -622,7 +624,7 @@ __global__ void __launch_bounds__(kTripletThreads)
 // A warp takes 32 columns of a row. Where the points are close the difference is summed up again, by all
 // lanes.
 template <typename T>
-__global__ void __launch_bounds__(kTripletThreads)
+__global__ void __launch_bounds__(kTripletThreads, 2)
     distances_from_products(TripletStrip<T> strip, const T* x, const T* x_squares, const T* y,
                             const T* y_squares, int64_t dim) {
     const int64_t wide = (strip.columns + kWarpSize - 1) / kWarpSize;

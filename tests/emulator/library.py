@@ -290,7 +290,9 @@ class TripletRows:
             torch.searchsorted(columns[self.members], self.labels, right=right) for right in (False, True)
         )
 
-    def arguments(self, term="hinge", positives="all", negatives="all", write=True, pairs=None, of_positives=False):
+    def arguments(
+        self, term="hinge", positives="all", negatives="all", write=True, pairs=None, of_positives=False
+    ):
         address = lambda x: None if x is None else x.data_ptr()  # noqa: E731
         anchors, asked = pairs if pairs is not None else (None, None)
         return TripletArguments(

@@ -27,13 +27,18 @@ struct Arguments {  // as in library.py, field by field
 
 template <typename T>
 TripletStrip<T> strip_of(const Arguments& a) {
-    return {static_cast<T*>(a.s), a.rows, a.columns, a.pitch, a.first, a.members, a.begin,
-            a.end,                a.own,  a.square != 0, a.ref_count};
+    return {static_cast<T*>(a.s), a.rows,     a.columns, a.pitch, a.first, a.members, a.begin, a.end, a.own,
+            a.square != 0,        a.ref_count};
 }
 
 TripletRules rules_of(const Arguments& a) {
-    TripletRules rules = {static_cast<TripletTerm>(a.term), static_cast<Selection>(a.positives),
-                          static_cast<Selection>(a.negatives), {}, a.euclidean != 0, a.write != 0, a.seed};
+    TripletRules rules = {static_cast<TripletTerm>(a.term),
+                          static_cast<Selection>(a.positives),
+                          static_cast<Selection>(a.negatives),
+                          {},
+                          a.euclidean != 0,
+                          a.write != 0,
+                          a.seed};
     std::memcpy(rules.params, a.params, sizeof rules.params);
     return rules;
 }

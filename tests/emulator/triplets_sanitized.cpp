@@ -33,14 +33,11 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
         for (int64_t d = 0; d < 3; ++d) squares[i] += x[3 * i + d] * x[3 * i + d];
     }
     const int64_t seed = 5;
-    const TripletStrip<T> strip = {s.data(),   n,       n,    n,      0, members.data(), begin.data(),
-                                   end.data(), nullptr, true, nullptr};
-    const TripletRules rules = {term,
-                                Selection::kAll,
-                                negatives,
-                                {0.1, -kFar, kFar, -kFar, kFar, -kFar, 1.3, 0.5, 1.4, 8.0},
-                                true,
-                                true,
+    const TripletStrip<T> strip = {s.data(),     n,          n,       n,    0,      members.data(),
+                                   begin.data(), end.data(), nullptr, true, nullptr};
+    const TripletRules rules = {term,      Selection::kAll,
+                                negatives, {0.1, -kFar, kFar, -kFar, kFar, -kFar, 1.3, 0.5, 1.4, 8.0},
+                                true,      true,
                                 &seed};
     const int64_t bytes = triplet_workspace_bytes<T>(n, n);
     const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
@@ -63,8 +60,8 @@ int main() {
             run<double>(70, 1, term, Selection::kAll);
             run<float>(90, 2, term, Selection::kAll);
         }
-        for (const Selection negatives : {Selection::kHardest, Selection::kEasiest, Selection::kSemihard,
-                                          Selection::kDrawn}) {
+        for (const Selection negatives :
+             {Selection::kHardest, Selection::kEasiest, Selection::kSemihard, Selection::kDrawn}) {
             run<float>(13, 3, TripletTerm::kHinge, negatives);
             run<double>(40, 2, TripletTerm::kMargin, negatives);
         }
