@@ -80,7 +80,8 @@ TORCH_LIBRARY(dml_cuda, m) {
     //   term       hinge | softplus | margin
     //   positives  all | hardest | easiest
     //   negatives  all | hardest | easiest | semihard | drawn
-    //   params     margin, gap_low, gap_high, pos_low, pos_high, neg_low, neg_high, cutoff, nonzero_cutoff, dim
+    //   params     margin, gap_low, gap_high, pos_low, pos_high, neg_low, neg_high, cutoff, nonzero_cutoff,
+    //   dim
     //              (triplets.h)
     //   sums       [N] a row's terms, summed; counts [N, 2] its terms that are not 0, its triplets
     //   grad_*     the gradient of sums.sum(), in the type of sums; [0] where not saved or absent
@@ -90,8 +91,8 @@ TORCH_LIBRARY(dml_cuda, m) {
         "str negatives, float[] params, str similarity, bool save, bool save_ref=True) -> "
         "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
     // The column, and its similarity, that a rule finds for each row, or for each pair of anchors (ascending)
-    // and positives (-1: none): hardest_ or easiest_positive, hardest_, easiest_, semihard_ or drawn_negative.
-    // -1 and -inf where there is none.
+    // and positives (-1: none): hardest_ or easiest_positive, hardest_, easiest_, semihard_ or
+    // drawn_negative. -1 and -inf where there is none.
     m.def(
         "select(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_ref, "
         "Tensor? ref_count, Tensor? seed, str rule, float[] params, Tensor? anchors, Tensor? positives, "

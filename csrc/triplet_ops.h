@@ -22,8 +22,8 @@ struct TripletPoints {
 
     // As the pair losses have it: for their checks, and what else of theirs serves here.
     Call call() const {
-        return {embeddings, labels,       ref_emb,    ref_labels,    self_ref, ref_count, "",
-                {},         std::nullopt, similarity, "none",        true,     true,      false};
+        return {embeddings, labels,       ref_emb,    ref_labels, self_ref, ref_count, "",
+                {},         std::nullopt, similarity, "none",     true,     true,      false};
     }
 };
 

@@ -23,7 +23,7 @@ struct TripletParams {
     T margin, gap_low, gap_high, pos_low, pos_high, neg_low, neg_high, cutoff, nonzero_cutoff, dim;
 
     TripletParams() = default;
-    explicit TripletParams(const double* p)
+    explicit DML_INLINE TripletParams(const double* p)
         : margin(T(p[0])),
           gap_low(T(p[1])),
           gap_high(T(p[2])),

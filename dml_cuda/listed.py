@@ -35,10 +35,15 @@ def sort_pairs(rows: Tensor, cols: Tensor, n: int, m: int) -> SortedPairs:
     return SortedPairs(*torch.ops.dml_cuda.pair_sort.default(rows, cols, n, m))
 
 
+def of_rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` of one dimension, with a gradient that is summed in the same order every time."""
+    return torch.nn.functional.embedding(index, values[:, None])[:, 0]
+
+
 def _negated_distances(x: Tensor, y: Tensor, pairs: SortedPairs, products: Tensor) -> Tensor:
     """As reference._negated_distances, of pairs."""
     rows, cols = pairs.rows, pairs.cols.clamp(max=max(y.shape[0] - 1, 0))  # a column out of range: NaN anyway
-    lengths = x.square().sum(1)[rows] + y.square().sum(1)[cols]
+    lengths = of_rows(x.square().sum(1), rows) + of_rows(y.square().sum(1), cols)
     squares = lengths - 2 * products
     with torch.no_grad():
         near = squares < NEAR * lengths

@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from . import _autocast
 from .kernels import has_kernel
-from .listed import SortedPairs, similarities, sort_pairs
-from .reference import full_precision, similarity_matrix
+from .listed import SortedPairs, of_rows, similarities, sort_pairs
+from .reference import full_precision, is_traced, similarity_matrix
 from .triplets import Terms, recomputed
 
 _AREA = 1 << 20  # triplets of listed pairs that are looked at together
@@ -24,11 +23,6 @@ class Triplets(NamedTuple):
     there: Tensor | None = None  # [T] bool, False for one that does not count; None where all do
 
 
-def of_rows(values: Tensor, index: Tensor) -> Tensor:
-    """``values[index]`` of one dimension, with a gradient that is summed in the same order every time."""
-    return embedding(index, values[:, None])[:, 0]
-
-
 def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """``[N]`` the sum of each segment, in float64: one may be long; integers exactly."""
     if values.dtype == torch.long:
@@ -38,31 +32,56 @@ def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def in_order(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Triplets:
+    can_look = anchors.device.type == "cpu" and not is_traced(anchors)
+    if can_look and bool((anchors[1:] >= anchors[:-1]).all()):
+        return Triplets(anchors, positives, negatives)
     anchors, order = torch.sort(anchors, stable=True)
     return Triplets(anchors, positives[order], negatives[order])
 
 
 class _Points:
-    """Points that pairs of are measured, by the kernels of listed pairs or, for reference, by the matrix."""
+    """Points that pairs of are measured: by the kernels of listed pairs, each of them; or, where a list on a
+    CPU is longer than that of all pairs, all of them once (the gradients that a pair listed often gets are
+    then added in the order of the list); or, for reference, by the matrix of PyTorch."""
 
     def __init__(self, embeddings: Tensor, ref_emb: Tensor | None, similarity: str, fused: bool) -> None:
         self.x = full_precision(embeddings, similarity)
         self.y = self.x if ref_emb is None else full_precision(ref_emb, similarity)
         self.similarity, self.fused = similarity, fused
+        self._matrix: Tensor | None = None
 
     def distances(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """``[P]`` of pairs of ascending rows of ``x`` and columns; NaN for an index out of range."""
         n, m = x.shape[0], self.y.shape[0]
         outside = (rows < 0) | (rows >= n) | (cols < 0) | (cols >= m)
         rows = rows.clamp(0, max(n - 1, 0))
-        if not self.fused:
-            if rows.numel() == 0:
-                return x.new_zeros(0) * x.sum()
-            found = -similarity_matrix(x, self.y, self.similarity)[rows, cols.clamp(0, max(m - 1, 0))]
-            return torch.where(outside, torch.nan, found)
-        offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
-        pairs = SortedPairs(rows, torch.where(outside, m, cols), offsets, ~outside)
+        many = x.device.type == "cpu" and len(rows) >= n * m > 0
+        if many or not self.fused:
+            every = self._every(x)
+            if len(every) == 0:
+                return torch.full_like(rows, torch.nan, dtype=x.dtype) + x.sum() * 0
+            return torch.where(outside, torch.nan, every.gather(0, rows * m + cols.clamp(0, m - 1)))
+        return self._listed(x, rows, torch.where(outside, m, cols))
+
+    def _listed(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        offsets = torch.searchsorted(rows, torch.arange(x.shape[0] + 1, device=rows.device))
+        pairs = SortedPairs(rows, cols, offsets, torch.ones_like(rows, dtype=torch.bool))
         return -similarities(x, self.y, pairs, self.similarity)
+
+    def _every(self, x: Tensor) -> Tensor:
+        """``[N M]`` of all pairs, row by row; those of the rows themselves are computed once."""
+        if x is self.x and self._matrix is not None:
+            return self._matrix
+        if self.fused:
+            n, m = x.shape[0], self.y.shape[0]
+            rows = torch.arange(n, device=x.device)[:, None].expand(n, m).flatten()
+            cols = torch.arange(m, device=x.device).expand(n, m).flatten()
+            every = self._listed(x, rows, cols)
+        else:
+            every = -similarity_matrix(x, self.y, self.similarity).flatten()
+        if x is self.x:
+            self._matrix = every
+        return every
 
 
 def triplet_sums(

@@ -353,7 +353,7 @@ def _logsumexp_backward(ctx, grad):
 
 def _triplet_setup_context(ctx, inputs, output) -> None:
     embeddings, ref_emb, beta, (save, save_ref) = inputs[0], inputs[2], inputs[6], inputs[13:]
-    sums, counts, *gradients = output
+    counts, *gradients = output[1:]
     ctx.mark_non_differentiable(counts, *gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.markdown import Section
+
 from .plots import draw_comparison
-from .tables import OURS, THEIRS, TIMED, TITLES, insert, tables
+from .tables import OURS, THEIRS, TIMED, TITLES, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -40,8 +42,9 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         "--losses",
         nargs="+",
         choices=TITLES,
-        default=list(TITLES),
-        help="beside ms and circle",
+        default=["ms", "circle"],
+        metavar="LOSS",
+        help="as --loss there",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each training")
@@ -51,8 +54,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=12, help="for step times")
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), help="folder to write to")
     parser.add_argument("--readme", type=Path, help="a file to put the tables in, between its markers")
+    parser.add_argument("--section", default="comparison", help="the name in those markers")
     arguments = parser.parse_args(options)
-    arguments.losses = [loss for loss in TITLES if loss in (*TIMED, *arguments.losses)]
     for size in arguments.batches:
         if size % _CLASSES:
             parser.error(f"--batches {size}: {_CLASSES} classes must share it evenly")
@@ -93,7 +96,7 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
                  "embedding_size": log["arguments"]["embedding_size"],
                  "centers_left": log.get("centers_left")}
             )  # fmt: skip
-            if loss == "ms" and seed == 0:
+            if loss == arguments.losses[0] and seed == 0:
                 kept = log
                 for name in _PICTURES:
                     shutil.copy(folder / loss / name, arguments.out / name)
@@ -101,9 +104,13 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
     return runs, kept
 
 
+def _timed(arguments: argparse.Namespace) -> list[str]:
+    return [loss for loss in arguments.losses if loss in TIMED]
+
+
 def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
     rows = []
-    for loss in TIMED:
+    for loss in _timed(arguments):
         for size in arguments.batches:
             sides = {}
             for side, name in (("ours", loss), ("theirs", f"pml-{loss}")):
@@ -123,7 +130,7 @@ def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs everything, and writes everything."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    total = 2 * (len(arguments.losses) * arguments.seeds + len(TIMED) * len(arguments.batches))
+    total = 2 * (len(arguments.losses) * arguments.seeds + len(_timed(arguments)) * len(arguments.batches))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
         runs, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
@@ -140,7 +147,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     curves = {
         title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
         for loss, title in TITLES.items()
-        if loss in TIMED
+        if loss in runs
     }
     draw_comparison(arguments.out / "loss_curves.png", curves)
     return record
@@ -151,7 +158,9 @@ def main(options: list[str] | None = None) -> None:
     try:
         written = tables(compare(arguments))
         if arguments.readme:
-            arguments.readme.write_text(insert(arguments.readme.read_text(), written))
+            arguments.readme.write_text(
+                Section(arguments.section).insert(arguments.readme.read_text(), written)
+            )
         else:
             (arguments.out / "tables.md").write_text(written + "\n")
     except KeyboardInterrupt:

@@ -22,12 +22,17 @@ TITLES = {
     "proxyanchor": "proxy anchor",
     "softtriple": "SoftTriple",
 }
-TIMED = ("ms", "circle")  # whose steps are timed at several batch sizes
+TIMED = ("ms", "circle", "triplet", "margin")  # whose steps are timed at several batch sizes
 # Those that do not compute the same in both libraries, seed for seed: drawn triplets; a regulariser.
 APART = ("margin", "softtriple")
 OURS, THEIRS = "dml_cuda", "PML"
 _SCORES = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "NMI", "MAP@R")
 _EARLY = 20  # steps in which rounding has not yet grown
+
+
+def _titles(runs: dict[str, list[dict]]) -> dict[str, str]:
+    """Of the losses that there are runs of."""
+    return {loss: title for loss, title in TITLES.items() if loss in runs}
 
 
 def _percent(values: list[float]) -> str:
@@ -54,13 +59,10 @@ def _row(title: str, runs: list[dict], when: str) -> list[str]:
     return [*cells, _milliseconds(np.median([run["step_s"] for run in runs])), _mebibytes(peak)]
 
 
-def trained(runs: dict[str, list[dict]]) -> dict[str, str]:
-    """The titles of the losses that there are runs of."""
-    return {loss: title for loss, title in TITLES.items() if loss in runs}
-
-
 def _settings(runs: dict[str, list[dict]], options: dict) -> str:
-    sentences = [f"MS is mined with epsilon {options['epsilon']}; every loss has its defaults."]
+    sentences = ["Every loss has its defaults."]
+    if "ms" in runs:
+        sentences.append(f"MS is mined with epsilon {options['epsilon']}, circle takes all pairs.")
     if any(loss in runs for loss in CLASS_LEVEL):
         sentences.append(f"Weights of classes learn {CLASS_RATE} times as fast as the network.")
     if "softtriple" in runs:
@@ -75,7 +77,7 @@ def _settings(runs: dict[str, list[dict]], options: dict) -> str:
 def _retrieval(runs: dict[str, list[dict]]) -> str:
     header = ["loss", "dim", *_SCORES, "step", "peak memory"]
     rows = [_row("untrained", next(iter(runs.values())), "before")]
-    for loss, title in trained(runs).items():
+    for loss, title in _titles(runs).items():
         rows.append(_row(f"{title}, {OURS}", runs[loss], "after"))
         rows.append(_row(f"{title}, {THEIRS}", runs[f"pml-{loss}"], "after"))
     return markdown_table(header, rows, left=1)
@@ -89,7 +91,7 @@ def _relative(differences: np.ndarray) -> str:
 def _agreement(runs: dict[str, list[dict]]) -> str:
     """How far the two libraries' trainings are from each other, seed by seed, in words."""
     lines = []
-    for loss, title in trained(runs).items():
+    for loss, title in _titles(runs).items():
         if loss in APART:
             continue
         ours, theirs = runs[loss], runs[f"pml-{loss}"]
@@ -132,18 +134,22 @@ def tables(record: dict) -> str:
     """All of it, in Markdown."""
     data, options, runs, batches = (record[key] for key in ("data", "options", "retrieval", "batches"))
     train, test = data["train"], data["test"]
+    seeds = len(next(iter(runs.values())))
     parts = [
         f"Measured on {one_line(record['machine'])}.",
         f"**Retrieval.** {data['title']}: {train['images']} images of {train['classes']} classes to train "
         f"on, {test['images']} of {test['classes']} others to search. {options['steps']} steps of "
-        f"{options['batch_size']} images; in %, mean ± standard deviation of {len(runs['ms'])} seeds. "
+        f"{options['batch_size']} images; in %, mean ± standard deviation of {seeds} seeds. "
         + _settings(runs, options),
         _retrieval(runs),
         _agreement(runs),
-        f"**Step time, and the share of the loss in it,** by batch size: the same network, data and "
-        f"{options['embedding_size']} dimensions, {batches[0]['classes']} classes in a batch; median of "
-        f"{batches[0]['timed_steps']} steps at the start of a training, without the loading of images.",
-        _batches(batches),
-        f"Peak memory is that of {record['peak_memory_of']}.",
     ]
+    if batches:
+        parts += [
+            f"**Step time, and the share of the loss in it,** by batch size: the same network, data and "
+            f"{options['embedding_size']} dimensions, {batches[0]['classes']} classes in a batch; median of "
+            f"{batches[0]['timed_steps']} steps at the start of a training, without the loading of images.",
+            _batches(batches),
+        ]
+    parts.append(f"Peak memory is that of {record['peak_memory_of']}.")
     return "\n\n".join(parts)

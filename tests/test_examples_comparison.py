@@ -50,6 +50,18 @@ def test_runs_and_writes_everything(tmp_path):
     check_spread(record)
 
 
+def test_chosen_losses(tmp_path):
+    readme = tmp_path / "README.md"
+    begin, end = (getattr(tables.Section("triplets"), name) for name in ("begin", "end"))
+    readme.write_text(f"{begin}\n{end}\n")
+    options = ["--data", "digits", "--device", "cpu", "--seeds", "1", "--steps", "3", "--batches", "16"]
+    options += ["--timed-steps", "1", "--out", str(tmp_path / "out"), "--losses", "triplet"]
+    compare_retrieval.main([*options, "--readme", str(readme), "--section", "triplets"])
+    written = readme.read_text()
+    assert "| triplet, semi-hard, PML | 64 |" in written
+    assert "MS" not in written
+
+
 def check_spread(record):
     """With two seeds, mean ± standard deviation, and the libraries' differences seed by seed."""
     for name, runs in record["retrieval"].items():

@@ -1,6 +1,7 @@
 """The losses and miners of triplets among PyTorch's other features, and with bad input."""
 
 import copy
+import inspect
 import io
 import pickle
 import re
@@ -20,6 +21,7 @@ from dml_cuda import (
     PairMarginMiner,
     TripletMarginLoss,
     TripletMarginMiner,
+    TripletOptions,
 )
 from dml_cuda.distributed import DistributedLoss
 from dml_cuda.functional import margin_loss, triplet_margin_loss
@@ -191,6 +193,45 @@ def test_several_processes_are_refused():
 
 
 # --- Options and copies
+
+
+@pytest.mark.parametrize("function", [triplet_margin_loss, margin_loss])
+def test_signatures(function):
+    """Every parameter stands in the signature and every option in the documentation, with its default."""
+    module = {triplet_margin_loss: TripletMarginLoss, margin_loss: MarginLoss}[function]
+    own = {name for name, p in inspect.signature(module).parameters.items() if name != "options"}
+    for name in own - {"learn_beta", "num_classes"}:
+        default = inspect.signature(module).parameters[name].default
+        assert inspect.signature(function).parameters[name].default == default
+        assert f"{name}: " in function.__doc__ or name == "triplets_per_anchor"
+    documented = triplet_margin_loss.__doc__
+    for name in TripletOptions.__annotations__:
+        assert f"``{name}" in documented
+        assert re.search(rf"\b{name}\b", TripletOptions.__doc__)
+    assert f'``similarity="{module().similarity}"``' in documented
+    assert f'``reduction="{module().reduction}"``' in documented
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@EVERY_MINER
+@EVERY_LOSS
+def test_threads_do_not_change_a_bit(loss, miner, listed):
+    x, y = make_batch(200, 33)
+    loss_fn, find = LOSSES[loss], MINERS[miner]
+    torch.manual_seed(0)
+    mined = None if find is None else find(x, y)
+    mined = tuple(mined) if listed and mined is not None else mined
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        if mined is not None and not listed:
+            torch.manual_seed(0)
+        value = loss_fn(leaf, y, mined if listed or find is None else find(leaf, y))
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    for value, gradient in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 @EVERY_LOSS

@@ -59,7 +59,30 @@ miner.epsilon = "large"  # type: ignore[assignment]
 """
 
 
-@pytest.mark.parametrize("script", [LOSSES, MINERS], ids=["losses", "miners"])
+TRIPLETS = """
+import torch
+from typing_extensions import assert_type
+
+import dml_cuda
+from dml_cuda import functional
+
+embeddings, labels = torch.randn(8, 4), torch.arange(8) // 2
+loss_fn = dml_cuda.TripletMarginLoss(0.1, triplets_per_anchor=5, similarity="cosine")
+assert_type(loss_fn(embeddings, labels), torch.Tensor)
+margin = dml_cuda.MarginLoss(learn_beta=True, num_classes=4, reduction="mean")
+assert_type(margin(embeddings, labels, dml_cuda.DistanceWeightedMiner()(embeddings, labels)), torch.Tensor)
+assert_type(functional.margin_loss(embeddings, labels, beta=torch.ones(4)), torch.Tensor)
+miner = dml_cuda.TripletMarginMiner(0.2, "semihard")
+assert_type(miner(embeddings, labels), dml_cuda.MinedTriplets)
+assert_type(dml_cuda.BatchEasyHardMiner()(embeddings, labels).positives, torch.Tensor)
+assert_type(miner.num_triplets, int)
+loss_fn.margin, margin.nu, miner.margin = 0.3, 0.1, 0.1
+loss_fn.margin = "large"  # type: ignore[assignment]
+dml_cuda.TripletMarginLoss(epsilon=0.1)  # type: ignore[call-arg]
+"""
+
+
+@pytest.mark.parametrize("script", [LOSSES, MINERS, TRIPLETS], ids=["losses", "miners", "triplets"])
 def test_types(script, tmp_path):
     assert resources.files("dml_cuda").joinpath("py.typed").is_file()
     typed = tmp_path / "typed.py"

@@ -18,9 +18,9 @@ inline constexpr int64_t kFewPositives = 48;
 // One row's triplets of all its negatives with its chosen positives.
 template <typename T>
 struct RowTriplets {
-    T* s;         // [m] similarities; out: dL/ds of the negatives, by 1 / d where euclidean
+    T* s;  // [m] similarities; out: dL/ds of the negatives, by 1 / d where euclidean
     int64_t m;
-    const T* positives;     // [count] their distances
+    const T* positives;  // [count] their distances
     int64_t count;
     int64_t negatives;      // how many columns are not NaN
     bool interval;          // whether the gap is bounded
@@ -45,8 +45,8 @@ struct TripletKernels {
     // Puts NaN where a negative's distance is not allowed; how many are left.
     int64_t (*keep_allowed)(T* s, int64_t m, const TripletParams<T>&);
     void (*all_negatives[3])(RowTriplets<T>&);  // by TripletTerm
-    // The column of the largest similarity below `limit`, or of the smallest; the first among equals, -1 where
-    // there is none.
+    // The column of the largest similarity below `limit`, or of the smallest; the first among equals, -1
+    // where there is none.
     int64_t (*largest)(const T* s, int64_t m, T limit);
     int64_t (*smallest)(const T* s, int64_t m);
     // The weights of a draw [m], relative to the largest, and their sum in each block of kDrawBlock.

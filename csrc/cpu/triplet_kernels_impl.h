@@ -380,8 +380,7 @@ void add_points(const T* weights, const int32_t* index, int64_t count, const T* 
     int64_t d = 0;
     for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
         add_points_strip<T, kWide>(weights, index, count, points + d, stride, out + d);
-    for (; d < dim; d += kLanes)
-        add_points_strip<T, 1>(weights, index, count, points + d, stride, out + d);
+    for (; d < dim; d += kLanes) add_points_strip<T, 1>(weights, index, count, points + d, stride, out + d);
 }
 
 template <typename T>

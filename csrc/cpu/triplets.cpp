@@ -36,7 +36,8 @@ constexpr double kSparseWeights = 0.05;
 // cache, and dimensions of the gradient that one task makes.
 constexpr int64_t kDepth = 4096, kSlice = 512, kPanel = 256;
 
-// out = a b, or out += a b; a [lines, depth], b [depth, wide], each with the distances of its rows and columns.
+// out = a b, or out += a b; a [lines, depth], b [depth, wide], each with the distances of its rows and
+// columns.
 template <typename T>
 struct Operand {
     T* data;
@@ -519,7 +520,13 @@ class TripletLoss {
    public:
     TripletLoss(const Similarities<T>& of, TripletTerm term, TripletChoice choice,
                 const std::array<double, kTripletParams>& params, const T* beta, uint64_t seed, bool save)
-        : of_(of), term_(term), choice_(choice), params_(params.data()), beta_(beta), seed_(seed), save_(save) {
+        : of_(of),
+          term_(term),
+          choice_(choice),
+          params_(params.data()),
+          beta_(beta),
+          seed_(seed),
+          save_(save) {
         const auto options = of.rows.options();
         sums = at::zeros({of.n}, options);
         counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
@@ -556,7 +563,8 @@ class TripletLoss {
         for (int64_t r = 0; r < strip.rows(); ++r)
             lists_.start[r + 1] = lists_.start[r] + most_weights(strip.first + r);
         const int64_t most = lists_.start.back();
-        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(strip.rows() * of_.m)) return false;
+        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(strip.rows() * of_.m))
+            return false;
         lists_.count.assign(strip.rows(), 0);
         lists_.column.resize(most);
         lists_.weight.resize(most);
@@ -648,9 +656,8 @@ class TripletLoss {
                 row.grad_beta += by_neg - by_pos;
             } else {
                 const T violation = params_.violation(d_pos, d_neg);
-                by_pos = by_neg = term_ == TripletTerm::kHinge
-                                      ? add<HingeTerm<T>>(violation, row)
-                                      : add<SoftplusTerm<T>>(violation, row);
+                by_pos = by_neg = term_ == TripletTerm::kHinge ? add<HingeTerm<T>>(violation, row)
+                                                               : add<SoftplusTerm<T>>(violation, row);
             }
             if (by_pos != 0) weights.emplace_back(pairs.column(k), positive_weight(by_pos, d_pos));
             if (by_neg != 0) weights.emplace_back(j, -positive_weight(by_neg, d_neg));
@@ -741,7 +748,8 @@ LossResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const Op
     const auto params = triplet_params(param_list);
     check_beta(beta, term == TripletTerm::kMargin, embeddings);
     check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
-    const auto run = embeddings.scalar_type() == at::kDouble ? triplet_loss_of<double> : triplet_loss_of<float>;
+    const auto run =
+        embeddings.scalar_type() == at::kDouble ? triplet_loss_of<double> : triplet_loss_of<float>;
     return run(points, beta, seed_value(seed), term, choice, params, save, save_ref);
 }
 

@@ -204,6 +204,11 @@ DML_DEVICE float exp2_approx(float x) {
     return y;
 }
 
+// ---- integers that several threads add to -----------------------------------------------------
+
+// Integers only: floating-point sums must not depend on who comes first.
+DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { atomicAdd(sum, value); }
+
 // ---- between the lanes of a warp --------------------------------------------------------------
 
 // T of 4 or 8 bytes.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .._arguments import check_count, check_flag, check_number
-from ..listed_triplets import of_rows
+from ..listed import of_rows
 from ..options import Options
 from ..reference import is_traced
 from .base import in_wanted_dtype, option

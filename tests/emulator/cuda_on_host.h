@@ -152,6 +152,10 @@ DML_DEVICE float exp2_approx(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+// ---- integers that several threads add to -----------------------------------------------------
+
+DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
+
 // ---- between the lanes of a warp --------------------------------------------------------------
 
 template <typename T>

@@ -10,7 +10,8 @@ import torch
 
 from . import build
 
-SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), build.HERE / "pair_loss_host.cpp"]
+HOST_SIDES = [build.HERE / "pair_loss_host.cpp", build.HERE / "triplets_host.cpp"]
+SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), *HOST_SIDES]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32", "bf16"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
@@ -242,3 +243,97 @@ def segment_softmax(grad, logits, value, offsets, schedule=("round_robin", 0)):
         load().dml_softmaxes, logits, logits.shape,
         grad, logits, value, offsets, len(grad), len(logits), schedule=schedule,
     )  # fmt: skip
+
+
+# ---- triplets --------------------------------------------------------------------------------------------
+
+TERMS = ["hinge", "softplus", "margin"]
+SELECTIONS = ["all", "hardest", "easiest", "semihard", "drawn"]  # as in csrc/triplets.h
+TRIPLET_PARAMS = 10
+
+
+class TripletArguments(ctypes.Structure):  # as in triplets_host.cpp, field by field
+    _fields_ = [
+        ("s", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "pitch", "first")],
+        *[(name, ctypes.c_void_p) for name in ("members", "begin", "end", "own")],
+        ("square", ctypes.c_int64),
+        ("ref_count", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("term", "positives", "negatives")],
+        ("params", ctypes.c_double * TRIPLET_PARAMS),
+        *[(name, ctypes.c_int64) for name in ("euclidean", "write")],
+        *[(name, ctypes.c_void_p) for name in ("seed", "anchors", "anchors_positives")],
+        *[(name, ctypes.c_int64) for name in ("pairs", "of_positives")],
+    ]
+
+
+@dataclass
+class TripletRows:
+    """Rows [first, first + len(s)) of a batch against all columns, by their similarities."""
+
+    s: torch.Tensor  # [rows, columns]; the weights are left in its place
+    labels: torch.Tensor  # [N]
+    ref_labels: torch.Tensor | None = None  # [columns], None: the rows are the columns
+    own: torch.Tensor | None = None
+    ref_count: torch.Tensor | None = None
+    first: int = 0
+    params: list = field(default_factory=lambda: [0.0] * TRIPLET_PARAMS)
+    euclidean: bool = False
+    seed: torch.Tensor | None = None
+    schedule: tuple = ("round_robin", 0)
+
+    def __post_init__(self):
+        self.wide = self.s.dtype == torch.float64
+        columns = self.labels if self.ref_labels is None else self.ref_labels
+        self.members = columns.argsort(stable=True)
+        self.begin, self.end = (
+            torch.searchsorted(columns[self.members], self.labels, right=right) for right in (False, True)
+        )
+
+    def arguments(
+        self, term="hinge", positives="all", negatives="all", write=True, pairs=None, of_positives=False
+    ):
+        address = lambda x: None if x is None else x.data_ptr()  # noqa: E731
+        anchors, asked = pairs if pairs is not None else (None, None)
+        return TripletArguments(
+            self.s.data_ptr(), *self.s.shape, self.s.stride(0), self.first,
+            *map(address, (self.members, self.begin, self.end, self.own)),
+            self.ref_labels is None, address(self.ref_count),
+            TERMS.index(term), SELECTIONS.index(positives), SELECTIONS.index(negatives),
+            (ctypes.c_double * TRIPLET_PARAMS)(*self.params), self.euclidean, write, address(self.seed),
+            address(anchors), address(asked), 0 if anchors is None else len(anchors), of_positives,
+        )  # fmt: skip
+
+    def call(self, name, arguments, *tensors, numbers=()):
+        outputs = [poisoned(count, dtype) for count, dtype in tensors]
+        pointers = [ctypes.c_void_p(view.data_ptr()) for view, _ in outputs]
+        given = [ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else x for x in numbers]
+        wide = ctypes.c_int64(self.wide)
+        reference = ctypes.byref(arguments)
+        function = getattr(load(), name)
+        raw = [raw for _, raw in outputs]
+        call(function, reference, wide, *given, *pointers, schedule=self.schedule, buffers=raw)
+        return [view for view, _ in outputs]
+
+    def losses(self, term, positives, negatives, beta=None, write=True):
+        """Sums, counts and the gradient by beta, of all N rows: those of other strips keep what they had."""
+        n, dtype = len(self.labels), self.s.dtype
+        sums, counts, by_beta = self.call(
+            "dml_triplet_rows",
+            self.arguments(term, positives, negatives, write),
+            (n, dtype),
+            (2 * n, torch.int64),
+            (n, dtype),
+            numbers=(beta,),
+        )
+        return sums, counts.view(n, 2), by_beta
+
+    def select(self, which, of_positives, pairs=None):
+        n = len(self.labels) if pairs is None else len(pairs[0])
+        arguments = self.arguments(negatives=which, pairs=pairs, of_positives=of_positives)
+        return self.call("dml_select_rows", arguments, (n, torch.int64), (n, self.s.dtype))
+
+    def make_distances(self, x, y):
+        squares = x.square().sum(1), y.square().sum(1)
+        given = x, squares[0], y, squares[1], ctypes.c_int64(x.shape[1])
+        self.call("dml_make_distances", self.arguments(), numbers=given)

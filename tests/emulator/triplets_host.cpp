@@ -1,0 +1,107 @@
+// The entry points on triplets, built for the host with the emulator, behind a C interface for ctypes.
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "cuda/triplets.h"
+#include "machine.h"
+
+using namespace dml;
+using namespace dml::cuda;
+
+namespace {
+
+struct Arguments {  // as in library.py, field by field
+    void* s;
+    int64_t rows, columns, pitch, first;
+    const int64_t *members, *begin, *end, *own;
+    int64_t square;
+    const int64_t* ref_count;
+    int64_t term, positives, negatives;
+    double params[kTripletParams];
+    int64_t euclidean, write;
+    const int64_t* seed;
+    const int64_t *anchors, *anchors_positives;
+    int64_t pairs, of_positives;
+};
+
+template <typename T>
+TripletStrip<T> strip_of(const Arguments& a) {
+    return {static_cast<T*>(a.s), a.rows,     a.columns, a.pitch, a.first, a.members, a.begin, a.end, a.own,
+            a.square != 0,        a.ref_count};
+}
+
+TripletRules rules_of(const Arguments& a) {
+    TripletRules rules = {static_cast<TripletTerm>(a.term),
+                          static_cast<Selection>(a.positives),
+                          static_cast<Selection>(a.negatives),
+                          {},
+                          a.euclidean != 0,
+                          a.write != 0,
+                          a.seed};
+    std::memcpy(rules.params, a.params, sizeof rules.params);
+    return rules;
+}
+
+template <typename F>
+int guarded(char* error, int64_t capacity, const F& f) {
+    try {
+        f();
+        return 0;
+    } catch (const std::exception& e) {
+        std::strncpy(error, e.what(), size_t(capacity) - 1);
+        error[capacity - 1] = 0;
+        return 1;
+    }
+}
+
+template <typename F>
+void with_type(int64_t wide, const F& f) {
+    if (wide) {
+        f(double());
+    } else {
+        f(float());
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int dml_triplet_rows(const Arguments* a, int64_t wide, const void* beta, void* sums, int64_t* counts,
+                     void* grad_beta, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto number) {
+            using T = decltype(number);
+            std::vector<unsigned char> workspace(triplet_workspace_bytes<T>(a->rows, a->columns), 0xFF);
+            triplet_rows(strip_of<T>(*a), rules_of(*a), static_cast<const T*>(beta), static_cast<T*>(sums),
+                         counts, static_cast<T*>(grad_beta), workspace.data(), nullptr);
+        });
+    });
+}
+
+int dml_select_rows(const Arguments* a, int64_t wide, int64_t* columns, void* similarities, char* error,
+                    int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto number) {
+            using T = decltype(number);
+            std::vector<unsigned char> workspace(triplet_workspace_bytes<T>(a->rows, a->columns), 0xFF);
+            select_rows(strip_of<T>(*a), rules_of(*a),
+                        {a->anchors, a->anchors_positives, a->pairs, a->of_positives != 0}, columns,
+                        static_cast<T*>(similarities), workspace.data(), nullptr);
+        });
+    });
+}
+
+int dml_make_distances(const Arguments* a, int64_t wide, const void* x, const void* x_squares, const void* y,
+                       const void* y_squares, int64_t dim, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        with_type(wide, [&](auto number) {
+            using T = decltype(number);
+            make_distances(strip_of<T>(*a), static_cast<const T*>(x), static_cast<const T*>(x_squares),
+                           static_cast<const T*>(y), static_cast<const T*>(y_squares), dim, nullptr);
+        });
+    });
+}
+
+}  // extern "C"

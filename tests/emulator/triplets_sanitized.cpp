@@ -1,0 +1,73 @@
+// Runs the kernels on triplets for the sanitizers to watch: each array is a heap block of exactly its size.
+#include <cstdio>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cuda/triplets.h"
+
+using namespace dml;
+using namespace dml::cuda;
+
+namespace {
+
+template <typename T>
+void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
+    constexpr double kFar = std::numeric_limits<double>::infinity();
+    std::vector<T> s(n * n), beta(n, T(1)), sums(n), grad_beta(n), found(n), x(n * 3), squares(n);
+    std::vector<int64_t> members, begin(n), end(n), counts(2 * n), columns(n), anchors(n), positives(n);
+    for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
+    for (int64_t c = 0; c < classes; ++c) {
+        const int64_t first = int64_t(members.size());
+        for (int64_t i = c; i < n; i += classes) members.push_back(i);
+        for (int64_t i = c; i < n; i += classes) {
+            begin[i] = first;
+            end[i] = int64_t(members.size());
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        anchors[i] = i / 2;
+        positives[i] = (i / 2 + classes) % n;
+        for (int64_t d = 0; d < 3; ++d) x[3 * i + d] = T((i + d) % 5);
+        for (int64_t d = 0; d < 3; ++d) squares[i] += x[3 * i + d] * x[3 * i + d];
+    }
+    const int64_t seed = 5;
+    const TripletStrip<T> strip = {s.data(),     n,          n,       n,    0,      members.data(),
+                                   begin.data(), end.data(), nullptr, true, nullptr};
+    const TripletRules rules = {term,      Selection::kAll,
+                                negatives, {0.1, -kFar, kFar, -kFar, kFar, -kFar, 1.3, 0.5, 1.4, 8.0},
+                                true,      true,
+                                &seed};
+    const int64_t bytes = triplet_workspace_bytes<T>(n, n);
+    const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
+    make_distances(strip, x.data(), squares.data(), x.data(), squares.data(), 3, nullptr);
+    for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
+    triplet_rows(strip, rules, beta.data(), sums.data(), counts.data(), grad_beta.data(), workspace.get(),
+                 nullptr);
+    if (negatives == Selection::kAll) return;
+    for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
+    select_rows(strip, rules, {anchors.data(), positives.data(), n, false}, columns.data(), found.data(),
+                workspace.get(), nullptr);
+}
+
+}  // namespace
+
+int main() {
+    try {
+        for (const TripletTerm term : {TripletTerm::kHinge, TripletTerm::kSoftplus, TripletTerm::kMargin}) {
+            run<float>(13, 3, term, Selection::kAll);
+            run<double>(70, 1, term, Selection::kAll);
+            run<float>(90, 2, term, Selection::kAll);
+        }
+        for (const Selection negatives :
+             {Selection::kHardest, Selection::kEasiest, Selection::kSemihard, Selection::kDrawn}) {
+            run<float>(13, 3, TripletTerm::kHinge, negatives);
+            run<double>(40, 2, TripletTerm::kMargin, negatives);
+        }
+    } catch (const std::exception& e) {
+        std::fprintf(stderr, "%s\n", e.what());
+        return 1;
+    }
+    return 0;
+}
