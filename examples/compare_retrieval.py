@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .plots import draw_comparison
-from .tables import OURS, THEIRS, TITLES, insert, tables
+from .tables import OURS, THEIRS, TIMED, TITLES, insert, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -36,6 +36,13 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default="auto", help="as for train_retrieval")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        choices=TITLES,
+        default=list(TITLES),
+        help="beside ms and circle",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument(
@@ -45,6 +52,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), help="folder to write to")
     parser.add_argument("--readme", type=Path, help="a file to put the tables in, between its markers")
     arguments = parser.parse_args(options)
+    arguments.losses = [loss for loss in TITLES if loss in (*TIMED, *arguments.losses)]
     for size in arguments.batches:
         if size % _CLASSES:
             parser.error(f"--batches {size}: {_CLASSES} classes must share it evenly")
@@ -74,7 +82,7 @@ def _summary(log: dict, skip: int = 0) -> dict:
 
 def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict]:
     """The runs of each loss, seed by seed, and the log of the one whose pictures are kept."""
-    runs = {name: [] for loss in TITLES for name in (loss, f"pml-{loss}")}
+    runs = {name: [] for loss in arguments.losses for name in (loss, f"pml-{loss}")}
     for seed in range(arguments.seeds):
         for loss, found in runs.items():
             progress.set_postfix_str(f"{loss}, seed {seed}")
@@ -82,7 +90,8 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
             first, last = log["evaluations"][0], log["evaluations"][-1]
             found.append(
                 {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
-                 "embedding_size": log["arguments"]["embedding_size"]}
+                 "embedding_size": log["arguments"]["embedding_size"],
+                 "centers_left": log.get("centers_left")}
             )  # fmt: skip
             if loss == "ms" and seed == 0:
                 kept = log
@@ -94,7 +103,7 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
 
 def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
     rows = []
-    for loss in TITLES:
+    for loss in TIMED:
         for size in arguments.batches:
             sides = {}
             for side, name in (("ours", loss), ("theirs", f"pml-{loss}")):
@@ -114,7 +123,7 @@ def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs everything, and writes everything."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    total = 2 * len(TITLES) * (arguments.seeds + len(arguments.batches))
+    total = 2 * (len(arguments.losses) * arguments.seeds + len(TIMED) * len(arguments.batches))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
         runs, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
@@ -131,6 +140,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     curves = {
         title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
         for loss, title in TITLES.items()
+        if loss in TIMED
     }
     draw_comparison(arguments.out / "loss_curves.png", curves)
     return record
