@@ -328,7 +328,7 @@ def longest(blocks, nodes, start, order, inside):
 def of_other_law(instruction, law):
     """Whether it comes from the file of one loss's law (csrc/laws), and from another one's than that."""
     files = [Path(file) for file, _ in instruction.lines]
-    laws = {file.stem for file in files if file.parent.name == "laws"} - {"law"}
+    laws = {file.stem for file in files if file.parent.name == "laws"} - {"law", "dual", "slopes"}
     return bool(laws) and law not in laws
 
 
