@@ -19,6 +19,8 @@ def test_runs_and_writes_everything(tmp_path):
     readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
     options = [
         "--losses",
+        "ms",
+        "circle",
         "softtriple",
         "--data",
         "digits",
