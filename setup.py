@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = "0.1.0"
@@ -113,10 +114,14 @@ def cuda_architectures() -> str:
 
 
 def extension(cuda: bool):
-    sources = ["csrc/ops.cpp", "csrc/autograd.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/loaded_laws.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-    macros = [("DML_VERSION", f'"{VERSION}"'), ("DML_TORCH_VERSION", f'"{torch.__version__}"')]
     flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+    macros = [
+        ("DML_VERSION", f'"{VERSION}"'),
+        ("DML_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for laws that are compiled on demand
+    ]
     compile_args = {"cxx": flags}
     build = cpp_extension.CppExtension
     if cuda:
@@ -148,5 +153,15 @@ class BuildExtension(cpp_extension.BuildExtension):
         )
 
 
+class BuildPy(build_py):
+    """Puts the sources into the package too, where dml_cuda.load_law compiles laws with them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "csrc", Path(self.build_lib, "dml_cuda", "csrc"), dirs_exist_ok=True)
+
+
 CUDA = wants_cuda()
-setup(version=VERSION, ext_modules=[extension(CUDA)], cmdclass={"build_ext": BuildExtension})
+COMMANDS = {"build_ext": BuildExtension, "build_py": BuildPy}
+setup(version=VERSION, ext_modules=[extension(CUDA)], cmdclass=COMMANDS)

@@ -1,5 +1,6 @@
 """Who is measured. A peer turns a case and its batch into a step: a function that does one pass over it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dml_cuda import functional
+from examples import own_laws
 
-from .cases import CUDA_GRAPH_LIMIT, ROWS_PER_CLASS, Case
+from .cases import CUDA_GRAPH_LIMIT, OWN_LAWS, ROWS_PER_CLASS, Case
 from .chunked import chunked_loss
 from .measure import available_bytes
 
@@ -66,17 +68,17 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return step
 
 
-def _function(case: Case) -> Callable[..., Tensor]:
+def _loss(case: Case, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    options = {"epsilon": case.epsilon, "backend": backend}
+    if case.loss in OWN_LAWS:
+        return getattr(own_laws, f"{case.loss}_loss")()(**options)
     name = {"lifted_structure": "generalized_lifted_structure"}.get(case.loss, case.loss)
-    return getattr(functional, f"{name}_loss")
+    return partial(getattr(functional, f"{name}_loss"), **options)
 
 
 def fused(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """This package's kernels."""
-    function = _function(case)
-    return loss_step(
-        case, lambda x, y: function(x, y, epsilon=case.epsilon, backend="fused"), embeddings, labels
-    )
+    return loss_step(case, _loss(case, "fused"), embeddings, labels)
 
 
 def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
@@ -103,18 +105,14 @@ def fused_graph(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return replay
 
 
-def _in_pytorch(case: Case) -> Callable[..., Tensor]:
-    return partial(_function(case), epsilon=case.epsilon, backend="reference")
-
-
 def dense_reference(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The readable PyTorch reference, which stores the whole matrix."""
-    return loss_step(case, _in_pytorch(case), embeddings, labels)
+    return loss_step(case, _loss(case, "reference"), embeddings, labels)
 
 
 def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """The reference under torch.compile."""
-    return loss_step(case, torch.compile(_in_pytorch(case), dynamic=True), embeddings, labels)
+    return loss_step(case, torch.compile(_loss(case, "reference"), dynamic=True), embeddings, labels)
 
 
 _PML_NAMES = {
@@ -124,12 +122,18 @@ _PML_NAMES = {
     "lifted_structure": "GeneralizedLiftedStructureLoss",
     "nt_xent": "NTXentLoss",
     "sup_con": "SupConLoss",
+    "nca": "NCALoss",
+    "tuplet_margin": "TupletMarginLoss",
+}
+_PML_OPTIONS = {
+    "nca": {"softmax_scale": 8.0},  # of squared distances, 2 - 2 cos
+    "tuplet_margin": {"margin": math.degrees(0.1), "scale": 64.0},
 }
 
 
 def _check_triplets(case: Case, device: torch.device) -> None:
-    """pytorch-metric-learning's NT-Xent crosses its positive pairs with its negative pairs."""
-    if case.loss != "nt_xent":
+    """pytorch-metric-learning crosses these losses' positive pairs with their negative pairs."""
+    if case.loss not in ("nt_xent", "tuplet_margin"):
         return
     positives, negatives = case.n * (ROWS_PER_CLASS - 1), case.n * (case.n - ROWS_PER_CLASS)
     needed = 5 * positives * negatives * torch.finfo(getattr(torch, case.dtype)).bits // 8
@@ -143,7 +147,7 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     if case.loss not in _PML_NAMES:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
-    loss_fn = getattr(pml_losses, _PML_NAMES[case.loss])()
+    loss_fn = getattr(pml_losses, _PML_NAMES[case.loss])(**_PML_OPTIONS.get(case.loss, {}))
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

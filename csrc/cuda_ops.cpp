@@ -55,12 +55,18 @@ struct Inputs {
     Tensor points, labels;
     OptionalTensor ref_points, ref_labels, self_ref, ref_count;
     Task task;
+    const EntryPoints* engine = &kEntryPoints;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
     explicit Inputs(const Call& c)
         : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
         task.problem = describe(c);
         Problem& p = task.problem;
+        if (const LoadedLaw* own = loaded_law(p.law)) {
+            TORCH_CHECK(own->cuda, "law: ", c.law, " was loaded without CUDA kernels");
+            engine = own->cuda;
+            p.law = {};  // the only one that its engine knows
+        }
         p.queries = view(points, labels);
         p.refs = p.queries;
         if (c.ref_emb) {
@@ -91,24 +97,26 @@ ForwardResult pair_loss(const Call& c) {
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
-    Tensor saved = bytes(saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
+    const EntryPoints& engine = *in.engine;
+    Tensor saved =
+        bytes(engine.saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
     Tensor loss = in.task.problem.reduction == Reduction::kNone
                       ? at::empty({c.embeddings.size(0)}, in.accumulate)
                   : c.divide ? at::empty({}, in.accumulate)
                              : at::empty({4}, in.accumulate);
-    const Tensor workspace = bytes(forward_workspace_bytes(in.task), c.embeddings);
-    forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
-            c10::cuda::getCurrentCUDAStream());
+    const Tensor workspace = bytes(engine.forward_workspace_bytes(in.task), c.embeddings);
+    engine.forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
+                   c10::cuda::getCurrentCUDAStream());
     return {loss, saved};
 }
 
 // Reads from the length of `saved` what forward was told and knew. Returns whether it kept tiles.
-bool read_saved(Task& task, int64_t length) {
+bool read_saved(const EntryPoints& engine, Task& task, int64_t length) {
     const int marks = task.problem.scalar == Scalar::kFloat32 ? kPrecisions : 1;
     for (int k = 0; k < marks; ++k) {
         task.precision = static_cast<Precision>(k);
         for (const bool saves : {true, false}) {
-            if (length == saved_bytes(task, saves) + k) return saves;
+            if (length == engine.saved_bytes(task, saves) + k) return saves;
         }
     }
     task.precision = Precision::kFull;
@@ -119,18 +127,19 @@ BackwardResult pair_loss_backward(const Call& c, const Backward& b) {
     check_inputs(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
-    const bool saves = read_saved(in.task, b.saved.numel());
-    check_backward(c, b, saved_bytes(in.task, saves) + mark(in.task.precision));
+    const EntryPoints& engine = *in.engine;
+    const bool saves = read_saved(engine, in.task, b.saved.numel());
+    check_backward(c, b, engine.saved_bytes(in.task, saves) + mark(in.task.precision));
     const Tensor upstream = b.grad_loss.to(in.accumulate.dtype()).contiguous();
     const auto gradient = [&](const Tensor* of) {
         return of ? at::empty(of->sizes(), of->options()) : at::empty({0}, c.embeddings.options());
     };
     Tensor grad_emb = gradient(b.need_emb ? &c.embeddings : nullptr);
     Tensor grad_ref = gradient(b.need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
-    const Tensor workspace = bytes(backward_workspace_bytes(in.task), c.embeddings);
+    const Tensor workspace = bytes(engine.backward_workspace_bytes(in.task), c.embeddings);
     const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
-    backward(in.task, saves, b.saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
-             data_or_null(grad_ref), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    engine.backward(in.task, saves, b.saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
+                    data_or_null(grad_ref), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
     return {grad_emb, grad_ref};
 }
 

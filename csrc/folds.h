@@ -5,7 +5,7 @@
 //   LogSumExp   max, sum of exp(term - max)         c exp(term - value) slope
 //   Sum         count, sum of terms                 c slope
 //
-// c is the derivative of the row's loss with respect to the fold (RowLoss in laws.h).
+// c is the derivative of the row's loss with respect to the fold (RowSlopes in laws/slopes.h).
 #pragma once
 
 #include <cmath>

@@ -1,9 +1,16 @@
 // The list of laws. From it come the names that ops take, the number of their parameters, the tables of
 // CPU kernels, the switch of the CUDA kernels, and what Python and the emulator know. To add a loss, write
-// its struct in laws/ and add one line here.
+// its struct in laws/ and add one line here. Where a law is compiled on demand (dml_cuda.load_law) the list
+// is that law alone.
 #pragma once
 
 #include <string_view>
+
+#include "laws/slopes.h"
+
+#if defined(DML_OWN_LAW)
+#include <own_law.h>  // written by dml_cuda.load_law: the law, and DML_LAWS
+#else
 
 #include "laws/binomial_deviance.h"
 #include "laws/circle.h"
@@ -27,6 +34,8 @@
     X(margin_softmax, MarginSoftmax)       \
     X(proxy_anchor, ProxyAnchor)
 
+#endif
+
 namespace dml {
 
 enum class LawId : int {
@@ -39,7 +48,7 @@ enum class LawId : int {
 template <template <typename> class Law>
 struct LawTag {
     template <typename T>
-    using Of = Law<T>;
+    using Of = WithSlopes<T, Law<T>>;
 };
 
 // visit(LawTag<..>) of the law: one branch, uniform where the law is the same for all.
@@ -53,19 +62,17 @@ DML_INLINE auto with_law(LawId law, const Visit& visit) {
         DML_LAWS(DML_CASE)
 #undef DML_CASE
     }
-    return visit(LawTag<MultiSimilarity>{});  // not reached: ids come from the list
+    __builtin_unreachable();  // ids come from the list
 }
 
 struct LawInfo {
     std::string_view name;
     LawId id;
     int params;
-    bool pair_units;
 };
 
 inline constexpr LawInfo kLaws[] = {
-#define DML_INFO(name, Struct) \
-    {#name, LawId::name, Struct<float>::kParams, Struct<float>::kUnit == Unit::kPair},
+#define DML_INFO(name, Struct) {#name, LawId::name, count_names(Struct<float>::kParams)},
     DML_LAWS(DML_INFO)
 #undef DML_INFO
 };

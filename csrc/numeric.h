@@ -113,6 +113,12 @@ DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
+// The square root; its slope at 0, which is infinite, counts as 0.
+template <typename T>
+DML_INLINE T root(T x) {
+    return std::sqrt(x);
+}
+
 template <typename T>
 DML_INLINE T sigmoid(T x) {
     const T e = exp_fast(x < T(0) ? x : -x);

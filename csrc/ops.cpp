@@ -7,9 +7,10 @@
 #include <torch/library.h>
 
 #include "cpu/blocks.h"
+#include "cpu/law_ops.h"
 #include "cpu/tasks.h"
 #include "cpu/tile_kernels.h"
-#include "laws.h"
+#include "loaded_laws.h"
 
 #ifndef DML_CUDA_ARCHS
 #define DML_CUDA_ARCHS ""
@@ -111,6 +112,12 @@ PYBIND11_MODULE(_C, m) {
     for (const dml::LawInfo& law : dml::kLaws)
         laws[pybind11::str(law.name.data(), law.name.size())] = law.params;
     m.attr("laws") = laws;  // name: number of parameters
+    m.attr("compile_flags") = DML_COMPILE_FLAGS;
+    m.def(
+        "load_law", [](const std::string& path, const std::string& name) { dml::load_law(path, name); },
+        "Takes a law out of a library (loaded_law.h), under a name.", pybind11::arg("path"),
+        pybind11::arg("name"));
+    m.def("law_facts", &dml::cpu::law_facts, "What a law declares.", pybind11::arg("name"));
     m.def("stages", &dml::cpu::stages, "The passes over all columns that a law's forward makes, in order.",
           pybind11::arg("law"), pybind11::arg("mining"));
     m.def("cpu_instruction_sets", &dml::cpu::available_instruction_sets,

@@ -12,6 +12,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "loaded_laws.h"
 #include "problem.h"
 
 namespace dml {
@@ -84,11 +85,10 @@ BackwardResult call_op(const Op& op, const Call& c, const Backward& b) {
 // ---- names ------------------------------------------------------------------------------------------------
 
 inline const LawInfo& find_law(std::string_view name, at::ArrayRef<double> params) {
-    for (const LawInfo& law : kLaws) {
-        if (law.name != name) continue;
-        TORCH_CHECK_VALUE(static_cast<int>(params.size()) == law.params, "params: expected ", law.params,
-                          " numbers for ", law.name, ", got ", params.size());
-        return law;
+    if (const LawInfo* law = law_named(name)) {
+        TORCH_CHECK_VALUE(static_cast<int>(params.size()) == law->params, "params: expected ", law->params,
+                          " numbers for ", law->name, ", got ", params.size());
+        return *law;
     }
     std::string known;
     for (const LawInfo& law : kLaws) known += (known.empty() ? "" : ", ") + std::string(law.name);

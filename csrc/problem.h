@@ -40,7 +40,7 @@ struct Problem {
     const int64_t* ref_count = nullptr;  // only so many of the first refs take part; null: all
     int64_t dim = 0;
     Scalar scalar = Scalar::kFloat32;
-    LawId law = LawId::multi_similarity;
+    LawId law = {};
     double params[kMaxParams] = {};
     Similarity similarity;
     Mining mining;

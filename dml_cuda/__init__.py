@@ -35,6 +35,7 @@ from .mined import MinedPairs, PairCounts
 from .mined_triplets import MinedTriplets, SelectedPairs
 from .miners import MultiSimilarityMiner
 from .options import PairOptions
+from .own_law import check_law, load_law
 from .triplet_miners import (
     BatchEasyHardMiner,
     BatchHardMiner,
@@ -76,8 +77,10 @@ __all__ = [
     "TripletMarginMiner",
     "TripletOptions",
     "build_info",
+    "check_law",
     "distributed",
     "functional",
+    "load_law",
     "reference",
 ]
 

@@ -10,11 +10,14 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
 
 
-def use_kernel(device: torch.device, backend: str) -> bool:
-    """Whether the option ``backend`` asks for them; raises RuntimeError if it insists and there is none."""
+def use_kernel(device: torch.device, backend: str, on_cuda: bool = True) -> bool:
+    """Whether the option ``backend`` asks for them; raises RuntimeError if it insists and there is none.
+
+    ``on_cuda``: whether the CUDA kernels know the law, which one loaded without nvcc they do not.
+    """
     if backend == "reference":
         return False
-    if has_kernel(device):
+    if has_kernel(device) and (on_cuda or device.type != "cuda"):
         return True
     if backend == "fused":
         raise RuntimeError(

@@ -68,6 +68,7 @@ class Law:
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
+        on_cuda: whether the CUDA kernels, where they were built, know the law.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Law:
     similarity: ClassVar[str] = "cosine"
     reduction: ClassVar[str] = "mean"
     repeats: ClassVar[bool] = False
+    on_cuda: ClassVar[bool] = True
 
     @classmethod
     def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:

@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.markdown import Section
-
 from .plots import draw_comparison
-from .tables import OURS, THEIRS, TITLES, tables
+from .tables import OURS, THEIRS, TIMED, TITLES, insert, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -42,9 +40,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         "--losses",
         nargs="+",
         choices=TITLES,
-        default=["ms", "circle"],
-        metavar="LOSS",
-        help="as --loss there",
+        default=list(TITLES),
+        help="beside ms and circle",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each training")
@@ -54,8 +51,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=12, help="for step times")
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), help="folder to write to")
     parser.add_argument("--readme", type=Path, help="a file to put the tables in, between its markers")
-    parser.add_argument("--section", default="comparison", help="the name in those markers")
     arguments = parser.parse_args(options)
+    arguments.losses = [loss for loss in TITLES if loss in (*TIMED, *arguments.losses)]
     for size in arguments.batches:
         if size % _CLASSES:
             parser.error(f"--batches {size}: {_CLASSES} classes must share it evenly")
@@ -93,9 +90,10 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
             first, last = log["evaluations"][0], log["evaluations"][-1]
             found.append(
                 {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
-                 "embedding_size": log["arguments"]["embedding_size"]}
+                 "embedding_size": log["arguments"]["embedding_size"],
+                 "centers_left": log.get("centers_left")}
             )  # fmt: skip
-            if loss == arguments.losses[0] and seed == 0:
+            if loss == "ms" and seed == 0:
                 kept = log
                 for name in _PICTURES:
                     shutil.copy(folder / loss / name, arguments.out / name)
@@ -105,7 +103,7 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
 
 def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
     rows = []
-    for loss in arguments.losses:
+    for loss in TIMED:
         for size in arguments.batches:
             sides = {}
             for side, name in (("ours", loss), ("theirs", f"pml-{loss}")):
@@ -125,7 +123,7 @@ def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs everything, and writes everything."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    total = 2 * len(arguments.losses) * (arguments.seeds + len(arguments.batches))
+    total = 2 * (len(arguments.losses) * arguments.seeds + len(TIMED) * len(arguments.batches))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
         runs, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
@@ -142,7 +140,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     curves = {
         title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
         for loss, title in TITLES.items()
-        if loss in runs
+        if loss in TIMED
     }
     draw_comparison(arguments.out / "loss_curves.png", curves)
     return record
@@ -153,9 +151,7 @@ def main(options: list[str] | None = None) -> None:
     try:
         written = tables(compare(arguments))
         if arguments.readme:
-            arguments.readme.write_text(
-                Section(arguments.section).insert(arguments.readme.read_text(), written)
-            )
+            arguments.readme.write_text(insert(arguments.readme.read_text(), written))
         else:
             (arguments.out / "tables.md").write_text(written + "\n")
     except KeyboardInterrupt:

@@ -1,7 +1,5 @@
 """The losses to choose from: dml_cuda's, and pytorch-metric-learning's (PML) to compare them with."""
 
-from functools import partial
-
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
@@ -20,9 +18,18 @@ _CLASSES = {
     "triplet": ("TripletMarginLoss", "triplet margin"),
     "margin": ("MarginLoss", "margin"),
 }
-LOSSES = {name: f"{title}, dml_cuda" for name, (_, title) in _CLASSES.items()} | {
+# Those of rows and the weights of the classes trained on.
+CLASS_LEVEL = {
+    "softmax": ("NormalizedSoftmaxLoss", "normalised softmax"),
+    "cosface": ("CosFaceLoss", "CosFace"),
+    "arcface": ("ArcFaceLoss", "ArcFace"),
+    "proxyanchor": ("ProxyAnchorLoss", "proxy anchor"),
+    "softtriple": ("SoftTripleLoss", "SoftTriple"),
+}
+_ALL = _CLASSES | CLASS_LEVEL
+LOSSES = {name: f"{title}, dml_cuda" for name, (_, title) in _ALL.items()} | {
     f"pml-{name}": f"{title}, pytorch-metric-learning"
-    for name, (of, title) in _CLASSES.items()
+    for name, (of, title) in _ALL.items()
     if hasattr(pml_losses, of)
 }
 
@@ -36,12 +43,15 @@ MINERS = {
 # Where none is chosen.
 DEFAULT_MINERS = {"ms": "multi_similarity", "triplet": "semihard", "margin": "distance_weighted"}
 
-JOINT = {
-    "softmax": dml_cuda.NormalizedSoftmaxLoss,
-    "cosface": dml_cuda.CosFaceLoss,
-    "arcface": dml_cuda.ArcFaceLoss,
-    "softtriple": partial(dml_cuda.SoftTripleLoss, tau=0.2),  # as in its paper
-}
+TAU = 0.2  # SoftTriple's regulariser, as in its paper; pytorch-metric-learning has none
+
+
+def make_head(name: str, classes: int, embedding_size: int) -> nn.Module:
+    """A class-level loss, one of ``CLASS_LEVEL`` or with ``pml-`` before it."""
+    kind = name.removeprefix("pml-")
+    more = {"tau": TAU} if name == "softtriple" else {}
+    losses = pml_losses if name.startswith("pml-") else dml_cuda
+    return getattr(losses, CLASS_LEVEL[kind][0])(classes, embedding_size, **more)
 
 
 class _Mined(nn.Module):
@@ -62,10 +72,11 @@ def make_loss(
     epsilon: float,
     gamma: float,
     embedding_size: int,
+    classes: int,
     memory: int = 0,
     distributed: bool = False,
 ) -> nn.Module:
-    """A module to call with embeddings and labels.
+    """A module to call with embeddings and labels in ``range(classes)``.
 
     Both libraries' classes have the same names, the same arguments and the same defaults.
 
@@ -75,13 +86,17 @@ def make_loss(
         epsilon: the margin of the multi-similarity miner.
         gamma: the scale of circle loss; the others have none.
         embedding_size: the columns of the embeddings.
+        classes: how many are trained on.
         memory: how many rows of earlier batches to pair the batch with (cross-batch memory), 0 for none.
         distributed: whether the batch is spread over processes; not with pytorch-metric-learning's losses.
     """
     is_pml = name.startswith("pml-")
     losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
     kind = name.removeprefix("pml-")
-    loss = getattr(losses, _CLASSES[kind][0])(**({"gamma": gamma} if kind == "circle" else {}))
+    if kind in CLASS_LEVEL:
+        loss = make_head(name, classes, embedding_size)
+    else:
+        loss = getattr(losses, _CLASSES[kind][0])(**({"gamma": gamma} if kind == "circle" else {}))
     if distributed:
         loss = DistributedLoss(loss)
     find = None

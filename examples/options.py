@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .criteria import DEFAULT_MINERS, JOINT, LOSSES, MINERS
+from .criteria import CLASS_LEVEL, DEFAULT_MINERS, LOSSES, MINERS
 from .networks import NETWORKS
 
+CLASS_RATE = 10  # times the learning rate, for what a loss itself learns: the weights of classes
 JOINT_WEIGHT = 0.1  # of the metric loss beside a class-level one
 _LEARNING_RATE = {"small": 2e-3, "resnet50": 3e-5}
 _IMAGE_SIZE = {"small": 64, "resnet50": 224}
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROWS",
         help="pair a batch with that many earlier embeddings too",
     )
-    loss("--joint", choices=JOINT, help=f"{JOINT_WEIGHT} * the loss + this class-level loss of dml_cuda")
+    loss(
+        "--joint", choices=CLASS_LEVEL, help=f"{JOINT_WEIGHT} * the loss + this class-level loss of dml_cuda"
+    )
 
     training = parser.add_argument_group("training").add_argument
     training(
@@ -118,6 +121,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
+    if chosen.loss.removeprefix("pml-") in CLASS_LEVEL and (chosen.miner or chosen.memory or chosen.joint):
+        parser.error(f"--loss {chosen.loss} is class-level: without --miner, --memory and --joint")
     if chosen.memory and chosen.memory < chosen.batch_size:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
     if chosen.distributed and chosen.loss.startswith("pml-"):

@@ -23,15 +23,17 @@ from benchmarks.machine import describe
 from dml_cuda import SoftTripleLoss
 from dml_cuda.distributed import DistributedLoss
 
-from .criteria import JOINT, LOSSES, MINERS, make_loss
+from .criteria import LOSSES, MINERS, make_head, make_loss
 from .data import DataError
 from .meters import PeakMemory, StepTimer
 from .networks import NetworkError, make_network
-from .options import JOINT_WEIGHT, parse
+from .options import CLASS_RATE, JOINT_WEIGHT, parse
 from .plots import draw_curves, draw_neighbours, draw_similarities
 from .retrieval import embed, scores
 from .several import is_first, normalise_whole_batches, own_rows, start
 from .splits import Split, check_batch, images_in_order, open_split, training_batches
+
+MERGED = 0.3  # centres of a class nearer than that count as one
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -57,22 +59,23 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
     Returns the embeddings of the test images at the end.
     """
     device = torch.device(arguments.device)
+    classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
     loss_fn = make_loss(
         arguments.loss,
         arguments.miner,
         arguments.epsilon,
         arguments.gamma,
         arguments.embedding_size,
+        len(classes),
         arguments.memory,
         arguments.distributed,
-    ).to(device)
-    classes = split.train.labels.unique().to(device)  # sorted, so that searchsorted numbers them
-    head = softmax = None
-    if arguments.joint:
-        head = softmax = JOINT[arguments.joint](len(classes), arguments.embedding_size)
-        head.to(device, torch.float64 if arguments.float64 else torch.float32)
-    parameters = [*network.parameters(), *(head.parameters() if head else ())]
-    optimizer = torch.optim.Adam(parameters, arguments.lr)
+    )
+    head = make_head(arguments.joint, len(classes), arguments.embedding_size) if arguments.joint else None
+    criteria = nn.ModuleList([loss_fn, *([head] if head else [])])
+    criteria.to(device, torch.float64 if arguments.float64 else torch.float32)
+    triples = [module for module in criteria.modules() if isinstance(module, SoftTripleLoss)]
+    weights = {"params": list(criteria.parameters()), "lr": CLASS_RATE * arguments.lr}
+    optimizer = torch.optim.Adam([{"params": network.parameters()}, weights], arguments.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
     amp_dtype = torch.float16 if arguments.amp == "fp16" else torch.bfloat16
@@ -81,6 +84,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         forward = DistributedDataParallel(network)
         if head:
             head = DistributedDataParallel(DistributedLoss(head))
+        if any(True for _ in loss_fn.parameters()):
+            loss_fn = DistributedDataParallel(loss_fn)
     if arguments.compile:
         forward = torch.compile(forward)
     timer, memory = StepTimer(device), PeakMemory(device)
@@ -100,9 +105,10 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
         if not arguments.float64:
             embeddings = embeddings.float()  # losses are sums of exponentials: in float32
         timer.embedded(embeddings)
+        labels = torch.searchsorted(classes, labels)
         loss = loss_fn(embeddings, labels)
         if head:
-            loss = JOINT_WEIGHT * loss + head(embeddings, torch.searchsorted(classes, labels))
+            loss = JOINT_WEIGHT * loss + head(embeddings, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -124,8 +130,8 @@ def train(network: nn.Module, split: Split, arguments: argparse.Namespace, log: 
                 log["evaluations"].append({"step": step} | judge(found, split))
             network.train()
             memory.start()
-    if isinstance(softmax, SoftTripleLoss):
-        log["centers_left"] = softmax.merged_centers(0.3).float().mean().item()
+    if triples:
+        log["centers_left"] = triples[-1].merged_centers(MERGED).float().mean().item()
     return found if is_first() else ()
 
 

@@ -23,10 +23,18 @@ def make_network() -> nn.Sequential:
 
 
 def train(
-    network: nn.Module, images: Tensor, labels: Tensor, steps: int, device: str, generator: torch.Generator
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    device: str,
+    generator: torch.Generator,
+    loss_fn: nn.Module | None = None,
 ) -> dict[str, list[float]]:
-    """Train in place; the loss and the share of pairs that mining kept, step by step."""
-    loss_fn = dml_cuda.MultiSimilarityLoss(epsilon=EPSILON)
+    """Train in place, by default with mined multi-similarity loss; the loss and the share of pairs that
+    mining keeps, step by step."""
+    if loss_fn is None:
+        loss_fn = dml_cuda.MultiSimilarityLoss(epsilon=EPSILON)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batch_size = PER_CLASS * len(labels.unique())

@@ -17,7 +17,20 @@ from examples import compare_retrieval, tables
 def test_runs_and_writes_everything(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
-    options = ["--data", "digits", "--device", "cpu", "--seeds", "1", "--steps", "6", "--batches", "16"]
+    options = [
+        "--losses",
+        "softtriple",
+        "--data",
+        "digits",
+        "--device",
+        "cpu",
+        "--seeds",
+        "1",
+        "--steps",
+        "6",
+        "--batches",
+        "16",
+    ]
     options += ["--timed-steps", "2", "--out", str(tmp_path / "out"), "--readme", str(readme)]
     compare_retrieval.main(options)
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -29,24 +42,12 @@ def test_runs_and_writes_everything(tmp_path):
     recall = {name: 100 * runs[0]["after"]["Recall@1"] for name, runs in record["retrieval"].items()}
     assert f"| MS, dml_cuda | 64 | {recall['ms']:.1f} |" in written
     assert f"| circle, PML | 64 | {recall['pml-circle']:.1f} |" in written
+    assert re.search(r"of its 10 centres a class \d+\.\d were left", written)
     row = next(line for line in written.splitlines() if line.startswith("| circle | 16 |"))
     shares = [int(share) for share in re.findall(r"(\d+) %", row)]
     assert len(shares) == 2
     assert all(0 < share < 100 for share in shares)
     check_spread(record)
-
-
-def test_chosen_losses(tmp_path):
-    readme = tmp_path / "README.md"
-    begin, end = (getattr(tables.Section("triplets"), name) for name in ("begin", "end"))
-    readme.write_text(f"{begin}\n{end}\n")
-    options = ["--data", "digits", "--device", "cpu", "--seeds", "1", "--steps", "3", "--batches", "16"]
-    options += ["--timed-steps", "1", "--out", str(tmp_path / "out"), "--losses", "triplet"]
-    compare_retrieval.main([*options, "--readme", str(readme), "--section", "triplets"])
-    written = readme.read_text()
-    assert "Triplet margin takes semi-hard triplets." in written
-    assert "| triplet margin, PML | 64 |" in written
-    assert "MS" not in written
 
 
 def check_spread(record):

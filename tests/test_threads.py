@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).resolve().parent / "threads"
 SOURCES = [
     HERE / "cpu_engine.cpp",
-    *((ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in ("dispatch", "kernels_baseline")),
+    *((ROOT / "csrc" / f"{name}.cpp") for name in ("loaded_laws", "cpu/dispatch", "cpu/kernels_baseline")),
 ]
 
 

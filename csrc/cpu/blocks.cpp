@@ -18,13 +18,11 @@
 namespace dml::cpu {
 
 std::vector<std::string> stages(const std::string& law_name, bool mining) {
-    for (const LawInfo& law : kLaws) {
-        if (law.name != law_name) continue;
-        if (mining) return {"hardest", "negatives", "positives"};
-        if (tile_kernels<double>(law.id).context) return {"negatives", "positives"};
-        return {"both"};
-    }
-    TORCH_CHECK_VALUE(false, "law: unknown \"", law_name, "\"");
+    const LawInfo* law = law_named(law_name);
+    TORCH_CHECK_VALUE(law, "law: unknown \"", law_name, "\"");
+    if (mining) return {"hardest", "negatives", "positives"};
+    if (tile_kernels<double>(law->id).context) return {"negatives", "positives"};
+    return {"both"};
 }
 
 namespace {

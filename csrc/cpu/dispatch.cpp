@@ -1,6 +1,8 @@
 // Chooses, at run time, the widest instruction set that this machine has.
 #include <stdexcept>
+#include <type_traits>
 
+#include "../loaded_laws.h"
 #include "listed_kernels.h"
 #include "tile_kernels.h"
 #include "triplet_kernels.h"
@@ -69,8 +71,24 @@ void set_instruction_set(const std::string& name) {
     throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
 }
 
+namespace {
+template <typename T>
+const TileKernels<T>& kernels_of(const LoadedLaw& law) {
+    for (const LoadedLaw::Set* set = law.sets; set->name; ++set) {
+        if (chosen() != set->name) continue;
+        if constexpr (std::is_same_v<T, float>) {
+            return *set->of_float;
+        } else {
+            return *set->of_double;
+        }
+    }
+    throw std::runtime_error("a law was loaded without kernels for " + chosen());
+}
+}  // namespace
+
 template <typename T>
 const TileKernels<T>& tile_kernels(LawId law) {
+    if (const LoadedLaw* own = loaded_law(law)) return kernels_of<T>(*own);
 #if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::kernels<T>(law);
     if (chosen() == "avx2") return avx2::kernels<T>(law);

@@ -19,9 +19,10 @@
 #define DML_ISA avx512
 #define DML_VECTOR_BYTES 64
 #include "tile_kernels_impl.h"
-// These use what the first defines.
+#if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
 #include "listed_kernels_impl.h"
 #include "triplet_kernels_impl.h"
+#endif
 
 #if defined(__clang__)
 #pragma clang attribute pop

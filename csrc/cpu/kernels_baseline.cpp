@@ -9,6 +9,7 @@
 #define DML_ISA baseline
 #define DML_VECTOR_BYTES 16
 #include "tile_kernels_impl.h"
-// These use what the first defines.
+#if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
 #include "listed_kernels_impl.h"
 #include "triplet_kernels_impl.h"
+#endif

@@ -351,7 +351,7 @@ Bounds<T> close_bounds(const TileKernels<T>& law, Folds<T>& folds, int64_t i, T 
 // What a row's folds make of it.
 template <typename T>
 struct FinishedRow {
-    RowLoss<T> loss;
+    RowSlopes<T> loss;
     T neg_value, pos_value, units[2];
     bool poisoned;
 
@@ -363,8 +363,7 @@ struct FinishedRow {
         row.pos = pos_value = folds.pos_value(law, i);
         if (law.neg == Fold::kSum) row.neg_count = folds.neg_a[i];
         if (law.pos == Fold::kSum) row.pos_count = folds.pos_a[i];
-        row.pos_context = folds.pos_context[i];
-        loss = law.row(params, row);
+        loss = law.row(params, row, folds.pos_context[i]);
         const bool some = positives > 0 || negatives > 0;
         poisoned = !finite && some && can_have_loss(law, mining, positives, negatives);
         if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();

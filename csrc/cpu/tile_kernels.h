@@ -114,7 +114,10 @@ struct TileKernels {
     // euclidean. Returns the number of non-zeros.
     int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
                        T* weights);
-    RowLoss<T> (*row)(const double* params, const Gathered<T>&);
+    RowSlopes<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
+    // The law's formulas of n pairs of one kind (law_ops.cpp). context [n]: with positives.
+    void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
+                  T* slope, T* by_context);
     // The non-zeros of weights by row and by column, into memory of the size that SparseTile::bytes says.
     void (*compress)(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory);
     // out[i] += sum_k value_k * x[index_k] for every line. x, out: [., dim], strided.
@@ -123,7 +126,7 @@ struct TileKernels {
 
     // What the law declares (laws/law.h).
     Fold neg, pos;
-    bool plus_one, context, pos_in_neg, needs_pos, needs_neg;
+    bool plus_one, context, pos_in_neg, hinge, needs_pos, needs_neg;
     Unit unit;
     int parts;
 };

@@ -583,8 +583,27 @@ int64_t weights(const Tile<T>& tile, const double* params, bool euclidean, const
 }
 
 template <typename T, typename Law>
-RowLoss<T> row(const double* params, const Gathered<T>& gathered) {
-    return Law(params).row(gathered);
+RowSlopes<T> row(const double* params, const Gathered<T>& gathered, T pos_context) {
+    return Law(params).row(gathered, pos_context);
+}
+
+template <typename T, typename Law>
+void terms(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term, T* slope,
+           T* by_context) {
+    const Law law(params);
+    if (positives) {
+        for (int64_t k = 0; k < n; ++k) {
+            term[k] = law.pos_term(s[k], context[k]);
+            slope[k] = law.pos_slope(s[k], context[k]);
+            by_context[k] = law.pos_context(s[k], context[k]);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+        term[k] = law.neg_term(s[k]);
+        slope[k] = law.neg_slope(s[k]);
+        by_context[k] = T(0);
+    }
 }
 
 template <typename T>
@@ -678,15 +697,16 @@ void add_product(const typename SparseTile<T>::Lines& sparse, int lines, const T
 
 template <typename T, typename Law>
 TileKernels<T> make_kernels() {
-    return {distances<T>,   min_positives<T>, accumulate<T, Law>, merge<T>,   weights<T, Law>, row<T, Law>,
-            compress<T>,    add_product<T>,   Law::kNeg,          Law::kPos,  Law::kPlusOne,   Law::kContext,
-            Law::kPosInNeg, Law::kNeedsPos,   Law::kNeedsNeg,     Law::kUnit, Law::kParts};
+    return {distances<T>,   min_positives<T>, accumulate<T, Law>, merge<T>,       weights<T, Law>,
+            row<T, Law>,    terms<T, Law>,    compress<T>,        add_product<T>, Law::kNeg,
+            Law::kPos,      Law::kPlusOne,    Law::kContext,      Law::kPosInNeg, Law::kHinge,
+            Law::kNeedsPos, Law::kNeedsNeg,   Law::kUnit,         Law::kParts};
 }
 
 template <typename T>
 const TileKernels<T>& kernels(LawId law) {
     static const TileKernels<T> tables[] = {
-#define DML_TABLE(name, Struct) make_kernels<T, Struct<T>>(),
+#define DML_TABLE(name, Struct) make_kernels<T, WithSlopes<T, Struct<T>>>(),
         DML_LAWS(DML_TABLE)
 #undef DML_TABLE
     };

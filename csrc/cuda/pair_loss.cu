@@ -64,4 +64,7 @@ void backward(const Task& task, bool saved_for_backward, void* saved, const void
     });
 }
 
+const EntryPoints kEntryPoints = {saved_bytes, forward_workspace_bytes, backward_workspace_bytes, forward,
+                                  backward};
+
 }  // namespace dml::cuda

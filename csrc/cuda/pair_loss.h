@@ -50,4 +50,14 @@ void forward(const Task& task, bool save_for_backward, void* saved, void* loss, 
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
               void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
 
+// The functions above as a library of one law hands them over (loaded_law.h). There problem.law is 0.
+struct EntryPoints {
+    decltype(cuda::saved_bytes)* saved_bytes;
+    decltype(cuda::forward_workspace_bytes)* forward_workspace_bytes;
+    decltype(cuda::backward_workspace_bytes)* backward_workspace_bytes;
+    decltype(cuda::forward)* forward;
+    decltype(cuda::backward)* backward;
+};
+extern const EntryPoints kEntryPoints;
+
 }  // namespace dml::cuda

@@ -186,10 +186,11 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
                                      const Gathering<Law, Acc>& row, Bounds<Acc> bounds, bool mining,
                                      bool had_both, Acc norm, const Results<Acc>& results) {
     Gathered<Acc> g;
+    Acc pos_context = Acc(0);
     bool any_neg = row.neg.any();
     if constexpr (Law::kContext) {
         g.neg = row.neg.a;
-        g.pos_context = row.neg.b;
+        pos_context = row.neg.b;
         any_neg = g.neg != (Law::kPlusOne ? Acc(0) : -infinity<Acc>());
     } else {
         g.neg = row.neg.value(Law::kPlusOne);
@@ -200,7 +201,7 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
 
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
     const bool has_loss = valid && (any_pos || !Law::kNeedsPos) && (any_neg || !Law::kNeedsNeg);
-    RowLoss<Acc> loss = law.row(g);
+    RowSlopes<Acc> loss = law.row(g, pos_context);
     if (!has_loss) {
         bounds = Bounds<Acc>::none();
         loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = g.neg = g.pos = Acc(0);

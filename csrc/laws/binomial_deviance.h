@@ -6,28 +6,33 @@ namespace dml {
 
 // Yi et al., "Deep Metric Learning for Person Re-Identification", ICPR 2014, as Wang et al., CVPR 2019,
 // compare it: the row's mean over positives plus its mean over negatives.
-// params: alpha, beta, base.
 template <typename T>
 struct BinomialDeviance : LawDefaults {
     static constexpr Fold kNeg = Fold::kSum, kPos = Fold::kSum;
-    static constexpr int kParams = 3;
+    static constexpr const char* kParams = "alpha, beta, base";
 
     T alpha, beta, base;
 
     DML_INLINE explicit BinomialDeviance(const double* params)
         : alpha(T(params[0])), beta(T(params[1])), base(T(params[2])) {}
 
-    DML_INLINE T neg_term(T s) const { return softplus(beta * (s - base)); }
-    DML_INLINE T neg_slope(T s) const { return beta * sigmoid(beta * (s - base)); }
-    DML_INLINE T pos_term(T s, T) const { return softplus(-alpha * (s - base)); }
-    DML_INLINE T pos_slope(T s, T) const { return -alpha * sigmoid(-alpha * (s - base)); }
+    template <typename S>
+    DML_INLINE S neg_term(S s) const {
+        return softplus(beta * (s - base));
+    }
+    template <typename S>
+    DML_INLINE S pos_term(S s) const {
+        return softplus(-alpha * (s - base));
+    }
+    template <typename S>
+    DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
+        return mean(g.pos, g.pos_count) + mean(g.neg, g.neg_count);
+    }
 
-    DML_INLINE RowLoss<T> row(const Gathered<T>& g) const {
-        RowLoss<T> loss;
-        loss.d_pos = g.pos_count > T(0) ? T(1) / g.pos_count : T(0);
-        loss.d_neg = g.neg_count > T(0) ? T(1) / g.neg_count : T(0);
-        loss.part[0] = g.pos * loss.d_pos + g.neg * loss.d_neg;
-        return loss;
+   private:
+    template <typename S>
+    static DML_INLINE S mean(S sum, T count) {
+        return sum * (count > T(0) ? T(1) / count : T(0));
     }
 };
 

@@ -3,23 +3,26 @@
 //
 // A row gathers its negatives in one fold and its positives in another (folds.h). For each pair the law gives
 //
-//   neg_term(s)        what joins the fold: a logit of a log-sum-exp, a summand of a sum
-//   neg_slope(s)       d neg_term / ds, as the *gradient* sees it (a law that holds a weight constant says
-//   so) pos_term(s, ctx)   likewise for positives. ctx is the value of the row's negative fold where the law
-//   pos_slope(s, ctx)  declares kContext, and 0 elsewhere
-//   pos_context(s, ctx)  d pos_term / d ctx; only with kContext
+//   neg_term(s)   what joins the fold: a logit of a log-sum-exp, a summand of a sum
+//   pos_term(s)   likewise for positives; where the law declares kContext pos_term(s, ctx), with the value of
+//                 the row's negative fold as ctx
+//
+// and, from both folds, row() gives the loss. Each is a template over the kind of number, T or Dual<T>
+// (dual.h), and slopes.h makes the derivatives of it, as the *gradient* sees them: what a formula wraps in
+// constant(..) is held constant. No loop, no tile, no tensor. kParams names the parameters, in the order in
+// which the constructor finds them.
 //
 // Among the pairs of one kind a logit must be largest at their least or their greatest similarity (the CUDA
 // kernels look there for the largest).
-//
-// and, from both folds, row() gives the loss and its derivatives. No loop, no tile, no tensor.
 #pragma once
 
 #include <cmath>
+#include <string_view>
 
 #include "../folds.h"
 #include "../numeric.h"
 #include "../portable.h"
+#include "dual.h"
 
 namespace dml {
 
@@ -27,20 +30,24 @@ namespace dml {
 enum class Unit { kRow, kPair };
 
 // A row's folds. A log-sum-exp is -inf where it is empty (0 with kPlusOne); counts are those of sums only.
-template <typename T>
+template <typename S>
 struct Gathered {
-    T neg = T(0), pos = T(0);  // values of the folds
-    T neg_count = T(0), pos_count = T(0);
-    T pos_context = T(0);  // sum of pos_context over the positives
+    S neg = S(0), pos = S(0);  // values of the folds
+    Plain<S> neg_count = 0, pos_count = 0;
 };
 
-// part[k] / (sum of the rows' units[k]), summed over k, is the loss. Positives belong to part 0, negatives
-// to the last part.
-template <typename T>
+// What row() makes of them: part[k] / (sum of the rows' unit[k]), summed over k, is the loss, where unit
+// counts under reduction "mean". Positives belong to part 0, negatives to the last part.
+template <typename S>
 struct RowLoss {
-    T part[2] = {T(0), T(0)};
-    T d_neg = T(0), d_pos = T(0);  // of its part, with respect to the values of the folds
-    T unit[2] = {T(1), T(1)};      // under reduction "mean"
+    S part[2] = {S(0), S(0)};
+    Plain<S> unit[2] = {1, 1};
+
+    RowLoss() = default;
+    DML_INLINE RowLoss(S loss) : part{loss, S(0)} {}
+    DML_INLINE RowLoss(S loss, Plain<S> units) : part{loss, S(0)}, unit{units, 1} {}
+    DML_INLINE RowLoss(S first, Plain<S> first_units, S second, Plain<S> second_units)
+        : part{first, second}, unit{first_units, second_units} {}
 };
 
 // What most laws are; a law overrides what it is not.
@@ -56,6 +63,13 @@ struct LawDefaults {
     static constexpr int kParts = 1;
 };
 
-inline constexpr int kMaxParams = 4;
+inline constexpr int kMaxParams = 8;
+
+// How many names "a, b, c" holds.
+constexpr int count_names(std::string_view names) {
+    int count = names.empty() ? 0 : 1;
+    for (const char c : names) count += c == ',';
+    return count;
+}
 
 }  // namespace dml

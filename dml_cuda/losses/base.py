@@ -65,7 +65,7 @@ def _reference(call: Call, batch: Batch) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """What a law makes of a batch, float32 or float64."""
-    fused = use_kernel(batch.embeddings.device, call.options.backend)
+    fused = use_kernel(batch.embeddings.device, call.options.backend, call.law.on_cuda)
     return (_fused if fused else _reference)(call, batch)
 
 

@@ -1,0 +1,30 @@
+// tuplet_margin.h: Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019: for each positive
+// log(1 + sum_n exp(scale (s_n - cos(theta_p - margin)))), with the margin in radians.
+template <typename T>
+struct TupletMargin : LawDefaults {
+    static constexpr const char* kParams = "scale = 64, margin = 0.1";
+    static constexpr Fold kPos = Fold::kSum;
+    static constexpr bool kContext = true, kNeedsPos = true;
+    static constexpr Unit kUnit = Unit::kPair;
+
+    T scale, cosine, sine;
+
+    DML_INLINE explicit TupletMargin(const double* params)
+        : scale(T(params[0])), cosine(T(std::cos(params[1]))), sine(T(std::sin(params[1]))) {}
+
+    template <typename S>
+    DML_INLINE S neg_term(S s) const {
+        return rounded_product(scale, s);
+    }
+    // lse: of the row's negatives; -inf where it has none, and then there is no loss.
+    template <typename S, typename C>
+    DML_INLINE auto pos_term(S s, C lse) const {
+        const S turned = cosine * s + sine * root(relu((T(1) - s) * (T(1) + s)));
+        const auto z = lse - rounded_product(scale, turned);
+        return is_empty(lse) ? decltype(z)(T(0)) : softplus(z);
+    }
+    template <typename S>
+    DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
+        return {g.pos, g.pos_count};
+    }
+};
