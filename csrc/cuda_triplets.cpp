@@ -64,8 +64,8 @@ class Similarities {
         : how(parse_similarity(of.similarity)),
           square(!of.ref_emb),
           rows(of.embeddings, std::nullopt, how, type),
-          other_(square ? OptionalSide() : OptionalSide(Side(*of.ref_emb, of.ref_count, how, type))),
-          cols(square ? rows : *other_),
+          other(square ? std::nullopt : std::optional<Side>(Side(*of.ref_emb, of.ref_count, how, type))),
+          cols(square ? rows : *other),
           n(rows.rows.size(0)),
           m(cols.rows.size(0)) {
         const Tensor labels = of.labels.contiguous();
@@ -81,12 +81,7 @@ class Similarities {
     const Similarity how;
     const bool square;
     const Side rows;
-
-   private:
-    using OptionalSide = std::optional<Side>;
-    const OptionalSide other_;  // the columns where they are not the rows
-
-   public:
+    const std::optional<Side> other;  // the columns where they are not the rows
     const Side& cols;
     const int64_t n, m;
 

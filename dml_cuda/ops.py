@@ -351,12 +351,23 @@ def _logsumexp_backward(ctx, grad):
     return call("segment_softmax", grad.contiguous(), logits, value, offsets), None, None
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient by some points, as it is; it cannot be differentiated by them again."""
+
+    @staticmethod
+    def forward(gradient, *points):
+        return gradient.clone()
+
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_double_backward)
+
+
 def _triplet_setup_context(ctx, inputs, output) -> None:
     embeddings, ref_emb, beta, (save, save_ref) = inputs[0], inputs[2], inputs[6], inputs[13:]
     counts, *gradients = output[1:]
     ctx.mark_non_differentiable(counts, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(*gradients, embeddings, ref_emb, beta)
     ctx.dtypes = [None if x is None else x.dtype for x in (embeddings, ref_emb, beta)]
     ctx.saved = save, save and save_ref, save
 
@@ -372,8 +383,9 @@ def _triplet_backward(ctx, grad, *_):
             "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
             'their sum; pass backend="reference" to weight them',
         )
+    gradients, points = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     for k, (place, gradient, dtype, saved) in enumerate(
-        zip((0, 2, 6), ctx.saved_tensors, ctx.dtypes, ctx.saved, strict=True)
+        zip((0, 2, 6), gradients, ctx.dtypes, ctx.saved, strict=True)
     ):
         if not ctx.needs_input_grad[place]:
             continue
@@ -382,6 +394,9 @@ def _triplet_backward(ctx, grad, *_):
                 f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
             )
         result[place] = (gradient * grad[:1].sum()).to(dtype)
+        # Without a graph of the gradient there is no second derivative to be refused.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            result[place] = _FirstDerivative.apply(result[place], *points)
     return tuple(result)
 
 

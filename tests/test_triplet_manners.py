@@ -443,6 +443,19 @@ def test_memory_bank_of_many_steps(loss):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
 
 
+@EVERY_LOSS
+def test_second_derivatives_are_refused(loss):
+    """Of a function of the loss too, of which a part could be computed."""
+    x, y = make_batch(16, 4)
+    x.requires_grad_()
+    for function in (lambda value: value, lambda value: value**2):
+        (gradient,) = torch.autograd.grad(function(LOSSES[loss](x, y)), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.func.grad(lambda q: torch.func.grad(lambda p: LOSSES[loss](p, y))(q).sum())(x.detach())
+
+
 def test_nan():
     for loss_fn in LOSSES.values():
         x, y = make_batch(16, 4)

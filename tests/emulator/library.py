@@ -78,7 +78,7 @@ def load():
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
             *pool.map(lambda s: build._compile(s, kernel), SOURCES),
         ]
-    return ctypes.CDLL(str(build._cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
+    return ctypes.CDLL(str(build.cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
 
 
 @cache
