@@ -127,13 +127,12 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
     if chosen.distributed and chosen.loss.startswith("pml-"):
         parser.error(f"--distributed is for dml_cuda's losses, not {chosen.loss}")
-    if chosen.distributed and chosen.loss in ("triplet", "margin"):
-        parser.error(f"--distributed: --loss {chosen.loss} is for one process")
     chosen.miner = chosen.miner or DEFAULT_MINERS.get(chosen.loss.removeprefix("pml-"))
     if chosen.miner == "none":
         chosen.miner = None
-    if chosen.distributed and chosen.miner not in (None, "multi_similarity"):
-        parser.error(f"--distributed: --miner {chosen.miner} is for one process")
+    of_pairs = chosen.loss not in ("triplet", "margin")
+    if chosen.distributed and chosen.miner and of_pairs != (chosen.miner == "multi_similarity"):
+        parser.error(f"--distributed: --miner {chosen.miner} is not for --loss {chosen.loss}")
     if chosen.lr is None:
         chosen.lr = _LEARNING_RATE[chosen.network]
     if chosen.image_size is None:

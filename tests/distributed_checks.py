@@ -410,6 +410,90 @@ def class_level(head):
         close(next(own.parameters()).grad * (size if each else 1), weights, "weights")
 
 
+TRIPLET_MINERS = {
+    "all": None,
+    "batch-hard": dml_cuda.BatchHardMiner(),
+    "semi-hard": dml_cuda.TripletMarginMiner(type_of_triplets="semihard"),
+    "easy and semi-hard": dml_cuda.BatchEasyHardMiner("easy", "semihard"),
+    "drawn": dml_cuda.DistanceWeightedMiner(),
+}
+
+
+def triplets(miner, make):
+    """Value and gradients, of a boundary that is learnt too; draws are those of one process."""
+    miner, size = TRIPLET_MINERS[miner], dist.get_world_size()
+    for rows, reduction in itertools.product(layouts(), REDUCTIONS):
+        one, own = (make(reduction=reduction).double() for _ in range(2))
+        embeddings, labels = whole_batch(rows)
+        x = share(embeddings, rows).clone().requires_grad_()
+        module = DistributedLoss(own, miner=miner)
+        learns = any(p.requires_grad for p in own.parameters())
+        module = DistributedDataParallel(module) if learns else module
+        torch.manual_seed(7)
+        leaf = embeddings.clone().requires_grad_()
+        value = one(leaf, labels, None if miner is None else miner(leaf, labels))
+        value.backward(torch.ones_like(value))
+        torch.manual_seed(7 if rank() == 0 else 8)
+        found = module(x, share(labels, rows))
+        found.backward(torch.ones_like(found))
+        each = reduction == "none"
+        close(found.detach(), share(value.detach(), rows) if each else value.detach(), "loss")
+        close(x.grad / (1 if each else size), share(leaf.grad, rows), "gradient")
+        for p, q in zip(one.parameters(), own.parameters(), strict=True):
+            close(q.grad * (size if each else 1), p.grad, "beta")
+
+
+def triplets_of_other_columns():
+    """Each process with its share of the columns; and what the wrapper is given as found."""
+    size = dist.get_world_size()
+    rows, refs = UNEVEN[size], EVEN[size][::-1]
+    embeddings, labels = whole_batch(rows)
+    columns, ref_labels = whole_batch(refs, seed=1)
+    one = evaluate(dml_cuda.TripletMarginLoss(), embeddings, labels, refs=columns, ref_labels=ref_labels)
+    value, *gradients = evaluate(
+        DistributedLoss(dml_cuda.TripletMarginLoss()),
+        share(embeddings, rows),
+        share(labels, rows),
+        refs=share(columns, refs),
+        ref_labels=share(ref_labels, refs),
+    )
+    close(value, one[0], "loss")
+    for found, expected, of in zip(gradients, one[1:], (rows, refs), strict=True):
+        close(found / size, share(expected, of), "gradient")
+
+    def mined(x, y):
+        return DistributedLoss(dml_cuda.TripletMarginLoss())(x, y, dml_cuda.BatchHardMiner()(x, y))
+
+    leaf = embeddings.clone().requires_grad_()
+    pairs = dml_cuda.BatchHardMiner()(leaf, labels)
+    close(
+        evaluate(mined, share(embeddings, rows), share(labels, rows))[0],
+        dml_cuda.TripletMarginLoss()(leaf, labels, pairs).detach(),
+        "loss",
+    )
+
+
+def triplets_that_are_refused():
+    rows = EVEN[dist.get_world_size()]
+    embeddings, labels = (share(x, rows) for x in whole_batch(rows))
+    for options, says in (({"swap": True}, "swap"), ({"triplets_per_anchor": 3}, "triplets_per_anchor")):
+        module = DistributedLoss(dml_cuda.TripletMarginLoss(**options))
+        raised(partial(module, embeddings, labels), ValueError, "loss", says)
+    ring = DistributedLoss(dml_cuda.TripletMarginLoss(), mode="ring")
+    raised(lambda: ring(embeddings, labels), ValueError, "mode", "triplets")
+    module = DistributedLoss(dml_cuda.TripletMarginLoss())
+    raised(lambda: module(embeddings, labels, (labels,) * 3), ValueError, "indices_tuple", "lists")
+    others = dml_cuda.BatchHardMiner()(embeddings.clone(), labels)
+    raised(lambda: module(embeddings, labels, others), ValueError, "indices_tuple", "very")
+    raised(lambda: DistributedLoss(dml_cuda.TripletMarginLoss(), miner=print), TypeError, "miner")
+
+
+OF_TRIPLETS = [
+    (dml_cuda.TripletMarginLoss(), None),
+    (dml_cuda.TripletMarginLoss(), dml_cuda.BatchHardMiner()),
+]
+
+
 def memory(mode):
     """The queue of every process is that of one process with the whole batch, as are loss and gradient."""
     size = dist.get_world_size()
@@ -418,6 +502,7 @@ def memory(mode):
         (MultiSimilarityLoss(), MultiSimilarityMiner(0.1)),
         (LOSSES["contrastive"].module(pos_margin=0.9, neg_margin=0.2), None),
         (LOSSES["nt_xent"].module(), None),
+        *([] if mode == "ring" else OF_TRIPLETS),
     ):
         for masked in (False, True):
             one = CrossBatchMemory(loss, DIM, 40, miner)
@@ -539,7 +624,13 @@ def _table():
             checks[f"{mode}: {check.__name__}"] = partial(check, mode)
     for name, head in heads.HEADS.items():
         checks[name] = partial(class_level, head)
+    for miner in TRIPLET_MINERS:
+        checks[f"triplet margin, {miner}"] = partial(triplets, miner, dml_cuda.TripletMarginLoss)
+        learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=9)
+        checks[f"margin, {miner}"] = partial(triplets, miner, learnt)
     for check in (
+        triplets_of_other_columns,
+        triplets_that_are_refused,
         the_reference_backend,
         second_derivatives_of_the_reference,
         a_compiled_step,

@@ -14,9 +14,10 @@ from ..law import undivided
 from ..losses import ProxyAnchorLoss, SoftTripleLoss
 from ..losses.base import Call, PairLoss, batch_of, compute, in_wanted_dtype
 from ..losses.classifier import ClassifierLoss
+from ..losses.triplets import TripletLoss
 from ..mined import MinedPairs
-from ..miners import MultiSimilarityMiner
-from . import ring
+from ..miners import Miner, MultiSimilarityMiner
+from . import ring, triplets
 from .processes import GatherRows, Processes, Sum, total
 
 MODES = ("gather", "ring")
@@ -58,8 +59,8 @@ class DistributedLoss(nn.Module):
         L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
 
     Args:
-        loss: a pair loss of dml_cuda, or a class-level loss. Their weights belong in
-            DistributedDataParallel, which makes their gradient that of one process too:
+        loss: a loss of pairs, of triplets or of classes of dml_cuda. The weights of classes, and a beta that
+            is learnt, belong in DistributedDataParallel, which makes their gradient that of one process too:
             ``DistributedDataParallel(DistributedLoss(head))``.
         group: the processes; ``None`` for all. Without torch.distributed there is one.
         mode: ``"gather"``: every process holds the embeddings of all while the loss is computed, N x D.
@@ -67,7 +68,8 @@ class DistributedLoss(nn.Module):
             is computed; no process holds more than a few, so D times the largest share of the rows. The same
             result to rounding.
         miner: :class:`dml_cuda.MultiSimilarityMiner`, whose rule then applies to the whole batch, as the
-            loss's own ``epsilon`` does.
+            loss's own ``epsilon`` does; with a loss of triplets, a miner that it takes. Draws are those that
+            the first process's seed makes of the whole batch.
 
     With ``reduction="none"`` the result is the losses of this process's rows, ``[N_p]``.
 
@@ -88,13 +90,16 @@ class DistributedLoss(nn.Module):
         miner: MultiSimilarityMiner | None = None,
     ) -> None:
         super().__init__()
-        if not (isinstance(loss, PairLoss) or _is_class_level(loss)):
+        if not (isinstance(loss, PairLoss | TripletLoss) or _is_class_level(loss)):
             raise TypeError(
-                f"loss: expected a pair loss or a class-level loss of dml_cuda, got {type(loss).__name__}"
+                "loss: expected a loss of pairs, of triplets or of classes of dml_cuda, got "
+                f"{type(loss).__name__}"
             )
-        if miner is not None and not isinstance(miner, MultiSimilarityMiner):
+        known = Miner if isinstance(loss, TripletLoss) else MultiSimilarityMiner
+        if miner is not None and not isinstance(miner, known):
             raise TypeError(
-                f"miner: expected dml_cuda.MultiSimilarityMiner or None, got {type(miner).__name__}"
+                f"miner: expected {'a miner' if known is Miner else 'MultiSimilarityMiner'} of dml_cuda or "
+                f"None, got {type(miner).__name__}"
             )
         if miner is not None and isinstance(loss, ClassifierLoss):
             raise ValueError("miner: expected None with a class-level loss")
@@ -120,9 +125,8 @@ class DistributedLoss(nn.Module):
         Args:
             embeddings: ``[N_p, D]``, this process's rows.
             labels: ``[N_p]`` integers.
-            indices_tuple: what :class:`dml_cuda.MultiSimilarityMiner` made of these rows: its rule then
-                applies to the whole batch. Lists of pairs are refused, as they cannot name other processes'
-                rows.
+            indices_tuple: what a miner made of these rows: its rule then applies to the whole batch. Lists
+                are refused, as they cannot name other processes' rows.
             ref_emb: ``[M_p, D]``, this process's share of other columns to pair the rows of all processes
                 with; ``None`` pairs the rows among themselves.
             ref_labels: ``[M_p]`` integers, given exactly when ``ref_emb`` is.
@@ -131,6 +135,8 @@ class DistributedLoss(nn.Module):
             refused = indices_tuple, ref_emb, ref_labels
             return self._compute(lambda: self._rows_and_classes(embeddings, labels, refused))
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        if isinstance(self.loss, TripletLoss):
+            return self._triplets(*batch)
         return self._compute(lambda: _Share(*self._pairs(*batch)))
 
     if TYPE_CHECKING:  # nn.Module's gives Any
@@ -146,6 +152,8 @@ class DistributedLoss(nn.Module):
         :class:`dml_cuda.CrossBatchMemory` does with its queue.
         """
         batch = embeddings, labels, pairs, ref_emb, ref_labels
+        if isinstance(self.loss, TripletLoss):
+            return self._triplets(*batch, whole=True)
         return self._compute(lambda: _Share(*self._pairs(*batch), whole=True))
 
     def _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> tuple[Call, Batch]:
@@ -173,6 +181,39 @@ class DistributedLoss(nn.Module):
                 "loss: other pairs would be listed, and lists cannot name the rows of other processes"
             )
         return call, batch
+
+    def _triplets(
+        self, embeddings, labels, indices_tuple, ref_emb, ref_labels, whole: bool = False
+    ) -> Tensor:
+        loss, processes = self.loss, Processes(self.group)
+
+        def share_and_words():
+            if self.mode == "ring":
+                raise ValueError('mode: expected "gather" with a loss of triplets, got "ring"')
+            found = indices_tuple
+            if self.miner is not None:
+                if found is not None:
+                    raise ValueError("miner: expected no indices_tuple beside it")
+                found = self.miner(embeddings, labels, ref_emb, ref_labels)
+            batch = triplets.share(loss, embeddings, labels, found, ref_emb, ref_labels)
+            rows, columns = batch.rows, batch.rows.ref_emb
+            refs = 0 if columns is None else columns.shape[0]
+            how = loss.call, batch.selection, refs if whole else None
+            words = {
+                **_points(rows.embeddings),
+                "refs": refs,
+                "references": columns is not None,
+                "graph": torch.is_grad_enabled(),
+                "emb_grad": rows.embeddings.requires_grad,
+                "ref_grad": columns is not None and columns.requires_grad,
+                "options": zlib.crc32(repr(how).encode()),
+                "seed": 0 if batch.seed is None else int(batch.seed),
+            }
+            return batch, words
+
+        batch, words = processes.agree(share_and_words)
+        _check_same(words)
+        return triplets.compute(loss, batch, processes, words, whole)
 
     def _rows_and_classes(self, embeddings: Tensor, labels: Tensor, refused: tuple) -> _Share:
         for name, value in zip(("indices_tuple", "ref_emb", "ref_labels"), refused, strict=True):

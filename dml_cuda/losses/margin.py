@@ -13,11 +13,11 @@ from ..options import Options
 from ..reference import is_traced
 from .base import in_wanted_dtype, option
 from .triplets import (
+    TripletBatch,
     TripletCall,
     TripletLoss,
     TripletOptions,
     check_per_anchor,
-    reduced,
     row_sums,
     triplet_batch,
     triplet_options,
@@ -70,24 +70,36 @@ def _of_rows(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) ->
     return of_rows(beta, labels.long().clamp(0, len(beta) - 1))
 
 
+def row_parts(call: TripletCall, beta: Tensor | float, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`row_sums`; and the sum of beta over each row's triplets ``[N]``."""
+    of_each = _of_rows(beta, batch.rows.labels, batch.rows.embeddings)
+    level = of_each if call.similarity.startswith("euclidean") else -of_each
+    sums, counts = row_sums(call, batch, level.contiguous())
+    return sums, counts, of_each * counts[:, 1]
+
+
+def whole(
+    call: TripletCall, beta: Tensor | float, nu: float, total: Tensor, counts: Tensor, betas: Tensor
+) -> Tensor:
+    """The loss, from the sums over all rows of what :func:`row_parts` gives."""
+    reduction = call.options.reduction
+    value = total / units(counts, reduction)
+    if nu == 0 or not isinstance(beta, Tensor):
+        return value
+    if beta.numel() == 1:
+        return value + nu * (beta.view(()).to(value) * (counts[1] > 0))
+    penalty = betas / units(counts, reduction)
+    if reduction == "mean_nonzero":
+        penalty = penalty * (counts[0] > 0)
+    return value + nu * penalty
+
+
 def evaluate(call: TripletCall, beta: Tensor | float, nu: float, *batch: Any) -> Tensor:
     _check_beta(beta)
-    found = triplet_batch(call, *batch)
-    rows, reduction = found.rows, call.options.reduction
-    of_each = _of_rows(beta, rows.labels, rows.embeddings)
-    level = of_each if call.similarity.startswith("euclidean") else -of_each
-    sums, counts = row_sums(call, found, level.contiguous())
-    value = reduced(sums, counts, reduction)
-    if nu != 0 and isinstance(beta, Tensor) and reduction != "none":
-        of_triplets = counts[:, 1]
-        if beta.numel() == 1:
-            penalty = beta.view(()).to(value) * (of_triplets.sum() > 0)
-        else:
-            penalty = (of_each * of_triplets).sum() / units(counts, reduction)
-            if reduction == "mean_nonzero":
-                penalty = penalty * (counts[:, 0].sum() > 0)
-        value = value + nu * penalty
-    return in_wanted_dtype(value, batch[0])
+    sums, counts, betas = row_parts(call, beta, triplet_batch(call, *batch))
+    if call.options.reduction != "none":
+        sums = whole(call, beta, nu, sums.sum(), counts.sum(0), betas.sum())
+    return in_wanted_dtype(sums, batch[0])
 
 
 def margin_loss(
@@ -189,8 +201,19 @@ class MarginLoss(TripletLoss):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch; arguments as :meth:`TripletLoss.forward` has them."""
-        nu = self.nu if self.learn_beta else 0.0
-        return evaluate(self.call, self.beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        return evaluate(self.call, self.beta, self._nu, *batch)
+
+    @property
+    def _nu(self) -> float:
+        return self.nu if self.learn_beta else 0.0
+
+    def row_parts(self, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        _check_beta(self.beta)
+        return row_parts(self.call, self.beta, batch)
+
+    def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
+        return whole(self.call, self.beta, self._nu, total, counts, more)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, learn_beta={self.learn_beta}, num_classes={self.num_classes}"

@@ -173,14 +173,14 @@ def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None)
 
 
 def units(counts: Tensor, reduction: str) -> Tensor | int:
-    """What a sum is divided by."""
+    """What a sum is divided by, from the counts ``[2]`` of all rows."""
     if reduction == "sum":
         return 1
-    return counts[:, 0 if reduction == "mean_nonzero" else 1].sum().clamp(min=1)
+    return counts[0 if reduction == "mean_nonzero" else 1].clamp(min=1)
 
 
 def reduced(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    return sums if reduction == "none" else sums.sum() / units(counts, reduction)
+    return sums if reduction == "none" else sums.sum() / units(counts.sum(0), reduction)
 
 
 def evaluate(call: TripletCall, *batch: Any) -> Tensor:
@@ -222,6 +222,14 @@ class TripletLoss(nn.Module):
             options = triplet_options({**known, name: value})
         self.call = self.make_call(values, options)
         self._values = values
+
+    def row_parts(self, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :func:`row_sums`; and what else of each row ``[N]`` :meth:`whole` wants the sum of."""
+        return *row_sums(self.call, batch), None
+
+    def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
+        """The loss, from the sums over all rows of what :meth:`row_parts` gives."""
+        return total / units(counts, self.reduction)
 
     def forward(
         self,
