@@ -93,18 +93,29 @@ def _times(case: dict) -> str:
     return result.get("skipped", NOTHING) if "median_s" not in result else duration(result["median_s"])
 
 
+def _has_peer(case: dict | None) -> bool:
+    return case is not None and "pml" in case["time_over_fused"]
+
+
 def summary(records: list[dict]) -> str:
-    """Markdown of what a newcomer wants to know: each loss beside pytorch-metric-learning's, and a memory."""
+    """Markdown of what a newcomer wants to know: each loss once, beside pytorch-metric-learning's."""
     cases = [case for record in records for case in record["cases"] if record["machine"]["device"] == "cpu"]
-    shown = [case for case in cases if case["group"] == "family"]
-    shown += [
-        case for case in cases if case.get("part") in ("mined", "memory") or case["group"] == "triplets"
+    family = [case for case in cases if case["group"] == "family" and "loaded" not in case["loss_title"]]
+    others = [
+        case
+        for case in cases
+        if (case.get("part") in ("mined", "memory") or case["group"] == "triplets") and _has_peer(case)
     ]
+    # Of each loss the largest batch that pytorch-metric-learning can do, else the largest.
+    shown = {}
+    for case in (*family, *others):
+        if _has_peer(case) or not _has_peer(shown.get(case["loss_title"])):
+            shown[case["loss_title"]] = case
     rows = []
-    for case in shown:
+    for case in shown.values():
         peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in ("fused", "pml"))
         ours = duration(case["results"]["fused"]["median_s"])
-        times = versus(case, "pml") if "pml" in case["time_over_fused"] else NOTHING
+        times = versus(case, "pml") if _has_peer(case) else NOTHING
         rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
     machines = {
         one_line(record["machine"]): None for record in records if record["machine"]["device"] == "cpu"
