@@ -135,12 +135,12 @@ def tables(record: dict) -> str:
     data, options, runs, batches = (record[key] for key in ("data", "options", "retrieval", "batches"))
     train, test = data["train"], data["test"]
     seeds = len(next(iter(runs.values())))
+    averaged = "of one seed" if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
     parts = [
         f"Measured on {one_line(record['machine'])}.",
         f"**Retrieval.** {data['title']}: {train['images']} images of {train['classes']} classes to train "
         f"on, {test['images']} of {test['classes']} others to search. {options['steps']} steps of "
-        f"{options['batch_size']} images; in %, mean ± standard deviation of {seeds} seeds. "
-        + _settings(runs, options),
+        f"{options['batch_size']} images; in %, {averaged}. " + _settings(runs, options),
         _retrieval(runs),
         _agreement(runs),
     ]

@@ -501,11 +501,8 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
 # ---- the cache -----------------------------------------------------------------------------------------
 
 LOAD = """
-import sys, time, dml_cuda
-start = time.perf_counter()
+import sys, torch, dml_cuda
 loss = dml_cuda.load_law(sys.argv[1])()
-print(time.perf_counter() - start)
-import torch
 print(float(loss(torch.eye(8), torch.arange(8) // 2)))
 """
 
@@ -526,12 +523,16 @@ def start_process(source, **environment):
 def finish(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return [float(line) for line in out.split()]
+    return float(out)
 
 
-def test_cached_loads_are_quick(cache, nca):
-    seconds = min(finish(start_process(own_laws.HERE / "nca.h"))[0] for _ in range(2))
-    assert seconds < 0.2
+def test_cached_loads_compile_nothing(cache, nca):
+    def libraries():
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("law.so")}
+
+    before = libraries()
+    finish(start_process(own_laws.HERE / "nca.h"))
+    assert libraries() == before != {}
 
 
 def test_an_interrupted_build_and_several_processes(cache, tmp_path):
@@ -550,7 +551,7 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
     assert not list(folder.glob("NCA-*/law.so"))
 
     both = [start_process(changed, DML_CUDA_CACHE=str(folder)) for _ in range(2)]
-    (_, first), (_, second) = (finish(process) for process in both)
+    first, second = (finish(process) for process in both)
     assert first == second
     (place,) = folder.iterdir()
     assert sorted(path.name for path in place.iterdir()) == ["law.so", "lock"]
@@ -558,7 +559,7 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
     library = place / "law.so"
     whole = library.read_bytes()
     library.write_bytes(b"not a library")
-    assert finish(start_process(changed, DML_CUDA_CACHE=str(folder)))[1] == first
+    assert finish(start_process(changed, DML_CUDA_CACHE=str(folder))) == first
     assert len(library.read_bytes()) == len(whole)
 
 
