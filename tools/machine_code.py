@@ -86,7 +86,8 @@ def _compile(source, architecture, flags):
 
     For the first architecture the host's side is compiled as well, as whoever builds the package does.
     """
-    digest = hashlib.sha256(" ".join([_nvcc_version(), architecture, *flags]).encode())
+    # The path too: line numbers lead back to it.
+    digest = hashlib.sha256(" ".join([_nvcc_version(), architecture, str(source), *flags]).encode())
     for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     stem = f"{source.stem}-sm_{architecture}"
