@@ -3,9 +3,19 @@
 Every process draws the same batches and keeps its rows, so that the whole batch is that of one process.
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if dist.is_available():
+    # Its functions keep the group that there is at their first import, and with it the threads of that.
+    import torch.distributed.nn
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def start(device: str) -> torch.device:
@@ -19,14 +29,24 @@ def start(device: str) -> torch.device:
     return local
 
 
+def stop() -> None:
+    """Ends what :func:`start` began, once nothing uses it any more.
+
+    A thread of the group that is still at work when the interpreter ends may abort the process.
+    """
+    if _several():
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not _several() or dist.get_rank() == 0
 
 
 def own_rows(*whole: Tensor) -> list[Tensor]:
     """This process's rows of a batch."""
-    if not dist.is_initialized():
+    if not _several():
         return list(whole)
     return [x.tensor_split(dist.get_world_size())[dist.get_rank()] for x in whole]
 

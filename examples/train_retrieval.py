@@ -30,7 +30,7 @@ from .networks import NetworkError, make_network
 from .options import CLASS_RATE, JOINT_WEIGHT, parse
 from .plots import draw_curves, draw_neighbours, draw_similarities
 from .retrieval import embed, scores
-from .several import is_first, normalise_whole_batches, own_rows, start
+from .several import is_first, normalise_whole_batches, own_rows, start, stop
 from .splits import Split, check_batch, images_in_order, open_split, training_batches
 
 MERGED = 0.3  # centres of a class nearer than that count as one
@@ -234,6 +234,8 @@ def main() -> None:
     except (DataError, NetworkError, TrainingError) as error:
         # A process that loads images puts its traceback before the message.
         sys.exit(f"train_retrieval: {str(error).rsplit('DataError: ', 1)[-1].strip()}")
+    finally:
+        stop()
 
 
 if __name__ == "__main__":
