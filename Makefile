@@ -24,7 +24,7 @@ examples: $(VENV)/built
 
 test: $(VENV)/built
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # Eight minutes on a quiet machine; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
