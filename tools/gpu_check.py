@@ -26,7 +26,8 @@ def sanitizer(tool: str) -> list[str]:
     """The small cases of the GPU tests under one tool of compute-sanitizer."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ["--tool", tool, "--error-exitcode", "1", "--launch-timeout", "120"]
-    return [program, *options, *PYTEST, "tests/test_cuda.py", "-k", "awkward_sizes"]
+    cases = "awkward_sizes or (losses_of_triplets and cuda)"
+    return [program, *options, *PYTEST, "tests/test_cuda.py", "tests/test_devices.py", "-k", cases]
 
 
 def benchmark(out: Path, name: str, groups: tuple[str, ...]) -> list[str]:
@@ -39,7 +40,7 @@ def commands(out: Path, gpu: str) -> dict[str, list[list[str]]]:
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
         # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
-        "tests": [[*PYTEST, "tests/test_cuda.py", "tests/test_emulator.py"]],
+        "tests": [[*PYTEST, *(f"tests/test_{name}.py" for name in ("cuda", "devices", "emulator"))]],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
         "benchmark": [benchmark(out, name, ("train", "pml", "forward", "drop-in"))],
