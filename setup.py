@@ -113,6 +113,20 @@ def cuda_architectures() -> str:
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
+def openmp_flags() -> list[str]:
+    """What gives the CPU kernels PyTorch's threads, if those are OpenMP's: at::parallel_for is a template,
+    and on one thread where it is compiled without. Nothing is linked, so that the OpenMP which torch's own
+    library has loaded is the only one, and torch.set_num_threads holds for it; clang would need another."""
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return []
+    compiler = os.environ.get("CXX", "c++").split()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    if "Free Software Foundation" in version:
+        return ["-fopenmp"]
+    print("dml_cuda: not compiled by GCC, so the loops of the CPU kernels have one thread", file=sys.stderr)
+    return []
+
+
 def extension(cuda: bool):
     sources = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/loaded_laws.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
@@ -122,7 +136,7 @@ def extension(cuda: bool):
         ("DML_TORCH_VERSION", f'"{torch.__version__}"'),
         ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for laws that are compiled on demand
     ]
-    compile_args = {"cxx": flags}
+    compile_args = {"cxx": [*flags, *openmp_flags()]}
     build = cpp_extension.CppExtension
     if cuda:
         build = cpp_extension.CUDAExtension

@@ -151,7 +151,9 @@ def _classifier(make: Callable[..., nn.Module], case: DropInCase, embeddings: Te
     """A class-level loss of ``case.columns`` classes, with the gradient of their weights."""
     head = make(case.columns, case.d)
     (weight,) = head.parameters()
-    torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    # Drawn by themselves: filled in place they would depend on how a package lays its weights out.
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight.data.copy_(drawn)
     head.to(embeddings.device)
     classes = labels % case.columns
 

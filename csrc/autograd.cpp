@@ -1,10 +1,12 @@
 // The derivative of pair_loss. In C++, because a small batch is all overhead: registered from Python the
 // same costs 80 us more a step, as much as the kernels of 128 rows.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ops.h"
@@ -55,53 +57,55 @@ BackwardResult pair_loss_backward(const Call& call, const Backward& backward) {
     return {found[0], found[1]};
 }
 
+// What backward needs beside tensors.
+struct Options : torch::CustomClassHolder {
+    std::string law, similarity, reduction;
+    std::vector<double> params;
+    bool divide, need_emb, need_ref;
+
+    Options(const Call& call, bool need_emb, bool need_ref)
+        : law(call.law),
+          similarity(call.similarity),
+          reduction(call.reduction),
+          params(call.params.vec()),
+          divide(call.divide),
+          need_emb(need_emb),
+          need_ref(need_ref) {}
+};
+
 struct PairLossNode : torch::autograd::Function<PairLossNode> {
-    // The tensors that require a gradient stand first: apply looks for them among its arguments.
+    // The tensors that require a gradient stand first: apply looks for them among its arguments. `saved`, the
+    // op's second result, is no output of the node, as it has no gradient.
     static variable_list forward(AutogradContext* ctx, const Tensor& embeddings,
-                                 const OptionalTensor& ref_emb, const Call& call) {
-        const auto [loss, saved] = forward_below(call);
+                                 const OptionalTensor& ref_emb, const Call& call, Tensor* saved) {
+        Tensor loss;
+        std::tie(loss, *saved) = forward_below(call);
         const auto plain = [](const OptionalTensor& x) { return x ? *x : Tensor(); };
         ctx->save_for_backward({embeddings, call.labels, plain(ref_emb), plain(call.ref_labels),
-                                plain(call.self_ref), plain(call.ref_count), saved});
-        auto& data = ctx->saved_data;
-        data["options"] =
-            c10::ivalue::Tuple::create(std::string(call.law), call.params.vec(), std::string(call.similarity),
-                                       std::string(call.reduction), call.divide, embeddings.requires_grad(),
-                                       ref_emb && ref_emb->requires_grad());
-        ctx->mark_non_differentiable({saved});
+                                plain(call.self_ref), plain(call.ref_count), *saved});
+        ctx->saved_data["options"] = c10::IValue::make_capsule(c10::make_intrusive<Options>(
+            call, embeddings.requires_grad(), ref_emb && ref_emb->requires_grad()));
         ctx->set_materialize_grads(false);
-        return {loss, saved};
+        return {loss};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        variable_list result(3);
+        variable_list result(4);
         if (!grads[0].defined()) return result;
-        const auto options = ctx->saved_data["options"].toTuple();
-        const std::vector<c10::IValue> option = options->elements().vec();
-        const std::vector<double> params = option[1].toDoubleVector();
-        const bool need_emb = option[5].toBool(), need_ref = option[6].toBool();
+        const auto capsule = ctx->saved_data["options"].toCapsule();
+        const auto& options = static_cast<const Options&>(*capsule);
         const variable_list saved = ctx->get_saved_variables();
         const auto optional = [&](int k) {
             return saved[k].defined() ? OptionalTensor(saved[k]) : std::nullopt;
         };
         const OptionalTensor ref_emb = optional(2), ref_labels = optional(3), self_ref = optional(4),
                              ref_count = optional(5);
-        const Call call = {saved[0],
-                           saved[1],
-                           ref_emb,
-                           ref_labels,
-                           self_ref,
-                           ref_count,
-                           option[0].toStringView(),
-                           params,
-                           std::nullopt,
-                           option[2].toStringView(),
-                           option[3].toStringView(),
-                           true,
-                           option[4].toBool(),
-                           true};
-        const auto [grad_emb, grad_ref] = pair_loss_backward(call, {grads[0], saved[6], need_emb, need_ref});
-        if (need_emb) result[0] = grad_emb;
-        if (need_ref) result[1] = grad_ref;
+        const Call call = {saved[0],          saved[1],    ref_emb,        ref_labels,   self_ref,
+                           ref_count,         options.law, options.params, std::nullopt, options.similarity,
+                           options.reduction, true,        options.divide, true};
+        const auto [grad_emb, grad_ref] =
+            pair_loss_backward(call, {grads[0], saved[6], options.need_emb, options.need_ref});
+        if (options.need_emb) result[0] = grad_emb;
+        if (options.need_ref) result[1] = grad_ref;
         return result;
     }
 };
@@ -111,8 +115,9 @@ ForwardResult pair_loss(const Call& call) {
         at::GradMode::is_enabled() &&
         (call.embeddings.requires_grad() || (call.ref_emb && call.ref_emb->requires_grad()));
     if (!differentiable) return forward_below(call);
-    const variable_list out = PairLossNode::apply(call.embeddings, call.ref_emb, call);
-    return {out[0], out[1]};
+    Tensor saved;
+    const variable_list out = PairLossNode::apply(call.embeddings, call.ref_emb, call, &saved);
+    return {out[0], saved};
 }
 
 }  // namespace

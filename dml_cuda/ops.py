@@ -17,7 +17,7 @@ def stages(law: str, mining: bool) -> list[str]:
 # csrc/cpu: the sides of small and large tiles, up to how many points there are small ones, and the memory
 # that may keep tiles for backward.
 _CPU_SIDES = 64, 128
-_CPU_SMALL = 512
+_CPU_SMALL = 1024
 _CPU_CACHE_BYTES = 32 << 20
 _CPU_SQUARE_CACHE_BYTES = 64 << 20
 

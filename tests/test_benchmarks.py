@@ -148,6 +148,14 @@ def test_drop_in_parts_do_what_they_replace(part):
     assert max(differences.values()) < 1e-5
 
 
+@pytest.mark.parametrize("loss", ["normalized_softmax", "cosface", "arcface", "proxy_anchor", "soft_triple"])
+def test_class_level_losses_of_both_packages_have_the_same_weights(loss):
+    pytest.importorskip("pytorch_metric_learning")
+    case = replace(drop_in_case("classifier"), loss=loss, peers=("fused", "pml"))
+    results = run_case(case, budget=0.01)["results"]["fused"]
+    assert max(results[name] for name in case.compared) < 1e-5
+
+
 def test_every_drop_in_part_is_measured():
     for device in ("cpu", "cuda"):
         assert {case.part for case in default_cases(device) if case.group == "drop-in"} == set(drop_in.PARTS)

@@ -18,6 +18,7 @@ import torch
 from dml_cuda import functional
 
 n, dim = 32_768, 64
+torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(0)
 labels = torch.arange(n) // 4
 embeddings = torch.randn(n // 4, dim).repeat_interleave(4, 0) + torch.randn(n, dim)
@@ -38,14 +39,28 @@ print(json.dumps({"added": peak() - before, "loss": loss, "gradient": gradient})
 """
 
 
+def measured(name, threads):
+    command = [sys.executable, "-c", MEASURE, name, str(threads)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize("name", FUNCTIONS.values())
 def test_a_batch_whose_matrix_would_take_4_gigabytes(name):
-    run = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=True)
-    measured = json.loads(run.stdout)
-    assert measured["added"] < 256 * 2**20
-    assert measured["loss"] > 0
-    assert measured["gradient"] > 0
+    step = measured(name, threads=2)
+    assert step["added"] < 256 * 2**20
+    assert step["loss"] > 0
+    assert step["gradient"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
+@pytest.mark.parametrize("threads", [1, 16])
+def test_workspace(threads):
+    """Beyond the 64 MiB of similarities that are kept for backward, and what grows with the rows and not
+    their square (leaf, gradient, both as the tiles have them, and 100 bytes a row), 32 MiB at most."""
+    rows, dim = 32_768, 64
+    of_rows = rows * (5 * dim * 4 + 100)
+    assert measured("multi_similarity_loss", threads)["added"] < of_rows + (64 + 32) * 2**20
 
 
 @pytest.mark.parametrize("loss", FUNCTIONS)

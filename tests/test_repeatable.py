@@ -8,6 +8,8 @@ from accuracy import evaluate
 from data import make_batch, make_labels
 from losses import EVERY_LOSS
 
+from dml_cuda import _C
+
 THREADS = (1, 2, 3, 7, 16)  # more than there are cores, too
 
 
@@ -16,6 +18,13 @@ def threads_as_before():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_there_are_so_many_threads(threads):
+    """Else what follows would compare one thread with itself."""
+    torch.set_num_threads(threads)
+    assert _C.count_threads() == threads
 
 
 def results(function, **options):

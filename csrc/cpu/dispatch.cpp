@@ -4,6 +4,7 @@
 
 #include "../loaded_laws.h"
 #include "listed_kernels.h"
+#include "product_kernels.h"
 #include "tile_kernels.h"
 #include "triplet_kernels.h"
 
@@ -16,20 +17,24 @@
 
 namespace dml::cpu {
 
-#define DML_DECLARE(isa)                                               \
-    namespace isa {                                                    \
-    template <typename T>                                              \
-    const TileKernels<T>& kernels(LawId law);                          \
-    extern template const TileKernels<float>& kernels<float>(LawId);   \
-    extern template const TileKernels<double>& kernels<double>(LawId); \
-    template <typename T>                                              \
-    const ListedKernels<T>& listed();                                  \
-    extern template const ListedKernels<float>& listed<float>();       \
-    extern template const ListedKernels<double>& listed<double>();     \
-    template <typename T>                                              \
-    const TripletKernels<T>& triplets();                               \
-    extern template const TripletKernels<float>& triplets<float>();    \
-    extern template const TripletKernels<double>& triplets<double>();  \
+#define DML_DECLARE(isa)                                                   \
+    namespace isa {                                                        \
+    template <typename T>                                                  \
+    const TileKernels<T>& kernels(LawId law);                              \
+    extern template const TileKernels<float>& kernels<float>(LawId);       \
+    extern template const TileKernels<double>& kernels<double>(LawId);     \
+    template <typename T>                                                  \
+    const ListedKernels<T>& listed();                                      \
+    extern template const ListedKernels<float>& listed<float>();           \
+    extern template const ListedKernels<double>& listed<double>();         \
+    template <typename T>                                                  \
+    const ProductKernels<T>& tile_products();                              \
+    extern template const ProductKernels<float>& tile_products<float>();   \
+    extern template const ProductKernels<double>& tile_products<double>(); \
+    template <typename T>                                                  \
+    const TripletKernels<T>& triplets();                                   \
+    extern template const TripletKernels<float>& triplets<float>();        \
+    extern template const TripletKernels<double>& triplets<double>();      \
     }
 DML_DECLARE(baseline)
 #if DML_HAS_AVX
@@ -110,6 +115,18 @@ const ListedKernels<T>& listed_kernels() {
 
 template const ListedKernels<float>& listed_kernels<float>();
 template const ListedKernels<double>& listed_kernels<double>();
+
+template <typename T>
+const ProductKernels<T>& product_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::tile_products<T>();
+    if (chosen() == "avx2") return avx2::tile_products<T>();
+#endif
+    return baseline::tile_products<T>();
+}
+
+template const ProductKernels<float>& product_kernels<float>();
+template const ProductKernels<double>& product_kernels<double>();
 
 template <typename T>
 const TripletKernels<T>& triplet_kernels() {

@@ -4,6 +4,7 @@
 
 #include "../numeric.h"
 #include "listed_kernels.h"
+#include "product_kernels.h"
 #include "tile_kernels.h"
 #include "triplet_kernels.h"
 
@@ -21,6 +22,7 @@
 #include "tile_kernels_impl.h"
 #if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
 #include "listed_kernels_impl.h"
+#include "product_kernels_impl.h"
 #include "triplet_kernels_impl.h"
 #endif
 

@@ -3,6 +3,7 @@
 
 #include "../numeric.h"
 #include "listed_kernels.h"
+#include "product_kernels.h"
 #include "tile_kernels.h"
 #include "triplet_kernels.h"
 
@@ -11,5 +12,6 @@
 #include "tile_kernels_impl.h"
 #if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
 #include "listed_kernels_impl.h"
+#include "product_kernels_impl.h"
 #include "triplet_kernels_impl.h"
 #endif

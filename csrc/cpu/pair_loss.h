@@ -1,5 +1,5 @@
-// The CPU engine: which tiles to visit, in which order and how often. The similarities come from
-// ATen's matrix product, tile by tile; the loops over pairs are in tile_kernels_impl.h.
+// The CPU engine: which tiles to visit, in which order and how often. The products of tiles are in
+// product_kernels_impl.h, the loops over their pairs in tile_kernels_impl.h.
 //
 // Forward, with mining (rows and columns sorted by label, so positives lie beside the diagonal):
 //   1. the tiles that hold positives: each row's smallest positive similarity, hence which negatives
@@ -17,8 +17,8 @@
 // So every number is made in one fixed order, whatever the number of threads.
 #pragma once
 
-#include <ATen/CPUFunctions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
@@ -29,6 +29,7 @@
 #include "../ops.h"
 #include "plan.h"
 #include "points.h"
+#include "product_kernels.h"
 #include "tasks.h"
 #include "tile_kernels.h"
 #include "tiles.h"
@@ -100,9 +101,8 @@ template <typename T>
 struct alignas(64) Scratch {
     T tile[kMostSide * kMostSide];
 
-    // Aligned, as the tensors are, because the way a matrix product adds up may depend on it. Each thread
-    // keeps its own from call to call: for a small batch, touching fresh memory would cost as much as the
-    // work.
+    // Each thread keeps its own from call to call: for a small batch, touching fresh memory would cost as
+    // much as the work.
     static Scratch& mine() {
         static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
         return *scratch;
@@ -143,6 +143,7 @@ class Batch {
           similarity(problem.similarity),
           params(problem.params),
           kernels(tile_kernels<T>(problem.law)),
+          products(product_kernels<T>()),
           tiles(n, m, square, refs.capacity),
           plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
           windows(!square && once),
@@ -152,7 +153,7 @@ class Batch {
           kept(saved + layout.kept),
           cache_(reinterpret_cast<T*>(saved + layout.tiles)),
           cached_(layout.cached),
-          other_(square ? call.embeddings.narrow(0, 0, 0) : *refs.points, plan.col_order, similarity) {
+          other_(square ? call.embeddings : *refs.points, plan.col_order, similarity) {
         if (!windows) {
             rows.show(0, n);
             if (!square) cols.show(0, m);
@@ -167,6 +168,7 @@ class Batch {
     const Similarity similarity;
     const double* const params;
     const TileKernels<T>& kernels;
+    const ProductKernels<T>& products;
     const Tiles tiles;
     const Plan plan;
     const bool windows;  // points are packed when a super-tile needs them, else all are at first
@@ -197,16 +199,16 @@ class Batch {
         Tile<T> tile = place(at);
         T* s = is_cached(at) ? cached(at) : Scratch<T>::mine().tile;
         tile.s = s;
-        if (!is_cached(at) || !known) multiply(tile, 0, padded(tile.rows), s);
+        if (!is_cached(at) || !known) multiply(tile, 0, tile.pitch, s);
         return tile;
     }
 
     bool is_cached(const TileAt& at) const { return at.index < cached_; }
 
-    // Some lines of a cached tile, a multiple of 16 of them.
+    // Some columns of a cached tile, a multiple of 16 of them.
     void multiply(const TileAt& at, int64_t from, int64_t to) const {
         const Tile<T> tile = place(at);
-        if (from < padded(tile.rows)) multiply(tile, from, std::min(to, padded(tile.rows)), cached(at));
+        if (from < tile.pitch) multiply(tile, from, std::min(to, tile.pitch), cached(at));
     }
 
     // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one super-tile's row),
@@ -255,7 +257,7 @@ class Batch {
     }
 
     // Steps of work that one tile takes.
-    int64_t tile_work() const { return tiles.area() * (rows.dim / 16 + 4); }
+    int64_t tile_work() const { return tiles.area() * (rows.dim / 32 + 2); }
 
     // The pairs of row i that may count, and that mining compares: in a square matrix the self pair is none,
     // where the columns are other points that hold row i's own it does not count, but may be mined with.
@@ -277,20 +279,19 @@ class Batch {
    private:
     T* cached(const TileAt& at) const { return cache_ + at.index * tiles.area(); }
 
-    // s: of the whole tile, whose lines [from, to) are made. A cached tile's end is cleared with its last.
+    // s: of the whole tile, whose columns [from, to) are made. A cached tile's end is cleared with its last.
     void multiply(const Tile<T>& tile, int64_t from, int64_t to, T* s) const {
-        T *x = rows.row(tile.row0 + from), *y = cols.row(tile.col0);
-        Tensor out = matrix(s + from * tile.pitch, to - from, tile.pitch, tile.pitch, 1);
-        at::cpu::mm_out(out, matrix(x, to - from, rows.dim, rows.stride(), 1),
-                        matrix(y, rows.dim, tile.pitch, 1, cols.stride()));
+        const int64_t first = tile.col0 + from;
+        const T *x = rows.row(tile.row0), *y = cols.row(first);
+        products.similarities(padded(tile.rows), to - from, rows.dim, x, rows.stride(), y, cols.stride(),
+                              s + from, tile.pitch);
         if (similarity.euclidean) {
-            kernels.distances(s + from * tile.pitch, tile.pitch,
-                              static_cast<int>(std::min<int64_t>(to, tile.rows) - from), tile.cols, x,
-                              rows.stride(), rows.square(tile.row0 + from), y, cols.stride(),
-                              cols.square(tile.col0), rows.dim);
+            kernels.distances(s + from, tile.pitch, tile.rows,
+                              static_cast<int>(std::min<int64_t>(to, tile.cols) - from), x, rows.stride(),
+                              rows.square(tile.row0), y, cols.stride(), cols.square(first), rows.dim);
         }
-        const bool last = to == padded(tile.rows) && s != Scratch<T>::mine().tile;
-        if (last) std::fill(s + to * tile.pitch, s + tiles.area(), T(0));
+        if (to == tile.pitch && s != Scratch<T>::mine().tile)
+            std::fill(s + padded(tile.rows) * tile.pitch, s + tiles.area(), T(0));
     }
 
     bool has_own_positive(int64_t i) const {
@@ -525,6 +526,7 @@ class Forward {
             });
         };
         const auto nothing = [](const auto&...) {};
+        multiply_ahead(wanted);
         batch_.for_each_wave(kForwardWave, wanted, visit, nothing, nothing);
     }
 
@@ -532,25 +534,29 @@ class Forward {
     // them than threads would share evenly.
     template <typename Wanted>
     void multiply_ahead(const Wanted& wanted) {
-        constexpr int64_t kLines = 32;
-        const int64_t strips = batch_.tiles.side / kLines;
+        constexpr int64_t kColumns = 32;
+        const int64_t few = 4 * thread_count(), strips = batch_.tiles.side / kColumns;
+        if (batch_.windows || thread_count() == 1) return;
         std::vector<TileAt> ahead;
+        bool many = false;
         batch_.tiles.for_each_super(batch_.tiles.col_blocks, [&](const Tiles::Super& super) {
-            const auto wanted_here = [&](const TileAt& at) { return batch_.is_cached(at) && wanted(at); };
-            batch_.tiles.gather(super, std::numeric_limits<int64_t>::max(), wanted_here, ahead, [](auto&) {});
+            if (many) return;
+            const auto wanted_here = [&](const TileAt& at) {
+                return batch_.is_cached(at) && !known_[at.index] && wanted(at);
+            };
+            batch_.tiles.gather(super, few, wanted_here, ahead, [&](auto&) { many = true; });
         });
+        if (many) return;
         const int64_t count = ahead.size();
-        if (count >= 4 * thread_count()) return;
         for_tasks(count * strips, count * batch_.tile_work(), [&](int64_t k) {
-            const int64_t from = k % strips * kLines;
-            batch_.multiply(ahead[k / strips], from, from + kLines);
+            const int64_t from = k % strips * kColumns;
+            batch_.multiply(ahead[k / strips], from, from + kColumns);
         });
         for (const TileAt& at : ahead) known_[at.index] = 1;
     }
 
     template <typename Wanted>
     void find_hardest_positives(const Wanted& wanted) {
-        if (!batch_.windows && thread_count() > 1) multiply_ahead(wanted);
         over_tiles(
             wanted,
             [&](const TileAt& at, TileParts<T>& parts) {
@@ -678,17 +684,15 @@ class Gradient {
 
     bool wanted() const { return out_.defined(); }
     bool is_open() const { return open_; }
-    T* row(int64_t i) const { return sum_.data_ptr<T>() + (i - first_) * points_.padded_width(); }
+    T* row(int64_t i) const { return sum_.data() + (i - first_) * points_.padded_width(); }
 
     // Begins the sums of the points from first to last, unless they are those under way.
     void open(int64_t first, int64_t last) {
         if (!wanted() || (open_ && first == first_)) return;
-        if (!sum_.defined() || sum_.size(0) < last - first) {
-            sum_ = at::empty({padded(last - first), points_.padded_width()}, points_.options());
-        }
+        const int64_t width = points_.padded_width();
+        sum_.reserve(padded(last - first) * width);
         first_ = first;
         open_ = true;
-        const int64_t width = points_.padded_width();
         for_pieces(last - first, row_piece(width), (last - first) * row_work(width) / 4,
                    [&](int64_t from, int64_t to) { std::fill(row(first + from), row(first + to), T(0)); });
     }
@@ -707,7 +711,7 @@ class Gradient {
    private:
     const PackedPoints<T>& points_;
     const Tensor out_;  // [N, D]
-    Tensor sum_;        // [padded(window), padded width]
+    Numbers<T> sum_;    // [padded(window), padded width]
     int64_t first_ = 0;
     bool open_ = false;
 };
@@ -729,9 +733,7 @@ class BackwardPass {
         const auto wanted = [&](const TileAt& at) { return batch_.kept[at.index] != 0; };
         const auto visit = [&](const std::vector<TileAt>& wave) {
             const int64_t count = wave.size();
-            if (!memory_.defined()) {
-                memory_ = at::empty({std::min(slots, tiles.count()) * tiles.area()}, batch_.rows.options());
-            }
+            memory_.reserve(std::min(slots, tiles.count()) * tiles.area());
             nonzeros_.assign(count, 0);
             for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
             add_gradients(wave);
@@ -760,7 +762,7 @@ class BackwardPass {
     Batch<T>& batch_;
     const RowWeights<T> weights_;
     const int64_t width_;
-    Tensor memory_;                  // the weights of a wave, tile by tile, dense or as a SparseTile
+    Numbers<T> memory_;              // the weights of a wave, tile by tile, dense or as a SparseTile
     std::vector<int64_t> nonzeros_;  // of each tile; kDense where they are not told apart
     Gradient<T> grad_rows_, grad_cols_;
     static constexpr int64_t kDense = -1;
@@ -771,7 +773,7 @@ class BackwardPass {
         gradient.close(first, last);
     }
 
-    T* slot(int64_t k) const { return memory_.data_ptr<T>() + k * batch_.tiles.area(); }
+    T* slot(int64_t k) const { return memory_.data() + k * batch_.tiles.area(); }
 
     void make_weights(const TileAt& at, int64_t k) {
         Tile<T> tile = batch_.tile(at, true);
@@ -790,105 +792,84 @@ class BackwardPass {
         batch_.kernels.compress(dense, tile.pitch, tile.rows, tile.cols, count, slot(k));
     }
 
-    // Enough panels of dimensions that the blocks feed all threads evenly; the products want them wide. A
-    // dimension's sum does not depend on the panel that it is in.
-    int64_t panel(int64_t blocks) const {
-        constexpr int64_t kLeast = 128, kStep = 64;
-        const int64_t threads = thread_count(), tasks = threads == 1 ? 1 : 3 * threads;
-        const int64_t panels = (tasks + blocks - 1) / blocks;
-        const int64_t even = (width_ + panels - 1) / panels;
-        return std::max((even + kStep - 1) / kStep * kStep, kLeast);
+    // Some lines of a block and some dimensions, which one task adds up.
+    struct Piece {
+        int64_t owner, line, lines, dim, dims;
+    };
+
+    // Cuts the blocks where there is more than one thread: into panels of dimensions, then into lines, each
+    // block into as many pieces as its share of the work asks for. What a piece adds up does not depend on
+    // where it ends.
+    std::vector<Piece> cut(const Owners& owners) const {
+        constexpr int64_t kDims = 64, kLines = 32, kPiecesPerThread = 4;
+        std::vector<int64_t> work(owners.size(), 0);
+        int64_t all = 0;
+        for (int64_t k = 0; k < owners.size(); ++k) {
+            for (const auto* share = owners.begin(k); share != owners.end(k); ++share) {
+                const int64_t count = nonzeros_[share->tile];
+                work[k] += count == kDense ? batch_.tiles.area() : 2 * count;
+            }
+            all += work[k];
+        }
+        const int64_t threads = thread_count();
+        std::vector<Piece> pieces;
+        for (int64_t k = 0; k < owners.size(); ++k) {
+            if (work[k] == 0) continue;
+            const int64_t wanted = threads == 1 ? 1 : 1 + work[k] * kPiecesPerThread * threads / all;
+            const int64_t panels = std::min(wanted, (width_ + kDims - 1) / kDims);
+            const int64_t dims = (width_ / panels + kDims - 1) / kDims * kDims;
+            const int64_t strips = std::clamp<int64_t>(wanted / panels, 1, batch_.tiles.side / kLines);
+            const int64_t lines = (batch_.tiles.side / strips + kLines - 1) / kLines * kLines;
+            const int64_t here = lines_of(owners, k);
+            for (int64_t line = 0; line < here; line += lines) {
+                for (int64_t dim = 0; dim < width_; dim += dims) {
+                    pieces.push_back(
+                        {k, line, std::min(lines, here - line), dim, std::min(dims, width_ - dim)});
+                }
+            }
+        }
+        return pieces;
+    }
+
+    int64_t lines_of(const Owners& owners, int64_t k) const {
+        const int64_t first = owners.block(k) * batch_.tiles.side;
+        return std::min<int64_t>(batch_.tiles.side, (owners.is_rows(k) ? batch_.n : batch_.m) - first);
     }
 
     void add_gradients(const std::vector<TileAt>& wave) {
         const Owners owners(wave, batch_.tiles, grad_rows_.wanted(), batch_.square || grad_cols_.wanted());
-        if (owners.size() == 0) return;
-        const int64_t wide = panel(owners.size()), panels = (width_ + wide - 1) / wide;
+        const std::vector<Piece> pieces = cut(owners);
         const int64_t work = int64_t(wave.size()) * batch_.tiles.area() * (width_ / 8 + 1);
-        for_tasks(owners.size() * panels, work, [&](int64_t task) {
-            const int64_t k = task / panels, from = task % panels * wide;
-            const int64_t dims = std::min(wide, width_ - from);
-            const bool is_rows = owners.is_rows(k);
-            const int64_t first = owners.block(k) * batch_.tiles.side;
-            const Gradient<T>& gradient = is_rows ? grad_rows_ : grad_cols_;
-            const int lines = static_cast<int>(
-                std::min<int64_t>(batch_.tiles.side, (is_rows ? batch_.n : batch_.m) - first));
-            T* out = gradient.row(first) + from;
-            for (const auto* share = owners.begin(k); share != owners.end(k);) {
-                share = add_run(wave, share, owners.end(k), lines, from, dims, out);
-            }
+        for_tasks(pieces.size(), work, [&](int64_t task) {
+            const Piece& piece = pieces[task];
+            const int64_t first = owners.block(piece.owner) * batch_.tiles.side + piece.line;
+            const Gradient<T>& gradient = owners.is_rows(piece.owner) ? grad_rows_ : grad_cols_;
+            T* out = gradient.row(first) + piece.dim;
+            for (const auto* share = owners.begin(piece.owner); share != owners.end(piece.owner); ++share)
+                add_share(wave[share->tile], *share, piece, out);
         });
     }
 
-    // What one share of a block multiplies its weights with: the points on the other side of its tile.
-    struct Factor {
-        const PackedPoints<T>& points;
-        int64_t first, count;  // of the padded points
-    };
-    Factor factor(const TileAt& at, bool as_rows) const {
+    // Adds the weights of a tile times the points on its other side to the lines of a piece.
+    void add_share(const TileAt& at, const Owners::Share& share, const Piece& piece, T* out) const {
+        const int64_t count = nonzeros_[share.tile];
+        if (count == 0) return;
         const Tile<T> tile = batch_.place(at);
-        return as_rows ? Factor{batch_.cols, tile.col0, tile.pitch}
-                       : Factor{batch_.rows, tile.row0, padded(tile.rows)};
-    }
-
-    // Adds the weights of the next tile, or of a run of small dense ones whose points follow each other,
-    // times their points to the lines of a block. Returns the share after them.
-    const Owners::Share* add_run(const std::vector<TileAt>& wave, const Owners::Share* share,
-                                 const Owners::Share* end, int lines, int64_t from, int64_t dims,
-                                 T* out) const {
-        const int64_t count = nonzeros_[share->tile];
-        const Factor of = factor(wave[share->tile], share->as_rows);
-        T* x = of.points.row(of.first) + from;
-        const int64_t stride = of.points.stride();
-        const Tile<T> tile = batch_.place(wave[share->tile]);
-        if (count == 0) return share + 1;
+        const PackedPoints<T>& points = share.as_rows ? batch_.cols : batch_.rows;
+        T* x = points.row(share.as_rows ? tile.col0 : tile.row0) + piece.dim;
         if (count != kDense) {
-            const SparseTile<T> sparse(slot(share->tile), tile.rows, tile.cols, count);
-            batch_.kernels.add_product(share->as_rows ? sparse.by_row : sparse.by_col, lines, x, stride, dims,
+            const SparseTile<T> sparse(slot(share.tile), tile.rows, tile.cols, count);
+            auto lines = share.as_rows ? sparse.by_row : sparse.by_col;
+            lines.start += piece.line;
+            batch_.kernels.add_product(lines, static_cast<int>(piece.lines), x, points.stride(), piece.dims,
                                        out, width_);
-            return share + 1;
+            return;
         }
-        const auto add = [&](const Tensor& w, int64_t inner) {
-            Tensor sum = matrix(out, padded(lines), dims, width_, 1);
-            at::cpu::addmm_out(sum, sum, w, matrix(x, inner, dims, stride, 1), 1, 1);
-        };
-        const auto next = [&](const Owners::Share* last) {  // whether the share after `last` joins the run
-            const Owners::Share* after = last + 1;
-            if (after == end || nonzeros_[after->tile] != kDense) return false;
-            const Factor a = factor(wave[last->tile], last->as_rows),
-                         b = factor(wave[after->tile], after->as_rows);
-            return &a.points == &b.points && a.first + a.count == b.first;
-        };
-        // A product over 64 columns spends more on its sums than on itself: many such become one. Larger
-        // tiles are not worth the copy.
-        constexpr int64_t kRun = kMostSide * kMostSide;  // weights
-        if (batch_.tiles.side == kMostSide || !next(share)) {
-            add(share->as_rows ? matrix(slot(share->tile), padded(lines), of.count, tile.pitch, 1)
-                               : matrix(slot(share->tile), padded(lines), of.count, 1, tile.pitch),
-                of.count);
-            return share + 1;
-        }
-        const int64_t pitch = batch_.tiles.side * (kRun / (batch_.tiles.side * batch_.tiles.side));
-        T* run = Scratch<T>::mine().tile;  // [padded(lines), pitch]
-        int64_t inner = 0;
-        while (true) {
-            const Tile<T> here = batch_.place(wave[share->tile]);
-            const T* w = slot(share->tile);
-            const int64_t columns = factor(wave[share->tile], share->as_rows).count;
-            for (int64_t i = 0; i < padded(lines); ++i) {
-                T* to = run + i * pitch + inner;
-                if (share->as_rows) {
-                    std::memcpy(to, w + i * here.pitch, columns * sizeof(T));
-                } else {
-                    for (int64_t j = 0; j < columns; ++j) to[j] = w[j * here.pitch + i];
-                }
-            }
-            inner += columns;
-            if (!next(share) || inner + batch_.tiles.side > pitch) break;
-            ++share;
-        }
-        add(matrix(run, padded(lines), inner, pitch, 1), inner);
-        return share + 1;
+        const T* w = slot(share.tile) + piece.line * (share.as_rows ? tile.pitch : 1);
+        const Strided<T> weights =
+            share.as_rows ? Strided<T>{w, tile.pitch, 1} : Strided<T>{w, 1, tile.pitch};
+        batch_.products.add(padded(piece.lines), piece.dims, share.as_rows ? tile.cols : tile.rows, weights,
+                            x, points.stride(), out, width_);
     }
 };
 
@@ -903,16 +884,18 @@ BackwardResult backward(const Call& call, const Backward& from) {
     check_backward(call, from, layout.bytes);
     auto* saved = from.saved.data_ptr<uint8_t>();
     const bool need_ref = from.need_ref && call.ref_emb.has_value();
-    const Tensor none = at::empty({0}, call.embeddings.options());
+    const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
     if (*Stats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
-        return {from.need_emb ? fill(call.embeddings) : none, need_ref ? fill(*call.ref_emb) : none};
+        return {from.need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none()};
     }
     Batch<T> batch(call, refs, problem, layout, saved, true);
 
     // The rows' derivatives, with what comes from above.
-    const Tensor upstream = from.grad_loss.to(c10::CppTypeToScalarType<T>::value).contiguous();
+    constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
+    const Tensor upstream =
+        (from.grad_loss.scalar_type() == kType ? from.grad_loss : from.grad_loss.to(kType)).contiguous();
     const T* g = upstream.const_data_ptr<T>();
     const int last = batch.kernels.parts - 1;
     const bool each = problem.reduction == Reduction::kNone;
@@ -944,7 +927,7 @@ BackwardResult backward(const Call& call, const Backward& from) {
     } else if (from.need_emb || need_ref) {
         BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
     }
-    return {from.need_emb ? grad_emb : none, need_ref ? grad_ref : none};
+    return {from.need_emb ? grad_emb : none(), need_ref ? grad_ref : none()};
 }
 
 }  // namespace dml::cpu

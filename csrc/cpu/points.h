@@ -4,24 +4,25 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../problem.h"
+#include "product_kernels.h"
 #include "tasks.h"
 
 namespace dml::cpu {
 
 inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
 
-// Matrix products take whole blocks of 16: for what is left over beyond them a library may add up in an order
-// that depends on the number of threads.
+// Matrix products take whole blocks of 16.
 inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
 // An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
@@ -38,6 +39,23 @@ at::Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64
     return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
                          at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
 }
+
+// Memory for numbers, aligned as tensors are but without what it costs to make one.
+template <typename T>
+class Numbers {
+   public:
+    T* data() const { return static_cast<T*>(memory_.get()); }
+    // Room for so many, of which none is set yet where it has to grow.
+    void reserve(int64_t size) {
+        if (size <= size_) return;
+        memory_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+        size_ = size;
+    }
+
+   private:
+    c10::DataPtr memory_;
+    int64_t size_ = 0;
+};
 
 // Rows per task, and the work of one.
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(dim, 1)); }
@@ -69,10 +87,10 @@ class PackedPoints {
 
     // Of a point that is shown, a unit row when normalised, else as given, then zeros; after the last point
     // rows of zeros fill up a block of 16.
-    T* row(int64_t i) const { return x_.data_ptr<T>() + (i - first_) * stride(); }
-    const T* square(int64_t i) const { return square_.const_data_ptr<T>() + (i - first_); }  // |x|^2
+    T* row(int64_t i) const { return x_.data() + (i - first_) * stride(); }
+    const T* square(int64_t i) const { return square_.data() + (i - first_); }  // |x|^2
     T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 when not normalised
-        return inv_norm_.const_data_ptr<T>()[i - first_];
+        return inv_norm_.data()[i - first_];
     }
     int32_t place(int64_t i) const { return order_[i]; }
     bool normalized() const { return how_.normalize; }
@@ -86,21 +104,19 @@ class PackedPoints {
     const at::Tensor source_;
     const int32_t* const order_;
     const Similarity how_;
-    int64_t first_ = 0, last_ = 0;
-    at::Tensor x_;         // [padded(window), stride]
-    at::Tensor inv_norm_;  // [window]
-    at::Tensor square_;    // [window] of what is packed
+    int64_t first_ = 0, last_ = -1;
+    Numbers<T> x_;         // [padded(window), stride]
+    Numbers<T> inv_norm_;  // [window]
+    Numbers<T> square_;    // [window] of what is packed
 };
 
 template <typename T>
 void PackedPoints<T>::show(int64_t first, int64_t last) {
-    if (x_.defined() && first == first_ && last == last_) return;
+    if (first == first_ && last == last_) return;
     const int64_t n = last - first;
-    if (!x_.defined() || n > inv_norm_.size(0)) {
-        x_ = at::empty({padded(n), stride()}, options());
-        inv_norm_ = at::empty({n}, options());
-        square_ = at::empty({how_.euclidean ? n : 0}, options());
-    }
+    x_.reserve(padded(n) * stride());
+    inv_norm_.reserve(n);
+    if (how_.euclidean) square_.reserve(n);
     first_ = first;
     last_ = last;
     std::fill(row(last), row(first + padded(n)), T(0));
@@ -115,23 +131,19 @@ template <typename T>
 template <typename Input>
 bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n) {
     std::atomic<bool> finite{true};
+    const ProductKernels<T>& kernels = product_kernels<T>();
     const Similarity how = how_;
     const int64_t dim = this->dim, width = this->width, x_stride = stride();
     const bool normalize = how.normalize;
     // The square of a distance is at most four times the larger square of a norm.
     const double most = double(std::numeric_limits<T>::max()) / (how.euclidean ? 4 : 1);
-    T *x = x_.data_ptr<T>(), *inv_norm = inv_norm_.data_ptr<T>(), *squares = square_.data_ptr<T>();
+    T *x = x_.data(), *inv_norm = inv_norm_.data(), *squares = square_.data();
     for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const Input* q = source + order[i] * source_stride;
             T* out = x + i * x_stride;
-            double square = 0, largest = 0;
-#pragma omp simd reduction(+ : square)
-            for (int64_t d = 0; d < dim; ++d) {
-                out[d] = static_cast<T>(q[d]);
-                const double value = out[d];
-                square += value * value;
-            }
+            for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<T>(q[d]);
+            double square = kernels.square(dim, out), largest = 0;
             if (!std::isfinite(square)) {  // a true inf or NaN, or doubles too large to square
                 square = 0;
                 for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(double(out[d])));
@@ -144,16 +156,10 @@ bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, cons
             if (!fits) finite.store(false, std::memory_order_relaxed);
             const T scale = !normalize ? T(1) : norm > kTinyNorm ? T(1 / norm) : T(0);
             inv_norm[i] = scale;
-            if (normalize) {
-                for (int64_t d = 0; d < dim; ++d) out[d] *= scale;
-            }
+            if (normalize) kernels.scale(dim, scale, out);
             std::fill(out + dim, out + x_stride, T(0));
             if (width > dim) out[dim] = T(1);
-            if (!how.euclidean) continue;
-            square = 0;  // of what is stored
-#pragma omp simd reduction(+ : square)
-            for (int64_t d = 0; d < dim; ++d) square += double(out[d]) * double(out[d]);
-            squares[i] = static_cast<T>(square);
+            if (how.euclidean) squares[i] = static_cast<T>(kernels.square(dim, out));  // of what is stored
         }
     });
     return finite.load();
@@ -166,16 +172,18 @@ template <typename T, typename Output>
 void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
                  Output* out) {
     const int64_t dim = points.dim, width = points.width, pitch = points.padded_width();
+    const ProductKernels<T>& kernels = product_kernels<T>();
     for_pieces(count, row_piece(dim), count * row_work(dim), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const T *g = gradient + i * pitch, *x = points.row(first + i);
             Output* q = out + points.place(first + i) * dim;
             T along = width > dim ? g[dim] : T(0);
-            if (points.normalized()) {
-#pragma omp simd reduction(+ : along)
-                for (int64_t d = 0; d < dim; ++d) along += g[d] * x[d];
-            }
+            if (points.normalized()) along += kernels.dot(dim, g, x);
             const T scale = points.inv_norm(first + i);
+            if constexpr (std::is_same_v<T, Output>) {
+                kernels.across(dim, g, along, x, scale, q);
+                continue;
+            }
             for (int64_t d = 0; d < dim; ++d) q[d] = static_cast<Output>((g[d] - along * x[d]) * scale);
         }
     });

@@ -11,7 +11,7 @@
 
 namespace dml::cpu {
 
-// Work, in elementary steps, that is worth waking another thread for: some ten microseconds.
+// Work, in elementary steps of half a nanosecond, that is worth waking another thread for.
 inline constexpr int64_t kTaskWork = int64_t(1) << 15;
 
 // What tools/cpu_threads.py reads: how much processor time each task took, run one after another, as
@@ -44,12 +44,14 @@ void for_tasks(int64_t count, int64_t work, const Run& run) {
     const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(useful, thread_count());
     if (TaskLog* log = TaskLog::current()) {
         using Clock = std::chrono::steady_clock;  // asking for processor time would cost more than a task
-        log->regions.push_back({std::max<int64_t>(threads, 1), {}});
-        std::vector<double>& tasks = log->regions.back().tasks;
+        log->regions.push_back({std::max<int64_t>(threads, 1), std::vector<double>(count)});
+        double* seconds = log->regions.back().tasks.data();
+        auto start = Clock::now();
         for (int64_t k = 0; k < count; ++k) {
-            const auto start = Clock::now();
             run(k);
-            tasks.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+            const auto end = Clock::now();  // what is still on its way to memory is the next task's
+            seconds[k] = std::chrono::duration<double>(end - start).count();
+            start = end;
         }
         return;
     }

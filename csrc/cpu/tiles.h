@@ -27,7 +27,7 @@ class Tiles {
         : n(n),
           m(m),
           square(square),
-          side(std::max(n, capacity) <= 512 ? 64 : kMostSide),
+          side(std::max(n, capacity) <= 1024 ? 64 : kMostSide),
           row_blocks(blocks(n)),
           col_blocks(blocks(m)) {}
 

@@ -71,6 +71,8 @@ def compute(call: Call, batch: Batch) -> Tensor:
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
     """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
+    if value.dtype == embeddings.dtype == torch.float32:
+        return value
     wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
     return value if value.dtype == wanted else value.to(wanted)
 
