@@ -46,9 +46,8 @@ class Case:
             terms = torch.stack([d[a, p] - beta[a] + margin, beta[a] - d[a, n] + margin], 1).relu()
         else:
             violation = d[a, p] - d[a, n] + margin
-            terms = (violation.relu() if term == "hinge" else torch.nn.functional.softplus(violation))[
-                :, None
-            ]
+            smooth = torch.logaddexp(violation, 0 * violation)  # F.softplus is linear from 20 on
+            terms = (violation.relu() if term == "hinge" else smooth)[:, None]
         sums = sums.index_add(0, a, terms.sum(1))
         counts[:, 0].index_add_(0, a, (terms > 0).sum(1))
         counts[:, 1].index_add_(0, a, torch.ones_like(a))
@@ -64,7 +63,7 @@ class Case:
                 assert a.equal(b) or not exact_counts
                 continue
             assert a.dtype == (torch.float64 if self.x.dtype == torch.float64 else torch.float32)
-            scale = max(1.0, float(b.abs().max()))
+            scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
             torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
 
 
