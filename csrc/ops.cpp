@@ -95,6 +95,13 @@ TORCH_LIBRARY(dml_cuda, m) {
         "Tensor? self_ref, Tensor? ref_count, Tensor? beta, Tensor? seed, str term, str positives, "
         "str negatives, float[] params, str similarity, bool save, bool save_ref=True) -> "
         "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
+    // The same of triplets given as lists, long beside the pairs that there are, in any order; there [T]
+    // tells which count (none: all). On CPUs.
+    m.def(
+        "triplet_list_loss(Tensor embeddings, Tensor? ref_emb, Tensor anchors, Tensor positives, "
+        "Tensor negatives, Tensor? there, Tensor? beta, str term, float margin, str similarity, bool save, "
+        "bool save_ref=True) -> "
+        "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
     // The column, and its similarity, that a rule finds for each row, or for each pair of anchors (ascending)
     // and positives (-1: none): hardest_ or easiest_positive, hardest_, easiest_, semihard_ or
     // drawn_negative. -1 and -inf where there is none.

@@ -107,6 +107,34 @@ inline void check_beta(const OptionalTensor& beta, bool needed, const at::Tensor
                       ", but embeddings on ", embeddings.device());
 }
 
+// Triplets given as lists, likewise.
+inline void check_triplet_lists(const at::Tensor& embeddings, const OptionalTensor& ref_emb,
+                                const at::Tensor& anchors, const at::Tensor& positives,
+                                const at::Tensor& negatives, const OptionalTensor& there) {
+    TORCH_CHECK_VALUE(embeddings.dim() == 2, "embeddings: expected a 2-D tensor, got ", embeddings.dim(),
+                      " dimensions");
+    parse_scalar(embeddings.scalar_type());
+    if (ref_emb) {
+        TORCH_CHECK_VALUE(ref_emb->dim() == 2 && ref_emb->size(1) == embeddings.size(1), "ref_emb: expected ",
+                          embeddings.size(1), " columns, got shape ", ref_emb->sizes());
+        TORCH_CHECK_TYPE(ref_emb->scalar_type() == embeddings.scalar_type(), "ref_emb: expected ",
+                         embeddings.scalar_type(), ", got ", ref_emb->scalar_type());
+        TORCH_CHECK_VALUE(ref_emb->device() == embeddings.device(), "ref_emb: on ", ref_emb->device(),
+                          ", but embeddings on ", embeddings.device());
+    }
+    const auto check = [&](const at::Tensor& list, at::ScalarType type, const char* name) {
+        TORCH_CHECK_VALUE(list.dim() == 1 && list.size(0) == anchors.size(0), name,
+                          ": expected one for each triplet in one dimension, got shape ", list.sizes());
+        TORCH_CHECK_TYPE(list.scalar_type() == type, name, ": expected ", type, ", got ", list.scalar_type());
+        TORCH_CHECK_VALUE(list.device() == embeddings.device(), name, ": on ", list.device(),
+                          ", but embeddings on ", embeddings.device());
+    };
+    check(anchors, at::kLong, "anchors");
+    check(positives, at::kLong, "positives");
+    check(negatives, at::kLong, "negatives");
+    if (there) check(*there, at::kBool, "there");
+}
+
 // Shapes and types; that anchors ascend and positives exist is for the device to see.
 inline void check_pairs(const OptionalTensor& anchors, const OptionalTensor& positives, SelectRule rule,
                         const at::Tensor& embeddings) {

@@ -5,22 +5,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autocast
+from . import _autocast, ops
 from .kernels import has_kernel
 from .listed import SortedPairs, of_rows, similarities, sort_pairs
 from .reference import full_precision, is_traced, similarity_matrix
 from .triplets import Terms, recomputed
 
 _AREA = 1 << 20  # triplets of listed pairs that are looked at together
+# On a CPU: so many pairs are multiplied as a matrix in the time that one triplet of a list takes otherwise.
+_PAIRS_PER_TRIPLET = 16
 
 
 class Triplets(NamedTuple):
-    """Triplets in the order of their anchors."""
+    """Triplets as lists."""
 
-    anchors: Tensor  # [T] ascending
+    anchors: Tensor  # [T]
     positives: Tensor  # [T]
     negatives: Tensor  # [T]
     there: Tensor | None = None  # [T] bool, False for one that does not count; None where all do
+    ascending: bool = True  # whether the anchors are known to ascend
 
 
 def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
@@ -31,12 +34,16 @@ def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     return total.to(values.dtype)
 
 
-def in_order(anchors: Tensor, positives: Tensor, negatives: Tensor) -> Triplets:
-    can_look = anchors.device.type == "cpu" and not is_traced(anchors)
-    if can_look and bool((anchors[1:] >= anchors[:-1]).all()):
-        return Triplets(anchors, positives, negatives)
-    anchors, order = torch.sort(anchors, stable=True)
-    return Triplets(anchors, positives[order], negatives[order])
+def _in_order(listed: Triplets) -> Triplets:
+    """In the order of their anchors."""
+    if listed.ascending:
+        return listed
+    can_look = listed.anchors.device.type == "cpu" and not is_traced(listed.anchors)
+    if can_look and bool((listed.anchors[1:] >= listed.anchors[:-1]).all()):
+        return listed
+    anchors, order = torch.sort(listed.anchors, stable=True)
+    there = None if listed.there is None else listed.there[order]
+    return Triplets(anchors, listed.positives[order], listed.negatives[order], there)
 
 
 class _Points:
@@ -84,6 +91,29 @@ class _Points:
         return every
 
 
+def _is_long(listed: Triplets, n: int, m: int) -> bool:
+    """Whether all pairs of n rows and m columns cost less than those of the triplets, one by one."""
+    on_cpu = listed.anchors.device.type == "cpu"
+    return on_cpu and n * m > 0 and listed.anchors.shape[0] * _PAIRS_PER_TRIPLET >= n * m
+
+
+def _long_sums(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    listed: Triplets,
+    similarity: str,
+    terms: Terms,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if ref_emb is not None and ref_emb.dtype != embeddings.dtype:
+        wider = torch.promote_types(embeddings.dtype, ref_emb.dtype)
+        embeddings, ref_emb = embeddings.to(wider), ref_emb.to(wider)
+    wanted = [x is not None and x.requires_grad for x in (embeddings, ref_emb, beta)]
+    save = torch.is_grad_enabled() and any(wanted)
+    how = terms.kind, terms.margin, similarity, save, save and wanted[1]
+    return ops.call("triplet_list_loss", embeddings, ref_emb, *listed[:4], beta, *how)[:2]
+
+
 def triplet_sums(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -93,11 +123,17 @@ def triplet_sums(
     beta: Tensor | None,
     swap: bool,
     fused: bool,
+    each: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's loss ``[N]`` and counts ``[N, 2]``, as the op ``triplet_loss`` has them."""
+    """Each row's loss ``[N]`` and counts ``[N, 2]``, as the op ``triplet_loss`` has them. ``each`` tells that
+    the gradient of every row is wanted, not only that of their sum."""
+    columns = embeddings if ref_emb is None else ref_emb
+    if fused and not (swap or each) and _is_long(listed, embeddings.shape[0], columns.shape[0]):
+        with _autocast.off(embeddings.device):
+            return _long_sums(embeddings, ref_emb, listed, similarity, terms, beta)
     with _autocast.off(embeddings.device):
         points = _Points(embeddings, ref_emb, similarity, fused)
-        anchors, positives, negatives, there = listed
+        anchors, positives, negatives, there, _ = _in_order(listed)
         if there is None:
             there = torch.ones_like(anchors, dtype=torch.bool)
         else:  # what does not count must still be some pair

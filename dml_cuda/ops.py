@@ -179,6 +179,16 @@ def _triplet_loss_fake(
     )
 
 
+@torch.library.register_fake("dml_cuda::triplet_list_loss")
+def _triplet_list_loss_fake(
+    embeddings, ref_emb, anchors, positives, negatives, there, beta, term, margin, similarity, save,
+    save_ref=True,
+):  # fmt: skip
+    return _triplet_loss_fake(
+        embeddings, None, ref_emb, None, None, None, beta, None, term, "", "", [], similarity, save, save_ref
+    )
+
+
 @torch.library.register_fake("dml_cuda::select")
 def _select_fake(
     embeddings,
@@ -362,42 +372,47 @@ class _FirstDerivative(torch.autograd.Function):
     backward = staticmethod(_double_backward)
 
 
-def _triplet_setup_context(ctx, inputs, output) -> None:
-    embeddings, ref_emb, beta, (save, save_ref) = inputs[0], inputs[2], inputs[6], inputs[13:]
-    counts, *gradients = output[1:]
-    ctx.mark_non_differentiable(counts, *gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients, embeddings, ref_emb, beta)
-    ctx.dtypes = [None if x is None else x.dtype for x in (embeddings, ref_emb, beta)]
-    ctx.saved = save, save and save_ref, save
+def _triplet_derivative(points: tuple[int, int, int], count: int):
+    """Backward and context of an op on triplets: where, among so many arguments, embeddings, ref_emb and beta
+    are; the last two arguments tell what the forward pass saves."""
 
+    def setup_context(ctx, inputs, output) -> None:
+        given, (save, save_ref) = [inputs[k] for k in points], inputs[-2:]
+        counts, *gradients = output[1:]
+        ctx.mark_non_differentiable(counts, *gradients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gradients, *given)
+        ctx.dtypes = [None if x is None else x.dtype for x in given]
+        ctx.saved = save, save and save_ref, save
 
-def _triplet_backward(ctx, grad, *_):
-    """The forward pass made the gradient of the sum of all rows: here it is multiplied."""
-    result = [None] * 15
-    if grad is None:
-        return tuple(result)
-    if grad.shape[0] > 1 and grad.stride(0) != 0:  # not one number expanded, as the gradient of a sum is
-        torch._assert_async(
-            (grad == grad[0]).all(),
-            "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
-            'their sum; pass backend="reference" to weight them',
-        )
-    gradients, points = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-    for k, (place, gradient, dtype, saved) in enumerate(
-        zip((0, 2, 6), gradients, ctx.dtypes, ctx.saved, strict=True)
-    ):
-        if not ctx.needs_input_grad[place]:
-            continue
-        if not saved:
-            raise RuntimeError(
-                f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
+    def backward(ctx, grad, *_):
+        """The forward pass made the gradient of the sum of all rows: here it is multiplied."""
+        result = [None] * count
+        if grad is None:
+            return tuple(result)
+        if grad.shape[0] > 1 and grad.stride(0) != 0:  # not one number expanded, as the gradient of a sum is
+            torch._assert_async(
+                (grad == grad[0]).all(),
+                "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
+                'their sum; pass backend="reference" to weight them',
             )
-        result[place] = (gradient * grad[:1].sum()).to(dtype)
-        # Without a graph of the gradient there is no second derivative to be refused.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            result[place] = _FirstDerivative.apply(result[place], *points)
-    return tuple(result)
+        gradients, given = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        for k, (place, gradient, dtype, saved) in enumerate(
+            zip(points, gradients, ctx.dtypes, ctx.saved, strict=True)
+        ):
+            if not ctx.needs_input_grad[place]:
+                continue
+            if not saved:
+                raise RuntimeError(
+                    f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
+                )
+            result[place] = (gradient * grad[:1].sum()).to(dtype)
+            # Without a graph of the gradient there is no second derivative to be refused.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                result[place] = _FirstDerivative.apply(result[place], *given)
+        return tuple(result)
+
+    return backward, setup_context
 
 
 def _no_context(ctx, inputs, output) -> None:
@@ -436,7 +451,8 @@ _DERIVATIVES = {
     "pair_products": (_products_backward, _products_setup_context),
     "pair_sums": (_double_backward, _no_context),
     "segment_softmax": (_double_backward, _no_context),
-    "triplet_loss": (_triplet_backward, _triplet_setup_context),
+    "triplet_loss": _triplet_derivative((0, 2, 6), 15),
+    "triplet_list_loss": _triplet_derivative((0, 1, 6), 12),
     "segment_logsumexp": (_logsumexp_backward, _logsumexp_setup_context),
 }
 for _name, (_derivative, _context) in _DERIVATIVES.items():

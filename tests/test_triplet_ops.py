@@ -22,7 +22,7 @@ from every_triplet import (
     uniform,
 )
 
-from dml_cuda import ops
+from dml_cuda import ops, triplets
 
 OPS = torch.ops.dml_cuda
 
@@ -230,6 +230,25 @@ def test_strips(negatives):
     assert whole[1].equal(torch.cat([p[1] for p in parts]))
     close(whole[2], torch.cat([p[2] for p in parts]), 1e-10)
     close(whole[3], sum(p[3] for p in parts), 1e-10)
+
+
+@pytest.mark.parametrize("n", [330, 1100])  # blocks of both sizes, and parts of one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_of_few_and_of_many_weights(n, dtype, instruction_set):
+    """A class in the midst of others, and classes far from all: of W + W^T blocks are full, sparse or empty,
+    and each is multiplied in its own way."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) // 3
+    x = 9 * torch.randn(n // 3 + 1, 40, generator=random, dtype=torch.float64)[labels]
+    x += torch.randn(x.shape, generator=random, dtype=torch.float64)
+    x[: n // 4] = torch.randn(n // 4, 40, generator=random, dtype=torch.float64)
+    x[:: n // 5] = x[1 :: n // 5][: len(x[:: n // 5])] * 0.5
+    arguments = labels, *[None] * 6, "hinge", "all", "all", params(margin=0.3, dim=40), "euclidean"
+    _, counts, gradient, *_ = OPS.triplet_loss(x.to(dtype), *arguments, True)
+    sums, true_counts = triplets.triplet_loss(x.requires_grad_(), *arguments)
+    (true_gradient,) = torch.autograd.grad(sums.sum(), x)
+    close(gradient, true_gradient, 2e-5 if dtype == torch.float32 else 1e-11)
+    assert counts.equal(true_counts) or dtype == torch.float32
 
 
 # ---- select -----------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ namespace dml::cpu {
 // Columns whose weights in a draw are added up together.
 inline constexpr int64_t kDrawBlock = 64;
 
+// Columns that one sweep takes, so that their weights stay in the first-level cache and their counts exact.
+inline constexpr int64_t kSweep = 1024;
+
 // Up to so many positives each is compared with every negative; with more, runs of them are searched.
 inline constexpr int64_t kFewPositives = 48;
 
@@ -55,7 +58,12 @@ struct TripletKernels {
     void (*transpose)(const T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
     // Both become a[i, j] + b[j, i]. a may be b where square.
     void (*add_transposed)(T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
-    // out += sum of weights[k] * points[index[k]], rows of `dim` numbers, `stride` apart.
+    // Of each line the columns that are not 0, as bits, 64 a word; how many there are in all.
+    int64_t (*find_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, uint64_t* bits);
+    // out[i] += w[i] times the points, of those columns alone: rows of `dim` numbers, `stride` apart.
+    void (*add_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, const uint64_t* bits,
+                         const T* points, int64_t stride, int64_t dim, T* out, int64_t out_stride);
+    // out += sum of weights[k] * points[index[k]], rows likewise.
     void (*add_points)(const T* weights, const int32_t* index, int64_t count, const T* points, int64_t stride,
                        int64_t dim, T* out);
 };

@@ -1,8 +1,10 @@
-// Launches the kernels of triplets.cuh.
+// Launches the kernels on triplets.
 #include <algorithm>
 
 #include "launch.h"
-#include "triplets.cuh"
+#include "triplet_distances.cuh"
+#include "triplet_loss.cuh"
+#include "triplet_select.cuh"
 
 namespace dml::cuda {
 namespace {

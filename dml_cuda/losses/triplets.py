@@ -139,9 +139,9 @@ def triplet_batch(
     indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=listed and look)
     rows = Rows(*map(to_save, (embeddings, labels, ref_emb)), None, None, None)
     if len(indices) == 3:
-        return TripletBatch(rows, listed=listed_triplets.in_order(*indices))
+        return TripletBatch(rows, listed=Triplets(*indices, ascending=False))
     if call.swap:  # which measures positives against negatives: triplet by triplet
-        return TripletBatch(rows, listed=listed_triplets.in_order(*to_triplets(indices)))
+        return TripletBatch(rows, listed=Triplets(*to_triplets(indices), ascending=False))
     return TripletBatch(rows, listed=indices)
 
 
@@ -161,14 +161,15 @@ def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None)
     and how many triplets it has. ``beta`` is ``[N]``."""
     rows, selection, seed, listed = batch
     fused = use_kernel(rows.embeddings.device, call.options.backend)
+    each = call.options.reduction == "none"
     if selection is not None:
         how = {"term": call.term, "margin": call.margin, "beta": beta, "seed": seed, "swap": call.swap}
-        fused = fused and call.options.reduction != "none"
-        return triplet_sums(rows, selection, call.similarity, **how, fused=fused)
+        return triplet_sums(rows, selection, call.similarity, **how, fused=fused and not each)
     terms = Terms(call.term, call.margin, _ANY)
     points = rows.embeddings, rows.ref_emb
     if isinstance(listed, Triplets):
-        return listed_triplets.triplet_sums(*points, listed, call.similarity, terms, beta, call.swap, fused)
+        how = call.similarity, terms, beta, call.swap, fused, each
+        return listed_triplets.triplet_sums(*points, listed, *how)
     return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, beta, fused)
 
 

@@ -1,6 +1,7 @@
 // The entry points on triplets, built for the host with the emulator, behind a C interface for ctypes.
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/triplets.h"
@@ -55,6 +56,23 @@ int guarded(char* error, int64_t capacity, const F& f) {
     }
 }
 
+// A workspace between what the kernels must leave alone.
+class Workspace {
+   public:
+    explicit Workspace(int64_t bytes) : memory_(size_t(bytes) + 2 * kGuard, 0xFF) {}
+    void* data() { return memory_.data() + kGuard; }
+    void check() const {
+        for (size_t k = 0; k < kGuard; ++k) {
+            if (memory_[k] != 0xFF || memory_[memory_.size() - 1 - k] != 0xFF)
+                throw std::runtime_error("the workspace's guard was overwritten");
+        }
+    }
+
+   private:
+    static constexpr size_t kGuard = 64;
+    std::vector<unsigned char> memory_;
+};
+
 template <typename F>
 void with_type(int64_t wide, const F& f) {
     if (wide) {
@@ -73,9 +91,10 @@ int dml_triplet_rows(const Arguments* a, int64_t wide, const void* beta, void* s
     return guarded(error, capacity, [&] {
         with_type(wide, [&](auto number) {
             using T = decltype(number);
-            std::vector<unsigned char> workspace(triplet_workspace_bytes<T>(a->rows, a->columns), 0xFF);
+            Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
             triplet_rows(strip_of<T>(*a), rules_of(*a), static_cast<const T*>(beta), static_cast<T*>(sums),
                          counts, static_cast<T*>(grad_beta), workspace.data(), nullptr);
+            workspace.check();
         });
     });
 }
@@ -85,10 +104,11 @@ int dml_select_rows(const Arguments* a, int64_t wide, int64_t* columns, void* si
     return guarded(error, capacity, [&] {
         with_type(wide, [&](auto number) {
             using T = decltype(number);
-            std::vector<unsigned char> workspace(triplet_workspace_bytes<T>(a->rows, a->columns), 0xFF);
+            Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
             select_rows(strip_of<T>(*a), rules_of(*a),
                         {a->anchors, a->anchors_positives, a->pairs, a->of_positives != 0}, columns,
                         static_cast<T*>(similarities), workspace.data(), nullptr);
+            workspace.check();
         });
     });
 }

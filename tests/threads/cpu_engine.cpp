@@ -17,7 +17,9 @@
 // Their ops are of the files alone.
 #include "cpu/blocks.cpp"
 #include "cpu/listed_pairs.cpp"
-#include "cpu/triplets.cpp"
+#include "cpu/triplet_list.cpp"
+#include "cpu/triplet_loss.cpp"
+#include "cpu/triplet_select.cpp"
 
 namespace dml::cpu {
 namespace {
@@ -101,6 +103,16 @@ void check_triplets(int64_t n, int64_t m, int64_t dim) {
                 return Tensors{sums, counts, grad_emb, grad_ref, grad_beta};
             });
         }
+    }
+    const Tensor anchors = at::arange(4 * n, at::kLong).div(4, "floor"),
+                 columns = at::randint(m > 0 ? m : n, {2, 4 * n}, at::kLong);
+    for (const char* term : {"hinge", "softplus", "margin"}) {
+        check(std::string("listed triplets: ") + term, [&] {
+            const auto [sums, counts, grad_emb, grad_ref, grad_beta] = triplet_list_loss(
+                embeddings, ref_emb, anchors, columns[0], columns[1], none,
+                std::string_view(term) == "margin" ? beta : none, term, 0.2, "euclidean", true, m > 0);
+            return Tensors{sums, counts, grad_emb, grad_ref, grad_beta};
+        });
     }
     check("select", [&] {
         const auto [column, similarity] = select(embeddings, labels, ref_emb, ref_labels, none, none, seed,
