@@ -140,7 +140,7 @@ def extension(cuda: bool):
     build = cpp_extension.CppExtension
     if cuda:
         build = cpp_extension.CUDAExtension
-        sources += ["csrc/cuda_ops.cpp", "csrc/cuda_triplets.cpp"]
+        sources += ["csrc/cuda_ops.cpp", "csrc/cuda_blocks.cpp", "csrc/cuda_triplets.cpp"]
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
         macros += [
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),

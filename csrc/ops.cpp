@@ -45,17 +45,18 @@ TORCH_LIBRARY(dml_cuda, m) {
         "str similarity, str reduction, bool divide, bool need_emb, bool need_ref) "
         "-> (Tensor grad_emb, Tensor grad_ref)");
 
-    // The same a block of columns at a time, for who never holds all of them (cpu/blocks.cpp): rows [N]
-    // against blocks [B, D], of which self_ref [N] names each row's own column, or -1. Mining does not see
-    // that pair.
+    // The same a block of columns at a time, for who never holds all of them (cpu/blocks.cpp,
+    // cuda_blocks.cpp): rows [N] against blocks [B, D], of which self_ref [N] names each row's own column, or
+    // -1. Mining does not see that pair. States and weights are the private matter of each device's kernels;
+    // found, what the stages so far have found in a block (which of it may have a gradient), too.
     m.def(
         "pair_block_turn(Tensor? state, Tensor pairs, str law, float[] params, float? epsilon, str stage, "
         "bool wide) -> Tensor state");
     m.def(
         "pair_block(Tensor state, Tensor embeddings, Tensor labels, Tensor block, Tensor block_labels, "
         "Tensor? self_ref, str law, float[] params, float? epsilon, str similarity, str reduction, str "
-        "stage) "
-        "-> (Tensor state, Tensor kept)");
+        "stage, Tensor? found=None) "
+        "-> (Tensor state, Tensor found)");
     m.def(
         "pair_block_rows(Tensor state, Tensor pairs, str law, float[] params, bool mining, str reduction) "
         "-> (Tensor losses, Tensor weights)");

@@ -7,9 +7,13 @@ from torch.autograd import forward_ad
 from . import _C  # loading it registers torch.ops.dml_cuda
 
 
-def stages(law: str, mining: bool) -> list[str]:
-    """The stages in which a law's rows meet blocks of columns, by name."""
-    return _C.stages(law, mining)
+def stages(law: str, mining: bool, device: str) -> list[str]:
+    """The stages in which a law's rows meet blocks of columns, by name, on a kind of device."""
+    if device == "cpu":
+        return _C.stages(law, mining)
+    # csrc/cuda/blocks.h: one pass finds the hardest pairs of both kinds.
+    of_law = ["negatives", "positives"] if _C.law_facts(law)["context"] else ["both"]
+    return ["hardest", *of_law] if mining else of_law
 
 
 # ---- the bytes that forward leaves for backward, as the engines lay them out; sizes may be symbolic --------
@@ -252,25 +256,55 @@ def _segment_logsumexp_fake(logits, offsets, plus_one):
 
 # csrc/cpu/blocks.cpp: a row's numbers while blocks pass, and those of them that backward needs.
 _STATE_NUMBERS, _STAT_NUMBERS = 14, 6
+# csrc/cuda/blocks.h: both are of one length, which also tells how float32 is multiplied. The bytes of tiles'
+# extremes, and so many tiles, up to which they are known.
+_CUDA_STATE_NUMBERS = 4, 6
+_CUDA_EXTREMES_BYTES = 16 << 20
+
+
+def _cuda_block_bytes(n, m, itemsize: int):
+    """Of a block, the bytes of its tiles' extremes and of their kept flags."""
+    tiles = _tile_count(n, m, False, 64 if itemsize == 8 else 128)
+    known = _positive(_CUDA_KEPT_TILES + 1 - tiles)
+    extremes = 2 * tiles * itemsize
+    return extremes * known * _positive(_CUDA_EXTREMES_BYTES + 1 - extremes), tiles * known
 
 
 @torch.library.register_fake("dml_cuda::pair_block_turn")
 def _pair_block_turn_fake(state, pairs, law, params, epsilon, stage, wide):
+    if state is not None:
+        return torch.empty_like(state)
     dtype = torch.float64 if wide else torch.float32
-    return pairs.new_empty((_STATE_NUMBERS, pairs.shape[1]), dtype=dtype)
+    if pairs.device.type == "cpu":
+        return pairs.new_empty((_STATE_NUMBERS, pairs.shape[1]), dtype=dtype)
+    header, each = _CUDA_STATE_NUMBERS
+    mark = 0 if wide else _cuda_precision()
+    return pairs.new_empty(header + each * pairs.shape[1] + mark, dtype=dtype)
 
 
 @torch.library.register_fake("dml_cuda::pair_block")
-def _pair_block_fake(state, embeddings, labels, block, block_labels, self_ref, *how):
+def _pair_block_fake(
+    state, embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity, reduction,
+    stage, found=None,
+):  # fmt: skip
     n, m = embeddings.shape[0], block.shape[0]
-    tiles = _tile_count(n, m, False, _cpu_side(n, m))
-    return torch.empty_like(state), state.new_empty(tiles, dtype=torch.uint8)
+    if embeddings.device.type == "cpu":
+        size = _tile_count(n, m, False, _cpu_side(n, m))
+    else:
+        extremes, size = _cuda_block_bytes(n, m, state.dtype.itemsize)
+        if stage == "hardest":
+            size = extremes
+        elif stage == "negatives" and found is not None:
+            size += found.shape[0]
+    return torch.empty_like(state), state.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("dml_cuda::pair_block_rows")
 def _pair_block_rows_fake(state, pairs, law, params, mining, reduction):
     n = pairs.shape[1]
-    return state.new_empty(4, n), state.new_empty(_STAT_NUMBERS, n)
+    if pairs.device.type == "cpu":
+        return state.new_empty(4, n), state.new_empty(_STAT_NUMBERS, n)
+    return state.new_empty(4, n), torch.empty_like(state)
 
 
 @torch.library.register_fake("dml_cuda::pair_block_backward")

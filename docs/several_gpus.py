@@ -30,7 +30,7 @@ class Job(NamedTuple):
     dim: int
     processes: int
     width: int
-    stages: int = 3  # of the forward pass: three with mining, one without
+    stages: int = 2  # of the forward pass on GPUs: two with mining, one without
 
     @property
     def share(self) -> float:

@@ -24,6 +24,8 @@ from accuracy import assert_as_accurate
 from data import make_batch, make_labels
 from losses import LOSSES, REDUCTIONS, by_name
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dml_cuda
@@ -327,13 +329,42 @@ def training_steps(mode):
     own = [share(x, rows) for x in whole]
     loss = MultiSimilarityLoss(epsilon=0.1)
     expected = train(network(), loss, *whole)
-    models = [DistributedDataParallel(network())]
-    if mode == "gather":
-        models.append(torch.compile(DistributedDataParallel(network()), backend="aot_eager"))
+    models = [
+        DistributedDataParallel(network()),
+        torch.compile(DistributedDataParallel(network()), backend="aot_eager"),
+    ]
     for model in models:
         found = train(model, DistributedLoss(loss, mode=mode), *own)
         for a, b in zip(found, expected, strict=True):
             close(a, b, "weights", 1e-11)
+
+
+def sharded(model):
+    """A network whose parameters FSDP2 shards; what comes out of it is whole, and its gradient averaged."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded_training_steps(mode):
+    """So are those of FSDP2, and two batches of which the first is not synchronised."""
+    rows = UNEVEN[dist.get_world_size()]
+    whole = inputs_and_labels(rows)
+    own = [share(x, rows) for x in whole]
+    loss = MultiSimilarityLoss(epsilon=0.1)
+    expected = train(network(), loss, *whole)
+    values, *weights = train(sharded(network()), DistributedLoss(loss, mode=mode), *own)
+    close(values, expected[0], "losses", 1e-11)
+    for a, b in zip(weights, expected[1:], strict=True):
+        close(a.full_tensor(), b, "weights", 1e-11)
+
+    one, model = network(), sharded(network())
+    for k in range(2):
+        loss(one(whole[0] + k), whole[1]).backward()
+        model.set_requires_gradient_sync(k == 1)
+        DistributedLoss(loss, mode=mode)(model(own[0] + k), own[1]).backward()
+    for a, b in zip(model.parameters(), one.parameters(), strict=True):
+        close(a.grad.full_tensor(), b.grad, "gradient")
 
 
 def a_compiled_step():
@@ -355,9 +386,9 @@ def a_compiled_step():
     close(results[1][1], results[0][1], "gradient")
 
 
-def accumulation():
+def accumulation(mode):
     """Two batches, the first without synchronising: the gradient of the sum of their losses."""
-    rows = EVEN[dist.get_world_size()]
+    rows = UNEVEN[dist.get_world_size()]
     inputs, labels = inputs_and_labels(rows)
     batches = [(inputs, labels), (inputs.flip(0) + 1, labels.flip(0))]
     loss = MultiSimilarityLoss(epsilon=0.1)
@@ -367,7 +398,7 @@ def accumulation():
     model = DistributedDataParallel(network())
     for k, (x, y) in enumerate(batches):
         with model.no_sync() if k == 0 else contextlib.nullcontext():
-            DistributedLoss(loss)(model(share(x, rows)), share(y, rows)).backward()
+            DistributedLoss(loss, mode=mode)(model(share(x, rows)), share(y, rows)).backward()
     for a, b in zip(model.parameters(), one.parameters(), strict=True):
         close(a.grad, b.grad, "gradient")
 
@@ -384,30 +415,56 @@ def autocast(mode):
     close(found[0], expected[0], "loss", 1e-5)
 
 
-def class_level(head):
-    """The gradient of the classes' weights is averaged by DistributedDataParallel."""
-    size = dist.get_world_size()
-    reductions = [r for r in REDUCTIONS if (head.name, r) != ("ProxyAnchorLoss", "none")]
-    for rows, reduction in itertools.product(layouts(), reductions):
-        embeddings, labels = whole_batch(rows)
-        labels[::5] = -1  # to be left out
-        more = {"tau": 0.2} if head.name == "SoftTripleLoss" else {}
-        one, own = (head.make(9, DIM, reduction=reduction, **more).double() for _ in range(2))
-        own.load_state_dict(one.state_dict())
-        torch.manual_seed(5)
+def head_as_one_process(head, rows, reduction, labels_of):
+    """Value and gradients, that of the classes' weights averaged by DistributedDataParallel; float64 against
+    one process, float32 as accurate as one process in float32."""
+    size, each = dist.get_world_size(), reduction == "none"
+    more = {"tau": 0.2} if head.name == "SoftTripleLoss" else {}
+    embeddings, labels = whole_batch(rows)
+    labels = labels_of(labels)
+    torch.manual_seed(5)
+    weights = torch.randn_like(next(head.make(9, DIM, **more).parameters()), dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        one, own = (head.make(9, DIM, reduction=reduction, **more).to(dtype) for _ in range(2))
         with torch.no_grad():
-            for p, q in zip(one.parameters(), own.parameters(), strict=True):
-                p.copy_(torch.randn_like(p))
-                q.copy_(p)
-        value, gradient, weights = heads.evaluate(one, embeddings, labels)
+            for p in (*one.parameters(), *own.parameters()):
+                p.copy_(weights)
+        peer = heads.evaluate(one, embeddings.to(dtype), labels)
+        if each:
+            peer = [share(x, rows) for x in peer[:2]] + [peer[2] / size]
+        else:
+            peer[1] = share(peer[1], rows) * size
         model = DistributedDataParallel(DistributedLoss(own))
-        x = share(embeddings, rows).clone().requires_grad_()
-        found = model(x, share(labels, rows))
-        found.backward(torch.ones_like(found))
-        each = reduction == "none"
-        close(found.detach(), share(value, rows) if each else value, "loss")
-        close(x.grad / (1 if each else size), share(gradient, rows), "gradient")
-        close(next(own.parameters()).grad * (size if each else 1), weights, "weights")
+        x = share(embeddings, rows).to(dtype).requires_grad_()
+        found = []
+        for _ in range(2):
+            x.grad, next(own.parameters()).grad = None, None
+            value = model(x, share(labels, rows))
+            value.backward(torch.ones_like(value))
+            found.append([value.detach(), x.grad, next(own.parameters()).grad.clone()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "not repeatable"
+        results.append((found[0], peer))
+    (wide, truth), (found, peer) = results
+    for k, what in enumerate(("loss", "gradient", "weights")):
+        close(wide[k], truth[k], what)
+        if truth[k].numel():
+            assert_as_accurate(what, found[k], peer[k], truth[k], steps=32)
+
+
+def class_level(head):
+    reductions = [r for r in REDUCTIONS if (head.name, r) != ("ProxyAnchorLoss", "none")]
+
+    def some_left_out(labels):
+        labels[::5] = -1
+        return labels
+
+    for rows, reduction in itertools.product(layouts(), reductions):
+        head_as_one_process(head, rows, reduction, some_left_out)
+    rows = UNEVEN[dist.get_world_size()]
+    of_rank = torch.cat([torch.full((n,), k) for k, n in enumerate(rows)])
+    for labels in (of_rank, torch.zeros_like(of_rank), torch.full_like(of_rank, -1)):
+        head_as_one_process(head, rows, "mean", lambda _, labels=labels: labels)
 
 
 TRIPLET_MINERS = {
@@ -419,31 +476,55 @@ TRIPLET_MINERS = {
 }
 
 
-def triplets(miner, make):
-    """Value and gradients, of a boundary that is learnt too; draws are those of one process."""
-    miner, size = TRIPLET_MINERS[miner], dist.get_world_size()
-    for rows, reduction in itertools.product(layouts(), REDUCTIONS):
-        one, own = (make(reduction=reduction).double() for _ in range(2))
-        embeddings, labels = whole_batch(rows)
-        x = share(embeddings, rows).clone().requires_grad_()
+def triplets_as_one_process(miner, make, rows, reduction, labels_of):
+    """As head_as_one_process: gradients by the rows, and by a boundary that is learnt. Draws are those of one
+    process."""
+    size, each = dist.get_world_size(), reduction == "none"
+    embeddings, labels = whole_batch(rows)
+    labels = labels_of(labels)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        one, own = (make(reduction=reduction).to(dtype) for _ in range(2))
+        leaf = embeddings.to(dtype).requires_grad_()
+        torch.manual_seed(7)
+        value = one(leaf, labels, None if miner is None else miner(leaf, labels))
+        value.backward(torch.ones_like(value))
+        peer = [value.detach(), leaf.grad, *(p.grad / (size if each else 1) for p in one.parameters())]
+        peer[1] = share(peer[1], rows) * (1 if each else size)
+        if each:
+            peer[0] = share(peer[0], rows)
         module = DistributedLoss(own, miner=miner)
         learns = any(p.requires_grad for p in own.parameters())
         module = DistributedDataParallel(module) if learns else module
-        torch.manual_seed(7)
-        leaf = embeddings.clone().requires_grad_()
-        value = one(leaf, labels, None if miner is None else miner(leaf, labels))
-        value.backward(torch.ones_like(value))
-        torch.manual_seed(7 if rank() == 0 else 8)
-        found = module(x, share(labels, rows))
-        found.backward(torch.ones_like(found))
-        each = reduction == "none"
-        close(found.detach(), share(value.detach(), rows) if each else value.detach(), "loss")
-        close(x.grad / (1 if each else size), share(leaf.grad, rows), "gradient")
-        for p, q in zip(one.parameters(), own.parameters(), strict=True):
-            if sum(rows) == 0:  # nobody has a row: DistributedDataParallel may leave none
-                assert q.grad is None or (q.grad == 0).all()
-                continue
-            close(q.grad * (size if each else 1), p.grad, "beta")
+        x = share(embeddings, rows).to(dtype).requires_grad_()
+        found = []
+        for _ in range(2):
+            for p in (x, *own.parameters()):
+                p.grad = None
+            torch.manual_seed(7 if rank() == 0 else 8)
+            value = module(x, share(labels, rows))
+            value.backward(torch.ones_like(value))
+            # Where nobody has a row DistributedDataParallel may leave no gradient.
+            by_beta = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own.parameters()]
+            found.append([value.detach(), x.grad, *by_beta])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "not repeatable"
+        results.append((found[0], peer))
+    (wide, truth), (found, peer) = results
+    for k, exact in enumerate(truth):
+        what = ("loss", "gradient", "beta")[k]
+        close(wide[k], exact, what)
+        if exact.numel():
+            assert_as_accurate(what, found[k], peer[k], exact, steps=32)
+
+
+def triplets(miner, make):
+    miner = TRIPLET_MINERS[miner]
+    for rows, reduction in itertools.product(layouts(), REDUCTIONS):
+        triplets_as_one_process(miner, make, rows, reduction, lambda labels: labels)
+    rows = UNEVEN[dist.get_world_size()]
+    of_rank = torch.cat([torch.full((n,), k) for k, n in enumerate(rows)])
+    for labels in (of_rank, torch.zeros_like(of_rank), torch.arange(len(of_rank))):
+        triplets_as_one_process(miner, make, rows, "mean", lambda _, labels=labels: labels)
 
 
 def triplets_of_other_columns():
@@ -539,6 +620,7 @@ def bad_input_on_one(mode):
     module = DistributedLoss(MultiSimilarityLoss(), mode=mode)
     bank = CrossBatchMemory(module, DIM)
     head = DistributedLoss(CircleClassifierLoss(9, DIM).double(), mode=mode)
+    of_triplets = DistributedLoss(dml_cuda.TripletMarginLoss())
     for bad, error, words in (
         (lambda: module(BAD, labels), ValueError, ("embeddings", "[3]")),
         (lambda: module(embeddings, labels[1:]), ValueError, ("labels",)),
@@ -546,11 +628,16 @@ def bad_input_on_one(mode):
         (lambda: module(embeddings, labels, (labels,) * 3), ValueError, ("indices_tuple", "lists")),
         (lambda: bank(embeddings[:, 1:], labels), ValueError, ("embedding_size=7",)),
         (lambda: head(embeddings.float(), labels), TypeError, ("embeddings", "W")),
+        (
+            lambda: of_triplets(embeddings, labels, (labels,) * 3),
+            ValueError,
+            ("indices_tuple", "lists cannot"),
+        ),
     ):
         if rank() == last:
             raised(bad, error, *words)
         else:
-            right = bank if "embedding_size=7" in words else head if "W" in words else module
+            right = {"embedding_size=7": bank, "W": head, "lists cannot": of_triplets}.get(words[-1], module)
             raised(partial(right, embeddings, labels), RuntimeError, f"process {last} of {last + 1}", *words)
     assert module(embeddings, labels).isfinite()  # and they go on
 
@@ -618,6 +705,8 @@ def _table():
             partly_differentiable,
             a_group_of_some,
             training_steps,
+            sharded_training_steps,
+            accumulation,
             autocast,
             memory,
             bad_input_on_one,
@@ -637,7 +726,6 @@ def _table():
         the_reference_backend,
         second_derivatives_of_the_reference,
         a_compiled_step,
-        accumulation,
     ):
         checks[check.__name__] = check
     return checks

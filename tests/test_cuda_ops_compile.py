@@ -21,7 +21,7 @@ def toolkit_headers() -> Path | None:
 
 
 @pytest.mark.skipif(toolkit_headers() is None, reason="the headers of the CUDA toolkit are not installed")
-@pytest.mark.parametrize("source", ["cuda_ops.cpp", "cuda_triplets.cpp"])
+@pytest.mark.parametrize("source", ["cuda_ops.cpp", "cuda_blocks.cpp", "cuda_triplets.cpp"])
 def test_syntax_and_types(source):
     folders = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit_headers())]
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]

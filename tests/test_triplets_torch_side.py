@@ -5,26 +5,16 @@ import math
 
 import pytest
 import torch
-from emulator import library
-from emulator.build import COMMON, HERE, ROOT, cached, with_headers
+from emulator import torch_side
 from every_triplet import INF, NEGATIVES, SIMILARITIES, TERMS, params
 from test_triplet_ops import Case
-from torch.utils import cpp_extension
 
 CPU = torch.ops.dml_cuda
 
 
 @pytest.fixture(scope="module")
 def on_host():
-    kernels = library.load()._name
-    folder = HERE / "torch_on_host"
-    includes = [f"-I{folder}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    command = ["g++", *COMMON, "-std=c++20", "-fPIC", "-shared", *includes, str(folder / "triplets.cpp")]
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    sources = [*with_headers(folder / "triplets.cpp", HERE), ROOT / "csrc" / "cuda_triplets.cpp"]
-    program = cached(sources, [*command, kernels, *libraries, "-ltorch_cpu", "-lc10"], suffix=".torch.so")
-    torch.ops.load_library(str(program))
+    torch_side.load("triplets")
     return torch.ops.dml_cuda_on_host
 
 

@@ -10,6 +10,7 @@
 // of the calls, so the caller's order is that of every sum.
 #include "blocks.h"
 
+#include <ATen/ops/bitwise_or.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -192,13 +193,14 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
     });
 }
 
-// The state with a block in it, and per tile whether some pair of it may have a gradient.
+// The state with a block in it, and per tile whether some pair of it may have a gradient, as found before or
+// now.
 std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddings, const Tensor& labels,
                                      const Tensor& block, const Tensor& block_labels,
                                      const OptionalTensor& self_ref, c10::string_view law,
                                      at::ArrayRef<double> params, std::optional<double> epsilon,
                                      c10::string_view similarity, c10::string_view reduction,
-                                     c10::string_view stage) {
+                                     c10::string_view stage, const OptionalTensor& found) {
     const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity,
                        reduction);
     const at::ScalarType type = compute_type(embeddings);
@@ -207,12 +209,15 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.clone(at::MemoryFormat::Contiguous));
+        const auto kept = [&](const Tensor& now) {
+            return found ? at::bitwise_or(now, *found) : now.clone();
+        };
         Block<T> here(of.call, false);  // all points are looked at, so whether they are finite is known
         Batch<T>& batch = here.batch;
         const int32_t* order = batch.plan.row_order;
         if (!here.finite()) {
             std::fill_n(state.finite(), state.n, std::numeric_limits<T>::quiet_NaN());
-            return {state.numbers, here.kept().clone()};
+            return {state.numbers, kept(here.kept())};
         }
         Forward<T> pass(batch, here.problem);
         state.read(pass.folds(), order);
@@ -229,7 +234,7 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
                                             : Kinds::kPositives);
         }
         state.write(pass.folds(), order);
-        return {state.numbers, here.kept().clone()};
+        return {state.numbers, kept(here.kept())};
     });
 }
 

@@ -104,6 +104,14 @@ inline LawFacts law_facts(LawId law) {
     return facts;
 }
 
+// Where a caller keeps what is otherwise part of `saved` (blocks.cuh).
+template <typename Acc>
+struct Places {
+    RowStats<Acc> stats;
+    Acc *query_norms, *ref_norms;
+    uint8_t* kept;  // null: not known
+};
+
 template <typename Math>
 struct Work {
     using T = typename Math::Value;
@@ -124,6 +132,7 @@ struct Work {
     unsigned char* saved;
     cudaStream_t stream;
     const Problem& p = task.problem;
+    const Places<Acc>* apart = nullptr;
 
     // ---- what is saved: numbers, the tiles' similarities, then bytes ------------------------------------
 
@@ -143,17 +152,24 @@ struct Work {
     }
 
     RowStats<Acc> stats() const {
+        if (apart) return apart->stats;
         Acc* header = reinterpret_cast<Acc*>(saved);
         Acc* a = header + kHeader;
         const int64_t n = p.queries.count;
         return {header, a, a + n, a + 2 * n, a + 3 * n, a + 4 * n, a + 5 * n, saved + flags_at(task, saves)};
     }
-    Acc* query_norms() const { return stats().d_pos + p.queries.count; }
-    Acc* ref_norms() const { return p.square ? query_norms() : query_norms() + p.queries.count; }
+    Acc* query_norms() const { return apart ? apart->query_norms : stats().d_pos + p.queries.count; }
+    Acc* ref_norms() const {
+        if (apart) return apart->ref_norms;
+        return p.square ? query_norms() : query_norms() + p.queries.count;
+    }
     Acc* cache() const {
         return saves && caches(task) ? reinterpret_cast<Acc*>(saved + tiles_at(p)) : nullptr;
     }
-    uint8_t* kept() const { return knows_kept(p) ? saved + kept_at(task, saves) : nullptr; }
+    uint8_t* kept() const {
+        if (apart) return apart->kept;
+        return knows_kept(p) ? saved + kept_at(task, saves) : nullptr;
+    }
 
     // ---- arguments of kernels -----------------------------------------------------------------------------
 

@@ -1,3 +1,4 @@
-#include "engine.cuh"
+#include "blocks.cuh"
 
 template struct dml::cuda::Engine<dml::cuda::Tf32Math<float, false>>;
+template struct dml::cuda::BlockEngine<dml::cuda::Tf32Math<float, false>>;

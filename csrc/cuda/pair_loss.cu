@@ -1,4 +1,5 @@
 // Chooses the kernels for a problem's type.
+#include "blocks.h"
 #include "engine.cuh"
 #include "pair_loss.h"
 
@@ -65,6 +66,6 @@ void backward(const Task& task, bool saved_for_backward, void* saved, const void
 }
 
 const EntryPoints kEntryPoints = {saved_bytes, forward_workspace_bytes, backward_workspace_bytes, forward,
-                                  backward};
+                                  backward,    &kBlockEntryPoints};
 
 }  // namespace dml::cuda

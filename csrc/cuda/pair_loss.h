@@ -50,6 +50,8 @@ void forward(const Task& task, bool save_for_backward, void* saved, void* loss, 
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
               void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
 
+struct BlockEntryPoints;  // blocks.h
+
 // The functions above as a library of one law hands them over (loaded_law.h). There problem.law is 0.
 struct EntryPoints {
     decltype(cuda::saved_bytes)* saved_bytes;
@@ -57,6 +59,7 @@ struct EntryPoints {
     decltype(cuda::backward_workspace_bytes)* backward_workspace_bytes;
     decltype(cuda::forward)* forward;
     decltype(cuda::backward)* backward;
+    const BlockEntryPoints* blocks;
 };
 extern const EntryPoints kEntryPoints;
 

@@ -187,10 +187,10 @@ inline constexpr int kFinishThreads = 256;
 // One warp a row in [begin, end): from the accumulated sum [end - begin, dim] to the gradient of q_i,
 // grad [rows, dim]. They may be the same. weight_sums: of each row's weights, for distances of rows as they
 // come. A row that took no part has a gradient of 0.
-template <typename T, typename Acc>
+template <typename T, typename Acc, typename Out = T>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
-                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, T* grad) {
+                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, Out* grad) {
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     const Acc unit = similarity.normalize ? norm : Acc(1);
     for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) {
         const Acc value = g[d] - along * (Acc(q[d]) * unit);
-        grad[i * points.cols + d] = factor == Acc(0) ? T(0.0f) : T(scale * value);
+        grad[i * points.cols + d] = factor == Acc(0) ? Out(0.0f) : Out(scale * value);
     }
 }
 

@@ -3,8 +3,14 @@
 The blocks go around: in every step each process computes with one block while the next is on its way to it
 from the process before. So a process meets the blocks in the order of the ring, its own first, forward once
 for each stage of the law, and backward once more, when each block's gradient travels with it.
+
+On GPUs nothing here waits for the device. A transfer starts, on NCCL's stream, once the computation that was
+launched before it is done, so it runs beside that which is launched after it; waiting for it makes the
+current stream wait, not the host. Tensors that travel are held until the current stream waits for their
+transfer, so that their memory is taken for nothing else before.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,11 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..batch import Batch
+from ..kernels import has_kernel
 from ..losses.base import Call
 from ..ops import stages
 from .processes import Processes, padded, total
 
 _BLOCK, _GRADIENT = 1, 2  # tags of what is sent
+# What the first stage finds in blocks spares later ones work; of all of them together so much is kept.
+_MOST_FOUND = 64 << 20
+_OPS = torch.ops.dml_cuda
 
 
 def check(call: Call, batch: Batch) -> None:
@@ -25,8 +35,23 @@ def check(call: Call, batch: Batch) -> None:
     if call.options.backend == "reference":
         raise ValueError('mode: expected "gather" with backend="reference", got "ring"')
     device = batch.embeddings.device
-    if device.type != "cpu":
-        raise NotImplementedError(f'mode: "ring" has kernels for CPUs only, got embeddings on {device}')
+    if not has_kernel(device):
+        raise ValueError(f'mode: expected "gather" where there is no kernel for {device.type}, got "ring"')
+    if device.type == "cuda" and not call.law.on_cuda:
+        raise ValueError(
+            f'mode: expected "gather" with a law that was loaded without CUDA kernels, got "ring" on {device}'
+        )
+
+
+class _Transfer(NamedTuple):
+    """What is under way, and what must stay where it is until it is there."""
+
+    works: Sequence[dist.Work] = ()
+    sent: Tensor | None = None
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 class _Ring:
@@ -38,21 +63,18 @@ class _Ring:
         self.next = processes.global_rank((rank + 1) % size)
         self.previous = processes.global_rank((rank - 1) % size)
 
-    def pass_on(self, own: Tensor, tag: int) -> tuple[Tensor, list[dist.Work]]:
+    def pass_on(self, own: Tensor, tag: int) -> tuple[Tensor, _Transfer]:
         """Sends a tensor to the next process. Returns where that of the previous will be, and what to wait
         for until it is there and ``own`` may be written to."""
-        if self.processes.size == 1:
-            return own, []
+        if self.processes.size == 1 or own.numel() == 0:
+            return own, _Transfer()
         received = torch.empty_like(own)
         group = self.processes.group
         sides = (dist.isend, own, self.next), (dist.irecv, received, self.previous)
-        work = dist.batch_isend_irecv([dist.P2POp(*side, group=group, tag=tag) for side in sides])
-        return received, work
-
-
-def _wait(work: Sequence[dist.Work]) -> None:
-    for each in work:
-        each.wait()
+        # NCCL goes by the current device.
+        with torch.cuda.device(own.device) if own.is_cuda else contextlib.nullcontext():
+            work = dist.batch_isend_irecv([dist.P2POp(*side, group=group, tag=tag) for side in sides])
+        return received, _Transfer(work, own)
 
 
 class _Blocks(NamedTuple):
@@ -66,13 +88,13 @@ class _Blocks(NamedTuple):
 
     def around(self) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
         """Process, and columns, labels and self_ref, of every block, the next on its way meanwhile."""
-        block, following, work = self.own, self.own, []
+        block, following, transfer = self.own, self.own, _Transfer()
         size, rank = self.ring.processes.size, self.ring.processes.rank
         for step in range(size):
-            _wait(work)
-            block, work = following, []
+            transfer.wait()
+            block, transfer = following, _Transfer()
             if step + 1 < size:
-                following, work = self.ring.pass_on(block, _BLOCK)
+                following, transfer = self.ring.pass_on(block, _BLOCK)
             owner = (rank - step) % size
             columns = slice(total(self.counts, owner), total(self.counts, owner + 1))
             own = self.self_ref if step == 0 else None
@@ -93,23 +115,25 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, refs, labels, blocks, call, epsilon):
         law, params, reduction = call.law.name, call.params, call.options.reduction
-        ops = torch.ops.dml_cuda
         pairs = _counts_of_pairs(labels, blocks)
         wide = embeddings.dtype == torch.float64
-        state = ops.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
-        kept: dict[int, Tensor] = {}
-        for stage in stages(law, epsilon is not None):
+        state = _OPS.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
+        found: dict[int, Tensor] = {}  # of each block
+        for stage in stages(law, epsilon is not None, embeddings.device.type):
+            size = 0
             for owner, block in blocks.around():
-                how = law, params, epsilon, call.similarity, reduction, stage
-                state, found = ops.pair_block(state, embeddings, labels, *block, *how)
-                kept[owner] = kept[owner] | found if owner in kept else found
-            state = ops.pair_block_turn(state, pairs, law, params, epsilon, stage, wide)
-        losses, weights = ops.pair_block_rows(state, pairs, law, params, epsilon is not None, reduction)
+                how = law, params, epsilon, call.similarity, reduction, stage, found.get(owner)
+                state, found[owner] = _OPS.pair_block(state, embeddings, labels, *block, *how)
+                size += found[owner].numel()
+                if stage == "hardest" and size > _MOST_FOUND:
+                    del found[owner]
+            state = _OPS.pair_block_turn(state, pairs, law, params, epsilon, stage, wide)
+        losses, weights = _OPS.pair_block_rows(state, pairs, law, params, epsilon is not None, reduction)
         ctx.save_for_backward(
-            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *kept.values()
+            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
         )
         # The block is saved above: what is kept of the others must not hold it.
-        ctx.where, ctx.call = (blocks._replace(own=None), list(kept)), call
+        ctx.where, ctx.call = (blocks._replace(own=None), list(found)), call
         ctx.is_square = refs is None
         return losses[:2].sum(0) if reduction == "none" else losses.double().sum(1).to(losses.dtype)
 
@@ -125,16 +149,16 @@ class _PairLoss(torch.autograd.Function):
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
         how = call.law.name, call.params, call.similarity, True, True
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
-        arriving, work = torch.zeros_like(own, dtype=weights.dtype), []
+        arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
         for owner, block in blocks.around():
-            by_rows, by_block = torch.ops.dml_cuda.pair_block_backward(
+            by_rows, by_block = _OPS.pair_block_backward(
                 above, weights, kept[owner], embeddings, labels, *block, *how
             )
             grad_rows += by_rows
-            _wait(work)  # until what the processes before have added to this block's gradient is here
+            transfer.wait()  # until what the processes before have added to this block's gradient is here
             arriving[: len(by_block)] += by_block.add_(nan)
-            arriving, work = ring.pass_on(arriving, _GRADIENT)
-        _wait(work)
+            arriving, transfer = ring.pass_on(arriving, _GRADIENT)
+        transfer.wait()
         home = arriving[: blocks.counts[ring.processes.rank]]
         grad_rows += nan
         dtype = embeddings.dtype
@@ -149,7 +173,7 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     labels = batch.ref_labels
     if columns is None:
         columns, counts, labels = batch.embeddings, rows, batch.labels
-        self_ref = torch.arange(len(columns))
+        self_ref = torch.arange(len(columns), device=columns.device)
     blocks = _Blocks(
         padded(columns.detach(), max(counts)).contiguous(),
         processes.gather_rows(labels.long(), counts),

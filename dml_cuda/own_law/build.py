@@ -156,7 +156,9 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
     macros = ["-DDML_OWN_LAW", *(f"-DDML_WITH_{name.upper()}" for name in on.cpu)]
     cuda_flags = []
     if on.gpu:
-        sources += [*sorted((SOURCES / "cuda").glob("kernels_*.cu")), SOURCES / "cuda" / "pair_loss.cu"]
+        cuda = SOURCES / "cuda"
+        sources += sorted(cuda.glob("kernels_*.cu"))
+        sources += [cuda / f"{name}.cu" for name in ("pair_loss", "blocks", "block_rows")]
         macros += ["-DDML_WITH_CUDA"]
         codes = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in on.gpu]
         hidden = ["-Xcompiler", "-fvisibility=hidden"]

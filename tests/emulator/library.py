@@ -10,7 +10,7 @@ import torch
 
 from . import build
 
-HOST_SIDES = [build.HERE / "pair_loss_host.cpp", build.HERE / "triplets_host.cpp"]
+HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "blocks", "triplets")]
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), *HOST_SIDES]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32", "bf16"]

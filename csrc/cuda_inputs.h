@@ -1,0 +1,87 @@
+// From the tensors of a call to a task of the CUDA engine; what the ops on CUDA tensors share.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/version.h>
+
+#include "cuda/pair_loss.h"
+#include "ops.h"
+
+namespace dml::cuda {
+
+using at::Tensor;
+
+// As torch says that float32 matrices are multiplied on CUDA. Its older getter raises where the older and the
+// newer way of saying so were mixed; it alone knows "medium", which the newer way calls tf32.
+inline Precision precision_in_use() {
+    const auto& context = at::globalContext();
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
+    const auto of = [&](at::Float32Backend backend) {
+        return context.float32Precision(backend, at::Float32Op::MATMUL);
+    };
+    if (of(at::Float32Backend::CUDA) != at::Float32Precision::TF32) return Precision::kFull;
+    if (of(at::Float32Backend::MKLDNN) != at::Float32Precision::BF16) return Precision::kTf32;
+    const Precision unknown = Precision::kTf32;
+#else
+    const Precision unknown = Precision::kFull;
+#endif
+    try {
+        switch (context.float32MatmulPrecision()) {
+            case at::Float32MatmulPrecision::HIGH:
+                return Precision::kTf32;
+            case at::Float32MatmulPrecision::MEDIUM:
+                return Precision::kBf16;
+            default:
+                return Precision::kFull;
+        }
+    } catch (const c10::Error&) {
+        return unknown;
+    }
+}
+
+// Rows may lie at any distance but must be contiguous in themselves.
+inline Tensor with_dense_rows(const Tensor& x) {
+    return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+}
+
+// The task, and the tensors that its pointers lead to.
+struct Inputs {
+    Tensor points, labels;
+    OptionalTensor ref_points, ref_labels, self_ref, ref_count;
+    Task task;
+    const EntryPoints* engine = &kEntryPoints;
+    at::TensorOptions accumulate;  // the type of losses and statistics
+
+    explicit Inputs(const Call& c)
+        : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
+        task.problem = describe(c);
+        Problem& p = task.problem;
+        if (const LoadedLaw* own = loaded_law(p.law)) {
+            TORCH_CHECK(own->cuda, "law: ", c.law, " was loaded without CUDA kernels");
+            engine = own->cuda;
+            p.law = {};  // the only one that its engine knows
+        }
+        p.queries = view(points, labels);
+        p.refs = p.queries;
+        if (c.ref_emb) {
+            ref_points = with_dense_rows(*c.ref_emb);
+            ref_labels = c.ref_labels->contiguous();
+            p.refs = view(*ref_points, *ref_labels);
+        }
+        if (c.self_ref) self_ref = c.self_ref->contiguous();
+        p.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
+        p.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
+        accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
+    }
+    static Points view(const Tensor& x, const Tensor& labels) {
+        return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
+    }
+};
+
+inline Tensor bytes(int64_t count, const Tensor& like) {
+    return at::empty({count}, like.options().dtype(at::kByte));
+}
+
+}  // namespace dml::cuda

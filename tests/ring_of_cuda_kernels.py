@@ -1,0 +1,30 @@
+"""``ring_of_cuda_kernels.py RANK SIZE FOLDER``: the ring as on GPUs, but for CPU tensors and gloo.
+
+Its ops are the torch side of the CUDA kernels, and these run on the emulator. Started by
+test_blocks_torch_side.py; what it checks are those of distributed_checks.py that go around the ring.
+"""
+
+import sys
+
+import distributed_checks as checks
+from emulator import torch_side
+
+from dml_cuda import ops
+from dml_cuda.distributed import ring
+
+SOME = ("large", "other_columns", "short_types", "miners", "repeatable", "infinite", "partly_differentiable")
+
+
+def chosen():
+    for name, check in checks.CHECKS.items():
+        mode, _, what = name.partition(": ")
+        if mode == "ring" and (what in SOME or what.endswith((", mined", ", all pairs", "similarities"))):
+            yield name, check
+
+
+if __name__ == "__main__":
+    torch_side.load("blocks")
+    ring._OPS = torch_side.torch.ops.dml_cuda_blocks_on_host
+    ring.stages = lambda law, mining, device: ops.stages(law, mining, "cuda")
+    checks.CHECKS = dict(chosen())
+    checks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
