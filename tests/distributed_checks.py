@@ -24,8 +24,6 @@ from accuracy import assert_as_accurate
 from data import make_batch, make_labels
 from losses import LOSSES, REDUCTIONS, by_name
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dml_cuda
@@ -341,6 +339,9 @@ def training_steps(mode):
 
 def sharded(model):
     """A network whose parameters FSDP2 shards; what comes out of it is whole, and its gradient averaged."""
+    from torch.distributed.device_mesh import init_device_mesh  # not in a PyTorch without processes
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model[0], mesh=mesh)
     return fully_shard(model, mesh=mesh)

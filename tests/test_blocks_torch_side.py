@@ -28,16 +28,18 @@ def on_host():
 class Batch:
     """Rows, the first block of columns being the rows themselves."""
 
-    def __init__(self, n=20, others=(30, 0, 1), d=6, dtype=torch.float64):
+    def __init__(self, n=20, others=(30, 0, 1), d=6, dtype=torch.float64, device="cpu"):
         torch.manual_seed(3)
-        self.x, self.labels = torch.randn(n, d).to(dtype), make_labels(n)
-        self.blocks = [(self.x, self.labels, torch.arange(n))]
-        self.blocks += [(torch.randn(m, d).to(dtype), make_labels(m), None) for m in others]
-        every = torch.cat([labels for _, labels, _ in self.blocks])
+        sides = [(torch.randn(m, d).to(dtype), make_labels(m)) for m in (n, *others)]
+        sides = [(points.to(device), labels.to(device)) for points, labels in sides]
+        self.x, self.labels = sides[0]
+        self.blocks = [(*side, None) for side in sides]
+        self.blocks[0] = (*sides[0], torch.arange(n, device=device))
+        every = torch.cat([labels for _, labels in sides])
         positives = (self.labels[:, None] == every).sum(1)
         self.pairs = torch.stack([positives - 1, len(every) - positives])
-        torch.manual_seed(4)
-        self.above = torch.randn(2, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.above = torch.randn(2, n, dtype=wide).to(device)
 
     def around(self, of, device, law, params, epsilon, similarity="cosine", reduction="mean", keep=True):
         """Losses and gradients of the ops ``of``, in the stages of a kind of device."""

@@ -40,7 +40,9 @@ def commands(out: Path, gpu: str) -> dict[str, list[list[str]]]:
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
         # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
-        "tests": [[*PYTEST, *(f"tests/test_{name}.py" for name in ("cuda", "devices", "emulator"))]],
+        "tests": [
+            [*PYTEST, *(f"tests/test_{name}.py" for name in ("cuda", "blocks_cuda", "devices", "emulator"))]
+        ],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
         "benchmark": [benchmark(out, name, ("train", "pml", "forward", "drop-in"))],
