@@ -437,7 +437,7 @@ def head_as_one_process(head, rows, reduction, labels_of):
         else:
             peer[1] = share(peer[1], rows) * size
         model = DistributedDataParallel(DistributedLoss(own))
-        x = share(embeddings, rows).to(dtype).requires_grad_()
+        x = share(embeddings, rows).to(dtype, copy=True).requires_grad_()
         found = []
         for _ in range(2):
             x.grad, next(own.parameters()).grad = None, None
@@ -486,7 +486,7 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
     results = []
     for dtype in (torch.float64, torch.float32):
         one, own = (make(reduction=reduction).to(dtype) for _ in range(2))
-        leaf = embeddings.to(dtype).requires_grad_()
+        leaf = embeddings.to(dtype, copy=True).requires_grad_()
         torch.manual_seed(7)
         value = one(leaf, labels, None if miner is None else miner(leaf, labels))
         value.backward(torch.ones_like(value))
@@ -497,7 +497,7 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
         module = DistributedLoss(own, miner=miner)
         learns = any(p.requires_grad for p in own.parameters())
         module = DistributedDataParallel(module) if learns else module
-        x = share(embeddings, rows).to(dtype).requires_grad_()
+        x = share(embeddings, rows).to(dtype, copy=True).requires_grad_()
         found = []
         for _ in range(2):
             for p in (x, *own.parameters()):

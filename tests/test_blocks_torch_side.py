@@ -215,7 +215,9 @@ def test_what_is_refused(on_host):
     refused(r"state.*Float", "pair_block", start_state.float(), *points, *how, "both")
     refused("ref_emb", "pair_block", start_state, batch.x, batch.labels, batch.x[:, 1:], batch.labels, None,
             *how, "both")  # fmt: skip
-    refused("not a stage", "pair_block", start_state, *points, *how, "negatives", error=RuntimeError)
+    refused(
+        "not a stage", "pair_block", start_state, *points, *how, "negatives", error=(RuntimeError, ValueError)
+    )
     some = torch.zeros(3, dtype=torch.uint8)
     refused("found.*0 or 16 bytes.*got 3", "pair_block", start_state, *points, *how, "both", some)
     how = *contrast, None, "cosine", "mean"
