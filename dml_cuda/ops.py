@@ -12,7 +12,7 @@ def stages(law: str, mining: bool, device: str) -> list[str]:
     if device == "cpu":
         return _C.stages(law, mining)
     # csrc/cuda/blocks.h: one pass finds the hardest pairs of both kinds.
-    of_law = ["negatives", "positives"] if _C.law_facts(law)["context"] else ["both"]
+    of_law = ["negatives", "positives"] if _C.law_facts(law)[1]["context"] else ["both"]
     return ["hardest", *of_law] if mining else of_law
 
 

@@ -719,7 +719,7 @@ def _table():
         checks[name] = partial(class_level, head)
     for miner in TRIPLET_MINERS:
         checks[f"triplet margin, {miner}"] = partial(triplets, miner, dml_cuda.TripletMarginLoss)
-        learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=9)
+        learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=40)
         checks[f"margin, {miner}"] = partial(triplets, miner, learnt)
     for check in (
         triplets_of_other_columns,
