@@ -1,12 +1,15 @@
 """``ring_of_cuda_kernels.py RANK SIZE FOLDER``: the ring as on GPUs, but for CPU tensors and gloo.
 
 Its ops are the torch side of the CUDA kernels, and these run on the emulator. Started by
-test_blocks_torch_side.py; what it checks are those of distributed_checks.py that go around the ring.
+test_blocks_torch_side.py; what it checks are those of distributed_checks.py that go around the ring, in
+float64: how accurate the kernels are in other types is tested where their arithmetic is known.
 """
 
 import sys
+from functools import partial
 
 import distributed_checks as checks
+import torch
 from emulator import torch_side
 
 from dml_cuda import ops
@@ -24,7 +27,8 @@ def chosen():
 
 if __name__ == "__main__":
     torch_side.load("blocks")
-    ring._OPS = torch_side.torch.ops.dml_cuda_blocks_on_host
+    checks.as_one_process = partial(checks.as_one_process, dtypes=(torch.float64,))
+    ring._OPS = torch.ops.dml_cuda_blocks_on_host
     ring.stages = lambda law, mining, device: ops.stages(law, mining, "cuda")
     checks.CHECKS = dict(chosen())
     checks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

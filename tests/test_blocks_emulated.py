@@ -273,6 +273,26 @@ def test_what_is_not_finite(epsilon, where, mistake):
     assert all(x.isfinite().all() for x in (by_rows, *by_blocks))
 
 
+@pytest.mark.parametrize("square", [True, False])
+def test_tiles_in_which_no_row_has_a_derivative(square):
+    """Though pairs were kept: exponentials relative to nobody's value must not become NaN times 0."""
+    labels = torch.arange(130) % 2
+    q = surrounded(torch.eye(2, 8, dtype=torch.float64)[labels] + 1e-3 * torch.randn(130, 8).double())
+    settled = ("lifted_structure", (10.0, -10.0))
+    if square:
+        e = library.Engine(
+            q, labels, loss=settled[0], params=settled[1], tuning={"strip_limit": 0, "cache_bytes": 0}
+        )
+        assert e.forward() == 0
+        assert not e.backward()[0].any()
+        return
+    e = Blocks(q, labels, [(q, labels, torch.arange(130))], loss=settled[0], params=settled[1])
+    assert not e.forward()[:2].any()
+    by_rows, by_blocks = e.backward(torch.ones(2, 130))
+    assert not by_rows.any()
+    assert not by_blocks[0].any()
+
+
 def test_very_long_rows():
     """Whose weights leave the range of a float without a common factor."""
     for similarity in ("cosine", "euclidean"):

@@ -75,8 +75,11 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             if (!exponential || careful || d == Acc(0)) return d;
             return d * std::exp(top - value);
         };
-        numbers[kPosBound * kLines + line] = -own.bounds.pos_below;
-        numbers[kNegBound * kLines + line] = own.bounds.neg_above;
+        // What has no derivative keeps nothing: its exponentials, relative to other lines' values, may
+        // overflow.
+        const bool neg = own.d_neg != Acc(0), pos = own.d_pos != Acc(0) || (Law::kPosInNeg && neg);
+        numbers[kPosBound * kLines + line] = pos ? -own.bounds.pos_below : infinity<Acc>();
+        numbers[kNegBound * kLines + line] = neg ? own.bounds.neg_above : infinity<Acc>();
         numbers[kNegWeight * kLines + line] = factor(kNegExp, own.d_neg, own.neg, top_neg);
         numbers[kPosWeight * kLines + line] = factor(kPosExp, own.d_pos, own.pos, top_pos);
         if constexpr (Law::kContext) numbers[kLineContext * kLines + line] = own.neg;
