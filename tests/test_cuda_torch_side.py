@@ -67,7 +67,9 @@ def test_as_on_the_cpu(on_host, dtype, m):
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert torch.allclose(loss, expected, tolerance)
     grads = call.backward(on_host, saved, torch.ones((), dtype=dtype))
-    for a, b in zip(grads, call.backward(torch.ops.dml_cuda, cpu_saved, torch.ones((), dtype=dtype)), strict=True):
+    for a, b in zip(
+        grads, call.backward(torch.ops.dml_cuda, cpu_saved, torch.ones((), dtype=dtype)), strict=True
+    ):
         assert a.dtype == dtype
         assert torch.allclose(a, b, tolerance, tolerance)
 
@@ -120,7 +122,9 @@ def test_precision_however_it_was_set(on_host, setting):
     assert [Call(dtype=d).forward(on_host)[1].numel() for d in (torch.bfloat16, torch.float64)] == others
 
 
-@pytest.mark.parametrize(("before", "after"), [("high", "highest"), ("highest", "medium"), ("medium", "high")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("high", "highest"), ("highest", "medium"), ("medium", "high")]
+)
 def test_backward_multiplies_as_forward_did(on_host, before, after):
     call = Call(n=60, d=40)
     torch.set_float32_matmul_precision(after)

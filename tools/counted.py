@@ -76,7 +76,9 @@ def markdown(of_laws, bounds, shorten, fold_seconds):
         for kind in ("accumulate", "pair_weights"):
             cached = f"{n[kind, ms, 'cached']:.0f} / {n[kind, circle, 'cached']:.0f}"
             cells.append(f"{n[kind, ms]:.0f} / {n[kind, circle]:.0f} ({cached})")
-        cells += [f"{n[kind, ms]:.0f} / {n[kind, circle]:.0f}" for kind in ("strip_forward", "strip_backward")]
+        cells += [
+            f"{n[kind, ms]:.0f} / {n[kind, circle]:.0f}" for kind in ("strip_forward", "strip_backward")
+        ]
         lines.append(f"| {people} | " + " | ".join(cells) + " |")
     lines += [
         "",

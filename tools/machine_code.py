@@ -119,7 +119,9 @@ def _front_end(source, target, flags):
 
     def make(folder, ptx):
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-        ends = ["-c", "--keep", f"--keep-dir={folder}"] if target == FRONT_ENDS[ARCHITECTURES[0]] else ["-ptx"]
+        ends = (
+            ["-c", "--keep", f"--keep-dir={folder}"] if target == FRONT_ENDS[ARCHITECTURES[0]] else ["-ptx"]
+        )
         gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
         said = _run_nvcc(source, *flags, *include, gencode, *ends, "-o", str(folder / "made"))
         os.replace(next(folder.glob("*.ptx"), folder / "made"), ptx)
@@ -327,7 +329,10 @@ def build_seconds(files, jobs=2):
             seconds = time.perf_counter() - start
             for architecture in ARCHITECTURES:
                 made, report = _place(source, f"sm_{architecture}.cubin", FLAGS)
-                os.replace(next(Path(folder).glob(f"*.sm_{architecture}.cubin")), made)
+                # nvcc names what a front end's output became by that alone, where it became one thing only.
+                names = (f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin")
+                kept = [path for name in names for path in Path(folder).glob(name)]
+                os.replace(kept[0], made)
                 _, *kernels = re.split(r"(?=Compiling entry function ')", said)
                 report.write_text("".join(k for k in kernels if f"for 'sm_{architecture}'" in k))
             return source.name, seconds
@@ -490,7 +495,9 @@ def main():
     parser.add_argument("--json", type=Path, help="write everything here, too")
     parser.add_argument("--readme", action="store_true", help="write the tables of csrc/cuda/README.md")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--build-time", action="store_true", help="only how long setup.py's compilations take")
+    parser.add_argument(
+        "--build-time", action="store_true", help="only how long setup.py's compilations take"
+    )
     options = parser.parse_args()
     if find_nvcc() is None:
         parser.error("nvcc is not on the PATH")

@@ -20,9 +20,21 @@ struct Folds {
     }
     template <typename T>
     static Super without_points(const SuperTile<T, Acc>& s) {
-        return {without_points(s.rows), without_points(s.cols), s.square, s.self_ref, s.mine_self,
-                s.similarity, s.row_tile, s.col_tile, s.row_tiles, s.col_tiles,
-                s.all_row_tiles, s.all_col_tiles, s.used_col_tiles, s.cache, s.cache_filled};
+        return {without_points(s.rows),
+                without_points(s.cols),
+                s.square,
+                s.self_ref,
+                s.mine_self,
+                s.similarity,
+                s.row_tile,
+                s.col_tile,
+                s.row_tiles,
+                s.col_tiles,
+                s.all_row_tiles,
+                s.all_col_tiles,
+                s.used_col_tiles,
+                s.cache,
+                s.cache_filled};
     }
 
     // of_cols: columns have partial results that are not the rows'.

@@ -87,7 +87,9 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     const ColumnIds<Grid> col_ids;
     // Of the columns (where not square, nothing is kept by one) registers hold what negatives need; a rare
     // positive reads the rest where it lies.
-    const auto of_col = [&](LineNumber number, int j) { return numbers[number * kLines + kTile + Grid::col(j)]; };
+    const auto of_col = [&](LineNumber number, int j) {
+        return numbers[number * kLines + kTile + Grid::col(j)];
+    };
     Acc col_pos_bound[Grid::kCols], col_neg_bound[Grid::kCols], col_neg[Grid::kCols];
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) {
@@ -236,9 +238,8 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
-    any_law.visit([&](const auto& law) {
-        weigh_tile<Math>(super, tile, ti, tj, law, stats, upstream, write);
-    });
+    any_law.visit(
+        [&](const auto& law) { weigh_tile<Math>(super, tile, ti, tj, law, stats, upstream, write); });
     if (!apart) return;
     meeting.put_cols(0, col_sums, Plus{});
     block_sync();
@@ -261,11 +262,10 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     const int64_t i = fold_row<Tile>(super, side, line);
     Acc sum = i < 0 || turn.first(side) ? Acc(0) : sums[i];
     const Acc none[1] = {Acc(0)};
-    for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none,
-                    [&](const Acc(&q)[1][kFoldBatch]) {
+    for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none, [&](const Acc(&q)[1][kFoldBatch]) {
 #pragma unroll
-                        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
-                    });
+        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
+    });
     if (i >= 0) sums[i] = sum;
 }
 

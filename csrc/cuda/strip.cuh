@@ -245,9 +245,9 @@ DML_DEVICE StripRow<Acc> mine_row(const StripPairs<T, Acc>& pairs, int64_t i, Ac
 
 // A warp finishes row i.
 template <typename Law, typename T, typename Acc>
-DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc* s, const StripRow<Acc>& mined,
-                          const Law& law, bool mining, bool count_zeros, const RowStats<Acc>& stats,
-                          const Results<Acc>& results) {
+DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc* s,
+                          const StripRow<Acc>& mined, const Law& law, bool mining, bool count_zeros,
+                          const RowStats<Acc>& stats, const Results<Acc>& results) {
     const LaneSet positives = {mined.kept.bits & mined.positives.bits};
     const LaneSet negatives = {Law::kPosInNeg ? mined.kept.bits : mined.kept.bits & ~mined.positives.bits};
     const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
@@ -264,8 +264,8 @@ DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc*
     row.pos = gather_row<Law::kPos, Acc>(
         positives, [&](int j) { return law.pos_term(s[j], context); }, zero_counts);
     if (lane_id() != 0) return;
-    results.store(i, finish_row(stats, i, law, row, mined.bounds, mining, mined.had_both, pairs.own.norms[i],
-                                results));
+    results.store(
+        i, finish_row(stats, i, law, row, mined.bounds, mining, mined.had_both, pairs.own.norms[i], results));
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>

@@ -409,7 +409,9 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     const auto gather = [&](auto both) {
         constexpr bool kBoth = decltype(both)::value;
         // Registers hold what negatives need; a rare positive reads the rest where it lies.
-        const auto of_col = [&](int number, int j) { return numbers[number * kLines + kTile + Grid::col(j)]; };
+        const auto of_col = [&](int number, int j) {
+            return numbers[number * kLines + kTile + Grid::col(j)];
+        };
         Acc col_below[Grid::kCols], col_above[Grid::kCols];
         Sums of_cols[Grid::kCols];
         if constexpr (kBoth && Which::kNegs) {
@@ -543,8 +545,9 @@ inline constexpr int kFoldBatch = 8;  // slots that are loaded before the first 
 
 // The partial results of a fold's thread: thread `line` of side 0 is a row of the super-tile, of side 1 (only
 // off the diagonal, where both sides are the same points) a column. Calls f(numbers [Count, kFoldBatch]) for
-// some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the bit. All threads of a warp have one tile of their
-// own, so that they look at the flags of 32 slots together, and no number waits for another.
+// some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the bit. All threads of
+// a warp have one tile of their own, so that they look at the flags of 32 slots together, and no number waits
+// for another.
 template <int Tile, int Count, typename T, typename Acc, typename F>
 DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& partials, int side, int line,
                           const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
