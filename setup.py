@@ -113,8 +113,8 @@ def cuda_architectures() -> str:
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
-# What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler must
-# run for each of them. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
+# What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
+# must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
 FRONT_ENDS = (80, 100, 120)
 
 

@@ -1,4 +1,4 @@
-"""The torch side of pair_loss on CUDA, on CPU tensors and emulated kernels: what it asks torch, what it checks."""
+"""The torch side of pair_loss on CUDA, on CPU tensors and emulated kernels: what it asks, what it checks."""
 
 import contextlib
 
@@ -110,7 +110,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_precision_however_it_was_set(on_host, setting):
-    """The older getter of torch raises in half of these. What is saved is longer by the precision's number."""
+    """The older getter of torch raises in half of these. What is saved is longer by the precision's
+    number."""
     usual = Call().forward(on_host)[1].numel()
     others = [Call(dtype=dtype).forward(on_host)[1].numel() for dtype in (torch.bfloat16, torch.float64)]
     change, precision = SETTINGS[setting]

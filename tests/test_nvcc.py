@@ -88,8 +88,8 @@ def test_loops_of_products(compiled_ahead, source):
             assert loop.in_code / kinds(loop.counts)["HMMA"] <= MOST_IN_A_LOOP[math][kind], kernel
 
 
-# Instructions for each of a thread's pairs, in all of a kernel but its products: of multi-similarity, of circle
-# loss. With "cached" where the similarities come from the cache. A little above what is counted today.
+# Instructions for each of a thread's pairs, in all of a kernel but its products: of multi-similarity, of
+# circle loss. With "cached" where the similarities come from the cache. A little above what is counted today.
 MOST_FOR_A_PAIR = {
     "find_extremes": (28, 28),
     "accumulate": (48, 51),

@@ -65,8 +65,8 @@ def markdown(of_laws, bounds, shorten, fold_seconds):
             for people, n in rows
         ),
         "",
-        "For each of a thread's pairs, everything else in the kernel, multi-similarity / circle loss; in brackets "
-        "where the similarities come from the cache:",
+        "For each of a thread's pairs, everything else in the kernel, multi-similarity / circle loss; in "
+        "brackets where the similarities come from the cache:",
         "",
         "| | `find_extremes` | `accumulate` | `pair_weights` | `strip_forward` | `strip_backward` |",
         "|---|---|---|---|---|---|",

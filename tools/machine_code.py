@@ -95,7 +95,8 @@ def _place(source, suffix, flags):
 
 
 def _made(source, suffix, flags, make):
-    """A file made from a source by make(a folder to work in, the file), which returns what was said; and that."""
+    """A file made from a source by make(a folder to work in, the file), which returns what was said; and
+    that."""
     made, report = _place(source, suffix, flags)
     if not report.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -310,6 +311,15 @@ def matrix_instructions(kernel):
 
 def sources():
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
+    """All kernels, compiled two at a time."""
+    work = [(source, architecture) for source in files or sources() for architecture in architectures]
+    disassemble = find_nvdisasm() is not None
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = pool.map(lambda item: analyse(*item, disassemble=disassemble), work)
+        return [kernel for part in parts for kernel in part]
 
 
 def build_seconds(files, jobs=2):
