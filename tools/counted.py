@@ -39,7 +39,7 @@ def collect(of_laws, shorten):
             loops = [loop.in_code / loop.hmma for loop in flow.product_loops]
             if kind == "find_extremes":
                 row["find"] = flow.counts.total() / 64
-                row["similarities"] = loops[0]
+                row["similarities"] = max(row.get("similarities", 0), loops[0])
             elif kind in ("accumulate", "pair_weights"):
                 row["similarities"] = max(row.get("similarities", 0), *loops)
                 row[kind, law] = flow.counts.total() / 64
