@@ -35,6 +35,7 @@ from truth import ROWS
 import dml_cuda
 
 PAIRS = ROOT / "csrc" / "cuda" / "listed_pairs.cu"
+FOLDS = ROOT / "csrc" / "cuda" / "kernels_folds.cu"
 SMALL = {}
 # Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones.
 LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0}
@@ -311,7 +312,9 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
-@pytest.mark.parametrize("sources", [("pair_loss_sanitized.cpp",), ("listed_pairs_sanitized.cpp", PAIRS)])
+@pytest.mark.parametrize(
+    "sources", [("pair_loss_sanitized.cpp", FOLDS), ("listed_pairs_sanitized.cpp", PAIRS)]
+)
 def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
     program = build([HERE / source for source in sources], sanitizer=sanitizer)
