@@ -218,6 +218,17 @@ def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some,
     verify(case, arithmetic, path)
 
 
+@pytest.mark.parametrize("epsilon", [0.3, None], ids=["mined", "all"])
+@by_path
+def test_a_row_whose_copy_among_the_references_is_an_older_one(path, epsilon):
+    """A pair of equal points has no gradient; this one has, and must be left out all the same."""
+    n, m = (30, 50) if path == "small" else (70, 140)
+    case = make_from_refs(n, 12, F64, m=m, loss=MS)
+    case.epsilon = epsilon
+    case.r.add_(torch.randn(m, 12, generator=torch.Generator().manual_seed(1)))
+    verify(case, F64, path)
+
+
 @pytest.mark.parametrize("count", [-3, 0, 1, 37, 128, 150, 290, 1000])
 @pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
 @by_path
