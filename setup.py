@@ -127,6 +127,26 @@ def openmp_flags() -> list[str]:
     return []
 
 
+# What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
+# must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
+FRONT_ENDS = (80, 100, 120)
+
+
+def nvcc_targets(architectures: str) -> list[str]:
+    """nvcc's flags for a list like TORCH_CUDA_ARCH_LIST's; none where torch's builder must make them."""
+    flags = []
+    for architecture in architectures.split(";"):
+        number = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", architecture)
+        if not number:  # a name, or one GPU's own instructions (9.0a)
+            return []
+        code = int(number[1] + number[2])
+        front_end = max(f for f in FRONT_ENDS if f <= code)
+        flags.append(f"-gencode=arch=compute_{front_end},code=sm_{code}")
+        if number[3]:
+            flags.append(f"-gencode=arch=compute_{front_end},code=compute_{front_end}")
+    return list(dict.fromkeys(flags))
+
+
 def extension(cuda: bool):
     sources = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/loaded_laws.cpp"]
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
@@ -146,7 +166,8 @@ def extension(cuda: bool):
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("DML_CUDA_ARCHS", f'"{cuda_architectures()}"'),
         ]
-        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+        targets = nvcc_targets(cuda_architectures())
+        compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *targets]
     return build("dml_cuda._C", sources, define_macros=macros, extra_compile_args=compile_args)
 
 

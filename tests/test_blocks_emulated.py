@@ -30,7 +30,7 @@ from test_cuda_emulated import SCHEDULES, by_arithmetic, by_law
 from dml_cuda import _C
 
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
-ROWS = ROOT / "csrc" / "cuda" / "block_rows.cu"
+ROWS, FOLDS = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("block_rows", "kernels_folds"))
 UNEVEN = (70, 0, 1, 129, 40)  # columns of the blocks, in the order in which they come
 
 
@@ -368,6 +368,6 @@ def test_stages_of_another_law_are_refused():
 )
 def test_sanitizers_find_nothing(sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
-    program = build([HERE / "blocks_sanitized.cpp", ROWS], sanitizer=sanitizer)
+    program = build([HERE / "blocks_sanitized.cpp", ROWS, FOLDS], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dml_cuda
+from tools import machine_code
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,8 +26,9 @@ from setuptools.command.build_ext import build_ext as BuildExtension
 CUDA_HOME = os.environ.get("CUDA_HOME")
 def include_paths(device_type): return [os.path.join(CUDA_HOME, "include")]
 def CppExtension(name, sources, **_): return Extension(name, sources)
-def CUDAExtension(name, sources, **_):
+def CUDAExtension(name, sources, extra_compile_args, **_):
     print("architectures", os.environ["TORCH_CUDA_ARCH_LIST"])
+    print("flags", *extra_compile_args["nvcc"])
     return Extension(name, sources)
 """,
 }
@@ -128,6 +130,29 @@ def test_cuda_found(tmp_path, choice):
     assert ("architectures 8.0;9.0;10.0;12.0+PTX" in run.stdout) == (choice != "cpu")
     run = run_setup(tmp_path, **toolkit(tmp_path), DML_CUDA_BUILD=choice, TORCH_CUDA_ARCH_LIST="9.0a")
     assert ("architectures 9.0a" in run.stdout) == (choice != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets"),
+    [
+        (
+            "",
+            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "120,code=sm_120", "120,code=compute_120"],
+        ),
+        ("8.6;9.0+PTX", ["80,code=sm_86", "80,code=sm_90", "80,code=compute_80"]),
+        ("10.3 12.1", ["100,code=sm_103", "120,code=sm_121"]),
+        ("9.0;10.0a", []),  # torch's builder knows what that means
+        ("Hopper", []),
+    ],
+)
+def test_one_front_end_for_several_architectures(tmp_path, asked, targets):
+    run = run_setup(tmp_path, **toolkit(tmp_path), TORCH_CUDA_ARCH_LIST=asked)
+    assert run.returncode == 0, run.stderr
+    flags = [flag for flag in run.stdout.split() if flag.startswith("-gencode")]
+    assert flags == [f"-gencode=arch=compute_{target}" for target in targets]
+    if not asked:  # what tools.machine_code compiles, which looks at 9.0 as 9.0a
+        built = {flag.split("code=")[-1]: flag.split("compute_")[1].split(",")[0] for flag in flags[:4]}
+        assert built == {f"sm_{a.rstrip('a')}": f for a, f in machine_code.FRONT_ENDS.items()}
 
 
 def test_architectures_follow_the_compiler_not_torch(tmp_path):

@@ -35,6 +35,7 @@ from truth import ROWS
 import dml_cuda
 
 PAIRS = ROOT / "csrc" / "cuda" / "listed_pairs.cu"
+FOLDS = ROOT / "csrc" / "cuda" / "kernels_folds.cu"
 SMALL = {}
 # Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones.
 LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0}
@@ -217,6 +218,17 @@ def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some,
     verify(case, arithmetic, path)
 
 
+@pytest.mark.parametrize("epsilon", [0.3, None], ids=["mined", "all"])
+@by_path
+def test_a_row_whose_copy_among_the_references_is_an_older_one(path, epsilon):
+    """A pair of equal points has no gradient; this one has, and must be left out all the same."""
+    n, m = (30, 50) if path == "small" else (70, 140)
+    case = make_from_refs(n, 12, F64, m=m, loss=MS)
+    case.epsilon = epsilon
+    case.r.add_(torch.randn(m, 12, generator=torch.Generator().manual_seed(1)))
+    verify(case, F64, path)
+
+
 @pytest.mark.parametrize("count", [-3, 0, 1, 37, 128, 150, 290, 1000])
 @pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
 @by_path
@@ -311,7 +323,9 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
-@pytest.mark.parametrize("sources", [("pair_loss_sanitized.cpp",), ("listed_pairs_sanitized.cpp", PAIRS)])
+@pytest.mark.parametrize(
+    "sources", [("pair_loss_sanitized.cpp", FOLDS), ("listed_pairs_sanitized.cpp", PAIRS)]
+)
 def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
     program = build([HERE / source for source in sources], sanitizer=sanitizer)
@@ -506,11 +520,13 @@ def test_zero_rows(path, m, arithmetic):
     for points in (case.q, case.r if m else case.q):
         points[4] = 0
         points[7] = 0
+        points[9] *= 1e-14  # so short that it counts as one of them
     loss, grads = run(case, arithmetic, path)
     check(case, arithmetic, loss, grads)
     for grad in grads[: 1 if m is None else 2]:
         assert not grad[4].any()
         assert not grad[7].any()
+        assert not grad[9].any()
 
 
 @pytest.mark.parametrize(("arithmetic", "scale"), [(F32, 1e25), (BF16, 1e25), (F64, 1e200), (F32, 1e-11)])

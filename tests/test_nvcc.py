@@ -88,6 +88,83 @@ def test_loops_of_products(compiled_ahead, source):
             assert loop.in_code / kinds(loop.counts)["HMMA"] <= MOST_IN_A_LOOP[math][kind], kernel
 
 
+# Instructions for each of a thread's pairs, in all of a kernel but its products: of multi-similarity, of
+# circle loss. With "cached" where the similarities come from the cache. A little above what is counted today.
+MOST_FOR_A_PAIR = {
+    "find_extremes": (28, 28),
+    "accumulate": (48, 51),
+    "accumulate cached": (39, 43),
+    "pair_weights": (50, 59),
+    "pair_weights cached": (42, 50),
+    "strip_forward": (156, 162),
+    "strip_backward": (171, 182),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
+def test_what_a_pair_takes(compiled_ahead, source):
+    compiled_ahead(source, "90a")
+    of_laws = machine_code.hot_flows([source], "90a")
+    counted = set()
+    for place, law in enumerate(machine_code.LAWS):
+        names = machine_code.demangle(list(of_laws[law]))
+        for symbol, (_, flow, cached) in of_laws[law].items():
+            kernel = machine_code.shorten(names[symbol])
+            kind = kernel.partition("<")[0]
+            if not TENSOR_CORES.search(kernel) or kind not in MOST_FOR_A_PAIR:
+                continue
+            pairs = machine_code.pairs_of(kernel, flow)
+            counts = {kind: flow, f"{kind} cached": cached}
+            for what in counts.keys() & MOST_FOR_A_PAIR.keys():
+                a_pair = counts[what].counts.total() / pairs
+                # A way that was lost to the analysis would look like a kernel that does nothing.
+                assert MOST_FOR_A_PAIR[what][place] / 2 < a_pair <= MOST_FOR_A_PAIR[what][place], (
+                    kernel,
+                    what,
+                )
+                counted.add(what)
+    if re.match("kernels_(?!f64|folds)", source.stem):
+        assert counted == MOST_FOR_A_PAIR.keys()
+
+
+@needs_nvcc
+def test_folds_wait_for_memory_a_few_times(compiled_ahead):
+    """Over the 64 tiles of a super-tile: 3 microseconds of waiting, 4 where two log-sum-exps are merged."""
+    (source,) = [path for path in machine_code.sources() if path.stem == "kernels_folds"]
+    compiled_ahead(source, "90a")
+    flows = machine_code.flows(source, law="multi_similarity")
+    names = machine_code.demangle(list(flows))
+    waits = {
+        machine_code.shorten(names[symbol]).partition("<")[0]: flow.waits
+        for symbol, flow in flows.items()
+        if "float" in names[symbol] and "fold" in names[symbol]
+    }
+    assert waits.keys() == {"fold_extremes", "fold_sums", "fold_weights"}
+    for name, n in waits.items():
+        assert 5 <= n <= (4e-6 if name == "fold_sums" else 3e-6) / machine_code.L2_SECONDS, waits
+
+
+# Microseconds that the issue slots alone allow, forward and backward (tools/issue_slots.py).
+MOST_OF_ISSUE_SLOTS = {
+    "4096 x 512, mined, bf16": 65,
+    "4096 x 512, mined, tf32": 140,
+    "4096 x 512, mined, 3 x tf32": 280,
+    "512 x 65,536 x 128, mined, tf32, no gradient to refs": 700,
+}
+
+
+@needs_nvcc
+def test_whole_problems_by_issue_slots(compiled_ahead):
+    from tools import issue_slots
+
+    of_law = machine_code.hot_flows(machine_code.sources(), "90a")["multi_similarity"]
+    bounds = {bound.problem: 1e6 * bound.issue_slots for bound in issue_slots.bounds(of_law)}
+    assert bounds.keys() == MOST_OF_ISSUE_SLOTS.keys()
+    for problem, microseconds in bounds.items():
+        assert MOST_OF_ISSUE_SLOTS[problem] / 2 < microseconds <= MOST_OF_ISSUE_SLOTS[problem], bounds
+
+
 # ---- the primitives ------------------------------------------------------------------------------------
 
 
@@ -185,6 +262,7 @@ def test_counts_what_is_issued(compiled, architecture, tmp_path):
     for mnemonic, count in flow.counts.items():
         families[mnemonic.split(".")[0]] += count
     assert families["LDG"] == 1 + 8 + 4
+    assert 1 + 4 <= flow.waits <= 1 + 8 + 4
     assert families["STG"] == 1
     assert list(flow.rare) == ["not a number"]
     assert not flow.untold

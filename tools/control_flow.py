@@ -6,6 +6,7 @@ Rare is what the machine code itself says (a call of a slow path, a branch for l
 comment in the source, at the line that opens the block, says:
 
     if (...) {  // rare: the reason
+    if (...) {  // anew: left out where similarities come from the cache
     for (...) {  // times: 4, the number of rounds
 """
 
@@ -49,8 +50,12 @@ class Loop:
     times: int | None = None  # None: not told
 
     @property
+    def hmma(self):
+        return kinds(self.counts)["HMMA"]
+
+    @property
     def multiplies(self):
-        return kinds(self.counts)["HMMA"] > 0
+        return self.hmma > 0
 
 
 @dataclass
@@ -62,6 +67,11 @@ class Flow:
     loops: list
     rare: dict  # reason: instructions left out
     untold: list  # places of loops whose rounds nobody told, counted once
+
+    @property
+    def waits(self):
+        """How often the warp waits for memory."""
+        return sum(n for mnemonic, n in self.counts.items() if mnemonic.endswith(WAITED))
 
     @property
     def product_loops(self):
@@ -128,6 +138,7 @@ def cut(items):
     for i, block in enumerate(blocks):
         if not block.instructions:
             continue
+        mark_waits(block)
         last = block.instructions[-1]
         # BRX, a jump by a table, names all its targets.
         targets = re.findall(r"\.L_\w+", last.operands) if last.family in ("BRA", "BRX") else []
@@ -142,6 +153,30 @@ def cut(items):
     return blocks
 
 
+WAITED = ".WAITED"  # ends the mnemonic of a load for which a warp comes to wait anew
+
+
+def mark_waits(block):
+    """Marks, among loads from global memory, those that nothing loaded before is still on its way with.
+
+    A warp issues in order: it waits where it first uses what was loaded, and loads that were begun by then
+    have all arrived. What is still on its way when a block ends is taken to be waited for there.
+    """
+    on_its_way = set()
+    for x in block.instructions:
+        target, _, sources = x.operands.partition(",")
+        used = set(re.findall(r"\bR(\d+)\b", sources if x.family not in ("STG", "STS") else x.operands))
+        if used & on_its_way:
+            on_its_way.clear()
+        if x.family != "LDG" or not re.match(r"R\d+", target):
+            continue
+        width = next((int(m) // 32 for m in x.mnemonic.split(".") if m in ("64", "128")), 1)
+        if not on_its_way and not x.mnemonic.endswith(WAITED):  # an earlier analysis may have marked it
+            x.mnemonic += WAITED
+        first = int(target.strip()[1:])
+        on_its_way.update(str(first + i) for i in range(width))
+
+
 # ---- what the source says ------------------------------------------------------------------------------
 
 
@@ -154,7 +189,7 @@ def remarks(path):
         return []
     found = []
     for first, line in enumerate(lines, 1):
-        remark = re.search(r"//.*?\b(rare|times): (.*)$", line)
+        remark = re.search(r"//.*?\b(rare|anew|times): (.*)$", line)
         if not remark:
             continue
         depth, last = 0, first
@@ -162,23 +197,27 @@ def remarks(path):
             code = text.split("//")[0]
             if last == first:  # `} else {` closes another block
                 code = code[code.rfind("{") :] if "{" in code else ""
-            depth += code.count("{") - code.count("}")
-            if depth <= 0:
+            least = depth  # of the line: `} else {` ends the block here
+            for letter in code:
+                depth += (letter == "{") - (letter == "}")
+                least = min(least, depth)
+            if depth <= 0 or (last > first and least <= 0):
                 break
         found.append((first, last, remark[1], remark[2]))
     return found
 
 
-def mark_rare(blocks):
+def mark_rare(blocks, kinds=("rare",)):
     for i, block in enumerate(blocks):
         calls = [x for x in block.instructions if x.family == "CALL"]
         if calls and not block.rare:
             slow_path = re.search(r"__cuda_\w+?_(\w+?)_slowpath", calls[0].operands)
             block.rare = f"slow path of {slow_path[1] if slow_path else 'a function'}"
-        # A block is rare if all that is known of where its instructions come from is. Where ways meet again
-        # some stand that belong to the rare one only by name.
-        reasons = [rare_reason(x) for x in block.instructions if x.lines and x.family not in MEETING]
-        if reasons and all(reasons) and not block.rare and not unavoidable(blocks, i):
+        # A block is rare if most of its instructions come from a rare place: what only it uses may have been
+        # moved there from before. Where ways meet again some stand that belong to the rare one only by name.
+        places = [x for x in block.instructions if x.lines and x.family not in MEETING]
+        reasons = [reason for x in places if (reason := rare_reason(x, kinds))]
+        if 2 * len(reasons) > len(places) and not block.rare and not unavoidable(blocks, i):
             block.rare = reasons[0]
 
 
@@ -199,10 +238,10 @@ def unavoidable(blocks, avoided):
     return True
 
 
-def rare_reason(instruction):
+def rare_reason(instruction, kinds):
     for file, line in instruction.lines:
         for first, last, kind, text in remarks(file):
-            if kind == "rare" and first < line <= last:
+            if kind in kinds and first < line <= last:
                 return text
     return None
 
@@ -356,10 +395,11 @@ def leave_out_other_laws(blocks, law):
 OTHER_LAW = "another law"
 
 
-def analyse(items, law=None):
-    """The Flow of one kernel; with a law, where it computes that one, else where it takes longest."""
+def analyse(items, law=None, cached=False):
+    """The Flow of one kernel; with a law, where it computes that one, else where it takes longest. cached:
+    where it finds the similarities in the cache."""
     blocks = cut(items)
-    mark_rare(blocks)
+    mark_rare(blocks, ("rare", "anew") if cached else ("rare",))
     if law:
         leave_out_other_laws(blocks, law)
     rare = Counter()

@@ -92,12 +92,12 @@ def seconds(blocks, slots):
 
 
 def bound(problem, flows):
-    """The Bound of one problem; flows: {mangled name: Flow}."""
+    """The Bound of one problem; flows: {mangled name: (source, Flow, Flow of a cached tile)}."""
     e, launches = engine(problem)
-    cached = e.ask_sizes()[2] > 0
     square = problem.m is None
     along = [-(-count // TILE) for count in (problem.n, problem.n if square else problem.m)]
     tiles = along[0] * (along[0] + 1) // 2 if square else along[0] * along[1]
+    cached = e.ask_sizes()[0] > 4 * TILE**2 * tiles  # what is saved holds the similarities
     asked = Counter()  # blocks of each tile kernel: where square, some of them have no tile
     for symbol, grid, _, _ in launches:
         asked[plain_name(symbol)] += grid[0] * grid[1]
@@ -109,8 +109,9 @@ def bound(problem, flows):
         if name not in (*TILE_KERNELS, "add_gradients"):
             result.not_counted[name] = result.not_counted.get(name, 0) + 1
             continue
-        flow = flows[symbol]
-        loop = flow.costliest_product
+        from_cache = cached and name in ("pair_weights", "accumulate")
+        _, anew, of_cached_tile = flows[symbol]
+        flow, loop = of_cached_tile if from_cache else anew, anew.costliest_product
         parts = 3 if "Tf32MathIfLb1E" in symbol else 1  # products for one
         if name == "add_gradients":
             owners = last_tiles[0] + last_tiles[1] if square or problem.need_refs else last_tiles[0]
@@ -128,7 +129,6 @@ def bound(problem, flows):
             blocks = grid[0] * grid[1] * tiles / asked[name]
             last_tiles = (grid[1], grid[0])
             depth = warps * multiply_adds(loop.counts) / parts / TILE**2
-            from_cache = cached and (name == "pair_weights" or name == "accumulate")
             rounds = 0 if from_cache else -(-problem.d // round(depth))
         product, rest = rounds * loop.counts.total(), flow.counts.total()
         whole = seconds(blocks, warps * (product + rest))

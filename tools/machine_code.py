@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -22,11 +23,13 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from . import control_flow
+from . import control_flow, counted
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
+# What nvcc's front end compiles for, of which the assembler makes their code; as in setup.py.
+FRONT_ENDS = {"80": "80", "90a": "80", "100": "100", "120": "120"}
 # As setup.py's extension is built; the line numbers change no instruction.
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", *COMMON_NVCC_FLAGS)
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
@@ -81,33 +84,65 @@ def with_headers(source, *folders):
     return [source, *sorted(headers)]
 
 
-def _compile(source, architecture, flags):
-    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed.
-
-    For the first architecture the host's side is compiled as well, as whoever builds the package does.
-    """
+def _place(source, suffix, flags):
+    """Where what is made from a source lies under CACHE, and beside it what was said of it."""
     # The path too: line numbers lead back to it.
-    digest = hashlib.sha256(" ".join([_nvcc_version(), architecture, str(source), *flags]).encode())
+    digest = hashlib.sha256(" ".join([_nvcc_version(), str(source), suffix, *flags]).encode())
     for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    stem = f"{source.stem}-sm_{architecture}"
-    cubin = CACHE / f"{stem}-{digest.hexdigest()[:20]}.cubin"
-    report = cubin.with_suffix(".txt")
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}-{suffix}"
+    return made, made.with_name(made.name + ".txt")
+
+
+def _made(source, suffix, flags, make):
+    """A file made from a source by make(a folder to work in, the file), which returns what was said; and
+    that."""
+    made, report = _place(source, suffix, flags)
     if not report.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            kept = ["--keep", f"--keep-dir={folder}"]
-            ends = ["-c", *kept] if architecture == ARCHITECTURES[0] else ["-cubin"]
-            made = Path(folder, "made")
-            command = [find_nvcc(), *flags, *include, target, *ends, "-Xptxas", "-v", "-o", str(made)]
-            done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise CompileError(f"{' '.join(command)} {source}\n{done.stdout}{done.stderr}")
-            os.replace(next(Path(folder).glob("*.cubin"), made), cubin)
-        report.write_text(done.stderr)
-    return cubin, report.read_text()
+            said = make(Path(folder), made)
+        report.write_text(said)
+    return made, report.read_text()
+
+
+def _run_nvcc(source, *options):
+    command = [find_nvcc(), *options, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stderr
+
+
+def _front_end(source, target, flags):
+    """The PTX of a source. For the first target the host's side is compiled as well, as whoever builds the
+    package does."""
+
+    def make(folder, ptx):
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        ends = (
+            ["-c", "--keep", f"--keep-dir={folder}"] if target == FRONT_ENDS[ARCHITECTURES[0]] else ["-ptx"]
+        )
+        gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
+        said = _run_nvcc(source, *flags, *include, gencode, *ends, "-o", str(folder / "made"))
+        os.replace(next(folder.glob("*.ptx"), folder / "made"), ptx)
+        return said
+
+    return _made(source, f"compute_{target}.ptx", flags, make)[0]
+
+
+def _compile(source, architecture, flags):
+    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed."""
+
+    def make(folder, cubin):
+        ptx = _front_end(source, FRONT_ENDS[architecture], flags)
+        lines = [flag for flag in flags if flag == "-lineinfo"]
+        options = [f"-arch=sm_{architecture}", "-cubin", *lines, "-Xptxas", "-v", "-o", str(folder / "made")]
+        said = _run_nvcc(ptx, *options)
+        os.replace(folder / "made", cubin)
+        return said
+
+    return _made(source, f"sm_{architecture}.cubin", flags, make)
 
 
 # ---- reading what they made ----------------------------------------------------------------------------
@@ -184,7 +219,7 @@ def _disassemble(cubin, *options):
 
 def count_instructions(cubin):
     """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel; kept beside the cubin."""
-    known = Path(cubin).with_suffix(".json")
+    known = Path(cubin).with_name(Path(cubin).name + ".json")
     if known.exists():
         return json.loads(known.read_text())
     counts = {}
@@ -258,10 +293,10 @@ def _code(source, architecture, flags):
 
 
 @cache
-def flows(source, architecture="90a", flags=FLAGS, law=None):
+def flows(source, architecture="90a", flags=FLAGS, law=None, cached=False):
     """{mangled name: control_flow.Flow} of the kernels of one source."""
     kernels = _code(source, architecture, flags)
-    return {name: control_flow.analyse(items, law) for name, items in kernels.items()}
+    return {name: control_flow.analyse(items, law, cached) for name, items in kernels.items()}
 
 
 def matrix_instructions(kernel):
@@ -285,6 +320,37 @@ def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
     with ThreadPoolExecutor(jobs) as pool:
         parts = pool.map(lambda item: analyse(*item, disassemble=disassemble), work)
         return [kernel for part in parts for kernel in part]
+
+
+def build_seconds(files, jobs=2):
+    """{source's name: seconds} of compiling for all architectures, as setup.py does (but with line numbers);
+    and of all together. What is made is kept for the other functions."""
+
+    def compile_one(source):
+        source = Path(source).resolve()
+        targets = [f"-gencode=arch=compute_{FRONT_ENDS[a]},code=sm_{a}" for a in ARCHITECTURES]
+        last = FRONT_ENDS[ARCHITECTURES[-1]]
+        targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            keep = ["-Xptxas", "-v", "--keep", f"--keep-dir={folder}", "-o", str(Path(folder, "made.o"))]
+            start = time.perf_counter()
+            said = _run_nvcc(source, *FLAGS, *targets, "-c", *keep)
+            seconds = time.perf_counter() - start
+            for architecture in ARCHITECTURES:
+                made, report = _place(source, f"sm_{architecture}.cubin", FLAGS)
+                # nvcc names what a front end's output became by that alone, where it became one thing only.
+                names = (f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin")
+                kept = [path for name in names for path in Path(folder).glob(name)]
+                os.replace(kept[0], made)
+                _, *kernels = re.split(r"(?=Compiling entry function ')", said)
+                report.write_text("".join(k for k in kernels if f"for 'sm_{architecture}'" in k))
+            return source.name, seconds
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        seconds = dict(pool.map(compile_one, files))
+    return seconds, time.perf_counter() - start
 
 
 def _slashed(values):
@@ -346,13 +412,40 @@ def table(kernels, architectures=ARCHITECTURES):
 
 
 LAWS = ("multi_similarity", "circle")  # whose loops over pairs are counted
+# Of an H100, as others have measured: from a load of what lies in L2 to its use; and a scheduler's clock.
+L2_SECONDS, CLOCK = 0.16e-6, 1.755e9
 
 
-def hot_table(found, of_laws):
-    """What the hot path of each kernel issues, from {mangled name: (source's name, Flow)}; of_laws: for each
-    of LAWS the Flows by name."""
+def fold_seconds(flow):
+    """How long a fold takes at least: all its warps at once, each waiting and issuing by turns."""
+    return flow.waits * L2_SECONDS + flow.counts.total() / CLOCK
+
+
+def hot_flows(files, architecture):
+    """{law: {mangled name: (source's name, Flow, Flow where similarities come from the cache)}}."""
+    return {
+        law: {
+            name: (source.name, flow, flows(source, architecture, law=law, cached=True)[name])
+            for source in files
+            for name, flow in flows(source, architecture, law=law).items()
+        }
+        for law in LAWS
+    }
+
+
+def pairs_of(kernel, flow):
+    """How many pairs each thread looks at, or None: of a tile, or of a strip of 1024 columns."""
+    if kernel.startswith("strip_"):
+        return 16 * (512 if "double" in kernel else 1024) // 256
+    if not has_tile(kernel):
+        return None
+    return (128 * 128 if flow.product_loops else 64 * 64) // 256
+
+
+def hot_table(of_laws):
+    """What the hot path of each kernel issues; of_laws: as hot_flows makes them."""
+    found = of_laws[LAWS[0]]
     names = demangle(list(found))
-    pairs = {False: 64 * 64 // 256, True: 128 * 128 // 256}  # of a tile, each thread's
     lines = [
         "What a warp issues on the hot path, by machine code and control flow.",
         "in code: between the head of the product loop and its backward branch; per HMMA in brackets.",
@@ -360,7 +453,7 @@ def hot_table(found, of_laws):
         "",
     ]
     rare, untold = {}, {}
-    for name, (source, flow) in sorted(found.items(), key=lambda item: (item[1][0], names[item[0]])):
+    for name, (source, flow, _) in sorted(found.items(), key=lambda item: (item[1][0], names[item[0]])):
         kernel = shorten(names[name])
         lines.append(f"{source}: {kernel}")
         for loop in flow.product_loops:
@@ -371,13 +464,20 @@ def hot_table(found, of_laws):
                 f"    slice   {text}  all {loop.counts.total()} ({loop.counts.total() / hmma:.2f})"
                 f"  in code {loop.in_code} ({loop.in_code / hmma:.2f})"
             )
-        if has_tile(kernel):
-            each = pairs[bool(flow.product_loops)]
+        pairs = pairs_of(kernel, flow)
+        if pairs:
             for law in LAWS[: 1 if kernel.startswith("find") else None]:
-                rest = of_laws[law][name].counts.total()
-                lines.append(f"    rest    {rest} = {rest / each:.1f} a pair, {law}")
+                _, rest, cached = (x if isinstance(x, str) else x.counts.total() for x in of_laws[law][name])
+                text = f"    rest    {rest} = {rest / pairs:.1f} a pair, {law}"
+                if kernel.startswith(("accumulate", "pair_weights")):
+                    text += f"; {cached} = {cached / pairs:.1f} of a cached tile"
+                lines.append(text)
         else:
             lines.append(f"    rest    {flow.counts.total()}")
+        if kernel.startswith("fold_"):
+            lines.append(
+                f"    waits for memory {flow.waits} times; {1e6 * fold_seconds(flow):.1f} us, of 64 tiles"
+            )
         for reason, count in flow.rare.items():
             rare[reason] = rare.get(reason, 0) + count
         for place in flow.untold:
@@ -403,10 +503,20 @@ def main():
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--hot", default="90a", choices=ARCHITECTURES, help="whose hot paths are counted")
     parser.add_argument("--json", type=Path, help="write everything here, too")
+    parser.add_argument("--readme", action="store_true", help="write the tables of csrc/cuda/README.md")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--build-time", action="store_true", help="only how long setup.py's compilations take"
+    )
     options = parser.parse_args()
     if find_nvcc() is None:
         parser.error("nvcc is not on the PATH")
+    if options.build_time:
+        seconds, together = build_seconds(options.sources or sources(), options.jobs)
+        for name, of_one in seconds.items():
+            print(f"{of_one:7.1f} s  {name}")
+        print(f"{together:7.1f} s  all, {options.jobs} at a time")
+        return
     architectures = tuple(options.arch or ARCHITECTURES)
     try:
         kernels = analyse_all(options.sources, architectures, options.jobs)
@@ -416,26 +526,18 @@ def main():
     if find_nvdisasm() is None:
         print("\nInstructions were not counted: pip install nvidia-cuda-nvdisasm")
         return
-    found = {
-        name: (source.name, flow)
-        for source in options.sources or sources()
-        for name, flow in flows(source, options.hot).items()
-    }
-    of_laws = {
-        law: {
-            name: flow
-            for source in options.sources or sources()
-            for name, flow in flows(source, options.hot, law=law).items()
-        }
-        for law in LAWS
-    }
-    print(f"\nsm_{options.hot}. " + hot_table(found, of_laws))
+    of_laws = hot_flows(options.sources or sources(), options.hot)
+    print(f"\nsm_{options.hot}. " + hot_table(of_laws))
     bounds = []
     if not options.sources:
         from . import issue_slots
 
         bounds = issue_slots.bounds(of_laws["multi_similarity"])
         print("\n" + issue_slots.table(bounds))
+        if options.readme:
+            names = demangle([name for kernels in of_laws.values() for name in kernels])
+            text = counted.markdown(of_laws, bounds, lambda name: shorten(names[name]), fold_seconds)
+            counted.write(text)
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
         everything = {

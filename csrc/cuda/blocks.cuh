@@ -104,7 +104,6 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     using On = Work<Math>;
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    constexpr int kTile = On::kTile;
     check_stage(asked.problem, stage);
     const int64_t n = asked.problem.queries.count, m = asked.problem.refs.count;
     if (n == 0 || m == 0) return;
@@ -133,8 +132,8 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
         all([&](const auto& super, Turn turn) {
             launch(find_extremes<Math>, work.tiles_of(super), dim3(On::Traits::kThreads),
                    On::Grid::shared_bytes(2), stream, super, partials, of_tiles);
-            launch(fold_extremes<kTile, T, Acc>, work.fold_grid(super, false), dim3(kFoldThreads), 0, stream,
-                   super, stats, partials, turn, Acc(p.mining.epsilon));
+            Folds<Acc>::extremes(Folds<Acc>::without_points(super), false, stats, partials, turn,
+                                 Acc(p.mining.epsilon), stream);
         });
         return;
     }
@@ -145,8 +144,8 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     all([&](const auto& super, Turn turn) {
         launch(accumulate<Math>, work.tiles_of(super), dim3(On::Traits::kThreads), shared_bytes, stream,
                super, law, second, stats, partials, of_tiles, work.kept(), work.count_zeros());
-        launch(fold_sums<kTile, T, Acc>, work.fold_grid(super, false), dim3(kFoldThreads), 0, stream, super,
-               law, second, stats, partials, work.kept(), turn, p.mining.on, none);
+        Folds<Acc>::sums(Folds<Acc>::without_points(super), false, law, second, stats, partials, work.kept(),
+                         turn, p.mining.on, none, stream);
     });
 }
 

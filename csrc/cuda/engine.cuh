@@ -6,14 +6,17 @@
 #include <cmath>
 #include <type_traits>
 
+#include "folds.h"
 #include "launch.h"
 #include "pair_loss.h"
-#include "reduce.cuh"
 #include "strip.cuh"
 #include "tile_backward.cuh"
 #include "tile_forward.cuh"
 
 namespace dml::cuda {
+
+extern template struct Folds<float>;
+extern template struct Folds<double>;
 
 template <typename Math>
 struct Engine {
@@ -121,6 +124,7 @@ struct Work {
     using Grid = PairGrid<Math>;
     using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = Traits::kTile;
+    static_assert(kTile == Folds<Acc>::kTile, "their folds know the tiles");
     static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
     static constexpr int64_t kWeightBudget = 24ll << 20;         // bytes of weights at once
@@ -199,9 +203,8 @@ struct Work {
 
     void reduce(const Results<Acc>& results, Acc* loss) const {
         const int64_t refs = p.square ? 0 : p.refs.count;
-        launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats(),
-               p.queries.count, results, ref_norms(), refs, p.ref_count,
-               Division{p.reduction, p.divide, law_facts(p.law).parts}, loss);
+        Folds<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.ref_count,
+                           Division{p.reduction, p.divide, law_facts(p.law).parts}, loss, stream);
     }
 
     // ---- small batches ------------------------------------------------------------------------------------
@@ -316,13 +319,6 @@ struct Work {
     static dim3 tiles_of(const SuperTile<T, Acc>& super) {
         return dim3(unsigned(super.col_tiles), unsigned(super.row_tiles));
     }
-    // A thread for each row, and for each column where those have partial results that are not the rows'.
-    static dim3 fold_grid(const SuperTile<T, Acc>& super, bool of_cols) {
-        const bool cols_too = of_cols && !super.diagonal();
-        const int tiles = cols_too ? std::max(super.row_tiles, super.col_tiles) : super.row_tiles;
-        return dim3(unsigned((tiles * kTile + kFoldThreads - 1) / kFoldThreads), cols_too ? 2 : 1);
-    }
-
     void prepare(const Rows<T, Acc>& rows, bool open) const {
         constexpr int kRows = kNormThreads / kWarpSize;
         launch(prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
@@ -353,8 +349,8 @@ struct Work {
             for_super_tiles(shape, all_rows(), all_cols(), [&](const auto& super, Turn turn) {
                 launch(find_extremes<Math>, tiles_of(super), dim3(Traits::kThreads), Grid::shared_bytes(2),
                        stream, super, partials, extremes);
-                launch(fold_extremes<kTile, T, Acc>, fold_grid(super, p.square), dim3(kFoldThreads), 0,
-                       stream, super, stats(), partials, turn, Acc(p.mining.epsilon));
+                Folds<Acc>::extremes(Folds<Acc>::without_points(super), p.square, stats(), partials, turn,
+                                     Acc(p.mining.epsilon), stream);
             });
         }
         const AnyLaw<Acc> law(p);
@@ -365,8 +361,8 @@ struct Work {
                 super.cache_filled = super.cache && (mining || second);
                 launch(accumulate<Math>, tiles_of(super), dim3(Traits::kThreads), shared_bytes, stream, super,
                        law, second, stats(), partials, extremes, kept(), count_zeros());
-                launch(fold_sums<kTile, T, Acc>, fold_grid(super, p.square), dim3(kFoldThreads), 0, stream,
-                       super, law, second, stats(), partials, kept(), turn, mining, to);
+                Folds<Acc>::sums(Folds<Acc>::without_points(super), p.square, law, second, stats(), partials,
+                                 kept(), turn, mining, to, stream);
             });
         }
         reduce(to, loss);
@@ -455,9 +451,9 @@ struct Work {
                 turn.rows_first = turn.rows_first && fresh;
                 turn.cols_first = turn.cols_first && fresh;
                 if (sums_weights(p)) {
-                    launch(fold_weights<kTile, T, Acc>, fold_grid(super, true), dim3(kFoldThreads), 0,
-                           work.stream, super, weight_partials, work.kept(), turn,
-                           rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr);
+                    Folds<Acc>::weights(Folds<Acc>::without_points(super), weight_partials, work.kept(), turn,
+                                        rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr,
+                                        work.stream);
                 }
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},

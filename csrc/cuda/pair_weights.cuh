@@ -46,23 +46,24 @@ DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) 
     return top;
 }
 
-// Shared numbers of each line. A positive is kept when -s > -pos_below, so that one comparison does for both
-// kinds: each bound is a least value of s or of -s.
+// Shared numbers of each line.
 enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineContext };
 
-// Calls write(i, weights of this thread's pairs of its row i): dL/ds.
-template <typename Math, bool BothSides, typename Law, typename T, typename Acc, typename Write>
+// Calls write(i, similarities, weights) for each row i of this thread's pairs: dL/ds.
+template <typename Math, typename Law, typename T, typename Acc, typename Write>
 DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, int64_t ti,
                            int64_t tj, const Law& law, const RowStats<Acc>& stats,
                            const Upstream<Acc>& upstream, const Write& write) {
     using Grid = PairGrid<Math>;
+    using Sims = typename Grid::Sims;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
     constexpr bool kNegExp = Law::kNeg == Fold::kLogSumExp, kPosExp = Law::kPos == Fold::kLogSumExp;
+    const bool square = super.square;
     Acc* numbers = Grid::line_numbers();
     const int line = int(threadIdx.x);
-    const int64_t i = line_of_thread<Math>(super, ti, tj);
+    const int64_t own_row = line_of_thread<Math>(super, ti, tj);
     RowWeight<Acc> own;
-    if (i >= 0 && (BothSides || line < kTile)) own = RowWeight<Acc>::load(stats, i, upstream);
+    if (own_row >= 0 && (square || line < kTile)) own = RowWeight<Acc>::load(stats, own_row, upstream);
 
     bool careful = false;
     Acc top_neg = 0, top_pos = 0;
@@ -78,7 +79,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         // What has no derivative keeps nothing: its exponentials, relative to other lines' values, may
         // overflow.
         const bool neg = own.d_neg != Acc(0), pos = own.d_pos != Acc(0) || (Law::kPosInNeg && neg);
-        numbers[kPosBound * kLines + line] = pos ? -own.bounds.pos_below : infinity<Acc>();
+        numbers[kPosBound * kLines + line] = pos ? own.bounds.pos_below : -infinity<Acc>();
         numbers[kNegBound * kLines + line] = neg ? own.bounds.neg_above : infinity<Acc>();
         numbers[kNegWeight * kLines + line] = factor(kNegExp, own.d_neg, own.neg, top_neg);
         numbers[kPosWeight * kLines + line] = factor(kPosExp, own.d_pos, own.pos, top_pos);
@@ -86,87 +87,96 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     }
     block_sync();
 
-    if (careful) {  // rare: lines far below the others of their tile
-#pragma unroll 1
-        for (int i = 0; i < Grid::kRows; ++i) {
-            const int row = Grid::row(i);
-            const auto sims = Grid::sims(i);
-            typename Grid::Sims w;
-            const RowWeight<Acc> of_row = tile.row0 + row < super.rows.points.rows
-                                              ? RowWeight<Acc>::load(stats, tile.row0 + row, upstream)
-                                              : RowWeight<Acc>{};
-#pragma unroll 1
-            for (int j = 0; j < Grid::kCols; ++j) {
-                const int col = Grid::col(j);
-                const bool positive = Grid::ids()[row] == Grid::ids()[kTile + col];
-                const Acc s = Grid::sim(row, col);
-                Acc sum = of_row.of(law, positive, s);
-                if (BothSides && tile.col0 + col < super.cols.points.rows)
-                    sum += RowWeight<Acc>::load(stats, tile.col0 + col, upstream).of(law, positive, s);
-                Grid::sim(row, col) = sum;
-            }
-            w = Grid::sims(i);
-            write(i, sims, w);
-        }
-        return;
-    }
-
-    int col_ids[Grid::kCols];
-    Acc col_bound[Grid::kCols][2], col_pos[Grid::kCols], col_neg[Grid::kCols];
-    Acc col_context[Grid::kCols];
+    const ColumnIds<Grid> col_ids;
+    // Of the columns (where not square, nothing is kept by one) registers hold what negatives need; a rare
+    // positive reads the rest where it lies.
+    const auto of_col = [&](LineNumber number, int j) {
+        return numbers[number * kLines + kTile + Grid::col(j)];
+    };
+    Acc col_pos_bound[Grid::kCols], col_neg_bound[Grid::kCols], col_neg[Grid::kCols];
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) {
-        const int at = kTile + Grid::col(j);
-        col_ids[j] = Grid::ids()[at];
-        if constexpr (BothSides) {
-            col_bound[j][0] = numbers[kNegBound * kLines + at];
-            col_bound[j][1] = numbers[kPosBound * kLines + at];
-            col_neg[j] = numbers[kNegWeight * kLines + at];
-            col_pos[j] = numbers[kPosWeight * kLines + at];
-            col_context[j] = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
-        }
+        if constexpr (Law::kPosInNeg) col_pos_bound[j] = of_col(kPosBound, j);
+        col_neg_bound[j] = of_col(kNegBound, j);
+        col_neg[j] = of_col(kNegWeight, j);
     }
-#pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
+    const auto weigh_row = [&](int i, const Sims& sims, auto both) {
+        constexpr bool kBoth = decltype(both)::value;
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc pos_bound = numbers[kPosBound * kLines + at], neg_bound = numbers[kNegBound * kLines + at];
         const Acc neg = numbers[kNegWeight * kLines + at], pos = numbers[kPosWeight * kLines + at];
         const Acc context = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
-        const auto sims = Grid::sims(i);
-        typename Grid::Sims w;
+        Sims w;
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
+        for (int j = 0; j < Grid::kCols; ++j) {  // as members of the negatives' fold
             const Acc s = sims.s[j];
-            const bool positive = id == col_ids[j];
-            const Acc sided = positive ? -s : s;
-            const bool by_row = sided > (positive ? pos_bound : neg_bound);
-            const bool by_col = BothSides && sided > (positive ? col_bound[j][1] : col_bound[j][0]);
-            const auto of_lines = [&](Acc of_row, Acc of_col) {
-                return (by_row ? of_row : Acc(0)) + (by_col ? of_col : Acc(0));
+            const bool positive = col_ids.positive(j, id);
+            const auto kept = [&](Acc pos_below, Acc neg_above) {
+                if constexpr (Law::kPosInNeg) return positive ? s < pos_below : s > neg_above;
+                return !positive && s > neg_above;
             };
-            Acc sum;
-            if constexpr (kNegExp && kPosExp && !Law::kPosInNeg && !Law::kContext) {
-                const Acc z = positive ? law.pos_term(s, Acc(0)) - top_pos : law.neg_term(s) - top_neg;
-                const Acc slope = positive ? law.pos_slope(s, Acc(0)) : law.neg_slope(s);
-                const Acc row_weight = positive ? pos : neg, col_weight = positive ? col_pos[j] : col_neg[j];
-                sum = of_lines(row_weight, col_weight) * (quick_exp(z) * slope);
-            } else {
-                Acc by_neg = law.neg_slope(s);
-                if constexpr (kNegExp) by_neg *= quick_exp(law.neg_term(s) - top_neg);
-                sum = !positive || Law::kPosInNeg ? of_lines(neg, col_neg[j]) * by_neg : Acc(0);
-                if (positive) {  // for most laws too dear to be done for all
-                    if constexpr (Law::kContext) {
-                        sum += of_lines(pos * law.pos_slope(s, context),
-                                        BothSides ? col_pos[j] * law.pos_slope(s, col_context[j]) : Acc(0));
-                    } else {
-                        Acc by_pos = of_lines(pos, col_pos[j]) * law.pos_slope(s, Acc(0));
-                        if constexpr (kPosExp) by_pos *= quick_exp(law.pos_term(s, Acc(0)) - top_pos);
-                        sum += by_pos;
-                    }
+            const bool by_row = kept(pos_bound, neg_bound);
+            const bool by_col = kBoth && kept(col_pos_bound[j], col_neg_bound[j]);
+            Acc slope = law.neg_slope(s);
+            if constexpr (kNegExp) slope *= quick_exp(law.neg_term(s) - top_neg);
+            Acc sum = by_row ? neg : Acc(0);
+            if (by_col) sum += col_neg[j];
+            w.s[j] = by_row || by_col ? sum * slope : Acc(0);
+        }
+        if (col_ids.any_positive(id)) {  // rare: positives among a warp's 8 x 32 pairs
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc s = sims.s[j];
+                const bool positive = col_ids.positive(j, id);
+                const bool by_row = positive && s < pos_bound;
+                const bool by_col = kBoth && positive && s < of_col(kPosBound, j);
+                Acc sum;
+                if constexpr (Law::kContext) {
+                    sum = by_row ? pos * law.pos_slope(s, context) : Acc(0);
+                    if (by_col) sum += of_col(kPosWeight, j) * law.pos_slope(s, of_col(kLineContext, j));
+                } else {
+                    Acc slope = law.pos_slope(s, Acc(0));
+                    if constexpr (kPosExp) slope *= quick_exp(law.pos_term(s, Acc(0)) - top_pos);
+                    sum = ((by_row ? pos : Acc(0)) + (by_col ? of_col(kPosWeight, j) : Acc(0))) * slope;
                 }
+                if (by_row || by_col) w.s[j] += sum;
             }
-            sum = by_row || by_col ? sum : Acc(0);
-            w.s[j] = sum;
+        }
+        return w;
+    };
+    // Without a number in common: as forward saved what each line came to.
+    const auto weigh_carefully = [&](int i) {
+        const int row = Grid::row(i);
+        const auto weight_of = [&](int64_t at, int64_t rows) {
+            return at < rows ? RowWeight<Acc>::load(stats, at, upstream) : RowWeight<Acc>{};
+        };
+        const RowWeight<Acc> of_row = weight_of(tile.row0 + row, super.rows.points.rows);
+#pragma unroll 1
+        for (int j = 0; j < Grid::kCols; ++j) {
+            const int col = Grid::col(j);
+            const bool positive = Grid::ids()[row] == Grid::ids()[kTile + col];
+            const Acc s = Grid::sim(row, col);
+            RowWeight<Acc> of_line = of_row;
+            Acc sum = 0;
+#pragma unroll 1
+            for (int side = 0; side < (square ? 2 : 1); ++side) {
+                if (side == 1) of_line = weight_of(tile.col0 + col, super.cols.points.rows);
+                sum += of_line.of(law, positive, s);
+            }
+            Grid::sim(row, col) = sum;
+        }
+        return Grid::sims(i);
+    };
+#pragma unroll 1
+    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
+        const Sims sims = Grid::sims(i);
+        Sims w;
+        if (careful) {  // rare: lines far below the others of their tile
+            w = weigh_carefully(i);
+        } else if (square) {
+            w = weigh_row(i, sims, std::true_type{});
+        } else {
+            w = weigh_row(i, sims, std::false_type{});
         }
         write(i, sims, w);
     }
@@ -203,7 +213,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     const auto write = [&](int i, const typename Grid::Sims& sims, const typename Grid::Sims& w) {
         const Acc row_norm = apart ? Acc(1) : norms[Grid::row(i)] * range;
         typename Grid::Sims x = w;
-        if (kind.euclidean) {
+        if (kind.euclidean) {  // rare: distances
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) x.s[j] = by_distance(x.s[j], sims.s[j]);
         }
@@ -220,7 +230,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) row.w[j] = Weight(x.s[j]);
         }
-        if (apart) {
+        if (apart) {  // rare: distances of rows as they come
             Acc row_sum = 0;
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
@@ -231,16 +241,10 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
-    any_law.visit([&](const auto& law) {
-        if (super.square) {
-            weigh_tile<Math, true>(super, tile, ti, tj, law, stats, upstream, write);
-        } else {
-            weigh_tile<Math, false>(super, tile, ti, tj, law, stats, upstream, write);
-        }
-    });
+    any_law.visit(
+        [&](const auto& law) { weigh_tile<Math>(super, tile, ti, tj, law, stats, upstream, write); });
     if (!apart) return;
-#pragma unroll
-    for (int j = 0; j < Grid::kCols; ++j) meeting.put_col(0, j, over_col<Grid>(col_sums[j], Plus{}));
+    meeting.put_cols(0, col_sums, Plus{});
     block_sync();
     const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
     if (line >= Grid::kLines) return;
@@ -256,16 +260,16 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
                  Turn turn, Acc* row_sums, Acc* col_sums) {
     const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
-    const int64_t i = fold_row<Tile>(super, side, line);
-    if (i < 0) return;
     Acc* sums = side == 0 ? row_sums : col_sums;
-    if (!sums) return;
-    Acc& total = sums[i];
-    Acc sum = turn.first(side) ? Acc(0) : total;
+    if (!sums || !has_line<Tile>(super, side, line)) return;
+    const int64_t i = fold_row<Tile>(super, side, line);
+    Acc sum = i < 0 || turn.first(side) ? Acc(0) : sums[i];
     const Acc none[1] = {Acc(0)};
-    for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none,
-                    [&](const Acc(&q)[1]) { sum += q[0]; });
-    total = sum;
+    for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none, [&](const Acc(&q)[1][kFoldBatch]) {
+#pragma unroll
+        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
+    });
+    if (i >= 0) sums[i] = sum;
 }
 
 }  // namespace dml::cuda

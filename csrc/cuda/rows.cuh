@@ -86,7 +86,9 @@ DML_DEVICE Acc row_norm(Acc squares, const Matrix<T>& m, int64_t row, Similarity
     if (!kind.normalize) {
         return !is_finite(squares) ? not_a_number<Acc>() : kind.euclidean ? squares : Acc(1);
     }
-    if (!is_finite(squares)) return scaled_inverse_norm<Acc>(m, row);
+    if (!is_finite(squares)) {  // rare: a sum of squares that overflows
+        return scaled_inverse_norm<Acc>(m, row);
+    }
     const Acc norm = std::sqrt(squares);
     return norm > Acc(1e-12) ? Acc(1) / norm : Acc(0);
 }
@@ -117,7 +119,7 @@ inline constexpr Acc kNearSquare = Acc(1) / Acc(64);
 // careful_similarity to tell.
 template <typename Acc>
 DML_DEVICE Acc quick_similarity(Similarity kind, Acc dot, Acc norm_a, Acc norm_b) {
-    if (kind.euclidean && !kind.normalize) {
+    if (kind.euclidean && !kind.normalize) {  // rare: distances
         const Acc both = norm_a + norm_b, square = both - Acc(2) * dot;
         return is_finite(square) && square > kNearSquare<Acc> * both ? -std::sqrt(square)
                                                                      : not_a_number<Acc>();
@@ -125,9 +127,11 @@ DML_DEVICE Acc quick_similarity(Similarity kind, Acc dot, Acc norm_a, Acc norm_b
     const Acc scale = norm_a * norm_b;
     const bool plain = is_finite(dot) && scale >= Acc(sizeof(Acc) == 8 ? 1e-290 : 1e-30);
     if (!plain) return not_a_number<Acc>();
-    if (!kind.euclidean) return dot * scale;
-    const Acc square = Acc(2) - Acc(2) * (dot * scale);
-    return square > Acc(2) * kNearSquare<Acc> ? -std::sqrt(square) : not_a_number<Acc>();
+    if (kind.euclidean) {  // rare: distances
+        const Acc square = Acc(2) - Acc(2) * (dot * scale);
+        return square > Acc(2) * kNearSquare<Acc> ? -std::sqrt(square) : not_a_number<Acc>();
+    }
+    return dot * scale;
 }
 
 // From the rows themselves: for rows so long that their bare dot product overflows, or the product of their

@@ -56,15 +56,24 @@ template <Fold kFold, typename Acc>
 struct Running {
     Acc a = kFold == Fold::kLogSumExp ? -infinity<Acc>() : Acc(0), b = Acc(0);
 
-    DML_DEVICE void merge(Acc more_a, Acc more_b) {
+    // Several at once, so that no exponential waits for another; in their order.
+    template <int Count>
+    DML_DEVICE void merge(const Acc (&more_a)[Count], const Acc (&more_b)[Count]) {
         if constexpr (kFold == Fold::kLogSumExp) {
-            LogSumExp<Acc> fold = {a, b};
-            fold.merge(more_a, more_b);
-            a = fold.max;
-            b = fold.sum;
+            Acc top = a;
+#pragma unroll
+            for (int k = 0; k < Count; ++k) top = more_a[k] > top ? more_a[k] : top;
+            const Acc base = top == -infinity<Acc>() ? Acc(0) : top;  // then all are empty
+            b *= std::exp(a - base);
+#pragma unroll
+            for (int k = 0; k < Count; ++k) b += more_b[k] * std::exp(more_a[k] - base);
+            a = top;
         } else {
-            a += more_a;
-            b += more_b;
+#pragma unroll
+            for (int k = 0; k < Count; ++k) {
+                a += more_a[k];
+                b += more_b[k];
+            }
         }
     }
     // Whether any pair was kept: see kZeroCounts.
@@ -87,10 +96,12 @@ struct Gathering {
     Running<Law::kNeg, Acc> neg;
     Running<Law::kPos, Acc> pos;
 
-    template <Stage kStage>
-    DML_DEVICE void merge(const Acc (&q)[4]) {
+    // q: of several tiles, in their order.
+    template <Stage kStage, int Count>
+    DML_DEVICE void merge(const Acc (&q)[4][Count]) {
         if constexpr (kStage == Stage::kPositives) {
-            neg.b += q[1];
+#pragma unroll
+            for (int k = 0; k < Count; ++k) neg.b += q[1][k];
         } else {
             neg.merge(q[0], q[1]);
         }

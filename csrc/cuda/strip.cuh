@@ -77,8 +77,8 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
     };
     const auto cols_of = [&](int stage) { return rows_of(stage) + kStripRows * kPitch; };
 
-    for (int64_t col0 = 0; col0 == 0 || col0 < other.rows;
-         col0 += kStripCols) {  // once at least, for the norms
+    // Once at least, for the norms.
+    for (int64_t col0 = 0; col0 == 0 || col0 < other.rows; col0 += kStripCols) {  // times: 16
         Product<Math, StripShape> product;
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
@@ -123,7 +123,9 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
             Acc s = 0;
             if (i < own.rows && j < other.rows) {
                 s = quick_similarity(pairs.similarity, dot, norm_i, norm_j);
-                if (s != s) s = careful_similarity(pairs.similarity, own, i, norm_i, other, j, norm_j);
+                if (s != s) {  // rare: rows near each other, or out of the ordinary
+                    s = careful_similarity(pairs.similarity, own, i, norm_i, other, j, norm_j);
+                }
             }
             strip[r * pairs.pitch + j] = s;
         });
@@ -155,20 +157,51 @@ DML_DEVICE void mark_diagonal(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s
     if (pairs.skip_self && i % kWarpSize == lane_id()) s[i] = not_a_number<Acc>();
 }
 
-// One fold over the pairs that each_kept visits, by a warp.
-template <Fold kFold, typename Acc, typename EachKept, typename Term>
-DML_DEVICE Running<kFold, Acc> gather_row(const EachKept& each_kept, const Term& term, Acc zero_counts) {
+// Some of a lane's pairs of a row: bit k is that with column 32 k + lane.
+struct LaneSet {
+    uint32_t bits = 0;
+
+    DML_DEVICE bool has(int k) const { return bits >> k & 1u; }
+    DML_DEVICE void add(int k, bool wanted) { bits |= uint32_t(wanted) << k; }
+    // f(column), in ascending order.
+    template <typename F>
+    DML_DEVICE void each(const F& f) const {
+#pragma unroll 1
+        for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {  // times: 10, where mining keeps a tenth
+            f(kWarpSize * (__ffs(int(rest)) - 1) + lane_id());
+        }
+    }
+};
+static_assert(kStripMaxCols<float> <= 32 * kWarpSize, "a bit for each column of a lane");
+
+// f(k, column) for each pair of a lane.
+template <typename F>
+DML_DEVICE void each_of_lane(int64_t cols, const F& f) {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int first = 0; first * kWarpSize < int(cols); first += kAtOnce) {  // times: 8
+#pragma unroll
+        for (int k = first; k < first + kAtOnce; ++k) {
+            const int j = k * kWarpSize + lane_id();
+            if (j < int(cols)) f(k, j);
+        }
+    }
+}
+
+// One fold over pairs, by a warp.
+template <Fold kFold, typename Acc, typename Term>
+DML_DEVICE Running<kFold, Acc> gather_row(const LaneSet& kept, const Term& term, Acc zero_counts) {
     Running<kFold, Acc> fold;
     if constexpr (kFold == Fold::kLogSumExp) {
-        each_kept([&](Acc s) {
-            const Acc z = term(s);
+        kept.each([&](int j) {
+            const Acc z = term(j);
             fold.a = z > fold.a ? z : fold.a;
         });
         fold.a = warp_max(fold.a);
-        each_kept([&](Acc s) { fold.b += std::exp(term(s) - fold.a); });
+        kept.each([&](int j) { fold.b += std::exp(term(j) - fold.a); });
     } else {
-        each_kept([&](Acc s) {
-            const Acc t = term(s);
+        kept.each([&](int j) {
+            const Acc t = term(j);
             fold.a += t != Acc(0) ? Acc(1) : zero_counts;
             fold.b += t;
         });
@@ -178,52 +211,61 @@ DML_DEVICE Running<kFold, Acc> gather_row(const EachKept& each_kept, const Term&
     return fold;
 }
 
-// A warp finds the bounds and folds of row i, whose similarities are s.
-template <typename Law, typename T, typename Acc>
-DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, const Law& law, Mining mining,
-                          bool count_zeros, const RowStats<Acc>& stats, const Results<Acc>& results) {
+// What a warp knows of a row before the law looks at it: its bounds, and which pairs they keep.
+template <typename Acc>
+struct StripRow {
+    Bounds<Acc> bounds;
+    bool had_both;
+    LaneSet positives, kept;
+};
+
+// s: the similarities of row i.
+template <typename T, typename Acc>
+DML_DEVICE StripRow<Acc> mine_row(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s, Mining mining) {
     const int64_t cols = pairs.other.points.rows;
     const int64_t label = pairs.own.labels[i];
-    const auto each_pair = [&](const auto& f) {
-        for (int64_t j = lane_id(); j < cols; j += kWarpSize) f(pairs.other.labels[j] == label, s[j]);
-    };
+    StripRow<Acc> row;
     mark_diagonal(pairs, i, s);
     if (!pairs.mine_self) mark_self(pairs, i, s);
     Extremes<Acc> hardest;
-    if (mining.on) {
-        each_pair([&](bool positive, Acc sim) { hardest.add(positive, sim); });
-        hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
-    }
-    const Bounds<Acc> bounds = mining.on ? hardest.mined(Acc(mining.epsilon)) : Bounds<Acc>::all();
+    each_of_lane(cols, [&](int k, int j) {
+        const bool positive = pairs.other.labels[j] == label;
+        row.positives.add(k, positive);
+        hardest.add(positive, s[j]);
+    });
+    hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
+    row.bounds = mining.on ? hardest.mined(Acc(mining.epsilon)) : Bounds<Acc>::all();
+    row.had_both = hardest.has_both();
     if (pairs.mine_self) mark_self(pairs, i, s);
+    each_of_lane(cols, [&](int k, int j) {
+        row.kept.add(k, row.positives.has(k) ? s[j] < row.bounds.pos_below : s[j] > row.bounds.neg_above);
+    });
+    return row;
+}
 
-    const auto each_negative = [&](const auto& f) {
-        each_pair([&](bool positive, Acc sim) {
-            if (positive ? Law::kPosInNeg && sim < bounds.pos_below : sim > bounds.neg_above) f(sim);
-        });
-    };
-    const auto each_positive = [&](const auto& f) {
-        each_pair([&](bool positive, Acc sim) {
-            if (positive && sim < bounds.pos_below) f(sim);
-        });
-    };
+// A warp finishes row i.
+template <typename Law, typename T, typename Acc>
+DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc* s,
+                          const StripRow<Acc>& mined, const Law& law, bool mining, bool count_zeros,
+                          const RowStats<Acc>& stats, const Results<Acc>& results) {
+    const LaneSet positives = {mined.kept.bits & mined.positives.bits};
+    const LaneSet negatives = {Law::kPosInNeg ? mined.kept.bits : mined.kept.bits & ~mined.positives.bits};
     const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
     Gathering<Law, Acc> row;
-    row.neg =
-        gather_row<Law::kNeg, Acc>(each_negative, [&](Acc sim) { return law.neg_term(sim); }, zero_counts);
+    row.neg = gather_row<Law::kNeg, Acc>(negatives, [&](int j) { return law.neg_term(s[j]); }, zero_counts);
     Acc context = 0;
     if constexpr (Law::kContext) {
         context = row.neg.value(Law::kPlusOne);
         Acc slope = 0;
-        each_positive([&](Acc sim) { slope += law.pos_context(sim, context); });
+        positives.each([&](int j) { slope += law.pos_context(s[j], context); });
         row.neg.a = context;
         row.neg.b = warp_sum(slope);
     }
     row.pos = gather_row<Law::kPos, Acc>(
-        each_positive, [&](Acc sim) { return law.pos_term(sim, context); }, zero_counts);
+        positives, [&](int j) { return law.pos_term(s[j], context); }, zero_counts);
     if (lane_id() != 0) return;
-    results.store(i, finish_row(stats, i, law, row, bounds, mining.on, hardest.has_both(), pairs.own.norms[i],
-                                results));
+    results.store(
+        i, finish_row(stats, i, law, row, mined.bounds, mining, mined.had_both, pairs.own.norms[i], results));
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
@@ -235,13 +277,15 @@ __global__ void __launch_bounds__(kStripThreads, 1)
     Acc* strip = shared_array<Acc>(Layout::kStrip, kStripRows * pairs.pitch);
     const int64_t row0 = int64_t(blockIdx.x) * kStripRows;
     strip_similarities<Math, true>(pairs, row0, strip);
-    any_law.visit([&](const auto& law) {
 #pragma unroll 1
-        for (int r = warp_id(); r < kStripRows; r += kStripWarps) {
-            if (row0 + r >= pairs.own.points.rows) break;
-            strip_row(pairs, row0 + r, strip + r * pairs.pitch, law, mining, count_zeros, stats, results);
-        }
-    });
+    for (int r = warp_id(); r < kStripRows; r += kStripWarps) {  // times: 2
+        if (row0 + r >= pairs.own.points.rows) break;
+        Acc* s = strip + r * pairs.pitch;
+        const StripRow<Acc> mined = mine_row(pairs, row0 + r, s, mining);
+        any_law.visit([&](const auto& law) {
+            strip_row(pairs, row0 + r, s, mined, law, mining.on, count_zeros, stats, results);
+        });
+    }
 }
 
 // Which rows' losses reach the strips' rows: their own (they are queries), the columns' (those are), both.
@@ -271,37 +315,55 @@ __global__ void __launch_bounds__(kStripThreads, 1)
 
     // In place, the similarities become weights: the gradient with respect to each, times the inverse norm
     // of the column, so that what they multiply are the columns as they are.
-    any_law.visit([&](const auto& law) {
 #pragma unroll 1
-        for (int r = warp_id(); r < rows; r += kStripWarps) {
-            const int64_t i = row0 + r;
-            const int64_t label = pairs.own.labels[i];
-            Acc* s = strip + r * pairs.pitch;
-            RowWeight<Acc> mine;
-            if (sides.own) mine = RowWeight<Acc>::load(stats, i, upstream);
-            mark_diagonal(pairs, i, s);
-            mark_self(pairs, i, s);
-            Acc toward_self = 0;  // how much of its own row the gradient holds too much
-#pragma unroll 1
-            for (int64_t j = lane_id(); j < other.rows; j += kWarpSize) {
+    for (int r = warp_id(); r < rows; r += kStripWarps) {  // times: 2
+        const int64_t i = row0 + r;
+        const int64_t label = pairs.own.labels[i];
+        Acc* s = strip + r * pairs.pitch;
+        RowWeight<Acc> mine;
+        if (sides.own) mine = RowWeight<Acc>::load(stats, i, upstream);
+        mark_diagonal(pairs, i, s);
+        mark_self(pairs, i, s);
+        LaneSet positives, kept;  // by either row
+        each_of_lane(other.rows, [&](int k, int j) {
+            const bool positive = pairs.other.labels[j] == label;
+            Acc below = mine.bounds.pos_below, above = mine.bounds.neg_above;
+            if (sides.other) {
+                below = std::fmax(below, stats.pos_below[j]);
+                above = std::fmin(above, stats.neg_above[j]);
+            }
+            const bool keep = positive ? s[j] < below : s[j] > above;
+            positives.add(k, positive);
+            kept.add(k, keep);
+            if (!keep) s[j] = Acc(0);
+        });
+        Acc toward_self = 0;  // how much of its own row the gradient holds too much
+        any_law.visit([&](const auto& law) {
+            kept.each([&](int j) {
                 const Acc sim = s[j];
-                const bool positive = pairs.other.labels[j] == label;
-                Acc w = mine.of(law, positive, sim);
-                if (sides.other) w += RowWeight<Acc>::load(stats, j, upstream).of(law, positive, sim);
-                if (w != Acc(0)) {
-                    const Acc norm = pairs.other.norms[j];
-                    if (kind.euclidean) w = by_distance(w, sim);
-                    // x_i . y_j, from a distance 1 - d^2 / 2
-                    const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
-                    toward_self += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;
-                    w *= unit_factor(norm, kind);
+                const bool positive = positives.has(j / kWarpSize);
+                RowWeight<Acc> of_line = mine;
+                Acc w = 0;
+#pragma unroll 1
+                for (int side = 0; side < (sides.other ? 2 : 1); ++side) {  // times: 2
+                    if (side == 1) of_line = RowWeight<Acc>::load(stats, j, upstream);
+                    w += of_line.of(law, positive, sim);
                 }
                 s[j] = w;
-            }
-            toward_self = warp_sum(toward_self);
-            if (lane_id() == 0) along[r] = kind.normalize || kind.euclidean ? toward_self : Acc(0);
-        }
-    });
+                if (w == Acc(0)) return;
+                const Acc norm = pairs.other.norms[j];
+                if (kind.euclidean) {  // rare: distances
+                    w = by_distance(w, sim);
+                }
+                // x_i . y_j, from a distance 1 - d^2 / 2
+                const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
+                toward_self += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;
+                s[j] = w * unit_factor(norm, kind);
+            });
+        });
+        toward_self = warp_sum(toward_self);
+        if (lane_id() == 0) along[r] = kind.normalize || kind.euclidean ? toward_self : Acc(0);
+    }
     // The pipeline's first barrier comes before anybody reads the strip, unless there is no slice.
     block_sync();
 

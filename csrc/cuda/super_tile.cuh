@@ -144,44 +144,59 @@ DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape
 template <typename Acc>
 inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 
-// Writes a tile's similarities to sim; every thread is told whether some are NaN, and take
-// careful_similarity. plain: the norm of this thread's line is no reason to.
-template <typename Math, typename Sum, typename Acc>
-DML_DEVICE bool store_similarities(const Sum& product, Similarity kind, bool plain, const Acc* norms,
-                                   int* flags, Acc* sim) {
+// Writes a tile's similarities to sim. plain: the norm of this thread's line is no reason to look at them one
+// by one.
+template <typename Math, typename Sum, typename T, typename Acc>
+DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& super, int64_t row0,
+                                   int64_t col0, bool plain, const Acc* norms, int* flags, Acc* sim) {
     using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch;
-    const auto block_any = [&](bool own) {
-        own = warp_any(own);
+    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = Traits::kThreads;
+    using Run = Vector<Acc, Sum::kRun>;
+    if (!super.similarity.euclidean) {
+        Acc check = 0;  // not finite once a similarity is not
+        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+            Run s;
+#pragma unroll
+            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
+            if constexpr (Sum::kRun == 1) {
+                check = std::fma(s.value[0], s.value[0], check);
+            } else {
+#pragma unroll
+                for (int e = 0; e < Sum::kRun; e += 2) check = std::fma(s.value[e], s.value[e + 1], check);
+            }
+            *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
+        });
+        const bool own = warp_any(!plain || check - check != Acc(0));
         if (lane_id() == 0) flags[warp_id()] = own ? 1 : 0;
         block_sync();
         int any = 0;
-        for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) any |= flags[w];
+        for (int w = 0; w < kThreads / kWarpSize; ++w) any |= flags[w];
+        if (any == 0) return;
         block_sync();
-        return any != 0;
-    };
-    if (!kind.euclidean) {
-        Acc zero = 0;  // NaN once a similarity is not finite
-        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
-            Vector<Acc, Sum::kRun> s;
-#pragma unroll
-            for (int e = 0; e < Sum::kRun; ++e) {
-                s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
-                zero = std::fma(s.value[e], Acc(0), zero);
-            }
-            *reinterpret_cast<Vector<Acc, Sum::kRun>*>(sim + r * kSimPitch + c) = s;
-        });
-        if (!block_any(!plain || zero != Acc(0))) return false;
     }
-    bool careful = false;
     {  // rare: distances; cosines at the edges, and of rows out of the ordinary
-        product.each([&](int r, int c, Acc dot) {
-            const Acc s = quick_similarity(kind, dot, norms[r], norms[kTile + c]);
-            careful = careful || s != s;
-            sim[r * kSimPitch + c] = s;
+        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+            Run s;
+#pragma unroll
+            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e];
+            *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
+        block_sync();
+        constexpr int kApart = kThreads / kTile;  // rows
+        const int c = int(threadIdx.x) % kTile;
+        const Acc norm = norms[kTile + c];
+#pragma unroll 1
+        for (int r = int(threadIdx.x) / kTile; r < kTile; r += kApart) {
+            Acc& s = sim[r * kSimPitch + c];
+            Acc x = quick_similarity(super.similarity, s, norms[r], norm);
+            if (x != x) {
+                x = careful_similarity(super.similarity, super.rows.points, row0 + r, norms[r],
+                                       super.cols.points, col0 + c, norm);
+            }
+            s = x;
+        }
+        block_sync();
     }
-    return block_any(careful);
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
@@ -211,39 +226,27 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
     // Where it is used: the product leaves no registers to keep it in.
     const auto cached = [&] { return super.cache + super.tile_index(ti, tj) * kTile * kTile; };
-    if (super.cache_filled) {
-        WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached()).start(sim, 0);
-        cp_async_commit();
-        cp_async_wait<0>();
-        block_sync();
-        return tile;
-    }
-
-    Product<Math, typename Traits::TileShape> product;
-    multiply_tile(product, bytes, rows, row0, cols, col0);
-    if (store_similarities<Math>(product, super.similarity, plain, norms, flags, sim)) {
-#pragma unroll 1
-        for (int e = int(threadIdx.x); e < kTile * kTile; e += kThreads) {  // rare: the same
-            const int r = e / kTile, c = e % kTile;
-            Acc& s = sim[r * kSimPitch + c];
-            if (s != s) {
-                s = careful_similarity(super.similarity, rows, row0 + r, norms[r], cols, col0 + c,
-                                       norms[kTile + c]);
+    if (!super.cache_filled) {  // anew: what no cache holds
+        Product<Math, typename Traits::TileShape> product;
+        multiply_tile(product, bytes, rows, row0, cols, col0);
+        store_similarities<Math>(product, super, row0, col0, plain, norms, flags, sim);
+        if (super.cache) {
+            using Own = Share<Acc, kTile, kTile, kThreads>;
+            using Some = Vector<Acc, Own::kElements>;
+            const Acc* from = sim + Own::row() * kSimPitch + Own::col();
+            Acc* to = cached() + Own::row() * kTile + Own::col();
+#pragma unroll
+            for (int c = 0; c < Own::kChunks; ++c) {
+                *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
+                    *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
             }
         }
-        block_sync();
+        return tile;
     }
-    if (super.cache) {
-        using Own = Share<Acc, kTile, kTile, kThreads>;
-        using Some = Vector<Acc, Own::kElements>;
-        const Acc* from = sim + Own::row() * kSimPitch + Own::col();
-        Acc* to = cached() + Own::row() * kTile + Own::col();
-#pragma unroll
-        for (int c = 0; c < Own::kChunks; ++c) {
-            *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
-                *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
-        }
-    }
+    WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached()).start(sim, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    block_sync();
     return tile;
 }
 

@@ -75,29 +75,47 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, true);
     const Meeting<Grid> meeting = {Grid::scratch(2)};
 
-    int col_ids[Grid::kCols];
-    Extremes<Acc> of_cols[Grid::kCols];
+    const ColumnIds<Grid> col_ids;
+    Acc min_pos[Grid::kCols], max_neg[Grid::kCols];  // of the columns
 #pragma unroll
-    for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
+    for (int j = 0; j < Grid::kCols; ++j) {
+        min_pos[j] = infinity<Acc>();
+        max_neg[j] = -infinity<Acc>();
+    }
+    bool any_positive = false;  // of the warp
 #pragma unroll 1
     for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
         const int id = Grid::ids()[Grid::row(i)];
-        const auto sims = Grid::sims(i);
+        const auto sims = Grid::sims(i);  // NaN where there is no pair, which std::fmin and fmax pass over
         Extremes<Acc> of_row;
+        if (col_ids.any_positive(id)) {  // rare: positives among a warp's 8 x 32 pairs
+            any_positive = true;
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
-            const bool positive = id == col_ids[j];
-            of_row.add(positive, sims.s[j]);
-            of_cols[j].add(positive, sims.s[j]);
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const bool positive = col_ids.positive(j, id);
+                const Acc pos = positive ? sims.s[j] : infinity<Acc>();
+                const Acc neg = positive ? -infinity<Acc>() : sims.s[j];
+                of_row.merge({pos, neg});
+                min_pos[j] = std::fmin(min_pos[j], pos);
+                max_neg[j] = std::fmax(max_neg[j], neg);
+            }
+            of_row.min_pos = over_row<Grid>(of_row.min_pos, Least{});
+        } else {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                of_row.max_neg = std::fmax(of_row.max_neg, sims.s[j]);
+                max_neg[j] = std::fmax(max_neg[j], sims.s[j]);
+            }
         }
-        meeting.put_row(0, i, over_row<Grid>(of_row.min_pos, Least{}));
+        meeting.put_row(0, i, of_row.min_pos);
         meeting.put_row(1, i, over_row<Grid>(of_row.max_neg, Greatest{}));
     }
-#pragma unroll
-    for (int j = 0; j < Grid::kCols; ++j) {
-        meeting.put_col(0, j, over_col<Grid>(of_cols[j].min_pos, Least{}));
-        meeting.put_col(1, j, over_col<Grid>(of_cols[j].max_neg, Greatest{}));
+    if (!any_positive) {
+        meeting.put_every_col(0, infinity<Acc>());
+    } else {
+        meeting.put_cols(0, min_pos, Least{});
     }
+    meeting.put_cols(1, max_neg, Greatest{});
     block_sync();
 
     const int line = int(threadIdx.x);
@@ -112,10 +130,10 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     }
     if (!tile_extremes) return;
     Acc* of_warps = Grid::line_numbers();
-    const Acc min_pos = warp_min(found.min_pos), max_neg = warp_max(found.max_neg);
+    const Acc least = warp_min(found.min_pos), greatest = warp_max(found.max_neg);
     if (lane_id() == 0) {
-        of_warps[warp_id()] = min_pos;
-        of_warps[kWarpSize + warp_id()] = max_neg;
+        of_warps[warp_id()] = least;
+        of_warps[kWarpSize + warp_id()] = greatest;
     }
     block_sync();
     if (threadIdx.x != 0) return;
@@ -220,47 +238,40 @@ struct LineSums {
     }
 };
 
-// What a pair adds to its lines.
+// What a tile's pairs add to their lines.
 template <typename Law, Stage kStage, typename Acc>
-struct PairTerm {
+struct PairTerms {
     using Which = Summed<Law, kStage>;
+    using Sums = LineSums<Law, kStage, Acc>;
     const Law& law;
     Acc top_neg, top_pos;  // what exponentials are relative to
     Acc zero_counts;       // what a summand that is 0 counts
-    bool positive;
-    Acc s, neg = 0, pos = 0;  // of both lines
 
-    DML_DEVICE PairTerm(const Law& law, Acc top_neg, Acc top_pos, Acc zero_counts, bool positive, Acc s)
-        : law(law), top_neg(top_neg), top_pos(top_pos), zero_counts(zero_counts), positive(positive), s(s) {
-        if constexpr (Which::kNegExp && Which::kPosExp && !Law::kPosInNeg) {
-            const Acc z = positive ? law.pos_term(s, Acc(0)) - top_pos : law.neg_term(s) - top_neg;
-            neg = pos = at_least(quick_exp(z));
-        } else {
-            if constexpr (Which::kNegExp) neg = at_least(quick_exp(law.neg_term(s) - top_neg));
-            if constexpr (Which::kPosExp) pos = at_least(quick_exp(law.pos_term(s, Acc(0)) - top_pos));
-            if constexpr (Which::kNegCount) neg = law.neg_term(s);
-            if constexpr (Which::kPosCount && !Law::kContext) pos = law.pos_term(s, Acc(0));
-        }
-    }
     static DML_DEVICE Acc at_least(Acc e) { return e > kLeastExp<Acc> ? e : kLeastExp<Acc>; }
     DML_DEVICE Acc counted(Acc term) const { return term != Acc(0) ? Acc(1) : zero_counts; }
 
-    DML_DEVICE void add_to(LineSums<Law, kStage, Acc>& line, Acc below, Acc above, Acc context) const {
-        const bool keep_pos = positive && s < below, keep_neg = !positive && s > above;
-        if constexpr (Which::kNegs) {
-            if (keep_neg || (Law::kPosInNeg && keep_pos)) {
-                line.neg += neg;
-                if constexpr (Which::kNegCount) line.neg_count += counted(neg);
-            }
-        }
-        if constexpr (Which::kPoss) {
-            if (keep_pos) {
-                const Acc term = Law::kContext ? law.pos_term(s, context) : pos;
-                line.pos += term;
-                if constexpr (Which::kPosCount) line.pos_count += counted(term);
-                if constexpr (Which::kContext) line.context += law.pos_context(s, context);
-            }
-        }
+    DML_DEVICE Acc neg_term(Acc s) const {
+        if constexpr (Which::kNegExp) return at_least(quick_exp(law.neg_term(s) - top_neg));
+        return law.neg_term(s);
+    }
+    DML_DEVICE Acc pos_term(Acc s) const {
+        if constexpr (Which::kPosExp) return at_least(quick_exp(law.pos_term(s, Acc(0)) - top_pos));
+        return Law::kContext ? Acc(0) : law.pos_term(s, Acc(0));
+    }
+    // As a member of the negatives' fold; term as neg_term says.
+    DML_DEVICE void add_negative(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc above) const {
+        const bool keep = Law::kPosInNeg ? (positive ? s < below : s > above) : !positive && s > above;
+        if (!keep) return;
+        line.neg += term;
+        if constexpr (Which::kNegCount) line.neg_count += counted(term);
+    }
+    // As one of the positives; term as pos_term says.
+    DML_DEVICE void add_positive(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc context) const {
+        if (!(positive && s < below)) return;
+        if constexpr (Law::kContext) term = law.pos_term(s, context);
+        line.pos += term;
+        if constexpr (Which::kPosCount) line.pos_count += counted(term);
+        if constexpr (Which::kContext) line.context += law.pos_context(s, context);
     }
 };
 
@@ -311,16 +322,23 @@ DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
 // The largest of every thread's numbers.
 template <typename Math, typename Acc>
 DML_DEVICE Acc block_max(Acc x, Acc* shared) {
+    constexpr int kWarps = TileTraits<Math>::kThreads / kWarpSize, kAtOnce = 16 / int(sizeof(Acc));
     x = warp_max(x);
     if (lane_id() == 0) shared[warp_id()] = x;
     block_sync();
-    for (int w = 0; w < TileTraits<Math>::kThreads / kWarpSize; ++w) x = shared[w] > x ? shared[w] : x;
+    const auto* some = reinterpret_cast<const Vector<Acc, kAtOnce>*>(shared);  // aligned to 16 bytes
+#pragma unroll
+    for (int w = 0; w < kWarps / kAtOnce; ++w) {
+        const auto y = some[w];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) x = std::fmax(x, y.value[e]);
+    }
     return x;
 }
 
-// Gathers a tile for its rows and, with BothSides, its columns. Returns whether this thread's line found a
+// Gathers a tile for its rows and, where square, its columns. Returns whether this thread's line found a
 // derivative that can be not 0.
-template <typename Math, Stage kStage, bool BothSides, typename Law, typename T, typename Acc>
+template <typename Math, Stage kStage, typename Law, typename T, typename Acc>
 DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, int64_t ti,
                             int64_t tj, const Law& law, const RowStats<Acc>& stats,
                             const Partials<Acc>& partials, bool count_zeros) {
@@ -329,20 +347,18 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     using Sums = LineSums<Law, kStage, Acc>;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
     const int line = int(threadIdx.x);
-    const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
+    const int lines = super.square ? kLines : kTile;
 
     // Of each line: bounds and context.
     Acc* numbers = Grid::line_numbers();
     if (line < kLines) {
         const int64_t i = line_of_thread<Math>(super, ti, tj);
-        const bool used = i >= 0 && (BothSides || line < kTile);
+        const bool used = i >= 0 && line < lines;
         numbers[line] = used ? stats.pos_below[i] : Bounds<Acc>::none().pos_below;
         numbers[kLines + line] = used ? stats.neg_above[i] : Bounds<Acc>::none().neg_above;
         if constexpr (Which::kContext) numbers[2 * kLines + line] = used ? stats.neg[i] : Acc(0);
     }
-    int col_ids[Grid::kCols];
-#pragma unroll
-    for (int j = 0; j < Grid::kCols; ++j) col_ids[j] = Grid::ids()[kTile + Grid::col(j)];
+    const ColumnIds<Grid> col_ids;
 
     // The largest terms, which are those of the least or the greatest similarity.
     Acc top_neg = 0, top_pos = 0;
@@ -353,22 +369,26 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
             least[k] = infinity<Acc>();
             greatest[k] = -infinity<Acc>();
         }
+        const auto add = [&](int kind, Acc s) {
+            least[kind] = std::fmin(least[kind], s);
+            greatest[kind] = std::fmax(greatest[kind], s);
+        };
 #pragma unroll 1
         for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
             const int id = Grid::ids()[Grid::row(i)];
             const auto sims = Grid::sims(i);
+            if (kKinds == 2 && col_ids.any_positive(id)) {  // rare: positives among a warp's 8 x 32 pairs
 #pragma unroll
-            for (int j = 0; j < Grid::kCols; ++j) {
-                const Acc s = sims.s[j];
-                const bool positive = id == col_ids[j];
-                if (kKinds == 1 || !positive) {
-                    least[0] = std::fmin(least[0], s);
-                    greatest[0] = std::fmax(greatest[0], s);
+                for (int j = 0; j < Grid::kCols; ++j) {
+                    if (col_ids.positive(j, id)) {
+                        add(kKinds - 1, sims.s[j]);
+                    } else {
+                        add(0, sims.s[j]);
+                    }
                 }
-                if (kKinds == 2 && positive) {
-                    least[kKinds - 1] = std::fmin(least[kKinds - 1], s);
-                    greatest[kKinds - 1] = std::fmax(greatest[kKinds - 1], s);
-                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < Grid::kCols; ++j) add(0, sims.s[j]);
             }
         }
         const auto top = [&](int kind, Acc* shared, const auto& term) {
@@ -383,44 +403,78 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     }
     block_sync();
 
-    Acc col_below[Grid::kCols], col_above[Grid::kCols], col_context[Grid::kCols];
-    Sums of_cols[Grid::kCols];
-    if constexpr (BothSides) {
-#pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
-            const int at = kTile + Grid::col(j);
-            col_below[j] = numbers[at];
-            col_above[j] = numbers[kLines + at];
-            col_context[j] = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
-        }
-    }
     const Meeting<Grid> meeting = {Grid::scratch(Which::kCount)};
+    const PairTerms<Law, kStage, Acc> terms = {law, top_neg, top_pos,
+                                               count_zeros ? Acc(1) : kZeroCounts<Acc>};
+    const auto gather = [&](auto both) {
+        constexpr bool kBoth = decltype(both)::value;
+        // Registers hold what negatives need; a rare positive reads the rest where it lies.
+        const auto of_col = [&](int number, int j) {
+            return numbers[number * kLines + kTile + Grid::col(j)];
+        };
+        Acc col_below[Grid::kCols], col_above[Grid::kCols];
+        Sums of_cols[Grid::kCols];
+        if constexpr (kBoth && Which::kNegs) {
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                if constexpr (Law::kPosInNeg) col_below[j] = of_col(0, j);
+                col_above[j] = of_col(1, j);
+            }
+        }
 #pragma unroll 1
-    for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
-        const int at = Grid::row(i), id = Grid::ids()[at];
-        const Acc below = numbers[at], above = numbers[kLines + at];
-        const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
-        const auto sims = Grid::sims(i);
-        Sums of_row;
+        for (int i = 0; i < Grid::kRows; ++i) {  // times: 8
+            const int at = Grid::row(i), id = Grid::ids()[at];
+            const Acc below = numbers[at], above = numbers[kLines + at];
+            const Acc context = Which::kContext ? numbers[2 * kLines + at] : Acc(0);
+            const auto sims = Grid::sims(i);
+            Sums of_row;
+            if constexpr (Which::kNegs) {
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
-            const PairTerm<Law, kStage, Acc> term(law, top_neg, top_pos, zero_counts, id == col_ids[j],
-                                                  sims.s[j]);
-            term.add_to(of_row, below, above, context);
-            if constexpr (BothSides) term.add_to(of_cols[j], col_below[j], col_above[j], col_context[j]);
-        }
-        of_row.each([&](int quantity, Acc x) { meeting.put_row(quantity, i, over_row<Grid>(x, Plus{})); });
-    }
-    if constexpr (BothSides) {
+                for (int j = 0; j < Grid::kCols; ++j) {
+                    const bool positive = col_ids.positive(j, id);
+                    const Acc s = sims.s[j], term = terms.neg_term(s);
+                    terms.add_negative(of_row, positive, s, term, below, above);
+                    if constexpr (kBoth)
+                        terms.add_negative(of_cols[j], positive, s, term, col_below[j], col_above[j]);
+                }
+            }
+            if (Which::kPoss && col_ids.any_positive(id)) {  // rare: positives among a warp's 8 x 32 pairs
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {
-            of_cols[j].each(
-                [&](int quantity, Acc x) { meeting.put_col(quantity, j, over_col<Grid>(x, Plus{})); });
+                for (int j = 0; j < Grid::kCols; ++j) {
+                    const bool positive = col_ids.positive(j, id);
+                    const Acc s = sims.s[j], term = terms.pos_term(s);
+                    terms.add_positive(of_row, positive, s, term, below, context);
+                    if constexpr (kBoth) {
+                        terms.add_positive(of_cols[j], positive, s, term, of_col(0, j),
+                                           Which::kContext ? of_col(2, j) : Acc(0));
+                    }
+                }
+            }
+            of_row.each(
+                [&](int quantity, Acc x) { meeting.put_row(quantity, i, over_row<Grid>(x, Plus{})); });
         }
+        if constexpr (kBoth) {
+#pragma unroll
+            for (int quantity = 0; quantity < Which::kCount; ++quantity) {
+                Acc of_quantity[Grid::kCols];
+#pragma unroll
+                for (int j = 0; j < Grid::kCols; ++j) {
+                    of_cols[j].each([&](int which, Acc x) {
+                        if (which == quantity) of_quantity[j] = x;
+                    });
+                }
+                meeting.put_cols(quantity, of_quantity, Plus{});
+            }
+        }
+    };
+    if (super.square) {
+        gather(std::true_type{});
+    } else {
+        gather(std::false_type{});
     }
     block_sync();
 
-    if (line >= (BothSides ? kLines : kTile)) return false;
+    if (line >= lines) return false;
     Sums sums;
     sums.each([&](int quantity, Acc& x) { x = meeting.get(quantity, line, Plus{}); });
     Acc q[kQuantities];
@@ -467,23 +521,16 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     bool any = false;
     any_law.visit([&](const auto& law) {
         using Law = std::decay_t<decltype(law)>;
-        const auto gather = [&](auto stage, auto both) {
-            any = gather_tile<Math, decltype(stage)::value, decltype(both)::value>(
-                super, tile, ti, tj, law, stats, partials, count_zeros);
-        };
-        const auto sides = [&](auto stage) {
-            if (super.square) {
-                gather(stage, std::true_type{});
-            } else {
-                gather(stage, std::false_type{});
-            }
+        const auto gather = [&](auto stage) {
+            any = gather_tile<Math, decltype(stage)::value>(super, tile, ti, tj, law, stats, partials,
+                                                            count_zeros);
         };
         if constexpr (!Law::kContext) {
-            sides(std::integral_constant<Stage, Stage::kBoth>{});
+            gather(std::integral_constant<Stage, Stage::kBoth>{});
         } else if (!second) {
-            sides(std::integral_constant<Stage, Stage::kNegatives>{});
+            gather(std::integral_constant<Stage, Stage::kNegatives>{});
         } else {
-            sides(std::integral_constant<Stage, Stage::kPositives>{});
+            gather(std::integral_constant<Stage, Stage::kPositives>{});
         }
     });
     if (!kept) return;
@@ -494,42 +541,59 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 // ---- folds --------------------------------------------------------------------------------------------
 
 inline constexpr int kFoldThreads = 64;
-inline constexpr int kFoldBatch = 4;  // slots that are loaded before the first of them is merged
+inline constexpr int kFoldBatch = 8;  // slots that are loaded before the first of them is merged
 
 // The partial results of a fold's thread: thread `line` of side 0 is a row of the super-tile, of side 1 (only
-// off the diagonal, where both sides are the same points) a column. Calls f(numbers) for each slot, in order;
-// numbers are `none` where the tile's kept flag lacks the bit.
+// off the diagonal, where both sides are the same points) a column. Calls f(numbers [Count, kFoldBatch]) for
+// some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the bit. All threads of
+// a warp have one tile of their own, so that they look at the flags of 32 slots together, and no number waits
+// for another.
 template <int Tile, int Count, typename T, typename Acc, typename F>
 DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& partials, int side, int line,
                           const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
+    static_assert(Tile % kWarpSize == 0 && kWarpSize % kFoldBatch == 0, "as the threads share");
     const int own = line / Tile;
-    const int of_rows = side == 0 ? super.col_tiles : 0;
-    const int slots = of_rows + (side == 1 || super.diagonal() ? super.row_tiles : 0);
 #pragma unroll 1
-    for (int first = 0; first < slots; first += kFoldBatch) {
-        Acc q[kFoldBatch][Count];
-#pragma unroll
-        for (int b = 0; b < kFoldBatch; ++b) {
-            const bool as_row = first + b < of_rows;
-            const int slot = as_row ? first + b : first + b - of_rows;
+    for (int part = side; part < (super.diagonal() ? 2 : side + 1); ++part) {  // times: 2
+        const bool as_row = part == 0;
+        const int slots = as_row ? super.col_tiles : super.row_tiles;
+        const int lines = (as_row ? super.row_tiles : super.col_tiles) * Tile;
+        const Acc* numbers = &partials.template at<Tile>(super, part, 0, 0, line);
+#pragma unroll 1
+        for (int first = 0; first < slots; first += kWarpSize) {  // times: 1
+            const int slot = first + lane_id();
             const int64_t ti = super.row_tile + (as_row ? own : slot),
                           tj = super.col_tile + (as_row ? slot : own);
-            const bool there = first + b < slots && super.has(ti, tj) &&
-                               (!kept || (kept[super.tile_index(ti, tj)] & bit) != 0);
+            const uint32_t there = warp_ballot(slot < slots && super.has(ti, tj) &&
+                                               (!kept || (kept[super.tile_index(ti, tj)] & bit) != 0));
+            const int here = slots - first < kWarpSize ? slots - first : kWarpSize;
+#pragma unroll 1
+            for (int batch = 0; batch < here; batch += kFoldBatch) {  // times: 4
+                Acc q[Count][kFoldBatch];
 #pragma unroll
-            for (int k = 0; k < Count; ++k) {
-                q[b][k] = there ? partials.template at<Tile>(super, as_row ? 0 : 1, slot, k, line) : none[k];
+                for (int b = 0; b < kFoldBatch; ++b) {
+#pragma unroll
+                    for (int k = 0; k < Count; ++k) {
+                        q[k][b] = none[k];
+                        if (there >> (batch + b) & 1u) q[k][b] = numbers[(b * kQuantities + k) * lines];
+                    }
+                }
+                numbers += kFoldBatch * kQuantities * int64_t(lines);
+                f(q);
             }
         }
-#pragma unroll
-        for (int b = 0; b < kFoldBatch; ++b) f(q[b]);
     }
 }
 
-// The row of a fold's thread, or -1.
+// Whether the super-tile has the line of a fold's thread: so has it those of the whole block, or none.
+template <int Tile, typename T, typename Acc>
+DML_DEVICE bool has_line(const SuperTile<T, Acc>& super, int side, int line) {
+    static_assert(Tile % kFoldThreads == 0, "whole blocks");
+    return line < (side == 0 ? super.row_tiles : super.col_tiles) * Tile;
+}
+// The row of a fold's thread, or -1 past the last one. Such a thread merges what is there, with its warp.
 template <int Tile, typename T, typename Acc>
 DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) {
-    if (line >= (side == 0 ? super.row_tiles : super.col_tiles) * Tile) return -1;
     const int64_t i = (side == 0 ? super.row_tile : super.col_tile) * Tile + line;
     return i < (side == 0 ? super.rows : super.cols).points.rows ? i : -1;
 }
@@ -548,14 +612,18 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
                   Turn turn, Acc epsilon) {
     const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
+    if (!has_line<Tile>(super, side, line)) return;
     const int64_t i = fold_row<Tile>(super, side, line);
-    if (i < 0) return;
     const RunningRow<Acc> row{stats, i};
     Extremes<Acc> found;
-    if (!turn.first(side)) found = {row.min_pos(), row.max_neg()};
+    if (i >= 0 && !turn.first(side)) found = {row.min_pos(), row.max_neg()};
     const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
     for_slots<Tile>(super, partials, side, line, nullptr, kHasPartials, none,
-                    [&](const Acc(&q)[2]) { found.merge({q[0], q[1]}); });
+                    [&](const Acc(&q)[2][kFoldBatch]) {
+#pragma unroll
+                        for (int b = 0; b < kFoldBatch; ++b) found.merge({q[0][b], q[1][b]});
+                    });
+    if (i < 0) return;
     if (turn.rows_last && side == 0) {
         const Bounds<Acc> bounds = found.mined(epsilon);
         stats.flags[i] = found.has_both() ? kEligible : uint8_t(0);
@@ -575,16 +643,14 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side
     const RunningRow<Acc> row{stats, i};
     const bool first = turn.first(side);
     Gathering<Law, Acc> g;
-    if (!first) {
-        g = row.template load<Law>();
-    } else if constexpr (kStage == Stage::kPositives) {
-        g.neg = {stats.neg[i], Acc(0)};
-    }
+    if (i >= 0 && !first) g = row.template load<Law>();
+    if (kStage == Stage::kPositives && i >= 0 && first) g.neg = {stats.neg[i], Acc(0)};
     Acc none[kQuantities];
     no_quantities<Law, kStage>(none);
     if (kStage == Stage::kPositives) none[1] = Acc(0);
     for_slots<Tile>(super, partials, side, line, kept, kHasPartials, none,
-                    [&](const Acc(&q)[kQuantities]) { g.template merge<kStage>(q); });
+                    [&](const Acc(&q)[kQuantities][kFoldBatch]) { g.template merge<kStage>(q); });
+    if (i < 0) return {};
     if (!(turn.rows_last && side == 0)) {
         row.store(g);
         return {};
@@ -606,13 +672,13 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
               bool mining, Results<Acc> results) {
     const auto super = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
+    if (!has_line<Tile>(super, side, line)) return;
     const int64_t i = fold_row<Tile>(super, side, line);
     RowResult<Acc> result;
     bool finished = turn.rows_last && side == 0;
     any_law.visit([&](const auto& law) {
         using Law = std::decay_t<decltype(law)>;
         const auto fold = [&](auto stage) {
-            if (i < 0) return;
             result = fold_row_sums<Tile, decltype(stage)::value>(super, side, line, i, law, stats, partials,
                                                                  kept, turn, mining, results);
         };

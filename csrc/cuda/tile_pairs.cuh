@@ -148,17 +148,30 @@ DML_DEVICE LoadedTile<Math> load_pairs(const SuperTile<T, Acc>& super, int64_t t
     return tile;
 }
 
-// Merges what threads hold of rows over the lanes of a row, and of columns over those of a column.
+// The labels' numbers of a thread's columns. Most rows of most tiles hold no positive, of which the threads
+// of a warp, who look at 8 rows and 32 columns at a time, convince themselves together.
+template <typename Grid>
+struct ColumnIds {
+    int ids[Grid::kCols];
+
+    DML_DEVICE ColumnIds() {
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) ids[j] = Grid::ids()[Grid::kTile + Grid::col(j)];
+    }
+    DML_DEVICE bool positive(int j, int row_id) const { return ids[j] == row_id; }
+    DML_DEVICE bool any_positive(int row_id) const {
+        bool any = false;
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) any = any || positive(j, row_id);
+        return warp_any(any);
+    }
+};
+
+// Merges what threads hold of a row over the lanes of that row.
 template <typename Grid, typename T, typename Merge>
 DML_DEVICE T over_row(T x, const Merge& merge) {
 #pragma unroll
     for (int m = 1; m < Grid::kLaneCols; m *= 2) x = merge(x, shfl_xor(x, m));
-    return x;
-}
-template <typename Grid, typename T, typename Merge>
-DML_DEVICE T over_col(T x, const Merge& merge) {
-#pragma unroll
-    for (int m = Grid::kLaneCols; m < kWarpSize; m *= 2) x = merge(x, shfl_xor(x, m));
     return x;
 }
 
@@ -172,10 +185,36 @@ struct Meeting {
         const int part = warp_id() % Grid::kWarpCols;
         data[quantity * Grid::kScratchLine + part * Grid::kTile + Grid::row(i)] = x;
     }
-    DML_DEVICE void put_col(int quantity, int j, Acc x) const {
-        if (lane_id() / Grid::kLaneCols != 0) return;
+    // x: of each of the thread's columns. Lanes that share these halve, with each merger, the columns that
+    // they go on with, until there are no more than lanes; the order of the merging is the same for all.
+    template <typename Merge>
+    DML_DEVICE void put_cols(int quantity, const Acc (&x)[Grid::kCols], const Merge& merge) const {
+        constexpr int kRounds = Grid::kCols == 8 ? 3 : 2;
+        static_assert(Grid::kCols == 1 << kRounds && Grid::kLaneRows == 8, "as the lanes share columns");
+        Acc rest[Grid::kCols];
+#pragma unroll
+        for (int j = 0; j < Grid::kCols; ++j) rest[j] = x[j];
+        int first = 0, mask = Grid::kLaneCols;
+#pragma unroll
+        for (int n = Grid::kCols / 2; n >= 1; n /= 2, mask *= 2) {
+            const bool upper = (lane_id() & mask) != 0;
+#pragma unroll
+            for (int j = 0; j < n; ++j) {
+                const Acc give = upper ? rest[j] : rest[n + j], keep = upper ? rest[n + j] : rest[j];
+                rest[j] = merge(keep, shfl_xor(give, mask));
+            }
+            first += upper ? n : 0;
+        }
+        for (; mask < kWarpSize; mask *= 2) rest[0] = merge(rest[0], shfl_xor(rest[0], mask));
+        if (lane_id() >> (2 + kRounds) == 0) at_col(quantity, first) = rest[0];
+    }
+    // The same number for each of them.
+    DML_DEVICE void put_every_col(int quantity, Acc x) const {
+        at_col(quantity, lane_id() / Grid::kLaneCols % Grid::kCols) = x;
+    }
+    DML_DEVICE Acc& at_col(int quantity, int j) const {
         const int part = Grid::kWarpCols + warp_id() / Grid::kWarpCols;
-        data[quantity * Grid::kScratchLine + part * Grid::kTile + Grid::col(j)] = x;
+        return data[quantity * Grid::kScratchLine + part * Grid::kTile + Grid::col(j)];
     }
     // After a barrier: line is a row, or kTile + a column.
     template <typename Merge>
