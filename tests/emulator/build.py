@@ -3,6 +3,7 @@
 Objects and programs are cached under build/emulator by the hash of everything that goes in.
 """
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -82,11 +83,15 @@ def cached(inputs, command, suffix):
     for path in inputs:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = CACHE / (inputs[0].stem + "-" + digest.hexdigest()[:20] + suffix)
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f"{target.name}.{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        os.replace(fresh, target)  # whole or not at all, also when two runs build at once
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait for it
+        if not target.exists():
+            fresh = target.with_name(f"{target.name}.{os.getpid()}")
+            done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            os.replace(fresh, target)  # whole or not at all, whatever interrupts
     return target
