@@ -120,6 +120,8 @@ def openmp_flags() -> list[str]:
     if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return []
     compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        return []  # which the builder complains of
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     if "Free Software Foundation" in version:
         return ["-fopenmp"]

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 # Stands for a torch built with CUDA, as far as setup.py asks before it compiles anything.
 CUDA_TORCH = {
-    "torch/__init__.py": "__version__ = '2.99.0'\nfrom . import version, cuda",
+    "torch/__init__.py": "__version__ = '2.99.0'\nfrom . import __config__, version, cuda",
+    "torch/__config__.py": "def parallel_info(): return 'ATen parallel backend: OpenMP'",
     "torch/version.py": "cuda = '13.0'",
     "torch/cuda.py": "def is_available(): return False",
     "torch/utils/__init__.py": "",

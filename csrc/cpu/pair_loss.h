@@ -802,6 +802,7 @@ class BackwardPass {
     // where it ends.
     std::vector<Piece> cut(const Owners& owners) const {
         constexpr int64_t kDims = 64, kLines = 32, kPiecesPerThread = 4;
+        if (width_ == 0) return {};  // points without dimensions
         std::vector<int64_t> work(owners.size(), 0);
         int64_t all = 0;
         for (int64_t k = 0; k < owners.size(); ++k) {
