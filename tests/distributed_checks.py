@@ -490,7 +490,9 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
         torch.manual_seed(7)
         value = one(leaf, labels, None if miner is None else miner(leaf, labels))
         value.backward(torch.ones_like(value))
-        peer = [value.detach(), leaf.grad, *(p.grad / (size if each else 1) for p in one.parameters())]
+        # Where there is no row there may be no gradient.
+        by_beta = [torch.zeros_like(p) if p.grad is None else p.grad for p in one.parameters()]
+        peer = [value.detach(), leaf.grad, *(grad / (size if each else 1) for grad in by_beta)]
         peer[1] = share(peer[1], rows) * (1 if each else size)
         if each:
             peer[0] = share(peer[0], rows)
