@@ -12,6 +12,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "block_ops.h"
 #include "cuda/blocks.h"
 #include "cuda_inputs.h"
 
@@ -40,25 +41,16 @@ Precision check_state(const Tensor& state, int64_t rows, at::ScalarType type, c1
     return static_cast<Precision>(mark);
 }
 
-void check_pair_counts(const Tensor& pairs) {
-    TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
-                      "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());
-}
-
 // A task of rows without their points.
 struct RowTask {
     Task task;
-    const BlockEntryPoints* engine = &kBlockEntryPoints;
+    const BlockEntryPoints* engine;
 
     RowTask(c10::string_view law, at::ArrayRef<double> params, bool mining, double epsilon, bool wide,
             int64_t rows) {
         Problem& p = task.problem;
         p.law = find_law(law, params).id;
-        if (const LoadedLaw* own = loaded_law(p.law)) {
-            TORCH_CHECK(own->cuda, "law: ", law, " was loaded without CUDA kernels");
-            engine = own->cuda->blocks;
-            p.law = {};
-        }
+        engine = engine_of(p, law)->blocks;
         std::copy(params.begin(), params.end(), p.params);
         p.mining = {mining, epsilon};
         p.scalar = wide ? Scalar::kFloat64 : Scalar::kFloat32;
@@ -90,25 +82,17 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
 }
 
 // A block's points as the engine sees them.
-struct BlockInputs {
-    const OptionalTensor block, block_labels, self_ref, none;
-    const Call call;
+struct BlockInputs : BlockCall {
     const Inputs in;
     const BlockEntryPoints& engine;
     const at::ScalarType type;
 
-    BlockInputs(const Tensor& embeddings, const Tensor& labels, const Tensor& block_,
-                const Tensor& block_labels_, const OptionalTensor& self_ref_, std::string_view law,
-                at::ArrayRef<double> params, std::optional<double> epsilon, std::string_view similarity,
-                std::string_view reduction)
-        : block(block_),
-          block_labels(block_labels_),
-          self_ref(self_ref_),
-          call{embeddings, labels,  block,      block_labels, self_ref, none, law,
-               params,     epsilon, similarity, reduction,    false,    true, true},
-          in(checked(call)),
+    template <typename... Arguments>
+    explicit BlockInputs(const Arguments&... arguments)
+        : BlockCall(arguments...),
+          in(call),
           engine(*in.engine->blocks),
-          type(embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
+          type(call.embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
 
     // The task, multiplied as a state says.
     Task task(Precision precision) const {
@@ -117,12 +101,6 @@ struct BlockInputs {
         return of;
     }
     bool empty() const { return in.task.problem.queries.count == 0 || in.task.problem.refs.count == 0; }
-
-   private:
-    static const Call& checked(const Call& call) {
-        check_inputs(call);
-        return call;
-    }
 };
 
 // found: what the stages before have found in this block, or none. As a stage returns it: "hardest" the

@@ -46,23 +46,28 @@ inline Tensor with_dense_rows(const Tensor& x) {
     return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
+// The engine of a problem's law; of one that was loaded, the only one that its engine knows.
+inline const EntryPoints* engine_of(Problem& p, std::string_view law) {
+    const LoadedLaw* own = loaded_law(p.law);
+    if (!own) return &kEntryPoints;
+    TORCH_CHECK(own->cuda, "law: ", law, " was loaded without CUDA kernels");
+    p.law = {};
+    return own->cuda;
+}
+
 // The task, and the tensors that its pointers lead to.
 struct Inputs {
     Tensor points, labels;
     OptionalTensor ref_points, ref_labels, self_ref, ref_count;
     Task task;
-    const EntryPoints* engine = &kEntryPoints;
+    const EntryPoints* engine;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
     explicit Inputs(const Call& c)
         : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
         task.problem = describe(c);
         Problem& p = task.problem;
-        if (const LoadedLaw* own = loaded_law(p.law)) {
-            TORCH_CHECK(own->cuda, "law: ", c.law, " was loaded without CUDA kernels");
-            engine = own->cuda;
-            p.law = {};  // the only one that its engine knows
-        }
+        engine = engine_of(p, c.law);
         p.queries = view(points, labels);
         p.refs = p.queries;
         if (c.ref_emb) {

@@ -14,6 +14,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "../block_ops.h"
 #include "pair_loss.h"
 
 namespace dml::cpu {
@@ -97,24 +98,6 @@ struct Block {
     }
 };
 
-// The arguments that all of these ops have of a Call.
-struct BlockCall {
-    OptionalTensor block, block_labels, self_ref, none;
-    Call call;
-
-    BlockCall(const Tensor& embeddings, const Tensor& labels, const Tensor& block_,
-              const Tensor& block_labels_, const OptionalTensor& self_ref_, std::string_view law,
-              at::ArrayRef<double> params, std::optional<double> epsilon, std::string_view similarity,
-              std::string_view reduction)
-        : block(block_),
-          block_labels(block_labels_),
-          self_ref(self_ref_),
-          call{embeddings, labels,  block,      block_labels, self_ref, none, law,
-               params,     epsilon, similarity, reduction,    false,    true, true} {
-        check_inputs(call);
-    }
-};
-
 void check_state(const Tensor& state, int64_t numbers, int64_t n, at::ScalarType type, const char* name) {
     TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == numbers && state.size(1) == n &&
                           state.scalar_type() == type && state.device().is_cpu(),
@@ -130,11 +113,6 @@ at::ScalarType compute_type(const Tensor& embeddings) {
 template <typename Run>
 auto in_compute_type(at::ScalarType type, const Run& run) {
     return type == at::kDouble ? run(double()) : run(float());
-}
-
-void check_pair_counts(const Tensor& pairs) {
-    TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
-                      "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());
 }
 
 void check_stage(c10::string_view stage, std::optional<double> epsilon) {

@@ -1,9 +1,9 @@
 // The entry points on blocks of columns, built for the host with the emulator, behind a C interface for
 // ctypes.
 #include <cstring>
-#include <exception>
 
 #include "blocks.h"
+#include "guarded.h"
 #include "machine.h"
 
 using namespace dml;
@@ -45,19 +45,6 @@ Task task_of(const Arguments& a) {
     if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
     if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
     return task;
-}
-
-// 0, or 1 with the message in `error`.
-template <typename F>
-int guarded(char* error, int64_t capacity, const F& f) {
-    try {
-        f();
-        return 0;
-    } catch (const std::exception& e) {
-        std::strncpy(error, e.what(), size_t(capacity) - 1);
-        error[capacity - 1] = 0;
-        return 1;
-    }
 }
 
 }  // namespace

@@ -4,45 +4,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "blocks.cuh"
+#include "sanitized.h"
 
 using namespace dml;
 using namespace dml::cuda;
 
 namespace {
-
-// Not std::vector: the sanitizers see a block of exactly this size, uninitialised.
-struct Buffer {
-    explicit Buffer(int64_t bytes) : data(std::malloc(size_t(bytes)), std::free) {}
-    std::unique_ptr<void, decltype(&std::free)> data;
-    template <typename T>
-    T* as() const {
-        return static_cast<T*>(data.get());
-    }
-};
-
-template <typename T>
-struct Cloud {
-    Buffer points, labels;
-    Points view;
-
-    Cloud(int64_t count, int64_t dim, int64_t stride)
-        : points(count > 0 ? ((count - 1) * stride + dim) * int64_t(sizeof(T)) : 0),
-          labels(count * int64_t(sizeof(int64_t))) {
-        static unsigned state = 1;
-        for (int64_t i = 0; i < count; ++i) {
-            labels.as<int64_t>()[i] = i % 7;
-            for (int64_t d = 0; d < dim; ++d) {
-                state = state * 1664525u + 1013904223u;
-                points.as<T>()[i * stride + d] = T(float(state >> 8) / float(1 << 24) - 0.3f);
-            }
-        }
-        view = {points.data.get(), stride, labels.as<int64_t>(), count};
-    }
-};
 
 template <typename Math>
 void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int64_t stride, LawId law,
@@ -65,8 +35,7 @@ void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int
     p.scalar = scalar;
     p.law = law;
     p.similarity = similarity;
-    const double params[][3] = {{2, 50, 0.5}, {0.4, 80, 1}, {0.9, -3}, {2, 40, 0.5}, {0.1}, {0.1}};
-    std::copy_n(params[int(law)], 3, p.params);
+    std::copy_n(kParams[int(law)], 3, p.params);
     p.mining = {mining, 0.1};
     const auto on = [&](size_t k) {
         p.refs = blocks[k].view;
@@ -134,11 +103,8 @@ void run_all(Scalar scalar) {
 }  // namespace
 
 int main() {
-    try {
+    return watched([] {
         run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16);
         run_all<Tf32Math<float, true>>(Scalar::kFloat32);
-    } catch (const std::exception& e) {
-        std::fprintf(stderr, "%s\n", e.what());
-        return 1;
-    }
+    });
 }

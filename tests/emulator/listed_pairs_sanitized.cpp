@@ -1,13 +1,13 @@
 // Runs the kernels on listed pairs for the sanitizers to watch, with indices far out of range among the good
 // ones: each array is a heap block of exactly its size.
 #include <cmath>
-#include <cstdio>
-#include <exception>
 #include <stdexcept>
 #include <vector>
 
 #include "listed_pairs.cuh"
+#include "sanitized.h"
 
+using namespace dml;
 using namespace dml::cuda;
 
 namespace {
@@ -42,13 +42,10 @@ void run(int64_t n, int64_t m, int64_t dim) {
 }  // namespace
 
 int main() {
-    try {
+    return watched([] {
         run<float>(30, 20, 128);
         run<float>(30, 20, 133);
         run<double>(30, 20, 33);
         run<double>(30, 20, 64);
-    } catch (const std::exception& e) {
-        std::fprintf(stderr, "%s\n", e.what());
-        return 1;
-    }
+    });
 }

@@ -1,10 +1,10 @@
 // The entry points of csrc/cuda, built for the host with the emulator, behind a C interface for ctypes.
 // Addresses and sizes come from Python; the saved tensors and workspaces as well.
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 #include <string>
 
+#include "guarded.h"
 #include "listed_pairs.h"
 #include "machine.h"
 #include "pair_loss.h"
@@ -57,19 +57,6 @@ Task task_of(const Arguments& a) {
     if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
     if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
     return task;
-}
-
-// 0, or 1 with the message in `error`.
-template <typename F>
-int guarded(char* error, int64_t capacity, const F& f) {
-    try {
-        f();
-        return 0;
-    } catch (const std::exception& e) {
-        std::strncpy(error, e.what(), size_t(capacity) - 1);
-        error[capacity - 1] = 0;
-        return 1;
-    }
 }
 
 // Calls f with a null pointer of the type.

@@ -1,10 +1,10 @@
 // The entry points on triplets, built for the host with the emulator, behind a C interface for ctypes.
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 #include <vector>
 
 #include "cuda/triplets.h"
+#include "guarded.h"
 #include "machine.h"
 
 using namespace dml;
@@ -42,18 +42,6 @@ TripletRules rules_of(const Arguments& a) {
                           a.seed};
     std::memcpy(rules.params, a.params, sizeof rules.params);
     return rules;
-}
-
-template <typename F>
-int guarded(char* error, int64_t capacity, const F& f) {
-    try {
-        f();
-        return 0;
-    } catch (const std::exception& e) {
-        std::strncpy(error, e.what(), size_t(capacity) - 1);
-        error[capacity - 1] = 0;
-        return 1;
-    }
 }
 
 // A workspace between what the kernels must leave alone.

@@ -1,11 +1,10 @@
 // Runs the kernels on triplets for the sanitizers to watch: each array is a heap block of exactly its size.
-#include <cstdio>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <vector>
 
 #include "cuda/triplets.h"
+#include "sanitized.h"
 
 using namespace dml;
 using namespace dml::cuda;
@@ -54,7 +53,7 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
 }  // namespace
 
 int main() {
-    try {
+    return watched([] {
         for (const TripletTerm term : {TripletTerm::kHinge, TripletTerm::kSoftplus, TripletTerm::kMargin}) {
             run<float>(13, 3, term, Selection::kAll);
             run<double>(70, 1, term, Selection::kAll);
@@ -65,9 +64,5 @@ int main() {
             run<float>(13, 3, TripletTerm::kHinge, negatives);
             run<double>(40, 2, TripletTerm::kMargin, negatives);
         }
-    } catch (const std::exception& e) {
-        std::fprintf(stderr, "%s\n", e.what());
-        return 1;
-    }
-    return 0;
+    });
 }

@@ -1,0 +1,59 @@
+// What the programs that the sanitizers watch are made of.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+
+#include "problem.h"
+
+namespace dml {
+
+// Not std::vector: the sanitizers see a block of exactly this size, uninitialised.
+struct Buffer {
+    explicit Buffer(int64_t bytes) : data(std::malloc(size_t(bytes)), std::free) {}
+    std::unique_ptr<void, decltype(&std::free)> data;
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data.get());
+    }
+};
+
+template <typename T>
+struct Cloud {
+    Buffer points, labels;
+    Points view;
+
+    Cloud(int64_t count, int64_t dim, int64_t stride)
+        : points(count > 0 ? ((count - 1) * stride + dim) * int64_t(sizeof(T)) : 0),
+          labels(count * int64_t(sizeof(int64_t))) {
+        static unsigned state = 1;
+        for (int64_t i = 0; i < count; ++i) {
+            labels.as<int64_t>()[i] = i % 7;
+            for (int64_t d = 0; d < dim; ++d) {
+                state = state * 1664525u + 1013904223u;
+                points.as<T>()[i * stride + d] = T(float(state >> 8) / float(1 << 24) - 0.3f);
+            }
+        }
+        view = {points.data.get(), stride, labels.as<int64_t>(), count};
+    }
+};
+
+// The parameters of the laws, by number.
+inline constexpr double kParams[][3] = {{2, 50, 0.5}, {0.4, 80, 1}, {0.9, -3}, {2, 40, 0.5}, {0.1}, {0.1}};
+
+// The program's end: 0, or 1 with an error's message.
+template <typename F>
+int watched(const F& f) {
+    try {
+        f();
+    } catch (const std::exception& e) {
+        std::fprintf(stderr, "%s\n", e.what());
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace dml
