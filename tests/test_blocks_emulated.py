@@ -259,15 +259,19 @@ def test_blocks_that_mining_emptied_are_known_and_skipped():
 @pytest.mark.parametrize("mistake", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["rows", "block"])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-def test_what_is_not_finite(epsilon, where, mistake):
-    """Each row that has the pairs it needs becomes NaN, and no gradient does: the ring adds that."""
-    case = columns(70, F64, epsilon=epsilon, loss=CIRCLE)
+@pytest.mark.parametrize("loss", [CIRCLE, NT_XENT, MS], ids=lambda loss: loss[0])
+def test_what_is_not_finite(loss, epsilon, where, mistake):
+    """Each row that has the pairs it needs becomes NaN, and no gradient does: the ring adds that.
+
+    Circle loss needs pairs of both kinds, NT-Xent a positive, multi-similarity either; mining needs both.
+    """
+    case = columns(70, F64, epsilon=epsilon, loss=loss)
     case.labels[5] = 77  # no positive
     (case.q if where == "rows" else case.r)[3, 2] = mistake
     e = engine(case, F64, UNEVEN)
     losses = e.forward()
     expected = torch.ones(70, dtype=torch.bool)
-    expected[5] = False
+    expected[5] = loss is MS and epsilon is None
     assert torch.equal(losses[0].isnan(), expected)
     by_rows, by_blocks = e.backward(torch.ones(2, 70))
     assert all(x.isfinite().all() for x in (by_rows, *by_blocks))
