@@ -50,6 +50,12 @@ def layouts():
     return tuple(layout[dist.get_world_size()] for layout in (EVEN, UNEVEN, EMPTY))
 
 
+def trials(rows):
+    """Of each type how often: float32, and that all is repeatable, where the processes' rows are unequal."""
+    unequal = rows == UNEVEN[dist.get_world_size()]
+    return {torch.float64: 2, torch.float32: 2} if unequal else {torch.float64: 1}
+
+
 def share(x, rows):
     """This process's rows of the whole."""
     return x.split(list(rows))[rank()]
@@ -118,7 +124,7 @@ def every_reduction(name, epsilon, mode):
     for reduction in REDUCTIONS:
         make = partial(loss.module, epsilon=epsilon, reduction=reduction)
         for rows in layouts():
-            as_one_process(make, mode, rows, reduction == "none")
+            as_one_process(make, mode, rows, reduction == "none", dtypes=trials(rows))
 
 
 def every_similarity(name, mode):
@@ -416,9 +422,19 @@ def autocast(mode):
     close(found[0], expected[0], "loss", 1e-5)
 
 
+def against_one_process(names, double, single=None):
+    """What several processes found beside what one did, ``(found, peer)`` for each type."""
+    for what, found, truth in zip(names, *double, strict=False):
+        close(found, truth, what)
+    if single is not None:
+        for what, found, peer, truth in zip(names, *single, double[1], strict=False):
+            if truth.numel():
+                assert_as_accurate(what, found, peer, truth, steps=32)
+
+
 def head_as_one_process(head, rows, reduction, labels_of):
     """Value and gradients, that of the classes' weights averaged by DistributedDataParallel; float64 against
-    one process, float32 as accurate as one process in float32."""
+    one process, float32 as accurate as one process in float32. Both twice, where :func:`trials` says so."""
     size, each = dist.get_world_size(), reduction == "none"
     more = {"tau": 0.2} if head.name == "SoftTripleLoss" else {}
     embeddings, labels = whole_batch(rows)
@@ -426,7 +442,7 @@ def head_as_one_process(head, rows, reduction, labels_of):
     torch.manual_seed(5)
     weights = torch.randn_like(next(head.make(9, DIM, **more).parameters()), dtype=torch.float64)
     results = []
-    for dtype in (torch.float64, torch.float32):
+    for dtype, times in trials(rows).items():
         one, own = (head.make(9, DIM, reduction=reduction, **more).to(dtype) for _ in range(2))
         with torch.no_grad():
             for p in (*one.parameters(), *own.parameters()):
@@ -439,18 +455,14 @@ def head_as_one_process(head, rows, reduction, labels_of):
         model = DistributedDataParallel(DistributedLoss(own))
         x = share(embeddings, rows).to(dtype, copy=True).requires_grad_()
         found = []
-        for _ in range(2):
+        for _ in range(times):
             x.grad, next(own.parameters()).grad = None, None
             value = model(x, share(labels, rows))
             value.backward(torch.ones_like(value))
             found.append([value.detach(), x.grad, next(own.parameters()).grad.clone()])
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "not repeatable"
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True)), "not repeatable"
         results.append((found[0], peer))
-    (wide, truth), (found, peer) = results
-    for k, what in enumerate(("loss", "gradient", "weights")):
-        close(wide[k], truth[k], what)
-        if truth[k].numel():
-            assert_as_accurate(what, found[k], peer[k], truth[k], steps=32)
+    against_one_process(("loss", "gradient", "weights"), *results)
 
 
 def class_level(head):
@@ -484,7 +496,7 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
     embeddings, labels = whole_batch(rows)
     labels = labels_of(labels)
     results = []
-    for dtype in (torch.float64, torch.float32):
+    for dtype, times in trials(rows).items():
         one, own = (make(reduction=reduction).to(dtype) for _ in range(2))
         leaf = embeddings.to(dtype, copy=True).requires_grad_()
         torch.manual_seed(7)
@@ -501,7 +513,7 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
         module = DistributedDataParallel(module) if learns else module
         x = share(embeddings, rows).to(dtype, copy=True).requires_grad_()
         found = []
-        for _ in range(2):
+        for _ in range(times):
             for p in (x, *own.parameters()):
                 p.grad = None
             torch.manual_seed(7 if rank() == 0 else 8)
@@ -510,14 +522,9 @@ def triplets_as_one_process(miner, make, rows, reduction, labels_of):
             # Where nobody has a row DistributedDataParallel may leave no gradient.
             by_beta = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in own.parameters()]
             found.append([value.detach(), x.grad, *by_beta])
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "not repeatable"
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True)), "not repeatable"
         results.append((found[0], peer))
-    (wide, truth), (found, peer) = results
-    for k, exact in enumerate(truth):
-        what = ("loss", "gradient", "beta")[k]
-        close(wide[k], exact, what)
-        if exact.numel():
-            assert_as_accurate(what, found[k], peer[k], exact, steps=32)
+    against_one_process(("loss", "gradient", "beta"), *results)
 
 
 def triplets(miner, make):
