@@ -26,7 +26,7 @@ def program():
     flags = [
         "-std=c++20",
         "-O1",
-        "-g",
+        "-g1",
         "-fopenmp-simd",
         "-fno-math-errno",
         "-DDML_BASELINE_ONLY",

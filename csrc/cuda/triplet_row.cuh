@@ -42,7 +42,6 @@ struct TripletRow {
     int64_t i;        // its index among all
     int64_t columns;  // that take part
     int64_t count;    // chosen positives
-    int64_t negatives;
     TripletParams<T> params;
     TripletWork<T> work;
 
@@ -51,7 +50,6 @@ struct TripletRow {
     DML_DEVICE void load(const TripletStrip<T>& strip) {
         columns = rows_in_use(strip.ref_count, strip.columns);
         const int64_t own = strip.square ? i : strip.own ? strip.own[i] : -1;
-        int64_t same = 0;
         count = 0;
         for (int64_t from = strip.begin[i]; from < strip.end[i]; from += kTripletThreads) {
             const int64_t k = from + threadIdx.x;
@@ -67,20 +65,13 @@ struct TripletRow {
             }
             if (exists) s[j] = not_a_number<T>();
             count += kept;
-            same += fold_sum(exists ? 1 : 0);
         }
-        negatives = columns - same;
         block_sync();
         if (params.neg_low == -infinity<T>() && params.neg_high == infinity<T>()) return;
-        int64_t allowed = 0;
         for (int64_t j = threadIdx.x; j < columns; j += kTripletThreads) {
-            if (params.negative_allowed(-s[j])) {
-                ++allowed;
-            } else {
-                s[j] = not_a_number<T>();
-            }
+            if (!params.negative_allowed(-s[j])) s[j] = not_a_number<T>();
         }
-        negatives = fold_sum(allowed);
+        block_sync();
     }
 
     // The number of the farthest or nearest positive, the first among equals, or -1.
