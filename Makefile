@@ -26,7 +26,7 @@ test: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile
 
-# Eight minutes on a quiet machine; `readme` then writes the table of the README from its JSON.
+# Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
 	$(PY) -m benchmarks --out benchmarks/results
 
