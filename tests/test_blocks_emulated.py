@@ -160,6 +160,15 @@ def test_awkward_sizes(arithmetic, n, d, counts):
     verify(case, arithmetic, counts, wide_blocks=1 << 20)
 
 
+@pytest.mark.parametrize(("n", "count"), [(70, 2200), (2200, 70)], ids=["long block", "short block"])
+def test_lines_that_are_shared(n, count):
+    """By two blocks of the gradient's launch, each with a part of the 18 tiles."""
+    case = columns(n, F32, (count,), d=9, epsilon=0.1)
+    e, *_ = verify(case, F32, (count,), super_tile=0, wide_blocks=-1)
+    alone = engine(case, F32, (count,), super_tile=0, wide_blocks=0)
+    assert e.sizes(e.blocks[0])[2] - alone.sizes(alone.blocks[0])[2] == 128 * 9 * 4
+
+
 def test_one_dimension():
     """Of rows as they come, as the gradient of a unit row is 0 there."""
     for similarity, arithmetic in (("dot", F64), ("dot", F32), ("euclidean_raw", F64)):

@@ -37,9 +37,10 @@ import dml_cuda
 PAIRS = ROOT / "csrc" / "cuda" / "listed_pairs.cu"
 FOLDS = ROOT / "csrc" / "cuda" / "kernels_folds.cu"
 SMALL = {}
-# Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones.
+# Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones,
+# of whose lines blocks have parts.
 LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0}
-CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30}
+CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30, "split_slots": 1}
 PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
@@ -651,6 +652,52 @@ def test_sums_in_several_groups(path, arithmetic, m, tiles):
             _, only = run(case, arithmetic, path, needs=needs, tuning=sums_of)
             for got, want, needed in zip(only, grads, needs, strict=True):
                 assert torch.equal(got, want) if needed else got is None
+
+
+SHARED = [  # tuning, dimensions, blocks that share a line of 17 tiles
+    ({}, 9, 2),
+    ({"split_slots": 18}, 9, 0),
+    ({"split_slots": 3}, 9, 5),
+    ({"split_slots": 1}, 9, 17),
+    ({"split_slots": 1, "wide_blocks": 6}, 9, 2),  # so few that each has 6 tiles or more
+    ({"split_slots": 2, "wide_blocks": 18}, 100, 8),  # of wide panels
+]
+
+
+@pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tuning", "d", "parts"), SHARED)
+def test_blocks_that_share_a_line(tuning, d, parts, transposed, epsilon):
+    """A few rows against many columns, or many against a few: blocks have parts of the lines of the few, and
+    their sums are folded."""
+    for arithmetic in (F64, F32, BF16):
+        tile = 64 if arithmetic is F64 else 128
+        few, many = tile - 9, 17 * tile - 3
+        n, m = (many, few) if transposed else (few, many)
+        case = make(n, d, arithmetic, m=m, epsilon=epsilon, classes=40, spread=0.4)
+        path = {"strip_limit": 0, "cache_bytes": 0, **tuning}
+        e = engine(case, arithmetic, tuning=path)
+        grids = [grid for name, grid, _, _ in e.launches() if "add_gradients" in name]
+        assert [grid[2] for grid in grids] == [max(parts, 1)]
+        folds = sum("fold_gradient" in name for name, *_ in e.launches())
+        assert folds == (parts > 1)
+        value, grads = e.forward(), e.backward(torch.tensor([1.0]))
+        check(case, arithmetic, value, grads)
+        for needs in ((True, False), (False, True)):
+            _, only = run(case, arithmetic, needs=needs, tuning=path)
+            assert all(x is None or torch.equal(x, y) for x, y in zip(only, grads, strict=True))
+
+
+def test_shared_lines_take_little_memory():
+    """At most 4 MiB, and not where the other workspaces leave less than four times as much."""
+    for n, m, d in ((512, 65_536, 128), (512, 65_536, 4096), (4096, 4096, 64), (512, 16_384, 1024)):
+        sizes = [
+            engine_of_sizes(torch.float32, n, m, d, tuning=tuning).ask_sizes()[2]
+            for tuning in ({}, {"split_slots": 1 << 20})
+        ]
+        assert 0 <= sizes[0] - sizes[1] <= 4 << 20
+        if d == 128:
+            assert sizes[0] - sizes[1] == 9 * 512 * 128 * 4  # ten blocks, were its panels wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -117,14 +117,14 @@ def bound(problem, flows):
             owners = last_tiles[0] + last_tiles[1] if square or problem.need_refs else last_tiles[0]
             if square and grid[1] == last_tiles[0]:  # on the diagonal rows and columns are the same
                 owners = last_tiles[0]
-            blocks = grid[0] * owners
+            blocks = grid[0] * owners * grid[2]  # of which several share a line
             width = -(-problem.d // grid[0] // 8) * 8 if grid[0] > 1 else problem.d
             width = max(width, 64)
             depth = warps * multiply_adds(loop.counts) / parts / (TILE * width)
             # Each tile serves its rows and, where wanted, its columns.
             kept = last_tiles[0] * last_tiles[1]
             uses = kept * (2 if owners > last_tiles[0] else 1)
-            rounds = uses / owners * TILE / depth
+            rounds = uses / owners / grid[2] * TILE / depth
         else:
             blocks = grid[0] * grid[1] * tiles / asked[name]
             last_tiles = (grid[1], grid[0])

@@ -94,7 +94,8 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     int64_t backward = kHeader + kStatsPerRow * n + n + m;
     if (On::sums_weights(p))
         backward += partials_size(On::backward_shape(task).tiles(), On::kTile, true) + n + m;
-    return {packed + (n + m + partials) * kNumber, packed + On::weight_bytes(task) + backward * kNumber,
+    return {packed + (n + m + partials) * kNumber,
+            packed + On::weight_bytes(task) + On::part_bytes(task) + backward * kNumber,
             On::knows_extremes(p) ? 2 * tiles * kNumber : 0, On::knows_kept(p) ? tiles : 0};
 }
 
@@ -164,7 +165,8 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     const int64_t n = p.queries.count, m = p.refs.count;
 
     auto* of_tiles = reinterpret_cast<typename On::Weight*>(bytes);
-    Acc* numbers = reinterpret_cast<Acc*>(bytes + On::weight_bytes(task));
+    auto* parts = reinterpret_cast<Acc*>(bytes + On::weight_bytes(task));
+    Acc* numbers = parts + On::part_bytes(task) / int64_t(sizeof(Acc));
     Acc* norms = numbers + kHeader + kStatsPerRow * n;
     const Partials<Acc> partials = {norms + n + m};
     Acc* row_weights = nullptr;
@@ -187,7 +189,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
 
     const Acc* one = stats.header + kScale;
     Acc *of_rows = static_cast<Acc*>(grad_rows), *of_block = static_cast<Acc*>(grad_block);
-    const typename On::Backward pass{work, one, of_tiles, nullptr, partials, row_weights, col_weights};
+    const typename On::Backward pass{work, one, of_tiles, parts, nullptr, partials, row_weights, col_weights};
     pass.add_pairs({work.all_rows(), of_rows}, {work.all_cols(), of_block}, true);
     const auto finish = [&](const Rows<T, Acc>& rows, const Acc* weight_sums, Acc* grad) {
         if (!grad) return;

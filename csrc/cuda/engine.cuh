@@ -128,6 +128,7 @@ struct Work {
     static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
     static constexpr int64_t kWeightBudget = 24ll << 20;         // bytes of weights at once
+    static constexpr int64_t kPartBudget = 4ll << 20;            // bytes of gradients of parts of lines
     static constexpr int64_t kExtremesBudget = 16ll << 20;       // bytes of the tiles' extremes
     static constexpr int64_t kKeptBudget = 16ll << 20;           // tiles known to be kept or not
 
@@ -376,8 +377,7 @@ struct Work {
     }
     static int64_t most_summed_tiles(const Task& t) {
         const Problem& p = t.problem;
-        const int64_t taken = weight_bytes(t) + (caches(t) ? similarity_bytes(p) : 0);
-        const int64_t room = std::min(t.tuning.sum_bytes, kBackwardBudget - taken);
+        const int64_t room = std::min(t.tuning.sum_bytes, backward_room(t) - part_bytes(t));
         return std::max<int64_t>(room / std::max<int64_t>(sum_bytes(p, 1), 1), 1);
     }
     static int64_t group_tiles(const Task& t, int64_t tiles) {
@@ -397,14 +397,37 @@ struct Work {
         if (sums_both_sides(t)) return sum_bytes(p, rows + cols);
         return sum_bytes(p, std::max(group_tiles(t, rows), group_tiles(t, cols)));
     }
+    static int64_t backward_room(const Task& t) {
+        return kBackwardBudget - weight_bytes(t) - (caches(t) ? similarity_bytes(t.problem) : 0);
+    }
+
+    // Where a super-tile has few long lines, as where a few rows meet many references, several blocks of the
+    // gradient share a line: as many as give each block what it would have if `wide_blocks` had equal work,
+    // but split_slots tiles at least. Their sums are folded in order.
+    static int64_t parts_of_a_line(const Task& t, SuperShape shape, bool diagonal, int64_t panels) {
+        const int64_t line = std::max(shape.rows, shape.cols);
+        const int64_t slots = shape.tiles() * (diagonal ? 1 : 2) * panels;  // of all lines
+        const int64_t blocks = std::max<int64_t>(t.tuning.wide_blocks, 1);
+        return line / std::max({t.tuning.split_slots, (slots + blocks - 1) / blocks, int64_t(1)});
+    }
+    static int64_t part_bytes(const Problem& p, SuperShape shape) {  // of one part's sums
+        return std::min(shape.rows, shape.cols) * kTile * p.dim * int64_t(sizeof(Acc));
+    }
+    static int64_t part_bytes(const Task& t) {
+        const SuperShape shape = backward_shape(t);
+        const int64_t panels = (t.problem.dim + kWidePanel<GradMath> - 1) / kWidePanel<GradMath>;
+        const int64_t parts = parts_of_a_line(t, shape, t.problem.square, panels);
+        const int64_t most = std::min(kPartBudget, backward_room(t) / 4);
+        return std::min(std::max<int64_t>(parts - 1, 0) * part_bytes(t.problem, shape), most) / 16 * 16;
+    }
     static int64_t weight_bytes(const Task& t) {
         return backward_shape(t).tiles() * kTile * kTile * int64_t(sizeof(Weight));
     }
     // Distances of rows as they come need the sum of each line's weights, too.
     static bool sums_weights(const Problem& p) { return p.similarity.euclidean && !p.similarity.normalize; }
 
-    // Workspace: weights of a super-tile, sums of 16-bit gradients, sums of weights of a super-tile's lines
-    // and of all rows and columns.
+    // Workspace: weights of a super-tile, gradients of parts of its lines, sums of 16-bit gradients, sums of
+    // weights of a super-tile's lines and of all rows and columns.
     static int64_t backward_workspace(const Task& t) {
         if (uses_strips(t)) return 0;
         const Problem& p = t.problem;
@@ -413,7 +436,7 @@ struct Work {
             numbers = partials_size(backward_shape(t).tiles(), kTile, true) + p.queries.count +
                       (p.square ? 0 : p.refs.count);
         }
-        return weight_bytes(t) + sum_bytes(t) + numbers * int64_t(sizeof(Acc));
+        return weight_bytes(t) + part_bytes(t) + sum_bytes(t) + numbers * int64_t(sizeof(Acc));
     }
 
     // Some tiles' rows on one side, and the sum of their gradient; null where it is not wanted now.
@@ -426,7 +449,7 @@ struct Work {
         const Work& work;
         const Acc* grad_loss;
         Weight* weights;
-        Acc* sums;
+        Acc *parts, *sums;
         Partials<Acc> weight_partials;
         Acc *row_weights, *col_weights;  // sums of weights of all rows, of all columns
 
@@ -438,6 +461,26 @@ struct Work {
             } else {
                 return {tiles, grad + tiles.begin * kTile * work.p.dim};
             }
+        }
+
+        template <typename Super>
+        int64_t blocks_of_a_line(const Super& super, int64_t panels) const {
+            const SuperShape shape = {super.row_tiles, super.col_tiles};
+            const int64_t one = std::max<int64_t>(part_bytes(work.p, shape), 1);
+            const int64_t room = 1 + part_bytes(work.task) / one;
+            return std::max<int64_t>(
+                std::min(parts_of_a_line(work.task, shape, super.diagonal(), panels), room), 1);
+        }
+
+        template <typename Super>
+        void fold_parts(const Super& super, const Gradients<Acc>& gradients, int count) const {
+            const Gradient<Acc>& to = gradients.side[gradients.split];
+            if (!to.sum || count == 0) return;
+            const bool of_rows = gradients.split == 0;
+            const int64_t first = (of_rows ? super.row_tile : super.col_tile) * kTile;
+            const int64_t rows = (of_rows ? super.row_tiles : super.col_tiles) * kTile, dim = work.p.dim;
+            Folds<Acc>::gradient(gradients.parts, count, rows * dim, std::min(rows, to.count - first) * dim,
+                                 to.sum + (first - to.row0) * dim, work.stream);
         }
 
         // Adds to both groups what their pairs give. fresh: nothing has been added to either.
@@ -455,16 +498,22 @@ struct Work {
                                         rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr,
                                         work.stream);
                 }
+                const int split =
+                    super.row_tiles <= super.col_tiles ? 0 : 1;  // the lines of fewer are longer
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
-                     {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}}};
+                     {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}},
+                    split,
+                    parts};
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
                 const auto multiply = [&](auto panel) {
                     using Grad = GradTraits<GradMath, decltype(panel)::value>;
+                    const int64_t panels = (p.dim + Grad::kCols - 1) / Grad::kCols;
+                    const int64_t count = blocks_of_a_line(super, panels);
                     launch(add_gradients<GradMath, Grad::kCols>,
-                           dim3(unsigned((p.dim + Grad::kCols - 1) / Grad::kCols), unsigned(owners)),
-                           dim3(Grad::kThreads), Grad::kSharedBytes, work.stream, super, gradients,
-                           work.kept(), weights);
+                           dim3(unsigned(panels), unsigned(owners), unsigned(count)), dim3(Grad::kThreads),
+                           Grad::kSharedBytes, work.stream, super, gradients, work.kept(), weights);
+                    fold_parts(super, gradients, int(count) - 1);
                 };
                 constexpr int kWide = kWidePanel<GradMath>;
                 if (p.dim > kNarrowPanel &&
@@ -528,6 +577,8 @@ struct Work {
         unsigned char* bytes = static_cast<unsigned char*>(workspace);
         Weight* weights = reinterpret_cast<Weight*>(bytes);
         bytes += weight_bytes(task);
+        Acc* parts = reinterpret_cast<Acc*>(bytes);
+        bytes += part_bytes(task);
         Acc* sums = reinterpret_cast<Acc*>(bytes);
         bytes += sum_bytes(task);
         const Partials<Acc> partials = {reinterpret_cast<Acc*>(bytes)};
@@ -535,8 +586,8 @@ struct Work {
         if (sums_weights(p))
             row_weights = partials.data + partials_size(backward_shape(task).tiles(), kTile, true);
         Acc* col_weights = row_weights && !p.square ? row_weights + p.queries.count : row_weights;
-        Backward{*this, grad_loss, weights, sums, partials, row_weights, col_weights}.run(grad_queries,
-                                                                                          grad_refs);
+        Backward{*this, grad_loss, weights, parts, sums, partials, row_weights, col_weights}.run(grad_queries,
+                                                                                                 grad_refs);
     }
 
     // Without columns or rows there is no tile, but a strip.

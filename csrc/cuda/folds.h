@@ -45,6 +45,9 @@ struct Folds {
                      Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream);
     static void weights(const Super& super, const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
                         Acc* row_sums, Acc* col_sums, cudaStream_t stream);
+    // Adds parts [count, pitch] of a gradient to its first `size` sums.
+    static void gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
+                         cudaStream_t stream);
     static void reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
                        const Acc* ref_norms, int64_t refs, const int64_t* ref_count, const Division& division,
                        Acc* loss, cudaStream_t stream);

@@ -1,5 +1,5 @@
 #include "folds.h"
-#include "pair_weights.cuh"
+#include "tile_backward.cuh"
 
 namespace dml::cuda {
 
@@ -35,6 +35,13 @@ void Folds<Acc>::weights(const Super& super, const Partials<Acc>& partials, cons
                          Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
     launch(fold_weights<kTile, Acc, Acc>, fold_grid<kTile>(super, true), dim3(kFoldThreads), 0, stream, super,
            partials, kept, turn, row_sums, col_sums);
+}
+
+template <typename Acc>
+void Folds<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
+                          cudaStream_t stream) {
+    launch(fold_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)), dim3(kPartThreads),
+           0, stream, parts, count, pitch, size, sums);
 }
 
 template <typename Acc>

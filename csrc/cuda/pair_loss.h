@@ -26,6 +26,7 @@ struct Tuning {
     int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
     int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
     int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
+    int64_t split_slots = 8;           // tiles of a line that are worth a block of their own in the gradient
 };
 
 struct Task {

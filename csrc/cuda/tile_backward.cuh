@@ -59,6 +59,15 @@ struct Gradient {
 template <typename Acc>
 struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
+    int split;              // the side whose lines several blocks share
+    Acc* parts;             // [blocks - 1, its rows in the super-tile, dim], of all but the first of these
+};
+
+// One of the blocks that share a line.
+struct Part {
+    int index, count;
+    DML_DEVICE int begin(int slots) const { return slots * index / count; }
+    DML_DEVICE int end(int slots) const { return slots * (index + 1) / count; }
 };
 
 // Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the
@@ -82,9 +91,9 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
 
 // Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the
 // points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
-// rows.
+// rows. A part of them.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
-DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own,
+DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own, Part part,
                                     const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
@@ -114,9 +123,11 @@ DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super
     const auto points_of = [&](int stage) {
         return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
     };
+    const int* slots = list + 1 + part.begin(list[0]);
+    const int count = part.end(list[0]) - part.begin(list[0]);
     unsigned slice = 0;
     const auto next = [&](int stage) {
-        const unsigned slot = unsigned(list[1 + slice / kSlices]), k = slice % kSlices * kDepth;
+        const unsigned slot = unsigned(slots[slice / kSlices]), k = slice % kSlices * kDepth;
         boxes.start(weights_of(stage), slot * slot_size + k * (Transposed ? kTile : 1));
         points.start(points_of(stage), int(slot * kTile + k));
         ++slice;
@@ -129,11 +140,11 @@ DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super
             product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
         }
     };
-    pipeline<Traits::kStages, Traits::kWholeRounds>(list[0] * kSlices, next, next, use);
+    pipeline<Traits::kStages, Traits::kWholeRounds>(count * kSlices, next, next, use);
 }
 
-// Block (x, y): columns x of the gradient, rows of tile y: row tiles first, then column tiles. A tile on the
-// diagonal of a square matrix serves the same points as rows and as columns.
+// Block (x, y, z): columns x of the gradient, rows of tile y: row tiles first, then column tiles; part z of
+// its line. A tile on the diagonal of a square matrix serves the same points as rows and as columns.
 template <typename GradMath, int Cols, typename T = typename GradMath::Value,
           typename Acc = typename GradMath::Acc>
 __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
@@ -145,29 +156,34 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
     const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
     const Gradient<Acc>& gradient = gradients.side[side];
-    if (!gradient.sum) return;
+    const Part part = {int(blockIdx.z), side == gradients.split ? int(gridDim.z) : 1};
+    if (!gradient.sum || part.index >= part.count) return;
     const auto super = all.template in_use<kTile>();
     const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
 
     using Sum = Product<GradMath, typename Traits::TileShape>;
     Sum product;
-    if (side == 0) add_weighted_points<Traits, false>(product, super, own, kept, weights, d0);
+    if (side == 0) add_weighted_points<Traits, false>(product, super, own, part, kept, weights, d0);
     if (side == 1 || super.diagonal())
-        add_weighted_points<Traits, true>(product, super, own, kept, weights, d0);
+        add_weighted_points<Traits, true>(product, super, own, part, kept, weights, d0);
 
     const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
     const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
-    Acc* sums = gradient.sum + (row0 - gradient.row0) * dim + d0;
+    const bool apart = part.index > 0, first = apart || gradient.first;
+    const int64_t tiles = side == 0 ? all.row_tiles : all.col_tiles;
+    Acc* sums = (apart ? gradients.parts + ((part.index - 1) * tiles + own) * kTile * dim
+                       : gradient.sum + (row0 - gradient.row0) * dim) +
+                d0;
     constexpr int kVector = Sum::kRun * int(sizeof(Acc)) < 16 ? Sum::kRun : 16 / int(sizeof(Acc));
     using Some = Vector<Acc, kVector>;
-    const bool aligned = reinterpret_cast<uintptr_t>(gradient.sum) % sizeof(Some) == 0 && dim % kVector == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(sums) % sizeof(Some) == 0 && dim % kVector == 0;
     if (aligned && rows >= kTile && dim - d0 >= Traits::kCols) {
         product.each_run([&](int r, int c, const Acc(&values)[Sum::kRun]) {
             Some* sum = reinterpret_cast<Some*>(sums + r * dim + c);
 #pragma unroll
             for (int v = 0; v < Sum::kRun / kVector; ++v) {
                 Some x = {};
-                if (!gradient.first) x = sum[v];
+                if (!first) x = sum[v];
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) x.value[e] += values[v * kVector + e];
                 sum[v] = x;
@@ -177,9 +193,23 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
         product.each([&](int r, int c, Acc value) {
             if (r >= rows || d0 + c >= dim) return;
             Acc& sum = sums[r * dim + c];
-            sum = gradient.first ? value : sum + value;
+            sum = first ? value : sum + value;
         });
     }
+}
+
+inline constexpr int kPartThreads = 256;
+
+// Adds parts [count, pitch] of a gradient to its sum, in their order. A thread for each of `size` numbers.
+template <typename Acc>
+__global__ void __launch_bounds__(kPartThreads)
+    fold_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
+    const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
+    if (i >= size) return;
+    Acc sum = sums[i];
+#pragma unroll 8
+    for (int k = 0; k < count; ++k) sum += parts[k * pitch + i];
+    sums[i] = sum;
 }
 
 inline constexpr int kFinishThreads = 256;
