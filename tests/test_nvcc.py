@@ -140,9 +140,10 @@ def test_folds_wait_for_memory_a_few_times(compiled_ahead):
         for symbol, flow in flows.items()
         if "float" in names[symbol] and "fold" in names[symbol]
     }
-    assert waits.keys() == {"fold_extremes", "fold_sums", "fold_weights"}
-    for name, n in waits.items():
-        assert 5 <= n <= (4e-6 if name == "fold_sums" else 3e-6) / machine_code.L2_SECONDS, waits
+    assert waits.keys() == {"fold_extremes", "fold_gradient", "fold_sums", "fold_weights"}
+    for name, n in waits.items():  # parts of a gradient are few, and come eight at a time
+        least, most = (2 if name == "fold_gradient" else 5), (4e-6 if name == "fold_sums" else 3e-6)
+        assert least <= n <= most / machine_code.L2_SECONDS, waits
 
 
 # Microseconds that the issue slots alone allow, forward and backward (tools/issue_slots.py).
@@ -150,7 +151,7 @@ MOST_OF_ISSUE_SLOTS = {
     "4096 x 512, mined, bf16": 65,
     "4096 x 512, mined, tf32": 140,
     "4096 x 512, mined, 3 x tf32": 280,
-    "512 x 65,536 x 128, mined, tf32, no gradient to refs": 700,
+    "512 x 65,536 x 128, mined, tf32, no gradient to refs": 400,
 }
 
 
