@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -129,6 +130,30 @@ def openmp_flags() -> list[str]:
     return []
 
 
+def link_flags() -> list[str]:
+    """Some g++ link their own libstdc++ statically. Torch has brought the shared one, and two of them in one
+    process do not get on: messages that print numbers crash. Then the shared one, by its name."""
+    compiler = os.environ.get("CXX", "c++").split()
+    if sys.platform != "linux" or shutil.which(compiler[0]) is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "library.so")
+        link = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-x", "none", "-o", str(library)]
+
+        def links(*flags: str) -> bool:
+            source = b"#include <iostream>\nvoid print(int x) { std::cout << x; }\n"
+            found = subprocess.run([*link, *flags], input=source, capture_output=True, check=False)
+            return found.returncode == 0
+
+        if not links() or re.search(rb"lib(std)?c\+\+\.so", library.read_bytes()):
+            return []
+        by_name = "-l:libstdc++.so.6"
+        if links(by_name):
+            return [by_name]
+    print(f"dml_cuda: {compiler[0]} links libstdc++ statically, and finds no shared one", file=sys.stderr)
+    return []
+
+
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
 # must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
 FRONT_ENDS = (80, 100, 120)
@@ -170,7 +195,8 @@ def extension(cuda: bool):
         ]
         targets = nvcc_targets(cuda_architectures())
         compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *targets]
-    return build("dml_cuda._C", sources, define_macros=macros, extra_compile_args=compile_args)
+    arguments = {"extra_compile_args": compile_args, "extra_link_args": link_flags()}
+    return build("dml_cuda._C", sources, define_macros=macros, **arguments)
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -424,12 +424,12 @@ def autocast(mode):
 
 def against_one_process(names, double, single=None):
     """What several processes found beside what one did, ``(found, peer)`` for each type."""
-    for what, found, truth in zip(names, *double, strict=False):
-        close(found, truth, what)
+    for k, (found, truth) in enumerate(zip(*double, strict=True)):
+        close(found, truth, names[k])
     if single is not None:
-        for what, found, peer, truth in zip(names, *single, double[1], strict=False):
+        for k, (found, peer, truth) in enumerate(zip(*single, double[1], strict=True)):
             if truth.numel():
-                assert_as_accurate(what, found, peer, truth, steps=32)
+                assert_as_accurate(names[k], found, peer, truth, steps=32)
 
 
 def head_as_one_process(head, rows, reduction, labels_of):

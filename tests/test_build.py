@@ -21,12 +21,14 @@ CUDA_TORCH = {
     "torch/cuda.py": "def is_available(): return False",
     "torch/utils/__init__.py": "",
     "torch/utils/cpp_extension.py": """
-import os
+import os, sys
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext as BuildExtension
 CUDA_HOME = os.environ.get("CUDA_HOME")
 def include_paths(device_type): return [os.path.join(CUDA_HOME, "include")]
-def CppExtension(name, sources, **_): return Extension(name, sources)
+def CppExtension(name, sources, extra_link_args, **_):
+    print("linked with", extra_link_args, file=sys.stderr)
+    return Extension(name, sources)
 def CUDAExtension(name, sources, extra_compile_args, **_):
     print("architectures", os.environ["TORCH_CUDA_ARCH_LIST"])
     print("flags", *extra_compile_args["nvcc"])
@@ -197,6 +199,14 @@ def get_device_capability(i): return [(9, 0), (7, 5), (8, 6), (9, 0)][i]
     assert run.returncode == 0, run.stderr
     assert "architectures 8.6;9.0\n" in run.stdout
     assert "7.5" in run.stderr
+
+
+@pytest.mark.parametrize("compiler, flags", [("g++", []), ("g++ -static-libstdc++", ["-l:libstdc++.so.6"])])
+def test_the_one_libstdcxx(tmp_path, compiler, flags):
+    """Two of them in one process crash where a message prints a number."""
+    run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD="cpu", CXX=compiler)
+    assert run.returncode == 0, run.stderr
+    assert f"linked with {flags}" in run.stderr
 
 
 def test_compiler_missing(tmp_path):

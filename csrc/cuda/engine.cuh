@@ -408,7 +408,7 @@ struct Work {
         const int64_t line = std::max(shape.rows, shape.cols);
         const int64_t slots = shape.tiles() * (diagonal ? 1 : 2) * panels;  // of all lines
         const int64_t blocks = std::max<int64_t>(t.tuning.wide_blocks, 1);
-        return line / std::max({t.tuning.split_slots, (slots + blocks - 1) / blocks, int64_t(1)});
+        return std::max<int64_t>(line / std::max(t.tuning.split_slots, (slots + blocks - 1) / blocks), 1);
     }
     static int64_t part_bytes(const Problem& p, SuperShape shape) {  // of one part's sums
         return std::min(shape.rows, shape.cols) * kTile * p.dim * int64_t(sizeof(Acc));
@@ -418,7 +418,7 @@ struct Work {
         const int64_t panels = (t.problem.dim + kWidePanel<GradMath> - 1) / kWidePanel<GradMath>;
         const int64_t parts = parts_of_a_line(t, shape, t.problem.square, panels);
         const int64_t most = std::min(kPartBudget, backward_room(t) / 4);
-        return std::min(std::max<int64_t>(parts - 1, 0) * part_bytes(t.problem, shape), most) / 16 * 16;
+        return std::min((parts - 1) * part_bytes(t.problem, shape), most) / 16 * 16;
     }
     static int64_t weight_bytes(const Task& t) {
         return backward_shape(t).tiles() * kTile * kTile * int64_t(sizeof(Weight));
@@ -468,8 +468,7 @@ struct Work {
             const SuperShape shape = {super.row_tiles, super.col_tiles};
             const int64_t one = std::max<int64_t>(part_bytes(work.p, shape), 1);
             const int64_t room = 1 + part_bytes(work.task) / one;
-            return std::max<int64_t>(
-                std::min(parts_of_a_line(work.task, shape, super.diagonal(), panels), room), 1);
+            return std::min(parts_of_a_line(work.task, shape, super.diagonal(), panels), room);
         }
 
         template <typename Super>
@@ -498,12 +497,10 @@ struct Work {
                                         rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr,
                                         work.stream);
                 }
-                const int split =
-                    super.row_tiles <= super.col_tiles ? 0 : 1;  // the lines of fewer are longer
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
                      {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}},
-                    split,
+                    super.row_tiles <= super.col_tiles ? 0 : 1,  // the fewer lines are the longer ones
                     parts};
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
                 const auto multiply = [&](auto panel) {
