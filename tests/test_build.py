@@ -201,7 +201,9 @@ def get_device_capability(i): return [(9, 0), (7, 5), (8, 6), (9, 0)][i]
     assert "7.5" in run.stderr
 
 
-@pytest.mark.parametrize("compiler, flags", [("g++", []), ("g++ -static-libstdc++", ["-l:libstdc++.so.6"])])
+@pytest.mark.parametrize(
+    ("compiler", "flags"), [("g++", []), ("g++ -static-libstdc++", ["-l:libstdc++.so.6"])]
+)
 def test_the_one_libstdcxx(tmp_path, compiler, flags):
     """Two of them in one process crash where a message prints a number."""
     run = run_setup(tmp_path, modules=CUDA_TORCH, DML_CUDA_BUILD="cpu", CXX=compiler)
