@@ -53,10 +53,11 @@ def _cpu_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
     return _after(kept, tiles) + cached * tile_bytes
 
 
-# csrc/cuda/engine.cuh: likewise; batches up to so many rows (bytes of one row of similarities) are done in
-# strips without tiles, and up to so many tiles it is known which hold a gradient.
+# csrc/cuda/engine.cuh: likewise; batches up to so many rows, and so much work, are done in strips without
+# tiles, and up to so many tiles it is known which hold a gradient.
 _CUDA_CACHE_BYTES = 34 << 20
-_CUDA_STRIP_BYTES = 4096
+_CUDA_STRIP_ROWS = 512
+_CUDA_STRIP_WORK = 512 * (128 + 256)
 _CUDA_KEPT_TILES = 16 << 20
 
 
@@ -65,9 +66,10 @@ def _positive(x):
     return torch.sym_min(1, torch.sym_max(x, 0))
 
 
-def _cuda_saved_bytes(n, m, square: bool, itemsize: int, save: bool):
+def _cuda_saved_bytes(n, m, d, square: bool, itemsize: int, save: bool):
     rows, columns = torch.sym_max(n, m), torch.sym_min(n, m)
-    in_tiles = _positive(rows - _CUDA_STRIP_BYTES // itemsize) * _positive(columns)
+    beyond = torch.sym_max(rows - _CUDA_STRIP_ROWS, rows * (d + 256) - _CUDA_STRIP_WORK)
+    in_tiles = _positive(beyond) * _positive(columns)
     side = 64 if itemsize == 8 else 128
     tiles = _tile_count(n, m, square, side) * in_tiles
     cache = tiles * side * side * itemsize
@@ -92,10 +94,11 @@ def _cuda_precision() -> int:
         return 0 if known is None else 1
 
 
-def saved_bytes(device: str, n, m, square: bool, itemsize: int, save: bool):
+def saved_bytes(device: str, n, m, d, square: bool, itemsize: int, save: bool):
     """Size of `saved` as the kernels of a device make it; ``itemsize`` is that of the type computed in."""
-    size = _cuda_saved_bytes if device == "cuda" else _cpu_saved_bytes
-    return size(n, m, square, itemsize, save)
+    if device == "cuda":
+        return _cuda_saved_bytes(n, m, d, square, itemsize, save)
+    return _cpu_saved_bytes(n, m, square, itemsize, save)
 
 
 @torch.library.register_fake("dml_cuda::pair_loss")
@@ -119,7 +122,7 @@ def _pair_loss_fake(
     m = n if ref_emb is None else ref_emb.shape[0]
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     device = embeddings.device.type
-    size = saved_bytes(device, n, m, ref_emb is None, dtype.itemsize, save_for_backward)
+    size = saved_bytes(device, n, m, embeddings.shape[1], ref_emb is None, dtype.itemsize, save_for_backward)
     if device == "cuda" and embeddings.dtype == torch.float32:
         size += _cuda_precision()
     shape = (n,) if reduction == "none" else () if divide else (4,)

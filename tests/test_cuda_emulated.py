@@ -4,6 +4,8 @@ Buffers are surrounded by NaN on the way in and by guards on the way out, and fi
 kernels write to them.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from cuda_cases import (
@@ -39,7 +41,7 @@ FOLDS = ROOT / "csrc" / "cuda" / "kernels_folds.cu"
 SMALL = {}
 # Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones,
 # of whose lines blocks have parts.
-LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0}
+LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
 CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30, "split_slots": 1}
 PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
@@ -654,20 +656,20 @@ def test_sums_in_several_groups(path, arithmetic, m, tiles):
                 assert torch.equal(got, want) if needed else got is None
 
 
-SHARED = [  # tuning, dimensions, blocks that share a line of 17 tiles
-    ({}, 9, 2),
-    ({"split_slots": 18}, 9, 1),
-    ({"split_slots": 3}, 9, 5),
-    ({"split_slots": 1}, 9, 17),
-    ({"split_slots": 1, "wide_blocks": 6}, 9, 2),  # so few that each has 6 tiles or more
-    ({"split_slots": 2, "wide_blocks": 18}, 100, 8),  # of wide panels
+SHARED = [  # tuning, blocks of half a multiprocessor, dimensions, blocks that share a line of 17 tiles
+    ({}, 512, 9, 8),
+    ({"split_slots": 18}, 512, 9, 1),
+    ({"split_slots": 3}, 512, 9, 5),
+    ({"split_slots": 1}, 512, 9, 17),
+    ({"split_slots": 1}, 6, 9, 2),  # so few that each has 6 tiles or more
+    ({"split_slots": 2, "wide_blocks": 1}, 34, 100, 8),  # of wide panels
 ]
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("tuning", "d", "parts"), SHARED)
-def test_blocks_that_share_a_line(tuning, d, parts, transposed, epsilon):
+@pytest.mark.parametrize(("tuning", "blocks", "d", "parts"), SHARED)
+def test_blocks_that_share_a_line(tuning, blocks, d, parts, transposed, epsilon):
     """A few rows against many columns, or many against a few: blocks have parts of the lines of the few, and
     their sums are folded."""
     for arithmetic in (F32, BF16, F64) if d < 64 else (F32, BF16):  # float64 has no wide panels
@@ -675,7 +677,9 @@ def test_blocks_that_share_a_line(tuning, d, parts, transposed, epsilon):
         few, many = tile - 9, 17 * tile - 3
         n, m = (many, few) if transposed else (few, many)
         case = make(n, d, arithmetic, m=m, epsilon=epsilon, classes=40, spread=0.4)
-        path = {"strip_limit": 0, "cache_bytes": 0, **tuning}
+        # Where registers leave one block a multiprocessor, half as many share.
+        lines = blocks if arithmetic is BF16 else 2 * blocks
+        path = {"strip_limit": 0, "cache_bytes": 0, "line_blocks": lines, **tuning}
         e = engine(case, arithmetic, tuning=path)
         launches = e.launches()
         assert [grid[2] for name, grid, *_ in launches if "add_gradients" in name] == [parts]
@@ -696,20 +700,19 @@ def test_shared_lines_take_little_memory():
         ]
         assert 0 <= sizes[0] - sizes[1] <= 4 << 20
         if d == 128:
-            assert sizes[0] - sizes[1] == 9 * 512 * 128 * 4  # ten blocks, were its panels wide
+            assert sizes[0] - sizes[1] == 13 * 512 * 128 * 4  # fourteen blocks a line
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("save", [True, False])
 def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
     """torch.compile plans with what dml_cuda.ops says of the saved tensors."""
-    sizes = (0, 1, 100, 512, 513, 1024, 1025, 3000, 4096, 4097, 100_000, 3_000_000)
+    sizes = (0, 1, 100, 256, 257, 512, 513, 1024, 3000, 4096, 4097, 100_000, 3_000_000)
     itemsize = 8 if dtype == torch.float64 else 4
-    for n in sizes:
-        for m in (None, *sizes):
-            e = engine_of_sizes(dtype, n, m, 16, save_for_backward=save)
-            told = dml_cuda.ops.saved_bytes("cuda", n, n if m is None else m, m is None, itemsize, save)
-            assert told == e.ask_sizes()[0], (n, m)
+    for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
+        e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
+        told = dml_cuda.ops.saved_bytes("cuda", n, n if m is None else m, d, m is None, itemsize, save)
+        assert told == e.ask_sizes()[0], (n, m, d)
 
 
 # ---- pairs given as lists -------------------------------------------------------------------------------

@@ -401,24 +401,33 @@ struct Work {
         return kBackwardBudget - weight_bytes(t) - (caches(t) ? similarity_bytes(t.problem) : 0);
     }
 
-    // Where a super-tile has few long lines, as where a few rows meet many references, several blocks of the
-    // gradient share a line: as many as give each block what it would have if `wide_blocks` had equal work,
-    // but split_slots tiles at least. Their sums are folded in order.
-    static int64_t parts_of_a_line(const Task& t, SuperShape shape, bool diagonal, int64_t panels) {
+    // Where a super-tile has few lines for so many multiprocessors, several blocks of the gradient share a
+    // line: as many as give each block what it would have if `wide_blocks` had equal work, but split_slots
+    // tiles at least. Their sums are folded in order. Where the lines of one side are longer than the others,
+    // as where a few rows meet many references, it is they that are shared, and among more blocks.
+    static int64_t parts_of_a_line(const Task& t, SuperShape shape, bool diagonal) {
         const int64_t line = std::max(shape.rows, shape.cols);
+        const int64_t panels = (t.problem.dim + kNarrowPanel - 1) / kNarrowPanel;
         const int64_t slots = shape.tiles() * (diagonal ? 1 : 2) * panels;  // of all lines
-        const int64_t blocks = std::max<int64_t>(t.tuning.wide_blocks, 1);
-        return std::max<int64_t>(line / std::max(t.tuning.split_slots, (slots + blocks - 1) / blocks), 1);
+        const int64_t at_once = kNeedsManyRegisters<GradMath> ? 1 : 2;      // blocks of a multiprocessor
+        const int64_t wanted = t.problem.square ? t.tuning.wide_blocks : t.tuning.line_blocks * at_once / 2;
+        const int64_t blocks = std::max<int64_t>(wanted, 1), each = (slots + blocks - 1) / blocks;
+        return std::max<int64_t>(line / std::max(t.tuning.split_slots, each), 1);
     }
-    static int64_t part_bytes(const Problem& p, SuperShape shape) {  // of one part's sums
-        return std::min(shape.rows, shape.cols) * kTile * p.dim * int64_t(sizeof(Acc));
+    static int64_t part_bytes(const Problem& p, SuperShape shape, bool diagonal) {  // of one part's sums
+        const bool both = shape.rows == shape.cols && !diagonal;
+        return (both ? 2 : 1) * std::min(shape.rows, shape.cols) * kTile * p.dim * int64_t(sizeof(Acc));
     }
     static int64_t part_bytes(const Task& t) {
+        const Problem& p = t.problem;
         const SuperShape shape = backward_shape(t);
-        const int64_t panels = (t.problem.dim + kWidePanel<GradMath> - 1) / kWidePanel<GradMath>;
-        const int64_t parts = parts_of_a_line(t, shape, t.problem.square, panels);
-        const int64_t most = std::min(kPartBudget, backward_room(t) / 4);
-        return std::min((parts - 1) * part_bytes(t.problem, shape), most) / 16 * 16;
+        int64_t bytes = 0;
+        for (const bool diagonal : {false, true}) {
+            const bool there = diagonal ? p.square : !p.square || shape.rows < tiles_along(p.queries.count);
+            const int64_t parts = parts_of_a_line(t, shape, diagonal);
+            if (there) bytes = std::max(bytes, (parts - 1) * part_bytes(p, shape, diagonal));
+        }
+        return std::min({bytes, kPartBudget, backward_room(t) / 4}) / 16 * 16;
     }
     static int64_t weight_bytes(const Task& t) {
         return backward_shape(t).tiles() * kTile * kTile * int64_t(sizeof(Weight));
@@ -464,22 +473,28 @@ struct Work {
         }
 
         template <typename Super>
-        int64_t blocks_of_a_line(const Super& super, int64_t panels) const {
+        int64_t blocks_of_a_line(const Super& super) const {
             const SuperShape shape = {super.row_tiles, super.col_tiles};
-            const int64_t one = std::max<int64_t>(part_bytes(work.p, shape), 1);
+            const int64_t one = std::max<int64_t>(part_bytes(work.p, shape, super.diagonal()), 1);
             const int64_t room = 1 + part_bytes(work.task) / one;
-            return std::min(parts_of_a_line(work.task, shape, super.diagonal(), panels), room);
+            return std::min(parts_of_a_line(work.task, shape, super.diagonal()), room);
         }
 
         template <typename Super>
         void fold_parts(const Super& super, const Gradients<Acc>& gradients, int count) const {
-            const Gradient<Acc>& to = gradients.side[gradients.split];
-            if (!to.sum || count == 0) return;
-            const bool of_rows = gradients.split == 0;
-            const int64_t first = (of_rows ? super.row_tile : super.col_tile) * kTile;
-            const int64_t rows = (of_rows ? super.row_tiles : super.col_tiles) * kTile, dim = work.p.dim;
-            Folds<Acc>::gradient(gradients.parts, count, rows * dim, std::min(rows, to.count - first) * dim,
-                                 to.sum + (first - to.row0) * dim, work.stream);
+            const int64_t dim = work.p.dim;
+            const int64_t pitch = gradients.tiles(super.row_tiles, super.col_tiles) * kTile * dim;
+            const Acc* parts = gradients.parts;
+            for (const int side : {0, 1}) {
+                const Gradient<Acc>& to = gradients.side[side];
+                const int64_t rows = gradients.tiles(side, super.row_tiles, super.col_tiles) * kTile;
+                const int64_t first = (side == 0 ? super.row_tile : super.col_tile) * kTile;
+                if (to.sum && rows > 0 && count > 0) {
+                    Folds<Acc>::gradient(parts, count, pitch, std::min(rows, to.count - first) * dim,
+                                         to.sum + (first - to.row0) * dim, work.stream);
+                }
+                parts += rows * dim;
+            }
         }
 
         // Adds to both groups what their pairs give. fresh: nothing has been added to either.
@@ -500,13 +515,17 @@ struct Work {
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
                      {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}},
-                    super.row_tiles <= super.col_tiles ? 0 : 1,  // the fewer lines are the longer ones
+                    // The fewer lines are the longer ones.
+                    {super.row_tiles <= super.col_tiles,
+                     super.col_tiles <= super.row_tiles && !super.diagonal()},
                     parts};
                 const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
+                const int wanted =
+                    (rows.sum ? super.row_tiles : 0) + (cols.sum && !super.diagonal() ? super.col_tiles : 0);
                 const auto multiply = [&](auto panel) {
                     using Grad = GradTraits<GradMath, decltype(panel)::value>;
                     const int64_t panels = (p.dim + Grad::kCols - 1) / Grad::kCols;
-                    const int64_t count = blocks_of_a_line(super, panels);
+                    const int64_t count = blocks_of_a_line(super);
                     launch(add_gradients<GradMath, Grad::kCols>,
                            dim3(unsigned(panels), unsigned(owners), unsigned(count)), dim3(Grad::kThreads),
                            Grad::kSharedBytes, work.stream, super, gradients, work.kept(), weights);
@@ -514,7 +533,7 @@ struct Work {
                 };
                 constexpr int kWide = kWidePanel<GradMath>;
                 if (p.dim > kNarrowPanel &&
-                    (p.dim + kWide - 1) / kWide * owners >= work.task.tuning.wide_blocks) {
+                    (p.dim + kWide - 1) / kWide * wanted >= work.task.tuning.wide_blocks) {
                     multiply(std::integral_constant<int, kWide>());
                 } else {
                     multiply(std::integral_constant<int, kNarrowPanel>());
@@ -590,7 +609,9 @@ struct Work {
     // Without columns or rows there is no tile, but a strip.
     static bool uses_strips(const Task& t) {
         const int64_t n = t.problem.queries.count, m = t.problem.refs.count;
-        return std::max(n, m) <= std::min(t.tuning.strip_limit, kStripMaxCols<Acc>) || std::min(n, m) == 0;
+        const int64_t rows = std::max(n, m);
+        return std::min(n, m) == 0 || (rows <= std::min(t.tuning.strip_limit, kStripMaxCols) &&
+                                       strip_work(rows, t.problem.dim) <= kStripWork);
     }
 };
 

@@ -21,12 +21,13 @@ inline constexpr int kPrecisions = 3;
 // Where one way of working ends and another begins. The tests lower these to reach every path with few
 // points.
 struct Tuning {
-    int64_t strip_limit = 1024;        // rows and columns up to which a strip of S fits in shared memory
+    int64_t strip_limit = 512;         // rows and columns up to which strips of S may be
     int super_tile = 32;               // a super-tile has the area of a square with so many tiles an edge
     int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
     int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
     int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
-    int64_t split_slots = 8;           // tiles of a line that are worth a block of their own in the gradient
+    int64_t line_blocks = 512;         // blocks that a gradient of long lines is shared among
+    int64_t split_slots = 2;           // tiles of a line that are worth a block of their own in the gradient
 };
 
 struct Task {

@@ -134,23 +134,24 @@ DML_DEVICE Acc quick_similarity(Similarity kind, Acc dot, Acc norm_a, Acc norm_b
     return dot * scale;
 }
 
-// From the rows themselves: for rows so long that their bare dot product overflows, or the product of their
-// inverse norms vanishes; for near ones; and for what lies past the end, 0. Also 0 for a row that is not
-// finite: the whole batch becomes NaN in the end, and until then the statistics that only labels should
-// decide stay meaningful.
+// From the rows themselves, by a warp, for one pair: for rows so long that their bare dot product overflows,
+// or the product of their inverse norms vanishes; and for near ones. 0 for a row that is not finite: the
+// whole batch becomes NaN in the end, and until then the statistics that only labels should decide stay
+// meaningful.
 template <typename Acc, typename T>
 DML_DEVICE Acc careful_similarity(Similarity kind, const Matrix<T>& a, int64_t i, Acc norm_a,
                                   const Matrix<T>& b, int64_t j, Acc norm_b) {
-    if (i >= a.rows || j >= b.rows || !is_finite(norm_a) || !is_finite(norm_b)) return Acc(0);
+    if (!is_finite(norm_a) || !is_finite(norm_b)) return Acc(0);
     const Acc unit_a = unit_factor(norm_a, kind), unit_b = unit_factor(norm_b, kind);
     const T* x = a.data + i * a.stride;
     const T* y = b.data + j * b.stride;
     Acc sum = 0;
 #pragma unroll 1
-    for (int64_t d = 0; d < a.cols; ++d) {
+    for (int64_t d = lane_id(); d < a.cols; d += kWarpSize) {
         const Acc u = Acc(x[d]) * unit_a, v = Acc(y[d]) * unit_b;
         sum += kind.euclidean ? (u - v) * (u - v) : u * v;
     }
+    sum = warp_sum(sum);
     return kind.euclidean ? -std::sqrt(sum) : sum;
 }
 

@@ -39,9 +39,11 @@ struct StripLayout {                                     // of shared memory, in
     static size_t bytes(int64_t cols) { return kStrip + size_t(kStripRows) * pitch(cols) * sizeof(Acc); }
 };
 
-// The longest rows that leave a block within the 99 KiB that every GPU of sm_80 and up grants.
-template <typename Acc>
-inline constexpr int64_t kStripMaxCols = 4096 / int64_t(sizeof(Acc));
+// The longest rows: then a block stays within the 99 KiB that every GPU of sm_80 and up grants.
+inline constexpr int64_t kStripMaxCols = 512;
+// Where tiles are as fast, as measured on an H100: strips have one product for all columns of 16 rows.
+inline constexpr int64_t kStripWork = 512 * (128 + 256);
+inline int64_t strip_work(int64_t rows, int64_t dim) { return rows * (dim + 256); }
 
 template <typename T, typename Acc>
 struct StripPairs {
@@ -78,7 +80,7 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
     const auto cols_of = [&](int stage) { return rows_of(stage) + kStripRows * kPitch; };
 
     // Once at least, for the norms.
-    for (int64_t col0 = 0; col0 == 0 || col0 < other.rows; col0 += kStripCols) {  // times: 16
+    for (int64_t col0 = 0; col0 == 0 || col0 < other.rows; col0 += kStripCols) {  // times: 8
         Product<Math, StripShape> product;
         Acc squares = 0;  // of half a row for each of the first 160 threads
         const int norm_row = int(threadIdx.x) / 2, norm_half = int(threadIdx.x) % 2;
@@ -119,13 +121,14 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
         block_sync();
         product.each([&](int r, int c, Acc dot) {
             const int64_t i = row0 + r, j = col0 + c;
-            const Acc norm_i = norms[r], norm_j = norms[kStripRows + c];
+            const bool pair = i < own.rows && j < other.rows && !(pairs.skip_self && i == j);
             Acc s = 0;
-            if (i < own.rows && j < other.rows) {
-                s = quick_similarity(pairs.similarity, dot, norm_i, norm_j);
-                if (s != s) {  // rare: rows near each other, or out of the ordinary
-                    s = careful_similarity(pairs.similarity, own, i, norm_i, other, j, norm_j);
-                }
+            if (pair) s = quick_similarity(pairs.similarity, dot, norms[r], norms[kStripRows + c]);
+            for (uint32_t near = warp_ballot(s != s); near; near &= near - 1) {  // rare: rows near each other
+                const int lane = __ffs(int(near)) - 1, at_r = shfl(r, lane), at_c = shfl(c, lane);
+                const Acc found = careful_similarity(pairs.similarity, own, row0 + at_r, norms[at_r], other,
+                                                     col0 + at_c, norms[kStripRows + at_c]);
+                if (lane == lane_id()) s = found;
             }
             strip[r * pairs.pitch + j] = s;
         });
@@ -167,19 +170,19 @@ struct LaneSet {
     template <typename F>
     DML_DEVICE void each(const F& f) const {
 #pragma unroll 1
-        for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {  // times: 10, where mining keeps a tenth
+        for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {  // times: 6, where mining keeps a tenth
             f(kWarpSize * (__ffs(int(rest)) - 1) + lane_id());
         }
     }
 };
-static_assert(kStripMaxCols<float> <= 32 * kWarpSize, "a bit for each column of a lane");
+static_assert(kStripMaxCols <= 32 * kWarpSize, "a bit for each column of a lane");
 
 // f(k, column) for each pair of a lane.
 template <typename F>
 DML_DEVICE void each_of_lane(int64_t cols, const F& f) {
     constexpr int kAtOnce = 4;
 #pragma unroll 1
-    for (int first = 0; first * kWarpSize < int(cols); first += kAtOnce) {  // times: 8
+    for (int first = 0; first * kWarpSize < int(cols); first += kAtOnce) {  // times: 4
 #pragma unroll
         for (int k = first; k < first + kAtOnce; ++k) {
             const int j = k * kWarpSize + lane_id();

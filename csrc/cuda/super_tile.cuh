@@ -188,10 +188,14 @@ DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& 
 #pragma unroll 1
         for (int r = int(threadIdx.x) / kTile; r < kTile; r += kApart) {
             Acc& s = sim[r * kSimPitch + c];
-            Acc x = quick_similarity(super.similarity, s, norms[r], norm);
-            if (x != x) {
-                x = careful_similarity(super.similarity, super.rows.points, row0 + r, norms[r],
-                                       super.cols.points, col0 + c, norm);
+            const bool pair = row0 + r < super.rows.points.rows && col0 + c < super.cols.points.rows &&
+                              !(super.square && row0 + r >= col0 + c);
+            Acc x = pair ? quick_similarity(super.similarity, s, norms[r], norm) : Acc(0);
+            for (uint32_t near = warp_ballot(x != x); near; near &= near - 1) {
+                const int lane = __ffs(int(near)) - 1, at = c - lane_id() + lane;
+                const Acc y = careful_similarity(super.similarity, super.rows.points, row0 + r, norms[r],
+                                                 super.cols.points, col0 + at, norms[kTile + at]);
+                if (lane == lane_id()) x = y;
             }
             s = x;
         }

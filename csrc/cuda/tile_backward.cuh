@@ -59,8 +59,16 @@ struct Gradient {
 template <typename Acc>
 struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
-    int split;              // the side whose lines several blocks share
-    Acc* parts;             // [blocks - 1, its rows in the super-tile, dim], of all but the first of these
+    bool shared[2];         // whether several blocks share a line of that side
+    Acc* parts;             // [blocks - 1, rows of those sides in the super-tile, dim], of all but the first
+
+    // Tiles of lines that are shared, of this side's and all.
+    DML_INLINE int tiles(int of, int row_tiles, int col_tiles) const {
+        return !shared[of] ? 0 : of == 0 ? row_tiles : col_tiles;
+    }
+    DML_INLINE int tiles(int row_tiles, int col_tiles) const {
+        return tiles(0, row_tiles, col_tiles) + tiles(1, row_tiles, col_tiles);
+    }
 };
 
 // One of the blocks that share a line.
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
     const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
     const Gradient<Acc>& gradient = gradients.side[side];
-    const Part part = {int(blockIdx.z), side == gradients.split ? int(gridDim.z) : 1};
+    const Part part = {int(blockIdx.z), gradients.shared[side] ? int(gridDim.z) : 1};
     if (!gradient.sum || part.index >= part.count) return;
     const auto super = all.template in_use<kTile>();
     const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
@@ -170,8 +178,9 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
     const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
     const bool apart = part.index > 0, first = apart || gradient.first;
-    const int64_t tiles = side == 0 ? all.row_tiles : all.col_tiles;
-    Acc* sums = (apart ? gradients.parts + ((part.index - 1) * tiles + own) * kTile * dim
+    const int64_t tiles = gradients.tiles(all.row_tiles, all.col_tiles);
+    const int before = side == 0 ? 0 : gradients.tiles(0, all.row_tiles, all.col_tiles);
+    Acc* sums = (apart ? gradients.parts + ((part.index - 1) * tiles + before + own) * kTile * dim
                        : gradient.sum + (row0 - gradient.row0) * dim) +
                 d0;
     constexpr int kVector = Sum::kRun * int(sizeof(Acc)) < 16 ? Sum::kRun : 16 / int(sizeof(Acc));

@@ -17,7 +17,15 @@ PRECISIONS = ["full", "tf32", "bf16"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-TUNING = ["strip_limit", "super_tile", "cache_bytes", "sum_bytes", "wide_blocks", "split_slots"]
+TUNING = [
+    "strip_limit",
+    "super_tile",
+    "cache_bytes",
+    "sum_bytes",
+    "wide_blocks",
+    "line_blocks",
+    "split_slots",
+]
 GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
 
 

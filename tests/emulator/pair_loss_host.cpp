@@ -26,7 +26,8 @@ struct Arguments {  // as in library.py, field by field
     const int64_t* self_ref;
     const int64_t* used_refs;
     int64_t square, dim, scalar, precision, law, euclidean, normalize, reduction, divide, mining, mine_self,
-        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes, wide_blocks, split_slots;
+        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes, wide_blocks, line_blocks,
+        split_slots;
     double params[kMaxParams];
     double epsilon;
     void* saved;
@@ -56,6 +57,7 @@ Task task_of(const Arguments& a) {
     if (a.cache_bytes >= 0) task.tuning.cache_bytes = a.cache_bytes;
     if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
     if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
+    if (a.line_blocks >= 0) task.tuning.line_blocks = a.line_blocks;
     if (a.split_slots >= 0) task.tuning.split_slots = a.split_slots;
     return task;
 }
