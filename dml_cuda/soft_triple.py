@@ -14,12 +14,16 @@ from . import _autocast
 from .law import reduce
 from .reference import TINY_NORM
 
-_BLOCK = 1 << 19  # logits of rows and centres that are there at once
+# Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU is
+# busy for longer than the host with launching them.
+_BLOCK = 1 << 19
+_GPU_BLOCK = 1 << 24
 _LARGEST = 80.0  # exp of more overflows float32
 
 
-def _blocks(rows: int, classes: int, per_class: int):
-    step = max(1, min(classes, _BLOCK // max(1, rows * per_class)))
+def _blocks(x: Tensor, classes: int, per_class: int) -> list[tuple[int, int]]:
+    most = _BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+    step = max(1, min(classes, most // max(1, len(x) * per_class)))
     return [(start, min(start + step, classes)) for start in range(0, classes, step)]
 
 
@@ -104,7 +108,7 @@ def soft_triple(
     n, classes = len(x), len(centers) // per_class
     most, sums, own = x.new_full((n,), -float("inf")), x.new_zeros(n), x.new_zeros(n)
     apart = x.new_zeros(())
-    for start, stop in _blocks(n, classes, per_class):
+    for start, stop in _blocks(x, classes, per_class):
         block = _Block(centers, start, stop, per_class, dtype)
         *_, of_class = block.exponentials(x, gamma)
         logits = block.logits(of_class, labels, la, gamma, margin)
@@ -147,7 +151,7 @@ def soft_triple_backward(
     known = (labels >= 0) & (labels < classes)
     upstream = torch.where(known, grad_losses, 0.0)[:, None] * la
     grad_x, grad_centers = torch.zeros_like(x), torch.empty_like(centers)
-    for start, stop in _blocks(len(x), classes, per_class):
+    for start, stop in _blocks(x, classes, per_class):
         block = _Block(centers, start, stop, per_class, dtype)
         t, e, sums, of_class = block.exponentials(x, gamma)
         beside = 1 - of_class

@@ -3,11 +3,13 @@
 Builds the kernels for the GPU of this machine, runs the tests on it, runs small cases under
 compute-sanitizer (memcheck, racecheck), and benchmarks: everything, and apart from it the batches too
 large for a matrix. Each part can be run alone and ends within eight minutes. What passed is written as one
-line of ``benchmarks/VERIFIED.md``, the benchmarks as ``benchmarks/results/<gpu>.json`` and
-``<gpu>-memory.json``. It works in the source tree, offline, with whatever Python runs it.
+line of ``benchmarks/VERIFIED.md``; the benchmarks, and what each kernel takes, as
+``benchmarks/results/<gpu>.json`` and ``<gpu>-*.json``. It works in the source tree, offline, with whatever
+Python runs it.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -19,7 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERIFIED = ROOT / "benchmarks" / "VERIFIED.md"
 LIMIT_SECONDS = 480
+GPU_TESTS = ("cuda", "blocks_cuda", "devices", "emulator")
 PYTEST = [sys.executable, "-m", "pytest"]
+# Several processes share the GPU, where pytest-xdist is there.
+SHARED = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -30,23 +35,28 @@ def sanitizer(tool: str) -> list[str]:
     return [program, *options, *PYTEST, "tests/test_cuda.py", "tests/test_devices.py", "-k", cases]
 
 
-def benchmark(out: Path, name: str, groups: tuple[str, ...]) -> list[str]:
+def benchmark(out: Path, name: str, seconds: float, *groups: str) -> list[str]:
     where = ["--device", "cuda", "--out", str(out), "--name", name]
-    return [sys.executable, "-m", "benchmarks", *where, "--seconds", "2", "--cases", *groups]
+    return [sys.executable, "-m", "benchmarks", *where, "--seconds", str(seconds), "--cases", *groups]
 
 
-def commands(out: Path, gpu: str) -> dict[str, list[list[str]]]:
+def commands(out: Path, gpu: str, seconds: float) -> dict[str, list[list[str]]]:
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
         # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
         "tests": [
-            [*PYTEST, *(f"tests/test_{name}.py" for name in ("cuda", "blocks_cuda", "devices", "emulator"))]
+            [*PYTEST, *SHARED, *(f"tests/test_{name}.py" for name in GPU_TESTS)],
         ],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],
-        "benchmark": [benchmark(out, name, ("train", "pml", "forward", "drop-in"))],
-        "memory": [benchmark(out, f"{name}-memory", ("memory",))],
+        "benchmark": [
+            benchmark(out, name, seconds, "train", "pml", "forward", "drop-in"),
+            benchmark(out, f"{name}-family", seconds, "family"),
+            benchmark(out, f"{name}-triplets", seconds, "triplets"),
+            [sys.executable, "-m", "tools.kernel_times", "--out", str(out / f"{name}-kernels.json")],
+        ],
+        "memory": [benchmark(out, f"{name}-memory", seconds, "memory")],
     }
 
 
@@ -92,9 +102,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help="build, tests, memcheck, racecheck, benchmark, memory (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON goes")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring each case (2)")
     arguments = parser.parse_args()
     gpu = gpu_name()
-    known = commands(arguments.out, gpu)
+    known = commands(arguments.out, gpu, arguments.seconds)
     wanted = arguments.parts or list(known)
     unknown = set(wanted) - set(known)
     if unknown:
