@@ -14,8 +14,8 @@ from . import _autocast
 from .law import reduce
 from .reference import TINY_NORM
 
-# Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU is
-# busy for longer than the host with launching them.
+# Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
+# is busy for longer than the host with launching them.
 _BLOCK = 1 << 19
 _GPU_BLOCK = 1 << 24
 _LARGEST = 80.0  # exp of more overflows float32
