@@ -5,17 +5,7 @@
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) [[maybe_unused]] static void not_registered(torch::Library& m)
 #include "cuda_blocks.cpp"
-
-// Laws of one's own, which dml_cuda._C loads, are not known here.
-namespace dml {
-const LoadedLaw* loaded_law(LawId) { return nullptr; }
-const LawInfo* law_named(std::string_view name) {
-    for (const LawInfo& law : kLaws) {
-        if (law.name == name) return &law;
-    }
-    return nullptr;
-}
-}  // namespace dml
+#include "no_loaded_laws.h"
 
 TORCH_LIBRARY(dml_cuda_blocks_on_host, m) {
     m.def(
