@@ -4,11 +4,12 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from emulator.build import HERE
 
-from tools import machine_code
+from tools import control_flow, machine_code
 from tools.control_flow import global_bytes, kinds, multiply_adds
 
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
@@ -268,6 +269,29 @@ def test_counts_what_is_issued(compiled, architecture, tmp_path):
     assert list(flow.rare) == ["not a number"]
     assert not flow.untold
     assert global_bytes(flow.counts) == (1 + 8 + 4 + 1) * 32 * 4
+
+
+NESTED = """
+for (int i = 0; i < 2; ++i) {  // times: 2
+    for (int j = 0; j < 4; ++j) {  // times: 4
+        f(i, j);
+    }
+    g(i);
+}
+"""
+
+
+def test_rounds_are_told_by_the_smallest_block(tmp_path):
+    """Of a loop into which the compiler has moved what stands outside of it."""
+    (tmp_path / "nested.cu").write_text(NESTED)
+    file = str(tmp_path / "nested.cu")
+    loop, outer = SimpleNamespace(body={0}), SimpleNamespace(body={0, 1})
+    blocks = [
+        SimpleNamespace(instructions=[SimpleNamespace(lines=[(file, line)]) for line in lines])
+        for lines in ((2, 3, 4, 4, 4, 6), (2, 6, 6))
+    ]
+    assert control_flow.rounds_of(loop, blocks, []) == (4, (file, 3))
+    assert control_flow.rounds_of(outer, blocks, [loop]) == (2, (file, 2))
 
 
 def test_multiply_adds_by_the_names_of_instructions():

@@ -250,18 +250,23 @@ def rounds_of(loop, blocks, inner):
     """How often a comment says the loop runs, and where the loop is.
 
     The comment is one of a line that the loop comes from, and of a block that most of the loop, without the
-    loops in it, comes from.
+    loops in it, comes from: the smallest such block, since compilers move instructions of outer loops into
+    inner ones.
     """
     deeper = {i for x in inner for i in x.body}
     own = [x for i in sorted(loop.body - deeper) for x in blocks[i].instructions if x.lines]
+    found = []
     for file, line in sorted({place for x in own for place in x.lines}):
         for first, last, kind, text in remarks(file):
             if kind != "times" or line != first:
                 continue
             within = sum(any(f == file and first <= n <= last for f, n in x.lines) for x in own)
             if 2 * within > len(own):
-                return int(re.match(r"\d+", text)[0]), (file, line)
-    return None, own[-1].lines[0] if own else None
+                found.append((last - first, file, line, text))
+    if not found:
+        return None, own[-1].lines[0] if own else None
+    _, file, line, text = min(found)
+    return int(re.match(r"\d+", text)[0]), (file, line)
 
 
 # ---- loops and ways ------------------------------------------------------------------------------------

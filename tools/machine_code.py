@@ -434,9 +434,9 @@ def hot_flows(files, architecture):
 
 
 def pairs_of(kernel, flow):
-    """How many pairs each thread looks at, or None: of a tile, or of a strip of 1024 columns."""
+    """How many pairs each thread looks at, or None: of a tile, or of a strip of 512 columns."""
     if kernel.startswith("strip_"):
-        return 16 * (512 if "double" in kernel else 1024) // 256
+        return 16 * 512 // 256
     if not has_tile(kernel):
         return None
     return (128 * 128 if flow.product_loops else 64 * 64) // 256
