@@ -13,32 +13,21 @@ namespace dml::cuda {
 
 using at::Tensor;
 
-// As torch says that float32 matrices are multiplied on CUDA. Its older getter raises where the older and the
-// newer way of saying so were mixed; it alone knows "medium", which the newer way calls tf32.
+// As torch says that float32 matrices are multiplied on CUDA: in full, or less ("high" and "medium" alike).
+// Its older getter raises where the older and the newer way of saying so were mixed.
 inline Precision precision_in_use() {
     const auto& context = at::globalContext();
 #if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
-    const auto of = [&](at::Float32Backend backend) {
-        return context.float32Precision(backend, at::Float32Op::MATMUL);
-    };
-    if (of(at::Float32Backend::CUDA) != at::Float32Precision::TF32) return Precision::kFull;
-    if (of(at::Float32Backend::MKLDNN) != at::Float32Precision::BF16) return Precision::kTf32;
-    const Precision unknown = Precision::kTf32;
+    const bool full = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) !=
+                      at::Float32Precision::TF32;
 #else
-    const Precision unknown = Precision::kFull;
-#endif
+    bool full = true;
     try {
-        switch (context.float32MatmulPrecision()) {
-            case at::Float32MatmulPrecision::HIGH:
-                return Precision::kTf32;
-            case at::Float32MatmulPrecision::MEDIUM:
-                return Precision::kBf16;
-            default:
-                return Precision::kFull;
-        }
+        full = context.float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
     } catch (const c10::Error&) {
-        return unknown;
     }
+#endif
+    return full ? Precision::kFull : Precision::kTf32;
 }
 
 // Rows may lie at any distance but must be contiguous in themselves.

@@ -80,18 +80,15 @@ def _cuda_saved_bytes(n, m, d, square: bool, itemsize: int, save: bool):
 
 
 def _cuda_precision() -> int:
-    """How float32 is multiplied: in full, as tf32 or as bfloat16. As csrc/cuda_ops.cpp finds it out, which
-    makes what is saved so many bytes longer."""
+    """How float32 is multiplied: in full (0) or as tf32 (1). As csrc/cuda_ops.cpp finds it out, which makes
+    what is saved so many bytes longer."""
     known = getattr(torch._C, "_get_fp32_precision_getter", None)
     if known is not None:
-        if known("cuda", "matmul") != "tf32":
-            return 0
-        if known("mkldnn", "matmul") != "bf16":
-            return 1
+        return int(known("cuda", "matmul") == "tf32")
     try:
-        return ["highest", "high", "medium"].index(torch.get_float32_matmul_precision())
+        return int(torch.get_float32_matmul_precision() != "highest")
     except RuntimeError:
-        return 0 if known is None else 1
+        return 0
 
 
 def saved_bytes(device: str, n, m, d, square: bool, itemsize: int, save: bool):

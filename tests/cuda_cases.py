@@ -43,7 +43,6 @@ ARITHMETICS = [
     Arithmetic("f64", F64, loss_tolerance=1e-13, grad_tolerance=1e-12),
     Arithmetic("f32", F32),
     Arithmetic("f32_tf32", F32, "tf32", to_tf32, grad_tolerance=1e-3),
-    Arithmetic("f32_bf16", F32, "bf16", lambda x: x.bfloat16().double(), grad_tolerance=8e-3),
     Arithmetic("f16", F16, grad_tolerance=1e-3),
     Arithmetic("bf16", BF16, grad_tolerance=8e-3),
 ]

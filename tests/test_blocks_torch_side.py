@@ -128,7 +128,7 @@ def test_float32_is_multiplied_as_at_the_start(on_host):
     """Whatever the user sets while the blocks go around, and backward."""
     how = "multi_similarity", [2.0, 5.0, 0.5], 0.1
     batch = Batch(dtype=torch.float32)
-    before, ways = torch.get_float32_matmul_precision(), ("highest", "high", "medium")
+    before, ways = torch.get_float32_matmul_precision(), ("highest", "high")
     results = []
     try:
         for way, other in zip(ways, ways[1:] + ways[:1], strict=True):
@@ -139,8 +139,7 @@ def test_float32_is_multiplied_as_at_the_start(on_host):
             assert all(torch.equal(a, b) for a, b in zip(found, results[-1], strict=True))
     finally:
         torch.set_float32_matmul_precision(before)
-    for k in (0, 1):
-        assert not torch.equal(results[k][0], results[k + 1][0])
+    assert not torch.equal(results[0][0], results[1][0])
 
 
 def told_as_made(op, *arguments):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU, and dml_cuda built with its CUDA kernels",
 )
 
-MATMUL_PRECISION = {"full": "highest", "tf32": "high", "bf16": "medium"}
+MATMUL_PRECISION = {"full": "highest", "tf32": "high"}
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 
 

@@ -15,7 +15,7 @@ from tools.control_flow import global_bytes, kinds, multiply_adds
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
 # The kinds of arithmetic that multiply on tensor cores (csrc/cuda/math.cuh), as kernels name them.
-TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math|Bf16Math)\b")
+TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math)\b")
 # Kernels that carry such a name but multiply no tiles.
 NO_PRODUCT = re.compile(r"^(finish|fold|norms|reduce)")
 
@@ -67,7 +67,6 @@ MOST_IN_A_LOOP = {
     "HalfMath<__nv_bfloat16>": (3, 4),
     "Tf32Math<float,false>": (5, 7),
     "Tf32Math<float,true>": (4.5, 6),
-    "Bf16Math": (7, 6.5),  # floats, rounded in the loop
 }
 
 

@@ -10,7 +10,6 @@ BEGIN, END = "<!-- counted by tools.machine_code: -->", "<!-- end of what is cou
 ARITHMETICS = {
     "HalfMath<__nv_bfloat16>": "bfloat16",
     "HalfMath<__half>": "float16",
-    "Bf16Math": "float32 in bfloat16",
     "Tf32Math<float,false>": "tf32",
     "Tf32Math<float,true>": "3 x tf32",
 }

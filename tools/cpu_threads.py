@@ -2,9 +2,9 @@
 
 The engine runs on one thread, cut as for T, and notes how long each task took. The tasks of a parallel
 region are then dealt out as the engine deals them (whoever is free takes the next), which gives the region's
-critical path; what runs outside of regions counts as serial. The efficiency is the threads' work over T times
-the sum of critical paths and serial time: 1 is even. Waking threads and sharing bandwidth are not in it.
-Run it on a quiet machine.
+critical path; what runs outside of regions counts as serial. Times are medians over some rounds, of each
+task. The efficiency is the threads' work over T times the sum of critical paths and serial time: 1 is even.
+Waking threads and sharing bandwidth are not in it. Run it on a quiet machine.
 
     python -m tools.cpu_threads [--out FILE.json]
 """
@@ -12,6 +12,7 @@ Run it on a quiet machine.
 import argparse
 import heapq
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -49,21 +50,28 @@ def batch(rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (centres[labels] + 2 * torch.randn(rows, dim, generator=generator)).requires_grad_(), labels
 
 
+def run_once(loss: torch.nn.Module, embeddings: torch.Tensor, labels: torch.Tensor, threads: int):
+    """The threads of each region and the seconds of its tasks, of forward and backward; and the rest."""
+    _C.start_task_log(threads)
+    start = time.perf_counter()
+    torch.autograd.grad(loss(embeddings, labels), embeddings)
+    total = time.perf_counter() - start
+    regions = _C.end_task_log()
+    return regions, total - sum(sum(tasks) for _, tasks in regions)
+
+
 def efficiency(loss: torch.nn.Module, rows: int, dim: int, threads: int) -> float:
-    """Of the quickest of some rounds of forward and backward."""
+    """Of the median time of each task, and of what is serial, over some rounds: so that what interrupted
+    one of them for a moment does not count."""
     embeddings, labels = batch(rows, dim)
-    best = None
-    for _ in range(ROUNDS):
-        _C.start_task_log(threads)
-        start = time.perf_counter()
-        torch.autograd.grad(loss(embeddings, labels), embeddings)
-        total = time.perf_counter() - start
-        regions = _C.end_task_log()
-        work = sum(sum(tasks) for _, tasks in regions)
-        path = sum(critical_path(tasks, shared) for shared, tasks in regions)
-        if best is None or total < best[0]:
-            best = (total, total / (threads * (total - work + path)))
-    return best[1]
+    rounds = [run_once(loss, embeddings, labels, threads) for _ in range(ROUNDS)]
+    serial = statistics.median(rest for _, rest in rounds)
+    work = path = 0.0
+    for same in zip(*(regions for regions, _ in rounds), strict=True):
+        tasks = [statistics.median(times) for times in zip(*(tasks for _, tasks in same), strict=True)]
+        work += sum(tasks)
+        path += critical_path(tasks, same[0][0])
+    return (work + serial) / (threads * (path + serial))
 
 
 def main() -> None:

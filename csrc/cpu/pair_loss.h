@@ -56,7 +56,7 @@ constexpr int64_t kForwardWave = 256;
 constexpr double kSparseShare = 0.4;
 
 // Rows whose losses one task finishes and adds up.
-constexpr int64_t kRowPiece = 256;
+constexpr int64_t kRowPiece = 64;
 
 // ---- what forward leaves for backward -------------------------------------------------------------------
 
@@ -535,7 +535,7 @@ class Forward {
     template <typename Wanted>
     void multiply_ahead(const Wanted& wanted) {
         constexpr int64_t kColumns = 32;
-        const int64_t few = 4 * thread_count(), strips = batch_.tiles.side / kColumns;
+        const int64_t few = 10 * thread_count(), strips = batch_.tiles.side / kColumns;
         if (batch_.windows || thread_count() == 1) return;
         std::vector<TileAt> ahead;
         bool many = false;

@@ -58,7 +58,7 @@ class Numbers {
 };
 
 // Rows per task, and the work of one.
-inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(dim, 1)); }
+inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
 
 // One side's points, of which a window is packed at a time: all of them, or those that a super-tile needs.

@@ -12,7 +12,7 @@
 namespace dml::cpu {
 
 // Work, in elementary steps of half a nanosecond, that is worth waking another thread for.
-inline constexpr int64_t kTaskWork = int64_t(1) << 15;
+inline constexpr int64_t kTaskWork = int64_t(1) << 13;
 
 // What tools/cpu_threads.py reads: how much processor time each task took, run one after another, as
 // `threads` threads would have been handed them. Null, and without cost, otherwise.

@@ -6,7 +6,6 @@ namespace dml::cuda {
 extern template struct BlockEngine<SimtMath<double>>;
 extern template struct BlockEngine<Tf32Math<float, true>>;
 extern template struct BlockEngine<Tf32Math<float, false>>;
-extern template struct BlockEngine<Bf16Math>;
 extern template struct BlockEngine<HalfMath<__half>>;
 extern template struct BlockEngine<HalfMath<__nv_bfloat16>>;
 
@@ -27,8 +26,6 @@ auto with_engine(const Task& task, const F& f) {
     switch (task.precision) {
         case Precision::kTf32:
             return f(BlockEngine<Tf32Math<float, false>>());
-        case Precision::kBf16:
-            return f(BlockEngine<Bf16Math>());
         case Precision::kFull:
             break;
     }

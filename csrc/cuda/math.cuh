@@ -1,5 +1,5 @@
 // How a block multiplies two tiles that lie in shared memory. Each kind of arithmetic is one small struct
-// (SimtMath, HalfMath, Tf32Math, Bf16Math), all behind the same two names:
+// (SimtMath, HalfMath, Tf32Math), all behind the same two names:
 //
 //   Product<Math, Shape>    the accumulators of C [Shape::kRows, Shape::kCols], spread over the block
 //     .add<depth>(a, b, f)    C += A B^T, A [kRows, depth], B [kCols, depth]; f() once it is under way
@@ -96,15 +96,7 @@ struct HalfMath {
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
-        if constexpr (sizeof(typename View::Value) == 4) {  // floats, rounded on the way
-            const int g = lane / 4, t = lane % 4;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int at_row = row + g + 8 * (i & 1), at_k = k + 2 * t + 8 * (i / 2);
-                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(at_row, at_k));
-                a.r[i] = pack2<T>(x.value[0], x.value[1]);
-            }
-        } else if constexpr (View::kAlongK) {
+        if constexpr (View::kAlongK) {
             ldmatrix_x4(a.r, view.at(row + lane % 16, k + 8 * (lane / 16)));
         } else {
             ldmatrix_x4_trans(a.r, view.at(row + 8 * (lane / 8 % 2), k + lane % 8 + 8 * (lane / 16)));
@@ -239,45 +231,6 @@ struct Tf32Math {
 #pragma unroll
             for (int e = 0; e < 4; ++e) acc[e] += step[e];
         }
-    }
-};
-
-// Floats rounded to bfloat16 as they are loaded, and weights that were rounded when they were stored.
-struct Bf16Math {
-    using Value = float;
-    using Acc = float;
-    using Half = HalfMath<__nv_bfloat16>;
-    static constexpr bool kTensorCores = true, kInterleaves = true;
-    static constexpr int kDepth = Half::kDepth;
-    using A = Half::A;
-    using B = Half::B;
-    static constexpr int at_once(int tiles, bool across) { return across && tiles % 4 == 0 ? 4 : 1; }
-
-    template <typename View>
-    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
-        Half::load(a, view, row, k);
-    }
-    template <int Tiles, typename View>
-    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int at_k = k + 2 * t + 8 * i;
-            if constexpr (View::kAlongK) {
-                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(col + g, at_k));
-                b[0].r[i] = pack2<__nv_bfloat16>(x.value[0], x.value[1]);
-            } else {
-                using Columns = Vector<float, Tiles>;
-                const auto x = *reinterpret_cast<const Columns*>(view.at(col + Tiles * g, at_k));
-                const auto y = *reinterpret_cast<const Columns*>(view.at(col + Tiles * g, at_k + 1));
-#pragma unroll
-                for (int j = 0; j < Tiles; ++j) b[j].r[i] = pack2<__nv_bfloat16>(x.value[j], y.value[j]);
-            }
-        }
-    }
-    template <bool Symmetric>
-    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
-        mma<__nv_bfloat16>(acc, a.r, b.r);
     }
 };
 

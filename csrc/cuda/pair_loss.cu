@@ -8,7 +8,6 @@ namespace dml::cuda {
 extern template struct Engine<SimtMath<double>>;
 extern template struct Engine<Tf32Math<float, true>>;
 extern template struct Engine<Tf32Math<float, false>>;
-extern template struct Engine<Bf16Math>;
 extern template struct Engine<HalfMath<__half>>;
 extern template struct Engine<HalfMath<__nv_bfloat16>>;
 
@@ -29,8 +28,6 @@ auto with_engine(const Task& task, const F& f) {
     switch (task.precision) {
         case Precision::kTf32:
             return f(Engine<Tf32Math<float, false>>());
-        case Precision::kBf16:
-            return f(Engine<Bf16Math>());
         case Precision::kFull:
             break;
     }

@@ -14,9 +14,9 @@
 
 namespace dml::cuda {
 
-// How float32 inputs are multiplied: three tf32 products, one, or one in bfloat16.
-enum class Precision { kFull, kTf32, kBf16 };
-inline constexpr int kPrecisions = 3;
+// How float32 inputs are multiplied: by three tf32 products, or by one.
+enum class Precision { kFull, kTf32 };
+inline constexpr int kPrecisions = 2;
 
 // Where one way of working ends and another begins. The tests lower these to reach every path with few
 // points.

@@ -27,10 +27,6 @@ template <typename T>
 struct WeightOf<Tf32Math<T, false>> {
     using Type = RoundedToTf32;
 };
-template <>
-struct WeightOf<Bf16Math> {
-    using Type = __nv_bfloat16;
-};
 
 // How far apart the values of a tile's log-sum-exps may lie.
 template <typename Acc>

@@ -32,19 +32,10 @@ inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
 // The same for the kernels that look at pairs, whose laws take registers as well.
 template <typename Math>
 inline constexpr int kPairBlocks = kTileBlocks<Math>;
-template <>
-inline constexpr int kPairBlocks<Bf16Math> = 1;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename T>
 inline constexpr int kPairBlocks<Tf32Math<T, false>> = 1;
 #endif
-
-// Behind each row of a slice. Where lanes read two floats each, four rows start in different quarters of the
-// banks.
-template <typename Math>
-inline constexpr int kFragmentPad = kPad<typename Math::Value>;
-template <>
-inline constexpr int kFragmentPad<Bf16Math> = 8;
 
 template <typename Math>
 struct TileTraits {
@@ -56,7 +47,7 @@ struct TileTraits {
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 3;
     static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
-    static constexpr int kPitch = kDepth + kFragmentPad<Math>;
+    static constexpr int kPitch = kDepth + kPad<T>;
     static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
     // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
     static constexpr int kSimPitch = kTile + kPad<Acc>;

@@ -35,9 +35,8 @@ struct GradTraits {
     // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
     static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
     // So do the points, which lanes read as vectors: four rows from each other, or every second of eight.
-    static constexpr bool kFloatPairs = sizeof(T) == 4 && sizeof(Weight) == 2;
     static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
-    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kFloatPairs ? 4 : kHalfVectors ? 16 : 8);
+    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kHalfVectors ? 16 : 8);
     static constexpr int kWeightElements =
         kTile * kPitch > kDepth* kAcrossPitch ? kTile * kPitch : kDepth * kAcrossPitch;
     static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));

@@ -13,7 +13,7 @@ from . import build
 HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "blocks", "triplets")]
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), *HOST_SIDES]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-PRECISIONS = ["full", "tf32", "bf16"]
+PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
