@@ -162,11 +162,11 @@ def test_awkward_sizes(arithmetic, n, d, counts):
 
 @pytest.mark.parametrize(("n", "count"), [(70, 2200), (2200, 70)], ids=["long block", "short block"])
 def test_lines_that_are_shared(n, count):
-    """By two blocks of the gradient's launch, each with a part of the 18 tiles."""
+    """By nine blocks of the gradient's launch, each with a part of the 18 tiles."""
     case = columns(n, F32, (count,), d=9, epsilon=0.1)
     e, *_ = verify(case, F32, (count,), super_tile=0, wide_blocks=-1)
     alone = engine(case, F32, (count,), super_tile=0, wide_blocks=0)
-    assert e.sizes(e.blocks[0])[2] - alone.sizes(alone.blocks[0])[2] == 128 * 9 * 4
+    assert e.sizes(e.blocks[0])[2] - alone.sizes(alone.blocks[0])[2] == 8 * 128 * 9 * 4
 
 
 def test_one_dimension():

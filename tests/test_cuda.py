@@ -159,9 +159,9 @@ def test_the_same_bits_every_time(arithmetic, n):
 def test_strips_see_one_similarity_from_both_sides(arithmetic):
     """To the bit: that a product of tensor cores does not care which operand is which is no promise of the
     hardware's, but mining in strips relies on it."""
-    case = couples(1000, arithmetic)
+    case = couples(500, arithmetic)
     loss, _ = run(case, arithmetic)
-    assert loss.unique().numel() > 400
+    assert loss.unique().numel() > 200
     assert torch.equal(loss, loss[partners(case.labels)])
 
 

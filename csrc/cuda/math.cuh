@@ -96,9 +96,18 @@ struct HalfMath {
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
-        if constexpr (View::kAlongK) {
+        if constexpr (sizeof(typename View::Value) == 4) {  // a strip's weights, rounded on the way
+            const int g = lane / 4, t = lane % 4;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at_row = row + g + 8 * (i & 1), at_k = k + 2 * t + 8 * (i / 2);
+                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(at_row, at_k));
+                a.r[i] = pack2<T>(x.value[0], x.value[1]);
+            }
+        } else if constexpr (View::kAlongK) {
             ldmatrix_x4(a.r, view.at(row + lane % 16, k + 8 * (lane / 16)));
         } else {
+            static_assert(sizeof(typename View::Value) == 2, "ldmatrix moves 16-bit elements");
             ldmatrix_x4_trans(a.r, view.at(row + 8 * (lane / 8 % 2), k + lane % 8 + 8 * (lane / 16)));
         }
     }

@@ -43,7 +43,7 @@ Task task_of(const Arguments& a) {
     p.reduction = static_cast<Reduction>(a.reduction);
     task.precision = static_cast<Precision>(a.precision);
     if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
-    if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
+    if (a.wide_blocks >= 0) task.tuning.wide_blocks = task.tuning.line_blocks = a.wide_blocks;
     return task;
 }
 

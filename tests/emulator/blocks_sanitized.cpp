@@ -27,7 +27,7 @@ void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int
 
     Task task;
     task.tuning.super_tile = 2;
-    task.tuning.wide_blocks = 0;
+    task.tuning.wide_blocks = task.tuning.line_blocks = 0;
     Problem& p = task.problem;
     p.queries = rows.view;
     p.square = p.mine_self = false;
