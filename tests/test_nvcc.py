@@ -96,8 +96,8 @@ MOST_FOR_A_PAIR = {
     "accumulate cached": (39, 43),
     "pair_weights": (50, 59),
     "pair_weights cached": (42, 50),
-    "strip_forward": (156, 162),
-    "strip_backward": (171, 182),
+    "strip_forward": (97, 101),
+    "strip_backward": (103, 110),
 }
 
 
@@ -130,7 +130,7 @@ def test_what_a_pair_takes(compiled_ahead, source):
 
 @needs_nvcc
 def test_folds_wait_for_memory_a_few_times(compiled_ahead):
-    """Over the 64 tiles of a super-tile: 3 microseconds of waiting, 4 where two log-sum-exps are merged."""
+    """Over the 64 tiles of a super-tile: 3 microseconds of waiting at most."""
     (source,) = [path for path in machine_code.sources() if path.stem == "kernels_folds"]
     compiled_ahead(source, "90a")
     flows = machine_code.flows(source, law="multi_similarity")
@@ -142,8 +142,7 @@ def test_folds_wait_for_memory_a_few_times(compiled_ahead):
     }
     assert waits.keys() == {"fold_extremes", "fold_gradient", "fold_sums", "fold_weights"}
     for name, n in waits.items():  # parts of a gradient are few, and come eight at a time
-        least, most = (2 if name == "fold_gradient" else 5), (4e-6 if name == "fold_sums" else 3e-6)
-        assert least <= n <= most / machine_code.L2_SECONDS, waits
+        assert (2 if name == "fold_gradient" else 5) <= n <= 3e-6 / machine_code.L2_SECONDS, waits
 
 
 # Microseconds that the issue slots alone allow, forward and backward (tools/issue_slots.py).
@@ -281,15 +280,18 @@ for (int i = 0; i < 2; ++i) {  // times: 2
 
 
 def test_rounds_are_told_by_the_smallest_block(tmp_path):
-    """Of a loop into which the compiler has moved what stands outside of it."""
+    """Of a loop into which the compiler has moved what stands outside of it, and of one out of whose inner
+    loop it has moved what stands there."""
     (tmp_path / "nested.cu").write_text(NESTED)
     file = str(tmp_path / "nested.cu")
-    loop, outer = SimpleNamespace(body={0}), SimpleNamespace(body={0, 1})
+    loop, outer = control_flow.Loop(0, frozenset({0})), control_flow.Loop(1, frozenset({0, 1}))
     blocks = [
         SimpleNamespace(instructions=[SimpleNamespace(lines=[(file, line)]) for line in lines])
-        for lines in ((2, 3, 4, 4, 4, 6), (2, 6, 6))
+        for lines in ((2, 3, 4, 4, 4, 6), (3, 2, 4, 4))
     ]
-    assert control_flow.rounds_of(loop, blocks, []) == (4, (file, 3))
+    loop.times, loop.place = control_flow.rounds_of(loop, blocks, [])
+    assert (loop.times, loop.place) == (4, (file, 3))
+    loop.told = frozenset({loop.place})
     assert control_flow.rounds_of(outer, blocks, [loop]) == (2, (file, 2))
 
 

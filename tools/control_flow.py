@@ -48,6 +48,7 @@ class Loop:
     in_code: int = 0  # instructions between its head and its backward branch, rare ones too
     place: tuple | None = None  # (file, line)
     times: int | None = None  # None: not told
+    told: frozenset = frozenset()  # the places of the comments that tell of it and of the loops in it
 
     @property
     def hmma(self):
@@ -250,15 +251,16 @@ def rounds_of(loop, blocks, inner):
     """How often a comment says the loop runs, and where the loop is.
 
     The comment is one of a line that the loop comes from, and of a block that most of the loop, without the
-    loops in it, comes from: the smallest such block, since compilers move instructions of outer loops into
-    inner ones.
+    loops in it, comes from: the smallest such block of which no loop in it is told already, since compilers
+    move instructions of outer loops into inner ones, and of inner ones out.
     """
+    before = frozenset().union(*(x.told for x in inner))
     deeper = {i for x in inner for i in x.body}
     own = [x for i in sorted(loop.body - deeper) for x in blocks[i].instructions if x.lines]
     found = []
     for file, line in sorted({place for x in own for place in x.lines}):
         for first, last, kind, text in remarks(file):
-            if kind != "times" or line != first:
+            if kind != "times" or line != first or (file, line) in before:
                 continue
             within = sum(any(f == file and first <= n <= last for f, n in x.lines) for x in own)
             if 2 * within > len(own):
@@ -422,6 +424,7 @@ def analyse(items, law=None, cached=False):
         lowest, highest = min(loop.body), max(loop.body)
         loop.in_code = sum(len(blocks[i].instructions) for i in range(lowest, highest + 1))
         loop.times, loop.place = rounds_of(loop, blocks, inner.values())
+        loop.told = frozenset({loop.place}).union(*(x.told for x in inner.values()))
         if not inner or (loop.multiplies and not any(x.multiplies for x in inner.values())):
             innermost.append(loop)
         if loop.times is None and not loop.multiplies:

@@ -794,12 +794,12 @@ class BackwardPass {
 
     // Some lines of a block and some dimensions, which one task adds up.
     struct Piece {
-        int64_t owner, line, lines, dim, dims;
+        int64_t owner, line, lines, dim, dims, work;
     };
 
     // Cuts the blocks where there is more than one thread: into panels of dimensions, then into lines, each
-    // block into as many pieces as its share of the work asks for. What a piece adds up does not depend on
-    // where it ends.
+    // block into as many pieces as its share of the work asks for. The longest come first, so that no thread
+    // begins one when the others are done. What a piece adds up does not depend on where it ends.
     std::vector<Piece> cut(const Owners& owners) const {
         constexpr int64_t kDims = 64, kLines = 32, kPiecesPerThread = 4;
         if (width_ == 0) return {};  // points without dimensions
@@ -824,10 +824,14 @@ class BackwardPass {
             const int64_t here = lines_of(owners, k);
             for (int64_t line = 0; line < here; line += lines) {
                 for (int64_t dim = 0; dim < width_; dim += dims) {
-                    pieces.push_back(
-                        {k, line, std::min(lines, here - line), dim, std::min(dims, width_ - dim)});
+                    const int64_t high = std::min(lines, here - line), wide = std::min(dims, width_ - dim);
+                    pieces.push_back({k, line, high, dim, wide, work[k] / here * high * wide});
                 }
             }
+        }
+        if (threads > 1) {
+            std::stable_sort(pieces.begin(), pieces.end(),
+                             [](const Piece& a, const Piece& b) { return a.work > b.work; });
         }
         return pieces;
     }
