@@ -1,4 +1,5 @@
-// csrc/cuda_ops.cpp for CPU tensors, with the kernels of the emulator: pair_loss as dml_cuda_pair_loss_on_host.
+// csrc/cuda_ops.cpp for CPU tensors, with the kernels of the emulator: pair_loss as
+// dml_cuda_pair_loss_on_host.
 #include <torch/library.h>
 
 // The file's own registration, for CUDA tensors, becomes a function that nobody calls.
