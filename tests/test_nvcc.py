@@ -96,8 +96,8 @@ MOST_FOR_A_PAIR = {
     "accumulate cached": (39, 43),
     "pair_weights": (50, 59),
     "pair_weights cached": (42, 50),
-    "strip_forward": (97, 101),
-    "strip_backward": (103, 110),
+    "strip_forward": (194, 202),  # of the longest strips, 512 columns
+    "strip_backward": (204, 220),
 }
 
 

@@ -44,7 +44,7 @@ def collect(of_laws, shorten):
                 row[kind, law] = flow.counts.total() / 64
                 row[kind, law, "cached"] = cached.counts.total() / 64
             elif kind.startswith("strip_"):
-                row[kind, law] = flow.counts.total() / 64
+                row[kind, law] = flow.counts.total() / 32
             elif kind == "add_gradients":
                 row["gradient", 128 if ",128," in name else 64] = max(loops)
     return numbers, folds
