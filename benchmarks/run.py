@@ -134,7 +134,7 @@ def run_case(
 
 
 def run_cases(cases: list[Case], device: str, seconds: float = 4.0, peers: list[str] | None = None) -> dict:
-    """Measure the cases behind a progress bar; the record of the run."""
+    """Measure the cases behind a progress bar; the record of the run, of fewer cases if interrupted."""
     started = time.perf_counter()
     records = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -146,6 +146,9 @@ def run_cases(cases: list[Case], device: str, seconds: float = 4.0, peers: list[
                 progress.update(task, description=case.name)
                 records.append(run_case(case, device, seconds, peers))
                 progress.advance(task)
+    except KeyboardInterrupt:
+        if not records:
+            raise
     finally:
         torch.set_float32_matmul_precision(precision)
     return {
@@ -153,5 +156,6 @@ def run_cases(cases: list[Case], device: str, seconds: float = 4.0, peers: list[
         "machine": describe(device),
         "seconds_per_case": seconds,
         "total_s": time.perf_counter() - started,
+        "interrupted": len(records) < len(cases),
         "cases": records,
     }

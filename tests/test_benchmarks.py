@@ -20,7 +20,7 @@ from benchmarks.machine import describe
 from benchmarks.measure import CpuClock, plan_rounds
 from benchmarks.plot import plot
 from benchmarks.report import print_report
-from benchmarks.run import ratios, run_case
+from benchmarks.run import ratios, run_case, run_cases
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +101,22 @@ def test_summary():
 def test_readme_without_markers():
     with pytest.raises(ValueError, match="benchmarks:begin"):
         readme.insert("no markers", "tables")
+
+
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch):
+    def interrupted_at_the_third(case, *options):
+        if case is cases[2]:
+            raise KeyboardInterrupt
+        return {"name": case.name}
+
+    cases = quick_cases()
+    monkeypatch.setattr("benchmarks.run.run_case", interrupted_at_the_third)
+    record = run_cases(cases, "cpu")
+    assert [case["name"] for case in record["cases"]] == [case.name for case in cases[:2]]
+    assert record["interrupted"]
+    assert not run_cases(cases[:2], "cpu")["interrupted"]
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(cases[2:], "cpu")
 
 
 def test_ratios_skip_peers_that_did_not_run():

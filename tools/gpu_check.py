@@ -24,7 +24,7 @@ LIMIT_SECONDS = 480
 GPU_TESTS = ("cuda", "blocks_cuda", "devices", "emulator")
 PYTEST = [sys.executable, "-m", "pytest"]
 # Several processes share the GPU, where pytest-xdist is there.
-SHARED = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+SHARED = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def sanitizer(tool: str) -> list[str]:
