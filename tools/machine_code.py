@@ -536,8 +536,11 @@ def main():
         print("\n" + issue_slots.table(bounds))
         if options.readme:
             names = demangle([name for kernels in of_laws.values() for name in kernels])
-            text = counted.markdown(of_laws, bounds, lambda name: shorten(names[name]), fold_seconds)
-            counted.write(text)
+
+            def short(name):
+                return shorten(names[name])
+
+            counted.write(counted.markdown(of_laws, bounds, short, pairs_of, fold_seconds))
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
         everything = {
