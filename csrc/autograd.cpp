@@ -1,12 +1,16 @@
 // The derivative of pair_loss. In C++, because a small batch is all overhead: registered from Python the
 // same costs 80 us more a step, as much as the kernels of 128 rows.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "ops.h"
@@ -16,6 +20,7 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 ForwardResult forward_below(const Call& call) {
@@ -57,67 +62,88 @@ BackwardResult pair_loss_backward(const Call& call, const Backward& backward) {
     return {found[0], found[1]};
 }
 
-// What backward needs beside tensors.
-struct Options : torch::CustomClassHolder {
+// A node as those of torch's own functions: half as much is allocated, and looked up, as by
+// torch::autograd::Function.
+struct PairLossNode final : torch::autograd::Node {
+    // `saved`, the op's second result, is no output of the node, as it has no gradient.
+    SavedVariable embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, saved;
     std::string law, similarity, reduction;
     std::vector<double> params;
-    bool divide, need_emb, need_ref;
+    bool divide = true;
 
-    Options(const Call& call, bool need_emb, bool need_ref)
-        : law(call.law),
-          similarity(call.similarity),
-          reduction(call.reduction),
-          params(call.params.vec()),
-          divide(call.divide),
-          need_emb(need_emb),
-          need_ref(need_ref) {}
-};
+    std::string name() const override { return "PairLossBackward"; }
 
-struct PairLossNode : torch::autograd::Function<PairLossNode> {
-    // The tensors that require a gradient stand first: apply looks for them among its arguments. `saved`, the
-    // op's second result, is no output of the node, as it has no gradient.
-    static variable_list forward(AutogradContext* ctx, const Tensor& embeddings,
-                                 const OptionalTensor& ref_emb, const Call& call, Tensor* saved) {
-        Tensor loss;
-        std::tie(loss, *saved) = forward_below(call);
-        const auto plain = [](const OptionalTensor& x) { return x ? *x : Tensor(); };
-        ctx->save_for_backward({embeddings, call.labels, plain(ref_emb), plain(call.ref_labels),
-                                plain(call.self_ref), plain(call.ref_count), *saved});
-        ctx->saved_data["options"] = c10::IValue::make_capsule(c10::make_intrusive<Options>(
-            call, embeddings.requires_grad(), ref_emb && ref_emb->requires_grad()));
-        ctx->set_materialize_grads(false);
-        return {loss};
+    void keep(const Call& call, const Tensor& bytes) {
+        embeddings = SavedVariable(call.embeddings, false);
+        labels = SavedVariable(call.labels, false);
+        ref_emb = SavedVariable(call.ref_emb, false);
+        ref_labels = SavedVariable(call.ref_labels, false);
+        self_ref = SavedVariable(call.self_ref, false);
+        ref_count = SavedVariable(call.ref_count, false);
+        saved = SavedVariable(bytes, false);
+        law = call.law;
+        similarity = call.similarity;
+        reduction = call.reduction;
+        params = call.params.vec();
+        divide = call.divide;
     }
-    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        variable_list result(4);
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);  // of threads that go backward through one graph
+        variable_list result(2);
         if (!grads[0].defined()) return result;
-        const auto capsule = ctx->saved_data["options"].toCapsule();
-        const auto& options = static_cast<const Options&>(*capsule);
-        const variable_list saved = ctx->get_saved_variables();
-        const auto optional = [&](int k) {
-            return saved[k].defined() ? OptionalTensor(saved[k]) : std::nullopt;
+        const auto optional = [](const SavedVariable& x) {
+            const Tensor tensor = x.unpack();
+            return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
         };
-        const OptionalTensor ref_emb = optional(2), ref_labels = optional(3), self_ref = optional(4),
-                             ref_count = optional(5);
-        const Call call = {saved[0],          saved[1],    ref_emb,        ref_labels,   self_ref,
-                           ref_count,         options.law, options.params, std::nullopt, options.similarity,
-                           options.reduction, true,        options.divide, true};
-        const auto [grad_emb, grad_ref] =
-            pair_loss_backward(call, {grads[0], saved[6], options.need_emb, options.need_ref});
-        if (options.need_emb) result[0] = grad_emb;
-        if (options.need_ref) result[1] = grad_ref;
+        const Tensor x = embeddings.unpack(), y = labels.unpack(), bytes = saved.unpack();
+        const OptionalTensor refs = optional(ref_emb), of_refs = optional(ref_labels),
+                             self = optional(self_ref), count = optional(ref_count);
+        const Call call = {x,          y,         refs, of_refs, self, count, law, params, std::nullopt,
+                           similarity, reduction, true, divide,  true};
+        const bool need_emb = task_should_compute_output(0), need_ref = task_should_compute_output(1);
+        const auto [grad_emb, grad_ref] = pair_loss_backward(call, {grads[0], bytes, need_emb, need_ref});
+        if (need_emb) result[0] = grad_emb;
+        if (need_ref) result[1] = grad_ref;
         return result;
     }
+
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (SavedVariable* x : {&embeddings, &labels, &ref_emb, &ref_labels, &self_ref, &ref_count, &saved})
+            x->reset_data();
+    }
 };
 
+// Torch's pointers to nodes are shared_ptr, and of its own kind in newer versions.
+using NodePointer = decltype(torch::autograd::Edge::function);
+template <typename Node, typename Pointer = NodePointer>
+auto make_node() {
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+        return std::make_shared<Node>();
+    } else {
+        return c10::make_intrusive<Node>();
+    }
+}
+
+bool has_tangent(const Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+
 ForwardResult pair_loss(const Call& call) {
-    const bool differentiable =
-        at::GradMode::is_enabled() &&
-        (call.embeddings.requires_grad() || (call.ref_emb && call.ref_emb->requires_grad()));
+    const bool with_refs = call.ref_emb.has_value();
+    const bool differentiable = at::GradMode::is_enabled() && (call.embeddings.requires_grad() ||
+                                                               (with_refs && call.ref_emb->requires_grad()));
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !has_tangent(call.embeddings) && !(with_refs && has_tangent(*call.ref_emb)),
+        "the fused losses of dml_cuda have no forward-mode derivative: differentiate in reverse, or pass "
+        "backend=\"reference\"");
     if (!differentiable) return forward_below(call);
-    Tensor saved;
-    const variable_list out = PairLossNode::apply(call.embeddings, call.ref_emb, call, &saved);
-    return {out[0], saved};
+    const auto node = make_node<PairLossNode>();
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(call.embeddings, with_refs ? *call.ref_emb : Tensor()));
+    const auto [loss, saved] = forward_below(call);
+    node->keep(call, saved);
+    torch::autograd::set_history(loss, node);
+    return {loss, saved};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "cpu/tasks.h"
 #include "cpu/tile_kernels.h"
 #include "loaded_laws.h"
+#include "plain_batch.h"
 
 #ifndef DML_CUDA_ARCHS
 #define DML_CUDA_ARCHS ""
@@ -147,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
         "load_law", [](const std::string& path, const std::string& name) { dml::load_law(path, name); },
         "Takes a law out of a library (loaded_law.h), under a name.", pybind11::arg("path"),
         pybind11::arg("name"));
+    dml::def_plain_batch(m);
     m.def("law_facts", &dml::cpu::law_facts, "What a law declares.", pybind11::arg("name"));
     m.def("stages", &dml::cpu::stages, "The passes over all columns that a law's forward makes, in order.",
           pybind11::arg("law"), pybind11::arg("mining"));

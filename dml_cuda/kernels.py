@@ -5,9 +5,11 @@ import torch
 from . import _C
 from ._warnings import warn_once
 
+BUILT_FOR_CUDA = bool(_C.cuda_version)
+
 
 def has_kernel(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and bool(_C.cuda_version))
+    return device.type == "cpu" or (device.type == "cuda" and BUILT_FOR_CUDA)
 
 
 def use_kernel(device: torch.device, backend: str, on_cuda: bool = True) -> bool:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _autocast, listed, ops, reference, scheduled
+from .. import _C, _autocast, listed, ops, reference, scheduled
 from ..batch import Batch, make_batch
-from ..kernels import use_kernel
+from ..kernels import BUILT_FOR_CUDA, use_kernel
 from ..law import Law
 from ..options import NAMES, Options, PairOptions, check_options
 
@@ -34,6 +34,26 @@ def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, A
 
 def _long(labels: Tensor | None) -> Tensor | None:
     return labels if labels is None or labels.dtype == torch.int64 else labels.long()
+
+
+def _of_plain_batch(
+    call: Call,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    epsilon: float | None,
+    self_ref: Tensor | None = None,
+    ref_count: Tensor | None = None,
+    mine_self: bool = True,
+) -> Tensor | None:
+    """What :func:`evaluate` returns, by the shortest way, of a batch that needs no care; None of others."""
+    law, options = call.law, call.options
+    if torch.compiler.is_compiling() or options.backend == "reference":
+        return None
+    batch = embeddings, labels, ref_emb, ref_labels, self_ref, ref_count
+    how = call.similarity, options.reduction, mine_self, call.divide
+    return _C.plain_pair_loss(*batch, law.name, call.params, epsilon, *how, law.on_cuda and BUILT_FOR_CUDA)
 
 
 def _fused(call: Call, batch: Batch) -> Tensor:
@@ -79,6 +99,12 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
 
 def evaluate(call: Call, batch: Batch) -> Tensor:
     """The loss of a batch that has been checked."""
+    if batch.indices is None:
+        embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, _, mine_self = batch
+        more = epsilon, self_ref, ref_count, mine_self
+        loss = _of_plain_batch(call, embeddings, labels, ref_emb, ref_labels, *more)
+        if loss is not None:
+            return loss
     return in_wanted_dtype(compute(call, batch), batch.embeddings)
 
 
@@ -105,6 +131,11 @@ def batch_of(
 
 def apply(call: Call, *batch: Any) -> Tensor:
     """The loss of a batch, whose arguments are those of :func:`batch_of`."""
+    embeddings, labels, indices_tuple, ref_emb, ref_labels = batch
+    if indices_tuple is None:
+        loss = _of_plain_batch(call, embeddings, labels, ref_emb, ref_labels, call.options.epsilon)
+        if loss is not None:
+            return loss
     return evaluate(call, batch_of(call, *batch))
 
 

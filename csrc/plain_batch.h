@@ -1,0 +1,10 @@
+// The shortest way from Python to pair_loss, for batches that need no care.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dml {
+
+void def_plain_batch(pybind11::module_& m);
+
+}  // namespace dml
