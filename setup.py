@@ -155,8 +155,8 @@ def link_flags() -> list[str]:
 
 
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
-# must run for each. From 10.0 on a kernel asks for fewer blocks on a multiprocessor.
-FRONT_ENDS = (80, 100)
+# must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
+FRONT_ENDS = (80, 100, 120)
 
 
 def nvcc_targets(architectures: str) -> list[str]:

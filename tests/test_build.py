@@ -140,10 +140,10 @@ def test_cuda_found(tmp_path, choice):
     [
         (
             "",
-            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "100,code=sm_120", "100,code=compute_100"],
+            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "120,code=sm_120", "120,code=compute_120"],
         ),
         ("8.6;9.0+PTX", ["80,code=sm_86", "80,code=sm_90", "80,code=compute_80"]),
-        ("10.3 12.1", ["100,code=sm_103", "100,code=sm_121"]),
+        ("10.3 12.1", ["100,code=sm_103", "120,code=sm_121"]),
         ("9.0;10.0a", []),  # torch's builder knows what that means
         ("Hopper", []),
     ],

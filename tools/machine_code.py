@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
 # What nvcc's front end compiles for, of which the assembler makes their code; as in setup.py.
-FRONT_ENDS = {"80": "80", "90a": "80", "100": "100", "120": "100"}
+FRONT_ENDS = {"80": "80", "90a": "80", "100": "100", "120": "120"}
 # As setup.py's extension is built; the line numbers change no instruction.
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", *COMMON_NVCC_FLAGS)
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")

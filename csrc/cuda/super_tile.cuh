@@ -20,9 +20,14 @@ template <typename T>
 inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
 
 // Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
-// at its pairs. (On sm_86, 89 and 120 shared memory holds one.)
+// at its pairs. From sm_120 on shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename Math>
+inline constexpr int kTileBlocks = 1;
+#else
 template <typename Math>
 inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
+#endif
 
 // The same for the kernels that look at pairs, whose laws take registers as well.
 template <typename Math>
