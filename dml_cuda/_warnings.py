@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-import torch
+from ._compile import constant_result
 
 _PASSED_OVER = {"dml_cuda", "torch", "pytorch_metric_learning"}
 _given: set[str] = set()
@@ -19,7 +19,7 @@ def _depth_of_the_caller() -> int:
     return depth - 1  # one of them is this function's
 
 
-@torch.compiler.assume_constant_result  # compiled code warns while it is compiled, in one graph
+@constant_result  # compiled code warns while it is compiled, in one graph
 def warn_once(message: str) -> None:
     """Warns of ``message``, the first time."""
     if message not in _given:

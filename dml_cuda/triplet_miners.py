@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import Similarity, check_batch, check_choice, check_flag, check_number
+from ._compile import constant_result
 from .losses.base import option
 from .mined_triplets import MinedTriplets, Selected, SelectedPairs
 from .miners import Miner
@@ -72,7 +73,7 @@ def within_margin(margin: float, type_of_triplets: str) -> Selection:
     return Selection(gap=gaps[type_of_triplets])
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _next(x: float, towards: float, double: bool) -> float:
     """The number beside x, in float64 or float32."""
     x, towards = torch.tensor([x, towards], dtype=torch.float64 if double else torch.float32)

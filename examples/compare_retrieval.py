@@ -64,14 +64,17 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _run(arguments: argparse.Namespace, out: Path, loss: str, **options) -> dict:
-    """A training's log."""
-    options = {"data": arguments.data, "device": arguments.device, "loss": loss, "out": out} | options
-    texts = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "examples.train_retrieval", *texts]
+def _train(options: list[str]) -> None:
+    command = [sys.executable, "-m", "examples.train_retrieval", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RunError(f"{' '.join(command[1:])}:\n{done.stderr.strip().splitlines()[-1]}")
+
+
+def _run(arguments: argparse.Namespace, out: Path, loss: str, **options) -> dict:
+    """A training's log."""
+    options = {"data": arguments.data, "device": arguments.device, "loss": loss, "out": out} | options
+    _train([text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))])
     return json.loads((out / "log.json").read_text())
 
 

@@ -226,9 +226,9 @@ def run(arguments: argparse.Namespace) -> dict:
     return log
 
 
-def main() -> None:
+def main(options: list[str] | None = None) -> None:
     try:
-        run(parse())
+        run(parse(options))
     except KeyboardInterrupt:
         sys.exit(130)
     except (DataError, NetworkError, TrainingError) as error:

@@ -11,10 +11,12 @@ pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from examples import compare_retrieval, tables
+from examples import compare_retrieval, tables, train_retrieval
 
 
-def test_runs_and_writes_everything(tmp_path):
+def test_runs_and_writes_everything(tmp_path, monkeypatch):
+    """All in this process; in processes of their own, as is usual, are the trainings of the next test."""
+    monkeypatch.setattr(compare_retrieval, "_train", train_retrieval.main)
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
     options = [

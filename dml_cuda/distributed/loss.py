@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -81,6 +82,10 @@ class DistributedLoss(nn.Module):
     >>> loss = loss_fn(network(images), labels)  # network: DistributedDataParallel
     """
 
+    def __new__(cls, *_, **__) -> "DistributedLoss":
+        _leave_uncompiled()
+        return super().__new__(cls)
+
     def __init__(
         self,
         loss: nn.Module,
@@ -111,7 +116,6 @@ class DistributedLoss(nn.Module):
         self.mode = mode
         self.miner = miner
 
-    @torch.compiler.disable  # the processes look at each other's sizes
     def forward(
         self,
         embeddings: Tensor,
@@ -142,7 +146,6 @@ class DistributedLoss(nn.Module):
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward
 
-    @torch.compiler.disable
     def against(
         self, embeddings: Tensor, labels: Tensor, pairs: MinedPairs, ref_emb: Tensor, ref_labels: Tensor
     ) -> Tensor:
@@ -364,3 +367,11 @@ def _divide(totals: Tensor, reduction: str) -> Tensor:
     if reduction == "sum":
         return parts.sum()
     return (parts * torch.where(units > 0, 1 / units, 0.0)).sum()
+
+
+@cache
+def _leave_uncompiled() -> None:
+    """The processes look at each other's sizes. Once there is a loss of theirs, since this loads the
+    compiler, on which an import of dml_cuda should not wait."""
+    for name in ("forward", "against"):
+        setattr(DistributedLoss, name, torch.compiler.disable(getattr(DistributedLoss, name)))
