@@ -12,6 +12,7 @@
 
 #include <ATen/ops/bitwise_or.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../block_ops.h"

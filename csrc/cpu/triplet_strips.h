@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../triplet_ops.h"
-#include "pair_loss.h"
+#include "batch.h"
 #include "triplet_kernels.h"
 
 namespace dml::cpu::triplet {
