@@ -99,7 +99,12 @@ def _has_peer(case: dict | None) -> bool:
 
 def summary(records: list[dict]) -> str:
     """Markdown of what a newcomer wants to know: each loss once, beside pytorch-metric-learning's."""
-    cases = [case for record in records for case in record["cases"] if record["machine"]["device"] == "cpu"]
+    records = [
+        record
+        for record in records
+        if record["machine"]["device"] == "cpu" and any(case["group"] == "family" for case in record["cases"])
+    ]
+    cases = [case for record in records for case in record["cases"]]
     family = [case for case in cases if case["group"] == "family" and "loaded" not in case["loss_title"]]
     others = [
         case
@@ -117,9 +122,7 @@ def summary(records: list[dict]) -> str:
         ours = duration(case["results"]["fused"]["median_s"])
         times = versus(case, "pml") if _has_peer(case) else NOTHING
         rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
-    machines = {
-        one_line(record["machine"]): None for record in records if record["machine"]["device"] == "cpu"
-    }
+    machines = {one_line(record["machine"]): None for record in records}
     header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "as fast", "MiB here", "MiB PML"]
     where = f"Forward and backward, float32; runs on {'; and on '.join(machines)}.\n\n" if machines else ""
     return where + markdown_table(header, rows, left=2)
@@ -137,7 +140,8 @@ def main() -> None:
     if not paths:
         parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
     records = [json.loads(path.read_text()) for path in paths]
-    records = [record for record in records if "cases" in record]  # the others are of tools.kernel_times
+    # The others are of tools.kernel_times and tools.cpu_threads.
+    records = [record for record in records if "machine" in record]
     written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
     try:
         for page, tables in written.items():
