@@ -16,6 +16,11 @@ SIZES = [(2, 3), (3, 1), (31, 65), (33, 31), (127, 64), (128, 16), (129, 129), (
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def several_threads():
+    torch.set_num_threads(3)
+
+
 def reference(loss, embeddings, labels, *, similarity="cosine", **options):
     how = {"backend": "reference", **by_name(similarity)}
     return evaluate(loss.function, embeddings, labels, **how, **options)

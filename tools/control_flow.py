@@ -371,10 +371,16 @@ def longest(blocks, nodes, start, order, inside):
     return result
 
 
+@cache
+def law_of(file):
+    """The law whose file in csrc/laws this is, or None."""
+    path = Path(file)
+    return path.stem if path.parent.name == "laws" and path.stem not in ("law", "dual", "slopes") else None
+
+
 def of_other_law(instruction, law):
-    """Whether it comes from the file of one loss's law (csrc/laws), and from another one's than that."""
-    files = [Path(file) for file, _ in instruction.lines]
-    laws = {file.stem for file in files if file.parent.name == "laws"} - {"law", "dual", "slopes"}
+    """Whether it comes from the file of one loss's law, and from another one's than that."""
+    laws = {law_of(file) for file, _ in instruction.lines} - {None}
     return bool(laws) and law not in laws
 
 
