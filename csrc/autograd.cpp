@@ -1,5 +1,7 @@
 // The derivative of pair_loss. In C++, because a small batch is all overhead: registered from Python the
 // same costs 80 us more a step, as much as the kernels of 128 rows.
+#include "autograd.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -13,9 +15,22 @@
 #include <type_traits>
 #include <vector>
 
-#include "ops.h"
-
 namespace dml {
+
+ForwardResult dispatch_pair_loss(const Call& call) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dml_cuda::pair_loss", "")
+                               .typed<decltype(pair_loss_op<dispatch_pair_loss>)>();
+    return call_op(op, call);
+}
+
+bool needs_gradient(const at::Tensor& embeddings, const OptionalTensor& ref_emb) {
+    return at::GradMode::is_enabled() &&
+           (embeddings.requires_grad() || (ref_emb && ref_emb->requires_grad()));
+}
+
+bool has_tangent(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+
 namespace {
 
 using at::Tensor;
@@ -24,11 +39,8 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 ForwardResult forward_below(const Call& call) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dml_cuda::pair_loss", "")
-                               .typed<decltype(pair_loss_op<forward_below>)>();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call_op(op, call);
+    return dispatch_pair_loss(call);
 }
 
 BackwardResult backward_below(const Call& call, const Backward& backward) {
@@ -62,8 +74,7 @@ BackwardResult pair_loss_backward(const Call& call, const Backward& backward) {
     return {found[0], found[1]};
 }
 
-// A node as those of torch's own functions: half as much is allocated, and looked up, as by
-// torch::autograd::Function.
+// A node as those of torch's own functions, without the maps and lists that torch::autograd::Function keeps.
 struct PairLossNode final : torch::autograd::Node {
     // `saved`, the op's second result, is no output of the node, as it has no gradient.
     SavedVariable embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, saved;
@@ -126,17 +137,13 @@ auto make_node() {
     }
 }
 
-bool has_tangent(const Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
-
 ForwardResult pair_loss(const Call& call) {
     const bool with_refs = call.ref_emb.has_value();
-    const bool differentiable = at::GradMode::is_enabled() && (call.embeddings.requires_grad() ||
-                                                               (with_refs && call.ref_emb->requires_grad()));
     TORCH_CHECK_NOT_IMPLEMENTED(
         !has_tangent(call.embeddings) && !(with_refs && has_tangent(*call.ref_emb)),
         "the fused losses of dml_cuda have no forward-mode derivative: differentiate in reverse, or pass "
         "backend=\"reference\"");
-    if (!differentiable) return forward_below(call);
+    if (!needs_gradient(call.embeddings, call.ref_emb)) return forward_below(call);
     const auto node = make_node<PairLossNode>();
     node->set_next_edges(
         torch::autograd::collect_next_edges(call.embeddings, with_refs ? *call.ref_emb : Tensor()));

@@ -6,11 +6,10 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include "ops.h"
+#include "autograd.h"
 
 namespace dml {
 namespace {
@@ -24,7 +23,7 @@ bool take(py::handle object, OptionalTensor& tensor) {
     if (object.is_none()) return true;
     if (!THPVariable_CheckExact(object.ptr())) return false;
     tensor = THPVariable_Unpack(object.ptr());
-    return tensor->layout() == at::kStrided && !tensor->is_inference() && !tensor->_fw_grad(0).defined();
+    return tensor->layout() == at::kStrided && !tensor->is_inference() && !has_tangent(*tensor);
 }
 
 bool are_points(const Tensor& x) {
@@ -65,12 +64,9 @@ py::object plain_pair_loss(py::handle embeddings, py::handle labels, py::handle 
     Tensor loss;
     {
         const py::gil_scoped_release others_may_run;
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("dml_cuda::pair_loss", "")
-                                   .typed<decltype(pair_loss_op<nullptr>)>();
-        const bool save = at::GradMode::is_enabled() && (x->requires_grad() || (r && r->requires_grad()));
-        loss = std::get<0>(call_op(op, {*x, *y, r, ry, self, count, law, params, epsilon, similarity,
-                                        reduction, mine_self, divide, save}));
+        const bool save = needs_gradient(*x, r);
+        loss = std::get<0>(dispatch_pair_loss({*x, *y, r, ry, self, count, law, params, epsilon, similarity,
+                                               reduction, mine_self, divide, save}));
         const auto wanted =
             at::autocast::is_autocast_enabled(x->device().type()) ? at::kFloat : x->scalar_type();
         if (loss.scalar_type() != wanted) loss = loss.to(wanted);

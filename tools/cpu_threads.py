@@ -24,12 +24,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import dml_cuda
+from benchmarks.cases import Case
+from benchmarks.peers import loss_step, matmuls
 from dml_cuda import _C
 
 CASES = [  # rows, dimensions, threads
@@ -110,20 +111,9 @@ def measure(step: Callable[[], object], threads: int) -> tuple[float, float]:
 
 
 def steps(rows: int, dim: int) -> dict[str, Callable[[], object]]:
-    embeddings, labels = batch(rows, dim)
-    x, s = embeddings.detach(), torch.empty(rows, rows)
-    out = torch.empty_like(x)
-
-    def matmuls() -> None:
-        torch.mm(x, x.T, out=s)
-        torch.mm(s, x, out=out)
-        torch.mm(s.T, x, out=out)
-
-    losses = {
-        name: partial(lambda loss: torch.autograd.grad(loss(embeddings, labels), embeddings), loss)
-        for name, loss in LOSSES.items()
-    }
-    return losses | {"three matmuls": matmuls}
+    case, points = Case("threads", "multi_similarity", rows, dim), batch(rows, dim)
+    losses = {name: loss_step(case, loss, *points) for name, loss in LOSSES.items()}
+    return losses | {"three matmuls": matmuls(case, *points)}
 
 
 def measured(rows: int, dim: int, threads: int) -> dict[str, dict[str, float]]:
