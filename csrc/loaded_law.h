@@ -20,12 +20,9 @@ inline constexpr int64_t kLoadedLawLayout[] = {sizeof(cpu::TileKernels<float>), 
 struct LoadedLaw {
     const int64_t* layout;
     const char* parameters;  // "alpha, beta = 50"
-    struct Set {
-        const char* name;  // of the instruction set
-        const cpu::TileKernels<float>* of_float;
-        const cpu::TileKernels<double>* of_double;
-    };
-    const Set* sets;                // ended by one without a name
+    const char* instruction_set;  // of the CPU kernels
+    const cpu::TileKernels<float>* of_float;
+    const cpu::TileKernels<double>* of_double;
     const cuda::EntryPoints* cuda;  // null where nvcc did not compile it
 };
 

@@ -5,21 +5,13 @@
 namespace dml {
 
 namespace cpu {
-#define DML_DECLARE(isa)                                               \
-    namespace isa {                                                    \
-    template <typename T>                                              \
-    const TileKernels<T>& kernels(LawId law);                          \
-    extern template const TileKernels<float>& kernels<float>(LawId);   \
-    extern template const TileKernels<double>& kernels<double>(LawId); \
-    }
-DML_DECLARE(baseline)
-#if defined(DML_WITH_AVX2)
-DML_DECLARE(avx2)
-#endif
-#if defined(DML_WITH_AVX512)
-DML_DECLARE(avx512)
-#endif
-#undef DML_DECLARE
+// The one instruction set that it is compiled for.
+namespace DML_LAW_ISA {
+template <typename T>
+const TileKernels<T>& kernels(LawId law);
+extern template const TileKernels<float>& kernels<float>(LawId);
+extern template const TileKernels<double>& kernels<double>(LawId);
+}  // namespace DML_LAW_ISA
 }  // namespace cpu
 
 #if defined(DML_WITH_CUDA)
@@ -30,18 +22,13 @@ extern const EntryPoints kEntryPoints;
 
 namespace {
 
-#define DML_SET(isa) {#isa, &cpu::isa::kernels<float>(kLaws[0].id), &cpu::isa::kernels<double>(kLaws[0].id)},
+#define DML_QUOTE(isa) #isa
+#define DML_QUOTED(isa) DML_QUOTE(isa)
 
 const LoadedLaw* loaded_law() {
-    static const LoadedLaw::Set sets[] = {DML_SET(baseline)
-#if defined(DML_WITH_AVX2)
-                                              DML_SET(avx2)
-#endif
-#if defined(DML_WITH_AVX512)
-                                                  DML_SET(avx512)
-#endif
-                                                      {}};
-    static const LoadedLaw law = {kLoadedLawLayout, kOwnParameters, sets,
+    static const LoadedLaw law = {kLoadedLawLayout, kOwnParameters, DML_QUOTED(DML_LAW_ISA),
+                                  &cpu::DML_LAW_ISA::kernels<float>(kLaws[0].id),
+                                  &cpu::DML_LAW_ISA::kernels<double>(kLaws[0].id),
 #if defined(DML_WITH_CUDA)
                                   &cuda::kEntryPoints
 #else

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         network = make_network()
         batches = distort(data.held_out_images, generator).split(512)
         before = embed(network, batches, "cpu")
-        some = slice(0, 200)
+        some = slice(0, 100)  # their tuplets hold every positive beside every negative
         gradients = [_gradient(f, before[some], data.held_out_labels[some]) for f in (ours, theirs)]
         train(network, data.train_images, data.train_labels, arguments.steps, "cpu", generator, loss_fn=ours)
         after = embed(network, batches, "cpu")

@@ -4,11 +4,12 @@ import os
 
 # Before torch is loaded. Threads that spin while they wait make a busy machine crawl; these sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Test processes side by side share the cores; tests of threads say how many.
+# Test processes side by side share the cores; tests of threads say how many. NumPy's spin too, so one.
 os.environ.setdefault(
     "OMP_NUM_THREADS",
     str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
 )
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -92,8 +92,7 @@ def schedule(loss, k):
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize(("backend", "dynamic"), [("fused", None), ("fused", True), ("reference", None)])
 def test_schedules_compile(loss, dynamic, backend):
     """Options that change at every step, of a module and of a function: a graph or two, whole, serve all."""
     embeddings, labels = make_batch(24, 6)

@@ -79,15 +79,14 @@ void set_instruction_set(const std::string& name) {
 namespace {
 template <typename T>
 const TileKernels<T>& kernels_of(const LoadedLaw& law) {
-    for (const LoadedLaw::Set* set = law.sets; set->name; ++set) {
-        if (chosen() != set->name) continue;
-        if constexpr (std::is_same_v<T, float>) {
-            return *set->of_float;
-        } else {
-            return *set->of_double;
-        }
+    if (chosen() != law.instruction_set)
+        throw std::runtime_error(std::string("a law was loaded with kernels for ") + law.instruction_set +
+                                 ", and " + chosen() + " is in use now: load it again");
+    if constexpr (std::is_same_v<T, float>) {
+        return *law.of_float;
+    } else {
+        return *law.of_double;
     }
-    throw std::runtime_error("a law was loaded without kernels for " + chosen());
 }
 }  // namespace
 

@@ -45,7 +45,7 @@ inline constexpr const char* kOwnParameters = OwnLaw<float>::kParams;
 class Target(NamedTuple):
     """What a library is compiled for."""
 
-    cpu: tuple[str, ...]  # instruction sets
+    cpu: str  # the instruction set
     gpu: tuple[str, ...]  # compute capabilities, "90"; empty without CUDA kernels
     cuda_home: str
 
@@ -59,8 +59,8 @@ def _cuda_home() -> str | None:
 
 
 def target() -> Target:
-    """This machine: its instruction sets, and its GPUs where the package and nvcc can serve them."""
-    cpu = tuple(_C.cpu_instruction_sets())
+    """This machine: the instruction set in use, and its GPUs where the package and nvcc can serve them."""
+    cpu = _C.cpu_instruction_set()
     if not _C.cuda_version or not torch.cuda.is_available():
         return Target(cpu, (), "")
     home = _cuda_home()
@@ -152,8 +152,8 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
     from torch.utils import cpp_extension  # slow to import
 
     law = write_headers(source, folder)
-    sources = [SOURCES / "own_law.cpp", *(SOURCES / "cpu" / f"kernels_{name}.cpp" for name in on.cpu)]
-    macros = ["-DDML_OWN_LAW", *(f"-DDML_WITH_{name.upper()}" for name in on.cpu)]
+    sources = [SOURCES / "own_law.cpp", SOURCES / "cpu" / f"kernels_{on.cpu}.cpp"]
+    macros = ["-DDML_OWN_LAW", f"-DDML_LAW_ISA={on.cpu}"]
     cuda_flags = []
     if on.gpu:
         cuda = SOURCES / "cuda"

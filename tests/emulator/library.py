@@ -80,7 +80,7 @@ def load():
     """Compiles what is not cached, two files at a time."""
     native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
     # Without unique symbols: else a table of csrc's is dml_cuda._C's own, which may be an older build.
-    kernel = [*build.COMMON, *build.WARNINGS, "-O2", "-fPIC", "-fno-gnu-unique", *native]
+    kernel = [*build.COMMON, *build.WARNINGS, "-O1", "-fPIC", "-fno-gnu-unique", *native]
     with ThreadPoolExecutor(2) as pool:
         objects = [
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),

@@ -83,7 +83,6 @@ struct PendingCopy {
 struct Thread {
     Fiber fiber;
     uint3 index;
-    State state;
     Site site;  // where it waits
     std::vector<PendingCopy> copies;
     size_t landed;  // how many of them have been handed back
@@ -94,7 +93,8 @@ struct Warp {
     int lanes;
     int ready;
     int arrived;
-    Operation operation;
+    Operation operation;  // what those who have arrived wait for, and where
+    Site site;
     unsigned meetings;  // that ordered memory, so far
     char parity[2];     // as Machine::barrier_parity_
     void* operands[kLanes];
@@ -150,6 +150,7 @@ class Machine {
     unsigned barriers_ = 0;  // passed so far
     int current_ = -1;
     std::vector<std::unique_ptr<Thread>> threads_;  // kept from block to block, for their stacks
+    std::vector<State> states_;                     // of threads_; apart, as every turn looks at many
     std::vector<Warp> warps_;
     std::vector<int> round_;  // the threads to visit, from next_ on
     size_t next_ = 0;
@@ -168,8 +169,8 @@ class Machine {
 };
 
 Machine& machine() {
-    static Machine machine;
-    return machine;
+    static Machine* const machine = new Machine;
+    return *machine;
 }
 
 std::string text(uint3 i) {
@@ -178,7 +179,9 @@ std::string text(uint3 i) {
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 // ---- launching --------------------------------------------------------------------------------
 
@@ -219,13 +222,14 @@ void Machine::run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
 void Machine::run_block() {
     const int count = int(blockDim.x * blockDim.y * blockDim.z);
     while (int(threads_.size()) < count) threads_.push_back(std::make_unique<Thread>());
+    states_.resize(threads_.size());
     // ThreadSanitizer knows fibers only. Dealt out anew, the same thread of two blocks is rarely one.
     random.shuffle(threads_);
     warps_.assign((count + kLanes - 1) / kLanes, Warp{});
     for (int i = 0; i < count; ++i) {
         Thread& thread = *threads_[i];
         thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        thread.state = State::kReady;
+        states_[i] = State::kReady;
         thread.copies.clear();
         thread.landed = 0;
         thread.groups = 0;
@@ -253,7 +257,7 @@ void Machine::thread_main() {
     acquire(&m.start_);
     (*m.kernel_)();
     release(&m.end_);
-    m.self().state = State::kDone;
+    m.states_[m.current_] = State::kDone;
     --m.ready_;
     --m.warps_[m.current_ / kLanes].ready;
     --m.live_;
@@ -267,7 +271,7 @@ void Machine::thread_main() {
 int Machine::next_ready() {
     for (;;) {
         for (; next_ < round_.size(); ++next_) {
-            if (threads_[round_[next_]]->state == State::kReady) return round_[next_++];
+            if (states_[round_[next_]] == State::kReady) return round_[next_++];
         }
         if (ready_ == 0) return -1;
 
@@ -301,13 +305,14 @@ void Machine::yield() {
         from.fiber.switch_to(main_, true);
     }
     if (next == current_) return;
+    const bool done = states_[current_] == State::kDone;
     current_ = next;
-    from.fiber.switch_to(self().fiber, from.state == State::kDone);
+    from.fiber.switch_to(self().fiber, done);
     threadIdx = from.index;
 }
 
 void Machine::wait(State state, Site site) {
-    self().state = state;
+    states_[current_] = state;
     self().site = site;
     --ready_;
     --warps_[current_ / kLanes].ready;
@@ -315,7 +320,7 @@ void Machine::wait(State state, Site site) {
 }
 
 void Machine::make_ready(int thread) {
-    threads_[thread]->state = State::kReady;
+    states_[thread] = State::kReady;
     ++ready_;
     ++warps_[thread / kLanes].ready;
 }
@@ -328,7 +333,7 @@ void Machine::block_barrier(Site site) {
     ++at_barrier_;
     if (at_barrier_ == live_) {
         Thread& last = self();
-        last.state = State::kAtBarrier;
+        states_[current_] = State::kAtBarrier;
         last.site = site;
         --ready_;
         --warps_[current_ / kLanes].ready;
@@ -344,14 +349,14 @@ void Machine::release_barrier() {
     const int count = int(blockDim.x * blockDim.y * blockDim.z);
     int first = -1;
     for (int i = 0; i < count; ++i) {
-        if (threads_[i]->state != State::kAtBarrier) continue;
+        if (states_[i] != State::kAtBarrier) continue;
         if (first < 0) first = i;
         if (!same(threads_[i]->site, threads_[first]->site)) {
             fail("divergent barrier: " + describe_waiting());
         }
     }
     for (int i = 0; i < count; ++i) {
-        if (threads_[i]->state == State::kAtBarrier) make_ready(i);
+        if (states_[i] == State::kAtBarrier) make_ready(i);
     }
     at_barrier_ = 0;
     ++barriers_;
@@ -366,15 +371,10 @@ void Machine::warp_rendezvous(Operation operation, void* operand, Site site, boo
              " lanes: all 32 must exist");
     if (warp.arrived == 0) {
         warp.operation = operation;
-        self().site = site;
-    } else {
-        for (int i = 0; i < kLanes; ++i) {
-            const Thread& other = *threads_[first + i];
-            if (other.state != State::kAtRendezvous) continue;
-            if (warp.operation == operation && same(other.site, site)) break;
-            fail("divergent warp: lane " + std::to_string(lane) + " is at " + text(site) + " while " +
-                 describe_waiting());
-        }
+        warp.site = site;
+    } else if (warp.operation != operation || !same(warp.site, site)) {
+        fail("divergent warp: lane " + std::to_string(lane) + " is at " + text(site) + " while " +
+             describe_waiting());
     }
     warp.operands[lane] = operand;
     const char* meeting = &warp.parity[warp.meetings % 2];
@@ -385,9 +385,9 @@ void Machine::warp_rendezvous(Operation operation, void* operand, Site site, boo
         warp.arrived = 0;
         if (orders_memory) ++warp.meetings;
         operation(warp.operands);
-        for (int i = 0; i < kLanes; ++i) {
-            if (i != lane) make_ready(first + i);
-        }
+        std::fill_n(states_.begin() + first, kLanes, State::kReady);
+        ready_ += kLanes - 1;
+        warp.ready += kLanes - 1;
     }
     if (orders_memory) acquire(meeting);
 }
@@ -403,10 +403,10 @@ std::string Machine::describe_waiting() const {
     const int count = int(blockDim.x * blockDim.y * blockDim.z);
     for (int i = 0; i < count; ++i) {
         const Thread& thread = *threads_[i];
-        if (thread.state == State::kDone) ++done;
-        if (thread.state == State::kDone || thread.state == State::kReady) continue;
+        if (states_[i] == State::kDone) ++done;
+        if (states_[i] == State::kDone || states_[i] == State::kReady) continue;
         const std::string what =
-            (thread.state == State::kAtBarrier ? "the block barrier at " : "the warp function at ") +
+            (states_[i] == State::kAtBarrier ? "the block barrier at " : "the warp function at ") +
             text(thread.site);
         auto group =
             std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.what == what; });
