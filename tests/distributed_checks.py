@@ -54,7 +54,8 @@ def layouts():
 
 
 def trials(rows):
-    """Of each type how often: float32, and that all is repeatable, where three processes' rows are unequal."""
+    """Of each type how often: float32, and that all is repeatable, where three processes' rows are
+    unequal."""
     return {torch.float64: 2, torch.float32: 2} if rows == UNEVEN[3] else {torch.float64: 1}
 
 

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kPageBytes = 4096;
 constexpr size_t kStackBytes = 256 * 1024;  // mapped, but only touched pages cost memory
 constexpr size_t kColours = 32, kColourBytes = 576;
-constexpr unsigned kTsanNoSync = 1;         // a switch orders nothing: only barriers do
+constexpr unsigned kTsanNoSync = 1;  // a switch orders nothing: only barriers do
 
 Fiber* leaving = nullptr;
 Fiber* entering = nullptr;
@@ -74,8 +74,8 @@ void Fiber::prepare(void (*entry)()) {
         mprotect(mapping_, kPageBytes, PROT_NONE);  // an overflow faults
         stack_bottom_ = static_cast<char*>(mapping_) + kPageBytes;
         stack_bytes_ = kStackBytes;
-        // Stacks lie a multiple of the page apart, and each begins somewhere else on its page: else the
-        // lines that all use would fall into the same few sets of the cache.
+        // Stacks lie a multiple of a page apart; each begins elsewhere on its page, or the lines that all
+        // use would fall into the same few sets of the cache.
         static size_t stacks = 0;
         stack_bytes_ -= stacks++ % kColours * kColourBytes;
         if (__tsan_create_fiber) tsan_fiber_ = __tsan_create_fiber(0);
