@@ -475,9 +475,7 @@ def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
 
 
 def test_a_gpu_without_nvcc(monkeypatch):
-    monkeypatch.setattr(
-        build, "_C", type("Built", (), {"cuda_version": "13.0", "cpu_instruction_set": str})
-    )
+    monkeypatch.setattr(build, "_C", type("Built", (), {"cuda_version": "13.0", "cpu_instruction_set": str}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(build, "_cuda_home", lambda: None)
     monkeypatch.setattr("dml_cuda._warnings._given", set())
