@@ -175,8 +175,10 @@ def nvcc_targets(architectures: str) -> list[str]:
 
 
 def extension(cuda: bool):
-    sources = [f"csrc/{name}.cpp" for name in ("ops", "autograd", "loaded_laws", "plain_batch")]
-    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+    # The longest first. The other files are read in units, which include them.
+    sources = [f"csrc/cpu/kernels_{name}.cpp" for name in ("avx512", "avx2", "baseline")]
+    sources += [f"csrc/units/{name}.cpp" for name in ("pairs", "module", "lists_and_triplets")]
+    sources += ["csrc/cpu/dispatch.cpp", "csrc/loaded_laws.cpp"]
     # -g0: many a Python was built with -g and passes that on, which doubles what the compiler takes.
     flags = [
         "-O3",
@@ -196,7 +198,7 @@ def extension(cuda: bool):
     build = cpp_extension.CppExtension
     if cuda:
         build = cpp_extension.CUDAExtension
-        sources += ["csrc/cuda_ops.cpp", "csrc/cuda_blocks.cpp", "csrc/cuda_triplets.cpp"]
+        sources += ["csrc/units/on_cuda.cpp"]
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
         macros += [
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),

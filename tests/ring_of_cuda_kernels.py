@@ -2,7 +2,8 @@
 
 Its ops are the torch side of the CUDA kernels, and these run on the emulator. Started by
 test_blocks_torch_side.py; what it checks are those of distributed_checks.py that go around the ring, in
-float64: how accurate the kernels are in other types is tested where their arithmetic is known.
+float64 and with unequal shares: how accurate the kernels are in other types is tested where their arithmetic
+is known, and what the ring makes of other shares with the ops of the CPU.
 """
 
 import sys
@@ -28,6 +29,8 @@ def chosen():
 if __name__ == "__main__":
     torch_side.load("blocks")
     checks.as_one_process = partial(checks.as_one_process, dtypes=(torch.float64,))
+    checks.trials = lambda rows: {torch.float64: 1}
+    checks.layouts = lambda: (checks.UNEVEN[int(sys.argv[2])],)
     ring._OPS = torch.ops.dml_cuda_blocks_on_host
     ring.stages = lambda law, mining, device: ops.stages(law, mining, "cuda")
     checks.CHECKS = dict(chosen())

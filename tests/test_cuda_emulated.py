@@ -98,7 +98,7 @@ def test_every_law_has_its_cases():
 def test_every_law(law, path, similarity, m, epsilon):
     n = 60 if path == "small" else 140
     verify(of_similarity(law, similarity, n, 16, F64, m=m, epsilon=epsilon), F64, path)
-    if path != "cached":
+    if path != "cached" and m is not None:  # square ones are below, in every arithmetic
         verify(of_similarity(law, similarity, n, 16, F32, m=m, epsilon=epsilon), F32, path)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from emulator.build import HERE
 
-from tools import control_flow, machine_code
+from tools import control_flow, machine_code, machine_record
 from tools.control_flow import global_bytes, kinds, multiply_adds
 
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
@@ -32,18 +32,67 @@ def compiled():
 # ---- our kernels ---------------------------------------------------------------------------------------
 
 
+COUNTED_FOR = "90a"  # the architecture whose code is counted below
+
+
 @pytest.fixture(scope="module")
 def compiled_ahead(compiled):
-    """As above, with everything compiled two at a time; what does not compile is reported by its test."""
+    """As above, with everything compiled two at a time; what does not compile is reported by its test. For
+    other architectures than the one that is counted, what is on record of the same sources is taken."""
+
+    def is_on_record(source, architecture):
+        return (
+            architecture != COUNTED_FOR
+            and machine_record.is_of_this_nvcc()
+            and machine_record.is_current(source)
+        )
+
+    def find(source, architecture):
+        if is_on_record(source, architecture):
+            return machine_record.kernels(source, architecture)
+        return compiled(source, architecture)
 
     def attempt(item):
         with suppress(machine_code.CompileError):
-            compiled(*item)
+            find(*item)
 
     with ThreadPoolExecutor(2) as pool:
         work = [(source, a) for source in machine_code.sources() for a in machine_code.ARCHITECTURES]
         list(pool.map(attempt, work))
-    return compiled
+    return find
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
+def test_what_is_on_record_is_so(compiled_ahead, source):
+    """csrc/cuda/machine_code.json is of these sources, and says of sm_90a what nvcc has just made."""
+    if not machine_record.is_of_this_nvcc():
+        pytest.skip(f"the record is of {machine_record.read()['nvcc']}, this is {machine_code.nvcc_build()}")
+    assert machine_record.is_current(source), "other sources than on record: `make ptxas` writes it anew"
+    assert machine_record.depends(source) == machine_record.read()["sources"][source.name]["depends"]
+    made = [machine_record.facts(kernel) for kernel in compiled_ahead(source, COUNTED_FOR)]
+    assert made == [machine_record.facts(kernel) for kernel in machine_record.kernels(source, COUNTED_FOR)]
+
+
+def test_a_record_of_other_sources_is_not_taken(monkeypatch, tmp_path):
+    """Not of a file that has changed, is gone, or is compiled otherwise."""
+    (tmp_path / "a.cu").write_text("a")
+    (tmp_path / "b.cuh").write_text("b")
+    monkeypatch.setattr(machine_record, "ROOT", tmp_path)
+    names = ["a.cu", "b.cuh"]
+    known = {"sources": {"a.cu": {"depends": names, "digest": machine_record.digest(names)}}}
+    monkeypatch.setattr(machine_record, "read", lambda: known)
+    source = tmp_path / "a.cu"
+    assert machine_record.is_current(source)
+    assert not machine_record.is_current(tmp_path / "b.cu")
+    (tmp_path / "b.cuh").write_text("c")
+    assert not machine_record.is_current(source)
+    (tmp_path / "b.cuh").unlink()
+    assert not machine_record.is_current(source)
+    (tmp_path / "b.cuh").write_text("b")
+    assert machine_record.is_current(source)
+    monkeypatch.setattr(machine_code, "FLAGS", (*machine_code.FLAGS, "-DOTHER"))
+    assert not machine_record.is_current(source)
 
 
 @needs_nvcc
@@ -73,7 +122,7 @@ MOST_IN_A_LOOP = {
 @needs_nvcc
 @pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
 def test_loops_of_products(compiled_ahead, source):
-    compiled_ahead(source, "90a")
+    compiled_ahead(source, COUNTED_FOR)
     for name, flow in machine_code.flows(source).items():
         (kernel,) = [machine_code.shorten(x) for x in machine_code.demangle([name]).values()]
         kind = next(
@@ -104,8 +153,8 @@ MOST_FOR_A_PAIR = {
 @needs_nvcc
 @pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
 def test_what_a_pair_takes(compiled_ahead, source):
-    compiled_ahead(source, "90a")
-    of_laws = machine_code.hot_flows([source], "90a")
+    compiled_ahead(source, COUNTED_FOR)
+    of_laws = machine_code.hot_flows([source], COUNTED_FOR)
     counted = set()
     for place, law in enumerate(machine_code.LAWS):
         names = machine_code.demangle(list(of_laws[law]))
@@ -132,7 +181,7 @@ def test_what_a_pair_takes(compiled_ahead, source):
 def test_folds_wait_for_memory_a_few_times(compiled_ahead):
     """Over the 64 tiles of a super-tile: 3 microseconds of waiting at most."""
     (source,) = [path for path in machine_code.sources() if path.stem == "kernels_folds"]
-    compiled_ahead(source, "90a")
+    compiled_ahead(source, COUNTED_FOR)
     flows = machine_code.flows(source, law="multi_similarity")
     names = machine_code.demangle(list(flows))
     waits = {
@@ -158,7 +207,7 @@ MOST_OF_ISSUE_SLOTS = {
 def test_whole_problems_by_issue_slots(compiled_ahead):
     from tools import issue_slots
 
-    of_law = machine_code.hot_flows(machine_code.sources(), "90a")["multi_similarity"]
+    of_law = machine_code.hot_flows(machine_code.sources(), COUNTED_FOR)["multi_similarity"]
     bounds = {bound.problem: 1e6 * bound.issue_slots for bound in issue_slots.bounds(of_law)}
     assert bounds.keys() == MOST_OF_ISSUE_SLOTS.keys()
     for problem, microseconds in bounds.items():

@@ -2,7 +2,8 @@
 
 Compiles every csrc/cuda/*.cu for every architecture and tabulates registers, spills, occupancy and the
 tensor-core instructions of each kernel, what the hot path of each issues (control_flow.py), and what follows
-for whole problems (issue_slots.py). Results are cached under build/machine_code by content.
+for whole problems (issue_slots.py). Results are cached under build/machine_code by content; what was made of
+each kernel is kept in the repository (machine_record.py).
 """
 
 import argparse
@@ -77,6 +78,11 @@ def _nvcc_version():
     return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def nvcc_build():
+    """The compiler and its build, in its own words."""
+    return " ".join(_nvcc_version().split("\n")[-3:]).strip()
+
+
 def with_headers(source, *folders):
     """A source and every header that it may include: what a cached object of it depends on."""
     folders = {ROOT / "csrc", source.parent, *folders}
@@ -114,27 +120,38 @@ def _run_nvcc(source, *options):
     return done.stderr
 
 
+def _run_front_end(source, target, flags, *end):
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
+    return _run_nvcc(source, *flags, *include, gencode, *end)
+
+
 def _front_end(source, target, flags):
-    """The PTX of a source. For the first target the host's side is compiled as well, as whoever builds the
-    package does."""
+    """The PTX of a source."""
 
     def make(folder, ptx):
-        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-        ends = (
-            ["-c", "--keep", f"--keep-dir={folder}"] if target == FRONT_ENDS[ARCHITECTURES[0]] else ["-ptx"]
-        )
-        gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
-        said = _run_nvcc(source, *flags, *include, gencode, *ends, "-o", str(folder / "made"))
-        os.replace(next(folder.glob("*.ptx"), folder / "made"), ptx)
+        said = _run_front_end(source, target, flags, "-ptx", "-o", str(folder / "made"))
+        os.replace(folder / "made", ptx)
         return said
 
     return _made(source, f"compute_{target}.ptx", flags, make)[0]
+
+
+def _host_side(source, flags):
+    """What whoever builds the package compiles besides: it must go, and is of no use here."""
+
+    def make(folder, made):
+        return _run_front_end(source, FRONT_ENDS[ARCHITECTURES[0]], flags, "-c", "-o", str(folder / "made.o"))
+
+    _made(source, "host", flags, make)
 
 
 def _compile(source, architecture, flags):
     """Returns the cubin's path and what ptxas said, from the cache if nothing has changed."""
 
     def make(folder, cubin):
+        if architecture == ARCHITECTURES[0]:
+            _host_side(source, flags)
         ptx = _front_end(source, FRONT_ENDS[architecture], flags)
         lines = [flag for flag in flags if flag == "-lineinfo"]
         options = [f"-arch=sm_{architecture}", "-cubin", *lines, "-Xptxas", "-v", "-o", str(folder / "made")]
@@ -263,6 +280,16 @@ def occupancy(architecture, threads, registers, static_shared=0):
     return blocks, blocks * warps / max_warps, left // 128 * 128
 
 
+def with_occupancy(kernel):
+    """The same kernel, with what its registers, threads and shared memory allow."""
+    if kernel.max_threads:
+        limits = occupancy(
+            kernel.architecture, kernel.max_threads, kernel.registers, kernel.static_shared_bytes
+        )
+        kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
+    return kernel
+
+
 # ---- all together --------------------------------------------------------------------------------------
 
 
@@ -279,10 +306,7 @@ def analyse(source, architecture, flags=FLAGS, disassemble=True):
         kernel = Kernel(shorten(demangled[mangled]), source.name, architecture, **values)
         kernel.max_threads = threads.get(mangled, 0)
         kernel.instructions = counts.get(mangled, {})
-        if kernel.max_threads:
-            limits = occupancy(architecture, kernel.max_threads, kernel.registers, kernel.static_shared_bytes)
-            kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
-        kernels.append(kernel)
+        kernels.append(with_occupancy(kernel))
     return sorted(kernels, key=lambda k: k.name)
 
 
@@ -526,6 +550,10 @@ def main():
     if find_nvdisasm() is None:
         print("\nInstructions were not counted: pip install nvidia-cuda-nvdisasm")
         return
+    if not options.sources and architectures == ARCHITECTURES:
+        from . import machine_record
+
+        machine_record.write(kernels)
     of_laws = hot_flows(options.sources or sources(), options.hot)
     print(f"\nsm_{options.hot}. " + hot_table(of_laws))
     bounds = []
@@ -544,7 +572,7 @@ def main():
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
         everything = {
-            "nvcc": _nvcc_version().split("\n")[-3],
+            "nvcc": nvcc_build(),
             "kernels": rows,
             "bounds": [asdict(bound) for bound in bounds],
         }

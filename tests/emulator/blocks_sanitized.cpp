@@ -91,11 +91,13 @@ void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int
     }
 }
 
+// laws: all kinds of them; where two arithmetics differ is seen with two of them.
 template <typename Math>
-void run_all(Scalar scalar) {
+void run_all(Scalar scalar, bool laws) {
     const Similarity cosine, raw = {true, false};
     run<Math>(scalar, 140, {140, 270, 0, 1}, 8, 8, LawId::multi_similarity, true, cosine);
     run<Math>(scalar, 37, {37, 5}, 21, 23, LawId::circle, false, cosine);
+    if (!laws) return;
     run<Math>(scalar, 130, {150}, 8, 8, LawId::contrastive, false, raw);
     run<Math>(scalar, 140, {150, 20}, 72, 72, LawId::nt_xent, true, cosine);
 }
@@ -104,7 +106,7 @@ void run_all(Scalar scalar) {
 
 int main() {
     return watched([] {
-        run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16);
-        run_all<Tf32Math<float, true>>(Scalar::kFloat32);
+        run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16, false);
+        run_all<Tf32Math<float, true>>(Scalar::kFloat32, true);
     });
 }

@@ -56,9 +56,10 @@ int main() {
     return watched([] {
         for (const TripletTerm term : {TripletTerm::kHinge, TripletTerm::kSoftplus, TripletTerm::kMargin}) {
             run<float>(13, 3, term, Selection::kAll);
-            run<double>(70, 1, term, Selection::kAll);
-            run<float>(90, 2, term, Selection::kAll);
+            run<double>(40, 1, term, Selection::kAll);
         }
+        run<double>(70, 1, TripletTerm::kHinge, Selection::kAll);
+        run<float>(90, 2, TripletTerm::kHinge, Selection::kAll);
         for (const Selection negatives :
              {Selection::kHardest, Selection::kEasiest, Selection::kSemihard, Selection::kDrawn}) {
             run<float>(13, 3, TripletTerm::kHinge, negatives);

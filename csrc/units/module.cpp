@@ -1,0 +1,4 @@
+// Read as one; see pairs.cpp.
+#include "../autograd.cpp"
+#include "../ops.cpp"
+#include "../plain_batch.cpp"
