@@ -24,7 +24,7 @@ examples: $(VENV)/built
 
 test: $(VENV)/built
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built

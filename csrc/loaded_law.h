@@ -19,7 +19,7 @@ inline constexpr int64_t kLoadedLawLayout[] = {sizeof(cpu::TileKernels<float>), 
 
 struct LoadedLaw {
     const int64_t* layout;
-    const char* parameters;  // "alpha, beta = 50"
+    const char* parameters;       // "alpha, beta = 50"
     const char* instruction_set;  // of the CPU kernels
     const cpu::TileKernels<float>* of_float;
     const cpu::TileKernels<double>* of_double;

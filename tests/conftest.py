@@ -16,6 +16,27 @@ import torch
 
 import dml_cuda
 
+# Files that take long, the longest first: so that no process begins one when the others are done.
+LONG = (
+    "test_cuda_emulated.py",
+    "test_distributed.py",
+    "test_nvcc.py",
+    "test_blocks_emulated.py",
+    "test_own_law.py",
+    "test_blocks_torch_side.py",
+    "test_train_retrieval.py",
+    "test_benchmarks.py",
+    "test_triplets_emulated.py",
+    "test_threads.py",
+    "test_fused.py",
+    "test_memory.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def same_start():

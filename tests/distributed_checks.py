@@ -138,7 +138,8 @@ def every_similarity(name, mode):
     loss = LOSSES[name]
     for similarity in ("dot", "euclidean", "euclidean_raw"):
         make = partial(loss.module, **loss.smooth, epsilon=0.3, **by_name(similarity))
-        as_one_process(make, mode, UNEVEN[dist.get_world_size()], False)
+        rows = UNEVEN[dist.get_world_size()]
+        as_one_process(make, mode, rows, False, dtypes=trials(rows))
 
 
 def large(mode):

@@ -84,7 +84,7 @@ class BackwardPass {
             const int64_t count = wave.size();
             memory_.reserve(std::min(slots, tiles.count()) * tiles.area());
             nonzeros_.assign(count, 0);
-            for_tasks(count, count * batch_.tile_work(), [&](int64_t k) { make_weights(wave[k], k); });
+            batch_.for_tiles(wave, [&](int64_t k) { make_weights(wave[k], k); });
             add_gradients(wave);
         };
         // The sums of a block of rows are complete after all of its super-tiles, which follow each other;

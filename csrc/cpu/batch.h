@@ -175,6 +175,23 @@ class Batch {
         });
     }
 
+    // Calls run(k) for each tile of a wave, those on the diagonal first: they hold positives and take
+    // longest, and no thread should begin one when the others are done.
+    template <typename Run>
+    void for_tiles(const std::vector<TileAt>& wave, const Run& run) const {
+        const int64_t count = wave.size(), work = count * tile_work();
+        if (!square || thread_count() == 1) return for_tasks(count, work, run);
+        std::vector<int32_t> turns;
+        turns.reserve(count);
+        for (const bool diagonal : {true, false}) {
+            for (int64_t k = 0; k < count; ++k) {
+                if ((wave[k].row_block == wave[k].col_block) == diagonal)
+                    turns.push_back(static_cast<int32_t>(k));
+            }
+        }
+        for_tasks(count, work, [&](int64_t turn) { run(int64_t{turns[turn]}); });
+    }
+
     // Gives the cached tiles that were not needed a value: what an op returns must not be left to chance.
     void clear_unknown(const std::vector<uint8_t>& known) const {
         for_tasks(cached_, cached_ * tiles.area() / 8, [&](int64_t index) {

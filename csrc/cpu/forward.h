@@ -229,8 +229,7 @@ class Forward {
             const int64_t count = wave.size();
             const std::unique_ptr<TileParts<T>[]> parts(new TileParts<T>[count]);
             std::vector<uint8_t> some(count, 0);
-            for_tasks(count, count * batch_.tile_work(),
-                      [&](int64_t k) { some[k] = work(wave[k], parts[k]); });
+            batch_.for_tiles(wave, [&](int64_t k) { some[k] = work(wave[k], parts[k]); });
             const Owners owners(wave, batch_.tiles, true, batch_.square);
             for_tasks(owners.size(), 2 * count * batch_.tiles.side * 16, [&](int64_t k) {
                 const int64_t first = owners.block(k) * batch_.tiles.side;
