@@ -26,7 +26,9 @@ namespace {
 #define DML_QUOTED(isa) DML_QUOTE(isa)
 
 const LoadedLaw* loaded_law() {
-    static const LoadedLaw law = {kLoadedLawLayout, kOwnParameters, DML_QUOTED(DML_LAW_ISA),
+    static const LoadedLaw law = {kLoadedLawLayout,
+                                  kOwnParameters,
+                                  DML_QUOTED(DML_LAW_ISA),
                                   &cpu::DML_LAW_ISA::kernels<float>(kLaws[0].id),
                                   &cpu::DML_LAW_ISA::kernels<double>(kLaws[0].id),
 #if defined(DML_WITH_CUDA)

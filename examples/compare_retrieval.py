@@ -71,10 +71,11 @@ def _train(options: list[str]) -> None:
         raise RunError(f"{' '.join(command[1:])}:\n{done.stderr.strip().splitlines()[-1]}")
 
 
-def _run(arguments: argparse.Namespace, out: Path, loss: str, **options) -> dict:
+def _run(arguments: argparse.Namespace, out: Path, loss: str, pictures: bool = False, **options) -> dict:
     """A training's log."""
     options = {"data": arguments.data, "device": arguments.device, "loss": loss, "out": out} | options
-    _train([text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))])
+    words = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    _train(words if pictures else [*words, "--no-pictures"])
     return json.loads((out / "log.json").read_text())
 
 
@@ -92,14 +93,15 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
     for seed in range(arguments.seeds):
         for loss, found in runs.items():
             progress.set_postfix_str(f"{loss}, seed {seed}")
-            log = _run(arguments, folder / loss, loss, seed=seed, steps=arguments.steps)
+            is_kept = loss == arguments.losses[0] and seed == 0
+            log = _run(arguments, folder / loss, loss, is_kept, seed=seed, steps=arguments.steps)
             first, last = log["evaluations"][0], log["evaluations"][-1]
             found.append(
                 {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
                  "embedding_size": log["arguments"]["embedding_size"],
                  "centers_left": log.get("centers_left")}
             )  # fmt: skip
-            if loss == arguments.losses[0] and seed == 0:
+            if is_kept:
                 kept = log
                 for name in _PICTURES:
                     shutil.copy(folder / loss / name, arguments.out / name)

@@ -19,16 +19,11 @@ from dml_cuda.distributed import ring
 SOME = ("large", "other_columns", "short_types", "miners", "repeatable", "infinite", "partly_differentiable")
 
 
-# Of two processes, whose turns three take as well.
-LAWS_OF_TWO = ("multi_similarity", "nt_xent")
-
-
 def chosen(size):
-    for name, check in checks.CHECKS.items():
+    for name in checks.checks_of(size):
         mode, _, what = name.partition(": ")
-        law, of_law, _ = what.partition(", ")
-        if mode == "ring" and (what in SOME or (of_law and (size > 2 or law in LAWS_OF_TWO))):
-            yield name, check
+        if mode == "ring" and (what in SOME or what.endswith((", mined", ", all pairs", "similarities"))):
+            yield name, checks.CHECKS[name]
 
 
 if __name__ == "__main__":
