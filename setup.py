@@ -176,9 +176,9 @@ def nvcc_targets(architectures: str) -> list[str]:
 
 def extension(cuda: bool):
     # The longest first. The other files are read in units, which include them.
-    sources = [f"csrc/cpu/kernels_{name}.cpp" for name in ("avx512", "avx2", "baseline")]
-    sources += [f"csrc/units/{name}.cpp" for name in ("pairs", "module", "lists_and_triplets")]
-    sources += ["csrc/cpu/dispatch.cpp", "csrc/loaded_laws.cpp"]
+    sources = [f"csrc/cpu/kernels/{name}.cpp" for name in ("avx512", "avx2", "baseline")]
+    sources += [f"csrc/torch/unity/{name}.cpp" for name in ("pairs", "module", "lists_and_triplets")]
+    sources += ["csrc/cpu/kernels/dispatch.cpp", "csrc/custom/registry.cpp"]
     # -g0: many a Python was built with -g and passes that on, which doubles what the compiler takes.
     flags = [
         "-O3",
@@ -198,15 +198,19 @@ def extension(cuda: bool):
     build = cpp_extension.CppExtension
     if cuda:
         build = cpp_extension.CUDAExtension
-        sources += ["csrc/units/on_cuda.cpp"]
-        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+        sources += ["csrc/torch/unity/on_cuda.cpp"]
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").rglob("*.cu"))
         macros += [
             ("DML_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("DML_CUDA_ARCHS", f'"{cuda_architectures()}"'),
         ]
         targets = nvcc_targets(cuda_architectures())
         compile_args["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *targets]
-    arguments = {"extra_compile_args": compile_args, "extra_link_args": link_flags()}
+    arguments = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_compile_args": compile_args,
+        "extra_link_args": link_flags(),
+    }
     return build("dml_cuda._C", sources, define_macros=macros, **arguments)
 
 

@@ -25,7 +25,7 @@ _LOSS_TITLES = {
     "binomial_deviance": "binomial deviance",
     "nt_xent": "NT-Xent",
     "sup_con": "SupCon",
-    # laws of one's own, of examples/own_laws
+    # laws of one's own, of examples/custom_losses
     "nca": "NCA, loaded",
     "tuplet_margin": "tuplet margin, loaded",
     # class-level only

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dml_cuda import CircleLoss, MultiSimilarityLoss
-from dml_cuda.law import reduce
-from dml_cuda.reference import MaskedPairs, mine
+from dml_cuda.losses._formula import reduce
+from dml_cuda.reference.pairs import MaskedPairs, mine
 
 _ELEMENTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}  # about the fastest of the powers of two
 _FEWEST_ROWS = 64

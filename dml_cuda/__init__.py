@@ -10,7 +10,9 @@ except ImportError as error:
         f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-from . import distributed, functional, reference
+from . import distributed, functional
+from ._inputs.options import PairOptions
+from .custom import check_law, load_law
 from .losses import (
     ArcFaceLoss,
     BinomialDevianceLoss,
@@ -29,20 +31,19 @@ from .losses import (
     SupConLoss,
     TripletMarginLoss,
 )
-from .losses.triplets import TripletOptions
+from .losses._triplet import TripletOptions
 from .memory import CrossBatchMemory
-from .mined import MinedPairs, PairCounts
-from .mined_triplets import MinedTriplets, SelectedPairs
-from .miners import MultiSimilarityMiner
-from .options import PairOptions
-from .own_law import check_law, load_law
-from .triplet_miners import (
+from .miners.mined_pairs import MinedPairs, PairCounts
+from .miners.mined_triplets import MinedTriplets, SelectedPairs
+from .miners.pairs import MultiSimilarityMiner
+from .miners.triplets import (
     BatchEasyHardMiner,
     BatchHardMiner,
     DistanceWeightedMiner,
     PairMarginMiner,
     TripletMarginMiner,
 )
+from .reference import pairs as reference
 
 __version__: str = _C.version
 

@@ -3,7 +3,7 @@
 import sys
 import warnings
 
-from ._compile import constant_result
+from ._ops.constant_result import constant_result
 
 _PASSED_OVER = {"dml_cuda", "torch", "pytorch_metric_learning"}
 _given: set[str] = set()

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autocast, listed
-from .law import Law
+from ._inputs import autocast as _autocast
+from ._ops import listed_pairs as listed
 from .losses import (
     binomial_deviance_loss,
     circle_loss,
@@ -18,10 +18,11 @@ from .losses import (
     sup_con_loss,
     triplet_margin_loss,
 )
-from .losses.base import Call, PairLoss, batch_of
-from .losses.classifier import ClassifierLoss
+from .losses._classifier import ClassifierLoss
+from .losses._formula import Law
+from .losses._pair import Call, PairLoss, batch_of
 from .losses.soft_triple import SoftTripleLoss
-from .mined import mined_pairs
+from .miners.mined_pairs import mined_pairs
 
 __all__ = [
     "PairWeights",

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import check_batch, check_count
+from ._inputs.checks import check_batch, check_count
+from ._inputs.indices import listed_pairs
 from .distributed import DistributedLoss
-from .indices import listed_pairs
 from .losses import MarginLoss
-from .losses.base import PairLoss
-from .losses.triplets import TripletLoss, to_triplets
-from .mined import Mined, mined_pairs
-from .miners import Miner, MultiSimilarityMiner
+from .losses._pair import PairLoss
+from .losses._triplet import TripletLoss, to_triplets
+from .miners.mined_pairs import Mined, mined_pairs
+from .miners.pairs import Miner, MultiSimilarityMiner
 
 
 def _takes_rules(loss: object) -> bool:

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "tasks.h"
+#include "cpu/tasks.h"
 
 namespace dml::cpu {
 

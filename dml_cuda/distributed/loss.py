@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._arguments import check_choice
-from ..batch import Batch, make_batch
-from ..law import undivided
+from .._inputs.batch import Batch, make_batch
+from .._inputs.checks import check_choice
 from ..losses import ProxyAnchorLoss, SoftTripleLoss
-from ..losses.base import Call, PairLoss, batch_of, compute, in_wanted_dtype
-from ..losses.classifier import ClassifierLoss
-from ..losses.triplets import TripletLoss
-from ..mined import MinedPairs
-from ..miners import Miner, MultiSimilarityMiner
+from ..losses._classifier import ClassifierLoss
+from ..losses._formula import undivided
+from ..losses._pair import Call, PairLoss, batch_of, compute, in_wanted_dtype
+from ..losses._triplet import TripletLoss
+from ..miners.mined_pairs import MinedPairs
+from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets
 from .processes import GatherRows, Processes, Sum, total
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch import Batch
-from ..kernels import has_kernel
-from ..losses.base import Call
-from ..ops import stages
+from .._inputs.batch import Batch
+from .._ops.devices import has_kernel
+from .._ops.registration import stages
+from ..losses._pair import Call
 from .processes import Processes, padded, total
 
 _BLOCK, _GRADIENT = 1, 2  # tags of what is sent

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..losses.base import in_wanted_dtype
-from ..losses.triplets import TripletBatch, TripletLoss, triplet_batch
-from ..mined import Mined
-from ..selection import Rows
+from .._ops.triplets import Rows
+from ..losses._pair import in_wanted_dtype
+from ..losses._triplet import TripletBatch, TripletLoss, triplet_batch
+from ..miners.mined_pairs import Mined
 from .processes import GatherRows, Processes, Sum, total
 
 # What csrc/triplets.h adds to a seed for each row.

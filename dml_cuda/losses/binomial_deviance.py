@@ -5,10 +5,10 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import check_above_zero, check_number
-from ..law import Law, Pairs, softplus
-from ..options import PairOptions
-from .base import PairLoss, option, pair_loss
+from .._inputs.checks import check_above_zero, check_number
+from .._inputs.options import PairOptions
+from ._formula import Law, Pairs, softplus
+from ._pair import PairLoss, option, pair_loss
 
 
 class BinomialDeviance(Law):

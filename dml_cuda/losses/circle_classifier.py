@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import option
+from ._classifier import ClassifierLoss, ClassifierOptions
+from ._pair import option
 from .circle import Circle, NamedMargin, margin_or_m
-from .classifier import ClassifierLoss, ClassifierOptions
 
 
 class CircleClassifierLoss(NamedMargin, ClassifierLoss):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import check_number
-from ..law import Law, Pairs, Part
-from ..options import PairOptions
-from .base import PairLoss, option, pair_loss
+from .._inputs.checks import check_number
+from .._inputs.options import PairOptions
+from ._formula import Law, Pairs, Part
+from ._pair import PairLoss, option, pair_loss
 
 
 class Contrastive(Law):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._arguments import check_count, check_flag, check_number
-from ..listed import of_rows
-from ..options import Options
-from ..reference import is_traced
-from .base import in_wanted_dtype, option
-from .triplets import (
+from .._inputs.checks import check_count, check_flag, check_number
+from .._inputs.options import Options
+from .._ops.listed_pairs import of_rows
+from ..reference.pairs import is_traced
+from ._pair import in_wanted_dtype, option
+from ._triplet import (
     TripletBatch,
     TripletCall,
     TripletLoss,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._arguments import check_above_zero, check_number
-from ..law import Law, Pairs, softplus
-from .base import option
-from .classifier import ClassifierLoss, ClassifierOptions
+from .._inputs.checks import check_above_zero, check_number
+from ._classifier import ClassifierLoss, ClassifierOptions
+from ._formula import Law, Pairs, softplus
+from ._pair import option
 
 
 class MarginSoftmax(Law):

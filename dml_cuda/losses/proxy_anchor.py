@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
-from .. import _autocast
-from .._arguments import check_above_zero, check_number
-from ..batch import make_batch
-from ..law import Law, Pairs, Part, reduce, softplus
-from ..reference import MaskedPairs, is_traced, unit_rows
-from .base import Call, evaluate, option
-from .classifier import ClassifierLoss, ClassifierOptions, row_weights
+from .._inputs import autocast as _autocast
+from .._inputs.batch import make_batch
+from .._inputs.checks import check_above_zero, check_number
+from ..reference.pairs import MaskedPairs, is_traced, unit_rows
+from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ._formula import Law, Pairs, Part, reduce, softplus
+from ._pair import Call, evaluate, option
 
 _BLOCK = 1 << 22  # cosines that are there at once where rows are weighted
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._arguments import check_above_zero
-from .base import option
-from .classifier import ClassifierLoss, ClassifierOptions
+from .._inputs.checks import check_above_zero
+from ._classifier import ClassifierLoss, ClassifierOptions
+from ._pair import option
 from .margin_softmax import MarginSoftmax
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .. import _autocast, soft_triple
-from .._arguments import check_above_zero, check_count, check_number
-from ..law import Law, reduce
-from .base import option
-from .classifier import ClassifierLoss, ClassifierOptions, row_weights
+from .._inputs import autocast as _autocast
+from .._inputs.checks import check_above_zero, check_count, check_number
+from .._ops import soft_triple
+from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ._formula import Law, reduce
+from ._pair import option
 
 _MERGED = 1 << 22  # distances of centres that are looked at together
 

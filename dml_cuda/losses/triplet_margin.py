@@ -6,10 +6,10 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import check_flag, check_number
-from ..options import Options
-from .base import option
-from .triplets import TripletCall, TripletLoss, TripletOptions, check_per_anchor, evaluate, triplet_options
+from .._inputs.checks import check_flag, check_number
+from .._inputs.options import Options
+from ._pair import option
+from ._triplet import TripletCall, TripletLoss, TripletOptions, check_per_anchor, evaluate, triplet_options
 
 
 def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:

@@ -17,7 +17,7 @@ CACHE = ROOT / "build" / "emulator"
 
 # The machine itself is not instrumented: the sanitizers watch the kernels, not the emulator.
 RUNTIME = [HERE / "fiber.cpp", HERE / "machine.cpp", HERE / "warp_math.cpp"]
-INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc", ROOT / "csrc" / "cuda")]
+INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc")]
 COMMON = ["-std=c++17", "-g1", "-DDML_CUDA_ON_HOST", *INCLUDES]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 

@@ -10,8 +10,8 @@ import torch
 
 from . import build
 
-HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "blocks", "triplets")]
-SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").glob("*.cu")), *HOST_SIDES]
+HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "ring", "triplets")]
+SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").rglob("*.cu")), *HOST_SIDES]
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "listed_pairs.cuh"
+#include "cuda/indexed/listed_pairs.cuh"
 #include "sanitized.h"
 
 using namespace dml;

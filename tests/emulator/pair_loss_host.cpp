@@ -5,9 +5,9 @@
 #include <string>
 
 #include "guarded.h"
-#include "listed_pairs.h"
+#include "cuda/indexed/listed_pairs.h"
 #include "machine.h"
-#include "pair_loss.h"
+#include "cuda/pairs/pair_loss.h"
 
 using namespace dml;
 using namespace dml::cuda;

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "engine.cuh"
+#include "cuda/pairs/engine.cuh"
 #include "sanitized.h"
 
 using namespace dml;

@@ -7,7 +7,7 @@
 #include <exception>
 #include <memory>
 
-#include "problem.h"
+#include "core/problem.h"
 
 namespace dml {
 

@@ -16,6 +16,6 @@ def load(name):
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     command = ["g++", *COMMON, "-std=c++20", "-fPIC", "-shared", *includes, str(source)]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    sources = [*with_headers(source, HERE), ROOT / "csrc" / f"cuda_{name}.cpp"]
+    sources = [*with_headers(source, HERE), ROOT / "csrc" / "torch" / f"cuda_{name}.cpp"]
     program = cached(sources, [*command, kernels, *libraries, "-ltorch_cpu", "-lc10"], suffix=".torch.so")
     torch.ops.load_library(str(program))

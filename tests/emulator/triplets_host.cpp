@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/triplets.h"
+#include "cuda/triplets/triplets.h"
 #include "guarded.h"
 #include "machine.h"
 

@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/triplets.h"
+#include "cuda/triplets/triplets.h"
 #include "sanitized.h"
 
 using namespace dml;

@@ -4,7 +4,7 @@
 // The file's own registration, for CUDA tensors, becomes a function that nobody calls.
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) [[maybe_unused]] static void not_registered(torch::Library& m)
-#include "cuda_triplets.cpp"
+#include "torch/cuda_triplets.cpp"
 
 TORCH_LIBRARY(dml_cuda_on_host, m) {
     m.def(

@@ -1,0 +1,17 @@
+#include <cstdint>
+#include <type_traits>
+
+#include "core/numeric.h"
+#include "cpu/kernels/listed_kernels.h"
+#include "cpu/kernels/product_kernels.h"
+#include "cpu/kernels/tile_kernels.h"
+#include "cpu/kernels/triplet_kernels.h"
+
+#define DML_ISA baseline
+#define DML_VECTOR_BYTES 16
+#include "cpu/kernels/tile_kernels_impl.h"
+#if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
+#include "cpu/kernels/listed_kernels_impl.h"
+#include "cpu/kernels/product_kernels_impl.h"
+#include "cpu/kernels/triplet_kernels_impl.h"
+#endif

@@ -1,0 +1,142 @@
+// Chooses, at run time, the widest instruction set that this machine has.
+#include <stdexcept>
+#include <type_traits>
+
+#include "custom/registry.h"
+#include "cpu/kernels/listed_kernels.h"
+#include "cpu/kernels/product_kernels.h"
+#include "cpu/kernels/tile_kernels.h"
+#include "cpu/kernels/triplet_kernels.h"
+
+// A build for a sanitizer takes the baseline alone.
+#if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
+#define DML_HAS_AVX 1
+#else
+#define DML_HAS_AVX 0
+#endif
+
+namespace dml::cpu {
+
+#define DML_DECLARE(isa)                                                   \
+    namespace isa {                                                        \
+    template <typename T>                                                  \
+    const TileKernels<T>& kernels(LawId law);                              \
+    extern template const TileKernels<float>& kernels<float>(LawId);       \
+    extern template const TileKernels<double>& kernels<double>(LawId);     \
+    template <typename T>                                                  \
+    const ListedKernels<T>& listed();                                      \
+    extern template const ListedKernels<float>& listed<float>();           \
+    extern template const ListedKernels<double>& listed<double>();         \
+    template <typename T>                                                  \
+    const ProductKernels<T>& tile_products();                              \
+    extern template const ProductKernels<float>& tile_products<float>();   \
+    extern template const ProductKernels<double>& tile_products<double>(); \
+    template <typename T>                                                  \
+    const TripletKernels<T>& triplets();                                   \
+    extern template const TripletKernels<float>& triplets<float>();        \
+    extern template const TripletKernels<double>& triplets<double>();      \
+    }
+DML_DECLARE(baseline)
+#if DML_HAS_AVX
+DML_DECLARE(avx2)
+DML_DECLARE(avx512)
+#endif
+#undef DML_DECLARE
+
+std::vector<std::string> available_instruction_sets() {
+    std::vector<std::string> names = {"baseline"};
+#if DML_HAS_AVX
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) names.push_back("avx2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        names.push_back("avx512");
+    }
+#endif
+    return names;
+}
+
+namespace {
+std::string& chosen() {
+    static std::string name = available_instruction_sets().back();
+    return name;
+}
+}  // namespace
+
+std::string instruction_set() { return chosen(); }
+
+void set_instruction_set(const std::string& name) {
+    for (const std::string& available : available_instruction_sets()) {
+        if (available == name) {
+            chosen() = name;
+            return;
+        }
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available on this machine");
+}
+
+namespace {
+template <typename T>
+const TileKernels<T>& kernels_of(const LoadedLaw& law) {
+    if (chosen() != law.instruction_set)
+        throw std::runtime_error(std::string("a law was loaded with kernels for ") + law.instruction_set +
+                                 ", and " + chosen() + " is in use now: load it again");
+    if constexpr (std::is_same_v<T, float>) {
+        return *law.of_float;
+    } else {
+        return *law.of_double;
+    }
+}
+}  // namespace
+
+template <typename T>
+const TileKernels<T>& tile_kernels(LawId law) {
+    if (const LoadedLaw* own = loaded_law(law)) return kernels_of<T>(*own);
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::kernels<T>(law);
+    if (chosen() == "avx2") return avx2::kernels<T>(law);
+#endif
+    return baseline::kernels<T>(law);
+}
+
+template const TileKernels<float>& tile_kernels<float>(LawId);
+template const TileKernels<double>& tile_kernels<double>(LawId);
+
+template <typename T>
+const ListedKernels<T>& listed_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::listed<T>();
+    if (chosen() == "avx2") return avx2::listed<T>();
+#endif
+    return baseline::listed<T>();
+}
+
+template const ListedKernels<float>& listed_kernels<float>();
+template const ListedKernels<double>& listed_kernels<double>();
+
+template <typename T>
+const ProductKernels<T>& product_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::tile_products<T>();
+    if (chosen() == "avx2") return avx2::tile_products<T>();
+#endif
+    return baseline::tile_products<T>();
+}
+
+template const ProductKernels<float>& product_kernels<float>();
+template const ProductKernels<double>& product_kernels<double>();
+
+template <typename T>
+const TripletKernels<T>& triplet_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::triplets<T>();
+    if (chosen() == "avx2") return avx2::triplets<T>();
+#endif
+    return baseline::triplets<T>();
+}
+
+template const TripletKernels<float>& triplet_kernels<float>();
+template const TripletKernels<double>& triplet_kernels<double>();
+
+}  // namespace dml::cpu

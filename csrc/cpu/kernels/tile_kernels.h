@@ -1,0 +1,143 @@
+// The loops over the pairs of one similarity tile, behind a table of function pointers: one table for each
+// scalar type, law and instruction set. They see raw pointers only; which tile to visit when, and the matrix
+// products, belong to the engine (pair_loss.h).
+//
+// Rows and columns are sorted by label, so the positives of a row are one run of columns.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "losses/list.h"
+
+namespace dml::cpu {
+
+inline constexpr int kMostSide = 128;  // rows and columns of the largest tiles
+
+// One block of similarities, and where it lies in the sorted matrix.
+template <typename T>
+struct Tile {
+    const T* s;  // [rows, cols], rows `pitch` apart
+    int64_t pitch;
+    int rows, cols;
+    int64_t row0, col0;        // global index of the first row and column
+    const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
+    const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
+    const int32_t* own;        // [N] the column that is row i's own point, or -1; null where there is none
+    bool both_sides;           // the tile serves its columns as rows too (by symmetry)
+};
+
+enum class Kinds : int { kNegatives = 1, kPositives = 2, kBoth = 3 };
+
+// What the forward pass knows of every row so far, as separate arrays because the columns of a tile read them
+// as vectors.
+template <typename T>
+struct RowStates {
+    T* neg_above;  // [N] bounds
+    T* pos_below;  // [N]
+    T* neg_value;  // [N] the value of the negatives' fold, once it is complete
+};
+
+// What one tile adds to the folds of its lines (its rows or its columns): to a log-sum-exp (max, sum), to a
+// sum (count, sum). The engine merges the tiles' numbers in a fixed order.
+template <typename T>
+struct LineParts {
+    alignas(64) T neg_a[kMostSide];    // max or count
+    alignas(64) T neg_b[kMostSide];    // sum
+    alignas(64) T max_neg[kMostSide];  // the hardest kept negative
+    alignas(64) T pos_a[kMostSide];
+    alignas(64) T pos_b[kMostSide];
+    alignas(64) T pos_context[kMostSide];
+};
+
+template <typename T>
+struct TileParts {
+    LineParts<T> rows, cols;
+};
+
+// What the backward pass needs of every row. The derivatives already hold the row's upstream gradient.
+template <typename T>
+struct RowWeights {
+    const T* neg_above;  // [N]
+    const T* pos_below;  // [N]
+    const T* neg_value;  // [N]
+    const T* pos_value;  // [N]
+    const T* d_neg;      // [N] upstream * d loss / d fold of the negatives
+    const T* d_pos;      // [N]
+};
+
+// The non-zeros of a weight tile, by row and by column, in the memory of the tile itself.
+template <typename T>
+struct SparseTile {
+    struct Lines {
+        const uint16_t* start;  // [lines + 1]
+        const T* value;
+        const uint8_t* index;  // position across the line
+    };
+    Lines by_row, by_col;
+
+    static constexpr int64_t bytes(int rows, int cols, int64_t count) {
+        const int64_t starts = (rows + cols + 2) * int64_t(sizeof(uint16_t));
+        return 2 * count * int64_t(sizeof(T) + 1) + starts;
+    }
+    // memory: [values by row | values by column | starts | starts | index | index]
+    SparseTile(void* memory, int rows, int cols, int64_t count) {
+        auto* value = static_cast<T*>(memory);
+        auto* start = reinterpret_cast<uint16_t*>(value + 2 * count);
+        auto* index = reinterpret_cast<uint8_t*>(start + rows + cols + 2);
+        by_row = {start, value, index};
+        by_col = {start + rows + 1, value + count, index + count};
+    }
+};
+
+// What an accumulation found: numbers to merge, and pairs that may have a gradient.
+struct Found {
+    bool parts, gradient;
+};
+
+template <typename T>
+struct TileKernels {
+    // s = -|x - y| from s = <x, y>, in place. x: [rows, dim], y: [cols, dim], strided, with their squared
+    // norms. Where the points are close the difference is summed up again.
+    void (*distances)(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride,
+                      const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
+    // The smallest similarity of the positives of each line, into rows.pos_a and cols.pos_a.
+    void (*min_positives)(const Tile<T>&, TileParts<T>&);
+    // What the tile's kept pairs of the given kinds add to the folds of its lines. count_nonzero: sums count
+    // the terms that are not 0, else the kept pairs.
+    Found (*accumulate)(const Tile<T>&, const double* params, Kinds, bool count_nonzero, const RowStates<T>&,
+                        TileParts<T>&);
+    // Merges the parts of n lines into their folds: (a, b) and (part_a, part_b) as in LineParts.
+    void (*merge)(Fold, int n, const T* part_a, const T* part_b, T* a, T* b);
+    // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; by 1 / |x - y| where
+    // euclidean. Returns the number of non-zeros.
+    int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
+                       T* weights);
+    RowSlopes<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
+    // The law's formulas of n pairs of one kind (law_ops.cpp). context [n]: with positives.
+    void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
+                  T* slope, T* by_context);
+    // The non-zeros of weights by row and by column, into memory of the size that SparseTile::bytes says.
+    void (*compress)(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory);
+    // out[i] += sum_k value_k * x[index_k] for every line. x, out: [., dim], strided.
+    void (*add_product)(const typename SparseTile<T>::Lines&, int lines, const T* x, int64_t x_stride,
+                        int64_t dim, T* out, int64_t out_stride);
+
+    // What the law declares (laws/law.h).
+    Fold neg, pos;
+    bool plus_one, context, pos_in_neg, hinge, needs_pos, needs_neg;
+    Unit unit;
+    int parts;
+};
+
+// The table for the instruction set in use.
+template <typename T>
+const TileKernels<T>& tile_kernels(LawId law);
+
+// Names among "baseline", "avx2" and "avx512", slowest first.
+std::vector<std::string> available_instruction_sets();
+std::string instruction_set();
+void set_instruction_set(const std::string& name);
+
+}  // namespace dml::cpu

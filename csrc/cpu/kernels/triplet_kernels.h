@@ -1,0 +1,75 @@
+// The loops over one row's similarities that triplets need, and those over blocks of a matrix of them, behind
+// a table of function pointers: one table for each scalar type and instruction set. A column that is no
+// negative of the row holds NaN.
+#pragma once
+
+#include <cstdint>
+
+#include "core/triplets.h"
+
+namespace dml::cpu {
+
+// Columns whose weights in a draw are added up together.
+inline constexpr int64_t kDrawBlock = 64;
+
+// Columns that one sweep takes, so that their weights stay in the first-level cache and their counts exact.
+inline constexpr int64_t kSweep = 1024;
+
+// Up to so many positives each is compared with every negative; with more, runs of them are searched.
+inline constexpr int64_t kFewPositives = 48;
+
+// One row's triplets of all its negatives with its chosen positives.
+template <typename T>
+struct RowTriplets {
+    T* s;  // [m] similarities; out: dL/ds of the negatives, by 1 / d where euclidean
+    int64_t m;
+    const T* positives;  // [count] their distances
+    int64_t count;
+    int64_t negatives;      // how many columns are not NaN
+    bool interval;          // whether the gap is bounded
+    bool euclidean, write;  // write: whether the weights are wanted
+    TripletParams<T> params;
+    T beta;
+    // Where runs of positives are to be searched, else null: positives ascend, padded by +inf to twice the
+    // largest power of two in `count`; the sums of the first k of them, and space for numbers, 0.
+    const double* prefix;  // [count + 1]
+    int32_t* steps;        // [count + 1]
+
+    double* slope;  // [count] out: dL/dd of the positives
+    double sum, grad_beta;
+    int64_t nonzero, considered;
+};
+
+template <typename T>
+struct TripletKernels {
+    // As TileKernels has it.
+    void (*distances)(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride,
+                      const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
+    // Puts NaN where a negative's distance is not allowed; how many are left.
+    int64_t (*keep_allowed)(T* s, int64_t m, const TripletParams<T>&);
+    void (*all_negatives[3])(RowTriplets<T>&);  // by TripletTerm
+    // The column of the largest similarity below `limit`, or of the smallest; the first among equals, -1
+    // where there is none.
+    int64_t (*largest)(const T* s, int64_t m, T limit);
+    int64_t (*smallest)(const T* s, int64_t m);
+    // The weights of a draw [m], relative to the largest, and their sum in each block of kDrawBlock.
+    void (*draw_weights)(const T* s, int64_t m, const TripletParams<T>&, T* weights, double* sums);
+    // b[j, i] = a[i, j].
+    void (*transpose)(const T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
+    // Both become a[i, j] + b[j, i]. a may be b where square.
+    void (*add_transposed)(T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
+    // Of each line the columns that are not 0, as bits, 64 a word; how many there are in all.
+    int64_t (*find_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, uint64_t* bits);
+    // out[i] += w[i] times the points, of those columns alone: rows of `dim` numbers, `stride` apart.
+    void (*add_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, const uint64_t* bits,
+                         const T* points, int64_t stride, int64_t dim, T* out, int64_t out_stride);
+    // out += sum of weights[k] * points[index[k]], rows likewise.
+    void (*add_points)(const T* weights, const int32_t* index, int64_t count, const T* points, int64_t stride,
+                       int64_t dim, T* out);
+};
+
+// The table for the instruction set in use.
+template <typename T>
+const TripletKernels<T>& triplet_kernels();
+
+}  // namespace dml::cpu

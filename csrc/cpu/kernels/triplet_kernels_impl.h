@@ -1,0 +1,29 @@
+// The bodies of triplet_kernels.h, included once by each kernels_<set>.cpp as tile_kernels_impl.h is, and
+// after it: they share its Vector and its distances.
+#include "cpu/kernels/triplet_blocks_impl.h"
+#include "cpu/kernels/triplet_columns_impl.h"
+#include "cpu/kernels/triplet_terms_impl.h"
+
+namespace dml::cpu::DML_ISA {
+
+template <typename T>
+const TripletKernels<T>& triplets() {
+    static const TripletKernels<T> table = {
+        distances<T>,
+        keep_allowed<T>,
+        {all_triplets<T, HingeTerm<T>>, all_triplets<T, SoftplusTerm<T>>, all_margin<T>},
+        largest<T>,
+        smallest<T>,
+        draw_weights<T>,
+        transpose<T>,
+        add_transposed<T>,
+        find_nonzeros<T>,
+        add_nonzeros<T>,
+        add_points<T>};
+    return table;
+}
+
+template const TripletKernels<float>& triplets<float>();
+template const TripletKernels<double>& triplets<double>();
+
+}  // namespace dml::cpu::DML_ISA

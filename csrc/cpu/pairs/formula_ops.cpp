@@ -1,0 +1,111 @@
+// A law's formulas by themselves, of pairs that somebody else gathered: what listed pairs need of a law that
+// is not stated in Python, and what dml_cuda.check_law looks at.
+#include "cpu/pairs/formula_ops.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "torch/ops.h"
+#include "cpu/kernels/tile_kernels.h"
+
+namespace dml::cpu {
+
+LawFacts law_facts(std::string_view name) {
+    const LawInfo* law = law_named(name);
+    TORCH_CHECK_VALUE(law, "law: unknown \"", name, "\"");
+    const TileKernels<double>& of = tile_kernels<double>(law->id);
+    const LoadedLaw* own = loaded_law(law->id);
+    return {own ? own->parameters : "",
+            {{"sums_negatives", of.neg == Fold::kSum},
+             {"sums_positives", of.pos == Fold::kSum},
+             {"plus_one", of.plus_one},
+             {"context", of.context},
+             {"pos_in_neg", of.pos_in_neg},
+             {"hinge", of.hinge},
+             {"needs_pos", of.needs_pos},
+             {"needs_neg", of.needs_neg},
+             {"pair_units", of.unit == Unit::kPair},
+             {"two_parts", of.parts == 2},
+             {"cuda", own == nullptr || own->cuda != nullptr}}};
+}
+
+namespace {
+
+using at::Tensor;
+
+// run(T()) in the type of a tensor of floats.
+template <typename Run>
+auto in_type_of(const Tensor& x, const char* name, const Run& run) {
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kDouble || x.scalar_type() == at::kFloat, name,
+                     ": expected float32 or float64, got ", x.scalar_type());
+    return x.scalar_type() == at::kDouble ? run(double()) : run(float());
+}
+
+std::vector<double> padded(at::ArrayRef<double> params) {
+    std::vector<double> all(params.begin(), params.end());
+    all.resize(kMaxParams);
+    return all;
+}
+
+// s [P]; context [P], with positives of a law that sees one. All results [P].
+std::tuple<Tensor, Tensor, Tensor> law_terms(const Tensor& s, const OptionalTensor& context,
+                                             c10::string_view name, at::ArrayRef<double> params,
+                                             bool positives) {
+    const LawInfo& law = find_law(name, params);
+    const Tensor points = s.contiguous(), beside = context ? context->contiguous() : at::zeros_like(points);
+    TORCH_CHECK_VALUE(beside.sizes() == points.sizes() && beside.scalar_type() == points.scalar_type(),
+                      "context: expected ", points.scalar_type(), " of shape ", points.sizes(), ", got ",
+                      beside.scalar_type(), " ", beside.sizes());
+    Tensor term = at::empty_like(points), slope = at::empty_like(points), by_context = at::empty_like(points);
+    in_type_of(points, "s", [&](auto number) {
+        using T = decltype(number);
+        tile_kernels<T>(law.id).terms(padded(params).data(), positives, points.numel(),
+                                      points.const_data_ptr<T>(), beside.const_data_ptr<T>(),
+                                      term.data_ptr<T>(), slope.data_ptr<T>(), by_context.data_ptr<T>());
+    });
+    return {term, slope, by_context};
+}
+
+// gathered [4, N]: neg, pos, neg_count and pos_count. Returns [6, N]: parts 0 and 1, units 0 and 1, and the
+// derivatives by neg (without what goes through the context) and by pos.
+Tensor law_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
+    const LawInfo& law = find_law(name, params);
+    TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) == 4, "gathered: expected shape [4, N], got ",
+                      gathered.sizes());
+    const Tensor from = gathered.contiguous();
+    const int64_t n = gathered.size(1);
+    Tensor out = at::empty({6, n}, from.options());
+    in_type_of(from, "gathered", [&](auto number) {
+        using T = decltype(number);
+        const TileKernels<T>& kernels = tile_kernels<T>(law.id);
+        const std::vector<double> values = padded(params);
+        const T* g = from.const_data_ptr<T>();
+        T* to = out.data_ptr<T>();
+        for (int64_t i = 0; i < n; ++i) {
+            const RowSlopes<T> row =
+                kernels.row(values.data(), {g[i], g[n + i], g[2 * n + i], g[3 * n + i]}, T(0));
+            const T numbers[] = {row.part[0], row.part[1], row.unit[0], row.unit[1], row.d_neg, row.d_pos};
+            for (int k = 0; k < 6; ++k) to[k * n + i] = numbers[k];
+        }
+    });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dml_cuda, m) {
+    m.def(
+        "law_terms(Tensor s, Tensor? context, str law, float[] params, bool positives) "
+        "-> (Tensor term, Tensor slope, Tensor by_context)");
+    m.def("law_rows(Tensor gathered, str law, float[] params) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
+    m.impl("law_terms", &law_terms);
+    m.impl("law_rows", &law_rows);
+}
+
+}  // namespace dml::cpu

@@ -1,0 +1,211 @@
+// Points as the tiles want them, sorted, normalised and in the compute type, and the way back for
+// their gradient.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "core/problem.h"
+#include "cpu/kernels/product_kernels.h"
+#include "cpu/tasks.h"
+
+namespace dml::cpu {
+
+inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
+
+// Matrix products take whole blocks of 16.
+inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+
+// An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
+// of the first-level cache.
+template <typename T>
+int64_t row_stride(int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return ((padded(dim) + kLine - 1) / kLine | 1) * kLine;
+}
+
+// Numbers that lie there, as a matrix.
+template <typename T>
+at::Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+    return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
+                         at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+}
+
+// Memory for numbers, aligned as tensors are but without what it costs to make one.
+template <typename T>
+class Numbers {
+   public:
+    T* data() const { return static_cast<T*>(memory_.get()); }
+    // Room for so many, of which none is set yet where it has to grow.
+    void reserve(int64_t size) {
+        if (size <= size_) return;
+        memory_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+        size_ = size;
+    }
+
+   private:
+    c10::DataPtr memory_;
+    int64_t size_ = 0;
+};
+
+// Rows per task, and the work of one.
+inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
+inline int64_t row_work(int64_t dim) { return dim + 16; }
+
+// One side's points, of which a window is packed at a time: all of them, or those that a super-tile needs.
+template <typename T>
+class PackedPoints {
+   public:
+    const int64_t dim;
+    // D, and one more where a column of ones follows: the product of weights and points then gives the sums
+    // of the weights as well, which distances between rows as they come need.
+    const int64_t width;
+    bool finite = true;  // false: a value, or without normalising a squared norm, overflows or is NaN
+
+    PackedPoints(const at::Tensor& embeddings, const int32_t* order, const Similarity& how)
+        : dim(embeddings.size(1)),
+          width(dim + (how.euclidean && !how.normalize ? 1 : 0)),
+          source_(dim > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings),
+          order_(order),
+          how_(how) {}
+
+    int64_t size() const { return source_.size(0); }
+    int64_t stride() const { return row_stride<T>(width); }
+    int64_t padded_width() const { return padded(width); }
+
+    // Packs the points from first to last, in sorted order, unless they are there already.
+    void show(int64_t first, int64_t last);
+
+    // Of a point that is shown, a unit row when normalised, else as given, then zeros; after the last point
+    // rows of zeros fill up a block of 16.
+    T* row(int64_t i) const { return x_.data() + (i - first_) * stride(); }
+    const T* square(int64_t i) const { return square_.data() + (i - first_); }  // |x|^2
+    T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 when not normalised
+        return inv_norm_.data()[i - first_];
+    }
+    int32_t place(int64_t i) const { return order_[i]; }
+    bool normalized() const { return how_.normalize; }
+
+    at::TensorOptions options() const { return source_.options().dtype(c10::CppTypeToScalarType<T>::value); }
+
+   private:
+    template <typename Input>
+    bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n);
+
+    const at::Tensor source_;
+    const int32_t* const order_;
+    const Similarity how_;
+    int64_t first_ = 0, last_ = -1;
+    Numbers<T> x_;         // [padded(window), stride]
+    Numbers<T> inv_norm_;  // [window]
+    Numbers<T> square_;    // [window] of what is packed
+};
+
+template <typename T>
+void PackedPoints<T>::show(int64_t first, int64_t last) {
+    if (first == first_ && last == last_) return;
+    const int64_t n = last - first;
+    x_.reserve(padded(n) * stride());
+    inv_norm_.reserve(n);
+    if (how_.euclidean) square_.reserve(n);
+    first_ = first;
+    last_ = last;
+    std::fill(row(last), row(first + padded(n)), T(0));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source_.scalar_type(), "pack", [&] {
+        finite &= pack_rows(source_.const_data_ptr<scalar_t>(), source_.stride(0), order_ + first, n);
+    });
+}
+
+// Rows are short compared with N * N work, so the norm is taken in double: it cannot overflow for any
+// finite float input.
+template <typename T>
+template <typename Input>
+bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n) {
+    std::atomic<bool> finite{true};
+    const ProductKernels<T>& kernels = product_kernels<T>();
+    const Similarity how = how_;
+    const int64_t dim = this->dim, width = this->width, x_stride = stride();
+    const bool normalize = how.normalize;
+    // The square of a distance is at most four times the larger square of a norm.
+    const double most = double(std::numeric_limits<T>::max()) / (how.euclidean ? 4 : 1);
+    T *x = x_.data(), *inv_norm = inv_norm_.data(), *squares = square_.data();
+    for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const Input* q = source + order[i] * source_stride;
+            T* out = x + i * x_stride;
+            for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<T>(q[d]);
+            double square = kernels.square(dim, out), largest = 0;
+            if (!std::isfinite(square)) {  // a true inf or NaN, or doubles too large to square
+                square = 0;
+                for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(double(out[d])));
+                for (int64_t d = 0; d < dim; ++d) square += (out[d] / largest) * (out[d] / largest);
+            } else {
+                largest = 1;
+            }
+            const double norm = largest * std::sqrt(square);
+            const bool fits = normalize ? std::isfinite(norm) : norm * norm <= most;
+            if (!fits) finite.store(false, std::memory_order_relaxed);
+            const T scale = !normalize ? T(1) : norm > kTinyNorm ? T(1 / norm) : T(0);
+            inv_norm[i] = scale;
+            if (normalize) kernels.scale(dim, scale, out);
+            std::fill(out + dim, out + x_stride, T(0));
+            if (width > dim) out[dim] = T(1);
+            if (how.euclidean) squares[i] = static_cast<T>(kernels.square(dim, out));  // of what is stored
+        }
+    });
+    return finite.load();
+}
+
+// From the gradient G [count, padded width] with respect to the packed rows from `first` on to that of the
+// embeddings: dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for distances between rows
+// as they come, G itself for the dot product.
+template <typename T, typename Output>
+void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
+                 Output* out) {
+    const int64_t dim = points.dim, width = points.width, pitch = points.padded_width();
+    const ProductKernels<T>& kernels = product_kernels<T>();
+    for_pieces(count, row_piece(dim), count * row_work(dim), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const T *g = gradient + i * pitch, *x = points.row(first + i);
+            Output* q = out + points.place(first + i) * dim;
+            T along = width > dim ? g[dim] : T(0);
+            if (points.normalized()) along += kernels.dot(dim, g, x);
+            const T scale = points.inv_norm(first + i);
+            if constexpr (std::is_same_v<T, Output>) {
+                kernels.across(dim, g, along, x, scale, q);
+                continue;
+            }
+            for (int64_t d = 0; d < dim; ++d) q[d] = static_cast<Output>((g[d] - along * x[d]) * scale);
+        }
+    });
+}
+
+// Into the rows of `out` [N, D] that are those points.
+template <typename T>
+void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
+            const at::Tensor& out) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "unpack", [&] {
+        unpack_rows(gradient, points, first, count, out.data_ptr<scalar_t>());
+    });
+}
+
+// Those rows of `out`, where nothing has a gradient.
+template <typename T>
+void clear_rows(const PackedPoints<T>& points, int64_t first, int64_t count, const at::Tensor& out) {
+    const int64_t bytes = out.size(1) * out.element_size();
+    auto* data = static_cast<uint8_t*>(out.data_ptr());
+    for_pieces(count, row_piece(points.dim), count * row_work(points.dim) / 4, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) std::memset(data + points.place(first + i) * bytes, 0, bytes);
+    });
+}
+
+}  // namespace dml::cpu

@@ -1,0 +1,107 @@
+// A row's positives and negatives, and the choice of one.
+#pragma once
+
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "cpu/triplets/draw.h"
+#include "cpu/triplets/row_block.h"
+
+namespace dml::cpu::triplet {
+
+// What a thread needs for a row, kept from row to row.
+template <typename T>
+struct RowScratch {
+    std::vector<int32_t> columns;  // of the chosen positives
+    std::vector<T> distances;      // likewise, then padding
+    std::vector<std::pair<T, int32_t>> sorted;
+    std::vector<double> prefix, slope;
+    std::vector<int32_t> steps;
+    Draw<T> draw;
+    Semihard<T> semihard;
+
+    static RowScratch& mine() {
+        static thread_local RowScratch scratch;
+        return scratch;
+    }
+};
+
+// A row's positives and negatives as a selection asks for them.
+template <typename T>
+class RowPairs {
+   public:
+    // Takes the positives out of `s`: they, and negatives that are not allowed, become NaN.
+    RowPairs(const LabelledSimilarities<T>& of, const TripletParams<T>& params, int64_t i, T* s)
+        : of_(of), params_(params), i_(i), s_(s), scratch_(RowScratch<T>::mine()) {
+        auto& columns = scratch_.columns;
+        auto& distances = scratch_.distances;
+        columns.clear();
+        distances.clear();
+        const int64_t own = of.own(i);
+        for (const int32_t j : of.same_label(i)) {
+            const T d = -s[j];
+            s[j] = std::numeric_limits<T>::quiet_NaN();
+            if (j == own || !params.positive_allowed(d)) continue;
+            columns.push_back(j);
+            distances.push_back(d);
+        }
+        negatives_ = of.m - of.same_label(i).size();
+        const bool bounded = params.neg_low > -infinity<T>() || params.neg_high < infinity<T>();
+        if (bounded) negatives_ = of.kernels.keep_allowed(s, of.m, params);
+    }
+
+    int64_t positives() const { return static_cast<int64_t>(scratch_.columns.size()); }
+    int64_t negatives() const { return negatives_; }
+    int64_t column(int64_t k) const { return scratch_.columns[k]; }
+    T distance(int64_t k) const { return scratch_.distances[k]; }
+    RowScratch<T>& scratch() const { return scratch_; }
+
+    // The number of the positive that is farthest or nearest, the first among equals, or -1.
+    int64_t extreme_positive(Selection which) const {
+        const auto& d = scratch_.distances;
+        int64_t best = d.empty() ? -1 : 0;
+        for (int64_t k = 1; k < positives(); ++k) {
+            if (which == Selection::kHardest ? d[k] > d[best] : d[k] < d[best]) best = k;
+        }
+        return best;
+    }
+    void choose_positives(Selection which) {
+        if (which == Selection::kAll || positives() == 0) return;
+        const int64_t best = extreme_positive(which);
+        scratch_.columns = {scratch_.columns[best]};
+        scratch_.distances = {scratch_.distances[best]};
+    }
+
+    // Before negative(): `askers` of them will be asked for.
+    void prepare(Selection which, int64_t askers, uint64_t seed) {
+        if (askers == 0) return;
+        seed_ = seed;
+        if (which == Selection::kHardest) fixed_ = of_.kernels.largest(s_, of_.m, infinity<T>());
+        if (which == Selection::kEasiest) fixed_ = of_.kernels.smallest(s_, of_.m);
+        if (which == Selection::kSemihard) scratch_.semihard.prepare(of_.kernels, s_, of_.m, askers);
+        if (which == Selection::kDrawn) scratch_.draw.prepare(of_.kernels, s_, of_.m, params_);
+    }
+    // The column of the negative for the k-th positive, at distance d_pos; or -1.
+    int64_t negative(Selection which, int64_t k, T d_pos) const {
+        if (which == Selection::kSemihard) return scratch_.semihard.column(d_pos);
+        if (which == Selection::kDrawn) return scratch_.draw.column(uniform_draw(seed_, i_, k));
+        return fixed_;
+    }
+
+   private:
+    const LabelledSimilarities<T>& of_;
+    const TripletParams<T>& params_;
+    const int64_t i_;
+    T* const s_;
+    RowScratch<T>& scratch_;
+    int64_t negatives_ = 0, fixed_ = -1;
+    uint64_t seed_ = 0;
+};
+
+// The number that seeds the draws, if any.
+inline uint64_t seed_value(const OptionalTensor& seed) {
+    return seed ? static_cast<uint64_t>(seed->item<int64_t>()) : 0;
+}
+
+}  // namespace dml::cpu::triplet

@@ -1,0 +1,386 @@
+// How a block multiplies two tiles that lie in shared memory. Each kind of arithmetic is one small struct
+// (SimtMath, HalfMath, Tf32Math), all behind the same two names:
+//
+//   Product<Math, Shape>    the accumulators of C [Shape::kRows, Shape::kCols], spread over the block
+//     .add<depth>(a, b, f)    C += A B^T, A [kRows, depth], B [kCols, depth]; f() once it is under way
+//     .each(f)                f(row, col, value) for the elements that this thread holds
+//     .each_run(f)            f(row, col, values) for kRun neighbours at a time
+//
+// A product made another way (wgmma, say) needs to offer only these.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/common/primitives.cuh"
+
+namespace dml::cuda {
+
+// What lies in shared memory, seen as element (i, k) with k the dimension that is summed over.
+template <typename T, int Pitch>
+struct AlongK {  // rows run along k
+    using Value = T;
+    static constexpr bool kAlongK = true;
+    const T* data;
+    DML_DEVICE const T* at(int i, int k) const { return data + i * Pitch + k; }
+};
+template <typename T, int Pitch>
+struct AcrossK {  // one row for each k
+    using Value = T;
+    static constexpr bool kAlongK = false;
+    const T* data;
+    DML_DEVICE const T* at(int i, int k) const { return data + k * Pitch + i; }
+};
+template <typename T>
+struct ResidentAlongK {  // like AlongK, with a pitch known at run time
+    using Value = T;
+    static constexpr bool kAlongK = true;
+    const T* data;
+    int pitch;
+    DML_DEVICE const T* at(int i, int k) const { return data + i * pitch + k; }
+};
+
+// The tile of a block, and how its warps share it. Symmetric: the product of (a, b) has the same bits as
+// that of (b, a), for kernels that compute a similarity from both sides. Across: B's rows run across k.
+template <int Rows, int Cols, int WarpRows, int WarpCols, bool Symmetric, bool Across>
+struct Shape {
+    static constexpr int kRows = Rows, kCols = Cols;
+    static constexpr int kWarpRows = WarpRows, kWarpCols = WarpCols;
+    static constexpr int kThreads = WarpRows * WarpCols * kWarpSize;
+    static constexpr bool kSymmetric = Symmetric, kAcross = Across;
+};
+
+// ---- plain multiply-adds ----------------------------------------------------------------------------
+
+template <typename T>
+struct SimtMath {
+    using Value = T;
+    using Acc = T;
+    static constexpr bool kTensorCores = false;
+};
+
+// ---- tensor cores: each struct loads fragments (primitives.cuh shows their layout) and multiplies -----
+//
+// load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
+// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane
+// then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+
+// A float that was rounded to tf32 when it was stored.
+struct RoundedToTf32 {
+    float value;
+    RoundedToTf32() = default;
+    // Not in an initialiser list, which nvcc hands to the host's compiler too.
+    explicit DML_DEVICE RoundedToTf32(float x) { value = x == x ? __uint_as_float(to_tf32(x)) : x; }
+    explicit DML_DEVICE operator float() const { return value; }
+};
+
+template <typename T, int Count>
+struct alignas(Count * sizeof(T)) Vector {
+    T value[Count];
+};
+
+// float16 and bfloat16 as they are.
+template <typename T>
+struct HalfMath {
+    using Value = T;
+    using Acc = float;
+    static constexpr bool kTensorCores = true, kInterleaves = false;
+    static constexpr int kDepth = kMmaK<T>;
+    struct A {
+        uint32_t r[4];
+    };
+    struct B {
+        uint32_t r[2];
+    };
+    static constexpr int at_once(int tiles, bool /*across*/) { return tiles % 2 == 0 ? 2 : 1; }
+
+    template <typename View>
+    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
+        const int lane = lane_id();
+        if constexpr (sizeof(typename View::Value) == 4) {  // a strip's weights, rounded on the way
+            const int g = lane / 4, t = lane % 4;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at_row = row + g + 8 * (i & 1), at_k = k + 2 * t + 8 * (i / 2);
+                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(at_row, at_k));
+                a.r[i] = pack2<T>(x.value[0], x.value[1]);
+            }
+        } else if constexpr (View::kAlongK) {
+            ldmatrix_x4(a.r, view.at(row + lane % 16, k + 8 * (lane / 16)));
+        } else {
+            static_assert(sizeof(typename View::Value) == 2, "ldmatrix moves 16-bit elements");
+            ldmatrix_x4_trans(a.r, view.at(row + 8 * (lane / 8 % 2), k + lane % 8 + 8 * (lane / 16)));
+        }
+    }
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
+        const int lane = lane_id();
+        if constexpr (Tiles == 2) {
+            uint32_t both[4];
+            if constexpr (View::kAlongK) {
+                ldmatrix_x4(both, view.at(col + lane % 8 + 8 * (lane / 16), k + 8 * (lane / 8 % 2)));
+            } else {
+                ldmatrix_x4_trans(both, view.at(col + 8 * (lane / 16), k + lane % 16));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) b[i / 2].r[i % 2] = both[i];
+        } else if constexpr (View::kAlongK) {
+            ldmatrix_x2(b[0].r, view.at(col + lane % 8, k + 8 * (lane / 8 % 2)));
+        } else {
+            ldmatrix_x2_trans(b[0].r, view.at(col, k + lane % 16));
+        }
+    }
+    template <bool Symmetric>
+    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
+        mma<T>(acc, a.r, b.r);
+    }
+};
+
+// Floats (or float16, which tf32 holds exactly, with an exponent to spare) on tf32 units. With Split each
+// operand is the sum of two tf32 numbers and the product the sum of three: as accurate as float32.
+template <typename T, bool Split>
+struct Tf32Math {
+    using Value = T;
+    using Acc = float;
+    static constexpr bool kTensorCores = true, kInterleaves = true;
+    // Tensor cores truncate what they add up. Where float32's accuracy is wanted, every kSteps steps
+    // therefore start at 0 and join the sum by an ordinary addition, which rounds.
+    static constexpr int kSteps = Split ? 2 : 1;
+    static constexpr int kDepth = kSteps * kMmaK<Tf32>;
+    template <int Registers>
+    struct Fragment {
+        uint32_t big[kSteps][Registers], small[kSteps][Split ? Registers : 1];
+    };
+    using A = Fragment<4>;
+    using B = Fragment<2>;
+    static constexpr int at_once(int tiles, bool across) {
+        const int even = tiles % 2 == 0 ? 2 : 1;
+        return Split ? (across ? even : 1) : across && tiles % 4 == 0 ? 4 : even;
+    }
+
+    template <int Registers, typename X>
+    static DML_DEVICE void set(Fragment<Registers>& f, int step, int i, X x) {
+        if constexpr (Split) {
+            split_tf32(x, f.big[step][i], f.small[step][i]);
+        } else if constexpr (std::is_same_v<X, float>) {
+            f.big[step][i] = to_tf32(x);
+        } else {  // is a tf32 number
+            f.big[step][i] = __float_as_uint(float(x));
+        }
+    }
+    template <typename X>
+    static DML_DEVICE X as(uint32_t bits) {
+        return reinterpret_cast<const X&>(bits);
+    }
+
+    // A holds floats, or numbers that were rounded when they were stored.
+    template <typename View>
+    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
+        using X = typename View::Value;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step, k += kMmaK<Tf32>) {
+            if constexpr (View::kAlongK) {
+                uint32_t x[4];
+                ldmatrix_x4(x, view.at(row + lane_id() % 16, k + 4 * (lane_id() / 16)));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) set(a, step, i, as<X>(x[i]));
+            } else {
+                const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    set(a, step, i, *view.at(row + g + 8 * (i & 1), k + t + 4 * (i / 2)));
+            }
+        }
+    }
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
+        const int lane = lane_id(), g = lane / 4, t = lane % 4;
+        if constexpr (!View::kAlongK) {
+#pragma unroll
+            for (int i = 0; i < 2 * kSteps; ++i) {
+                const auto x =
+                    *reinterpret_cast<const Vector<T, Tiles>*>(view.at(col + Tiles * g, k + t + 4 * i));
+#pragma unroll
+                for (int j = 0; j < Tiles; ++j) set(b[j], i / 2, i % 2, x.value[j]);
+            }
+        } else if constexpr (Tiles * kSteps == 2) {  // two tiles, or two steps of one
+            constexpr int kCol = Split ? 0 : 8, kDown = Split ? 8 : 0;
+            uint32_t x[4];
+            ldmatrix_x4(x, view.at(col + lane % 8 + kCol * (lane / 16),
+                                   k + 4 * (lane / 8 % 2) + kDown * (lane / 16)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                set(b[Split ? 0 : i / 2], Split ? i / 2 : 0, i % 2, __uint_as_float(x[i]));
+        } else {
+            uint32_t x[2];
+            ldmatrix_x2(x, view.at(col + lane % 8, k + 4 * (lane / 8 % 2)));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) set(b[0], 0, i, __uint_as_float(x[i]));
+        }
+    }
+    // Small products come first. Where symmetry is wanted, neither of big * small and small * big does.
+    template <bool Symmetric>
+    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
+        if constexpr (!Split) {
+            mma<Tf32>(acc, a.big[0], b.big[0]);
+        } else {
+            float step[4], other[4];
+            mma_from_zero(step, a.small[0], b.big[0]);
+            mma<Tf32>(step, a.small[1], b.big[1]);
+            if constexpr (Symmetric) {
+                mma_from_zero(other, a.big[0], b.small[0]);
+                mma<Tf32>(other, a.big[1], b.small[1]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) step[e] += other[e];
+            } else {
+                mma<Tf32>(step, a.big[0], b.small[0]);
+                mma<Tf32>(step, a.big[1], b.small[1]);
+            }
+            mma<Tf32>(step, a.big[0], b.big[0]);
+            mma<Tf32>(step, a.big[1], b.big[1]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[e] += step[e];
+        }
+    }
+};
+
+// ---- the product ------------------------------------------------------------------------------------
+
+template <typename Math, typename Shape, bool TensorCores = Math::kTensorCores>
+struct Product;
+
+template <typename Math, typename Shape>
+struct Product<Math, Shape, true> {
+    static constexpr int kRowTiles = Shape::kRows / Shape::kWarpRows / 16;
+    static constexpr int kColTiles = Shape::kCols / Shape::kWarpCols / 8;
+    static_assert(kRowTiles * 16 * Shape::kWarpRows == Shape::kRows, "a warp's rows come in 16s");
+    static_assert(kColTiles * 8 * Shape::kWarpCols == Shape::kCols, "a warp's columns come in 8s");
+    static constexpr int kAtOnce = Math::at_once(kColTiles, Shape::kAcross);
+    static constexpr bool kInterleaved = Math::kInterleaves && Shape::kAcross;
+    static constexpr int kRunTiles = kInterleaved ? kAtOnce : 1;
+    static constexpr int kRun = 2 * kRunTiles;  // neighbours that a lane holds
+
+    float acc[kRowTiles][kColTiles][4] = {};
+
+    static DML_DEVICE int row0() { return warp_id() / Shape::kWarpCols * kRowTiles * 16; }
+    static DML_DEVICE int col0() { return warp_id() % Shape::kWarpCols * kColTiles * 8; }
+
+    // Calls between() when the first fragments are loaded.
+    template <int Depth, typename ViewA, typename ViewB, typename F>
+    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
+        static_assert(Depth % Math::kDepth == 0, "whole steps only");
+        static_assert(ViewB::kAlongK != Shape::kAcross, "as the shape says");
+#pragma unroll
+        for (int k = 0; k < Depth; k += Math::kDepth) {
+            typename Math::A a[kRowTiles];
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) Math::load(a[i], view_a, row0() + 16 * i, k);
+#pragma unroll
+            for (int j = 0; j < kColTiles; j += kAtOnce) {
+                typename Math::B b[kAtOnce];
+                Math::load(b, view_b, col0() + 8 * j, k);
+                if (k == 0 && j == 0) between();
+#pragma unroll
+                for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+                    for (int i = 0; i < kRowTiles; ++i) {
+                        Math::template multiply<Shape::kSymmetric>(acc[i][j + n], a[i], b[n]);
+                    }
+                }
+            }
+        }
+    }
+
+    // Calls f(row, col, values) for each run of kRun neighbours in a row.
+    template <typename F>
+    DML_DEVICE void each_run(const F& f) const {
+        const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int j = 0; j < kColTiles; j += kRunTiles) {
+                    float values[kRun];
+#pragma unroll
+                    for (int c = 0; c < kRun; ++c)
+                        values[c] = acc[i][j + c % kRunTiles][2 * half + c / kRunTiles];
+                    f(row0() + 16 * i + g + 8 * half, col0() + 8 * j + kRun * t, values);
+                }
+            }
+        }
+    }
+    template <typename F>
+    DML_DEVICE void each(const F& f) const {
+        each_run([&](int row, int col, const float (&values)[kRun]) {
+#pragma unroll
+            for (int c = 0; c < kRun; ++c) f(row, col + c, values[c]);
+        });
+    }
+};
+
+template <typename Math, typename Shape>
+struct Product<Math, Shape, false> {
+    using T = typename Math::Acc;
+    static constexpr int kVector = 16 / int(sizeof(T));                     // elements along k read at once
+    static constexpr int kAcross = Shape::kRows >= Shape::kCols ? 16 : 32;  // threads along a row of C
+    static constexpr int kDown = Shape::kThreads / kAcross;
+    static constexpr int kRowsEach = Shape::kRows / kDown, kColsEach = Shape::kCols / kAcross;
+    static_assert(kRowsEach * kDown == Shape::kRows && kColsEach * kAcross == Shape::kCols, "even shares");
+
+    static constexpr int kRun = 1;
+
+    T acc[kRowsEach][kColsEach] = {};
+
+    template <typename View>
+    static DML_DEVICE void load(T (&x)[kVector], const View& view, int i, int k) {
+        if constexpr (View::kAlongK) {
+            const auto v = *reinterpret_cast<const Vector<T, kVector>*>(view.at(i, k));
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) x[e] = v.value[e];
+        } else {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) x[e] = *view.at(i, k + e);
+        }
+    }
+
+    template <int Depth, typename ViewA, typename ViewB, typename F>
+    DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
+        between();
+        const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
+#pragma unroll 2
+        for (int k = 0; k < Depth; k += kVector) {
+            T a[kRowsEach][kVector], b[kColsEach][kVector];
+#pragma unroll
+            for (int i = 0; i < kRowsEach; ++i) load(a[i], view_a, down + i * kDown, k);
+#pragma unroll
+            for (int j = 0; j < kColsEach; ++j) load(b[j], view_b, across + j * kAcross, k);
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+#pragma unroll
+                for (int i = 0; i < kRowsEach; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kColsEach; ++j) acc[i][j] = std::fma(a[i][e], b[j][e], acc[i][j]);
+                }
+            }
+        }
+    }
+
+    template <typename F>
+    DML_DEVICE void each(const F& f) const {
+        const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
+#pragma unroll
+        for (int i = 0; i < kRowsEach; ++i) {
+#pragma unroll
+            for (int j = 0; j < kColsEach; ++j) f(down + i * kDown, across + j * kAcross, acc[i][j]);
+        }
+    }
+    template <typename F>
+    DML_DEVICE void each_run(const F& f) const {
+        each([&](int row, int col, T value) {
+            const T values[1] = {value};
+            f(row, col, values);
+        });
+    }
+};
+
+}  // namespace dml::cuda

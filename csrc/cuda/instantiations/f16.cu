@@ -1,0 +1,4 @@
+#include "cuda/ring/ring.cuh"
+
+template struct dml::cuda::Engine<dml::cuda::HalfMath<__half>>;
+template struct dml::cuda::BlockEngine<dml::cuda::HalfMath<__half>>;

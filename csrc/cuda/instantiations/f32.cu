@@ -1,0 +1,4 @@
+#include "cuda/ring/ring.cuh"
+
+template struct dml::cuda::Engine<dml::cuda::Tf32Math<float, true>>;
+template struct dml::cuda::BlockEngine<dml::cuda::Tf32Math<float, true>>;

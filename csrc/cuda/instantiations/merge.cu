@@ -1,0 +1,58 @@
+#include "cuda/pairs/merge.h"
+#include "cuda/pairs/tile_backward.cuh"
+
+namespace dml::cuda {
+
+namespace {
+
+// A thread for each row, and for each column where those have partial results that are not the rows'.
+template <int Tile, typename T, typename Acc>
+dim3 fold_grid(const SuperTile<T, Acc>& super, bool of_cols) {
+    const bool cols_too = of_cols && !super.diagonal();
+    const int tiles = cols_too ? std::max(super.row_tiles, super.col_tiles) : super.row_tiles;
+    return dim3(unsigned((tiles * Tile + kFoldThreads - 1) / kFoldThreads), cols_too ? 2 : 1);
+}
+
+}  // namespace
+
+template <typename Acc>
+void Folds<Acc>::extremes(const Super& super, bool of_cols, const RowStats<Acc>& stats,
+                          const Partials<Acc>& partials, Turn turn, Acc epsilon, cudaStream_t stream) {
+    launch(fold_extremes<kTile, Acc, Acc>, fold_grid<kTile>(super, of_cols), dim3(kFoldThreads), 0, stream,
+           super, stats, partials, turn, epsilon);
+}
+
+template <typename Acc>
+void Folds<Acc>::sums(const Super& super, bool of_cols, const AnyLaw<Acc>& law, bool second,
+                      const RowStats<Acc>& stats, const Partials<Acc>& partials, const uint8_t* kept,
+                      Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream) {
+    launch(fold_sums<kTile, Acc, Acc>, fold_grid<kTile>(super, of_cols), dim3(kFoldThreads), 0, stream, super,
+           law, second, stats, partials, kept, turn, mining, results);
+}
+
+template <typename Acc>
+void Folds<Acc>::weights(const Super& super, const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
+                         Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
+    launch(fold_weights<kTile, Acc, Acc>, fold_grid<kTile>(super, true), dim3(kFoldThreads), 0, stream, super,
+           partials, kept, turn, row_sums, col_sums);
+}
+
+template <typename Acc>
+void Folds<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
+                          cudaStream_t stream) {
+    launch(fold_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)), dim3(kPartThreads),
+           0, stream, parts, count, pitch, size, sums);
+}
+
+template <typename Acc>
+void Folds<Acc>::reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
+                        const Acc* ref_norms, int64_t refs, const int64_t* ref_count,
+                        const Division& division, Acc* loss, cudaStream_t stream) {
+    launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats, rows,
+           results, ref_norms, refs, ref_count, division, loss);
+}
+
+template struct Folds<float>;
+template struct Folds<double>;
+
+}  // namespace dml::cuda

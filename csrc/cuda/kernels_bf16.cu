@@ -1,4 +1,0 @@
-#include "blocks.cuh"
-
-template struct dml::cuda::Engine<dml::cuda::HalfMath<__nv_bfloat16>>;
-template struct dml::cuda::BlockEngine<dml::cuda::HalfMath<__nv_bfloat16>>;

@@ -1,4 +1,0 @@
-#include "blocks.cuh"
-
-template struct dml::cuda::Engine<dml::cuda::SimtMath<double>>;
-template struct dml::cuda::BlockEngine<dml::cuda::SimtMath<double>>;

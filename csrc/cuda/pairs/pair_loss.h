@@ -1,0 +1,68 @@
+// The CUDA engine's entry points: raw pointers, sizes and a stream. No torch header, and nothing here
+// waits for the device.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+#if defined(DML_CUDA_ON_HOST)
+#include "../../../tests/emulator/cuda_language.h"
+#else
+#include <cuda_runtime_api.h>  // for cudaStream_t
+#endif
+
+namespace dml::cuda {
+
+// How float32 inputs are multiplied: by three tf32 products, or by one.
+enum class Precision { kFull, kTf32 };
+inline constexpr int kPrecisions = 2;
+
+// Where one way of working ends and another begins. The tests lower these to reach every path with few
+// points.
+struct Tuning {
+    int64_t strip_limit = 512;         // rows and columns up to which strips of S may be
+    int super_tile = 32;               // a super-tile has the area of a square with so many tiles an edge
+    int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
+    int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
+    int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
+    int64_t line_blocks = 512;         // blocks that a gradient of long lines is shared among
+    int64_t split_slots = 2;           // tiles of a line that are worth a block of their own in the gradient
+};
+
+struct Task {
+    Problem problem;
+    Precision precision = Precision::kFull;
+    Tuning tuning;
+};
+
+// Bytes of what forward leaves for backward, a multiple of 16. They depend on the sizes and the type only, as
+// shapes must under torch.compile.
+int64_t saved_bytes(const Task& task, bool save_for_backward);
+int64_t forward_workspace_bytes(const Task& task);
+int64_t backward_workspace_bytes(const Task& task);
+
+// loss: one number; four where the problem does not divide; [queries.count] where the reduction is kNone.
+// float32 (float64 for float64). saved: aligned to 16 bytes.
+void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
+             cudaStream_t stream);
+
+// grad_loss: as loss. grad_queries [queries.count, dim] and grad_refs [refs.count, dim], contiguous and
+// of the inputs' type; null where not wanted (grad_refs: always null where square).
+void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
+              void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
+
+struct BlockEntryPoints;  // blocks.h
+
+// The functions above as a library of one law hands them over (loaded_law.h). There problem.law is 0.
+struct EntryPoints {
+    decltype(cuda::saved_bytes)* saved_bytes;
+    decltype(cuda::forward_workspace_bytes)* forward_workspace_bytes;
+    decltype(cuda::backward_workspace_bytes)* backward_workspace_bytes;
+    decltype(cuda::forward)* forward;
+    decltype(cuda::backward)* backward;
+    const BlockEntryPoints* blocks;
+};
+extern const EntryPoints kEntryPoints;
+
+}  // namespace dml::cuda

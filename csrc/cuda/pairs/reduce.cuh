@@ -1,0 +1,89 @@
+// From the rows' results to the loss: one block, in a fixed order.
+#pragma once
+
+#include "cuda/pairs/statistics.cuh"
+
+namespace dml::cuda {
+
+inline constexpr int kReduceThreads = 1024;
+
+template <typename T>
+DML_DEVICE T block_sum(T x, T* shared) {  // shared: [warps]; every thread gets the sum
+    const int warps = int(blockDim.x) / kWarpSize;
+    x = warp_sum(x);
+    if (lane_id() == 0) shared[warp_id()] = x;
+    block_sync();
+    x = warp_sum(lane_id() < warps ? shared[lane_id()] : T(0));
+    block_sync();
+    return x;
+}
+
+// How a call's numbers become its result.
+struct Division {
+    Reduction reduction;
+    bool divide;  // else the result is [parts 0 and 1, units 0 and 1]
+    int parts;
+};
+
+// result: [1], or [4] where nothing is divided, or [rows] where nothing is reduced, which the rows have
+// written. Where any point is not finite, each row that has the pairs it needs becomes NaN, and every
+// gradient does; where no row has, all stays 0.
+template <typename Acc>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    reduce_results(RowStats<Acc> stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
+                   int64_t refs, const int64_t* ref_count, Division division, Acc* result) {
+    Acc* shared = shared_array<Acc>(0, kWarpSize);
+    RowResult<Acc> r;
+    // Of the references only norms matter, and where no row is, not even those.
+    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(ref_count, refs);
+#pragma unroll 8
+    for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
+        r.not_finite += Acc(!is_finite(ref_norms[j]));
+        r.very_long += Acc(is_very_long(ref_norms[j]));
+    }
+#pragma unroll 4
+    for (int64_t slot = threadIdx.x; slot < results.slots; slot += blockDim.x) {
+        const auto at = [&](int number) { return results.data[number * results.slots + slot]; };
+        r.part[0] += at(0);
+        r.part[1] += at(1);
+        r.unit[0] += at(2);
+        r.unit[1] += at(3);
+        r.eligible += at(4);
+        r.not_finite += at(5);
+        r.very_long += at(6);
+    }
+    r.part[0] = block_sum(r.part[0], shared);
+    r.part[1] = block_sum(r.part[1], shared);
+    r.unit[0] = block_sum(r.unit[0], shared);
+    r.unit[1] = block_sum(r.unit[1], shared);
+    r.eligible = block_sum(r.eligible, shared);
+    r.not_finite = block_sum(r.not_finite, shared);
+    r.very_long = block_sum(r.very_long, shared);
+
+    const bool finite = r.not_finite == Acc(0);
+    const Acc poison = r.eligible > Acc(0) ? not_a_number<Acc>() : Acc(0);
+    if (results.rows && !finite) {
+        for (int64_t i = threadIdx.x; i < rows; i += blockDim.x)
+            results.rows[i] = stats.flags[i] & kEligible ? not_a_number<Acc>() : Acc(0);
+    }
+    if (threadIdx.x != 0) return;
+    const bool mean = division.divide && division.reduction != Reduction::kSum && !results.rows;
+    Acc loss = 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const Acc scale = !mean ? Acc(1) : r.unit[k] > Acc(0) ? Acc(1) / r.unit[k] : Acc(0);
+        stats.header[kScale + k] = scale;
+        if (!finite && k < division.parts) r.part[k] = poison;
+        loss += r.part[k] * scale;
+        if (division.divide) continue;
+        result[k] = r.part[k];
+        result[2 + k] = r.unit[k];
+    }
+    stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
+    stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);
+    if (division.divide && !results.rows) result[0] = loss;
+}
+
+inline constexpr size_t kReduceSharedBytes = kWarpSize * sizeof(double);
+
+}  // namespace dml::cuda

@@ -1,0 +1,255 @@
+// Large batches, backward. For each super-tile one launch turns similarities into weights (pair_weights.cuh),
+// and one multiplies them by the points, with one owner for each block of the gradient: what is accumulated
+// for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in which nothing was
+// kept are skipped whole.
+#pragma once
+
+#include "cuda/pairs/pair_weights.cuh"
+
+namespace dml::cuda {
+
+inline constexpr int kMaxSuperTile = 64;            // tiles along an edge, as a square
+inline constexpr int kMaxLine = 2 * kMaxSuperTile;  // along the longer edge
+
+// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are
+// read.
+template <typename GradMath>
+inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
+inline constexpr int kNarrowPanel = 64;
+
+template <typename GradMath, int Cols>
+struct GradTraits {
+    using T = typename GradMath::Value;
+    using Acc = typename GradMath::Acc;
+    using Weight = typename WeightOf<GradMath>::Type;
+    static constexpr int kTile = TileTraits<GradMath>::kTile;
+    static constexpr int kCols = Cols;  // of the gradient, for one block
+    using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, false, true>;
+    static constexpr int kThreads = TileShape::kThreads;
+    static constexpr int kStages = 4;
+    // Which takes some more registers.
+    static constexpr bool kWholeRounds =
+        !kNeedsManyRegisters<GradMath> && (kCols == kNarrowPanel || sizeof(T) == 2);
+    static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
+    static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
+    // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
+    static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
+    // So do the points, which lanes read as vectors: four rows from each other, or every second of eight.
+    static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
+    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kHalfVectors ? 16 : 8);
+    static constexpr int kWeightElements =
+        kTile * kPitch > kDepth* kAcrossPitch ? kTile * kPitch : kDepth * kAcrossPitch;
+    static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));
+    static constexpr int kStageBytes = kWeightBytes + kDepth * kPointPitch * int(sizeof(T));
+    static constexpr int kList = kStages * kStageBytes;  // which tiles to visit
+    static constexpr int kSharedBytes = kList + (kMaxLine + 1) * int(sizeof(int));
+    static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
+};
+
+// One side's gradient under way: its rows from row0 on, contiguous.
+template <typename Acc>
+struct Gradient {
+    Acc* sum;  // [.., dim]; null where this side is not wanted
+    int64_t row0;
+    int64_t count;  // of all rows of this side
+    bool first;     // nothing has been added yet
+};
+
+template <typename Acc>
+struct Gradients {
+    Gradient<Acc> side[2];  // of the rows and of the columns
+    bool shared[2];         // whether several blocks share a line of that side
+    Acc* parts;             // [blocks - 1, rows of those sides in the super-tile, dim], of all but the first
+
+    // Tiles of lines that are shared, of this side's and all.
+    DML_INLINE int tiles(int of, int row_tiles, int col_tiles) const {
+        return !shared[of] ? 0 : of == 0 ? row_tiles : col_tiles;
+    }
+    DML_INLINE int tiles(int row_tiles, int col_tiles) const {
+        return tiles(0, row_tiles, col_tiles) + tiles(1, row_tiles, col_tiles);
+    }
+};
+
+// One of the blocks that share a line.
+struct Part {
+    int index, count;
+    DML_DEVICE int begin(int slots) const { return slots * index / count; }
+    DML_DEVICE int end(int slots) const { return slots * (index + 1) / count; }
+};
+
+// Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the
+// block.
+template <typename F>
+DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
+    if (warp_id() == 0) {
+        int count = 0;
+#pragma unroll 1
+        for (int first = 0; first < slots; first += kWarpSize) {
+            const int slot = first + lane_id();
+            const bool mine = slot < slots && wanted(slot);
+            const uint32_t all = warp_ballot(mine), before = all & ((1u << lane_id()) - 1u);
+            if (mine) list[1 + count + __popc(before)] = slot;
+            count += __popc(all);
+        }
+        if (lane_id() == 0) list[0] = count;
+    }
+    block_sync();
+}
+
+// Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the
+// points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
+// rows. A part of them.
+template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
+DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own, Part part,
+                                    const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
+    using Weight = typename Traits::Weight;
+    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
+    constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch,
+                  kPointPitch = Traits::kPointPitch;
+    constexpr int kSlices = kTile / kDepth;  // of one tile
+    static_assert(kSlices % Traits::kStages == 0, "whole rounds");
+    unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
+    int* list = shared_array<int>(Traits::kList, kMaxLine + 1);
+    list_slots(list, Transposed ? super.row_tiles : super.col_tiles, [&](int slot) {
+        const int64_t ti = super.row_tile + (Transposed ? slot : own);
+        const int64_t tj = super.col_tile + (Transposed ? own : slot);
+        return super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient));
+    });
+
+    const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
+        Transposed ? super.rows.points : super.cols.points,
+        (Transposed ? super.row_tile : super.col_tile) * kTile, d0);
+    using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
+    using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
+    const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
+        weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile);
+    const unsigned slot_size = unsigned(Transposed ? super.col_tiles : 1) * kTile * kTile;
+    const auto weights_of = [&](int stage) {
+        return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
+    };
+    const auto points_of = [&](int stage) {
+        return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
+    };
+    const int* slots = list + 1 + part.begin(list[0]);
+    const int count = part.end(list[0]) - part.begin(list[0]);
+    unsigned slice = 0;
+    const auto next = [&](int stage) {
+        const unsigned slot = unsigned(slots[slice / kSlices]), k = slice % kSlices * kDepth;
+        boxes.start(weights_of(stage), slot * slot_size + k * (Transposed ? kTile : 1));
+        points.start(points_of(stage), int(slot * kTile + k));
+        ++slice;
+    };
+    const auto use = [&](int stage, const auto& fetch) {
+        const AcrossK<T, kPointPitch> slice{points_of(stage)};
+        if constexpr (Transposed) {
+            product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, slice, fetch);
+        } else {
+            product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
+        }
+    };
+    pipeline<Traits::kStages, Traits::kWholeRounds>(count * kSlices, next, next, use);
+}
+
+// Block (x, y, z): columns x of the gradient, rows of tile y: row tiles first, then column tiles; part z of
+// its line. A tile on the diagonal of a square matrix serves the same points as rows and as columns.
+template <typename GradMath, int Cols, typename T = typename GradMath::Value,
+          typename Acc = typename GradMath::Acc>
+__global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
+    add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
+                  const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
+                  const typename GradTraits<GradMath, Cols>::Weight* weights) {
+    using Traits = GradTraits<GradMath, Cols>;
+    constexpr int kTile = Traits::kTile;
+    const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
+    const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
+    const Gradient<Acc>& gradient = gradients.side[side];
+    const Part part = {int(blockIdx.z), gradients.shared[side] ? int(gridDim.z) : 1};
+    if (!gradient.sum || part.index >= part.count) return;
+    const auto super = all.template in_use<kTile>();
+    const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
+
+    using Sum = Product<GradMath, typename Traits::TileShape>;
+    Sum product;
+    if (side == 0) add_weighted_points<Traits, false>(product, super, own, part, kept, weights, d0);
+    if (side == 1 || super.diagonal())
+        add_weighted_points<Traits, true>(product, super, own, part, kept, weights, d0);
+
+    const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
+    const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
+    const bool apart = part.index > 0, first = apart || gradient.first;
+    const int64_t tiles = gradients.tiles(all.row_tiles, all.col_tiles);
+    const int before = side == 0 ? 0 : gradients.tiles(0, all.row_tiles, all.col_tiles);
+    Acc* sums = (apart ? gradients.parts + ((part.index - 1) * tiles + before + own) * kTile * dim
+                       : gradient.sum + (row0 - gradient.row0) * dim) +
+                d0;
+    constexpr int kVector = Sum::kRun * int(sizeof(Acc)) < 16 ? Sum::kRun : 16 / int(sizeof(Acc));
+    using Some = Vector<Acc, kVector>;
+    const bool aligned = reinterpret_cast<uintptr_t>(sums) % sizeof(Some) == 0 && dim % kVector == 0;
+    if (aligned && rows >= kTile && dim - d0 >= Traits::kCols) {
+        product.each_run([&](int r, int c, const Acc(&values)[Sum::kRun]) {
+            Some* sum = reinterpret_cast<Some*>(sums + r * dim + c);
+#pragma unroll
+            for (int v = 0; v < Sum::kRun / kVector; ++v) {
+                Some x = {};
+                if (!first) x = sum[v];
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) x.value[e] += values[v * kVector + e];
+                sum[v] = x;
+            }
+        });
+    } else {
+        product.each([&](int r, int c, Acc value) {
+            if (r >= rows || d0 + c >= dim) return;
+            Acc& sum = sums[r * dim + c];
+            sum = first ? value : sum + value;
+        });
+    }
+}
+
+inline constexpr int kPartThreads = 256;
+
+// Adds parts [count, pitch] of a gradient to its sum, in their order. A thread for each of `size` numbers.
+template <typename Acc>
+__global__ void __launch_bounds__(kPartThreads)
+    fold_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
+    const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
+    if (i >= size) return;
+    Acc sum = sums[i];
+#pragma unroll 8
+    for (int k = 0; k < count; ++k) sum += parts[k * pitch + i];
+    sums[i] = sum;
+}
+
+inline constexpr int kFinishThreads = 256;
+
+// One warp a row in [begin, end): from the accumulated sum [end - begin, dim] to the gradient of q_i,
+// grad [rows, dim]. They may be the same. weight_sums: of each row's weights, for distances of rows as they
+// come. A row that took no part has a gradient of 0.
+template <typename T, typename Acc, typename Out = T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
+                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, Out* grad) {
+    const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
+    const Matrix<T>& points = rows.points;
+    if (i >= end) return;
+    const T* q = points.data + i * points.stride;
+    const Acc* g = sum + (i - begin) * points.cols;
+    const bool took_part = i < rows.in_use().points.rows;
+    const Acc factor = took_part ? gradient_factor(stats, upstream) : Acc(0);
+    const Acc norm = rows.norms[i];
+    Acc along = 0, scale = factor;  // how much of q_i there is too much
+    if (similarity.normalize) {
+        for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) along = std::fma(Acc(q[d]), g[d], along);
+        along = warp_sum(along) * norm;  // x_i . G_i
+        scale = factor / stats.header[kRange];
+    } else if (similarity.euclidean && took_part) {
+        along = weight_sums[i];
+    }
+    const Acc unit = similarity.normalize ? norm : Acc(1);
+    for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) {
+        const Acc value = g[d] - along * (Acc(q[d]) * unit);
+        grad[i * points.cols + d] = factor == Acc(0) ? Out(0.0f) : Out(scale * value);
+    }
+}
+
+}  // namespace dml::cuda

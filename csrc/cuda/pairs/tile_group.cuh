@@ -1,0 +1,248 @@
+// Large batches, first half: which tiles there are, and the similarities of one.
+//
+// The matrix of pairs is cut into tiles, and the tiles into square super-tiles, one launch each, so that
+// workspaces stay bounded whatever N and M. Where both sides are the same points only pairs i < j exist:
+// each serves row i and, transposed, row j.
+#pragma once
+
+#include "cuda/common/math.cuh"
+#include "cuda/pairs/pair_loss.h"
+#include "cuda/pairs/rows.cuh"
+
+namespace dml::cuda {
+
+// Arithmetic whose tiles take the registers of two blocks.
+template <typename Math>
+inline constexpr bool kNeedsManyRegisters = false;
+template <typename T>
+inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
+template <typename T>
+inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
+
+// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
+// at its pairs. From sm_120 on shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename Math>
+inline constexpr int kTileBlocks = 1;
+#else
+template <typename Math>
+inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
+#endif
+
+// The same for the kernels that look at pairs, whose laws take registers as well.
+template <typename Math>
+inline constexpr int kPairBlocks = kTileBlocks<Math>;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+inline constexpr int kPairBlocks<Tf32Math<T, false>> = 1;
+#endif
+
+template <typename Math>
+struct TileTraits {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
+    static constexpr int kTile = Math::kTensorCores ? 128 : 64;
+    using TileShape = Shape<kTile, kTile, 2, 4, false, false>;
+    static constexpr int kThreads = TileShape::kThreads;
+    static constexpr int kStages = 3;
+    static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
+    static constexpr int kPitch = kDepth + kPad<T>;
+    static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
+    // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
+    static constexpr int kSimPitch = kTile + kPad<Acc>;
+    static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
+    // Shared memory. The similarities take the place of the slices they were computed from.
+    static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
+    static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
+    static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
+    static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
+    static constexpr int kEnd = kFlags + kWarpSize * int(sizeof(int));  // where users' own arrays begin
+};
+
+// A super-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
+template <typename T, typename Acc>
+struct SuperTile {
+    Rows<T, Acc> rows, cols;
+    bool square;  // rows and columns are the same points
+    const int64_t* self_ref;
+    bool mine_self;  // whether mining sees the pair of a row and itself
+    Similarity similarity;
+    int64_t row_tile, col_tile;
+    int row_tiles, col_tiles;
+    int64_t all_row_tiles, all_col_tiles, used_col_tiles;
+    Acc* cache;         // [tiles, kTile, kTile] or null
+    bool cache_filled;  // an earlier launch has stored the similarities
+
+    DML_INLINE int64_t tile_index(int64_t ti, int64_t tj) const {
+        return square ? ti * (2 * all_row_tiles - ti + 1) / 2 + (tj - ti) : ti * all_col_tiles + tj;
+    }
+    template <int Tile>
+    DML_DEVICE SuperTile in_use() const {
+        SuperTile some = *this;
+        some.cols = cols.in_use();
+        some.used_col_tiles = (some.cols.points.rows + Tile - 1) / Tile;
+        return some;
+    }
+    DML_INLINE bool has(int64_t ti, int64_t tj) const { return square ? ti <= tj : tj < used_col_tiles; }
+    DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
+};
+
+inline int64_t tile_count(int64_t row_tiles, int64_t col_tiles, bool square) {
+    return square ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
+}
+
+// The tile of a block: its similarities and the labels of both sides, in shared memory.
+template <typename Math>
+struct LoadedTile {
+    using Traits = TileTraits<Math>;
+    using Acc = typename Math::Acc;
+    int64_t row0, col0;
+    Acc* sim;             // [kTile, kSimPitch]
+    int64_t* row_labels;  // [kTile]
+    int64_t* col_labels;  // [kTile]
+};
+
+// The bare dot products of a tile's rows and columns. Takes the first kStages * kStageBytes of shared memory.
+template <typename Math, typename T = typename Math::Value>
+DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape>& product,
+                              unsigned char* shared, const Matrix<T>& rows, int64_t row0,
+                              const Matrix<T>& cols, int64_t col0) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
+    using Slices = RowSlices<T, kTile, kDepth, kPitch, Traits::kThreads>;
+    Slices row_slices(rows, row0), col_slices(cols, col0);
+    const auto stage_of = [&](int stage) {
+        return reinterpret_cast<T*>(shared + stage * Traits::kStageBytes);
+    };
+    const auto first = [&](int stage) {
+        row_slices.start_first(stage_of(stage), rows);
+        col_slices.start_first(stage_of(stage) + kTile * kPitch, cols);
+    };
+    const auto next = [&](int stage) {
+        row_slices.start_next(stage_of(stage));
+        col_slices.start_next(stage_of(stage) + kTile * kPitch);
+    };
+    const auto use = [&](int stage, const auto& fetch) {
+        const T* from = stage_of(stage);
+        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
+                                     fetch);
+    };
+    pipeline<Traits::kStages, false>(Slices::count(rows), first, next, use);
+}
+
+// Inverse norms from which on the product of two is in range.
+template <typename Acc>
+inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
+
+// Writes a tile's similarities to sim. plain: the norm of this thread's line is no reason to look at them one
+// by one.
+template <typename Math, typename Sum, typename T, typename Acc>
+DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& super, int64_t row0,
+                                   int64_t col0, bool plain, const Acc* norms, int* flags, Acc* sim) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = Traits::kThreads;
+    using Run = Vector<Acc, Sum::kRun>;
+    if (!super.similarity.euclidean) {
+        Acc check = 0;  // not finite once a similarity is not
+        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+            Run s;
+#pragma unroll
+            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
+            if constexpr (Sum::kRun == 1) {
+                check = std::fma(s.value[0], s.value[0], check);
+            } else {
+#pragma unroll
+                for (int e = 0; e < Sum::kRun; e += 2) check = std::fma(s.value[e], s.value[e + 1], check);
+            }
+            *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
+        });
+        const bool own = warp_any(!plain || check - check != Acc(0));
+        if (lane_id() == 0) flags[warp_id()] = own ? 1 : 0;
+        block_sync();
+        int any = 0;
+        for (int w = 0; w < kThreads / kWarpSize; ++w) any |= flags[w];
+        if (any == 0) return;
+        block_sync();
+    }
+    {  // rare: distances; cosines at the edges, and of rows out of the ordinary
+        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+            Run s;
+#pragma unroll
+            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e];
+            *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
+        });
+        block_sync();
+        constexpr int kApart = kThreads / kTile;  // rows
+        const int c = int(threadIdx.x) % kTile;
+        const Acc norm = norms[kTile + c];
+#pragma unroll 1
+        for (int r = int(threadIdx.x) / kTile; r < kTile; r += kApart) {
+            Acc& s = sim[r * kSimPitch + c];
+            const bool pair = row0 + r < super.rows.points.rows && col0 + c < super.cols.points.rows &&
+                              !(super.square && row0 + r >= col0 + c);
+            Acc x = pair ? quick_similarity(super.similarity, s, norms[r], norm) : Acc(0);
+            for (uint32_t near = warp_ballot(x != x); near; near &= near - 1) {
+                const int lane = __ffs(int(near)) - 1, at = c - lane_id() + lane;
+                const Acc y = careful_similarity(super.similarity, super.rows.points, row0 + r, norms[r],
+                                                 super.cols.points, col0 + at, norms[kTile + at]);
+                if (lane == lane_id()) x = y;
+            }
+            s = x;
+        }
+        block_sync();
+    }
+}
+
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+    using Traits = TileTraits<Math>;
+    constexpr int kTile = Traits::kTile, kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
+    unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
+    int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
+    Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
+    int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
+    Acc* sim = reinterpret_cast<Acc*>(bytes);
+    const Matrix<T>&rows = super.rows.points, &cols = super.cols.points;
+    const int64_t row0 = ti * kTile, col0 = tj * kTile;
+
+    static_assert(2 * kTile <= kThreads, "a thread for each line");
+    bool plain = true;
+    if (int(threadIdx.x) < 2 * kTile) {
+        const int t = int(threadIdx.x);
+        const bool is_row = t < kTile;
+        const int64_t i = is_row ? row0 + t : col0 + t - kTile;
+        const bool inside = i < (is_row ? rows.rows : cols.rows);
+        const Acc norm = inside ? (is_row ? super.rows.norms : super.cols.norms)[i] : Acc(0);
+        labels[t] = inside ? (is_row ? super.rows.labels : super.cols.labels)[i] : 0;
+        norms[t] = norm;
+        plain = norm >= kPlainNorm<Acc>;
+    }
+    const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
+    // Where it is used: the product leaves no registers to keep it in.
+    const auto cached = [&] { return super.cache + super.tile_index(ti, tj) * kTile * kTile; };
+    if (!super.cache_filled) {  // anew: what no cache holds
+        Product<Math, typename Traits::TileShape> product;
+        multiply_tile(product, bytes, rows, row0, cols, col0);
+        store_similarities<Math>(product, super, row0, col0, plain, norms, flags, sim);
+        if (super.cache) {
+            using Own = Share<Acc, kTile, kTile, kThreads>;
+            using Some = Vector<Acc, Own::kElements>;
+            const Acc* from = sim + Own::row() * kSimPitch + Own::col();
+            Acc* to = cached() + Own::row() * kTile + Own::col();
+#pragma unroll
+            for (int c = 0; c < Own::kChunks; ++c) {
+                *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
+                    *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
+            }
+        }
+        return tile;
+    }
+    WholeBoxes<Acc, kTile, kTile, kTile, kSimPitch, kThreads>(cached()).start(sim, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    block_sync();
+    return tile;
+}
+
+}  // namespace dml::cuda

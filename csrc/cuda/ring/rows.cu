@@ -1,0 +1,125 @@
+// What becomes of rows before, between and after the passes over blocks of columns.
+#include "cuda/ring/ring.cuh"
+
+namespace dml::cuda {
+namespace {
+
+// f(a number of the type that is computed in).
+template <typename F>
+void with_number(const Task& task, const F& f) {
+    if (task.problem.scalar == Scalar::kFloat64) {
+        f(double());
+    } else {
+        f(float());
+    }
+}
+
+// What an empty fold is.
+struct Empty {
+    bool neg_exp, pos_exp, plus_one;
+};
+Empty empty_folds(LawId law) {
+    Empty empty = {};
+    with_law(law, [&](auto tag) {
+        using Law = typename decltype(tag)::template Of<float>;
+        empty = {Law::kNeg == Fold::kLogSumExp, Law::kPos == Fold::kLogSumExp, Law::kPlusOne};
+    });
+    return empty;
+}
+
+template <typename Acc>
+__global__ void __launch_bounds__(kRowThreads)
+    turn_rows_of(BlockStage stage, bool mining, Empty empty, Acc epsilon, int64_t rows, RowStats<Acc> stats) {
+    const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
+    const auto set_bounds = [&](const Bounds<Acc>& bounds) {
+        stats.neg_above[i] = bounds.neg_above;
+        stats.pos_below[i] = bounds.pos_below;
+    };
+    if (stage == BlockStage::kStart) {
+        if (i < kHeader) stats.header[i] = Acc(1);
+        if (i >= rows) return;
+        if (mining) {
+            const Extremes<Acc> none;
+            const RunningRow<Acc> row{stats, i};
+            row.min_pos() = none.min_pos;
+            row.max_neg() = none.max_neg;
+        } else {
+            set_bounds(Bounds<Acc>::all());
+        }
+        stats.neg[i] = empty.neg_exp ? -infinity<Acc>() : Acc(0);
+        stats.pos[i] = empty.pos_exp ? -infinity<Acc>() : Acc(0);
+        stats.d_neg[i] = stats.d_pos[i] = Acc(0);
+        return;
+    }
+    if (i >= rows) return;
+    if (stage == BlockStage::kHardest) {
+        const RunningRow<Acc> row{stats, i};
+        set_bounds(Extremes<Acc>{row.min_pos(), row.max_neg()}.mined(epsilon));
+    }
+    if (stage == BlockStage::kNegatives) {  // from here on the positives' context, and its derivatives' sum
+        if (empty.neg_exp) stats.neg[i] = LogSumExp<Acc>{stats.neg[i], stats.d_neg[i]}.value(empty.plus_one);
+        if (!empty.neg_exp) stats.neg[i] = stats.d_neg[i];
+        stats.d_neg[i] = Acc(0);
+    }
+}
+
+template <typename Acc>
+__global__ void __launch_bounds__(kRowThreads)
+    finish_rows_of(const __grid_constant__ AnyLaw<Acc> any_law, bool mining, Reduction reduction,
+                   int64_t rows, RowStats<Acc> from, const int64_t* pairs, Acc* losses, RowStats<Acc> to) {
+    const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (i < kHeader) to.header[i] = from.header[i];
+    if (i >= rows) return;
+    const int64_t positives = pairs[i], negatives = pairs[rows + i];
+    any_law.visit([&](const auto& law) {
+        using Law = std::decay_t<decltype(law)>;
+        const Gathering<Law, Acc> gathered = RunningRow<Acc>{from, i}.template load<Law>();
+        const Bounds<Acc> bounds = {from.pos_below[i], from.neg_above[i]};
+        const bool both = positives > 0 && negatives > 0;
+        const RowResult<Acc> result = finish_row(to, i, law, gathered, bounds, mining, both, Acc(1),
+                                                 Results<Acc>{nullptr, 0, nullptr, reduction});
+        // Of what is not finite a row hears only where the labels give it the pairs that a loss needs.
+        const bool needed = mining ? both
+                                   : (positives > 0 || negatives > 0) && (positives > 0 || !Law::kNeedsPos) &&
+                                         (negatives > 0 || !Law::kNeedsNeg);
+        const bool poisoned = needed && !is_finite(from.header[kHealth]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            losses[k * rows + i] = poisoned && k < Law::kParts ? not_a_number<Acc>() : result.part[k];
+            losses[(2 + k) * rows + i] = result.unit[k];
+        }
+    });
+}
+
+}  // namespace
+
+int64_t state_numbers(int64_t rows) { return kHeader + kStatsPerRow * rows; }
+
+void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t stream) {
+    const Problem& p = task.problem;
+    if (stage != BlockStage::kStart) check_stage(p, stage);
+    with_number(task, [&](auto number) {
+        using Acc = decltype(number);
+        const int64_t rows = p.queries.count;
+        launch(turn_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream, stage,
+               p.mining.on, empty_folds(p.law), Acc(p.mining.epsilon), rows,
+               state_of(static_cast<Acc*>(state), rows));
+    });
+}
+
+void finish_rows(const Task& task, const void* state, const int64_t* pairs, void* losses, void* weights,
+                 void* flags, cudaStream_t stream) {
+    const Problem& p = task.problem;
+    with_number(task, [&](auto number) {
+        using Acc = decltype(number);
+        const int64_t rows = p.queries.count;
+        RowStats<Acc> to = state_of(static_cast<Acc*>(weights), rows);
+        to.flags = static_cast<uint8_t*>(flags);
+        launch(finish_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream,
+               AnyLaw<Acc>(p), p.mining.on, p.reduction, rows,
+               state_of(const_cast<Acc*>(static_cast<const Acc*>(state)), rows), pairs,
+               static_cast<Acc*>(losses), to);
+    });
+}
+
+}  // namespace dml::cuda

@@ -1,0 +1,67 @@
+// What the kernels on triplets do with all threads of a block: folds and prefix sums, in one order.
+#pragma once
+
+#include "cuda/pairs/rows.cuh"
+
+namespace dml::cuda {
+
+inline constexpr int kTripletThreads = 256, kTripletWarps = kTripletThreads / kWarpSize;
+
+inline constexpr int kFoldBytes = kTripletWarps * int(sizeof(double));
+inline constexpr size_t kTripletSharedBytes = kFoldBytes + (kTripletThreads + 1) * sizeof(double);
+
+// op over all threads' x, in one order; every thread gets it.
+template <typename T, typename Op>
+DML_DEVICE T block_fold(T x, const Op& op) {
+    static_assert(sizeof(T) <= sizeof(double));
+    T* shared = reinterpret_cast<T*>(shared_array<double>(0, kTripletWarps));
+#pragma unroll
+    for (int m = kWarpSize / 2; m > 0; m /= 2) x = op(x, shfl_xor(x, m));
+    if (lane_id() == 0) shared[warp_id()] = x;
+    block_sync();
+    x = shared[0];
+#pragma unroll
+    for (int w = 1; w < kTripletWarps; ++w) x = op(x, shared[w]);
+    block_sync();
+    return x;
+}
+template <typename T>
+DML_DEVICE T fold_sum(T x) {
+    return block_fold(x, [](T a, T b) { return a + b; });
+}
+template <typename T>
+DML_DEVICE T fold_max(T x) {
+    return block_fold(x, [](T a, T b) { return a > b ? a : b; });
+}
+template <typename T>
+DML_DEVICE T fold_min(T x) {
+    return block_fold(x, [](T a, T b) { return a < b ? a : b; });
+}
+
+// The sum of x over the threads before this one, and over all.
+template <typename T>
+DML_DEVICE T block_scan(T x, T& total) {
+    static_assert(sizeof(T) <= sizeof(double));
+    T* shared = reinterpret_cast<T*>(shared_array<double>(0, kTripletWarps));
+    const int lane = lane_id();
+    T inclusive = x;
+#pragma unroll
+    for (int m = 1; m < kWarpSize; m *= 2) {
+        const T other = shfl(inclusive, lane >= m ? lane - m : lane);
+        if (lane >= m) inclusive += other;
+    }
+    const T before = shfl(inclusive, lane > 0 ? lane - 1 : 0);
+    if (lane == kWarpSize - 1) shared[warp_id()] = inclusive;
+    block_sync();
+    T sum = 0, base = 0;
+#pragma unroll
+    for (int w = 0; w < kTripletWarps; ++w) {
+        if (w == warp_id()) base = sum;
+        sum += shared[w];
+    }
+    block_sync();
+    total = sum;
+    return lane > 0 ? base + before : base;
+}
+
+}  // namespace dml::cuda

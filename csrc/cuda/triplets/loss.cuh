@@ -1,0 +1,98 @@
+// The loss of a row, by one block: the row's similarities are at hand in global memory, its positives are
+// gathered into a workspace, and every negative is compared with them, one by one where they are few, else as
+// runs. Sums are folded in a fixed order; what several threads add to one number are integers.
+#pragma once
+
+#include "cuda/triplets/runs.cuh"
+#include "cuda/triplets/selected.cuh"
+
+namespace dml::cuda {
+
+// Up to so many positives each is compared with every negative.
+inline constexpr int64_t kFewTripletPositives = 32;
+
+template <typename T, typename Term, typename Then>
+DML_DEVICE void all_terms(TripletRow<T>& row, TripletTotals<T>& totals, const Then& then) {
+    if (Term::kSearchable && row.count > kFewTripletPositives) {
+        each_run<T, Term>(row, totals, then);
+    } else {
+        each_positive<T, Term>(row, totals, then);
+    }
+    block_sync();
+}
+
+// All negatives of a row; the weights over its similarities.
+template <typename T>
+DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T beta,
+                              TripletTotals<T>& totals) {
+    const auto write = [&](int64_t j, T slope) {
+        if (!rules.write) return;
+        row.s[j] = slope != T(0) ? slope * inverse_distance(rules.euclidean, -row.s[j]) : T(0);
+    };
+    if (rules.term == TripletTerm::kHinge) {
+        all_terms<T, HingeTerm<T>>(row, totals, write);
+    } else if (rules.term == TripletTerm::kSoftplus) {
+        all_terms<T, SoftplusTerm<T>>(row, totals, write);
+    } else {
+        const MarginTerms<T> terms{beta, row.params.margin};
+        all_terms<T, CountedTerm<T>>(row, totals, [&](int64_t j, T uses) {
+            const T term = uses > T(0) ? terms.negative(-row.s[j]) : T(0);
+            if (term > T(0)) {
+                totals.sum += double(uses) * double(term);
+                totals.nonzero += int64_t(uses);
+                totals.by_beta += double(uses);
+            }
+            write(j, term > T(0) ? uses : T(0));
+        });
+        for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
+            const double uses = row.work.slope[k];
+            const T term = terms.positive(row.work.d[k]);
+            row.work.slope[k] = term > T(0) ? uses : 0.0;
+            if (term > T(0)) {
+                totals.sum += uses * double(term);
+                totals.nonzero += int64_t(uses);
+                totals.by_beta -= uses;
+            }
+        }
+        block_sync();
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kTripletThreads, 2)
+    triplet_row_losses(TripletStrip<T> strip, TripletRules rules, const T* beta, T* sums, int64_t* counts,
+                       T* grad_beta, unsigned char* workspace, int64_t space, int64_t work_bytes) {
+    TripletRow<T> row;
+    row.params = TripletParams<T>(rules.params);
+    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, strip.columns, space);
+    for (int64_t r = blockIdx.x; r < strip.rows; r += gridDim.x) {
+        row.s = strip.s + r * strip.pitch;
+        row.i = strip.first + r;
+        row.load(strip);
+        row.choose_positives(rules.positives);
+        TripletTotals<T> totals;
+        const T of_beta = beta ? beta[row.i] : T(0);
+        if (rules.negatives == Selection::kAll) {
+            all_negatives(row, rules, of_beta, totals);
+        } else {
+            selected_negatives(row, rules, of_beta, rules.seed ? uint64_t(*rules.seed) : 0, totals);
+        }
+        if (rules.write) {
+            for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
+                const T inverse = inverse_distance(rules.euclidean, row.work.d[k]);
+                row.s[row.work.column[k]] = T(-row.work.slope[k]) * inverse;
+            }
+            for (int64_t j = row.columns + threadIdx.x; j < strip.columns; j += kTripletThreads)
+                row.s[j] = T(0);
+        }
+        const double sum = fold_sum(totals.sum), by_beta = fold_sum(totals.by_beta);
+        const int64_t nonzero = fold_sum(totals.nonzero), considered = fold_sum(totals.considered);
+        if (threadIdx.x != 0) continue;
+        sums[row.i] = T(sum);
+        counts[2 * row.i] = nonzero;
+        counts[2 * row.i + 1] = considered;
+        if (grad_beta) grad_beta[row.i] = T(by_beta);
+    }
+}
+
+}  // namespace dml::cuda

@@ -1,0 +1,77 @@
+// What select finds in a row.
+#pragma once
+
+#include "cuda/triplets/draw.cuh"
+
+namespace dml::cuda {
+
+// The first of ascending numbers that is not below `value`.
+DML_DEVICE int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t value) {
+    int64_t low = 0, high = count;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (numbers[middle] < value) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kTripletThreads, 2)
+    select_of_rows(TripletStrip<T> strip, TripletRules rules, SelectedPairs pairs, int64_t* columns,
+                   T* similarities, unsigned char* workspace, int64_t space, int64_t work_bytes) {
+    TripletRow<T> row;
+    row.params = TripletParams<T>(rules.params);
+    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, strip.columns, space);
+    const Selection which = rules.negatives;
+    for (int64_t r = blockIdx.x; r < strip.rows; r += gridDim.x) {
+        row.s = strip.s + r * strip.pitch;
+        row.i = strip.first + r;
+        const int64_t from = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i) : row.i;
+        const int64_t to = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i + 1) : row.i + 1;
+        // Of each pair, before the positives are taken out of the row. A pair has no similarity yet: that of
+        // its positive waits in its place.
+        for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
+            const int64_t j = pairs.anchors ? pairs.positives[k] : -1;
+            columns[k] = j < 0 || j >= strip.columns ? -1 : j;
+            similarities[k] = columns[k] < 0 ? -infinity<T>() : row.s[columns[k]];
+        }
+        block_sync();
+        row.load(strip);
+        if (pairs.of_positives) {
+            const int64_t best = row.extreme_positive(which == Selection::kHardest);
+            for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
+                columns[k] = best < 0 ? -1 : row.work.column[best];
+                similarities[k] = best < 0 ? -infinity<T>() : -row.work.d[best];
+            }
+        } else if (which == Selection::kDrawn) {
+            const RowDraw<T> draw(row);
+            const uint64_t seed = uint64_t(*rules.seed);
+            for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
+                const int64_t j = columns[k] < 0
+                                      ? -1
+                                      : draw.column(uniform_draw(seed, uint64_t(row.i), uint64_t(k - from)));
+                columns[k] = j;
+                similarities[k] = j < 0 ? -infinity<T>() : row.s[j];
+            }
+        } else {
+            const bool each = which == Selection::kSemihard;
+            const int64_t all = each ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
+            for (int64_t k = from; k < to; ++k) {
+                const bool asks = !pairs.anchors || columns[k] >= 0;
+                int64_t j = all;
+                if (each) j = row.extreme_negative(true, asks ? similarities[k] : -infinity<T>());
+                block_sync();  // all have read what is about to be replaced
+                if (threadIdx.x != 0) continue;
+                columns[k] = asks ? j : -1;
+                similarities[k] = asks && j >= 0 ? row.s[j] : -infinity<T>();
+            }
+        }
+        block_sync();
+    }
+}
+
+}  // namespace dml::cuda

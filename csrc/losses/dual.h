@@ -1,0 +1,135 @@
+// Numbers that carry their derivative, so that a law states each formula once: what a formula makes of
+// (s, 1) is its value and its slope at s. A derivative of which nothing is used costs nothing.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "core/numeric.h"
+#include "core/portable.h"
+
+namespace dml {
+
+template <typename T>
+struct Dual {
+    T value, slope;
+
+    DML_INLINE Dual(T value = T(0), T slope = T(0)) : value(value), slope(slope) {}
+
+    friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.slope}; }
+    friend DML_INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
+    friend DML_INLINE Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
+    friend DML_INLINE Dual operator*(Dual a, Dual b) {
+        return {a.value * b.value, a.slope * b.value + a.value * b.slope};
+    }
+    friend DML_INLINE Dual operator/(Dual a, Dual b) {
+        const T ratio = a.value / b.value;
+        return {ratio, (a.slope - ratio * b.slope) / b.value};
+    }
+
+    // With a constant, whose slope of 0 a compiler must not leave out by itself: 0 * inf is not 0.
+    friend DML_INLINE Dual operator+(Dual a, T b) { return {a.value + b, a.slope}; }
+    friend DML_INLINE Dual operator+(T a, Dual b) { return {a + b.value, b.slope}; }
+    friend DML_INLINE Dual operator-(Dual a, T b) { return {a.value - b, a.slope}; }
+    friend DML_INLINE Dual operator-(T a, Dual b) { return {a - b.value, -b.slope}; }
+    friend DML_INLINE Dual operator*(Dual a, T b) { return {a.value * b, a.slope * b}; }
+    friend DML_INLINE Dual operator*(T a, Dual b) { return {a * b.value, a * b.slope}; }
+    friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.slope / b}; }
+
+    friend DML_INLINE bool operator<(Dual a, Dual b) { return a.value < b.value; }
+    friend DML_INLINE bool operator>(Dual a, Dual b) { return a.value > b.value; }
+    friend DML_INLINE bool operator<=(Dual a, Dual b) { return a.value <= b.value; }
+    friend DML_INLINE bool operator>=(Dual a, Dual b) { return a.value >= b.value; }
+};
+
+// Plain<S>: T, be S a T or a Dual<T>.
+template <typename S>
+struct PlainOf {
+    using Type = S;
+};
+template <typename T>
+struct PlainOf<Dual<T>> {
+    using Type = T;
+};
+template <typename S>
+using Plain = typename PlainOf<S>::Type;
+
+template <typename T>
+DML_INLINE T slope_of(T) {
+    return T(0);
+}
+template <typename T>
+DML_INLINE T slope_of(Dual<T> x) {
+    return x.slope;
+}
+
+// x, which the gradient takes for a constant.
+template <typename T>
+DML_INLINE T constant(T x) {
+    return x;
+}
+template <typename T>
+DML_INLINE T constant(Dual<T> x) {
+    return x.value;
+}
+
+// x, of whose slope the gradient sees this share: 1, or 0 as constant(x).
+template <typename T>
+DML_INLINE T with_share_of_slope(T x, T) {
+    return x;
+}
+template <typename T>
+DML_INLINE Dual<T> with_share_of_slope(Dual<T> x, T share) {
+    return {x.value, share * x.slope};
+}
+
+// Whether x is the value of a log-sum-exp over no pair.
+template <typename S>
+DML_INLINE bool is_empty(S x) {
+    return constant(x) == -std::numeric_limits<Plain<S>>::infinity();
+}
+
+// ---- the functions of numeric.h ---------------------------------------------------------------------------
+
+template <typename T>
+DML_INLINE Dual<T> rounded_product(Dual<T> a, Dual<T> b) {
+    return {rounded_product(a.value, b.value), a.slope * b.value + a.value * b.slope};
+}
+template <typename T>
+DML_INLINE Dual<T> rounded_product(T a, Dual<T> b) {
+    return {rounded_product(a, b.value), a * b.slope};
+}
+template <typename T>
+DML_INLINE Dual<T> rounded_product(Dual<T> a, T b) {
+    return {rounded_product(a.value, b), a.slope * b};
+}
+
+template <typename T>
+DML_INLINE Dual<T> exp_fast(Dual<T> x) {
+    const T e = exp_fast(x.value);
+    return {e, e * x.slope};
+}
+
+template <typename T>
+DML_INLINE Dual<T> relu(Dual<T> x) {
+    return {relu(x.value), x.value > T(0) ? x.slope : T(0)};
+}
+
+template <typename T>
+DML_INLINE Dual<T> sigmoid(Dual<T> x) {
+    const T y = sigmoid(x.value);
+    return {y, y * (T(1) - y) * x.slope};
+}
+
+template <typename T>
+DML_INLINE Dual<T> softplus(Dual<T> x) {
+    return {softplus(x.value), sigmoid(x.value) * x.slope};
+}
+
+template <typename T>
+DML_INLINE Dual<T> root(Dual<T> x) {
+    const T y = root(x.value);
+    return {y, x.value > T(0) ? x.slope / (T(2) * y) : T(0)};
+}
+
+}  // namespace dml

@@ -1,0 +1,35 @@
+#pragma once
+
+#include "losses/formula.h"
+
+namespace dml {
+
+// Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, equation 4. The rows are the proxies
+// of the classes, the columns the embeddings: log(1 + sum_P exp(-alpha (s - margin))), averaged over the
+// proxies that have positives, plus log(1 + sum_N exp(alpha (s + margin))), averaged over all.
+template <typename T>
+struct ProxyAnchor : LawDefaults {
+    static constexpr int kParts = 2;
+    static constexpr const char* kParams = "margin, alpha";
+
+    T margin, alpha;
+
+    DML_INLINE explicit ProxyAnchor(const double* params) : margin(T(params[0])), alpha(T(params[1])) {}
+
+    template <typename S>
+    DML_INLINE S neg_term(S s) const {
+        return rounded_product(alpha, s + margin);
+    }
+    template <typename S>
+    DML_INLINE S pos_term(S s) const {
+        return rounded_product(-alpha, s - margin);
+    }
+    // The 1 of log(1 + sum) joins here and not in the folds, which so tell whether there was a pair.
+    template <typename S>
+    DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
+        const bool some_pos = !is_empty(g.pos), some_neg = !is_empty(g.neg);
+        return {some_pos ? softplus(g.pos) : S(0), T(some_pos), some_neg ? softplus(g.neg) : S(0), T(1)};
+    }
+};
+
+}  // namespace dml

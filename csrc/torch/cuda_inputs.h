@@ -1,0 +1,81 @@
+// From the tensors of a call to a task of the CUDA engine; what the ops on CUDA tensors share.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/version.h>
+
+#include "cuda/pairs/pair_loss.h"
+#include "torch/ops.h"
+
+namespace dml::cuda {
+
+using at::Tensor;
+
+// As torch says that float32 matrices are multiplied on CUDA: in full, or less ("high" and "medium" alike).
+// Its older getter raises where the older and the newer way of saying so were mixed.
+inline Precision precision_in_use() {
+    const auto& context = at::globalContext();
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
+    const bool full = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) !=
+                      at::Float32Precision::TF32;
+#else
+    bool full = true;
+    try {
+        full = context.float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+    } catch (const c10::Error&) {
+    }
+#endif
+    return full ? Precision::kFull : Precision::kTf32;
+}
+
+// Rows may lie at any distance but must be contiguous in themselves.
+inline Tensor with_dense_rows(const Tensor& x) {
+    return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+}
+
+// The engine of a problem's law; of one that was loaded, the only one that its engine knows.
+inline const EntryPoints* engine_of(Problem& p, std::string_view law) {
+    const LoadedLaw* own = loaded_law(p.law);
+    if (!own) return &kEntryPoints;
+    TORCH_CHECK(own->cuda, "law: ", law, " was loaded without CUDA kernels");
+    p.law = {};
+    return own->cuda;
+}
+
+// The task, and the tensors that its pointers lead to.
+struct Inputs {
+    Tensor points, labels;
+    OptionalTensor ref_points, ref_labels, self_ref, ref_count;
+    Task task;
+    const EntryPoints* engine;
+    at::TensorOptions accumulate;  // the type of losses and statistics
+
+    explicit Inputs(const Call& c)
+        : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
+        task.problem = describe(c);
+        Problem& p = task.problem;
+        engine = engine_of(p, c.law);
+        p.queries = view(points, labels);
+        p.refs = p.queries;
+        if (c.ref_emb) {
+            ref_points = with_dense_rows(*c.ref_emb);
+            ref_labels = c.ref_labels->contiguous();
+            p.refs = view(*ref_points, *ref_labels);
+        }
+        if (c.self_ref) self_ref = c.self_ref->contiguous();
+        p.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
+        p.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
+        accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
+    }
+    static Points view(const Tensor& x, const Tensor& labels) {
+        return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
+    }
+};
+
+inline Tensor bytes(int64_t count, const Tensor& like) {
+    return at::empty({count}, like.options().dtype(at::kByte));
+}
+
+}  // namespace dml::cuda

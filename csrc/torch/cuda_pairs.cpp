@@ -1,0 +1,143 @@
+// The ops on CUDA tensors: allocates what the engine of csrc/cuda asks for and calls it, on the current
+// stream of the inputs' device. Nothing here waits for the device.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda/indexed/listed_pairs.h"
+#include "torch/cuda_inputs.h"
+#include "torch/listed_ops.h"
+
+namespace dml::cuda {
+namespace {
+
+using at::Tensor;
+
+// How float32 was multiplied in forward is how backward must see the same similarities. The host has to know
+// without asking the device, so it is the number of bytes by which `saved` is longer than what it holds.
+int64_t mark(Precision precision) { return static_cast<int64_t>(precision); }
+
+ForwardResult pair_loss(const Call& c) {
+    check_inputs(c);
+    const c10::cuda::CUDAGuard guard(c.embeddings.device());
+    Inputs in(c);
+    if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
+    const EntryPoints& engine = *in.engine;
+    Tensor saved =
+        bytes(engine.saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
+    Tensor loss = in.task.problem.reduction == Reduction::kNone
+                      ? at::empty({c.embeddings.size(0)}, in.accumulate)
+                  : c.divide ? at::empty({}, in.accumulate)
+                             : at::empty({4}, in.accumulate);
+    const Tensor workspace = bytes(engine.forward_workspace_bytes(in.task), c.embeddings);
+    engine.forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
+                   c10::cuda::getCurrentCUDAStream());
+    return {loss, saved};
+}
+
+// Reads from the length of `saved` what forward was told and knew. Returns whether it kept tiles.
+bool read_saved(const EntryPoints& engine, Task& task, int64_t length) {
+    const int marks = task.problem.scalar == Scalar::kFloat32 ? kPrecisions : 1;
+    for (int k = 0; k < marks; ++k) {
+        task.precision = static_cast<Precision>(k);
+        for (const bool saves : {true, false}) {
+            if (length == engine.saved_bytes(task, saves) + k) return saves;
+        }
+    }
+    task.precision = Precision::kFull;
+    return true;
+}
+
+BackwardResult pair_loss_backward(const Call& c, const Backward& b) {
+    check_inputs(c);
+    const c10::cuda::CUDAGuard guard(c.embeddings.device());
+    Inputs in(c);
+    const EntryPoints& engine = *in.engine;
+    const bool saves = read_saved(engine, in.task, b.saved.numel());
+    check_backward(c, b, engine.saved_bytes(in.task, saves) + mark(in.task.precision));
+    const Tensor upstream = b.grad_loss.to(in.accumulate.dtype()).contiguous();
+    const auto gradient = [&](const Tensor* of) {
+        return of ? at::empty(of->sizes(), of->options()) : at::empty({0}, c.embeddings.options());
+    };
+    Tensor grad_emb = gradient(b.need_emb ? &c.embeddings : nullptr);
+    Tensor grad_ref = gradient(b.need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
+    const Tensor workspace = bytes(engine.backward_workspace_bytes(in.task), c.embeddings);
+    const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
+    engine.backward(in.task, saves, b.saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
+                    data_or_null(grad_ref), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    return {grad_emb, grad_ref};
+}
+
+// ---- pairs given as lists ----------------------------------------------------------------------------
+
+template <typename T>
+PointList<T> point_list(const Tensor& x) {
+    return {x.const_data_ptr<T>(), x.size(0), x.size(1)};
+}
+
+Segments segments_of(const Tensor& offsets, const Tensor& of) {
+    return {offsets.const_data_ptr<int64_t>(), offsets.numel() - 1, of.numel()};
+}
+
+Tensor pair_products(const Tensor& x, const Tensor& y, const Tensor& rows, const Tensor& cols,
+                     const Tensor& row_offsets) {
+    check_products(x, y, rows, cols, row_offsets);
+    const c10::cuda::CUDAGuard guard(x.device());
+    Tensor out = at::empty({rows.numel()}, x.options());
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "pair_products", [&] {
+        multiply_pairs(point_list<scalar_t>(x), point_list<scalar_t>(y), rows.const_data_ptr<int64_t>(),
+                       cols.const_data_ptr<int64_t>(), rows.numel(), out.data_ptr<scalar_t>(),
+                       c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+Tensor pair_sums(const Tensor& weights, const Tensor& points, const Tensor& index, const Tensor& offsets) {
+    check_sums(weights, points, index, offsets);
+    const c10::cuda::CUDAGuard guard(points.device());
+    Tensor out = at::empty({offsets.numel() - 1, points.size(1)}, points.options());
+    AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "pair_sums", [&] {
+        sum_pairs(weights.const_data_ptr<scalar_t>(), point_list<scalar_t>(points),
+                  index.const_data_ptr<int64_t>(), segments_of(offsets, index), out.data_ptr<scalar_t>(),
+                  c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+Tensor segment_logsumexp(const Tensor& logits, const Tensor& offsets, bool plus_one) {
+    check_segments(logits, offsets);
+    const c10::cuda::CUDAGuard guard(logits.device());
+    Tensor out = at::empty({offsets.numel() - 1}, logits.options());
+    AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "segment_logsumexp", [&] {
+        log_sum_exps(logits.const_data_ptr<scalar_t>(), segments_of(offsets, logits), plus_one,
+                     out.data_ptr<scalar_t>(), c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& value, const Tensor& offsets) {
+    check_softmax(grad, logits, value, offsets);
+    const c10::cuda::CUDAGuard guard(logits.device());
+    Tensor out = at::empty(logits.sizes(), logits.options());
+    AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "segment_softmax", [&] {
+        softmaxes(grad.const_data_ptr<scalar_t>(), logits.const_data_ptr<scalar_t>(),
+                  value.const_data_ptr<scalar_t>(), segments_of(offsets, logits), out.data_ptr<scalar_t>(),
+                  c10::cuda::getCurrentCUDAStream());
+    });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
+    m.impl("pair_loss", &pair_loss_op<pair_loss>);
+    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
+    m.impl("pair_products", &pair_products);
+    m.impl("pair_sums", &pair_sums);
+    m.impl("segment_logsumexp", &segment_logsumexp);
+    m.impl("segment_softmax", &segment_softmax);
+}
+
+}  // namespace dml::cuda

@@ -1,0 +1,248 @@
+// The ops on triplets on CUDA tensors: a strip of rows against all columns at a time. The products of points,
+// and of weights with points, are PyTorch's matrix products, float32 as precisely as the user has set it;
+// what lies between them are the kernels of cuda/triplets.cu. Nothing here waits for the device.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "cuda/triplets/triplets.h"
+#include "torch/triplet_ops.h"
+
+namespace dml::cuda {
+namespace {
+
+using at::Tensor;
+
+// Memory of the similarities of a strip.
+constexpr int64_t kStripBytes = int64_t(64) << 20;
+
+// One side's points as they are compared: unit rows, or as they come, in the type computed in.
+struct Side {
+    Tensor rows;      // [count, D]
+    Tensor inv_norm;  // [count, 1] of unit rows: 1 / |q|, 0 for tiny rows
+    Tensor squares;   // [count] |x|^2, where euclidean
+    Tensor poison;    // 0, or NaN where a number is not finite
+
+    Side(const Tensor& points, const OptionalTensor& count, Similarity how, at::ScalarType type) {
+        rows = points.to(type).contiguous();
+        if (count) {  // what does not take part may hold anything
+            const Tensor index = at::arange(rows.size(0), rows.options().dtype(at::kLong));
+            rows = at::where(at::lt(index, *count).unsqueeze(1), rows, at::zeros({}, rows.options()));
+        }
+        if (how.normalize) {
+            // Scaled by the largest element first: squares must neither overflow nor vanish.
+            const Tensor largest =
+                rows.numel() > 0 ? rows.abs().amax(1, true) : rows.new_zeros({rows.size(0), 1});
+            const Tensor scale = at::where(largest > 0, largest, at::ones({}, rows.options()));
+            const Tensor norm = (rows / scale).square().sum(1, true).sqrt() * scale;
+            inv_norm = at::where(norm > 1e-12, norm.reciprocal(), at::zeros({}, rows.options()));
+            poison = (norm * 0).sum();
+            rows = rows * inv_norm;
+        } else {
+            poison = (rows.square().sum(1) * 0).sum();
+        }
+        if (how.euclidean) squares = rows.square().sum(1);
+    }
+
+    // From the gradient by these rows, and the sum of each row's weights, to that by the embeddings.
+    Tensor back(const Tensor& gradient, const Tensor& weights, Similarity how) const {
+        if (how.normalize) return (gradient - (gradient * rows).sum(1, true) * rows) * inv_norm;
+        return how.euclidean ? gradient - weights.unsqueeze(1) * rows : gradient;
+    }
+};
+
+// What the ops have in common: both sides, and the strips of their similarities.
+class Similarities {
+   public:
+    Similarities(const TripletPoints& of, at::ScalarType type)
+        : how(parse_similarity(of.similarity)),
+          square(!of.ref_emb),
+          rows(of.embeddings, std::nullopt, how, type),
+          other(square ? std::nullopt : std::optional<Side>(Side(*of.ref_emb, of.ref_count, how, type))),
+          cols(square ? rows : *other),
+          n(rows.rows.size(0)),
+          m(cols.rows.size(0)) {
+        const Tensor labels = of.labels.contiguous();
+        const Tensor columns = square ? labels : of.ref_labels->contiguous();
+        auto [sorted, order] = at::sort(columns, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+        members_ = order;
+        begin_ = at::searchsorted(sorted, labels);
+        end_ = at::searchsorted(sorted, labels, /*out_int32=*/false, /*right=*/true);
+        if (of.self_ref) own_ = of.self_ref->contiguous();
+        if (of.ref_count) ref_count_ = of.ref_count->contiguous();
+    }
+
+    const Similarity how;
+    const bool square;
+    const Side rows;
+    const std::optional<Side> other;  // the columns where they are not the rows
+    const Side& cols;
+    const int64_t n, m;
+
+    Tensor poison() const { return square ? rows.poison : rows.poison + cols.poison; }
+
+    // Calls visit(first row, similarities [rows, m], the kernels' view of them, their workspace).
+    template <typename T, typename Visit>
+    void for_each_strip(const Visit& visit) const {
+        if (n == 0 || m == 0) return;
+        const int64_t most = std::clamp<int64_t>(kStripBytes / (m * int64_t(sizeof(T))), 1, n);
+        const Tensor memory = at::empty({most, m}, rows.rows.options());
+        const Tensor workspace =
+            at::empty({triplet_workspace_bytes<T>(most, m)}, rows.rows.options().dtype(at::kByte));
+        const auto pointer = [](const Tensor& x) {
+            return x.defined() ? x.const_data_ptr<int64_t>() : nullptr;
+        };
+        for (int64_t first = 0; first < n; first += most) {
+            const int64_t count = std::min(most, n - first);
+            Tensor s = memory.narrow(0, 0, count);
+            const Tensor x = rows.rows.narrow(0, first, count);
+            at::mm_out(s, x, cols.rows.t());
+            const TripletStrip<T> strip = {s.data_ptr<T>(),
+                                           count,
+                                           m,
+                                           m,
+                                           first,
+                                           pointer(members_),
+                                           pointer(begin_),
+                                           pointer(end_),
+                                           pointer(own_),
+                                           square,
+                                           pointer(ref_count_)};
+            if (how.euclidean) {
+                make_distances(strip, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
+                               cols.rows.const_data_ptr<T>(), cols.squares.const_data_ptr<T>(),
+                               rows.rows.size(1), c10::cuda::getCurrentCUDAStream());
+            }
+            visit(first, s, strip, workspace.data_ptr());
+        }
+    }
+
+   private:
+    Tensor members_, begin_, end_, own_, ref_count_;
+};
+
+TripletRules rules_of(TripletTerm term, TripletChoice choice, at::ArrayRef<double> params, Similarity how,
+                      bool write, const OptionalTensor& seed) {
+    const auto numbers = triplet_params(params);
+    TripletRules rules = {term,
+                          choice.positives,
+                          choice.negatives,
+                          {},
+                          how.euclidean,
+                          write,
+                          seed ? seed->const_data_ptr<int64_t>() : nullptr};
+    std::copy(numbers.begin(), numbers.end(), rules.params);
+    return rules;
+}
+
+using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, const OptionalTensor& beta,
+                           bool save, bool save_ref) {
+    const auto options = of.rows.rows.options();
+    const auto none = [&] { return at::empty({0}, options); };
+    const bool for_refs = save && save_ref && !of.square;
+    Tensor sums = at::zeros({of.n}, options), counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
+    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : Tensor();
+    Tensor grad_beta = beta && save ? at::zeros({of.n}, options) : none();
+    // By the points as they are compared, and the weights' sums for distances of rows as they come.
+    Tensor by_rows = save ? at::zeros_like(of.rows.rows) : none();
+    Tensor by_cols = of.square ? by_rows : for_refs ? at::zeros_like(of.cols.rows) : none();
+    const bool sum_weights = save && of.how.euclidean && !of.how.normalize;
+    Tensor row_weights = at::zeros({sum_weights ? of.n : 0}, options);
+    Tensor col_weights = of.square ? row_weights : at::zeros({sum_weights && for_refs ? of.m : 0}, options);
+    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletStrip<T>& strip, void* workspace) {
+        triplet_rows(strip, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr, sums.data_ptr<T>(),
+                     counts.data_ptr<int64_t>(), grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr,
+                     workspace, c10::cuda::getCurrentCUDAStream());
+        if (!save) return;
+        const int64_t count = s.size(0);
+        by_rows.narrow(0, first, count).addmm_(s, of.cols.rows);
+        if (of.square || for_refs) by_cols.addmm_(s.t(), of.rows.rows.narrow(0, first, count));
+        if (!sum_weights) return;
+        row_weights.narrow(0, first, count).add_(s.sum(1));
+        if (of.square || for_refs) col_weights.add_(s.sum(0));
+    });
+    const Tensor poison = of.poison();
+    sums.add_(poison);
+    if (!save) return {sums, counts, none(), none(), none()};
+    if (beta) grad_beta.add_(poison);
+    return {sums, counts, of.rows.back(by_rows, row_weights, of.how).add_(poison),
+            for_refs ? of.cols.back(by_cols, col_weights, of.how).add_(poison) : none(), grad_beta};
+}
+
+at::ScalarType type_of(const Tensor& embeddings) {
+    return embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+LossResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
+                        const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
+                        const OptionalTensor& ref_count, const OptionalTensor& beta,
+                        const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
+                        c10::string_view negatives, at::ArrayRef<double> params, c10::string_view similarity,
+                        bool save, bool save_ref) {
+    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity};
+    check_triplet_points(points);
+    const TripletTerm term = parse_term(term_name);
+    const TripletChoice choice = parse_choice(positives, negatives);
+    check_beta(beta, term == TripletTerm::kMargin, embeddings);
+    check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
+    const c10::cuda::CUDAGuard guard(embeddings.device());
+    const Similarities of(points, type_of(embeddings));
+    const TripletRules rules = rules_of(term, choice, params, of.how, save, seed);
+    const auto run = type_of(embeddings) == at::kDouble ? triplet_loss_of<double> : triplet_loss_of<float>;
+    return run(of, rules, beta, save, save_ref);
+}
+
+template <typename T>
+void select_of(const Similarities& of, const TripletRules& rules, const SelectedPairs& pairs, Tensor& column,
+               Tensor& similarity) {
+    of.for_each_strip<T>([&](int64_t, const Tensor&, const TripletStrip<T>& strip, void* workspace) {
+        select_rows(strip, rules, pairs, column.data_ptr<int64_t>(), similarity.data_ptr<T>(), workspace,
+                    c10::cuda::getCurrentCUDAStream());
+    });
+}
+
+// Anchors that do not ascend, or lie outside, find nothing: looking would wait for the device.
+std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
+                                  const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
+                                  const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+                                  const OptionalTensor& seed, c10::string_view rule_name,
+                                  at::ArrayRef<double> params, const OptionalTensor& anchors,
+                                  const OptionalTensor& positives, c10::string_view similarity_name) {
+    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity_name};
+    check_triplet_points(points);
+    const SelectRule rule = parse_rule(rule_name);
+    check_pairs(anchors, positives, rule, embeddings);
+    check_seed(seed, rule.which == Selection::kDrawn, embeddings);
+    const c10::cuda::CUDAGuard guard(embeddings.device());
+    const Similarities of(points, type_of(embeddings));
+    const TripletRules rules =
+        rules_of(TripletTerm::kHinge, {Selection::kAll, rule.which}, params, of.how, false, seed);
+    const Tensor rows = anchors ? anchors->contiguous() : Tensor();
+    const Tensor asked = anchors ? positives->contiguous() : Tensor();
+    const int64_t count = anchors ? rows.numel() : of.n;
+    Tensor column = at::full({count}, -1, of.rows.rows.options().dtype(at::kLong));
+    Tensor similarity = at::full({count}, -infinity<double>(), of.rows.rows.options());
+    const SelectedPairs pairs = {anchors ? rows.const_data_ptr<int64_t>() : nullptr,
+                                 anchors ? asked.const_data_ptr<int64_t>() : nullptr, count, rule.positive};
+    const auto run = type_of(embeddings) == at::kDouble ? select_of<double> : select_of<float>;
+    run(of, rules, pairs, column, similarity);
+    return {column, similarity.add_(of.poison())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
+    m.impl("triplet_loss", &triplet_loss);
+    m.impl("select", &select);
+}
+
+}  // namespace dml::cuda

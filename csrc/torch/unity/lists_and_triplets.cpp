@@ -1,0 +1,5 @@
+// Read as one; see pairs.cpp.
+#include "cpu/pairs/listed_pairs.cpp"
+#include "cpu/triplets/list.cpp"
+#include "cpu/triplets/loss.cpp"
+#include "cpu/triplets/select.cpp"

@@ -1,0 +1,1 @@
+"""What users hand over: checks, batches, indices and options."""

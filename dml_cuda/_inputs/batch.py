@@ -1,0 +1,108 @@
+"""A batch: its rows and columns, and which of their pairs count."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..miners.mined_pairs import Mined, MinedPairs
+from . import autocast as _autocast
+from .checks import check_batch, check_points
+from .indices import listed_pairs
+
+
+class Batch(NamedTuple):
+    """Rows and columns, and which of their pairs count: by label, or as listed."""
+
+    embeddings: Tensor  # [N, D]
+    ref_emb: Tensor | None  # [M, D]
+    labels: Tensor | None = None  # [N]
+    ref_labels: Tensor | None = None  # [M]
+    epsilon: float | None = None
+    self_ref: Tensor | None = None  # as reference.pair_loss has them
+    ref_count: Tensor | None = None
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    mine_self: bool = True
+
+
+def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Under autocast points of a layer meet points in full precision: both then take the wider type."""
+    if not isinstance(ref_emb, Tensor) or not isinstance(embeddings, Tensor):
+        return embeddings, ref_emb
+    if embeddings.dtype == ref_emb.dtype or not _autocast.is_on(embeddings.device):
+        return embeddings, ref_emb
+    if not (embeddings.is_floating_point() and ref_emb.is_floating_point()):
+        return embeddings, ref_emb
+    wider = torch.promote_types(embeddings.dtype, ref_emb.dtype)
+    return embeddings.to(wider), ref_emb.to(wider)
+
+
+def check_mined(
+    mined: Mined, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, check_pairs: bool
+) -> None:
+    """Pairs of another batch can be told by its size, and by its labels if those may be looked at."""
+    for name, mined_from, points in (
+        ("embeddings", mined.embeddings, embeddings),
+        ("ref_emb", mined.ref_emb, ref_emb),
+    ):
+        was = 0 if mined_from is None else mined_from.shape[0]
+        now = 0 if points is None else points.shape[0]
+        if was != now:
+            raise ValueError(
+                f"indices_tuple: expected pairs mined from this batch, got pairs mined with "
+                f"{was or 'no'} rows of {name} where there are {now or 'none'}"
+            )
+    if check_pairs and labels is not None and not torch.equal(labels.to(mined.labels), mined.labels):
+        raise ValueError("indices_tuple: expected pairs mined from this batch, got pairs of other labels")
+
+
+def to_save(x: Tensor | None) -> Tensor | None:
+    """What autograd may keep for backward: a copy of a tensor made in inference mode."""
+    if x is None or torch.compiler.is_compiling():
+        return x
+    if not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone() if torch.is_grad_enabled() else x
+
+
+def make_batch(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: object,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    *,
+    epsilon: float | None,
+    similarity: str,
+    check_pairs: bool,
+) -> Batch:
+    """Which pairs of a batch count; raises TypeError or ValueError for one that cannot be."""
+    given = embeddings, ref_emb
+    if ref_emb is not None:
+        embeddings, ref_emb = same_dtype(embeddings, ref_emb)
+    if indices_tuple is None:
+        if labels is None:
+            raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
+        labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+        batch = map(to_save, (embeddings, ref_emb, labels, ref_labels))
+        return Batch(*batch, epsilon)
+    check_points(embeddings, ref_emb)
+    mined = indices_tuple if isinstance(indices_tuple, Mined) else None
+    pairs = mined if isinstance(mined, MinedPairs) else None
+    if epsilon is not None and (pairs is None or pairs.epsilon not in (None, epsilon)):
+        raise ValueError(
+            f"epsilon: expected None where the pairs are given by indices_tuple, got {epsilon}: it mines "
+            "inside the loss"
+        )
+    if mined is not None:
+        check_mined(mined, embeddings, labels, ref_emb, check_pairs)
+    if pairs is not None:
+        rule = epsilon if pairs.epsilon is None else pairs.epsilon
+        if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
+            batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
+            return Batch(*batch, rule, to_save(pairs.self_ref), to_save(pairs.ref_count))
+    listed = mined is None or mined.only_lists
+    look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
+    checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}
+    indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
+    return Batch(to_save(embeddings), to_save(ref_emb), indices=indices)

@@ -1,0 +1,160 @@
+"""A law that is stated in C++ alone, as Python sees it: its formulas are ops, with their first derivatives.
+
+It serves what the fused kernels do not: pairs given as lists, and the reference.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._ops import registration as ops
+from ..losses._formula import Law, Pairs, Part
+
+
+@torch.library.register_fake("dml_cuda::law_terms")
+def _law_terms_fake(s, context, law, params, positives):
+    return torch.empty_like(s), torch.empty_like(s), torch.empty_like(s)
+
+
+@torch.library.register_fake("dml_cuda::law_rows")
+def _law_rows_fake(gathered, law, params):
+    return gathered.new_empty(6, gathered.shape[1])
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated: the formulas give first derivatives."""
+
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "a law that is stated in C++ alone has no second derivative: give load_law a reference, and pass "
+            'backend="reference"'
+        )
+
+
+def _first_derivative(grad: Tensor) -> Tensor:
+    return _Once.apply(grad) if torch.is_grad_enabled() else grad
+
+
+def _terms_setup_context(ctx, inputs, output) -> None:
+    _, slope, by_context = output
+    ctx.mark_non_differentiable(slope, by_context)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(slope, by_context)
+
+
+def _terms_backward(ctx, grad, *_):
+    slope, by_context = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 5
+    of_s, of_context = ctx.needs_input_grad[:2]
+    return (
+        _first_derivative(grad * slope) if of_s else None,
+        _first_derivative(grad * by_context) if of_context else None,
+        *(None,) * 3,
+    )
+
+
+def _rows_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output)
+    ctx.last = int(_C.law_facts(inputs[1])[1]["two_parts"])
+
+
+def _rows_backward(ctx, grad):
+    (out,) = ctx.saved_tensors
+    none = torch.zeros_like(out[0])
+    by = torch.stack([grad[ctx.last] * out[4], grad[0] * out[5], none, none])
+    return _first_derivative(by), None, None
+
+
+for _name, _derivative in {
+    "law_terms": (_terms_backward, _terms_setup_context),
+    "law_rows": (_rows_backward, _rows_setup_context),
+}.items():
+    torch.library.register_autograd(f"dml_cuda::{_name}", _derivative[0], setup_context=_derivative[1])
+    ops._FUNCTIONS[_name] = ops._function(_name, *_derivative)
+
+
+def terms(
+    law: str, params: Sequence[float], s: Tensor, context: Tensor | None, positives: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of pairs, with their derivatives by ``s`` and by the context; all of the shape of ``s``."""
+    beside = None if context is None else context.to("cpu")
+    found = ops.call("law_terms", s.to("cpu"), beside, law, list(params), positives)
+    return tuple(each.to(s.device) for each in found)
+
+
+def rows(law: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
+    """``[6, N]`` parts 0 and 1, units 0 and 1, derivatives by the two folds; from negatives' and positives'
+    values and counts ``[N]``."""
+    stacked = torch.stack(gathered)
+    return ops.call("law_rows", stacked.to("cpu"), law, list(params)).to(stacked.device)
+
+
+def _both(first: Tensor, second: Tensor) -> Tensor:
+    """log(exp(first) + exp(second)), -inf without a gradient where both are."""
+    some = (first != -torch.inf) | (second != -torch.inf)
+    value = torch.logaddexp(torch.where(some, first, 0.0), torch.where(some, second, 0.0))
+    return torch.where(some, value, -torch.inf)
+
+
+class FormulaLaw(Law):
+    """What ``load_law`` makes of a law without a reference.
+
+    On a GPU the formulas go through the CPU, which waits for it; the fused kernels do not use them.
+    """
+
+    facts: ClassVar[dict[str, bool]]
+
+    @classmethod
+    def _fold(cls, pairs: Pairs, found: Tensor, sums: bool) -> Tensor:
+        return pairs.sum(found) if sums else pairs.lse(found, cls.facts["plus_one"])
+
+    @classmethod
+    def row(cls, pos: Pairs, neg: Pairs, *params: float) -> Any:
+        facts = cls.facts
+
+        def of(pairs: Pairs, positives: bool, context: Tensor | None = None) -> Tensor:
+            return terms(cls.name, params, pairs.s, context, positives)[0]
+
+        push = cls._fold(neg, of(neg, False), facts["sums_negatives"])
+        if facts["pos_in_neg"]:
+            push = _both(push, pos.lse(of(pos, False)))
+        context = pos.spread(push).expand(pos.s.shape) if facts["context"] else None
+        pulls = of(pos, True, context)
+        pull = cls._fold(pos, pulls, facts["sums_positives"])
+
+        lacks = torch.zeros_like(push, dtype=torch.bool)
+        if facts["needs_pos"]:
+            lacks = lacks | (pos.count == 0)
+        if facts["needs_neg"]:
+            lacks = lacks | (neg.count == 0)
+
+        def gathered(value: Tensor, sums: bool) -> Tensor:
+            return torch.where(lacks, 0.0 if sums or facts["plus_one"] else -torch.inf, value)
+
+        values = gathered(push, facts["sums_negatives"]), gathered(pull, facts["sums_positives"])
+
+        def finished(neg_count: Tensor, pos_count: Tensor) -> Tensor:
+            counts = (torch.where(lacks, 0, count).to(push.dtype) for count in (neg_count, pos_count))
+            return rows(cls.name, params, *values, *counts)
+
+        found = finished(neg.count, pos.count)
+        losses, units = found[:2], found[2:4].detach().long()
+        if facts["pair_units"]:
+            pushes = of(neg, False).detach() if facts["sums_negatives"] else neg.s
+            some = finished(neg.number(pushes != 0), pos.number(pulls.detach() != 0))
+            nonzero = some[2:4].detach().long()
+        elif facts["two_parts"]:
+            nonzero = (losses != 0).long()
+        else:
+            return losses[0]
+        count = 2 if facts["two_parts"] else 1
+        return tuple(Part(losses[k], units[k], nonzero[k]) for k in range(count))

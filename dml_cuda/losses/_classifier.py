@@ -1,0 +1,155 @@
+"""What the class-level losses share: rows meet the weights of the classes instead of each other."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from .._inputs import autocast as _autocast
+from .._inputs.checks import Backend, Reduction, check_batch, check_count
+from ..reference.pairs import is_traced
+from ._formula import reduce
+from ._pair import Call, LawModule, apply
+
+
+class ClassifierOptions(TypedDict, total=False):
+    """The options that the class-level losses share; those left out are ``"mean"`` and ``"auto"``.
+
+    Attributes:
+        reduction, backend: as :class:`dml_cuda.PairOptions` has them.
+    """
+
+    reduction: Reduction
+    backend: Backend
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Names the labels that are no class. A GPU would have to be waited for: there nobody looks."""
+    if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
+        return
+    labels = labels.long()
+    if int(labels.max()) < num_classes:
+        return
+    wrong = labels[labels >= num_classes].unique()
+    named = ", ".join(str(int(label)) for label in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    raise ValueError(
+        f"labels: expected classes below num_classes={num_classes} (or below 0, for rows to leave out), got "
+        f"{named}"
+    )
+
+
+def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+    """``[N]`` how often each row is listed, over the most often; 1 where none is."""
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
+    for index in indices:
+        index = index.to(counts.device, torch.long)
+        counts = counts.index_add(0, index, torch.ones_like(index, dtype=counts.dtype))
+    most = counts.max() if len(counts) else counts.sum()
+    return torch.where(most > 0, counts / most.clamp(min=1), 1.0)
+
+
+class ClassifierLoss(LawModule):
+    """A loss of rows against one weight (or several) for each of ``num_classes`` classes.
+
+    The matrix of logits is never stored. A row whose label is negative is left out: its loss and its gradient
+    are 0, and ``"mean"`` and ``"mean_valid"`` still divide by all N rows. A label from ``num_classes`` on is
+    an error on the CPU; elsewhere, where looking would mean waiting, and under a compiler its row is left out
+    too.
+    """
+
+    weight: ClassVar[str]  # the name of the parameter, as in pytorch-metric-learning
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, options: ClassifierOptions, **values: Any
+    ) -> None:
+        for name in options:
+            if name not in ClassifierOptions.__annotations__:
+                raise TypeError(f"{name}: expected one of the options reduction, backend")
+        super().__init__({"reduction": "mean", **options}, **values)
+        check_count("num_classes", num_classes)
+        check_count("embedding_size", embedding_size)
+        self.num_classes, self.embedding_size = int(num_classes), int(embedding_size)
+
+    def add_columns(self, count: int, init: Any, **how: Any) -> None:
+        """The weights as pytorch-metric-learning shapes them, ``[D, count]``, laid out in memory as the rows
+        that the kernels read: their transpose is contiguous, and so is its gradient."""
+        weight = init(torch.empty(self.embedding_size, count), **how)
+        setattr(self, self.weight, nn.Parameter(weight.T.contiguous().T))
+
+    def rows(self) -> Tensor:
+        """``[C, D]`` the weights of the classes, a row each."""
+        return getattr(self, self.weight).T
+
+    def check(self, embeddings: object, labels: object) -> Tensor:
+        """The labels on the device of the embeddings. Raises TypeError or ValueError for a batch that cannot
+        be."""
+        labels, _ = check_batch(embeddings, labels, None, None)
+        name, weight = self.weight, getattr(self, self.weight)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings: expected embedding_size={self.embedding_size} columns, got "
+                f"{embeddings.shape[1]}"
+            )
+        if embeddings.device != weight.device:
+            raise ValueError(
+                f"embeddings: expected on {weight.device} as {name} is, got on {embeddings.device}"
+            )
+        if embeddings.dtype != weight.dtype and not _autocast.is_on(embeddings.device):
+            raise TypeError(f"embeddings: expected {weight.dtype} as {name} has, got {embeddings.dtype}")
+        check_classes(labels, self.num_classes)
+        return labels
+
+    def classes(self) -> Tensor:
+        """``[C]``"""
+        return torch.arange(self.num_classes, device=getattr(self, self.weight).device)
+
+    def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows and columns of the law, with their labels."""
+        return embeddings, labels, self.rows(), self.classes()
+
+    def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch that has been checked, by ``call``."""
+        rows, labels, columns, classes = self.pairs(embeddings, labels)
+        return apply(call, rows, labels, None, columns, classes)
+
+    def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
+        """The lists whose rows count for the rows' weights."""
+        return tuple(indices_tuple)
+
+    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
+        """As :meth:`losses`, each row weighed by how often it is listed."""
+        call = self.call._replace(options=self.call.options._replace(reduction="none"))
+        losses = self.losses(call, embeddings, labels)
+        losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
+        return reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: ``[N, D]``, dtype and device of the weights.
+            labels: ``[N]`` classes, in [0, C); negative for a row to leave out.
+            indices_tuple: pairs or triplets of a miner. They restrict nothing here, where every row meets
+                every class: as in pytorch-metric-learning's classification losses, each row's loss is
+                weighted by how often the row is listed, over how often the most listed one is (1 where no
+                row is).
+        """
+        labels = self.check(embeddings, labels)
+        if indices_tuple is None:
+            return self.losses(self.call, embeddings, labels)
+        return self.weighted(embeddings, labels, indices_tuple)
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+        __call__ = forward
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """``[N, C]``"""
+        rows = nn.functional.normalize(self.rows(), dim=1)
+        return nn.functional.normalize(embeddings, dim=1) @ rows.T
+
+    def extra_repr(self) -> str:
+        values = {"num_classes": self.num_classes, "embedding_size": self.embedding_size, **self._values}
+        values |= {"reduction": self.reduction, "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -1,0 +1,260 @@
+"""What the losses of triplets share: which triplets of a batch count, and how their losses are reduced."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from .._inputs.batch import check_mined, same_dtype, to_save
+from .._inputs.checks import Backend, Reduction, Similarity, check_batch, check_count, check_points
+from .._inputs.indices import listed_indices
+from .._inputs.options import Options, check_options
+from .._inputs.random_triplets import random_triplets
+from .._ops import listed_triplets
+from .._ops.devices import use_kernel
+from .._ops.listed_triplets import Triplets
+from .._ops.triplets import Rows, Selection, select_one_each, triplet_sums
+from ..miners.mined_pairs import Mined, MinedPairs
+from ..miners.mined_triplets import Selected
+from ..reference.triplets import Terms
+from ._pair import in_wanted_dtype, option
+
+_ANY = -float("inf"), float("inf")
+
+
+class TripletOptions(TypedDict, total=False):
+    """The options that the losses of triplets share; those left out are the loss's defaults.
+
+    Attributes:
+        similarity, normalize_embeddings, backend, check_pairs: as :class:`dml_cuda.PairOptions` has them.
+        reduction: ``"mean_nonzero"`` over the terms that are not 0 (a triplet has one in
+            :class:`dml_cuda.TripletMarginLoss`, two in :class:`dml_cuda.MarginLoss`), ``"mean"`` and
+            ``"mean_valid"`` over all triplets that count, ``"sum"``, or ``"none"`` for each row's sum
+            ``[N]``. All but ``"none"``, which the reference computes, are fused.
+    """
+
+    similarity: Similarity
+    normalize_embeddings: bool | None
+    reduction: Reduction
+    backend: Backend
+    check_pairs: bool
+
+
+_NAMES = tuple(TripletOptions.__annotations__)
+
+
+class TripletCall(NamedTuple):
+    """How a loss is made of triplets, checked: what remains is the batch."""
+
+    term: str  # as the op has it
+    margin: float
+    swap: bool
+    per_anchor: int | None  # how many triplets are drawn for each anchor; None for all of them
+    options: Options
+
+    @property
+    def similarity(self) -> str:
+        return self.options.measure
+
+
+def check_per_anchor(value: object) -> int | None:
+    if isinstance(value, str) and value == "all":
+        return None
+    if isinstance(value, str):
+        raise ValueError(f'triplets_per_anchor: expected "all" or an integer, got {value!r}')
+    check_count("triplets_per_anchor", value)
+    return int(value)
+
+
+def triplet_options(options: Mapping[str, Any]) -> Options:
+    for name in options:
+        if name not in TripletOptions.__annotations__:
+            raise TypeError(
+                f"{name}: expected one of the options {', '.join(TripletOptions.__annotations__)}"
+            )
+    return check_options(options, similarity="euclidean", reduction="mean_nonzero")
+
+
+class TripletBatch(NamedTuple):
+    """The points of a batch, and the triplets that count: by a selection, or as listed."""
+
+    rows: Rows
+    selection: Selection | None = None
+    seed: Tensor | None = None
+    listed: Triplets | tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # triplets, or pairs
+
+
+def _by_selection(
+    call: TripletCall, rows: Rows, selection: Selection, mined: Selected | None
+) -> TripletBatch:
+    """What the kernel selects; or lists, where it lacks something."""
+    if selection.positives == "semihard" or (call.swap and selection.one_a_row):
+        found = select_one_each(rows, selection, call.similarity)
+        there = (found[1] >= 0) & (found[2] >= 0)
+        return TripletBatch(rows, listed=Triplets(*found, there))
+    if call.swap and selection.negatives == "drawn":
+        return TripletBatch(rows, listed=Triplets(*mined))
+    return TripletBatch(rows, selection, None if mined is None else mined.seed)
+
+
+def triplet_batch(
+    call: TripletCall,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: object,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> TripletBatch:
+    """Which triplets of a batch count; raises TypeError or ValueError for one that cannot be."""
+    given = embeddings, ref_emb
+    embeddings, ref_emb = same_dtype(embeddings, ref_emb)
+    if indices_tuple is None:
+        if labels is None:
+            raise ValueError("labels: expected labels, or triplets as indices_tuple; got neither")
+        labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
+        rows = Rows(*map(to_save, (embeddings, labels, ref_emb, ref_labels)), None, None)
+        if call.per_anchor is not None:
+            return TripletBatch(rows, listed=random_triplets(rows, call.per_anchor))
+        return TripletBatch(rows, Selection())
+    check_points(embeddings, ref_emb)
+    check_pairs = call.options.check_pairs
+    mined = indices_tuple if isinstance(indices_tuple, Mined) else None
+    if labels is not None:
+        labels, _ = check_batch(embeddings, labels, None, None)
+    if mined is not None:
+        check_mined(mined, embeddings, labels, ref_emb, check_pairs)
+        labels = mined.labels if labels is None else labels
+        selection = mined.selection if isinstance(mined, Selected) else None
+        if isinstance(mined, MinedPairs) and mined.epsilon is None:
+            selection = Selection()
+        same = selection is not None and (not selection.measures or mined.similarity == call.similarity)
+        if same and mined.rules(*given):
+            batch = embeddings, mined.labels, ref_emb, mined.ref_labels, mined.self_ref, mined.ref_count
+            rows = Rows(*map(to_save, batch))
+            return _by_selection(call, rows, selection, mined if isinstance(mined, Selected) else None)
+    listed = mined is None or mined.only_lists
+    look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
+    indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=listed and look)
+    rows = Rows(*map(to_save, (embeddings, labels, ref_emb)), None, None, None)
+    if len(indices) == 3:
+        return TripletBatch(rows, listed=Triplets(*indices, ascending=False))
+    if call.swap:  # which measures positives against negatives: triplet by triplet
+        return TripletBatch(rows, listed=Triplets(*to_triplets(indices), ascending=False))
+    return TripletBatch(rows, listed=indices)
+
+
+def to_triplets(pairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each listed positive with each listed negative of the same anchor."""
+    pos_anchors, positives, neg_anchors, negatives = pairs
+    neg_anchors, order = torch.sort(neg_anchors, stable=True)
+    begin = torch.searchsorted(neg_anchors, pos_anchors)
+    count = torch.searchsorted(neg_anchors, pos_anchors, right=True) - begin
+    p = torch.repeat_interleave(torch.arange(len(pos_anchors), device=count.device), count)
+    within = torch.arange(len(p), device=count.device) - (count.cumsum(0) - count)[p]
+    return pos_anchors[p], positives[p], negatives[order[begin[p] + within]]
+
+
+def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row's loss ``[N]``, float32 or float64, and counts ``[N, 2]``: how many of its terms are above 0,
+    and how many triplets it has. ``beta`` is ``[N]``."""
+    rows, selection, seed, listed = batch
+    fused = use_kernel(rows.embeddings.device, call.options.backend)
+    each = call.options.reduction == "none"
+    if selection is not None:
+        how = {"term": call.term, "margin": call.margin, "beta": beta, "seed": seed, "swap": call.swap}
+        return triplet_sums(rows, selection, call.similarity, **how, fused=fused and not each)
+    terms = Terms(call.term, call.margin, _ANY)
+    points = rows.embeddings, rows.ref_emb
+    if isinstance(listed, Triplets):
+        how = call.similarity, terms, beta, call.swap, fused, each
+        return listed_triplets.triplet_sums(*points, listed, *how)
+    return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, beta, fused)
+
+
+def units(counts: Tensor, reduction: str) -> Tensor | int:
+    """What a sum is divided by, from the counts ``[2]`` of all rows."""
+    if reduction == "sum":
+        return 1
+    return counts[0 if reduction == "mean_nonzero" else 1].clamp(min=1)
+
+
+def reduced(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    return sums if reduction == "none" else sums.sum() / units(counts.sum(0), reduction)
+
+
+def evaluate(call: TripletCall, *batch: Any) -> Tensor:
+    """The loss of a batch, whose arguments are those of :func:`triplet_batch`, without beta."""
+    sums, counts = row_sums(call, triplet_batch(call, *batch))
+    return in_wanted_dtype(reduced(sums, counts, call.options.reduction), batch[0])
+
+
+class TripletLoss(nn.Module):
+    """What the losses of triplets share. Every parameter and option is an attribute, readable and settable,
+    checked when it is set as when the module was made."""
+
+    margin: float = option()
+    triplets_per_anchor: int | str = option()
+    similarity: str = option()
+    normalize_embeddings: bool | None = option()
+    reduction: str = option()
+    backend: str = option()
+    check_pairs: bool = option()
+
+    def __init__(self, options: TripletOptions, **values: Any) -> None:
+        super().__init__()
+        self._values = values
+        self.call = self.make_call(values, triplet_options(options))
+
+    @staticmethod
+    def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
+        raise NotImplementedError
+
+    def get_option(self, name: str) -> Any:
+        return self._values[name] if name in self._values else getattr(self.call.options, name)
+
+    def set_option(self, name: str, value: object) -> None:
+        values, options = self._values, self.call.options
+        if name in values:
+            values = {**values, name: value}
+        else:
+            known = {key: getattr(options, key) for key in _NAMES}
+            options = triplet_options({**known, name: value})
+        self.call = self.make_call(values, options)
+        self._values = values
+
+    def row_parts(self, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :func:`row_sums`; and what else of each row ``[N]`` :meth:`whole` wants the sum of."""
+        return *row_sums(self.call, batch), None
+
+    def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
+        """The loss, from the sums over all rows of what :meth:`row_parts` gives."""
+        return total / units(counts, self.reduction)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: object = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: ``[N, D]``.
+            labels: ``[N]`` integers; not needed with ``indices_tuple``.
+            indices_tuple: the triplets that count, or the pairs that make them, as a miner returns them.
+            ref_emb: ``[M, D]`` positives and negatives for the rows, or ``None`` for the rows themselves.
+            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
+                ``indices_tuple``.
+        """
+        return evaluate(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        names = (*self._values, *_NAMES)
+        return ", ".join(f"{name}={self.get_option(name)!r}" for name in names)

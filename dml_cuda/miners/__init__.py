@@ -1,0 +1,1 @@
+"""Miners, and what they return."""

@@ -1,0 +1,278 @@
+"""What the miners share, and the multi-similarity miner, for who wants to see its pairs or to give them to
+another loss."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypeVar
+
+from .._inputs.checks import SIMILARITIES, Similarity, check_choice, check_flag, check_number
+from .._inputs.options import measure
+from ..losses._pair import option
+from .mined_pairs import Mined, MinedPairs, PairCounts, mined_pairs, version
+
+# What a miner returns, by its pair_counts.
+_Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)
+
+# A tensor up to this size, in bytes, is copied for pairs to be counted later.
+_COPIED = 4 << 20
+
+
+class _Borrowed:
+    """A tensor as it is now, for as long as others keep it so."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._owner = weakref.ref(x._base if x._is_view() else x)
+        self._form = x.shape, x.stride(), x.storage_offset()
+        self._version = version(x)
+
+    def tensor(self) -> Tensor | None:
+        owner = self._owner()
+        if owner is None or version(owner) != self._version:
+            return None
+        return owner.detach().as_strided(*self._form)
+
+
+def _kept(x: Tensor | None) -> Tensor | _Borrowed | None:
+    if x is None or x.numel() * x.element_size() <= _COPIED:
+        return x if x is None else x.detach().clone()
+    return None if torch.compiler.is_compiling() else _Borrowed(x)
+
+
+class LastBatch:
+    """The batch that a miner saw last: what it kept, counted when somebody asks.
+
+    By then the step may be over, its memory wanted for other things, and embeddings that are parameters
+    updated. So what is small is copied, and large embeddings or a large queue are not kept alive.
+    """
+
+    def __init__(
+        self,
+        mined: Mined,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> None:
+        self._counts: tuple[int, ...] | None = None
+        self._kind, self._rule = type(mined), mined.rule | {"ref_count": mined.ref_count}
+        self._square = ref_emb is None
+        self._batch = [_kept(x) for x in (embeddings, labels, ref_emb, ref_labels)]
+        self._mined = None if torch.compiler.is_compiling() else weakref.ref(mined)
+
+    def _again(self) -> Mined | None:
+        batch = [x.tensor() if isinstance(x, _Borrowed) else x for x in self._batch]
+        if all(x is not None for x in batch[: 2 if self._square else 4]):
+            return self._kind(*batch, **self._rule)
+        return None if self._mined is None else self._mined()
+
+    def counts(self) -> tuple[int, ...]:
+        """Kept positives and kept negatives, or triplets; waits for the device."""
+        if self._counts is None:
+            mined = self._again()
+            if mined is None:
+                names = "num_triplets" if self._kind.names[0] == "anchors" else "num_pos_pairs, num_neg_pairs"
+                raise RuntimeError(
+                    f"{names}: expected the last batch to be there still, unchanged: a "
+                    "miner keeps no tensor above 4 MiB; read the numbers before, or take pair_counts=True"
+                )
+            self._counts = mined.counts()
+            self._batch.clear()
+        return self._counts
+
+
+class Miner(nn.Module):
+    """What the miners share: options that are attributes, checked when they are set, and a last batch."""
+
+    similarity: Similarity = option()
+    normalize_embeddings: bool | None = option()
+
+    checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}  # of the options, by name
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {}
+        self._last: LastBatch | None = None
+        for name, value in options.items():
+            self.set_option(name, value)
+
+    def get_option(self, name: str) -> Any:
+        return self._options[name]
+
+    def set_option(self, name: str, value: Any) -> None:
+        if name == "similarity":
+            check_choice(name, value, SIMILARITIES)
+        elif name == "normalize_embeddings":
+            if value is not None:
+                check_flag(name, value)
+        else:
+            self.checks[name](name, value)
+        self._options = {**self._options, name: value}
+
+    @property
+    def measure(self) -> str:
+        """The similarity as the ops name it."""
+        return measure(self.similarity, self.normalize_embeddings)
+
+    def _find(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        ref_count: Tensor | None,
+    ) -> Mined:
+        raise NotImplementedError
+
+    def mine(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        ref_count: Tensor | None = None,
+    ) -> Any:
+        """What is found in a batch with the first ``ref_count`` references."""
+        batch = embeddings, labels, ref_emb, ref_labels
+        mined = self._find(*batch, ref_count)
+        self._last = None if torch.compiler.is_exporting() else LastBatch(mined, *batch)
+        return mined
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """What is found in a batch, listed when looked at.
+
+        Args:
+            embeddings: ``[N, D]``.
+            labels: ``[N]`` integers.
+            ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
+            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is.
+        """
+        return self.mine(embeddings, labels, ref_emb, ref_labels)
+
+    def _counted(self, kind: int) -> int:
+        return 0 if self._last is None else self._last.counts()[kind]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+
+
+class MultiSimilarityMiner(Miner, Generic[_Found]):
+    """The hard pairs of a batch by the multi-similarity rule.
+
+    A positive is kept when ``s - epsilon < max(negatives of its row)``, a negative when
+    ``s + epsilon > min(positives of its row)``; a row without either keeps nothing. Wang et al.,
+    *Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning*, CVPR 2019, section 4.1.
+
+    A dml_cuda loss that is given the result with the same embeddings mines inside its kernel, and no pair is
+    ever listed: it costs no more than ``epsilon=`` of the loss. Any other loss makes the lists by using them.
+
+    Args:
+        epsilon: the margin.
+        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"``, as the losses have it. The rule on distances
+            is that of pytorch-metric-learning's miner with its ``LpDistance``.
+        normalize_embeddings: as the losses have it; ``None`` is what the similarity says.
+        pair_counts: also return how many pairs each row keeps.
+
+    Each is an attribute too, readable and settable.
+
+    >>> miner, loss_fn = MultiSimilarityMiner(epsilon=0.1), MultiSimilarityLoss()
+    >>> pairs = miner(embeddings, labels)
+    >>> loss = loss_fn(embeddings, labels, pairs)
+    """
+
+    epsilon: float = option()
+    pair_counts: bool = option()
+
+    checks: ClassVar = {"epsilon": check_number, "pair_counts": check_flag}
+
+    @overload
+    def __init__(
+        self: "MultiSimilarityMiner[MinedPairs]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[False] = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "MultiSimilarityMiner[tuple[MinedPairs, PairCounts]]",
+        epsilon: float = ...,
+        *,
+        similarity: Similarity = ...,
+        normalize_embeddings: bool | None = ...,
+        pair_counts: Literal[True],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        epsilon: float = 0.1,
+        *,
+        similarity: Similarity = "cosine",
+        normalize_embeddings: bool | None = None,
+        pair_counts: bool = False,
+    ) -> None:
+        options = {"epsilon": epsilon, "similarity": similarity, "normalize_embeddings": normalize_embeddings}
+        super().__init__(**options, pair_counts=pair_counts)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> _Found:
+        """The pairs of a batch, made when looked at.
+
+        Args:
+            embeddings: ``[N, D]``.
+            labels: ``[N]`` integers.
+            ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
+            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is.
+
+        Returns:
+            :class:`dml_cuda.MinedPairs`; with ``pair_counts``, that and :class:`dml_cuda.PairCounts`.
+        """
+        pairs = self.mine(embeddings, labels, ref_emb, ref_labels)
+        return (pairs, pairs.pair_counts()) if self.pair_counts else pairs  # type: ignore[return-value]
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            ref_emb: Tensor | None = None,
+            ref_labels: Tensor | None = None,
+        ) -> _Found: ...
+
+    def _find(self, embeddings, labels, ref_emb, ref_labels, ref_count) -> MinedPairs:
+        rule = {"epsilon": self.epsilon, "similarity": self.measure, "ref_count": ref_count}
+        return mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
+
+    @property
+    def num_pos_pairs(self) -> int:
+        """Positive pairs that the last batch kept; counts them, and waits for the device."""
+        return self._counted(0)
+
+    @property
+    def num_neg_pairs(self) -> int:
+        """Negative pairs that the last batch kept; counts them, and waits for the device."""
+        return self._counted(1)
+
+    def extra_repr(self) -> str:
+        shown = ("epsilon", "similarity", "normalize_embeddings")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -1,0 +1,213 @@
+"""The losses in plain PyTorch: the readable truth that the kernels are proved against.
+
+Every function stores the whole N x M matrix of similarities and leaves the gradient to autograd. Use
+``backend="reference"`` of the losses to check the formulas against the papers, for double backward, and on
+devices without a kernel.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..losses._formula import Law, Pairs, reduce, undivided
+
+TINY_NORM = 1e-12
+NEAR = 2.0**-8  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed from the differences
+_BLOCK = 1 << 22  # elements of differences that are looked at together
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Each row over its length; a zero row, and its gradient, stays zero."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    is_zero = norm <= TINY_NORM
+    return torch.where(is_zero, 0.0, x / torch.where(is_zero, 1.0, norm))
+
+
+def normalizes(similarity: str) -> bool:
+    """Whether a similarity, as the ops name it, is one of unit rows."""
+    return similarity in ("cosine", "euclidean")
+
+
+def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
+    """``[N, D]`` contiguous, float32 at least; unit rows where the similarity wants them."""
+    points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    return (unit_rows(points) if normalizes(similarity) else points).contiguous()
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether nobody can look at numbers now: under a compiler, a transform, or without any."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta
+
+
+def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """``[P]`` of the pairs of ``rows`` of x and ``cols`` of y, from the differences of their coordinates."""
+    pairs, dim = len(rows), x.shape[1]
+    step = max(1, dim if is_traced(x) else _BLOCK // max(pairs, 1))
+    squares = x.new_zeros(pairs)
+    for begin in range(0, dim, step):
+        panel = slice(begin, begin + step)
+        squares = squares + (x[:, panel][rows] - y[:, panel][cols]).square().sum(1)
+    return squares
+
+
+def negated_root(squares: Tensor, near: Tensor, exact: Tensor) -> Tensor:
+    """-sqrt(squares), with a gradient of 0 at 0: squared distances as similarities. Where near, the value is
+    that of ``exact``, the derivative still that of ``squares``."""
+    squares = torch.where(near, exact + (squares - squares.detach()), squares)
+    none = squares <= 0
+    return torch.where(none, 0.0, -torch.sqrt(torch.where(none, 1.0, squares)))
+
+
+def _negated_distances(x: Tensor, y: Tensor) -> Tensor:
+    """``[N, M]`` -|x_i - y_j|: |x|^2 + |y|^2 - 2 x.y, of which near pairs would keep few digits: their value,
+    though not their gradient, comes from the differences of their coordinates."""
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    squares = lengths - 2 * (x @ y.T)
+    with torch.no_grad():
+        near = squares < NEAR * lengths
+        if is_traced(x):  # no index may depend on numbers then
+            exact = (x[:, None] - y).square().sum(2)
+        else:
+            rows, cols = near.nonzero(as_tuple=True)
+            exact = squares.index_put((rows, cols), squared_distances(x, y, rows, cols))
+    return negated_root(squares, near, exact)
+
+
+def similarity_matrix(x: Tensor, y: Tensor, similarity: str) -> Tensor:
+    """``[N, M]`` similarities of points that are unit rows already where the similarity wants them."""
+    return _negated_distances(x, y) if similarity.startswith("euclidean") else x @ y.T
+
+
+def _similarities(embeddings: Tensor, ref_emb: Tensor, similarity: str) -> Tensor:
+    """``[N, M]`` similarities; a zero row has cosine, and gradient, 0."""
+    if normalizes(similarity):
+        embeddings, ref_emb = unit_rows(embeddings), unit_rows(ref_emb)
+    return similarity_matrix(embeddings, ref_emb, similarity)
+
+
+def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Masks ``[N, M]`` of positive and negative pairs; a point is no pair with itself."""
+    rows = labels.long()  # the unsigned types do not compare with the signed ones
+    columns = rows if ref_labels is None else ref_labels.long()
+    same = rows[:, None] == columns[None, :]
+    positive = same.clone()
+    if ref_labels is None:
+        positive.fill_diagonal_(False)
+    return positive, ~same
+
+
+def mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The multi-similarity miner: hard positives and negatives, relative to each row's hardest other."""
+    s = s.detach()
+    inf = float("inf")
+    if s.shape[1] == 0:
+        return positive, negative
+    max_neg = torch.where(negative, s, -inf).amax(dim=1, keepdim=True)
+    min_pos = torch.where(positive, s, inf).amin(dim=1, keepdim=True)
+    both = positive.any(1, keepdim=True) & negative.any(1, keepdim=True)
+    # Written as "not the opposite", so that a NaN keeps its pair and reaches the loss.
+    keep_positive = positive & both & ~(s >= max_neg + epsilon)
+    keep_negative = negative & both & ~(s <= min_pos - epsilon)
+    return keep_positive, keep_negative
+
+
+def without_self(positive: Tensor, self_ref: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` each row's pair with ``self_ref`` ``[N]``, its own column (or -1)."""
+    columns = torch.arange(positive.shape[1], device=positive.device)
+    return positive & (columns[None, :] != self_ref[:, None])
+
+
+def first_columns(mask: Tensor, ref_count: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` the columns from ``ref_count`` on."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) < ref_count)
+
+
+def listed(indices: Sequence[Tensor], n: int, m: int) -> tuple[Tensor, Tensor]:
+    """``[N, M]`` int64, how often each pair is listed as anchors, positives, anchors, negatives."""
+    times = []
+    for rows, cols in (indices[:2], indices[2:]):
+        zero, one = rows.new_zeros(n, m, dtype=torch.long), torch.ones_like(rows, dtype=torch.long)
+        times.append(zero.index_put((rows.long(), cols.long()), one, accumulate=True))
+    return times[0], times[1]
+
+
+class MaskedPairs(Pairs):
+    """Some of all pairs: their similarities ``[N, M]`` and a mask ``[N, M]``, or how often each counts."""
+
+    def __init__(self, s: Tensor, keep: Tensor) -> None:
+        self.s = s
+        self.times = None if keep.dtype == torch.bool else keep
+        self.keep = keep if self.times is None else keep > 0
+        self.count = keep.sum(1)
+
+    def spread(self, of_rows: Tensor) -> Tensor:
+        return of_rows[:, None]
+
+    def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
+        if self.times is not None:
+            logits = logits + torch.log(self.times.clamp(min=1).to(logits.dtype))
+        logits = torch.where(self.keep, logits, float("-inf"))
+        if plus_one:
+            logits = torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1)
+            return torch.logsumexp(logits, dim=1)
+        if logits.shape[1] == 0:
+            return logits.sum(1) - float("inf")
+        some = self.count > 0
+        # A row of -inf alone would give NaN gradients: give it a harmless row, then put -inf in its place.
+        value = torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1)
+        return torch.where(some, value, float("-inf"))
+
+    def sum(self, terms: Tensor) -> Tensor:
+        terms = torch.where(self.keep, terms, 0.0)
+        return (terms if self.times is None else terms * self.times).sum(1)
+
+    def number(self, which: Tensor) -> Tensor:
+        which = which & self.keep
+        return (which if self.times is None else which * self.times).sum(1)
+
+
+def pair_loss(
+    law: type[Law],
+    params: Sequence[float],
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    epsilon: float | None = None,
+    self_ref: Tensor | None = None,
+    ref_count: Tensor | None = None,
+    mine_self: bool = True,
+    indices: Sequence[Tensor] | None = None,
+    similarity: str = "cosine",
+    reduction: str = "mean",
+    divide: bool = True,
+) -> Tensor:
+    """The loss that a law makes of a batch.
+
+    ``params`` are what ``law.params`` gives. ``self_ref`` ``[N]`` names for each row the row of ``ref_emb``
+    that is the same point (or -1): the loss does not see that pair, mining does if ``mine_self``. Only the
+    first ``ref_count`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
+    anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it. Without ``divide`` the
+    result is ``[4]``: parts 0 and 1 and their units.
+    """
+    columns = embeddings if ref_emb is None else ref_emb
+    s = _similarities(embeddings, columns, similarity)
+    if indices is not None:
+        positive, negative = listed(indices, *s.shape)
+        if not law.repeats:
+            positive, negative = positive > 0, negative > 0
+    else:
+        positive, negative = _pairs(labels, ref_labels)
+        if ref_count is not None:
+            positive, negative = (first_columns(mask, ref_count) for mask in (positive, negative))
+        if self_ref is not None and not mine_self:
+            positive, negative = (without_self(mask, self_ref) for mask in (positive, negative))
+        if epsilon is not None:
+            positive, negative = mine(s, positive, negative, epsilon)
+        if self_ref is not None:
+            positive = without_self(positive, self_ref)
+    pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
+    losses, valid = law.row(pos, neg, *params), (pos.count + neg.count) > 0
+    return reduce(losses, valid, reduction) if divide else undivided(losses, valid, reduction)

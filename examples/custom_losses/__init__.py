@@ -1,0 +1,48 @@
+"""Two losses that dml_cuda has not, as laws of one's own; docs/your_own_law.md tells how they came about."""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import dml_cuda
+from dml_cuda.losses._formula import Law, Pairs, Part, softplus
+
+HERE = Path(__file__).parent
+
+
+class NCA(Law):
+    """Goldberger et al., NeurIPS 2004."""
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, scale: float) -> Tensor:
+        push, pull = neg.lse(scale * neg.s), pos.lse(scale * pos.s)
+        return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+
+
+class TupletMargin(Law):
+    """Yu and Tao, ICCV 2019."""
+
+    repeats: ClassVar[bool] = True
+
+    @staticmethod
+    def row(pos: Pairs, neg: Pairs, scale: float, margin: float) -> tuple[Part, ...]:
+        square = torch.relu((1 - pos.s) * (1 + pos.s))
+        sine = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+        turned = math.cos(margin) * pos.s + math.sin(margin) * sine  # cos(theta - margin)
+        lse = pos.spread(neg.lse(scale * neg.s))
+        return (pos.each(softplus(lse - scale * turned, where=pos.spread(neg.count > 0))),)
+
+
+@cache
+def nca_loss() -> type[dml_cuda.custom.LoadedLoss]:
+    """The class of the loss; compiled when it is first asked for."""
+    return dml_cuda.load_law(HERE / "nca.h", NCA, name="NCALoss")
+
+
+@cache
+def tuplet_margin_loss() -> type[dml_cuda.custom.LoadedLoss]:
+    return dml_cuda.load_law(HERE / "tuplet_margin.h", TupletMargin, name="TupletMarginLoss")

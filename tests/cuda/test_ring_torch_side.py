@@ -1,0 +1,243 @@
+"""The torch side of the CUDA ops on blocks of columns, on CPU tensors and emulated kernels: against the CPU's
+ops, and as the ops of a ring of processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases.data import make_labels
+from cases.losses import LOSSES, SIMILARITIES
+from distributed.test_distributed import finish, start
+from emulator import torch_side
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dml_cuda._ops import registration as ops
+
+CPU = torch.ops.dml_cuda
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def on_host():
+    torch_side.load("blocks")
+    return torch.ops.dml_cuda_blocks_on_host
+
+
+class Batch:
+    """Rows, the first block of columns being the rows themselves."""
+
+    def __init__(self, n=20, others=(30, 0, 1), d=6, dtype=torch.float64, device="cpu"):
+        torch.manual_seed(3)
+        sides = [(torch.randn(m, d).to(dtype), make_labels(m)) for m in (n, *others)]
+        sides = [(points.to(device), labels.to(device)) for points, labels in sides]
+        self.x, self.labels = sides[0]
+        self.blocks = [(*side, None) for side in sides]
+        self.blocks[0] = (*sides[0], torch.arange(n, device=device))
+        every = torch.cat([labels for _, labels in sides])
+        positives = (self.labels[:, None] == every).sum(1)
+        self.pairs = torch.stack([positives - 1, len(every) - positives])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.above = torch.randn(2, n, dtype=wide).to(device)
+
+    def around(self, of, device, law, params, epsilon, similarity="cosine", reduction="mean", keep=True):
+        """Losses and gradients of the ops ``of``, in the stages of a kind of device."""
+        wide = self.x.dtype == torch.float64
+        state = of.pair_block_turn(None, self.pairs, law, params, epsilon, "start", wide)
+        found = [None] * len(self.blocks)
+        for stage in ops.stages(law, epsilon is not None, device):
+            how = law, params, epsilon, similarity, reduction, stage
+            for k, block in enumerate(self.blocks):
+                state, found[k] = of.pair_block(state, self.x, self.labels, *block, *how, found[k])
+                if stage == "hardest" and not keep:
+                    found[k] = None
+            state = of.pair_block_turn(state, self.pairs, law, params, epsilon, stage, wide)
+        losses, weights = of.pair_block_rows(state, self.pairs, law, params, epsilon is not None, reduction)
+        gradients = []
+        for block, kept in zip(self.blocks, found, strict=True):
+            points = self.above, weights, kept, self.x, self.labels, *block
+            gradients += of.pair_block_backward(*points, law, params, similarity, True, True)
+        return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients
+
+
+def check(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        scale = max(1.0, float(b.double().abs().max())) if b.numel() else 1.0
+        assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_as_the_ops_of_the_cpu(on_host, loss, epsilon):
+    for similarity in SIMILARITIES:
+        how = loss.name, loss.params(similarity, **loss.smooth), epsilon, similarity
+        batch = Batch()
+        expected = batch.around(CPU, "cpu", *how)
+        check(batch.around(on_host, "cuda", *how), expected, 1e-10)
+        check(batch.around(on_host, "cuda", *how, keep=False), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_other_dtypes(on_host, dtype):
+    """The gradients come in float32."""
+    how = "multi_similarity", [2.0, 5.0, 0.5], None
+    batch = Batch(dtype=dtype)
+    expected = batch.around(CPU, "cpu", *how)
+    check(batch.around(on_host, "cuda", *how), expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_rows_that_are_not_dense(on_host):
+    how = "multi_similarity", [2.0, 5.0, 0.5], 0.1
+    batch = Batch()
+    expected = batch.around(on_host, "cuda", *how)
+    batch.x = batch.x.T.contiguous().T
+    batch.blocks = [(points.T.contiguous().T, *more) for points, *more in batch.blocks]
+    batch.pairs = batch.pairs.T.contiguous().T
+    batch.above = batch.above.T.contiguous().T
+    check(batch.around(on_host, "cuda", *how), expected, 0)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_odd_batches(on_host, n):
+    for loss in LOSSES.values():
+        for epsilon in (None, 0.1):
+            how = loss.name, loss.params(), epsilon
+            batch = Batch(n, (5, 0))
+            check(batch.around(on_host, "cuda", *how), batch.around(CPU, "cpu", *how), 1e-10)
+
+
+class Changing:
+    """Ops after each of which float32 is to be multiplied in another way."""
+
+    def __init__(self, of, way):
+        self.of, self.way = of, way
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            made = getattr(self.of, name)(*arguments)
+            torch.set_float32_matmul_precision(self.way)
+            return made
+
+        return call
+
+
+def test_float32_is_multiplied_as_at_the_start(on_host):
+    """Whatever the user sets while the blocks go around, and backward."""
+    how = "multi_similarity", [2.0, 5.0, 0.5], 0.1
+    batch = Batch(dtype=torch.float32)
+    before, ways = torch.get_float32_matmul_precision(), ("highest", "high")
+    results = []
+    try:
+        for way, other in zip(ways, ways[1:] + ways[:1], strict=True):
+            torch.set_float32_matmul_precision(way)
+            results.append(batch.around(on_host, "cuda", *how))
+            found = batch.around(Changing(on_host, other), "cuda", *how)
+            assert torch.get_float32_matmul_precision() == other
+            assert all(torch.equal(a, b) for a, b in zip(found, results[-1], strict=True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+def told_as_made(op, *arguments):
+    """What an op makes of CPU tensors has the shapes that its fake kernel tells of CUDA tensors."""
+    made = op(*arguments)
+    with FakeTensorMode():
+        fakes = [
+            torch.empty(x.shape, dtype=x.dtype, device="cuda") if torch.is_tensor(x) else x for x in arguments
+        ]
+        told = getattr(CPU, op.__name__)(*fakes)
+    shapes = (
+        [(x.shape, x.dtype) for x in (found if isinstance(found, tuple) else (found,))]
+        for found in (made, told)
+    )
+    assert next(shapes) == next(shapes), arguments
+    return made
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shapes_are_those_that_torch_is_told(on_host, dtype, epsilon):
+    """What the ops' fake kernels say of CUDA tensors, which need no GPU."""
+    batch = Batch(150, (300, 0), dtype=dtype)
+    wide = dtype == torch.float64
+    for law in ("multi_similarity", "nt_xent"):
+        params = LOSSES[law].params()
+        state = told_as_made(on_host.pair_block_turn, None, batch.pairs, law, params, epsilon, "start", wide)
+        found = [None] * len(batch.blocks)
+        for stage in ops.stages(law, epsilon is not None, "cuda"):
+            how = law, params, epsilon, "cosine", "mean", stage
+            for k, block in enumerate(batch.blocks):
+                state, found[k] = told_as_made(
+                    on_host.pair_block, state, batch.x, batch.labels, *block, *how, found[k]
+                )
+            how = law, params, epsilon, stage, wide
+            state = told_as_made(on_host.pair_block_turn, state, batch.pairs, *how)
+        rows = batch.pairs, law, params, epsilon is not None, "mean"
+        _, weights = told_as_made(on_host.pair_block_rows, state, *rows)
+        for block, kept in zip(batch.blocks, found, strict=True):
+            for needs in ((True, True), (False, True), (True, False)):
+                points = batch.above, weights, kept, batch.x, batch.labels, *block
+                told_as_made(on_host.pair_block_backward, *points, law, params, "cosine", *needs)
+
+
+def test_sizes_of_many_tiles():
+    """Past so many tiles, first their extremes and then their kept flags are not known."""
+    sizes = ops._cuda_block_bytes
+    assert sizes(128 * 1024, 128 * 1024, 4) == (8 << 20, 1 << 20)
+    assert sizes(128 * 1024, 128 * 2048 + 1, 4) == (0, 1024 * 2049)
+    assert sizes(128 * 4096, 128 * 4096, 4) == (0, 16 << 20)
+    assert sizes(128 * 4096, 128 * 4096 + 1, 4) == (0, 0)
+
+
+def test_what_is_refused(on_host):
+    batch = Batch(8, (5,))
+    circle = "circle", LOSSES["circle"].params()
+    contrast = "nt_xent", LOSSES["nt_xent"].params()
+    start_state = on_host.pair_block_turn(None, batch.pairs, *circle, None, "start", True)
+    points = batch.x, batch.labels, *batch.blocks[1]
+
+    def refused(message, op, *arguments, error=ValueError):
+        with pytest.raises(error, match=message):
+            getattr(on_host, op)(*arguments)
+
+    refused("state.*start", "pair_block_turn", None, batch.pairs, *circle, None, "both", True)
+    refused("stage.*first", "pair_block_turn", start_state, batch.pairs, *circle, None, "first", True)
+    refused("epsilon.*hardest", "pair_block_turn", start_state, batch.pairs, *circle, None, "hardest", True)
+    refused(r"pairs.*\[2, N\]", "pair_block_turn", None, batch.pairs[:1], *circle, None, "start", True)
+    refused(r"state.*\[52\]", "pair_block_turn", start_state[:51], batch.pairs, *circle, None, "both", True)
+    refused("law.*linear", "pair_block_turn", None, batch.pairs, "linear", [], None, "start", True)
+    how = *circle, None, "cosine", "mean"
+    refused(r"state.*Float", "pair_block", start_state.float(), *points, *how, "both")
+    refused("ref_emb", "pair_block", start_state, batch.x, batch.labels, batch.x[:, 1:], batch.labels, None,
+            *how, "both")  # fmt: skip
+    refused(
+        "not a stage", "pair_block", start_state, *points, *how, "negatives", error=(RuntimeError, ValueError)
+    )
+    some = torch.zeros(3, dtype=torch.uint8)
+    refused("found.*0 or 16 bytes.*got 3", "pair_block", start_state, *points, *how, "both", some)
+    how = *contrast, None, "cosine", "mean"
+    refused("found.*1 or 17 bytes.*got 0", "pair_block", start_state, *points, *how, "positives")
+    above = torch.ones(2, 8, dtype=torch.float64)
+    kept = torch.zeros(1, dtype=torch.uint8)
+    how = *circle, "cosine", True, True
+    on_host.pair_block_backward(above, start_state, kept, *points, *how)
+    refused("grad_parts", "pair_block_backward", above[:1], start_state, kept, *points, *how)
+    refused("weights", "pair_block_backward", above, start_state[:-1], kept, *points, *how)
+    refused("kept.*1 bytes", "pair_block_backward", above, start_state, some, *points, *how)
+    refused("reduction", "pair_block_rows", start_state, batch.pairs, *circle, False, "median")
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_ring_of_cuda_kernels(on_host, size, tmp_path):
+    """What several processes make with the CUDA kernels, on the host, is what one makes on the CPU."""
+    assert on_host
+    finish(start([str(HERE / "ring_of_cuda_kernels.py")], size, tmp_path), 900)
+    for rank in range(size):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [name for name, text in found.items() if text] == [], next(filter(None, found.values()))
+        assert len(found) == 3 * (len(LOSSES) if size == 3 else 3) + 7

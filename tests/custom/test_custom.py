@@ -1,0 +1,640 @@
+"""Laws of one's own: from a struct to a loss, what it says when something is wrong, and the cache."""
+
+import copy
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases.losses import LOSSES
+
+import dml_cuda
+from dml_cuda import _C
+from dml_cuda.custom import build, diagnostics
+from dml_cuda.custom.formula import FormulaLaw
+from dml_cuda.custom.source import parameters, read
+from dml_cuda.functional import pair_weights
+from dml_cuda.losses._formula import Law, softplus
+from dml_cuda.reference import pairs as reference
+from examples import custom_losses
+from tools import machine_code
+
+ROOT = Path(__file__).parents[2]
+NCA_TEXT = (custom_losses.HERE / "nca.h").read_text()
+TUPLET_TEXT = (custom_losses.HERE / "tuplet_margin.h").read_text()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that is empty at first, for all tests here."""
+    before = os.environ.get("DML_CUDA_CACHE")
+    os.environ["DML_CUDA_CACHE"] = str(tmp_path_factory.mktemp("laws"))
+    yield Path(os.environ["DML_CUDA_CACHE"])
+    if before is None:
+        del os.environ["DML_CUDA_CACHE"]
+    else:
+        os.environ["DML_CUDA_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def nca(cache):
+    """Without a reference."""
+    return dml_cuda.load_law(custom_losses.HERE / "nca.h")
+
+
+@pytest.fixture(scope="module")
+def tuplet(cache):
+    return dml_cuda.load_law(custom_losses.HERE / "tuplet_margin.h")
+
+
+@pytest.fixture
+def circle(cache):
+    """For the instruction set in use."""
+    return dml_cuda.load_law(build.SOURCES / "laws" / "circle.h")
+
+
+def batch(n=60, d=16, classes=7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, d, generator=generator, dtype=dtype)
+    return x.requires_grad_(), torch.randint(0, classes, (n,), generator=generator)
+
+
+def with_gradient(loss_fn, x, *rest, **options):
+    value = loss_fn(x, *rest, **options)
+    return value.detach(), *torch.autograd.grad(value.sum(), x)
+
+
+def assert_same(found, wanted, tolerance=1e-9):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+# ---- what it is ----------------------------------------------------------------------------------------
+
+
+def test_equals_pytorch_metric_learning(nca, tuplet):
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    x, y = batch()
+    degrees = float(torch.rad2deg(torch.tensor(0.1, dtype=torch.float64)))
+    pairs = [
+        (nca(scale=16.0), losses.NCALoss(softmax_scale=8.0)),
+        (tuplet(), losses.TupletMarginLoss(margin=degrees, scale=64.0)),
+    ]
+    for ours, theirs in pairs:
+        assert_same(with_gradient(ours, x, y), with_gradient(theirs, x, y), 1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_loaded_circle_is_circle(instruction_set, circle, dtype, epsilon):
+    """To the bit: the same formulas, the same loops."""
+    x, y = batch(dtype=dtype)
+    options = {"epsilon": epsilon, "reduction": "mean_nonzero"}
+    loaded = circle(m=0.3, gamma=40.0, detach_weights=1, **options)
+    built_in = dml_cuda.CircleLoss(m=0.3, gamma=40.0, **options)
+    for a, b in zip(with_gradient(loaded, x, y), with_gradient(built_in, x, y), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["nca", "tuplet_margin"])
+def test_with_and_without_reference(cache, name):
+    """The fused loss, the reference in PyTorch and the formulas as ops agree, whatever the options."""
+    fused = getattr(custom_losses, f"{name}_loss")()
+    bare = dml_cuda.load_law(custom_losses.HERE / f"{name}.h")
+    assert bare is not fused
+    x, y = batch()
+    z, w = batch(30)
+    for options in (
+        {},
+        {"epsilon": 0.1},
+        {"reduction": "none"},
+        {"reduction": "mean_nonzero"},
+        {"similarity": "dot"},
+    ):
+        for refs in ({}, {"ref_emb": z.detach(), "ref_labels": w}):
+            found = with_gradient(fused(scale=8.0, **options), x, y, **refs)
+            for other in (fused(scale=8.0, backend="reference", **options), bare(scale=8.0, **options)):
+                assert_same(with_gradient(other, x, y, **refs), found)
+            other = bare(scale=8.0, backend="reference", **options)
+            assert_same(with_gradient(other, x, y, **refs), found)
+
+
+@pytest.mark.parametrize("name", ["nca", "tuplet_margin"])
+def test_listed_pairs(cache, name):
+    bare = dml_cuda.load_law(custom_losses.HERE / f"{name}.h")(scale=8.0)
+    stated = getattr(custom_losses, f"{name}_loss")()(scale=8.0)
+    x, y = batch()
+    pairs = tuple(dml_cuda.MultiSimilarityMiner(0.1)(x, y))
+    assert_same(with_gradient(bare, x, None, pairs), with_gradient(stated, x, None, pairs))
+    mined = type(bare)(scale=8.0, epsilon=0.1)
+    assert_same(with_gradient(bare, x, None, pairs), with_gradient(mined, x, y))
+    for a, b in zip(pair_weights(bare, x, y), pair_weights(stated, x, y), strict=True):
+        torch.testing.assert_close(a, b)
+    twice = tuple(torch.cat([each, each]) for each in pairs)
+    assert_same(with_gradient(bare, x, None, twice), with_gradient(stated, x, None, twice))
+
+
+def test_no_second_derivative_without_reference(nca, cache):
+    x, y = batch(20)
+    for options, indices in (
+        ({"backend": "reference"}, None),
+        ({}, dml_cuda.MultiSimilarityMiner(0.1)(x, y)),
+    ):
+        value = nca(**options)(x, y, indices)
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.sum(), x)
+    stated = custom_losses.nca_loss()(backend="reference")
+    (grad,) = torch.autograd.grad(stated(x, y), x, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_formulas_of_the_built_in_laws(name):
+    """A law known by its ops alone is the law that is written in Python: parts, units, contexts."""
+    loss = LOSSES[name]
+    stated = loss.module.law
+    _, facts = _C.law_facts(name)
+    bare = type("Bare", (FormulaLaw,), {"name": name, "facts": facts, "repeats": stated.repeats})
+    x, y = batch(40)
+    for similarity in ("cosine", "euclidean"):
+        params = stated.params(loss.defaults, similarity)
+        for reduction in ("mean", "mean_nonzero", "sum", "none"):
+            how = {"similarity": similarity, "reduction": reduction}
+
+            def value(law, how=how, params=params):
+                return reference.pair_loss(law, params, x, y, **how)
+
+            found, wanted = (
+                (v.detach(), *torch.autograd.grad(v.sum(), x)) for v in (value(bare), value(stated))
+            )
+            assert_same(found, wanted, 1e-8)
+
+
+def test_options_and_parameters_by_name(nca):
+    loss_fn = nca(scale=4.0, epsilon=0.2)
+    assert (loss_fn.scale, loss_fn.epsilon, loss_fn.similarity) == (4.0, 0.2, "cosine")
+    assert "scale=4.0" in repr(loss_fn)
+    assert "NCA" in repr(loss_fn)
+    assert nca().scale == 16.0
+    assert nca(4.0).scale == 4.0
+    x, y = batch()
+    loss_fn.scale = 8.0
+    assert_same(with_gradient(loss_fn, x, y), with_gradient(nca(scale=8.0, epsilon=0.2), x, y))
+
+
+def test_compiled(nca, tuplet):
+    x, y = batch(dtype=torch.float32)
+    for loss_fn in (nca(epsilon=0.1), tuplet()):
+        fast = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (60, 41):
+            assert_same(
+                with_gradient(fast, x[:n].detach().requires_grad_(), y[:n]),
+                with_gradient(loss_fn, x[:n].detach().requires_grad_(), y[:n]),
+            )
+    torch._dynamo.reset()
+
+
+def test_compiled_listed_pairs(nca):
+    x, y = batch(dtype=torch.float32)
+    pairs = tuple(dml_cuda.MultiSimilarityMiner(0.1)(x, y))
+    fast = torch.compile(nca(), backend="aot_eager")
+    assert_same(with_gradient(fast, x, None, pairs), with_gradient(nca(), x, None, pairs), 1e-6)
+    torch._dynamo.reset()
+
+
+def test_autocast(nca):
+    x, y = batch(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nca()(x.bfloat16(), y).dtype == torch.float32
+
+
+def test_memory(cache, nca):
+    """The queue, one process and miner and all, as with the reference."""
+    found = []
+    for backend in ("fused", "reference"):
+        memory = dml_cuda.CrossBatchMemory(
+            custom_losses.nca_loss()(backend=backend),
+            16,
+            memory_size=128,
+            miner=dml_cuda.MultiSimilarityMiner(0.1),
+        )
+        for _ in range(2):
+            x, y = batch(dtype=torch.float32)
+            found.append(with_gradient(memory, x, y))
+    assert_same(found[1], found[3], 1e-5)
+    memory = dml_cuda.CrossBatchMemory(nca(), 16, memory_size=128, miner=dml_cuda.MultiSimilarityMiner(0.1))
+    for k in range(2):
+        x, y = batch(dtype=torch.float32)
+        assert_same(with_gradient(memory, x, y), found[k])
+
+
+def test_copies(nca):
+    loss_fn = nca(scale=4.0, epsilon=0.1)
+    loss_fn.reduction = "sum"
+    loss_fn.eval()
+    for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
+        assert type(other) is type(loss_fn)
+        assert repr(other) == repr(loss_fn)
+        assert not other.training
+        assert other.call == loss_fn.call
+        x, y = batch()
+        assert torch.equal(other(x, y), loss_fn(x, y))
+
+
+def test_a_new_text_is_a_new_law(cache, nca, tuplet):
+    """What was loaded before stays; the name of a class is nobody's key."""
+    x, y = batch()
+    before = nca()(x, y)
+    other = dml_cuda.load_law(TUPLET_TEXT, name="NCA")
+    assert other.__name__ == nca.__name__ == "NCA"
+    assert not torch.equal(other()(x, y), before)
+    assert torch.equal(nca()(x, y), before)
+
+
+# ---- check_law -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_check_law_passes(cache, nca, similarity):
+    dml_cuda.check_law(nca(similarity=similarity))
+    dml_cuda.check_law(custom_losses.nca_loss()(similarity=similarity))
+
+
+def test_check_law_passes_classes(cache, tuplet, circle):
+    dml_cuda.check_law(tuplet)
+    dml_cuda.check_law(custom_losses.tuplet_margin_loss())
+    dml_cuda.check_law(circle(m=0.4, gamma=80.0, detach_weights=1))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_check_law_passes_what_is_built_in(loss):
+    for module in (loss.module(), loss.module(**loss.smooth)):
+        dml_cuda.check_law(module)
+
+
+class WrongNegatives(Law):
+    @staticmethod
+    def row(pos, neg, scale):
+        push, pull = neg.lse(scale * (neg.s + 0.1)), pos.lse(scale * pos.s)
+        return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+
+
+class WrongRow(Law):
+    @staticmethod
+    def row(pos, neg, scale):
+        push, pull = neg.lse(scale * neg.s), pos.lse(scale * pos.s)
+        return 2 * softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+
+
+class HeldSlope(Law):
+    @staticmethod
+    def row(pos, neg, scale):
+        push, pull = neg.lse(scale * neg.s.detach()), pos.lse(scale * pos.s)
+        return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        (WrongNegatives, r"neg_term: at s = \S+ it is \S+, the reference's is"),
+        (WrongRow, r"row, or what the law declares: .*the loss is \S+, the reference's"),
+        (HeldSlope, r"neg_term: at s = \S+ its slope is 16, the reference's is 0"),
+    ],
+)
+def test_check_law_names_the_formula(cache, stated, says):
+    with pytest.raises(ValueError, match=says):
+        dml_cuda.check_law(dml_cuda.load_law(custom_losses.HERE / "nca.h", stated))
+
+
+def test_check_law_finds_what_is_wrong_alone(cache):
+    """Without a reference: a slope, a derivative of the row, a number that is not finite, a maximum between
+    the ends, all in one struct."""
+    text = """
+template <typename T>
+struct Wrong : LawDefaults {
+    static constexpr const char* kParams = "which";
+    static constexpr bool kNeedsPos = true, kNeedsNeg = true;
+    T which;
+    DML_INLINE explicit Wrong(const double* params) : which(T(params[0])) {}
+    static DML_INLINE T half(T x) { return x / T(2); }
+    static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.slope}; }
+
+    template <typename S>
+    DML_INLINE S neg_term(S s) const {
+        if (which == T(1)) return half(s);
+        if (which == T(2)) return -s * s;
+        return which == T(3) ? root(S(T(1)) - s * s) * T(-1) : T(4) * s;
+    }
+    template <typename S>
+    DML_INLINE S pos_term(S s) const {
+        return T(4) * s;
+    }
+    template <typename S>
+    DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
+        if (which == T(4)) return softplus(half(g.neg) - g.pos);
+        return softplus(g.neg - g.pos);
+    }
+};
+"""
+    wrong = dml_cuda.load_law(text)
+    dml_cuda.check_law(wrong(which=0.0))
+    for which, says in (
+        (1, r"neg_term: its slope is 1 at s = \S+, finite differences say 0\.5"),
+        (2, r"neg_term: has a maximum at s = 0, between smaller logits"),
+        (3, r"neg_term: its value is \S*nan at s = -1\.0000004"),
+        (4, r"row: its derivative by neg is \S+ at neg = \S+, pos = \S+, finite differences say"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dml_cuda.check_law(wrong(which=float(which)))
+
+
+def test_check_law_of_something_else():
+    with pytest.raises(TypeError, match="law: expected what load_law returns"):
+        dml_cuda.check_law(torch.nn.Identity())
+
+
+# ---- errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            ("(scale, s)", "(scle, s)"),
+            r"NCA\.h:1[0-9]: 'scle' was not declared[^/]*rounded_product\(scle, s\)",
+        ),
+        (("neg_term", "negterm"), r"NCA\.h: lacks a member template <typename S> S neg_term\(S s\) const"),
+        ((" row(", " raw("), r"NCA\.h: lacks a member template <typename S> RowLoss<S> row"),
+        (
+            ('const char* kParams = "scale = 16"', "int kParams = 1"),
+            r"lacks its parameters, static constexpr",
+        ),
+        (('"scale = 16"', '"a, b, c, d, e, f, g, h, i"'), "names more than 8 parameters"),
+        (("(scale, s)", "(scale, std::exp(s))"), r"NCA\.h:1[0-9]: no matching function .*Dual<T>"),
+    ],
+    ids=["undeclared", "no neg_term", "no row", "kParams", "too many", "no dual"],
+)
+def test_compile_errors_are_your_own_lines(cache, change, says):
+    with pytest.raises(ValueError, match="the law does not compile") as caught:
+        dml_cuda.load_law(NCA_TEXT.replace(*change))
+    message = str(caught.value)
+    assert re.search(says, message), message
+    assert len(message.splitlines()) < 20
+    assert "tile_kernels" not in message
+    log = Path(message.rpartition("is in ")[2])
+    assert "error" in log.read_text()
+    assert not list(log.parent.glob("build-*"))
+
+
+def test_messages_of_nvcc():
+    log = (
+        '/x/law/nca.h(17): error: identifier "scle" is undefined\n'
+        "      return rounded_product(scle, s);\n"
+        "                             ^\n\n"
+        '1 error detected in the compilation of "kernels_f16.cu".\n'
+    )
+    told = diagnostics.explain(log, "/x/law/nca.h", "nca.h")
+    assert told.startswith('nca.h:17: identifier "scle" is undefined\n      return rounded')
+    assert "detected" not in told
+    log = '/y/laws/slopes.h(60): error: static assertion failed with "the law: lacks a member row"\n'
+    assert diagnostics.explain(log, "/x/law/nca.h", "nca.h") == "nca.h: lacks a member row"
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        (3, TypeError, "source: expected C"),
+        ("no_such.h", FileNotFoundError, "source: expected a file.*no_such.h"),
+        ("struct A {};", ValueError, "expected one law.*got none"),
+        (NCA_TEXT + TUPLET_TEXT, ValueError, r"expected one law.*got 2 \(NCA, TupletMargin\)"),
+        ("// " + NCA_TEXT.replace("\n", "\n// "), ValueError, "got none"),
+    ],
+)
+def test_what_is_no_law(source, error, says):
+    with pytest.raises(error, match=says):
+        dml_cuda.load_law(source)
+
+
+def test_names_of_parameters():
+    assert parameters("") == {}
+    assert parameters("alpha, beta = 5e1") == {"alpha": None, "beta": 50.0}
+    for stated, says in (
+        ("a b", "expected names"),
+        ("a, a", "each once"),
+        ("a = 1, b", "a default for b"),
+        ("a = x", "a number for a, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            parameters(stated)
+
+
+def test_arguments(cache, nca, circle):
+    for make, error, says in (
+        (lambda: circle(m=0.4), TypeError, r"circle\(m, gamma, detach_weights\).*'gamma'"),
+        (lambda: nca(sale=1.0), TypeError, r"NCA\(scale=16\.0\).*'sale'"),
+        (lambda: nca(1.0, 2.0), TypeError, "too many positional"),
+        (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
+        (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
+        (lambda: nca(epsilon="x"), TypeError, "epsilon"),
+        (lambda: dml_cuda.load_law(NCA_TEXT, name="a b"), ValueError, "name: expected a name"),
+        (lambda: dml_cuda.load_law(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
+    ):
+        with pytest.raises(error, match=f"(?i){says}"):
+            make()
+
+
+def test_reference_with_other_parameters(cache):
+    class Other(Law):
+        parameters = dict.fromkeys(("scale", "margin"), lambda name, value: None)
+
+    with pytest.raises(ValueError, match="reference: expected the parameters that the struct names, scale"):
+        dml_cuda.load_law(custom_losses.HERE / "nca.h", Other)
+
+
+def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
+    changed = NCA_TEXT + "// not in the cache\n"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build._of_the_package.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler\).*apt install g"):
+        dml_cuda.load_law(changed)
+    monkeypatch.delenv("CXX")
+    build._of_the_package.cache_clear()
+    (tmp_path / "c++").symlink_to(shutil.which("c++"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(RuntimeError, match="no ninja was found; pip install ninja"):
+        dml_cuda.load_law(changed)
+
+
+def test_a_gpu_without_nvcc(monkeypatch):
+    monkeypatch.setattr(build, "_C", type("Built", (), {"cuda_version": "13.0", "cpu_instruction_set": str}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "_cuda_home", lambda: None)
+    monkeypatch.setattr("dml_cuda._warnings._given", set())
+    with pytest.warns(UserWarning, match="found no nvcc"):
+        assert build.target().gpu == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build.target().gpu == ()  # said once
+    monkeypatch.setattr(build, "_cuda_home", lambda: "/usr/local/cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: [(9, 0), (7, 5), (8, 6)][k])
+    assert build.target() == ("", ("86", "90"), "/usr/local/cuda")
+
+
+def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot write its cache.*set DML_CUDA_CACHE"):
+        dml_cuda.load_law(NCA_TEXT + "// elsewhere\n")
+
+
+# ---- the cache -----------------------------------------------------------------------------------------
+
+LOAD = """
+import sys, torch, dml_cuda
+loss = dml_cuda.load_law(sys.argv[1])()
+print(float(loss(torch.eye(8), torch.arange(8) // 2)))
+"""
+
+
+def start_process(source, **environment):
+    command = [sys.executable, "-c", LOAD, str(source)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=environment.pop("cwd", ROOT),
+        env={**os.environ, "PYTHONPATH": str(environment.pop("path", ROOT)), **environment},
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return float(out)
+
+
+def test_cached_loads_compile_nothing(cache, nca):
+    def libraries():
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("law.so")}
+
+    before = libraries()
+    finish(start_process(custom_losses.HERE / "nca.h"))
+    assert libraries() == before != {}
+
+
+def test_an_interrupted_build_and_several_processes(cache, tmp_path):
+    """Two processes ask at once, after a third was killed while it compiled; then a library is spoilt."""
+    changed = tmp_path / "nca.h"
+    changed.write_text(NCA_TEXT + "// for several\n")
+    folder = tmp_path / "cache"
+    killed = start_process(changed, DML_CUDA_CACHE=str(folder))
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("NCA-*/build-*/build.ninja")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(folder.glob("NCA-*/build-*"))
+    assert not list(folder.glob("NCA-*/law.so"))
+
+    both = [start_process(changed, DML_CUDA_CACHE=str(folder)) for _ in range(2)]
+    first, second = (finish(process) for process in both)
+    assert first == second
+    (place,) = folder.iterdir()
+    assert sorted(path.name for path in place.iterdir()) == ["law.so", "lock"]
+
+    library = place / "law.so"
+    whole = library.read_bytes()
+    library.write_bytes(b"not a library")
+    assert finish(start_process(changed, DML_CUDA_CACHE=str(folder))) == first
+    assert len(library.read_bytes()) == len(whole)
+
+
+def test_a_library_of_other_sources(cache, tmp_path):
+    source = tmp_path / "other.c"
+    source.write_text("static long layout[5] = {1}; static void* law[4] = {layout};\n"
+                      "const void* dml_loaded_law(void) { return law; }\n")  # fmt: skip
+    library = tmp_path / "other.so"
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(RuntimeError, match="not made from the sources of this dml_cuda"):
+        _C.load_law(str(library), "other")
+
+
+def test_from_an_installed_package(cache, tmp_path):
+    """As a wheel lays it out: no checkout beside it, the headers inside."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "DML_CUDA_BUILD": "cpu"},
+        check=True,
+        capture_output=True,
+    )
+    package = tmp_path / "site" / "dml_cuda"
+    assert (package / "csrc" / "laws" / "law.h").is_file()
+    for extension in (ROOT / "dml_cuda").glob("_C*.so"):
+        shutil.copy(extension, package)
+    text = f"import dml_cuda; assert dml_cuda.__file__.startswith({str(tmp_path)!r}), dml_cuda.__file__\n"
+    law = tmp_path / "nca.h"
+    law.write_text(NCA_TEXT)
+    command = [sys.executable, "-c", text + LOAD, str(law)]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "DML_CUDA_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
+def test_cuda_kernels_compile(tmp_path):
+    """The sources of the CUDA engine with one law in the list: nothing spills."""
+    source = read(custom_losses.HERE / "tuplet_margin.h")
+    build.write_headers(source, tmp_path)
+    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "laws")]
+    flags = (*machine_code.FLAGS, "-DDML_OWN_LAW", "-DDML_WITH_CUDA", *includes)
+    for name, least in (("kernels_f16", 10), ("block_rows", 3)):
+        kernels = machine_code.analyse(build.SOURCES / "cuda" / f"{name}.cu", "90a", flags)
+        assert len(kernels) > least
+        assert all(kernel.spill_bytes == 0 for kernel in kernels)
+
+
+# ---- the walk-through ----------------------------------------------------------------------------------
+
+
+def test_walk_through(cache, tmp_path, monkeypatch, capsys):
+    """All code of docs/your_own_law.md, in order; what it says that it prints, it prints."""
+    pytest.importorskip("sklearn")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "your_own_law.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks].count("cpp") == 2
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "walk_through"}
+    for kind, text in blocks:
+        if kind == "cpp":
+            Path(re.match(r"// (\w+\.h)", text)[1]).write_text(text)
+        elif kind == "python":
+            exec(compile(text, "your_own_law.md", "exec"), names)
+        else:
+            assert capsys.readouterr().out == text
+    for name in ("nca", "tuplet_margin"):  # the examples are what the walk-through ends with
+        assert (tmp_path / f"{name}.h").read_text() == (custom_losses.HERE / f"{name}.h").read_text()
+
+
+def test_example(cache, capsys):
+    for module in ("pytorch_metric_learning", "sklearn", "tqdm"):
+        pytest.importorskip(module)
+    from examples import own_law
+
+    found = own_law.run(own_law.parse(["--data", "digits", "--steps", "40"]))
+    for scores in found.values():
+        assert scores["difference"] < 1e-4
+        assert scores["after"] > scores["before"]

@@ -1,0 +1,104 @@
+"""The same bits every time, on any number of threads: no result depends on who was faster."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases.accuracy import evaluate
+from cases.data import make_batch, make_labels
+from cases.losses import EVERY_LOSS
+
+from dml_cuda import _C
+
+THREADS = (1, 2, 3, 7, 16)  # more than there are cores, too
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_there_are_so_many_threads(threads):
+    """Else what follows would compare one thread with itself."""
+    torch.set_num_threads(threads)
+    assert _C.count_threads() == threads
+
+
+def results(function, **options):
+    """Square batches of few and of many tiles, one that ends in a sliver, and a rectangular one."""
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    found = []
+    for rows, dim in ((40, 200), (300, 24), (1300, 150)):
+        found += evaluate(function, *make_batch(rows, dim), reduction="none", **options)[:2]
+    rectangle = {"ref_emb": torch.randn(700, 24), "ref_labels": make_labels(700)}
+    found += evaluate(function, *make_batch(1300, 24), **rectangle, **options)
+    torch.random.set_rng_state(generator)
+    return found
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("options", [{}, {"epsilon": 0.1}, {"similarity": "euclidean"}], ids=str)
+def test_bitwise_on_any_number_of_threads(loss, options):
+    torch.set_num_threads(1)
+    alone = results(loss.function, **options)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for k, (value, expected) in enumerate(zip(results(loss.function, **options), alone, strict=True)):
+            assert torch.equal(value, expected), f"{threads} threads, result {k}"
+
+
+@EVERY_LOSS
+def test_every_instruction_set(loss, instruction_set):
+    torch.set_num_threads(1)
+    alone = results(loss.function, epsilon=0.1)
+    torch.set_num_threads(3)
+    for value, expected in zip(results(loss.function, epsilon=0.1), alone, strict=True):
+        assert torch.equal(value, expected)
+
+
+@EVERY_LOSS
+def test_saved_or_recomputed(loss):
+    """Backward sees the same similarities whether they were kept from forward or are computed again."""
+    embeddings, labels = make_batch(700, 33)
+    batch = (embeddings, labels, None, None, None, None)
+    gradients = []
+    for save in (True, False):
+        law = loss.name, loss.params()
+        value, saved = torch.ops.dml_cuda.pair_loss(*batch, *law, 0.1, "cosine", "mean", True, True, save)
+        options = ("cosine", "mean", True, True, False)
+        backward = torch.ops.dml_cuda.pair_loss_backward
+        gradients.append(backward(torch.ones_like(value), *batch, saved, *law, *options)[0])
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+@EVERY_LOSS
+def test_other_threads_in_backward(loss):
+    """What forward saved does not depend on the number of threads: backward may run with another."""
+    embeddings, labels = make_batch(1300, 24)
+    gradients = []
+    for forward, backward in ((1, 1), (1, 3), (3, 1), (2, 16)):
+        torch.set_num_threads(forward)
+        leaf = embeddings.clone().requires_grad_()
+        value = loss.function(leaf, labels, epsilon=0.1)
+        torch.set_num_threads(backward)
+        gradients.append(torch.autograd.grad(value, leaf)[0])
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
+
+
+@EVERY_LOSS
+def test_called_from_several_threads(loss):
+    """Losses computed side by side, as data-parallel code on one machine does, do not disturb each other."""
+    embeddings, labels = make_batch(400, 16)
+
+    def gradient(_):
+        return evaluate(loss.function, embeddings, labels, epsilon=0.1)[1]
+
+    alone = gradient(0)
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(gradient, range(12)):
+            assert torch.equal(together, alone)
