@@ -192,7 +192,7 @@ def extension(cuda: bool):
     macros = [
         ("DML_VERSION", f'"{VERSION}"'),
         ("DML_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for laws that are compiled on demand
+        ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for formulas that are compiled on demand
     ]
     compile_args = {"cxx": [*flags, *openmp_flags()]}
     build = cpp_extension.CppExtension
@@ -232,7 +232,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 class BuildPy(build_py):
-    """Puts the sources into the package too, where dml_cuda.load_law compiles laws with them."""
+    """Puts the sources into the package too, where dml_cuda.compile_loss compiles formulas with them."""
 
     def run(self) -> None:
         super().run()

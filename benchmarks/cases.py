@@ -25,7 +25,7 @@ _LOSS_TITLES = {
     "binomial_deviance": "binomial deviance",
     "nt_xent": "NT-Xent",
     "sup_con": "SupCon",
-    # laws of one's own, of examples/custom_losses
+    # custom formulas, of examples/custom_losses
     "nca": "NCA, loaded",
     "tuplet_margin": "tuplet margin, loaded",
     # class-level only
@@ -39,7 +39,7 @@ _LOSS_TITLES = {
     "margin": "margin",
 }
 FAMILY = tuple(_LOSS_TITLES)[:7]
-OWN_LAWS = ("nca", "tuplet_margin")
+CUSTOM_FORMULAS = ("nca", "tuplet_margin")
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
 
 
@@ -172,7 +172,7 @@ def _family_cases() -> list[Case]:
     """Every loss over all pairs, with its default options."""
     return [
         Case("family", loss, n, d, epsilon=None, peers=FAMILY_PEERS)
-        for loss in (*FAMILY, *OWN_LAWS)
+        for loss in (*FAMILY, *CUSTOM_FORMULAS)
         for n, d in ((512, 128), (2048, 512))
     ]
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.custom``: what it costs to load a law, and whether a loaded law is as fast.
+"""``python -m benchmarks.custom``: what it costs to load a formula, and whether a custom formula is as fast.
 
 Compiles circle loss from its own source into an empty cache, loads it again in a fresh process, and runs it
 in turns with the circle loss that is built in.
@@ -22,15 +22,15 @@ from .cases import Case, make_batch
 from .measure import make_clock, measure, summarise
 from .peers import loss_step
 
-_CIRCLE = build.SOURCES / "laws" / "circle.h"
+_CIRCLE = build.SOURCES / "formulas" / "circle.h"
 _PARAMETERS = {"m": 0.4, "gamma": 80.0, "detach_weights": 1.0}
 
 
 def _load_again() -> float:
-    """Seconds that load_law takes in a process that has not seen the law."""
+    """Seconds that compile_loss takes in a process that has not seen the formula."""
     code = (
         "import time, dml_cuda; start = time.perf_counter(); "
-        f"dml_cuda.load_law({str(_CIRCLE)!r}); print(time.perf_counter() - start)"
+        f"dml_cuda.compile_loss({str(_CIRCLE)!r}); print(time.perf_counter() - start)"
     )
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
 
@@ -42,11 +42,11 @@ def run(seconds: float = 4.0) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DML_CUDA_CACHE"] = folder
         start = time.perf_counter()
-        loaded = dml_cuda.load_law(_CIRCLE)(**_PARAMETERS, reduction="mean_nonzero")
+        loaded = dml_cuda.compile_loss(_CIRCLE)(**_PARAMETERS, reduction="mean_nonzero")
         found["build_s"] = time.perf_counter() - start
         found["load_s"] = min(_load_again() for _ in range(3))
     for n, d in ((512, 128), (2048, 512)):
-        case = Case("own_law", "circle", n, d, epsilon=None)
+        case = Case("custom", "circle", n, d, epsilon=None)
         batch = make_batch(case, device)
         losses = {"loaded": loaded, "built in": dml_cuda.CircleLoss()}
         steps = {name: loss_step(case, loss, *batch) for name, loss in losses.items()}

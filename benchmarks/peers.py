@@ -11,7 +11,7 @@ from torch import Tensor
 from dml_cuda import functional
 from examples import custom_losses
 
-from .cases import CUDA_GRAPH_LIMIT, OWN_LAWS, ROWS_PER_CLASS, Case
+from .cases import CUDA_GRAPH_LIMIT, CUSTOM_FORMULAS, ROWS_PER_CLASS, Case
 from .chunked import chunked_loss
 from .measure import available_bytes
 
@@ -70,7 +70,7 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 def _loss(case: Case, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
     options = {"epsilon": case.epsilon, "backend": backend}
-    if case.loss in OWN_LAWS:
+    if case.loss in CUSTOM_FORMULAS:
         return getattr(custom_losses, f"{case.loss}_loss")()(**options)
     name = {"lifted_structure": "generalized_lifted_structure"}.get(case.loss, case.loss)
     return partial(getattr(functional, f"{name}_loss"), **options)

@@ -10,9 +10,6 @@ except ImportError as error:
         f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-from . import distributed, functional
-from ._inputs.options import PairOptions
-from .custom import check_law, load_law
 from .losses import (
     ArcFaceLoss,
     BinomialDevianceLoss,
@@ -31,6 +28,12 @@ from .losses import (
     SupConLoss,
     TripletMarginLoss,
 )
+
+# isort: split
+# The losses come first: the modules below and theirs need each other.
+from . import distributed, functional, reference
+from ._inputs.options import PairOptions
+from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
 from .memory import CrossBatchMemory
 from .miners.mined_pairs import MinedPairs, PairCounts
@@ -43,7 +46,6 @@ from .miners.triplets import (
     PairMarginMiner,
     TripletMarginMiner,
 )
-from .reference import pairs as reference
 
 __version__: str = _C.version
 
@@ -78,10 +80,10 @@ __all__ = [
     "TripletMarginMiner",
     "TripletOptions",
     "build_info",
-    "check_law",
+    "check_loss",
+    "compile_loss",
     "distributed",
     "functional",
-    "load_law",
     "reference",
 ]
 

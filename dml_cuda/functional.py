@@ -19,7 +19,7 @@ from .losses import (
     triplet_margin_loss,
 )
 from .losses._classifier import ClassifierLoss
-from .losses._formula import Law
+from .losses._formula import Formula
 from .losses._pair import Call, PairLoss, batch_of
 from .losses.soft_triple import SoftTripleLoss
 from .miners.mined_pairs import mined_pairs
@@ -99,8 +99,8 @@ def pair_weights(
         if isinstance(loss, SoftTripleLoss):
             return PairWeights(*loss.center_weights(embeddings, labels))
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
-    law, params, options, similarity, *_ = call
-    if law.row is Law.row:
+    formula, params, options, similarity, *_ = call
+    if formula.row is Formula.row:
         raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
     unlooked = call._replace(options=options._replace(check_pairs=False))
     batch = batch_of(unlooked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -108,8 +108,8 @@ def pair_weights(
     ref_emb = None if ref_emb is None else ref_emb.detach()
     indices = batch.indices
     if indices is None:
-        rule = {"epsilon": batch.epsilon, "similarity": similarity, "self_ref": batch.self_ref}
-        rule["ref_count"] = batch.ref_count
+        rule = {"epsilon": batch.epsilon, "similarity": similarity, "self_index": batch.self_index}
+        rule["num_valid_refs"] = batch.num_valid_refs
         indices = tuple(mined_pairs(embeddings, batch.labels, ref_emb, batch.ref_labels, **rule))
     reduction = "sum" if options.reduction == "none" else options.reduction
     with torch.inference_mode(False), _autocast.off(embeddings.device):
@@ -117,10 +117,10 @@ def pair_weights(
         for s in found:
             s.requires_grad_()
         with torch.enable_grad():
-            value = listed.reduced_loss(law, params, found, kinds, reduction)
+            value = listed.reduced_loss(formula, params, found, kinds, reduction)
         weights = torch.autograd.grad(value, found, allow_unused=True, materialize_grads=True)
     columns = []
     for s, pairs, weight in zip(found, kinds, weights, strict=True):
-        once = slice(None) if law.repeats else pairs.fresh
+        once = slice(None) if formula.repeats else pairs.fresh
         columns += [pairs.rows[once], pairs.cols[once], s.detach()[once], weight[once]]
     return PairWeights(*columns)

@@ -260,7 +260,7 @@ class CrossBatchMemory(nn.Module):
         """The pairs or triplets that count, without a row and its own copy, at ``places`` ``[N]``."""
         batch = embeddings, labels, ref_emb, ref_labels
         count = self.count.clone()
-        own = {"self_ref": places, "ref_count": count}
+        own = {"self_index": places, "num_valid_refs": count}
         if self.miner is None:
             return mined_pairs(*batch, epsilon=None, similarity="cosine", **own)
         # Miners see the queue itself, not the copy: what they remember of it takes no memory.

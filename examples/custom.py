@@ -1,6 +1,6 @@
 """``python -m examples.custom``: two losses that dml_cuda has not, checked, compared and trained with.
 
-``docs/your_own_law.md`` tells how they are written.
+``docs/custom_loss.md`` tells how they are written.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     data = load(arguments.data)
     found = {}
     for name, (ours, theirs) in _losses().items():
-        dml_cuda.check_law(ours)
+        dml_cuda.check_loss(ours)
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0)
         network = make_network()

@@ -22,7 +22,7 @@ LONG = (
     "test_distributed.py",
     "test_nvcc.py",
     "test_blocks_emulated.py",
-    "test_own_law.py",
+    "test_custom.py",
     "test_blocks_torch_side.py",
     "test_train_retrieval.py",
     "test_benchmarks.py",

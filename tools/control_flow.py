@@ -372,23 +372,27 @@ def longest(blocks, nodes, start, order, inside):
 
 
 @cache
-def law_of(file):
-    """The law whose file in csrc/laws this is, or None."""
+def formula_of(file):
+    """The formula whose file in csrc/losses this is, or None."""
     path = Path(file)
-    return path.stem if path.parent.name == "laws" and path.stem not in ("law", "dual", "slopes") else None
+    return (
+        path.stem
+        if path.parent.name == "formulas" and path.stem not in ("formula", "dual", "derivatives")
+        else None
+    )
 
 
-def of_other_law(instruction, law):
-    """Whether it comes from the file of one loss's law, and from another one's than that."""
-    laws = {law_of(file) for file, _ in instruction.lines} - {None}
-    return bool(laws) and law not in laws
+def of_other_formula(instruction, formula):
+    """Whether it comes from the file of one loss's formula, and from another one's than that."""
+    formulas = {formula_of(file) for file, _ in instruction.lines} - {None}
+    return bool(formulas) and formula not in formulas
 
 
-def leave_out_other_laws(blocks, law):
-    """A kernel branches into the loops of its law: only one of them is taken, and what leads to it."""
+def leave_out_other_formulas(blocks, formula):
+    """A kernel branches into the loops of its formula: only one of them is taken, and what leads to it."""
     for block in blocks:
-        if not block.rare and any(of_other_law(x, law) for x in block.instructions):
-            block.rare = OTHER_LAW
+        if not block.rare and any(of_other_formula(x, formula) for x in block.instructions):
+            block.rare = OTHER_FORMULA
     before, leads_out, stack = {}, set(), []
     for i, block in enumerate(blocks):
         if block.instructions and block.instructions[-1].family in ("EXIT", "RET"):
@@ -402,22 +406,23 @@ def leave_out_other_laws(blocks, law):
             stack.extend(before.get(i, []))
     for i, block in enumerate(blocks):
         if i not in leads_out and not block.rare:
-            block.rare = OTHER_LAW
+            block.rare = OTHER_FORMULA
 
 
-OTHER_LAW = "another law"
+OTHER_FORMULA = "another formula"
 
 
-def analyse(items, law=None, cached=False):
-    """The Flow of one kernel; with a law, where it computes that one, else where it takes longest. cached:
+def analyse(items, formula=None, cached=False):
+    """The Flow of one kernel; with a formula, where it computes that one, else where it takes longest.
+    cached:
     where it finds the similarities in the cache."""
     blocks = cut(items)
     mark_rare(blocks, ("rare", "anew") if cached else ("rare",))
-    if law:
-        leave_out_other_laws(blocks, law)
+    if formula:
+        leave_out_other_formulas(blocks, formula)
     rare = Counter()
     for block in blocks:
-        if block.rare and block.rare != OTHER_LAW:
+        if block.rare and block.rare != OTHER_FORMULA:
             rare[block.rare] += len(block.instructions)
     loops, order = find_loops(blocks)
     done = []  # of the loops seen so far those that no other one contains

@@ -23,11 +23,11 @@ def arithmetic_of(kernel):
     return next((math for math in ARITHMETICS if arguments.startswith(math)), None)
 
 
-def collect(of_laws, shorten, pairs_of):
+def collect(of_formulas, shorten, pairs_of):
     """{arithmetic: {what: number}} of the kernels, and {fold: Flow}; shorten: the names of kernels; pairs_of:
     the pairs that a thread looks at."""
     numbers, folds = {}, {}
-    for law, kernels in of_laws.items():
+    for formula, kernels in of_formulas.items():
         for symbol, (_, flow, cached) in kernels.items():
             name = shorten(symbol)
             kind, math = name.partition("<")[0], arithmetic_of(name)
@@ -43,17 +43,17 @@ def collect(of_laws, shorten, pairs_of):
                 row["similarities"] = max(row.get("similarities", 0), loops[0])
             elif kind in ("accumulate", "pair_weights"):
                 row["similarities"] = max(row.get("similarities", 0), *loops)
-                row[kind, law] = flow.counts.total() / pairs
-                row[kind, law, "cached"] = cached.counts.total() / pairs
+                row[kind, formula] = flow.counts.total() / pairs
+                row[kind, formula, "cached"] = cached.counts.total() / pairs
             elif kind.startswith("strip_"):
-                row[kind, law] = flow.counts.total() / pairs
+                row[kind, formula] = flow.counts.total() / pairs
             elif kind == "add_gradients":
                 row["gradient", 128 if ",128," in name else 64] = max(loops)
     return numbers, folds
 
 
-def markdown(of_laws, bounds, shorten, pairs_of, fold_seconds):
-    numbers, folds = collect(of_laws, shorten, pairs_of)
+def markdown(of_formulas, bounds, shorten, pairs_of, fold_seconds):
+    numbers, folds = collect(of_formulas, shorten, pairs_of)
     rows = [(people, numbers[math]) for math, people in ARITHMETICS.items() if math in numbers]
     ms, circle = "multi_similarity", "circle"
     lines = [

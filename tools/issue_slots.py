@@ -71,7 +71,7 @@ def engine(problem):
         epsilon=problem.epsilon, precision=problem.precision,
     )  # fmt: skip
     square = problem.m is None
-    e.arguments.query_count, e.arguments.ref_count = problem.n, problem.n if square else problem.m
+    e.arguments.query_count, e.arguments.num_valid_refs = problem.n, problem.n if square else problem.m
     e.arguments.square = square
     return e, e.launches(need_r=problem.need_refs)
 

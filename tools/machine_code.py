@@ -121,7 +121,7 @@ def _run_nvcc(source, *options):
 
 
 def _run_front_end(source, target, flags, *end):
-    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    include = [f"-I{ROOT / 'csrc'}"]
     gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
     return _run_nvcc(source, *flags, *include, gencode, *end)
 
@@ -317,10 +317,10 @@ def _code(source, architecture, flags):
 
 
 @cache
-def flows(source, architecture="90a", flags=FLAGS, law=None, cached=False):
+def flows(source, architecture="90a", flags=FLAGS, formula=None, cached=False):
     """{mangled name: control_flow.Flow} of the kernels of one source."""
     kernels = _code(source, architecture, flags)
-    return {name: control_flow.analyse(items, law, cached) for name, items in kernels.items()}
+    return {name: control_flow.analyse(items, formula, cached) for name, items in kernels.items()}
 
 
 def matrix_instructions(kernel):
@@ -334,7 +334,7 @@ def matrix_instructions(kernel):
 
 
 def sources():
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
 def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
@@ -435,7 +435,7 @@ def table(kernels, architectures=ARCHITECTURES):
     return "\n".join(text)
 
 
-LAWS = ("multi_similarity", "circle")  # whose loops over pairs are counted
+FORMULAS = ("multi_similarity", "circle")  # whose loops over pairs are counted
 # Of an H100, as others have measured: from a load of what lies in L2 to its use; and a scheduler's clock.
 L2_SECONDS, CLOCK = 0.16e-6, 1.755e9
 
@@ -446,14 +446,14 @@ def fold_seconds(flow):
 
 
 def hot_flows(files, architecture):
-    """{law: {mangled name: (source's name, Flow, Flow where similarities come from the cache)}}."""
+    """{formula: {mangled name: (source's name, Flow, Flow where similarities come from the cache)}}."""
     return {
-        law: {
-            name: (source.name, flow, flows(source, architecture, law=law, cached=True)[name])
+        formula: {
+            name: (source.name, flow, flows(source, architecture, formula=formula, cached=True)[name])
             for source in files
-            for name, flow in flows(source, architecture, law=law).items()
+            for name, flow in flows(source, architecture, formula=formula).items()
         }
-        for law in LAWS
+        for formula in FORMULAS
     }
 
 
@@ -466,9 +466,9 @@ def pairs_of(kernel, flow):
     return (128 * 128 if flow.product_loops else 64 * 64) // 256
 
 
-def hot_table(of_laws):
-    """What the hot path of each kernel issues; of_laws: as hot_flows makes them."""
-    found = of_laws[LAWS[0]]
+def hot_table(of_formulas):
+    """What the hot path of each kernel issues; of_formulas: as hot_flows makes them."""
+    found = of_formulas[FORMULAS[0]]
     names = demangle(list(found))
     lines = [
         "What a warp issues on the hot path, by machine code and control flow.",
@@ -490,9 +490,11 @@ def hot_table(of_laws):
             )
         pairs = pairs_of(kernel, flow)
         if pairs:
-            for law in LAWS[: 1 if kernel.startswith("find") else None]:
-                _, rest, cached = (x if isinstance(x, str) else x.counts.total() for x in of_laws[law][name])
-                text = f"    rest    {rest} = {rest / pairs:.1f} a pair, {law}"
+            for formula in FORMULAS[: 1 if kernel.startswith("find") else None]:
+                _, rest, cached = (
+                    x if isinstance(x, str) else x.counts.total() for x in of_formulas[formula][name]
+                )
+                text = f"    rest    {rest} = {rest / pairs:.1f} a pair, {formula}"
                 if kernel.startswith(("accumulate", "pair_weights")):
                     text += f"; {cached} = {cached / pairs:.1f} of a cached tile"
                 lines.append(text)
@@ -554,21 +556,21 @@ def main():
         from . import machine_record
 
         machine_record.write(kernels)
-    of_laws = hot_flows(options.sources or sources(), options.hot)
-    print(f"\nsm_{options.hot}. " + hot_table(of_laws))
+    of_formulas = hot_flows(options.sources or sources(), options.hot)
+    print(f"\nsm_{options.hot}. " + hot_table(of_formulas))
     bounds = []
     if not options.sources:
         from . import issue_slots
 
-        bounds = issue_slots.bounds(of_laws["multi_similarity"])
+        bounds = issue_slots.bounds(of_formulas["multi_similarity"])
         print("\n" + issue_slots.table(bounds))
         if options.readme:
-            names = demangle([name for kernels in of_laws.values() for name in kernels])
+            names = demangle([name for kernels in of_formulas.values() for name in kernels])
 
             def short(name):
                 return shorten(names[name])
 
-            counted.write(counted.markdown(of_laws, bounds, short, pairs_of, fold_seconds))
+            counted.write(counted.markdown(of_formulas, bounds, short, pairs_of, fold_seconds))
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
         everything = {

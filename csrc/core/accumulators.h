@@ -2,10 +2,10 @@
 // order makes a result repeatable to the bit.
 //
 //   fold        running numbers                     derivative with respect to a pair's similarity
-//   LogSumExp   max, sum of exp(term - max)         c exp(term - value) slope
-//   Sum         count, sum of terms                 c slope
+//   LogSumExp   max, sum of exp(term - max)         c exp(term - value) derivative
+//   Sum         count, sum of terms                 c derivative
 //
-// c is the derivative of the row's loss with respect to the fold (RowSlopes in laws/slopes.h).
+// c is the derivative of the row's loss with respect to the fold (RowDerivatives in losses/derivatives.h).
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ struct LogSumExp {
 
     DML_INLINE bool empty() const { return max == -infinity<T>(); }
 
-    // log(sum), or log(1 + sum) where the law counts a constant 1: then accurate for tiny sums too.
+    // log(sum), or log(1 + sum) where the formula counts a constant 1: then accurate for tiny sums too.
     DML_INLINE T value(bool plus_one) const {
         if (empty()) return plus_one ? T(0) : -infinity<T>();
         if (!plus_one) return max + std::log(sum);

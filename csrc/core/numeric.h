@@ -1,5 +1,6 @@
-// The functions that laws are made of. On the host exp is plain arithmetic, so that the compiler turns a loop
-// over it into vector code for whatever instruction set the translation unit is built for: about 1 ulp on
+// The functions that formulas are made of. On the host exp is plain arithmetic, so that the compiler turns a
+// loop over it into vector code for whatever instruction set the translation unit is built for: about 1 ulp
+// on
 // [-87, 88] (float) and [-708, 709] (double); arguments outside are clamped, which a log-sum-exp cannot tell
 // from 0.
 #pragma once
@@ -113,7 +114,7 @@ DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
-// The square root; its slope at 0, which is infinite, counts as 0.
+// The square root; its derivative at 0, which is infinite, counts as 0.
 template <typename T>
 DML_INLINE T root(T x) {
     return std::sqrt(x);

@@ -1,4 +1,4 @@
-// What a call of the loss is, without torch: the points, the law and the options. The same description
+// What a call of the loss is, without torch: the points, the formula and the options. The same description
 // serves both engines.
 #pragma once
 
@@ -10,8 +10,8 @@ namespace dml {
 
 enum class Scalar { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// Mean by units (rows, or kept pairs where the law counts in pairs), by units whose loss is not 0, by rows
-// that have a kept pair; the sum; or each row's own.
+// Mean by units (rows, or kept pairs where the formula counts in pairs), by units whose loss is not 0, by
+// rows that have a kept pair; the sum; or each row's own.
 enum class Reduction { kMean, kMeanNonzero, kMeanValid, kSum, kNone };
 
 // One side of the pairs. Rows may lie at any distance but are contiguous in themselves.
@@ -35,12 +35,12 @@ struct Mining {
 struct Problem {
     Points queries, refs;  // refs are the queries where square
     bool square = true;
-    const int64_t* self_ref = nullptr;   // [N] the row of refs that is the same point as row i, or -1
-    bool mine_self = true;               // whether mining sees that pair; the loss does not
-    const int64_t* ref_count = nullptr;  // only so many of the first refs take part; null: all
+    const int64_t* self_index = nullptr;      // [N] the row of refs that is the same point as row i, or -1
+    bool mine_self_pair = true;               // whether mining sees that pair; the loss does not
+    const int64_t* num_valid_refs = nullptr;  // only so many of the first refs take part; null: all
     int64_t dim = 0;
     Scalar scalar = Scalar::kFloat32;
-    LawId law = {};
+    FormulaId formula = {};
     double params[kMaxParams] = {};
     Similarity similarity;
     Mining mining;

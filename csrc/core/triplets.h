@@ -51,7 +51,7 @@ struct HingeTerm {
     static DML_INLINE bool counts(T violation) { return violation > T(0); }
     static DML_INLINE bool nonzero(T violation) { return violation > T(0); }
     static DML_INLINE T value(T violation) { return violation; }
-    static DML_INLINE T slope(T) { return T(1); }
+    static DML_INLINE T derivative(T) { return T(1); }
 };
 template <typename T>
 struct SoftplusTerm {
@@ -61,7 +61,7 @@ struct SoftplusTerm {
     static DML_INLINE bool counts(T violation) { return violation == violation; }
     static DML_INLINE bool nonzero(T violation) { return violation > kLeast; }
     static DML_INLINE T value(T violation) { return softplus(violation); }
-    static DML_INLINE T slope(T violation) { return sigmoid(violation); }
+    static DML_INLINE T derivative(T violation) { return sigmoid(violation); }
 };
 // Only how many triplets a pair is in.
 template <typename T>
@@ -70,7 +70,7 @@ struct CountedTerm {
     static DML_INLINE bool counts(T violation) { return violation == violation; }
     static DML_INLINE bool nonzero(T) { return false; }
     static DML_INLINE T value(T) { return T(0); }
-    static DML_INLINE T slope(T) { return T(1); }
+    static DML_INLINE T derivative(T) { return T(1); }
 };
 
 // The pair terms of the margin loss; positive where they count.

@@ -1,4 +1,4 @@
-// The laws that this process has loaded (loaded_law.h). Their ids follow those of the list.
+// The formulas that this process has loaded (custom_formula.h). Their ids follow those of the list.
 #pragma once
 
 #include <string>
@@ -7,14 +7,14 @@
 
 namespace dml {
 
-// Null for a law of the list.
-const LoadedLaw* loaded_law(LawId id);
+// Null for a formula of the list.
+const CustomFormula* custom_formula(FormulaId id);
 
 // Of the list or loaded; null for a name that is neither.
-const LawInfo* law_named(std::string_view name);
+const FormulaInfo* formula_named(std::string_view name);
 
-// Takes a law out of a library, under a name. Throws std::runtime_error for a library that does not fit; a
-// name that is there already stays what it was.
-const LawInfo& load_law(const std::string& path, const std::string& name);
+// Takes a formula out of a library, under a name. Throws std::runtime_error for a library that does not fit;
+// a name that is there already stays what it was.
+const FormulaInfo& load_formula(const std::string& path, const std::string& name);
 
 }  // namespace dml

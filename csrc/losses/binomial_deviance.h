@@ -7,7 +7,7 @@ namespace dml {
 // Yi et al., "Deep Metric Learning for Person Re-Identification", ICPR 2014, as Wang et al., CVPR 2019,
 // compare it: the row's mean over positives plus its mean over negatives.
 template <typename T>
-struct BinomialDeviance : LawDefaults {
+struct BinomialDeviance : FormulaDefaults {
     static constexpr Fold kNeg = Fold::kSum, kPos = Fold::kSum;
     static constexpr const char* kParams = "alpha, beta, base";
 

@@ -7,7 +7,7 @@ namespace dml {
 // Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020,
 // equations 4 to 8 with O_p = 1 + m, O_n = -m, Delta_p = 1 - m, Delta_n = m.
 template <typename T>
-struct Circle : LawDefaults {
+struct Circle : FormulaDefaults {
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;  // softplus(lse_pos + lse_neg) needs both
     static constexpr const char* kParams = "m, gamma, detach_weights";
 
@@ -33,7 +33,7 @@ struct Circle : LawDefaults {
     // Held constant in the gradient, as the paper does, where detach_weights is not 0.
     template <typename S>
     DML_INLINE S weight(S distance) const {
-        return with_share_of_slope(relu(distance), moving);
+        return with_share_of_derivative(relu(distance), moving);
     }
 };
 

@@ -8,7 +8,7 @@ namespace dml {
 // they are (not squared) and a margin for positives. A positive should be more similar than its level, a
 // negative less. On distances the levels are the negated margins.
 template <typename T>
-struct Contrastive : LawDefaults {
+struct Contrastive : FormulaDefaults {
     static constexpr Fold kNeg = Fold::kSum, kPos = Fold::kSum;
     static constexpr bool kHinge = true;
     static constexpr Unit kUnit = Unit::kPair;

@@ -1,5 +1,5 @@
-// Numbers that carry their derivative, so that a law states each formula once: what a formula makes of
-// (s, 1) is its value and its slope at s. A derivative of which nothing is used costs nothing.
+// Numbers that carry their derivative, so that a formula states each formula once: what a formula makes of
+// (s, 1) is its value and its derivative at s. A derivative of which nothing is used costs nothing.
 #pragma once
 
 #include <cmath>
@@ -12,29 +12,33 @@ namespace dml {
 
 template <typename T>
 struct Dual {
-    T value, slope;
+    T value, derivative;
 
-    DML_INLINE Dual(T value = T(0), T slope = T(0)) : value(value), slope(slope) {}
+    DML_INLINE Dual(T value = T(0), T derivative = T(0)) : value(value), derivative(derivative) {}
 
-    friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.slope}; }
-    friend DML_INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
-    friend DML_INLINE Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
+    friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.derivative}; }
+    friend DML_INLINE Dual operator+(Dual a, Dual b) {
+        return {a.value + b.value, a.derivative + b.derivative};
+    }
+    friend DML_INLINE Dual operator-(Dual a, Dual b) {
+        return {a.value - b.value, a.derivative - b.derivative};
+    }
     friend DML_INLINE Dual operator*(Dual a, Dual b) {
-        return {a.value * b.value, a.slope * b.value + a.value * b.slope};
+        return {a.value * b.value, a.derivative * b.value + a.value * b.derivative};
     }
     friend DML_INLINE Dual operator/(Dual a, Dual b) {
         const T ratio = a.value / b.value;
-        return {ratio, (a.slope - ratio * b.slope) / b.value};
+        return {ratio, (a.derivative - ratio * b.derivative) / b.value};
     }
 
-    // With a constant, whose slope of 0 a compiler must not leave out by itself: 0 * inf is not 0.
-    friend DML_INLINE Dual operator+(Dual a, T b) { return {a.value + b, a.slope}; }
-    friend DML_INLINE Dual operator+(T a, Dual b) { return {a + b.value, b.slope}; }
-    friend DML_INLINE Dual operator-(Dual a, T b) { return {a.value - b, a.slope}; }
-    friend DML_INLINE Dual operator-(T a, Dual b) { return {a - b.value, -b.slope}; }
-    friend DML_INLINE Dual operator*(Dual a, T b) { return {a.value * b, a.slope * b}; }
-    friend DML_INLINE Dual operator*(T a, Dual b) { return {a * b.value, a * b.slope}; }
-    friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.slope / b}; }
+    // With a constant, whose derivative of 0 a compiler must not leave out by itself: 0 * inf is not 0.
+    friend DML_INLINE Dual operator+(Dual a, T b) { return {a.value + b, a.derivative}; }
+    friend DML_INLINE Dual operator+(T a, Dual b) { return {a + b.value, b.derivative}; }
+    friend DML_INLINE Dual operator-(Dual a, T b) { return {a.value - b, a.derivative}; }
+    friend DML_INLINE Dual operator-(T a, Dual b) { return {a - b.value, -b.derivative}; }
+    friend DML_INLINE Dual operator*(Dual a, T b) { return {a.value * b, a.derivative * b}; }
+    friend DML_INLINE Dual operator*(T a, Dual b) { return {a * b.value, a * b.derivative}; }
+    friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.derivative / b}; }
 
     friend DML_INLINE bool operator<(Dual a, Dual b) { return a.value < b.value; }
     friend DML_INLINE bool operator>(Dual a, Dual b) { return a.value > b.value; }
@@ -55,12 +59,12 @@ template <typename S>
 using Plain = typename PlainOf<S>::Type;
 
 template <typename T>
-DML_INLINE T slope_of(T) {
+DML_INLINE T derivative_of(T) {
     return T(0);
 }
 template <typename T>
-DML_INLINE T slope_of(Dual<T> x) {
-    return x.slope;
+DML_INLINE T derivative_of(Dual<T> x) {
+    return x.derivative;
 }
 
 // x, which the gradient takes for a constant.
@@ -73,14 +77,14 @@ DML_INLINE T constant(Dual<T> x) {
     return x.value;
 }
 
-// x, of whose slope the gradient sees this share: 1, or 0 as constant(x).
+// x, of whose derivative the gradient sees this share: 1, or 0 as constant(x).
 template <typename T>
-DML_INLINE T with_share_of_slope(T x, T) {
+DML_INLINE T with_share_of_derivative(T x, T) {
     return x;
 }
 template <typename T>
-DML_INLINE Dual<T> with_share_of_slope(Dual<T> x, T share) {
-    return {x.value, share * x.slope};
+DML_INLINE Dual<T> with_share_of_derivative(Dual<T> x, T share) {
+    return {x.value, share * x.derivative};
 }
 
 // Whether x is the value of a log-sum-exp over no pair.
@@ -93,43 +97,43 @@ DML_INLINE bool is_empty(S x) {
 
 template <typename T>
 DML_INLINE Dual<T> rounded_product(Dual<T> a, Dual<T> b) {
-    return {rounded_product(a.value, b.value), a.slope * b.value + a.value * b.slope};
+    return {rounded_product(a.value, b.value), a.derivative * b.value + a.value * b.derivative};
 }
 template <typename T>
 DML_INLINE Dual<T> rounded_product(T a, Dual<T> b) {
-    return {rounded_product(a, b.value), a * b.slope};
+    return {rounded_product(a, b.value), a * b.derivative};
 }
 template <typename T>
 DML_INLINE Dual<T> rounded_product(Dual<T> a, T b) {
-    return {rounded_product(a.value, b), a.slope * b};
+    return {rounded_product(a.value, b), a.derivative * b};
 }
 
 template <typename T>
 DML_INLINE Dual<T> exp_fast(Dual<T> x) {
     const T e = exp_fast(x.value);
-    return {e, e * x.slope};
+    return {e, e * x.derivative};
 }
 
 template <typename T>
 DML_INLINE Dual<T> relu(Dual<T> x) {
-    return {relu(x.value), x.value > T(0) ? x.slope : T(0)};
+    return {relu(x.value), x.value > T(0) ? x.derivative : T(0)};
 }
 
 template <typename T>
 DML_INLINE Dual<T> sigmoid(Dual<T> x) {
     const T y = sigmoid(x.value);
-    return {y, y * (T(1) - y) * x.slope};
+    return {y, y * (T(1) - y) * x.derivative};
 }
 
 template <typename T>
 DML_INLINE Dual<T> softplus(Dual<T> x) {
-    return {softplus(x.value), sigmoid(x.value) * x.slope};
+    return {softplus(x.value), sigmoid(x.value) * x.derivative};
 }
 
 template <typename T>
 DML_INLINE Dual<T> root(Dual<T> x) {
     const T y = root(x.value);
-    return {y, x.value > T(0) ? x.slope / (T(2) * y) : T(0)};
+    return {y, x.value > T(0) ? x.derivative / (T(2) * y) : T(0)};
 }
 
 }  // namespace dml

@@ -1,16 +1,18 @@
-// What a law is: a loss as a function of the similarities of one row's kept pairs. The structs beside this
-// file each state one; nothing else in csrc knows a formula.
+// What a formula is: a loss as a function of the similarities of one row's kept pairs. The structs beside
+// this file each state one; nothing else in csrc knows a formula.
 //
-// A row gathers its negatives in one fold and its positives in another (folds.h). For each pair the law gives
+// A row gathers its negatives in one fold and its positives in another (folds.h). For each pair the formula
+// gives
 //
 //   neg_term(s)   what joins the fold: a logit of a log-sum-exp, a summand of a sum
-//   pos_term(s)   likewise for positives; where the law declares kContext pos_term(s, ctx), with the value of
+//   pos_term(s)   likewise for positives; where the formula declares kContext pos_term(s, ctx), with the
+//   value of
 //                 the row's negative fold as ctx
 //
 // and, from both folds, row() gives the loss. Each is a template over the kind of number, T or Dual<T>
-// (dual.h), and slopes.h makes the derivatives of it, as the *gradient* sees them: what a formula wraps in
-// constant(..) is held constant. No loop, no tile, no tensor. kParams names the parameters, in the order in
-// which the constructor finds them.
+// (dual.h), and derivatives.h makes the derivatives of it, as the *gradient* sees them: what a formula wraps
+// in constant(..) is held constant. No loop, no tile, no tensor. kParams names the parameters, in the order
+// in which the constructor finds them.
 //
 // Among the pairs of one kind a logit must be largest at their least or their greatest similarity (the CUDA
 // kernels look there for the largest).
@@ -50,13 +52,13 @@ struct RowLoss {
         : part{first, second}, unit{first_units, second_units} {}
 };
 
-// What most laws are; a law overrides what it is not.
-struct LawDefaults {
+// What most formulas are; a formula overrides what it is not.
+struct FormulaDefaults {
     static constexpr Fold kNeg = Fold::kLogSumExp, kPos = Fold::kLogSumExp;
     static constexpr bool kPlusOne = false;   // log-sum-exps are log(1 + sum)
     static constexpr bool kContext = false;   // terms of positives see the value of the negatives' fold
     static constexpr bool kPosInNeg = false;  // kept positives join the negatives' fold too, by neg_term
-    static constexpr bool kHinge = false;     // where a summand is 0 its slope is 0 too
+    static constexpr bool kHinge = false;     // where a summand is 0 its derivative is 0 too
     static constexpr bool kNeedsPos = false;  // a row without positives has no loss
     static constexpr bool kNeedsNeg = false;  // a row without negatives has no loss
     static constexpr Unit kUnit = Unit::kRow;

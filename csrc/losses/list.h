@@ -1,15 +1,15 @@
-// The list of laws. From it come the names that ops take, the number of their parameters, the tables of
+// The list of formulas. From it come the names that ops take, the number of their parameters, the tables of
 // CPU kernels, the switch of the CUDA kernels, and what Python and the emulator know. To add a loss, write
-// its struct in laws/ and add one line here. Where a law is compiled on demand (dml_cuda.load_law) the list
-// is that law alone.
+// its struct in losses/ and add one line here. Where a formula is compiled on demand (dml_cuda.load_formula)
+// the list is that formula alone.
 #pragma once
 
 #include <string_view>
 
 #include "losses/derivatives.h"
 
-#if defined(DML_OWN_LAW)
-#include <own_law.h>  // written by dml_cuda.load_law: the law, and DML_LAWS
+#if defined(DML_CUSTOM_FORMULA)
+#include <custom_formula.h>  // written by dml_cuda.load_formula: the formula, and DML_FORMULAS
 #else
 
 #include "losses/binomial_deviance.h"
@@ -22,8 +22,8 @@
 #include "losses/proxy_anchor.h"
 #include "losses/sup_con.h"
 
-//  X(name of the law in ops, its struct)
-#define DML_LAWS(X)                        \
+//  X(name of the formula in ops, its struct)
+#define DML_FORMULAS(X)                    \
     X(multi_similarity, MultiSimilarity)   \
     X(circle, Circle)                      \
     X(contrastive, Contrastive)            \
@@ -38,42 +38,42 @@
 
 namespace dml {
 
-enum class LawId : int {
+enum class FormulaId : int {
 #define DML_ID(name, Struct) name,
-    DML_LAWS(DML_ID)
+    DML_FORMULAS(DML_ID)
 #undef DML_ID
 };
 
-// A law as a value, so that a generic lambda can be handed one.
-template <template <typename> class Law>
-struct LawTag {
+// A formula as a value, so that a generic lambda can be handed one.
+template <template <typename> class Formula>
+struct FormulaTag {
     template <typename T>
-    using Of = WithSlopes<T, Law<T>>;
+    using Of = WithDerivatives<T, Formula<T>>;
 };
 
-// visit(LawTag<..>) of the law: one branch, uniform where the law is the same for all.
+// visit(FormulaTag<..>) of the formula: one branch, uniform where the formula is the same for all.
 DML_CALLS_EITHER
 template <typename Visit>
-DML_INLINE auto with_law(LawId law, const Visit& visit) {
-    switch (law) {
+DML_INLINE auto with_formula(FormulaId formula, const Visit& visit) {
+    switch (formula) {
 #define DML_CASE(name, Struct) \
-    case LawId::name:          \
-        return visit(LawTag<Struct>{});
-        DML_LAWS(DML_CASE)
+    case FormulaId::name:      \
+        return visit(FormulaTag<Struct>{});
+        DML_FORMULAS(DML_CASE)
 #undef DML_CASE
     }
     __builtin_unreachable();  // ids come from the list
 }
 
-struct LawInfo {
+struct FormulaInfo {
     std::string_view name;
-    LawId id;
+    FormulaId id;
     int params;
 };
 
-inline constexpr LawInfo kLaws[] = {
-#define DML_INFO(name, Struct) {#name, LawId::name, count_names(Struct<float>::kParams)},
-    DML_LAWS(DML_INFO)
+inline constexpr FormulaInfo kFormulas[] = {
+#define DML_INFO(name, Struct) {#name, FormulaId::name, count_names(Struct<float>::kParams)},
+    DML_FORMULAS(DML_INFO)
 #undef DML_INFO
 };
 

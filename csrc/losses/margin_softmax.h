@@ -11,7 +11,7 @@ namespace dml {
 // CosFace (Wang et al., CVPR 2018) the margin, ArcFace (Deng et al., CVPR 2019) the angle. The parameters are
 // cos(angle) and sin(angle), with the angle in [0, pi].
 template <typename T>
-struct MarginSoftmax : LawDefaults {
+struct MarginSoftmax : FormulaDefaults {
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;  // a row of no class, or of the only one, has 0
     static constexpr const char* kParams = "scale, margin, cosine, sine";
 
@@ -28,7 +28,7 @@ struct MarginSoftmax : LawDefaults {
     DML_INLINE S neg_term(S s) const {
         return rounded_product(scale, s);
     }
-    // At theta = 0 the slope is infinite, but what it is multiplied with, the part of the class's weight
+    // At theta = 0 the derivative is infinite, but what it is multiplied with, the part of the class's weight
     // across the row, is 0: there it counts as 0, as that of root does.
     template <typename S>
     DML_INLINE S pos_term(S s) const {

@@ -6,7 +6,7 @@ namespace dml {
 
 // Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, equation 15.
 template <typename T>
-struct MultiSimilarity : LawDefaults {
+struct MultiSimilarity : FormulaDefaults {
     static constexpr bool kPlusOne = true;  // the 1 in log(1 + sum)
     static constexpr const char* kParams = "alpha, beta, base";
 

@@ -10,7 +10,7 @@ namespace dml {
 // for each positive pair -log(exp(s_p / t) / (exp(s_p / t) + sum_N exp(s_n / t))) = softplus(lse_neg - s_p /
 // t).
 template <typename T>
-struct NTXent : LawDefaults {
+struct NTXent : FormulaDefaults {
     static constexpr Fold kPos = Fold::kSum;
     static constexpr bool kContext = true;
     static constexpr bool kNeedsPos = true;

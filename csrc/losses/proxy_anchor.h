@@ -8,7 +8,7 @@ namespace dml {
 // of the classes, the columns the embeddings: log(1 + sum_P exp(-alpha (s - margin))), averaged over the
 // proxies that have positives, plus log(1 + sum_N exp(alpha (s + margin))), averaged over all.
 template <typename T>
-struct ProxyAnchor : LawDefaults {
+struct ProxyAnchor : FormulaDefaults {
     static constexpr int kParts = 2;
     static constexpr const char* kParams = "margin, alpha";
 

@@ -7,7 +7,7 @@ namespace dml {
 // Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2: the mean over a row's positives
 // of log(sum over all its pairs of exp(s / t)) - s_p / t. Rows without positives have no loss.
 template <typename T>
-struct SupCon : LawDefaults {
+struct SupCon : FormulaDefaults {
     static constexpr Fold kPos = Fold::kSum;
     static constexpr bool kPosInNeg = true;
     static constexpr bool kNeedsPos = true;

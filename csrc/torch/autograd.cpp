@@ -77,8 +77,8 @@ BackwardResult pair_loss_backward(const Call& call, const Backward& backward) {
 // A node as those of torch's own functions, without the maps and lists that torch::autograd::Function keeps.
 struct PairLossNode final : torch::autograd::Node {
     // `saved`, the op's second result, is no output of the node, as it has no gradient.
-    SavedVariable embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, saved;
-    std::string law, similarity, reduction;
+    SavedVariable embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, saved;
+    std::string formula, similarity, reduction;
     std::vector<double> params;
     bool divide = true;
 
@@ -89,10 +89,10 @@ struct PairLossNode final : torch::autograd::Node {
         labels = SavedVariable(call.labels, false);
         ref_emb = SavedVariable(call.ref_emb, false);
         ref_labels = SavedVariable(call.ref_labels, false);
-        self_ref = SavedVariable(call.self_ref, false);
-        ref_count = SavedVariable(call.ref_count, false);
+        self_index = SavedVariable(call.self_index, false);
+        num_valid_refs = SavedVariable(call.num_valid_refs, false);
         saved = SavedVariable(bytes, false);
-        law = call.law;
+        formula = call.formula;
         similarity = call.similarity;
         reduction = call.reduction;
         params = call.params.vec();
@@ -109,8 +109,8 @@ struct PairLossNode final : torch::autograd::Node {
         };
         const Tensor x = embeddings.unpack(), y = labels.unpack(), bytes = saved.unpack();
         const OptionalTensor refs = optional(ref_emb), of_refs = optional(ref_labels),
-                             self = optional(self_ref), count = optional(ref_count);
-        const Call call = {x,          y,         refs, of_refs, self, count, law, params, std::nullopt,
+                             self = optional(self_index), count = optional(num_valid_refs);
+        const Call call = {x,          y,         refs, of_refs, self, count, formula, params, std::nullopt,
                            similarity, reduction, true, divide,  true};
         const bool need_emb = task_should_compute_output(0), need_ref = task_should_compute_output(1);
         const auto [grad_emb, grad_ref] = pair_loss_backward(call, {grads[0], bytes, need_emb, need_ref});
@@ -121,7 +121,8 @@ struct PairLossNode final : torch::autograd::Node {
 
     void release_variables() override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (SavedVariable* x : {&embeddings, &labels, &ref_emb, &ref_labels, &self_ref, &ref_count, &saved})
+        for (SavedVariable* x :
+             {&embeddings, &labels, &ref_emb, &ref_labels, &self_index, &num_valid_refs, &saved})
             x->reset_data();
     }
 };

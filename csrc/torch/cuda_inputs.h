@@ -35,28 +35,30 @@ inline Tensor with_dense_rows(const Tensor& x) {
     return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
-// The engine of a problem's law; of one that was loaded, the only one that its engine knows.
-inline const EntryPoints* engine_of(Problem& p, std::string_view law) {
-    const LoadedLaw* own = loaded_law(p.law);
+// The engine of a problem's formula; of one that was loaded, the only one that its engine knows.
+inline const EntryPoints* engine_of(Problem& p, std::string_view formula) {
+    const CustomFormula* own = custom_formula(p.formula);
     if (!own) return &kEntryPoints;
-    TORCH_CHECK(own->cuda, "law: ", law, " was loaded without CUDA kernels");
-    p.law = {};
+    TORCH_CHECK(own->cuda, "formula: ", formula, " was loaded without CUDA kernels");
+    p.formula = {};
     return own->cuda;
 }
 
 // The task, and the tensors that its pointers lead to.
 struct Inputs {
     Tensor points, labels;
-    OptionalTensor ref_points, ref_labels, self_ref, ref_count;
+    OptionalTensor ref_points, ref_labels, self_index, num_valid_refs;
     Task task;
     const EntryPoints* engine;
     at::TensorOptions accumulate;  // the type of losses and statistics
 
     explicit Inputs(const Call& c)
-        : points(with_dense_rows(c.embeddings)), labels(c.labels.contiguous()), ref_count(c.ref_count) {
+        : points(with_dense_rows(c.embeddings)),
+          labels(c.labels.contiguous()),
+          num_valid_refs(c.num_valid_refs) {
         task.problem = describe(c);
         Problem& p = task.problem;
-        engine = engine_of(p, c.law);
+        engine = engine_of(p, c.formula);
         p.queries = view(points, labels);
         p.refs = p.queries;
         if (c.ref_emb) {
@@ -64,9 +66,9 @@ struct Inputs {
             ref_labels = c.ref_labels->contiguous();
             p.refs = view(*ref_points, *ref_labels);
         }
-        if (c.self_ref) self_ref = c.self_ref->contiguous();
-        p.self_ref = self_ref ? self_ref->const_data_ptr<int64_t>() : nullptr;
-        p.ref_count = ref_count ? ref_count->const_data_ptr<int64_t>() : nullptr;
+        if (c.self_index) self_index = c.self_index->contiguous();
+        p.self_index = self_index ? self_index->const_data_ptr<int64_t>() : nullptr;
+        p.num_valid_refs = num_valid_refs ? num_valid_refs->const_data_ptr<int64_t>() : nullptr;
         accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
     }
     static Points view(const Tensor& x, const Tensor& labels) {

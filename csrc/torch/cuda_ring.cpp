@@ -12,9 +12,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "torch/ring_ops.h"
 #include "cuda/ring/ring.h"
 #include "torch/cuda_inputs.h"
+#include "torch/ring_ops.h"
 
 namespace dml::cuda {
 namespace {
@@ -46,11 +46,11 @@ struct RowTask {
     Task task;
     const BlockEntryPoints* engine;
 
-    RowTask(c10::string_view law, at::ArrayRef<double> params, bool mining, double epsilon, bool wide,
+    RowTask(c10::string_view formula, at::ArrayRef<double> params, bool mining, double epsilon, bool wide,
             int64_t rows) {
         Problem& p = task.problem;
-        p.law = find_law(law, params).id;
-        engine = engine_of(p, law)->blocks;
+        p.formula = find_formula(formula, params).id;
+        engine = engine_of(p, formula)->blocks;
         std::copy(params.begin(), params.end(), p.params);
         p.mining = {mining, epsilon};
         p.scalar = wide ? Scalar::kFloat64 : Scalar::kFloat32;
@@ -58,14 +58,14 @@ struct RowTask {
     }
 };
 
-Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view law,
+Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view formula,
             at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage_name,
             bool wide) {
     check_pair_counts(pairs);
     const c10::cuda::CUDAGuard guard(pairs.device());
     const int64_t rows = pairs.size(1);
     const at::ScalarType type = wide ? at::kDouble : at::kFloat;
-    const RowTask of(law, params, epsilon.has_value(), epsilon.value_or(0.0), wide, rows);
+    const RowTask of(formula, params, epsilon.has_value(), epsilon.value_or(0.0), wide, rows);
     const auto stream = c10::cuda::getCurrentCUDAStream();
     if (stage_name == "start") {
         const int64_t mark = wide ? 0 : static_cast<int64_t>(precision_in_use());
@@ -107,13 +107,13 @@ struct BlockInputs : BlockCall {
 // tiles' extremes, the others their kept flags, "negatives" behind the extremes that it was given.
 std::tuple<Tensor, Tensor> add(const Tensor& before, const Tensor& embeddings, const Tensor& labels,
                                const Tensor& block, const Tensor& block_labels,
-                               const OptionalTensor& self_ref, c10::string_view law,
+                               const OptionalTensor& self_index, c10::string_view formula,
                                at::ArrayRef<double> params, std::optional<double> epsilon,
                                c10::string_view similarity, c10::string_view reduction,
                                c10::string_view stage_name, const OptionalTensor& found) {
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const BlockInputs of(embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity,
-                         reduction);
+    const BlockInputs of(embeddings, labels, block, block_labels, self_index, formula, params, epsilon,
+                         similarity, reduction);
     const BlockStage stage = parse_stage(stage_name, epsilon);
     const Precision precision =
         check_state(before, embeddings.size(0), of.type, embeddings.device(), "state");
@@ -155,14 +155,14 @@ std::tuple<Tensor, Tensor> add(const Tensor& before, const Tensor& embeddings, c
 }
 
 // [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows.
-std::tuple<Tensor, Tensor> finish(const Tensor& state, const Tensor& pairs, c10::string_view law,
+std::tuple<Tensor, Tensor> finish(const Tensor& state, const Tensor& pairs, c10::string_view formula,
                                   at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
     check_pair_counts(pairs);
     const c10::cuda::CUDAGuard guard(pairs.device());
     const int64_t rows = pairs.size(1);
     const bool wide = state.scalar_type() == at::kDouble;
     check_state(state, rows, wide ? at::kDouble : at::kFloat, pairs.device(), "state");
-    RowTask of(law, params, mining, 0.0, wide, rows);
+    RowTask of(formula, params, mining, 0.0, wide, rows);
     of.task.problem.reduction = parse_reduction(reduction);
     const Tensor counts = pairs.contiguous();
     Tensor losses = at::empty({4, rows}, state.options());
@@ -177,11 +177,11 @@ std::tuple<Tensor, Tensor> finish(const Tensor& state, const Tensor& pairs, c10:
 std::tuple<Tensor, Tensor> block_backward_op(const Tensor& grad_parts, const Tensor& weights,
                                              const Tensor& kept, const Tensor& embeddings,
                                              const Tensor& labels, const Tensor& block,
-                                             const Tensor& block_labels, const OptionalTensor& self_ref,
-                                             c10::string_view law, at::ArrayRef<double> params,
+                                             const Tensor& block_labels, const OptionalTensor& self_index,
+                                             c10::string_view formula, at::ArrayRef<double> params,
                                              c10::string_view similarity, bool need_emb, bool need_block) {
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const BlockInputs of(embeddings, labels, block, block_labels, self_ref, law, params, std::nullopt,
+    const BlockInputs of(embeddings, labels, block, block_labels, self_index, formula, params, std::nullopt,
                          similarity, "sum");
     const int64_t rows = embeddings.size(0);
     TORCH_CHECK_VALUE(grad_parts.dim() == 2 && grad_parts.size(0) == 2 && grad_parts.size(1) == rows &&

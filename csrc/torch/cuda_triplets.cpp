@@ -64,7 +64,7 @@ class Similarities {
         : how(parse_similarity(of.similarity)),
           square(!of.ref_emb),
           rows(of.embeddings, std::nullopt, how, type),
-          other(square ? std::nullopt : std::optional<Side>(Side(*of.ref_emb, of.ref_count, how, type))),
+          other(square ? std::nullopt : std::optional<Side>(Side(*of.ref_emb, of.num_valid_refs, how, type))),
           cols(square ? rows : *other),
           n(rows.rows.size(0)),
           m(cols.rows.size(0)) {
@@ -74,8 +74,8 @@ class Similarities {
         members_ = order;
         begin_ = at::searchsorted(sorted, labels);
         end_ = at::searchsorted(sorted, labels, /*out_int32=*/false, /*right=*/true);
-        if (of.self_ref) own_ = of.self_ref->contiguous();
-        if (of.ref_count) ref_count_ = of.ref_count->contiguous();
+        if (of.self_index) own_ = of.self_index->contiguous();
+        if (of.num_valid_refs) num_valid_refs_ = of.num_valid_refs->contiguous();
     }
 
     const Similarity how;
@@ -113,7 +113,7 @@ class Similarities {
                                            pointer(end_),
                                            pointer(own_),
                                            square,
-                                           pointer(ref_count_)};
+                                           pointer(num_valid_refs_)};
             if (how.euclidean) {
                 make_distances(strip, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
                                cols.rows.const_data_ptr<T>(), cols.squares.const_data_ptr<T>(),
@@ -124,7 +124,7 @@ class Similarities {
     }
 
    private:
-    Tensor members_, begin_, end_, own_, ref_count_;
+    Tensor members_, begin_, end_, own_, num_valid_refs_;
 };
 
 TripletRules rules_of(TripletTerm term, TripletChoice choice, at::ArrayRef<double> params, Similarity how,
@@ -183,12 +183,13 @@ at::ScalarType type_of(const Tensor& embeddings) {
 }
 
 LossResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                        const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                        const OptionalTensor& ref_count, const OptionalTensor& beta,
+                        const OptionalTensor& ref_labels, const OptionalTensor& self_index,
+                        const OptionalTensor& num_valid_refs, const OptionalTensor& beta,
                         const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
                         c10::string_view negatives, at::ArrayRef<double> params, c10::string_view similarity,
                         bool save, bool save_ref) {
-    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity};
+    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
+                               self_index, num_valid_refs, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
@@ -213,11 +214,12 @@ void select_of(const Similarities& of, const TripletRules& rules, const Selected
 // Anchors that do not ascend, or lie outside, find nothing: looking would wait for the device.
 std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
                                   const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                  const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+                                  const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
                                   const OptionalTensor& seed, c10::string_view rule_name,
                                   at::ArrayRef<double> params, const OptionalTensor& anchors,
                                   const OptionalTensor& positives, c10::string_view similarity_name) {
-    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity_name};
+    const TripletPoints points{embeddings, labels,         ref_emb,        ref_labels,
+                               self_index, num_valid_refs, similarity_name};
     check_triplet_points(points);
     const SelectRule rule = parse_rule(rule_name);
     check_pairs(anchors, positives, rule, embeddings);

@@ -44,14 +44,14 @@ bool is_watched() {
 }
 
 // The loss in the dtype that the embeddings ask for, or None.
-py::object plain_pair_loss(py::handle embeddings, py::handle labels, py::handle ref_emb,
-                           py::handle ref_labels, py::handle self_ref, py::handle ref_count,
-                           std::string_view law, const std::vector<double>& params,
-                           std::optional<double> epsilon, std::string_view similarity,
-                           std::string_view reduction, bool mine_self, bool divide, bool on_cuda) {
+py::object fast_pair_loss(py::handle embeddings, py::handle labels, py::handle ref_emb, py::handle ref_labels,
+                          py::handle self_index, py::handle num_valid_refs, std::string_view formula,
+                          const std::vector<double>& params, std::optional<double> epsilon,
+                          std::string_view similarity, std::string_view reduction, bool mine_self_pair,
+                          bool divide, bool on_cuda) {
     OptionalTensor x, y, r, ry, self, count;
     if (is_watched() || !take(embeddings, x) || !take(labels, y) || !take(ref_emb, r) ||
-        !take(ref_labels, ry) || !take(self_ref, self) || !take(ref_count, count)) {
+        !take(ref_labels, ry) || !take(self_index, self) || !take(num_valid_refs, count)) {
         return py::none();
     }
     if (!x || !y || !are_points(*x) || !are_labels(*y, *x)) return py::none();
@@ -65,8 +65,8 @@ py::object plain_pair_loss(py::handle embeddings, py::handle labels, py::handle 
     {
         const py::gil_scoped_release others_may_run;
         const bool save = needs_gradient(*x, r);
-        loss = std::get<0>(dispatch_pair_loss({*x, *y, r, ry, self, count, law, params, epsilon, similarity,
-                                               reduction, mine_self, divide, save}));
+        loss = std::get<0>(dispatch_pair_loss({*x, *y, r, ry, self, count, formula, params, epsilon,
+                                               similarity, reduction, mine_self_pair, divide, save}));
         const auto wanted =
             at::autocast::is_autocast_enabled(x->device().type()) ? at::kFloat : x->scalar_type();
         if (loss.scalar_type() != wanted) loss = loss.to(wanted);
@@ -76,8 +76,8 @@ py::object plain_pair_loss(py::handle embeddings, py::handle labels, py::handle 
 
 }  // namespace
 
-void def_plain_batch(py::module_& m) {
-    m.def("plain_pair_loss", &plain_pair_loss,
+void def_fast_path(py::module_& m) {
+    m.def("fast_pair_loss", &fast_pair_loss,
           "pair_loss of a batch that needs no care, in the dtype that the embeddings ask for, or None.");
 }
 

@@ -5,6 +5,6 @@
 
 namespace dml {
 
-void def_plain_batch(pybind11::module_& m);
+void def_fast_path(pybind11::module_& m);
 
 }  // namespace dml

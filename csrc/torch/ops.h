@@ -12,8 +12,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "custom/registry.h"
 #include "core/problem.h"
+#include "custom/registry.h"
 
 namespace dml {
 
@@ -21,17 +21,17 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // The arguments of pair_loss and, as far as it has them, of pair_loss_backward.
 struct Call {
-    const at::Tensor& embeddings;      // [N, D]
-    const at::Tensor& labels;          // [N]
-    const OptionalTensor& ref_emb;     // [M, D]
-    const OptionalTensor& ref_labels;  // [M]
-    const OptionalTensor& self_ref;    // [N]
-    const OptionalTensor& ref_count;   // one number
-    std::string_view law;
+    const at::Tensor& embeddings;          // [N, D]
+    const at::Tensor& labels;              // [N]
+    const OptionalTensor& ref_emb;         // [M, D]
+    const OptionalTensor& ref_labels;      // [M]
+    const OptionalTensor& self_index;      // [N]
+    const OptionalTensor& num_valid_refs;  // one number
+    std::string_view formula;
     at::ArrayRef<double> params;
     std::optional<double> epsilon;
     std::string_view similarity, reduction;
-    bool mine_self, divide, save_for_backward;
+    bool mine_self_pair, divide, save_for_backward;
 };
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;   // loss, saved
@@ -42,18 +42,20 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor>;  // grad_emb, grad_re
 template <ForwardResult (*forward)(const Call&)>
 ForwardResult pair_loss_op(const at::Tensor& embeddings, const at::Tensor& labels,
                            const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                           const OptionalTensor& self_ref, const OptionalTensor& ref_count,
-                           c10::string_view law, at::ArrayRef<double> params, std::optional<double> epsilon,
-                           c10::string_view similarity, c10::string_view reduction, bool mine_self,
-                           bool divide, bool save_for_backward) {
-    return forward({embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, law, params, epsilon,
-                    similarity, reduction, mine_self, divide, save_for_backward});
+                           const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
+                           c10::string_view formula, at::ArrayRef<double> params,
+                           std::optional<double> epsilon, c10::string_view similarity,
+                           c10::string_view reduction, bool mine_self_pair, bool divide,
+                           bool save_for_backward) {
+    return forward({embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, formula, params,
+                    epsilon, similarity, reduction, mine_self_pair, divide, save_for_backward});
 }
 
 template <typename Op>
 ForwardResult call_op(const Op& op, const Call& c) {
-    return op.call(c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_ref, c.ref_count, c.law, c.params,
-                   c.epsilon, c.similarity, c.reduction, c.mine_self, c.divide, c.save_for_backward);
+    return op.call(c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_index, c.num_valid_refs, c.formula,
+                   c.params, c.epsilon, c.similarity, c.reduction, c.mine_self_pair, c.divide,
+                   c.save_for_backward);
 }
 
 // What backward has beyond the call.
@@ -66,33 +68,35 @@ struct Backward {
 template <BackwardResult (*backward)(const Call&, const Backward&)>
 BackwardResult pair_loss_backward_op(const at::Tensor& grad_loss, const at::Tensor& embeddings,
                                      const at::Tensor& labels, const OptionalTensor& ref_emb,
-                                     const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                                     const OptionalTensor& ref_count, const at::Tensor& saved,
-                                     c10::string_view law, at::ArrayRef<double> params,
+                                     const OptionalTensor& ref_labels, const OptionalTensor& self_index,
+                                     const OptionalTensor& num_valid_refs, const at::Tensor& saved,
+                                     c10::string_view formula, at::ArrayRef<double> params,
                                      c10::string_view similarity, c10::string_view reduction, bool divide,
                                      bool need_emb, bool need_ref) {
-    return backward({embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, law, params, std::nullopt,
-                     similarity, reduction, true, divide, true},
+    return backward({embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, formula, params,
+                     std::nullopt, similarity, reduction, true, divide, true},
                     {grad_loss, saved, need_emb, need_ref});
 }
 
 template <typename Op>
 BackwardResult call_op(const Op& op, const Call& c, const Backward& b) {
-    return op.call(b.grad_loss, c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_ref, c.ref_count,
-                   b.saved, c.law, c.params, c.similarity, c.reduction, c.divide, b.need_emb, b.need_ref);
+    return op.call(b.grad_loss, c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_index,
+                   c.num_valid_refs, b.saved, c.formula, c.params, c.similarity, c.reduction, c.divide,
+                   b.need_emb, b.need_ref);
 }
 
 // ---- names ------------------------------------------------------------------------------------------------
 
-inline const LawInfo& find_law(std::string_view name, at::ArrayRef<double> params) {
-    if (const LawInfo* law = law_named(name)) {
-        TORCH_CHECK_VALUE(static_cast<int>(params.size()) == law->params, "params: expected ", law->params,
-                          " numbers for ", law->name, ", got ", params.size());
-        return *law;
+inline const FormulaInfo& find_formula(std::string_view name, at::ArrayRef<double> params) {
+    if (const FormulaInfo* formula = formula_named(name)) {
+        TORCH_CHECK_VALUE(static_cast<int>(params.size()) == formula->params, "params: expected ",
+                          formula->params, " numbers for ", formula->name, ", got ", params.size());
+        return *formula;
     }
     std::string known;
-    for (const LawInfo& law : kLaws) known += (known.empty() ? "" : ", ") + std::string(law.name);
-    TORCH_CHECK_VALUE(false, "law: expected one of ", known, "; got \"", name, "\"");
+    for (const FormulaInfo& formula : kFormulas)
+        known += (known.empty() ? "" : ", ") + std::string(formula.name);
+    TORCH_CHECK_VALUE(false, "formula: expected one of ", known, "; got \"", name, "\"");
 }
 
 inline Reduction parse_reduction(std::string_view name) {
@@ -143,8 +147,8 @@ inline void check_inputs(const Call& c) {
     check_points(c.embeddings, c.labels, "embeddings");
     TORCH_CHECK_VALUE(c.ref_emb.has_value() == c.ref_labels.has_value(),
                       "ref_emb and ref_labels go together");
-    TORCH_CHECK_VALUE(c.ref_emb || !c.self_ref, "self_ref: expected ref_emb with it");
-    TORCH_CHECK_VALUE(c.ref_emb || !c.ref_count, "ref_count: expected ref_emb with it");
+    TORCH_CHECK_VALUE(c.ref_emb || !c.self_index, "self_index: expected ref_emb with it");
+    TORCH_CHECK_VALUE(c.ref_emb || !c.num_valid_refs, "num_valid_refs: expected ref_emb with it");
     TORCH_CHECK_VALUE(c.divide || c.reduction != "none", "divide: expected a reduction to leave undivided");
     if (!c.ref_emb) return;
     const at::Tensor& refs = *c.ref_emb;
@@ -164,8 +168,8 @@ inline void check_inputs(const Call& c) {
         TORCH_CHECK_VALUE(index->device() == c.embeddings.device(), name, ": on ", index->device(),
                           ", but embeddings on ", c.embeddings.device());
     };
-    check_index(c.self_ref, c.embeddings.size(0), "self_ref");
-    check_index(c.ref_count, 1, "ref_count");
+    check_index(c.self_index, c.embeddings.size(0), "self_index");
+    check_index(c.num_valid_refs, 1, "num_valid_refs");
 }
 
 // What backward gets from forward and from above it: `saved` must have the bytes that forward made.
@@ -189,10 +193,10 @@ inline Problem describe(const Call& c) {
     p.square = !c.ref_emb;
     p.queries.count = c.embeddings.size(0);
     p.refs.count = p.square ? p.queries.count : c.ref_emb->size(0);
-    p.mine_self = c.mine_self;
+    p.mine_self_pair = c.mine_self_pair;
     p.dim = c.embeddings.size(1);
     p.scalar = parse_scalar(c.embeddings.scalar_type());
-    p.law = find_law(c.law, c.params).id;
+    p.formula = find_formula(c.formula, c.params).id;
     std::copy(c.params.begin(), c.params.end(), p.params);
     p.similarity = parse_similarity(c.similarity);
     p.mining = {c.epsilon.has_value(), c.epsilon.value_or(0.0)};

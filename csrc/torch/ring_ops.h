@@ -7,18 +7,18 @@ namespace dml {
 
 // The arguments that all of these ops have of a Call.
 struct BlockCall {
-    OptionalTensor block, block_labels, self_ref, none;
+    OptionalTensor block, block_labels, self_index, none;
     Call call;
 
     BlockCall(const at::Tensor& embeddings, const at::Tensor& labels, const at::Tensor& block_,
-              const at::Tensor& block_labels_, const OptionalTensor& self_ref_, std::string_view law,
+              const at::Tensor& block_labels_, const OptionalTensor& self_index_, std::string_view formula,
               at::ArrayRef<double> params, std::optional<double> epsilon, std::string_view similarity,
               std::string_view reduction)
         : block(block_),
           block_labels(block_labels_),
-          self_ref(self_ref_),
-          call{embeddings, labels,  block,      block_labels, self_ref, none, law,
-               params,     epsilon, similarity, reduction,    false,    true, true} {
+          self_index(self_index_),
+          call{embeddings, labels,  block,      block_labels, self_index, none, formula,
+               params,     epsilon, similarity, reduction,    false,      true, true} {
         check_inputs(call);
     }
 };

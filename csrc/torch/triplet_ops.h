@@ -5,25 +5,25 @@
 #include <array>
 #include <limits>
 
-#include "torch/ops.h"
 #include "core/triplets.h"
+#include "torch/ops.h"
 
 namespace dml {
 
 // The points of a call; the rest of the arguments is each op's own.
 struct TripletPoints {
-    const at::Tensor& embeddings;      // [N, D]
-    const at::Tensor& labels;          // [N]
-    const OptionalTensor& ref_emb;     // [M, D]
-    const OptionalTensor& ref_labels;  // [M]
-    const OptionalTensor& self_ref;    // [N]
-    const OptionalTensor& ref_count;   // one number
+    const at::Tensor& embeddings;          // [N, D]
+    const at::Tensor& labels;              // [N]
+    const OptionalTensor& ref_emb;         // [M, D]
+    const OptionalTensor& ref_labels;      // [M]
+    const OptionalTensor& self_index;      // [N]
+    const OptionalTensor& num_valid_refs;  // one number
     c10::string_view similarity;
 
     // As the pair losses have it: for their checks, and what else of theirs serves here.
     Call call() const {
-        return {embeddings, labels,       ref_emb,    ref_labels, self_ref, ref_count, "",
-                {},         std::nullopt, similarity, "none",     true,     true,      false};
+        return {embeddings, labels,       ref_emb,    ref_labels, self_index, num_valid_refs, "",
+                {},         std::nullopt, similarity, "none",     true,       true,           false};
     }
 };
 

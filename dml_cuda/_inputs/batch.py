@@ -19,10 +19,10 @@ class Batch(NamedTuple):
     labels: Tensor | None = None  # [N]
     ref_labels: Tensor | None = None  # [M]
     epsilon: float | None = None
-    self_ref: Tensor | None = None  # as reference.pair_loss has them
-    ref_count: Tensor | None = None
+    self_index: Tensor | None = None  # as reference.pair_loss has them
+    num_valid_refs: Tensor | None = None
     indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    mine_self: bool = True
+    mine_self_pair: bool = True
 
 
 def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +100,7 @@ def make_batch(
         rule = epsilon if pairs.epsilon is None else pairs.epsilon
         if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
             batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
-            return Batch(*batch, rule, to_save(pairs.self_ref), to_save(pairs.ref_count))
+            return Batch(*batch, rule, to_save(pairs.self_index), to_save(pairs.num_valid_refs))
     listed = mined is None or mined.only_lists
     look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
     checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}

@@ -20,16 +20,16 @@ def random_triplets(rows: Rows, per_anchor: int) -> Triplets:
     if m == 0:
         none = torch.zeros_like(anchors)
         return Triplets(anchors, none, none, none.bool())
-    count = torch.full((), m, device=device) if rows.ref_count is None else rows.ref_count.view(())
+    count = torch.full((), m, device=device) if rows.num_valid_refs is None else rows.num_valid_refs.view(())
     at = torch.arange(m, device=device)
     by_label, order = torch.sort(columns.long(), stable=True)
-    if rows.ref_count is not None:  # the others after all that exist
+    if rows.num_valid_refs is not None:  # the others after all that exist
         order = order[torch.sort((order >= count).long(), stable=True).indices]
         last = by_label.new_full((), torch.iinfo(torch.long).max)
         by_label = torch.where(at < count, columns.long()[order], last)
     begin, end = (torch.searchsorted(by_label, labels, right=side) for side in (False, True))
     end = torch.minimum(end, count)
-    own = at[:n] if rows.ref_emb is None else rows.self_ref
+    own = at[:n] if rows.ref_emb is None else rows.self_index
     if own is None:
         place = torch.full_like(begin, -1)
     else:  # its place among the columns in that order

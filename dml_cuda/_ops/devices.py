@@ -15,7 +15,7 @@ def has_kernel(device: torch.device) -> bool:
 def use_kernel(device: torch.device, backend: str, on_cuda: bool = True) -> bool:
     """Whether the option ``backend`` asks for them; raises RuntimeError if it insists and there is none.
 
-    ``on_cuda``: whether the CUDA kernels know the law, which one loaded without nvcc they do not.
+    ``on_cuda``: whether the CUDA kernels know the formula, which one loaded without nvcc they do not.
     """
     if backend == "reference":
         return False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
-from ..losses._formula import Law, Pairs, reduce
+from ..losses._formula import Formula, Pairs, reduce
 from ..reference.pairs import NEAR, full_precision, is_traced, negated_root, squared_distances
 from .registration import call
 
@@ -64,7 +64,8 @@ def similarities(x: Tensor, y: Tensor, pairs: SortedPairs, similarity: str) -> T
 
 
 class ListedPairs(Pairs):
-    """Pairs of one kind and their similarities ``[P]``; a repetition counts only where the law says so."""
+    """Pairs of one kind and their similarities ``[P]``; a repetition counts only where the formula says
+    so."""
 
     def __init__(self, s: Tensor, pairs: SortedPairs, repeats: bool) -> None:
         self.s, self.rows, self.offsets = s, pairs.rows, pairs.offsets
@@ -104,19 +105,19 @@ def measured_pairs(
 
 
 def reduced_loss(
-    law: type[Law],
+    formula: type[Formula],
     params: Sequence[float],
     found: tuple[Tensor, Tensor],
     pairs: tuple[SortedPairs, SortedPairs],
     reduction: str,
 ) -> Tensor:
     """The loss from what ``measured_pairs`` gives."""
-    pos, neg = (ListedPairs(s, each, law.repeats) for s, each in zip(found, pairs, strict=True))
-    return reduce(law.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction)
+    pos, neg = (ListedPairs(s, each, formula.repeats) for s, each in zip(found, pairs, strict=True))
+    return reduce(formula.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction)
 
 
 def pair_loss(
-    law: type[Law],
+    formula: type[Formula],
     params: Sequence[float],
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -127,4 +128,4 @@ def pair_loss(
     """The loss of the listed pairs, float32 or float64."""
     with _autocast.off(embeddings.device):
         found, pairs = measured_pairs(embeddings, ref_emb, indices, similarity)
-        return reduced_loss(law, params, found, pairs, reduction)
+        return reduced_loss(formula, params, found, pairs, reduction)

@@ -7,13 +7,13 @@ from torch.autograd import forward_ad
 from .. import _C  # loading it registers torch.ops.dml_cuda
 
 
-def stages(law: str, mining: bool, device: str) -> list[str]:
-    """The stages in which a law's rows meet blocks of columns, by name, on a kind of device."""
+def stages(formula: str, mining: bool, device: str) -> list[str]:
+    """The stages in which a formula's rows meet blocks of columns, by name, on a kind of device."""
     if device == "cpu":
-        return _C.stages(law, mining)
+        return _C.stages(formula, mining)
     # csrc/cuda/blocks.h: one pass finds the hardest pairs of both kinds.
-    of_law = ["negatives", "positives"] if _C.law_facts(law)[1]["context"] else ["both"]
-    return ["hardest", *of_law] if mining else of_law
+    of_formula = ["negatives", "positives"] if _C.formula_facts(formula)[1]["context"] else ["both"]
+    return ["hardest", *of_formula] if mining else of_formula
 
 
 # ---- the bytes that forward leaves for backward, as the engines lay them out; sizes may be symbolic --------
@@ -104,14 +104,14 @@ def _pair_loss_fake(
     labels,
     ref_emb,
     ref_labels,
-    self_ref,
-    ref_count,
-    law,
+    self_index,
+    num_valid_refs,
+    formula,
     params,
     epsilon,
     similarity,
     reduction,
-    mine_self,
+    mine_self_pair,
     divide,
     save_for_backward,
 ):
@@ -133,10 +133,10 @@ def _pair_loss_backward_fake(
     labels,
     ref_emb,
     ref_labels,
-    self_ref,
-    ref_count,
+    self_index,
+    num_valid_refs,
     saved,
-    law,
+    formula,
     params,
     similarity,
     reduction,
@@ -156,8 +156,8 @@ def _triplet_loss_fake(
     labels,
     ref_emb,
     ref_labels,
-    self_ref,
-    ref_count,
+    self_index,
+    num_valid_refs,
     beta,
     seed,
     term,
@@ -199,8 +199,8 @@ def _select_fake(
     labels,
     ref_emb,
     ref_labels,
-    self_ref,
-    ref_count,
+    self_index,
+    num_valid_refs,
     seed,
     rule,
     params,
@@ -214,12 +214,12 @@ def _select_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    batch, (law, params, _, similarity, reduction, _, divide, _) = inputs[:6], inputs[6:]
+    batch, (formula, params, _, similarity, reduction, _, divide, _) = inputs[:6], inputs[6:]
     saved = output[1]
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*batch, saved)
-    ctx.arguments = (law, params, similarity, reduction, divide)
+    ctx.arguments = (formula, params, similarity, reduction, divide)
 
 
 def _backward(ctx, grad_loss, _):
@@ -271,7 +271,7 @@ def _cuda_block_bytes(n, m, itemsize: int):
 
 
 @torch.library.register_fake("dml_cuda::pair_block_turn")
-def _pair_block_turn_fake(state, pairs, law, params, epsilon, stage, wide):
+def _pair_block_turn_fake(state, pairs, formula, params, epsilon, stage, wide):
     if state is not None:
         return torch.empty_like(state)
     dtype = torch.float64 if wide else torch.float32
@@ -284,7 +284,8 @@ def _pair_block_turn_fake(state, pairs, law, params, epsilon, stage, wide):
 
 @torch.library.register_fake("dml_cuda::pair_block")
 def _pair_block_fake(
-    state, embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity, reduction,
+    state, embeddings, labels, block, block_labels, self_index, formula, params, epsilon, similarity,
+    reduction,
     stage, found=None,
 ):  # fmt: skip
     n, m = embeddings.shape[0], block.shape[0]
@@ -300,7 +301,7 @@ def _pair_block_fake(
 
 
 @torch.library.register_fake("dml_cuda::pair_block_rows")
-def _pair_block_rows_fake(state, pairs, law, params, mining, reduction):
+def _pair_block_rows_fake(state, pairs, formula, params, mining, reduction):
     n = pairs.shape[1]
     if pairs.device.type == "cpu":
         return state.new_empty(4, n), state.new_empty(_STAT_NUMBERS, n)
@@ -309,7 +310,8 @@ def _pair_block_rows_fake(state, pairs, law, params, mining, reduction):
 
 @torch.library.register_fake("dml_cuda::pair_block_backward")
 def _pair_block_backward_fake(
-    grad_parts, weights, kept, embeddings, labels, block, block_labels, self_ref, law, params, similarity,
+    grad_parts, weights, kept, embeddings, labels, block, block_labels, self_index, formula, params,
+    similarity,
     need_emb, need_block,
 ):  # fmt: skip
     points = (embeddings, need_emb), (block, need_block)

@@ -61,8 +61,8 @@ class Rows(NamedTuple):
     labels: Tensor  # [N]
     ref_emb: Tensor | None  # [M, D]
     ref_labels: Tensor | None  # [M]
-    self_ref: Tensor | None  # [N]
-    ref_count: Tensor | None
+    self_index: Tensor | None  # [N]
+    num_valid_refs: Tensor | None
 
     @property
     def columns(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Laws of one's own: a loss from its formula, with the kernels of the package."""
+"""Formulas of one's own: a loss from its formula, with the kernels of the package."""
 
 import inspect
 import os
@@ -9,26 +9,27 @@ from typing import Any, ClassVar, NamedTuple
 from .. import _C
 from .._inputs.checks import check_number
 from .._inputs.options import NAMES
-from ..losses._formula import Law
+from ..losses._formula import Formula
 from ..losses._pair import PairLoss, option
 from . import build
-from .check import check_law
-from .formula import FormulaLaw
+from .check import check_loss
+from .formula import CompiledFormula
 from .source import parameters, read
 
-__all__ = ["LoadedLoss", "check_law", "load_law"]
+__all__ = ["CustomLoss", "check_loss", "compile_loss"]
 
 
 class Origin(NamedTuple):
     """What a loaded loss was made of."""
 
     text: str
-    reference: type[Law] | None
+    reference: type[Formula] | None
     name: str
 
 
-class LoadedLoss(PairLoss):
-    """What :func:`load_law` returns is a subclass of this: a loss, made with its parameters and options."""
+class CustomLoss(PairLoss):
+    """What :func:`compile_loss` returns is a subclass of this: a loss, made with its parameters and
+    options."""
 
     origin: ClassVar[Origin]
     signature: ClassVar[inspect.Signature]
@@ -46,12 +47,12 @@ class LoadedLoss(PairLoss):
         """By what it was made of, as its class has no place to be found in."""
         made = {**self._values, **self.call.options._asdict()}
         rest = {name: value for name, value in self.__dict__.items() if name not in ("call", "_values")}
-        return _remake, (self.origin, made, self.call.scheduled), rest
+        return _remake, (self.origin, made, self.call.dynamic_params), rest
 
 
-def _remake(origin: Origin, made: Mapping[str, Any], scheduled: bool) -> LoadedLoss:
-    loss = load_law(origin.text, origin.reference, name=origin.name)(**made)
-    loss.call = loss.call._replace(scheduled=scheduled)
+def _remake(origin: Origin, made: Mapping[str, Any], dynamic_params: bool) -> CustomLoss:
+    loss = compile_loss(origin.text, origin.reference, name=origin.name)(**made)
+    loss.call = loss.call._replace(dynamic_params=dynamic_params)
     return loss
 
 
@@ -65,9 +66,11 @@ def _signature(stated: Mapping[str, float | None]) -> inspect.Signature:
     )
 
 
-def _make_law(op: str, stated: Mapping[str, float | None], reference: type[Law] | None) -> type[Law]:
-    """The law as the losses take it."""
-    facts = _C.law_facts(op)[1]
+def _make_formula(
+    op: str, stated: Mapping[str, float | None], reference: type[Formula] | None
+) -> type[Formula]:
+    """The formula as the losses take it."""
+    facts = _C.formula_facts(op)[1]
     members: dict[str, Any] = {"name": op, "on_cuda": facts["cuda"], "facts": facts}
     checks = getattr(reference, "parameters", None)
     if checks is None:
@@ -79,31 +82,32 @@ def _make_law(op: str, stated: Mapping[str, float | None], reference: type[Law] 
         )
     if reference is not None:
         return type(reference.__name__, (reference,), members)
-    return type("Formulas", (FormulaLaw,), {**members, "repeats": facts["pair_units"]})
+    return type("Formulas", (CompiledFormula,), {**members, "repeats": facts["pair_units"]})
 
 
-def load_law(
-    source: str | os.PathLike[str], reference: type[Law] | None = None, *, name: str | None = None
-) -> type[LoadedLoss]:
+def compile_loss(
+    source: str | os.PathLike[str], reference: type[Formula] | None = None, *, name: str | None = None
+) -> type[CustomLoss]:
     """A loss of your own: its formula in C++, compiled into the kernels of this package.
 
-    >>> NCALoss = dml_cuda.load_law("nca.h")
+    >>> NCALoss = dml_cuda.compile_loss("nca.h")
     >>> loss_fn = NCALoss(scale=16.0, epsilon=0.1)
     >>> loss = loss_fn(embeddings, labels)
 
     What it returns is called and configured like any loss of the package: parameters by name, the options of
     :class:`dml_cuda.PairOptions`, ``ref_emb``, ``indices_tuple``, memory, several processes,
-    ``torch.compile``, autocast. ``docs/your_own_law.md`` leads from an equation to a trained model.
+    ``torch.compile``, autocast. ``docs/custom_loss.md`` leads from an equation to a trained model.
 
     The first call compiles, which takes a C++ compiler, ninja and some seconds (with CUDA kernels nvcc, and
     one or two minutes). The result is kept in ``DML_CUDA_CACHE`` (``~/.cache/dml_cuda`` by default), found by
-    a hash of the law, the package, torch and the machine, and shared by all processes that ask for it.
+    a hash of the formula, the package, torch and the machine, and shared by all processes that ask for it.
 
     Args:
-        source: one struct as those of ``csrc/laws``, as text or as the path of a file. It must contain all
+        source: one struct as those of ``csrc/losses``, as text or as the path of a file. It must contain all
             that it needs: files that it includes are not looked at when the cache is searched.
-        reference: the same law in PyTorch, a subclass of :class:`dml_cuda.custom.Law` with ``row``. Optional:
-            it checks the formulas (:func:`check_law`), and its ``parameters`` (checks), ``levels``,
+        reference: the same formula in PyTorch, a subclass of :class:`dml_cuda.custom.Formula` with
+            ``row``. Optional:
+            it checks the formulas (:func:`check_loss`), and its ``parameters`` (checks), ``levels``,
             ``similarity``, ``reduction`` and ``repeats`` count where it has them. With it
             ``backend="reference"`` has second derivatives, and pairs listed on a GPU stay there.
         name: of the class returned; that of the struct by default.
@@ -113,12 +117,12 @@ def load_law(
         must be given.
 
     Raises:
-        TypeError, ValueError, OSError: for what is no law, does not compile (with the compiler's words on
+        TypeError, ValueError, OSError: for what is no formula, does not compile (with the compiler's words on
             your own lines) or cannot be read or kept.
         RuntimeError: where there is no compiler or no ninja.
     """
-    if reference is not None and not (isinstance(reference, type) and issubclass(reference, Law)):
-        raise TypeError(f"reference: expected a subclass of dml_cuda.custom.Law, got {reference!r}")
+    if reference is not None and not (isinstance(reference, type) and issubclass(reference, Formula)):
+        raise TypeError(f"reference: expected a subclass of dml_cuda.custom.Formula, got {reference!r}")
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name: expected a name, got {name!r}")
     read_source = read(source)
@@ -127,14 +131,14 @@ def load_law(
 
 
 @cache
-def _make_loss(op: str, text: str, reference: type[Law] | None, title: str) -> type[LoadedLoss]:
-    stated = parameters(_C.law_facts(op)[0])
-    law = _make_law(op, stated, reference)
+def _make_loss(op: str, text: str, reference: type[Formula] | None, title: str) -> type[CustomLoss]:
+    stated = parameters(_C.formula_facts(op)[0])
+    formula = _make_formula(op, stated, reference)
     members: dict[str, Any] = {each: option() for each in stated}
     members |= {
-        "__doc__": f"{title}, a law of its own; see :func:`dml_cuda.load_law`.",
-        "law": law,
+        "__doc__": f"{title}, a formula of its own; see :func:`dml_cuda.compile_loss`.",
+        "formula": formula,
         "origin": Origin(text, reference, title),
         "signature": _signature(stated),
     }
-    return type(title, (LoadedLoss,), members)
+    return type(title, (CustomLoss,), members)

@@ -1,4 +1,4 @@
-"""The library of a law: compiled once, kept in a cache, shared by whatever processes ask for it."""
+"""The library of a formula: compiled once, kept in a cache, shared by whatever processes ask for it."""
 
 import contextlib
 import fcntl
@@ -26,19 +26,19 @@ _PACKAGE = Path(__file__).parent.parent
 SOURCES = next(f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (f / "losses").is_dir())
 _OLDEST_GPU = (8, 0)
 
-# The law among its headers. The text itself is a file of its own, so that errors name its lines.
+# The formula among its headers. The text itself is a file of its own, so that errors name its lines.
 _HEADER = """\
 #pragma once
-#include "laws/slopes.h"
+#include "losses/derivatives.h"
 using namespace dml;
-#include "law/{file_name}"
+#include "formula/{file_name}"
 namespace dml {{
 template <typename T>
-using OwnLaw = {struct}<T>;
-static_assert(sizeof(WithSlopes<float, OwnLaw<float>>) > 0, "");  // what it lacks is told here, first
-inline constexpr const char* kOwnParameters = OwnLaw<float>::kParams;
+using Custom = {struct}<T>;
+static_assert(sizeof(WithDerivatives<float, Custom<float>>) > 0, "");  // what it lacks is told here, first
+inline constexpr const char* kCustomParameters = Custom<float>::kParams;
 }}  // namespace dml
-#define DML_LAWS(X) X(own, OwnLaw)
+#define DML_FORMULAS(X) X(own, Custom)
 """
 
 
@@ -66,7 +66,7 @@ def target() -> Target:
     home = _cuda_home()
     if home is None:
         warn_once(
-            "dml_cuda.load_law: found no nvcc, so laws of your own run on the CPU only; install the CUDA "
+            "dml_cuda.compile_loss: found no nvcc, so custom formulas run on the CPU only; install the CUDA "
             "toolkit and set CUDA_HOME to it"
         )
         return Target(cpu, (), "")
@@ -77,7 +77,7 @@ def target() -> Target:
 
 @cache
 def _of_the_package() -> str:
-    """A hash of what a library is made from besides the law and the target."""
+    """A hash of what a library is made from besides the formula and the target."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cpp", ".cuh", ".cu"):
@@ -130,30 +130,32 @@ def _check_tools(on: Target) -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise RuntimeError(
-            f"dml_cuda.load_law: no C++ compiler ({compiler}) was found; install one (Debian and Ubuntu: apt "
+            f"dml_cuda.compile_loss: no C++ compiler ({compiler}) was found; install one (Debian and "
+            f"Ubuntu: apt "
             "install g++), or set CXX to it"
         )
     if not cpp_extension.is_ninja_available():
-        raise RuntimeError("dml_cuda.load_law: no ninja was found; pip install ninja")
+        raise RuntimeError("dml_cuda.compile_loss: no ninja was found; pip install ninja")
 
 
 def write_headers(source: Source, folder: Path) -> Path:
-    """What the package's sources include of a law, into a folder; returns the law's own file."""
-    law = folder / "law" / source.file_name
-    law.parent.mkdir()
-    law.write_text(source.text, encoding="utf-8")
+    """What the package's sources include of a formula, into a folder; returns the formula's own file."""
+    formula = folder / "formula" / source.file_name
+    formula.parent.mkdir()
+    formula.write_text(source.text, encoding="utf-8")
     header = _HEADER.format(file_name=source.file_name, struct=source.struct)
-    (folder / "own_law.h").write_text(header, encoding="utf-8")
-    return law
+    (folder / "custom_formula.h").write_text(header, encoding="utf-8")
+    return formula
 
 
 def _compile(source: Source, on: Target, folder: Path) -> Path:
-    """The library of a law, made in an empty folder. Raises ValueError for a law that does not compile."""
+    """The library of a formula, made in an empty folder. Raises ValueError for a formula that does not
+    compile."""
     from torch.utils import cpp_extension  # slow to import
 
-    law = write_headers(source, folder)
+    formula = write_headers(source, folder)
     sources = [SOURCES / "custom" / "library.cpp", SOURCES / "cpu" / "kernels" / f"{on.cpu}.cpp"]
-    macros = ["-DDML_OWN_LAW", f"-DDML_LAW_ISA={on.cpu}"]
+    macros = ["-DDML_CUSTOM_FORMULA", f"-DDML_CUSTOM_ISA={on.cpu}"]
     cuda_flags = []
     if on.gpu:
         cuda = SOURCES / "cuda"
@@ -169,7 +171,7 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
             cpp_extension.CUDA_HOME = on.cuda_home
         try:
             cpp_extension.load(
-                "law",
+                "formula",
                 [str(path) for path in sources],
                 extra_cflags=[*_C.compile_flags.split(), "-fvisibility=hidden", *macros],
                 extra_cuda_cflags=cuda_flags,
@@ -181,11 +183,11 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
         except RuntimeError as error:
             log = folder.parent / "build.log"
             log.write_text(str(error), encoding="utf-8")
-            told = diagnostics.explain(str(error), str(law), source.shown)
+            told = diagnostics.explain(str(error), str(formula), source.shown)
             raise ValueError(
-                f"source: the law does not compile:\n{told}\nAll that the compiler said is in {log}"
+                f"source: the formula does not compile:\n{told}\nAll that the compiler said is in {log}"
             ) from None
-    (made,) = folder.glob("law*.so")
+    (made,) = folder.glob("formula*.so")
     return made
 
 
@@ -206,16 +208,16 @@ def _make(source: Source, on: Target, place: Path) -> None:
         made = _compile(source, on, Path(folder))
         with open(made, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(made, place / "law.so")
+        os.replace(made, place / "formula.so")
 
 
 def load(source: Source) -> str:
-    """Makes the library of a law if there is none yet and loads it; returns its name in the ops."""
+    """Makes the library of a formula if there is none yet and loads it; returns its name in the ops."""
     on = target()
     found = key(source, on)
     name = f"{source.struct}@{found}"
     place = cache_folder() / f"{source.struct}-{found}"
-    library = place / "law.so"
+    library = place / "formula.so"
     try:
         place.mkdir(parents=True, exist_ok=True)
         if not library.exists():
@@ -224,13 +226,14 @@ def load(source: Source) -> str:
                     _make(source, on, place)
     except OSError as error:
         raise OSError(
-            f"dml_cuda.load_law: cannot write its cache, {place} ({error}); set DML_CUDA_CACHE to a folder "
+            f"dml_cuda.compile_loss: cannot write its cache, {place} ({error}); set DML_CUDA_CACHE to a "
+            f"folder "
             "that can be written"
         ) from error
     try:
-        _C.load_law(str(library), name)
+        _C.load_formula(str(library), name)
     except RuntimeError:  # not a whole library, whatever has happened to it
         with _alone(place / "lock"):
             _make(source, on, place)
-        _C.load_law(str(library), name)
+        _C.load_formula(str(library), name)
     return name

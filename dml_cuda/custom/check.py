@@ -1,4 +1,4 @@
-"""Whether a law says what it should: its formulas one by one, then whole batches."""
+"""Whether a formula says what it should: its formulas one by one, then whole batches."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from ..losses._formula import Pairs
 from ..losses._pair import PairLoss, apply, make_call
 from ..reference.pairs import MaskedPairs
 from . import formula as formulas
-from .formula import FormulaLaw
+from .formula import CompiledFormula
 
 _STEP = 1e-6
 _CLOSE = 1e-9  # of two ways to compute the same in float64
@@ -45,12 +45,12 @@ class _Seen(Pairs):
 
 
 class _Formulas:
-    """A law's formulas at a grid of similarities [G], in float64 or float32."""
+    """A formula's formulas at a grid of similarities [G], in float64 or float32."""
 
     def __init__(self, loss: PairLoss) -> None:
-        self.law, self.params = loss.law, loss.call.params
-        self.name = self.law.name
-        self.facts = _C.law_facts(self.name)[1]
+        self.formula, self.params = loss.formula, loss.call.params
+        self.name = self.formula.name
+        self.facts = _C.formula_facts(self.name)[1]
         least, most = {"cosine": (-1.0, 1.0), "euclidean": (-2.0, 0.0)}.get(loss.call.similarity, (-3.0, 3.0))
         steps = torch.arange(-200, 201, dtype=torch.float64) / 200
         self.grid = (least + most) / 2 + (most - least) / 2 * steps
@@ -97,7 +97,7 @@ def _check_finite(of: _Formulas, found: list[str]) -> None:
         for context in of.contexts(positives):
             for dtype in (torch.float64, torch.float32):
                 s = of.with_ends.to(dtype)
-                names = "value", "slope", "slope by the context"
+                names = "value", "derivative", "derivative by the context"
                 results = dict(zip(names, of.terms(s, positives, context), strict=True))
                 for what, numbers in results.items():
                     k = _first(~torch.isfinite(numbers))
@@ -113,35 +113,36 @@ def _check_finite(of: _Formulas, found: list[str]) -> None:
 
 
 def _one_sided(f: Callable[[float], Tensor]) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of the differences to both sides: at a kink the slope may be any between."""
+    """The least and the greatest of the differences to both sides: at a kink the derivative may be any
+    between."""
     here = f(0.0)
     left, right = (here - f(-_STEP)) / _STEP, (f(_STEP) - here) / _STEP
     return torch.minimum(left, right), torch.maximum(left, right)
 
 
-def _outside(slope: Tensor, least: Tensor, most: Tensor) -> int | None:
+def _outside(derivative: Tensor, least: Tensor, most: Tensor) -> int | None:
     size = 1 + torch.maximum(least.abs(), most.abs())
-    # Where the slope itself changes quickly, the two sides differ.
-    nearest = torch.minimum(torch.maximum(slope, least), most)
-    return _worst(slope, nearest, _DIFFERENCE * size + (most - least))
+    # Where the derivative itself changes quickly, the two sides differ.
+    nearest = torch.minimum(torch.maximum(derivative, least), most)
+    return _worst(derivative, nearest, _DIFFERENCE * size + (most - least))
 
 
-def _check_slopes(of: _Formulas, found: list[str]) -> None:
+def _check_derivatives(of: _Formulas, found: list[str]) -> None:
     inner = of.grid[1:-1]
     for name, positives in _KINDS.items():
         for context in of.contexts(positives):
             if context is not None and not math.isfinite(context):
                 continue
-            _, slope, by_context = of.terms(inner, positives, context)
+            _, derivative, by_context = of.terms(inner, positives, context)
 
             def moved(step: float, positives: bool = positives, context: float | None = context) -> Tensor:
                 return of.terms(inner + step, positives, context)[0]
 
             least, most = _one_sided(moved)
-            k = _outside(slope, least, most)
+            k = _outside(derivative, least, most)
             if k is not None:
                 found.append(
-                    f"{name}: its slope is {float(slope[k]):.8g} {_at(inner, k, context)}, finite "
+                    f"{name}: its derivative is {float(derivative[k]):.8g} {_at(inner, k, context)}, finite "
                     f"differences say {float((least[k] + most[k]) / 2):.8g}"
                 )
             if context is None:
@@ -154,7 +155,7 @@ def _check_slopes(of: _Formulas, found: list[str]) -> None:
             k = _outside(by_context, least, most)
             if k is not None:
                 found.append(
-                    f"{name}: its slope by the context is {float(by_context[k]):.8g} "
+                    f"{name}: its derivative by the context is {float(by_context[k]):.8g} "
                     f"{_at(inner, k, context)}, finite differences say {float((least[k] + most[k]) / 2):.8g}"
                 )
 
@@ -164,12 +165,13 @@ def _check_declarations(of: _Formulas, found: list[str]) -> None:
     for name, positives in _KINDS.items():
         sums = facts["sums_positives" if positives else "sums_negatives"]
         context = of.contexts(positives)[-1]
-        term, slope, _ = of.terms(of.grid, positives, context)
+        term, derivative, _ = of.terms(of.grid, positives, context)
         if facts["hinge"] and sums:
-            k = _first((term == 0) & (slope != 0))
+            k = _first((term == 0) & (derivative != 0))
             if k is not None:
                 found.append(
-                    f"kHinge: {name} is 0 {_at(of.grid, k, context)}, but its slope is {float(slope[k]):.8g}"
+                    f"kHinge: {name} is 0 {_at(of.grid, k, context)}, but its derivative is "
+                    f"{float(derivative[k]):.8g}"
                 )
         if sums:
             continue
@@ -195,7 +197,7 @@ def _row_points(of: _Formulas) -> Tensor:
     return torch.cat([values, counts])
 
 
-def _check_row(of: _Formulas, slopes: bool, found: list[str]) -> None:
+def _check_row(of: _Formulas, derivatives: bool, found: list[str]) -> None:
     points, two = _row_points(of), of.facts["two_parts"]
 
     def row(moved: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def _check_row(of: _Formulas, slopes: bool, found: list[str]) -> None:
     result = row(points)
     if not two and bool((result[1] != 0).any()):
         found.append("row: gives a second part, but kParts is 1")
-    if not slopes:
+    if not derivatives:
         return
     for k, name in enumerate(("neg", "pos")):
         part = (1 if two else 0) if name == "neg" else 0
@@ -236,7 +238,7 @@ def _compare_formulas(of: _Formulas) -> list[str]:
     found: list[str] = []
     s = of.grid[None].clone().requires_grad_()
     neg, pos = _Seen(s), _Seen(s)
-    of.law.row(pos, neg, *of.params)
+    of.formula.row(pos, neg, *of.params)
     context = None
     if of.facts["context"]:
         push = of.terms(of.grid, False, None)[0]
@@ -245,7 +247,7 @@ def _compare_formulas(of: _Formulas) -> list[str]:
         context = float(push.sum() if sums else torch.cat([push, one]).logsumexp(0))
     for (name, positives), seen in zip(_KINDS.items(), (neg, pos), strict=True):
         beside = context if positives else None
-        term, slope, _ = of.terms(of.grid, positives, beside)
+        term, derivative, _ = of.terms(of.grid, positives, beside)
         differences = []
         for theirs in seen.terms:
             if theirs.shape != s.shape:
@@ -254,8 +256,11 @@ def _compare_formulas(of: _Formulas) -> list[str]:
             if theirs.requires_grad:
                 (grad,) = torch.autograd.grad(theirs.sum(), s, retain_graph=True)
             if beside is not None:  # what the reference differentiates goes through the context too
-                grad = slope[None]
-            for what, ours, other in (("it", term, theirs.detach()[0]), ("its slope", slope, grad[0])):
+                grad = derivative[None]
+            for what, ours, other in (
+                ("it", term, theirs.detach()[0]),
+                ("its derivative", derivative, grad[0]),
+            ):
                 k = _worst(ours, other, 1e-7 * (1 + other.abs()))
                 if k is not None:
                     differences.append(
@@ -280,7 +285,7 @@ class _Case(NamedTuple):
     ref_emb: Tensor | None = None
     ref_labels: Tensor | None = None
     is_random: bool = False
-    at_the_ends: bool = False  # similarities of 1 or -1, where a slope may be anything
+    at_the_ends: bool = False  # similarities of 1 or -1, where a derivative may be anything
 
 
 def _cases() -> Iterator[_Case]:
@@ -306,7 +311,7 @@ def _cases() -> Iterator[_Case]:
 
 def _evaluate(loss: PairLoss, case: _Case, **options: Any) -> tuple[Tensor, Tensor]:
     """The loss and its gradient."""
-    call = make_call(loss.law, loss._values, {**loss.call.options._asdict(), **options})
+    call = make_call(loss.formula, loss._values, {**loss.call.options._asdict(), **options})
     x = case.embeddings.detach().clone().requires_grad_()
     value = apply(call, x, case.labels, None, case.ref_emb, case.ref_labels)
     (grad,) = torch.autograd.grad(value.sum(), x)
@@ -335,7 +340,7 @@ def _check_batches(loss: PairLoss, found: list[str]) -> None:
                 k = _worst(flat, true, (1e-5 if case.at_the_ends else 1e-7) * (1 + true.abs()))
                 if k is not None:
                     found.append(
-                        f"row, or what the law declares: {where}, reduction {reduction!r}: the loss is "
+                        f"row, or what the formula declares: {where}, reduction {reduction!r}: the loss is "
                         f"{float(flat[k]):.8g}, the reference's {float(true[k]):.8g}"
                     )
                     return
@@ -373,39 +378,46 @@ def _check_directions(loss: PairLoss, found: list[str]) -> None:
             return
 
 
-def check_law(law: PairLoss | type[PairLoss]) -> None:
-    """Checks a law: formula by formula, then on random and awkward batches, in float64.
+def check_loss(formula: PairLoss | type[PairLoss]) -> None:
+    """Checks a formula: formula by formula, then on random and awkward batches, in float64.
 
-    * Values and slopes of ``neg_term`` and ``pos_term`` are finite over all similarities, in float32 too.
-    * With a reference: values and slopes are its own, and so are the losses and gradients of whole batches.
-    * Without one: slopes, the derivatives of ``row`` and the gradient of a batch are the finite differences
-      of their values. (Not where the law holds a weight constant: then a reference must say what is meant.)
-    * What the law declares is so, and results repeat to the bit.
+    * Values and derivatives of ``neg_term`` and ``pos_term`` are finite over all similarities, in float32
+    too.
+    * With a reference: values and derivatives are its own, and so are the losses and gradients of whole
+    batches.
+    * Without one: derivatives, the derivatives of ``row`` and the gradient of a batch are the finite
+    differences
+      of their values. (Not where the formula holds a weight constant: then a reference must say what is
+      meant.)
+    * What the formula declares is so, and results repeat to the bit.
 
-    >>> dml_cuda.check_law(NCALoss(scale=16.0))
+    >>> dml_cuda.check_loss(NCALoss(scale=16.0))
 
     Args:
-        law: what :func:`load_law` returned, or a loss that it made: parameters and similarity are those of
+        formula: what :func:`compile_loss` returned, or a loss that it made: parameters and similarity are
+            those of
             the loss.
 
     Raises:
-        ValueError: for a law that is wrong; the message names each formula, with numbers.
+        ValueError: for a formula that is wrong; the message names each formula, with numbers.
         TypeError: for what is no pair loss.
     """
-    loss = law() if isinstance(law, type) and issubclass(law, PairLoss) else law
+    loss = formula() if isinstance(formula, type) and issubclass(formula, PairLoss) else formula
     if not isinstance(loss, PairLoss):
-        raise TypeError(f"law: expected what load_law returns, or a loss of it; got {type(law).__name__}")
+        raise TypeError(
+            f"formula: expected what compile_loss returns, or a loss of it; got {type(formula).__name__}"
+        )
     of = _Formulas(loss)
     found: list[str] = []
-    has_reference = not issubclass(loss.law, FormulaLaw)
+    has_reference = not issubclass(loss.formula, CompiledFormula)
     origin = getattr(loss, "origin", None)
     text = origin.text if origin else ""
     # With a reference its gradient is the truth; without one a weight that is held has none.
-    differentiates = not (has_reference or "constant(" in text or "with_share_of_slope(" in text)
+    differentiates = not (has_reference or "constant(" in text or "with_share_of_derivative(" in text)
     _check_finite(of, found)
     if not found:
         if differentiates:
-            _check_slopes(of, found)
+            _check_derivatives(of, found)
         _check_row(of, differentiates, found)
         _check_declarations(of, found)
         of_batches: list[str] = []
@@ -416,5 +428,5 @@ def check_law(law: PairLoss | type[PairLoss]) -> None:
             _check_directions(loss, found)
     if found:
         raise ValueError(
-            f"check_law: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in found)
+            f"check_loss: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in found)
         )

@@ -1,4 +1,4 @@
-"""What a compiler says of a law, in the law's own lines."""
+"""What a compiler says of a formula, in the formula's own lines."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ _ERROR = re.compile(
     r"(?P<file>[^\s:(][^:(]*)[:(](?P<line>\d+)[:)](?:\d+:)?:? (?:fatal )?error(?: #[\w-]+)?: (?P<text>.*)"
 )
 _PLACE = re.compile(r"(?P<file>[^\s:(][^:(]*)[:(](?P<line>\d+)")
-_LACKS = "the law: "  # how the assertions of laws/slopes.h begin
+_LACKS = "the formula: "  # how the assertions of losses/derivatives.h begin
 _TYPES = re.compile(r"(?:dml::)?Dual<(?:float|double)>")
 _DETAIL = re.compile(r"\s+(\d+ )?\||\s")  # the source line, and the mark under it
 _MOST = 6
@@ -38,9 +38,9 @@ def _blocks(log: str) -> Iterator[tuple[re.Match, list[str], list[str]]]:
 
 
 def explain(log: str, path: str, shown: str) -> str:
-    """The errors that a user can act on: what the law lacks, else errors in the law's lines.
+    """The errors that a user can act on: what the formula lacks, else errors in the formula's lines.
 
-    ``path`` is the law's file as the compiler saw it, ``shown`` what the user calls it.
+    ``path`` is the formula's file as the compiler saw it, ``shown`` what the user calls it.
     """
     lacking, own, reached, other = [], [], [], []
     for error, detail, context in _blocks(log):

@@ -1,4 +1,5 @@
-"""A law that is stated in C++ alone, as Python sees it: its formulas are ops, with their first derivatives.
+"""A formula that is stated in C++ alone, as Python sees it: its formulas are ops, with their first
+derivatives.
 
 It serves what the fused kernels do not: pairs given as lists, and the reference.
 """
@@ -11,16 +12,16 @@ from torch import Tensor
 
 from .. import _C
 from .._ops import registration as ops
-from ..losses._formula import Law, Pairs, Part
+from ..losses._formula import Formula, Pairs, Part
 
 
-@torch.library.register_fake("dml_cuda::law_terms")
-def _law_terms_fake(s, context, law, params, positives):
+@torch.library.register_fake("dml_cuda::formula_terms")
+def _formula_terms_fake(s, context, formula, params, positives):
     return torch.empty_like(s), torch.empty_like(s), torch.empty_like(s)
 
 
-@torch.library.register_fake("dml_cuda::law_rows")
-def _law_rows_fake(gathered, law, params):
+@torch.library.register_fake("dml_cuda::formula_rows")
+def _formula_rows_fake(gathered, formula, params):
     return gathered.new_empty(6, gathered.shape[1])
 
 
@@ -34,7 +35,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise RuntimeError(
-            "a law that is stated in C++ alone has no second derivative: give load_law a reference, and pass "
+            "a formula that is stated in C++ alone has no second derivative: give compile_loss a reference, "
+            "and pass "
             'backend="reference"'
         )
 
@@ -44,19 +46,19 @@ def _first_derivative(grad: Tensor) -> Tensor:
 
 
 def _terms_setup_context(ctx, inputs, output) -> None:
-    _, slope, by_context = output
-    ctx.mark_non_differentiable(slope, by_context)
+    _, derivative, by_context = output
+    ctx.mark_non_differentiable(derivative, by_context)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(slope, by_context)
+    ctx.save_for_backward(derivative, by_context)
 
 
 def _terms_backward(ctx, grad, *_):
-    slope, by_context = ctx.saved_tensors
+    derivative, by_context = ctx.saved_tensors
     if grad is None:
         return (None,) * 5
     of_s, of_context = ctx.needs_input_grad[:2]
     return (
-        _first_derivative(grad * slope) if of_s else None,
+        _first_derivative(grad * derivative) if of_s else None,
         _first_derivative(grad * by_context) if of_context else None,
         *(None,) * 3,
     )
@@ -64,7 +66,7 @@ def _terms_backward(ctx, grad, *_):
 
 def _rows_setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output)
-    ctx.last = int(_C.law_facts(inputs[1])[1]["two_parts"])
+    ctx.last = int(_C.formula_facts(inputs[1])[1]["two_parts"])
 
 
 def _rows_backward(ctx, grad):
@@ -75,27 +77,27 @@ def _rows_backward(ctx, grad):
 
 
 for _name, _derivative in {
-    "law_terms": (_terms_backward, _terms_setup_context),
-    "law_rows": (_rows_backward, _rows_setup_context),
+    "formula_terms": (_terms_backward, _terms_setup_context),
+    "formula_rows": (_rows_backward, _rows_setup_context),
 }.items():
     torch.library.register_autograd(f"dml_cuda::{_name}", _derivative[0], setup_context=_derivative[1])
     ops._FUNCTIONS[_name] = ops._function(_name, *_derivative)
 
 
 def terms(
-    law: str, params: Sequence[float], s: Tensor, context: Tensor | None, positives: bool
+    formula: str, params: Sequence[float], s: Tensor, context: Tensor | None, positives: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms of pairs, with their derivatives by ``s`` and by the context; all of the shape of ``s``."""
     beside = None if context is None else context.to("cpu")
-    found = ops.call("law_terms", s.to("cpu"), beside, law, list(params), positives)
+    found = ops.call("formula_terms", s.to("cpu"), beside, formula, list(params), positives)
     return tuple(each.to(s.device) for each in found)
 
 
-def rows(law: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
+def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
     """``[6, N]`` parts 0 and 1, units 0 and 1, derivatives by the two folds; from negatives' and positives'
     values and counts ``[N]``."""
     stacked = torch.stack(gathered)
-    return ops.call("law_rows", stacked.to("cpu"), law, list(params)).to(stacked.device)
+    return ops.call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
 
 
 def _both(first: Tensor, second: Tensor) -> Tensor:
@@ -105,8 +107,8 @@ def _both(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(some, value, -torch.inf)
 
 
-class FormulaLaw(Law):
-    """What ``load_law`` makes of a law without a reference.
+class CompiledFormula(Formula):
+    """What ``compile_loss`` makes of a formula without a reference.
 
     On a GPU the formulas go through the CPU, which waits for it; the fused kernels do not use them.
     """

@@ -1,4 +1,4 @@
-"""The C++ source of a law, as a user gives it."""
+"""The C++ source of a formula, as a user gives it."""
 
 import os
 import re
@@ -8,17 +8,17 @@ from typing import NamedTuple
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _STRUCT = re.compile(
     r"template\s*<\s*(?:typename|class)\s+\w+\s*>\s*(?:struct|class)\s+(\w+)\s*(?:final\s*)?"
-    r":\s*(?:public\s+)?(?:::)?(?:dml::)?LawDefaults\b"
+    r":\s*(?:public\s+)?(?:::)?(?:dml::)?FormulaDefaults\b"
 )
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 class Source(NamedTuple):
-    """The text of a law."""
+    """The text of a formula."""
 
     text: str
     shown: str  # what messages call it: its path, or a name for a string
-    struct: str  # of the law
+    struct: str  # of the formula
 
     @property
     def file_name(self) -> str:
@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
 
 def read(source: object) -> Source:
-    """A law from a path or a string. Raises TypeError, ValueError or OSError."""
+    """A formula from a path or a string. Raises TypeError, ValueError or OSError."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source: expected C++ text, or the path of a file with it; got {type(source).__name__}"
@@ -36,13 +36,14 @@ def read(source: object) -> Source:
     else:
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"source: expected a file with the law, got {str(path)!r}")
+            raise FileNotFoundError(f"source: expected a file with the formula, got {str(path)!r}")
         text, shown = path.read_text(encoding="utf-8"), str(path)
     found = _STRUCT.findall(_COMMENT.sub(" ", text))
     if len(found) != 1:
         which = f"got {len(found)} ({', '.join(found)})" if found else "got none"
         raise ValueError(
-            "source: expected one law, template <typename T> struct NAME : LawDefaults { .. }; " + which
+            "source: expected one formula, template <typename T> struct NAME : FormulaDefaults { .. }; "
+            + which
         )
     return Source(text, shown or f"{found[0]}.h", found[0])
 

@@ -332,7 +332,7 @@ def _check_same(words: dict[str, list[int]]) -> None:
 def _words(share: _Share) -> dict[str, int]:
     call, batch = share.call, share.batch
     refs = 0 if batch.ref_emb is None else batch.ref_emb.shape[0]
-    options = call.law.name, call.params, call.similarity, call.options.reduction, batch.epsilon
+    options = call.formula.name, call.params, call.similarity, call.options.reduction, batch.epsilon
     columns = refs if share.whole else None
     return {
         **_points(batch.embeddings),
@@ -356,8 +356,8 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
     return batch._replace(
         ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
         ref_labels=processes.gather_rows(batch.labels, rows),
-        self_ref=torch.arange(first, first + rows[processes.rank], device=device),
-        mine_self=False,
+        self_index=torch.arange(first, first + rows[processes.rank], device=device),
+        mine_self_pair=False,
     )
 
 

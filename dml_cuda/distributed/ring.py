@@ -2,7 +2,7 @@
 
 The blocks go around: in every step each process computes with one block while the next is on its way to it
 from the process before. So a process meets the blocks in the order of the ring, its own first, forward once
-for each stage of the law, and backward once more, when each block's gradient travels with it.
+for each stage of the formula, and backward once more, when each block's gradient travels with it.
 
 On GPUs nothing here waits for the device. A transfer starts, on NCCL's stream, once the computation that was
 launched before it is done, so it runs beside that which is launched after it; waiting for it makes the
@@ -37,9 +37,10 @@ def check(call: Call, batch: Batch) -> None:
     device = batch.embeddings.device
     if not has_kernel(device):
         raise ValueError(f'mode: expected "gather" where there is no kernel for {device.type}, got "ring"')
-    if device.type == "cuda" and not call.law.on_cuda:
+    if device.type == "cuda" and not call.formula.on_cuda:
         raise ValueError(
-            f'mode: expected "gather" with a law that was loaded without CUDA kernels, got "ring" on {device}'
+            f'mode: expected "gather" with a formula that was loaded without CUDA kernels, got "ring" on '
+            f"{device}"
         )
 
 
@@ -83,11 +84,11 @@ class _Blocks(NamedTuple):
     own: Tensor  # [largest, D], zeros after this process's columns
     labels: Tensor  # [M] of all
     counts: list[int]  # of each process
-    self_ref: Tensor | None  # [N] the column, of this process's, that a row is itself
+    self_index: Tensor | None  # [N] the column, of this process's, that a row is itself
     ring: _Ring
 
     def around(self) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
-        """Process, and columns, labels and self_ref, of every block, the next on its way meanwhile."""
+        """Process, and columns, labels and self_index, of every block, the next on its way meanwhile."""
         block, following, transfer = self.own, self.own, _Transfer()
         size, rank = self.ring.processes.size, self.ring.processes.rank
         for step in range(size):
@@ -97,7 +98,7 @@ class _Blocks(NamedTuple):
                 following, transfer = self.ring.pass_on(block, _BLOCK)
             owner = (rank - step) % size
             columns = slice(total(self.counts, owner), total(self.counts, owner + 1))
-            own = self.self_ref if step == 0 else None
+            own = self.self_index if step == 0 else None
             yield owner, (block[: self.counts[owner]], self.labels[columns], own)
 
 
@@ -105,7 +106,7 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
     """``[2, N]`` how many positives and negatives each row has."""
     ascending = blocks.labels.sort().values
     same = torch.searchsorted(ascending, labels, right=True) - torch.searchsorted(ascending, labels)
-    own = 0 if blocks.self_ref is None else 1
+    own = 0 if blocks.self_index is None else 1
     return torch.stack([same - own, len(ascending) - same])
 
 
@@ -114,21 +115,21 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, refs, labels, blocks, call, epsilon):
-        law, params, reduction = call.law.name, call.params, call.options.reduction
+        formula, params, reduction = call.formula.name, call.params, call.options.reduction
         pairs = _counts_of_pairs(labels, blocks)
         wide = embeddings.dtype == torch.float64
-        state = _OPS.pair_block_turn(None, pairs, law, params, epsilon, "start", wide)
+        state = _OPS.pair_block_turn(None, pairs, formula, params, epsilon, "start", wide)
         found: dict[int, Tensor] = {}  # of each block
-        for stage in stages(law, epsilon is not None, embeddings.device.type):
+        for stage in stages(formula, epsilon is not None, embeddings.device.type):
             size = 0
             for owner, block in blocks.around():
-                how = law, params, epsilon, call.similarity, reduction, stage, found.get(owner)
+                how = formula, params, epsilon, call.similarity, reduction, stage, found.get(owner)
                 state, found[owner] = _OPS.pair_block(state, embeddings, labels, *block, *how)
                 size += found[owner].numel()
                 if stage == "hardest" and size > _MOST_FOUND:
                     del found[owner]
-            state = _OPS.pair_block_turn(state, pairs, law, params, epsilon, stage, wide)
-        losses, weights = _OPS.pair_block_rows(state, pairs, law, params, epsilon is not None, reduction)
+            state = _OPS.pair_block_turn(state, pairs, formula, params, epsilon, stage, wide)
+        losses, weights = _OPS.pair_block_rows(state, pairs, formula, params, epsilon is not None, reduction)
         ctx.save_for_backward(
             embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
         )
@@ -147,7 +148,7 @@ class _PairLoss(torch.autograd.Function):
         above = (grad if call.divide else grad[:2, None]).expand(2, rows)
         above = above.to(weights.dtype).contiguous()
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
-        how = call.law.name, call.params, call.similarity, True, True
+        how = call.formula.name, call.params, call.similarity, True, True
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
         arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
         for owner, block in blocks.around():
@@ -169,16 +170,16 @@ class _PairLoss(torch.autograd.Function):
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:
     """As losses.base.compute, without the columns of all processes in one place."""
-    columns, counts, self_ref = batch.ref_emb, refs, None
+    columns, counts, self_index = batch.ref_emb, refs, None
     labels = batch.ref_labels
     if columns is None:
         columns, counts, labels = batch.embeddings, rows, batch.labels
-        self_ref = torch.arange(len(columns), device=columns.device)
+        self_index = torch.arange(len(columns), device=columns.device)
     blocks = _Blocks(
         padded(columns.detach(), max(counts)).contiguous(),
         processes.gather_rows(labels.long(), counts),
         counts,
-        self_ref,
+        self_index,
         _Ring(processes),
     )
     return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, call, batch.epsilon)

@@ -57,7 +57,7 @@ def _with_all_columns(rows: Rows, processes: Processes, words: dict[str, list[in
     return rows._replace(
         ref_emb=GatherRows.apply(rows.embeddings, processes, count),
         ref_labels=processes.gather_rows(rows.labels.long(), count),
-        self_ref=torch.arange(first, first + count[processes.rank], device=device),
+        self_index=torch.arange(first, first + count[processes.rank], device=device),
     )
 
 

@@ -1,4 +1,4 @@
-"""The losses, one a file: its law, its function and its module."""
+"""The losses, one a file: its formula, its function and its module."""
 
 from .binomial_deviance import BinomialDevianceLoss, binomial_deviance_loss
 from .circle import CircleLoss, circle_loss

@@ -10,7 +10,7 @@ from .._inputs import autocast as _autocast
 from .._inputs.checks import Backend, Reduction, check_batch, check_count
 from ..reference.pairs import is_traced
 from ._formula import reduce
-from ._pair import Call, LawModule, apply
+from ._pair import Call, FormulaModule, apply
 
 
 class ClassifierOptions(TypedDict, total=False):
@@ -50,7 +50,7 @@ def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
     return torch.where(most > 0, counts / most.clamp(min=1), 1.0)
 
 
-class ClassifierLoss(LawModule):
+class ClassifierLoss(FormulaModule):
     """A loss of rows against one weight (or several) for each of ``num_classes`` classes.
 
     The matrix of logits is never stored. A row whose label is negative is left out: its loss and its gradient
@@ -106,7 +106,7 @@ class ClassifierLoss(LawModule):
         return torch.arange(self.num_classes, device=getattr(self, self.weight).device)
 
     def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows and columns of the law, with their labels."""
+        """Rows and columns of the formula, with their labels."""
         return embeddings, labels, self.rows(), self.classes()
 
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What a law is: a loss as a function of the similarities of each row's kept pairs.
+"""What a formula is: a loss as a function of the similarities of each row's kept pairs.
 
-The files of ``dml_cuda.losses`` each state one, as ``csrc/laws`` does for the kernels. A law sees its pairs
+The files of ``dml_cuda.losses`` each state one, as ``csrc/losses`` does for the kernels. A formula sees
+its pairs
 only through :class:`Pairs`, so the same few lines serve a matrix with masks (``reference.py``), pairs given
 as lists (``listed.py``) and anything else that can sum over a row.
 """
@@ -57,18 +58,18 @@ class Pairs(ABC):
         return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
 
 
-class Law:
+class Formula:
     """A loss. Never instantiated: its parameters are arguments of :meth:`row`.
 
     Attributes:
-        name: as csrc/laws.h has it.
+        name: as csrc/losses/list.h has it.
         parameters: the parameters in order, each with the check of its value: ``check(name, value)`` raises
             TypeError or ValueError.
         levels: those of them that are levels of the similarity, or margins of a distance: there ``row`` gets
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
-        on_cuda: whether the CUDA kernels, where they were built, know the law.
+        on_cuda: whether the CUDA kernels, where they were built, know the formula.
     """
 
     name: ClassVar[str]
@@ -114,7 +115,8 @@ def _totals(
 
 
 def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """One number, or one for each row, from what :meth:`Law.row` gives; ``valid`` ``[N]`` marks the rows with
+    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the
+    rows with
     a kept pair."""
     if reduction == "none":
         return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)

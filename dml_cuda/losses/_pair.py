@@ -1,4 +1,5 @@
-"""What the losses share: how a law with its options is applied to a batch, as a function and as a module."""
+"""What the losses share: how a formula with its options is applied to a batch, as a function and as a
+module."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -10,71 +11,75 @@ from .. import _C
 from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
 from .._inputs.options import NAMES, Options, PairOptions, check_options
-from .._ops import dynamic_params as scheduled
+from .._ops import dynamic_params
 from .._ops import listed_pairs as listed
 from .._ops import registration as ops
 from .._ops.devices import BUILT_FOR_CUDA, use_kernel
 from ..reference import pairs as reference
-from ._formula import Law
+from ._formula import Formula
 
 
 class Call(NamedTuple):
-    """A law, its parameters and its options, checked: what remains is the batch."""
+    """A formula, its parameters and its options, checked: what remains is the batch."""
 
-    law: type[Law]
-    params: list[float]  # as law.row and the kernels take them
+    formula: type[Formula]
+    params: list[float]  # as formula.row and the kernels take them
     options: Options
     similarity: str  # as the ops name it
-    scheduled: bool = False  # whether parameters may change from call to call
+    dynamic_params: bool = False  # whether parameters may change from call to call
     divide: bool = True  # False: the result is [part 0, part 1, units 0, units 1], for the caller to divide
 
 
-def make_call(law: type[Law], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
+def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
     """Raises TypeError or ValueError for a parameter or an option that cannot be."""
-    for name, check in law.parameters.items():
+    for name, check in formula.parameters.items():
         check(name, values[name])
-    checked = check_options(options, similarity=law.similarity, reduction=law.reduction)
-    return Call(law, law.params(values, checked.measure), checked, checked.measure)
+    checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
+    return Call(formula, formula.params(values, checked.measure), checked, checked.measure)
 
 
 def _long(labels: Tensor | None) -> Tensor | None:
     return labels if labels is None or labels.dtype == torch.int64 else labels.long()
 
 
-def _of_plain_batch(
+def _fast_path(
     call: Call,
     embeddings: Tensor,
     labels: Tensor | None,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
     epsilon: float | None,
-    self_ref: Tensor | None = None,
-    ref_count: Tensor | None = None,
-    mine_self: bool = True,
+    self_index: Tensor | None = None,
+    num_valid_refs: Tensor | None = None,
+    mine_self_pair: bool = True,
 ) -> Tensor | None:
     """What :func:`evaluate` returns, by the shortest way, of a batch that needs no care; None of others."""
-    law, options = call.law, call.options
+    formula, options = call.formula, call.options
     if torch.compiler.is_compiling() or options.backend == "reference":
         return None
-    batch = embeddings, labels, ref_emb, ref_labels, self_ref, ref_count
-    how = call.similarity, options.reduction, mine_self, call.divide
-    return _C.plain_pair_loss(*batch, law.name, call.params, epsilon, *how, law.on_cuda and BUILT_FOR_CUDA)
+    batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs
+    how = call.similarity, options.reduction, mine_self_pair, call.divide
+    return _C.fast_pair_loss(
+        *batch, formula.name, call.params, epsilon, *how, formula.on_cuda and BUILT_FOR_CUDA
+    )
 
 
 def _fused(call: Call, batch: Batch) -> Tensor:
-    embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, indices, mine_self = batch
+    embeddings, ref_emb, labels, ref_labels, epsilon, self_index, num_valid_refs, indices, mine_self_pair = (
+        batch
+    )
     reduction = call.options.reduction
     if indices is not None:
         pairs = embeddings, ref_emb, indices
-        return listed.pair_loss(call.law, call.params, *pairs, call.similarity, reduction)
+        return listed.pair_loss(call.formula, call.params, *pairs, call.similarity, reduction)
     needs_grad = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    tensors = embeddings, _long(labels), ref_emb, _long(ref_labels), self_ref, ref_count
+    tensors = embeddings, _long(labels), ref_emb, _long(ref_labels), self_index, num_valid_refs
     save = needs_grad and torch.is_grad_enabled()
-    how = call.similarity, reduction, mine_self, call.divide, save
+    how = call.similarity, reduction, mine_self_pair, call.divide, save
     # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
-    if torch.compiler.is_compiling() and (call.scheduled or embeddings.device.type == "cpu"):
-        return scheduled.pair_loss(*tensors, call.law.name, call.params, epsilon, *how)
-    return ops.call("pair_loss", *tensors, call.law.name, call.params, epsilon, *how)[0]
+    if torch.compiler.is_compiling() and (call.dynamic_params or embeddings.device.type == "cpu"):
+        return dynamic_params.pair_loss(*tensors, call.formula.name, call.params, epsilon, *how)
+    return ops.call("pair_loss", *tensors, call.formula.name, call.params, epsilon, *how)[0]
 
 
 def _reference(call: Call, batch: Batch) -> Tensor:
@@ -85,12 +90,12 @@ def _reference(call: Call, batch: Batch) -> Tensor:
         rows[name] = points if points is None or points.dtype == torch.float64 else points.float()
     how = {"similarity": call.similarity, "reduction": call.options.reduction, "divide": call.divide}
     with _autocast.off(batch.embeddings.device):  # which would round the similarities
-        return reference.pair_loss(call.law, call.params, **rows, **how)
+        return reference.pair_loss(call.formula, call.params, **rows, **how)
 
 
 def compute(call: Call, batch: Batch) -> Tensor:
-    """What a law makes of a batch, float32 or float64."""
-    fused = use_kernel(batch.embeddings.device, call.options.backend, call.law.on_cuda)
+    """What a formula makes of a batch, float32 or float64."""
+    fused = use_kernel(batch.embeddings.device, call.options.backend, call.formula.on_cuda)
     return (_fused if fused else _reference)(call, batch)
 
 
@@ -105,9 +110,11 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
 def evaluate(call: Call, batch: Batch) -> Tensor:
     """The loss of a batch that has been checked."""
     if batch.indices is None:
-        embeddings, ref_emb, labels, ref_labels, epsilon, self_ref, ref_count, _, mine_self = batch
-        more = epsilon, self_ref, ref_count, mine_self
-        loss = _of_plain_batch(call, embeddings, labels, ref_emb, ref_labels, *more)
+        embeddings, ref_emb, labels, ref_labels, epsilon, self_index, num_valid_refs, _, mine_self_pair = (
+            batch
+        )
+        more = epsilon, self_index, num_valid_refs, mine_self_pair
+        loss = _fast_path(call, embeddings, labels, ref_emb, ref_labels, *more)
         if loss is not None:
             return loss
     return in_wanted_dtype(compute(call, batch), batch.embeddings)
@@ -138,14 +145,14 @@ def apply(call: Call, *batch: Any) -> Tensor:
     """The loss of a batch, whose arguments are those of :func:`batch_of`."""
     embeddings, labels, indices_tuple, ref_emb, ref_labels = batch
     if indices_tuple is None:
-        loss = _of_plain_batch(call, embeddings, labels, ref_emb, ref_labels, call.options.epsilon)
+        loss = _fast_path(call, embeddings, labels, ref_emb, ref_labels, call.options.epsilon)
         if loss is not None:
             return loss
     return evaluate(call, batch_of(call, *batch))
 
 
 def pair_loss(
-    law: type[Law],
+    formula: type[Formula],
     values: Mapping[str, Any],
     options: PairOptions,
     embeddings: Tensor,
@@ -154,8 +161,8 @@ def pair_loss(
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
 ) -> Tensor:
-    """What the functions are: a law with its parameters by name, applied to a batch."""
-    call = make_call(law, values, options)._replace(scheduled=True)
+    """What the functions are: a formula with its parameters by name, applied to a batch."""
+    call = make_call(formula, values, options)._replace(dynamic_params=True)
     return apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -165,26 +172,26 @@ class _Option:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: "LawModule | None", owner: type | None = None) -> Any:
+    def __get__(self, module: "FormulaModule | None", owner: type | None = None) -> Any:
         return self if module is None else module.get_option(self.name)
 
-    def __set__(self, module: "LawModule", value: object) -> None:
+    def __set__(self, module: "FormulaModule", value: object) -> None:
         module.set_option(self.name, value)
 
 
 def option() -> Any:
-    """An attribute of :class:`LawModule` that is one of its options."""
+    """An attribute of :class:`FormulaModule` that is one of its options."""
     return _Option()
 
 
-class LawModule(nn.Module):
-    """A law with its parameters and options as a module.
+class FormulaModule(nn.Module):
+    """A formula with its parameters and options as a module.
 
     Every parameter and option is an attribute, readable and settable, checked when it is set as when the
     module was made. ``call`` is what applies them, prepared then, once.
     """
 
-    law: ClassVar[type[Law]]
+    formula: ClassVar[type[Formula]]
 
     reduction: str = option()
     backend: str = option()
@@ -192,7 +199,7 @@ class LawModule(nn.Module):
     def __init__(self, options: Mapping[str, Any], **values: Any) -> None:
         super().__init__()
         self._values = values
-        self.call = make_call(self.law, values, options)
+        self.call = make_call(self.formula, values, options)
 
     def get_option(self, name: str) -> Any:
         return getattr(self.call.options, name) if name in NAMES else self._values[name]
@@ -204,7 +211,7 @@ class LawModule(nn.Module):
         else:
             values = {**values, name: value}
         # Who sets an option may do so again at every step: no graph should be compiled for each value.
-        self.call = make_call(self.law, values, options)._replace(scheduled=True)
+        self.call = make_call(self.formula, values, options)._replace(dynamic_params=True)
         self._values = values
 
     def extra_repr(self) -> str:
@@ -212,7 +219,7 @@ class LawModule(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-class PairLoss(LawModule):
+class PairLoss(FormulaModule):
     """What the pair losses share."""
 
     epsilon: float | None = option()

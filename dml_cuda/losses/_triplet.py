@@ -131,7 +131,14 @@ def triplet_batch(
             selection = Selection()
         same = selection is not None and (not selection.measures or mined.similarity == call.similarity)
         if same and mined.rules(*given):
-            batch = embeddings, mined.labels, ref_emb, mined.ref_labels, mined.self_ref, mined.ref_count
+            batch = (
+                embeddings,
+                mined.labels,
+                ref_emb,
+                mined.ref_labels,
+                mined.self_index,
+                mined.num_valid_refs,
+            )
             rows = Rows(*map(to_save, batch))
             return _by_selection(call, rows, selection, mined if isinstance(mined, Selected) else None)
     listed = mined is None or mined.only_lists

@@ -7,11 +7,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs, softplus
+from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
 
-class BinomialDeviance(Law):
+class BinomialDeviance(Formula):
     """Yi et al., ICPR 2014, as Wang et al., CVPR 2019, compare it."""
 
     name = "binomial_deviance"
@@ -71,7 +71,7 @@ class BinomialDevianceLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = BinomialDeviance
+    formula = BinomialDeviance
     alpha: float = option()
     beta: float = option()
     base: float = option()

@@ -8,11 +8,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_flag, check_number
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs, softplus
+from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
 
-class Circle(Law):
+class Circle(Formula):
     """Sun et al., CVPR 2020, equations 4 to 8."""
 
     name = "circle"
@@ -103,7 +103,7 @@ class CircleLoss(NamedMargin, PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = Circle
+    formula = Circle
     m: float = option()
     gamma: float = option()
     detach_weights: bool = option()

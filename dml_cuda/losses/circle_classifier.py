@@ -40,7 +40,7 @@ class CircleClassifierLoss(NamedMargin, ClassifierLoss):
     >>> predicted = head.get_logits(embeddings).argmax(dim=1)
     """
 
-    law = Circle
+    formula = Circle
     weight = "W"
     m: float = option()
     gamma: float = option()

@@ -8,11 +8,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs, Part
+from ._formula import Formula, Pairs, Part
 from ._pair import PairLoss, option, pair_loss
 
 
-class Contrastive(Law):
+class Contrastive(Formula):
     """Hadsell et al., CVPR 2006, with hinges as they are (not squared) and a margin for positives."""
 
     name = "contrastive"
@@ -74,7 +74,7 @@ class ContrastiveLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = Contrastive
+    formula = Contrastive
     pos_margin: float = option()
     neg_margin: float = option()
 

@@ -8,11 +8,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs
+from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
 
-class LiftedStructure(Law):
+class LiftedStructure(Formula):
     """Hermans et al., 2017, equation 9."""
 
     name = "lifted_structure"
@@ -71,7 +71,7 @@ class GeneralizedLiftedStructureLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = LiftedStructure
+    formula = LiftedStructure
     neg_margin: float = option()
     pos_margin: float = option()
 

@@ -10,11 +10,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from ._classifier import ClassifierLoss, ClassifierOptions
-from ._formula import Law, Pairs, softplus
+from ._formula import Formula, Pairs, softplus
 from ._pair import option
 
 
-class MarginSoftmax(Law):
+class MarginSoftmax(Formula):
     """Cross entropy of ``scale`` times the similarities, with cos(theta + angle) - margin for the own class.
 
     The four numbers of the kernel are ``scale``, ``margin``, cos(angle) and sin(angle); each loss says which
@@ -112,7 +112,7 @@ class NormalizedSoftmaxLoss(_SoftmaxLoss):
     >>> predicted = head.get_logits(embeddings).argmax(dim=1)
     """
 
-    law = NormalizedSoftmax
+    formula = NormalizedSoftmax
     temperature: float = option()
 
     def __init__(
@@ -139,7 +139,7 @@ class CosFaceLoss(_SoftmaxLoss):
         num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them, and so ``W``.
     """
 
-    law = CosFace
+    formula = CosFace
     margin: float = option()
     scale: float = option()
 
@@ -175,7 +175,7 @@ class ArcFaceLoss(_SoftmaxLoss):
     The gradient of an angle of 0 is 0.
     """
 
-    law = ArcFace
+    formula = ArcFace
     margin: float = option()
     scale: float = option()
 

@@ -7,11 +7,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs
+from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
 
-class MultiSimilarity(Law):
+class MultiSimilarity(Formula):
     """Wang et al., CVPR 2019, equation 15."""
 
     name = "multi_similarity"
@@ -89,7 +89,7 @@ class MultiSimilarityLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = MultiSimilarity
+    formula = MultiSimilarity
     alpha: float = option()
     beta: float = option()
     base: float = option()

@@ -7,11 +7,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs, Part, softplus
+from ._formula import Formula, Pairs, Part, softplus
 from ._pair import PairLoss, option, pair_loss
 
 
-class NTXent(Law):
+class NTXent(Formula):
     """Sohn, NeurIPS 2016; van den Oord et al., 2018; Chen et al., ICML 2020."""
 
     name = "nt_xent"
@@ -72,7 +72,7 @@ class NTXentLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = NTXent
+    formula = NTXent
     temperature: float = option()
 
     def __init__(self, temperature: float = 0.07, **options: Unpack[PairOptions]) -> None:

@@ -12,13 +12,13 @@ from .._inputs.batch import make_batch
 from .._inputs.checks import check_above_zero, check_number
 from ..reference.pairs import MaskedPairs, is_traced, unit_rows
 from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
-from ._formula import Law, Pairs, Part, reduce, softplus
+from ._formula import Formula, Pairs, Part, reduce, softplus
 from ._pair import Call, evaluate, option
 
 _BLOCK = 1 << 22  # cosines that are there at once where rows are weighted
 
 
-class ProxyAnchor(Law):
+class ProxyAnchor(Formula):
     """Kim et al., CVPR 2020, equation 4: the rows are the proxies."""
 
     name = "proxy_anchor"
@@ -74,7 +74,7 @@ class ProxyAnchorLoss(ClassifierLoss):
     pytorch-metric-learning.
     """
 
-    law = ProxyAnchor
+    formula = ProxyAnchor
     weight = "proxies"
     margin: float = option()
     alpha: float = option()
@@ -110,7 +110,7 @@ class ProxyAnchorLoss(ClassifierLoss):
             embeddings, labels, count = embeddings[order], labels[order], (~out).sum()
         points = self.proxies, self.classes(), None, embeddings, labels
         how = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
-        return evaluate(call, make_batch(*points, **how)._replace(ref_count=count))
+        return evaluate(call, make_batch(*points, **how)._replace(num_valid_refs=count))
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
         labels = labels.long()

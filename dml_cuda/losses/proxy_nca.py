@@ -43,7 +43,7 @@ class ProxyNCALoss(ClassifierLoss):
     here (pytorch-metric-learning drops it).
     """
 
-    law = ProxyNCA
+    formula = ProxyNCA
     weight = "proxies"
     softmax_scale: float = option()
 

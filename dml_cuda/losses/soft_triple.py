@@ -11,7 +11,7 @@ from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
 from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
-from ._formula import Law, reduce
+from ._formula import Formula, reduce
 from ._pair import option
 
 _MERGED = 1 << 22  # distances of centres that are looked at together
@@ -23,8 +23,9 @@ def _check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected 0 or more, got {value}")
 
 
-class SoftTriple(Law):
-    """Qian et al., ICCV 2019. Parameters only: a class has several centres, so this is no law of pairs."""
+class SoftTriple(Formula):
+    """Qian et al., ICCV 2019. Parameters only: a class has several centres, so this is no formula of
+    pairs."""
 
     name = "soft_triple"
     parameters: ClassVar = {
@@ -69,7 +70,7 @@ class SoftTripleLoss(ClassifierLoss):
     A row whose label is negative is left out, as in :class:`NormalizedSoftmaxLoss`.
     """
 
-    law = SoftTriple
+    formula = SoftTriple
     weight = "fc"
     la: float = option()
     gamma: float = option()

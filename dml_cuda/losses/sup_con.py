@@ -8,11 +8,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
-from ._formula import Law, Pairs
+from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
 
-class SupCon(Law):
+class SupCon(Formula):
     """Khosla et al., NeurIPS 2020, equation 2."""
 
     name = "sup_con"
@@ -71,7 +71,7 @@ class SupConLoss(PairLoss):
     >>> loss = loss_fn(embeddings, labels)
     """
 
-    law = SupCon
+    formula = SupCon
     temperature: float = option()
 
     def __init__(self, temperature: float = 0.1, **options: Unpack[PairOptions]) -> None:

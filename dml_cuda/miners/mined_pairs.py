@@ -99,8 +99,8 @@ class Mined(list[Tensor]):
         ref_labels: Tensor | None = None,
         *,
         similarity: str = "cosine",
-        self_ref: Tensor | None = None,
-        ref_count: Tensor | None = None,
+        self_index: Tensor | None = None,
+        num_valid_refs: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.similarity = similarity
@@ -116,7 +116,7 @@ class Mined(list[Tensor]):
         self._given = None if compiling else tuple(x if x is None else weakref.ref(x) for x in given)
         self.labels = labels
         self.ref_labels = ref_labels
-        self.self_ref, self.ref_count = self_ref, ref_count  # as reference.pair_loss has them
+        self.self_index, self.num_valid_refs = self_index, num_valid_refs  # as reference.pair_loss has them
         self._looked = self.only_lists = False
         self._versions = self._batch_versions()
 
@@ -164,12 +164,12 @@ class Mined(list[Tensor]):
         ref_labels: Tensor | None = None,
         **own: Tensor | None,
     ) -> Self:
-        """What the rule finds in another batch; ``own`` is ``self_ref`` and ``ref_count``."""
+        """What the rule finds in another batch; ``own`` is ``self_index`` and ``num_valid_refs``."""
         return type(self)(embeddings, labels, ref_emb, ref_labels, **self.rule, **own)
 
     def _blocks(self, measured: bool) -> Iterator[tuple[int, Tensor | None, Tensor, Tensor]]:
         """First row, similarities ``[rows, M]`` if ``measured``, and masks ``[rows, M]`` of the positives and
-        the negatives, block after block. The pairs with ``self_ref`` are among the positives."""
+        the negatives, block after block. The pairs with ``self_index`` are among the positives."""
         self._check_unchanged()
         square = self.ref_emb is None
         labels = self.labels.long()
@@ -185,9 +185,9 @@ class Mined(list[Tensor]):
                 negative = ~positive
                 if square:
                     positive = without_self(positive, torch.arange(rows.start, rows.stop, device=device))
-                if self.ref_count is not None:
+                if self.num_valid_refs is not None:
                     positive, negative = (
-                        first_columns(mask, self.ref_count) for mask in (positive, negative)
+                        first_columns(mask, self.num_valid_refs) for mask in (positive, negative)
                     )
                 s = similarity_matrix(x[rows], y, self.similarity) if measured else None
                 yield begin, s, positive, negative
@@ -200,10 +200,10 @@ class Mined(list[Tensor]):
         return x, refs[0] if refs else x
 
     def without_own(self, begin: int, positive: Tensor) -> Tensor:
-        """Takes from the mask ``[rows, M]`` of a block the pairs with ``self_ref``."""
-        if self.self_ref is None:
+        """Takes from the mask ``[rows, M]`` of a block the pairs with ``self_index``."""
+        if self.self_index is None:
             return positive
-        return without_self(positive, self.self_ref[begin : begin + positive.shape[0]])
+        return without_self(positive, self.self_index[begin : begin + positive.shape[0]])
 
     def _make_lists(self) -> Iterable[Tensor]:
         raise NotImplementedError
@@ -292,10 +292,10 @@ class MinedPairs(Mined):
         embeddings, labels, ref_emb, ref_labels: as the losses take them.
         epsilon: the miner's margin; ``None`` for every pair.
         similarity: as the miner takes it.
-        self_ref: ``[N]`` int64, for each row the row of ``ref_emb`` that is the same point, or -1. Mining
+        self_index: ``[N]`` int64, for each row the row of ``ref_emb`` that is the same point, or -1. Mining
             sees that pair, but it is none: ``torch.arange(N)`` for two views of the same images leaves out
             the pairs (i, i).
-        ref_count: int64, one number: only so many rows of ``ref_emb`` take part.
+        num_valid_refs: int64, one number: only so many rows of ``ref_emb`` take part.
 
     Attributes:
         pos_anchors, positives: ``[P]`` int64, rows of ``embeddings`` and of ``ref_emb`` (of ``embeddings``
@@ -315,10 +315,10 @@ class MinedPairs(Mined):
         *,
         epsilon: float | None,
         similarity: str = "cosine",
-        self_ref: Tensor | None = None,
-        ref_count: Tensor | None = None,
+        self_index: Tensor | None = None,
+        num_valid_refs: Tensor | None = None,
     ) -> None:
-        own = {"similarity": similarity, "self_ref": self_ref, "ref_count": ref_count}
+        own = {"similarity": similarity, "self_index": self_index, "num_valid_refs": num_valid_refs}
         super().__init__(embeddings, labels, ref_emb, ref_labels, **own)
         self.epsilon = epsilon
 
@@ -387,10 +387,15 @@ def mined_pairs(
     *,
     epsilon: float | None,
     similarity: str,
-    self_ref: Tensor | None = None,
-    ref_count: Tensor | None = None,
+    self_index: Tensor | None = None,
+    num_valid_refs: Tensor | None = None,
 ) -> MinedPairs:
     """:class:`MinedPairs` of a batch that is checked first."""
     labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-    rule = {"epsilon": epsilon, "similarity": similarity, "self_ref": self_ref, "ref_count": ref_count}
+    rule = {
+        "epsilon": epsilon,
+        "similarity": similarity,
+        "self_index": self_index,
+        "num_valid_refs": num_valid_refs,
+    }
     return MinedPairs(embeddings, labels, ref_emb, ref_labels, **rule)

@@ -18,8 +18,9 @@ class Selected(Mined):
     """What a :class:`Selection` of a batch's triplets holds.
 
     Args:
-        embeddings, labels, ref_emb, ref_labels, similarity, self_ref, ref_count: as :class:`MinedPairs` has
-            them; the pair with ``self_ref`` is none for the selection either.
+        embeddings, labels, ref_emb, ref_labels, similarity, self_index, num_valid_refs: as
+        :class:`MinedPairs` has
+            them; the pair with ``self_index`` is none for the selection either.
         selection: which triplets.
         seed: ``[1]`` int64 on the device, of the draws.
     """
@@ -34,10 +35,10 @@ class Selected(Mined):
         selection: Selection,
         similarity: str = "cosine",
         seed: Tensor | None = None,
-        self_ref: Tensor | None = None,
-        ref_count: Tensor | None = None,
+        self_index: Tensor | None = None,
+        num_valid_refs: Tensor | None = None,
     ) -> None:
-        own = {"similarity": similarity, "self_ref": self_ref, "ref_count": ref_count}
+        own = {"similarity": similarity, "self_index": self_index, "num_valid_refs": num_valid_refs}
         super().__init__(embeddings, labels, ref_emb, ref_labels, **own)
         self.selection, self.seed = selection, seed
 
@@ -49,7 +50,7 @@ class Selected(Mined):
     def rows(self) -> Rows:
         """The batch that was mined."""
         self._check_unchanged()
-        own = self.self_ref, self.ref_count
+        own = self.self_index, self.num_valid_refs
         return Rows(self.embeddings, self.labels, self.ref_emb, self.ref_labels, *own)
 
     def _of_kind(self, kind: int) -> tuple[Tensor, Tensor]:

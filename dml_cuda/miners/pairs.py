@@ -58,7 +58,7 @@ class LastBatch:
         ref_labels: Tensor | None = None,
     ) -> None:
         self._counts: tuple[int, ...] | None = None
-        self._kind, self._rule = type(mined), mined.rule | {"ref_count": mined.ref_count}
+        self._kind, self._rule = type(mined), mined.rule | {"num_valid_refs": mined.num_valid_refs}
         self._square = ref_emb is None
         self._batch = [_kept(x) for x in (embeddings, labels, ref_emb, ref_labels)]
         self._mined = None if torch.compiler.is_compiling() else weakref.ref(mined)
@@ -123,7 +123,7 @@ class Miner(nn.Module):
         labels: Tensor,
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
-        ref_count: Tensor | None,
+        num_valid_refs: Tensor | None,
     ) -> Mined:
         raise NotImplementedError
 
@@ -133,11 +133,11 @@ class Miner(nn.Module):
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-        ref_count: Tensor | None = None,
+        num_valid_refs: Tensor | None = None,
     ) -> Any:
-        """What is found in a batch with the first ``ref_count`` references."""
+        """What is found in a batch with the first ``num_valid_refs`` references."""
         batch = embeddings, labels, ref_emb, ref_labels
-        mined = self._find(*batch, ref_count)
+        mined = self._find(*batch, num_valid_refs)
         self._last = None if torch.compiler.is_exporting() else LastBatch(mined, *batch)
         return mined
 
@@ -259,8 +259,8 @@ class MultiSimilarityMiner(Miner, Generic[_Found]):
             ref_labels: Tensor | None = None,
         ) -> _Found: ...
 
-    def _find(self, embeddings, labels, ref_emb, ref_labels, ref_count) -> MinedPairs:
-        rule = {"epsilon": self.epsilon, "similarity": self.measure, "ref_count": ref_count}
+    def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> MinedPairs:
+        rule = {"epsilon": self.epsilon, "similarity": self.measure, "num_valid_refs": num_valid_refs}
         return mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
 
     @property

@@ -132,9 +132,13 @@ class SelectingMiner(Miner):
     def _stats_of(self, mined: Selected) -> Mapping[str, float]:
         return {}
 
-    def _find(self, embeddings, labels, ref_emb, ref_labels, ref_count) -> Selected:
+    def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> Selected:
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-        rule = {"similarity": self.measure, "seed": self.seed(embeddings.device), "ref_count": ref_count}
+        rule = {
+            "similarity": self.measure,
+            "seed": self.seed(embeddings.device),
+            "num_valid_refs": num_valid_refs,
+        }
         batch = embeddings, labels, ref_emb, ref_labels
         mined = self.kind(*batch, selection=self.selection(embeddings), **rule)
         if self.collect_stats:

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from .._ops import soft_triple
 from ..losses._classifier import check_classes
-from ..losses._formula import Law
+from ..losses._formula import Formula
 from ..losses._pair import Call, apply, make_call
 from ..losses.circle import Circle
 from ..losses.contrastive import Contrastive
@@ -31,9 +31,9 @@ from ..miners.mined_pairs import Mined, MinedPairs, mined_pairs
 
 
 class _Fused:
-    """Replaces the computation of a pair loss by that of a law."""
+    """Replaces the computation of a pair loss by that of a formula."""
 
-    _law: ClassVar[type[Law]]
+    _formula: ClassVar[type[Formula]]
     _row_losses = True  # whether pytorch-metric-learning has losses of rows here, not of pairs
     _shape = (-1, 1)  # of these there, for which some reducers give another number than for [N]
     _stands_for: ClassVar[dict[str, Any]] = {}  # pytorch-metric-learning's methods, which are not called
@@ -41,7 +41,7 @@ class _Fused:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "_law" in vars(cls):
+        if "_formula" in vars(cls):
             theirs = cls.__mro__[2], GenericPairLoss
             skipped = {"compute_loss", "get_default_distance", "get_default_reducer"}
             names = {n for each in theirs for n in vars(each) if not n.startswith("__")} - skipped
@@ -61,7 +61,7 @@ class _Fused:
         return None if getattr(self.loss_method, "__func__", None) is method.__func__ else "loss_method"
 
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._law.parameters}
+        return {name: getattr(self, name) for name in self._formula.parameters}
 
     def _kernel(self) -> Call | str:
         """What computes this loss, or what the kernels lack for it."""
@@ -76,7 +76,7 @@ class _Fused:
         if reduction is None and not self._row_losses:
             return str(self.reducer)
         try:
-            return make_call(self._law, self._values(), {**similarity, "reduction": reduction or "none"})
+            return make_call(self._formula, self._values(), {**similarity, "reduction": reduction or "none"})
         except (TypeError, ValueError) as error:
             return str(error)
 
@@ -86,7 +86,7 @@ class _Fused:
 
     @property
     def call(self) -> Call:
-        """The law and its options, as :func:`dml_cuda.functional.pair_weights` takes them."""
+        """The formula and its options, as :func:`dml_cuda.functional.pair_weights` takes them."""
         call = self._kernel()
         if isinstance(call, str):
             kind = f"{type(self).__name__} with {call}"
@@ -110,7 +110,7 @@ class _Fused:
         elif indices_tuple is None and ref_labels is labels:
             # The very same labels: pytorch-metric-learning takes row i of ref_emb for the same point too.
             own = torch.arange(embeddings.shape[0], device=embeddings.device)
-            rule = {"epsilon": None, "similarity": call.similarity, "self_ref": own}
+            rule = {"epsilon": None, "similarity": call.similarity, "self_index": own}
             indices_tuple = mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
         value = self._value(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if call.options.reduction == "none":
@@ -133,7 +133,7 @@ class MultiSimilarityLoss(_Fused, losses.MultiSimilarityLoss):
     class that this one replaces.
     """
 
-    _law = MultiSimilarity
+    _formula = MultiSimilarity
 
 
 class CircleLoss(_Fused, losses.CircleLoss):
@@ -143,7 +143,7 @@ class CircleLoss(_Fused, losses.CircleLoss):
     this one replaces. Setting ``m`` later sets what that class derives from it in its constructor only.
     """
 
-    _law = Circle
+    _formula = Circle
 
     @property
     def m(self) -> float:
@@ -169,7 +169,7 @@ class ContrastiveLoss(_Fused, losses.ContrastiveLoss):
     that this one replaces.
     """
 
-    _law = Contrastive
+    _formula = Contrastive
     _row_losses = False
 
 
@@ -180,7 +180,7 @@ class GeneralizedLiftedStructureLoss(_Fused, losses.GeneralizedLiftedStructureLo
     errors the class that this one replaces.
     """
 
-    _law = LiftedStructure
+    _formula = LiftedStructure
 
 
 class NTXentLoss(_Fused, losses.NTXentLoss):
@@ -190,7 +190,7 @@ class NTXentLoss(_Fused, losses.NTXentLoss):
     this one replaces.
     """
 
-    _law = NTXent
+    _formula = NTXent
     _row_losses = False
 
 
@@ -201,7 +201,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
     this one replaces.
     """
 
-    _law = SupCon
+    _formula = SupCon
     _shape = (-1,)
 
     def _value(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
@@ -216,8 +216,8 @@ class SupConLoss(_Fused, losses.SupConLoss):
             labels, ref_labels = mined.labels, mined.ref_labels
         columns = labels if ref_labels is None else ref_labels
         differ = columns != labels[:1]
-        if mined is not None and mined.ref_count is not None:
-            differ = differ & (torch.arange(len(columns), device=columns.device) < mined.ref_count)
+        if mined is not None and mined.num_valid_refs is not None:
+            differ = differ & (torch.arange(len(columns), device=columns.device) < mined.num_valid_refs)
         return torch.where(differ.any() | (labels != labels[:1]).any(), value, 0.0)
 
 
@@ -238,7 +238,7 @@ class _FusedClassifier:
     """Replaces the computation of a class-level loss. Weights that lie class beside class in memory are laid
     out class after class, as the kernels read them; their shape, and the state dict, stay."""
 
-    _law: ClassVar[type[Law]]
+    _formula: ClassVar[type[Formula]]
     _weight: ClassVar[str] = "W"
     _reducers: ClassVar[tuple[type, ...] | None] = None  # those that can be served, None for all
     _methods = (
@@ -262,7 +262,7 @@ class _FusedClassifier:
         return weight if self._weight == "proxies" else weight.T
 
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._law.parameters}
+        return {name: getattr(self, name) for name in self._formula.parameters}
 
     def _kernel(self) -> Call | str:
         """What computes this loss, or what the kernels lack for it."""
@@ -283,7 +283,7 @@ class _FusedClassifier:
                 return str(self.reducer)
         reduction = "none" if self._reducers is None else "mean"
         try:
-            return make_call(self._law, self._values(), {"similarity": "cosine", "reduction": reduction})
+            return make_call(self._formula, self._values(), {"similarity": "cosine", "reduction": reduction})
         except (TypeError, ValueError) as error:
             return str(error)
 
@@ -313,7 +313,7 @@ class _FusedClassifier:
 
     def _losses(self, call: Call, embeddings, labels, indices_tuple) -> dict:
         indices = indices_tuple if indices_tuple is None else tuple(indices_tuple)
-        how = {"dtype": embeddings.dtype, "using_ref": self._law is ProxyNCA}
+        how = {"dtype": embeddings.dtype, "using_ref": self._formula is ProxyNCA}
         losses = self._of_rows(call, embeddings, labels) * lmu.convert_to_weights(indices, labels, **how)
         rows = torch.arange(embeddings.shape[0], device=embeddings.device)
         return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
@@ -326,19 +326,19 @@ class _FusedClassifier:
 class NormalizedSoftmaxLoss(_FusedClassifier, losses.NormalizedSoftmaxLoss):
     """``pytorch_metric_learning.losses.NormalizedSoftmaxLoss`` on the kernels of dml_cuda."""
 
-    _law = NormalizedSoftmax
+    _formula = NormalizedSoftmax
 
 
 class CosFaceLoss(_FusedClassifier, losses.CosFaceLoss):
     """``pytorch_metric_learning.losses.CosFaceLoss`` on the kernels of dml_cuda."""
 
-    _law = CosFace
+    _formula = CosFace
 
 
 class ArcFaceLoss(_FusedClassifier, losses.ArcFaceLoss):
     """``pytorch_metric_learning.losses.ArcFaceLoss`` on the kernels of dml_cuda."""
 
-    _law = ArcFace
+    _formula = ArcFace
 
     def _values(self) -> dict[str, Any]:
         return {"margin": math.degrees(self.margin), "scale": self.scale}
@@ -347,7 +347,7 @@ class ArcFaceLoss(_FusedClassifier, losses.ArcFaceLoss):
 class ProxyNCALoss(_FusedClassifier, losses.ProxyNCALoss):
     """``pytorch_metric_learning.losses.ProxyNCALoss`` on the kernels of dml_cuda, which drop no row."""
 
-    _law = ProxyNCA
+    _formula = ProxyNCA
     _weight = "proxies"
 
     @staticmethod
@@ -360,7 +360,7 @@ class ProxyAnchorLoss(_FusedClassifier, losses.ProxyAnchorLoss):
     """``pytorch_metric_learning.losses.ProxyAnchorLoss`` on the kernels of dml_cuda, with its own reducer and
     without a miner."""
 
-    _law = ProxyAnchor
+    _formula = ProxyAnchor
     _weight = "proxies"
     _reducers = (reducers.DivisorReducer,)
 
@@ -380,7 +380,7 @@ class ProxyAnchorLoss(_FusedClassifier, losses.ProxyAnchorLoss):
 class SoftTripleLoss(_FusedClassifier, losses.SoftTripleLoss):
     """``pytorch_metric_learning.losses.SoftTripleLoss``, computed a block of classes at a time."""
 
-    _law = SoftTriple
+    _formula = SoftTriple
     _weight = "fc"
 
     def _classes(self) -> int:

@@ -68,7 +68,7 @@ class _Lazy:
             ref_emb = ref_labels = None
         elif ref_labels is labels and self._kind is not MinedPairs:
             # The very same labels: pytorch-metric-learning takes row i of ref_emb for the same point.
-            own["self_ref"] = torch.arange(embeddings.shape[0], device=embeddings.device)
+            own["self_index"] = torch.arange(embeddings.shape[0], device=embeddings.device)
         batch = embeddings, labels, ref_emb, ref_labels
         similarity = measure(options["similarity"], options.get("normalize_embeddings"))
         mined = self._kind(*batch, **self._rule(embeddings, similarity), **own)

@@ -66,7 +66,7 @@ class _FusedTriplets:
         elif indices_tuple is None and ref_labels is labels and call.per_anchor is None:
             # The very same labels: pytorch-metric-learning takes row i of ref_emb for the same point too.
             own = torch.arange(embeddings.shape[0], device=embeddings.device)
-            rule = {"selection": Selection(), "similarity": call.similarity, "self_ref": own}
+            rule = {"selection": Selection(), "similarity": call.similarity, "self_index": own}
             indices_tuple = MinedTriplets(embeddings, labels, ref_emb, ref_labels, **rule)
         value = self._value(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         first, *others = self._sub_loss_names()

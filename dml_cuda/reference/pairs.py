@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses._formula import Law, Pairs, reduce, undivided
+from ..losses._formula import Formula, Pairs, reduce, undivided
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed from the differences
@@ -112,15 +112,15 @@ def mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple
     return keep_positive, keep_negative
 
 
-def without_self(positive: Tensor, self_ref: Tensor) -> Tensor:
-    """Takes from the mask ``[N, M]`` each row's pair with ``self_ref`` ``[N]``, its own column (or -1)."""
+def without_self(positive: Tensor, self_index: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` each row's pair with ``self_index`` ``[N]``, its own column (or -1)."""
     columns = torch.arange(positive.shape[1], device=positive.device)
-    return positive & (columns[None, :] != self_ref[:, None])
+    return positive & (columns[None, :] != self_index[:, None])
 
 
-def first_columns(mask: Tensor, ref_count: Tensor) -> Tensor:
-    """Takes from the mask ``[N, M]`` the columns from ``ref_count`` on."""
-    return mask & (torch.arange(mask.shape[1], device=mask.device) < ref_count)
+def first_columns(mask: Tensor, num_valid_refs: Tensor) -> Tensor:
+    """Takes from the mask ``[N, M]`` the columns from ``num_valid_refs`` on."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) < num_valid_refs)
 
 
 def listed(indices: Sequence[Tensor], n: int, m: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class MaskedPairs(Pairs):
 
 
 def pair_loss(
-    law: type[Law],
+    formula: type[Formula],
     params: Sequence[float],
     embeddings: Tensor,
     labels: Tensor | None,
@@ -176,19 +176,21 @@ def pair_loss(
     ref_labels: Tensor | None = None,
     *,
     epsilon: float | None = None,
-    self_ref: Tensor | None = None,
-    ref_count: Tensor | None = None,
-    mine_self: bool = True,
+    self_index: Tensor | None = None,
+    num_valid_refs: Tensor | None = None,
+    mine_self_pair: bool = True,
     indices: Sequence[Tensor] | None = None,
     similarity: str = "cosine",
     reduction: str = "mean",
     divide: bool = True,
 ) -> Tensor:
-    """The loss that a law makes of a batch.
+    """The loss that a formula makes of a batch.
 
-    ``params`` are what ``law.params`` gives. ``self_ref`` ``[N]`` names for each row the row of ``ref_emb``
-    that is the same point (or -1): the loss does not see that pair, mining does if ``mine_self``. Only the
-    first ``ref_count`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
+    ``params`` are what ``formula.params`` gives. ``self_index`` ``[N]`` names for each row the row of
+    ``ref_emb``
+    that is the same point (or -1): the loss does not see that pair, mining does if ``mine_self_pair``.
+    Only the
+    first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
     anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it. Without ``divide`` the
     result is ``[4]``: parts 0 and 1 and their units.
     """
@@ -196,18 +198,18 @@ def pair_loss(
     s = _similarities(embeddings, columns, similarity)
     if indices is not None:
         positive, negative = listed(indices, *s.shape)
-        if not law.repeats:
+        if not formula.repeats:
             positive, negative = positive > 0, negative > 0
     else:
         positive, negative = _pairs(labels, ref_labels)
-        if ref_count is not None:
-            positive, negative = (first_columns(mask, ref_count) for mask in (positive, negative))
-        if self_ref is not None and not mine_self:
-            positive, negative = (without_self(mask, self_ref) for mask in (positive, negative))
+        if num_valid_refs is not None:
+            positive, negative = (first_columns(mask, num_valid_refs) for mask in (positive, negative))
+        if self_index is not None and not mine_self_pair:
+            positive, negative = (without_self(mask, self_index) for mask in (positive, negative))
         if epsilon is not None:
             positive, negative = mine(s, positive, negative, epsilon)
-        if self_ref is not None:
-            positive = without_self(positive, self_ref)
+        if self_index is not None:
+            positive = without_self(positive, self_index)
     pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
-    losses, valid = law.row(pos, neg, *params), (pos.count + neg.count) > 0
+    losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
     return reduce(losses, valid, reduction) if divide else undivided(losses, valid, reduction)

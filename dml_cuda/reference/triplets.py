@@ -124,28 +124,28 @@ class _Batch(NamedTuple):
     y: Tensor  # [M, D]
     labels: Tensor  # [N] int64
     ref_labels: Tensor  # [M] int64
-    self_ref: Tensor | None  # [N]
-    ref_count: Tensor | None
+    self_index: Tensor | None  # [N]
+    num_valid_refs: Tensor | None
     similarity: str
 
     @classmethod
-    def of(cls, embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity):
+    def of(cls, embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity):
         x = full_precision(embeddings, similarity)
         labels = labels.long()
         if ref_emb is None:
             own = torch.arange(x.shape[0], device=x.device)
-            return cls(x, x, labels, labels, own, ref_count, similarity)
+            return cls(x, x, labels, labels, own, num_valid_refs, similarity)
         y = full_precision(ref_emb, similarity)
-        return cls(x, y, labels, ref_labels.long(), self_ref, ref_count, similarity)
+        return cls(x, y, labels, ref_labels.long(), self_index, num_valid_refs, similarity)
 
     def masks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``[K, M]`` the positives and the negatives of some rows."""
         positive = self.labels[rows, None] == self.ref_labels
         negative = ~positive
-        if self.ref_count is not None:
-            positive, negative = (first_columns(mask, self.ref_count) for mask in (positive, negative))
-        if self.self_ref is not None:
-            positive = without_self(positive, self.self_ref[rows])
+        if self.num_valid_refs is not None:
+            positive, negative = (first_columns(mask, self.num_valid_refs) for mask in (positive, negative))
+        if self.self_index is not None:
+            positive = without_self(positive, self.self_index[rows])
         return positive, negative
 
     def most_positives(self) -> int:
@@ -215,8 +215,8 @@ def triplet_loss(
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    self_ref: Tensor | None,
-    ref_count: Tensor | None,
+    self_index: Tensor | None,
+    num_valid_refs: Tensor | None,
     beta: Tensor | None,
     seed: Tensor | None,
     term: str,
@@ -229,7 +229,7 @@ def triplet_loss(
     """Each row's loss ``[N]`` and counts ``[N, 2]`` over its triplets, as the op has them; with ``swap`` the
     nearer of anchor and positive is what a negative's distance is taken from."""
     given = Params(*params)
-    batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity)
+    batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
     terms = Terms(term, given.margin, (given.gap_low, given.gap_high))
     n, m = batch.x.shape[0], batch.y.shape[0]
     most = batch.most_positives() if positives == "all" else 1
@@ -291,8 +291,8 @@ def select(
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    self_ref: Tensor | None,
-    ref_count: Tensor | None,
+    self_index: Tensor | None,
+    num_valid_refs: Tensor | None,
     seed: Tensor | None,
     rule: str,
     params: list[float],
@@ -306,7 +306,7 @@ def select(
     given, kind = Params(*params), rule.rpartition("_")[0]
     cols, found = [], []
     with torch.no_grad():
-        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity)
+        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
         all_rows = torch.arange(batch.x.shape[0], device=batch.x.device) if anchors is None else anchors
         draws = torch.zeros_like(all_rows)
         if anchors is not None:

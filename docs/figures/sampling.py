@@ -1,4 +1,5 @@
-"""``python docs/figures/sampling.py``: draws how far from their anchors the negatives are that the miners select.
+"""``python docs/figures/sampling.py``: draws how far from their anchors the negatives are that the miners
+select.
 
 As Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, draw it for their sampling: histograms
 of distances, for embeddings as a training starts and for embeddings with classes of all distances.

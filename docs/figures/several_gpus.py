@@ -1,4 +1,5 @@
-"""``python docs/figures/several_gpus.py``: what several_gpus.md shows: the tables, and a training of one process
+"""``python docs/figures/several_gpus.py``: what several_gpus.md shows: the tables, and a training of one
+process
 beside that of two.
 
 The tables of memory and of transfers come from the formulas below; what one machine can measure of them,

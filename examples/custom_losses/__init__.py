@@ -1,4 +1,4 @@
-"""Two losses that dml_cuda has not, as laws of one's own; docs/your_own_law.md tells how they came about."""
+"""Two losses that dml_cuda has not, as custom formulas; docs/custom_loss.md tells how they came about."""
 
 import math
 from functools import cache
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import dml_cuda
-from dml_cuda.losses._formula import Law, Pairs, Part, softplus
+from dml_cuda.losses._formula import Formula, Pairs, Part, softplus
 
 HERE = Path(__file__).parent
 
 
-class NCA(Law):
+class NCA(Formula):
     """Goldberger et al., NeurIPS 2004."""
 
     @staticmethod
@@ -23,7 +23,7 @@ class NCA(Law):
         return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
 
 
-class TupletMargin(Law):
+class TupletMargin(Formula):
     """Yu and Tao, ICCV 2019."""
 
     repeats: ClassVar[bool] = True
@@ -38,11 +38,11 @@ class TupletMargin(Law):
 
 
 @cache
-def nca_loss() -> type[dml_cuda.custom.LoadedLoss]:
+def nca_loss() -> type[dml_cuda.custom.CustomLoss]:
     """The class of the loss; compiled when it is first asked for."""
-    return dml_cuda.load_law(HERE / "nca.h", NCA, name="NCALoss")
+    return dml_cuda.compile_loss(HERE / "nca.h", NCA, name="NCALoss")
 
 
 @cache
-def tuplet_margin_loss() -> type[dml_cuda.custom.LoadedLoss]:
-    return dml_cuda.load_law(HERE / "tuplet_margin.h", TupletMargin, name="TupletMarginLoss")
+def tuplet_margin_loss() -> type[dml_cuda.custom.CustomLoss]:
+    return dml_cuda.compile_loss(HERE / "tuplet_margin.h", TupletMargin, name="TupletMarginLoss")

@@ -1,7 +1,7 @@
 // nca.h: Goldberger et al., "Neighbourhood Components Analysis", NeurIPS 2004: -log of the probability that a
 // row's neighbour, drawn by a softmax over similarities, is of its class.
 template <typename T>
-struct NCA : LawDefaults {
+struct NCA : FormulaDefaults {
     static constexpr const char* kParams = "scale = 16";
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
 

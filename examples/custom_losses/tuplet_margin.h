@@ -1,7 +1,7 @@
 // tuplet_margin.h: Yu and Tao, "Deep Metric Learning with Tuplet Margin Loss", ICCV 2019: for each positive
 // log(1 + sum_n exp(scale (s_n - cos(theta_p - margin)))), with the margin in radians.
 template <typename T>
-struct TupletMargin : LawDefaults {
+struct TupletMargin : FormulaDefaults {
     static constexpr const char* kParams = "scale = 64, margin = 0.1";
     static constexpr Fold kPos = Fold::kSum;
     static constexpr bool kContext = true, kNeedsPos = true;

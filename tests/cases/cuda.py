@@ -58,7 +58,7 @@ SUP_CON = ("sup_con", (0.1,))
 LIFTED = ("lifted_structure", (0.2, 0.9))
 MARGIN_SOFTMAX = ("margin_softmax", (4.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
 PROXY_ANCHOR = ("proxy_anchor", (0.1, 4.0))
-LAWS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED, MARGIN_SOFTMAX, PROXY_ANCHOR]
+FORMULAS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED, MARGIN_SOFTMAX, PROXY_ANCHOR]
 # Levels for distances, whose similarities lie below 0.
 ON_DISTANCES = {
     "multi_similarity": (2.0, 10.0, -1.0),
@@ -79,39 +79,39 @@ class Case:
     labels: torch.Tensor
     r: torch.Tensor | None = None
     ref_labels: torch.Tensor | None = None
-    self_ref: torch.Tensor | None = None
-    ref_count: torch.Tensor | None = None
+    self_index: torch.Tensor | None = None
+    num_valid_refs: torch.Tensor | None = None
     loss: tuple = MS
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
     upstream: object = 1.0
     divide: bool = True
-    mine_self: bool = True
+    mine_self_pair: bool = True
 
     def truth(self, arithmetic):
         name, params = self.loss
-        # Those of the class-level laws are not in the table: theirs are named as the truth names them.
+        # Those of the class-level formulas are not in the table: theirs are named as the truth names them.
         of_truth = list(signature(ROWS[name]).parameters)[2:]
-        names = LOSSES[name].module.law.parameters if name in LOSSES else of_truth
+        names = LOSSES[name].module.formula.parameters if name in LOSSES else of_truth
         params = dict(zip(names, params, strict=True))
         r, ref_labels = self.r, self.ref_labels
-        if self.ref_count is not None:
-            used = self.ref_count.clamp(0, len(r))
+        if self.num_valid_refs is not None:
+            used = self.num_valid_refs.clamp(0, len(r))
             r, ref_labels = r[:used], ref_labels[:used]
         of_rows = self.reduction == "none"
         truth = brute_force(
             name, self.q, self.labels, ref_emb=r, ref_labels=ref_labels, epsilon=self.epsilon,
             similarity=self.similarity, reduction=self.reduction,
-            upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_ref=self.self_ref,
-            mine_self=self.mine_self, rounded=arithmetic.of_numbers, levels=True,
+            upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_index=self.self_index,
+            mine_self_pair=self.mine_self_pair, rounded=arithmetic.of_numbers, levels=True,
             undivided=None if self.divide else self.upstream.tolist(), **params,
         )  # fmt: skip
         value = torch.as_tensor(truth.losses if of_rows else truth.loss, dtype=torch.float64)
         upstream = float(self.upstream) if self.divide and not of_rows else 1.0
         grads = (truth.grad_emb, truth.grad_ref)
         grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)
-        if self.ref_count is not None:
+        if self.num_valid_refs is not None:
             grad_r = torch.cat([grad_r, grad_r.new_zeros(len(self.r) - len(r), grad_r.shape[1])])
         return value, grad_q, grad_r
 
@@ -160,13 +160,13 @@ def clear_margin(case, arithmetic):
     return margin > 2e-6
 
 
-def of_similarity(law, similarity, n, d, arithmetic, **options):
-    """A case of a law whose parameters suit the similarity."""
-    name, _ = law
-    turns = law == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
+def of_similarity(formula, similarity, n, d, arithmetic, **options):
+    """A case of a formula whose parameters suit the similarity."""
+    name, _ = formula
+    turns = formula == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
     if similarity.startswith("euclidean") or turns:
-        law = name, ON_DISTANCES[name]
-    case = make(n, d, arithmetic, loss=law, similarity=similarity, **options)
+        formula = name, ON_DISTANCES[name]
+    case = make(n, d, arithmetic, loss=formula, similarity=similarity, **options)
     if similarity in ("dot", "euclidean_raw"):
         case.q *= 0.25  # of order 1
         if case.r is not None:
@@ -182,15 +182,15 @@ def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
         case.epsilon = options.get("epsilon")
         case.ref_labels[: m // 10] = torch.arange(m // 10) + 5
         g = torch.Generator().manual_seed(attempt)
-        case.self_ref = torch.cat([torch.randperm(m, generator=g) for _ in range(n // m + 1)])[:n]
-        case.q.copy_(case.r[case.self_ref])
-        case.labels = case.ref_labels[case.self_ref]
+        case.self_index = torch.cat([torch.randperm(m, generator=g) for _ in range(n // m + 1)])[:n]
+        case.q.copy_(case.r[case.self_index])
+        case.labels = case.ref_labels[case.self_index]
         if some:
             other = case.labels[:, None] != case.ref_labels[None, :]
-            case.self_ref[4:6] = other[4:6].int().argmax(1)
-            case.self_ref[6::5] = -1
+            case.self_index[4:6] = other[4:6].int().argmax(1)
+            case.self_index[6::5] = -1
             outside = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
-            case.self_ref[: len(outside)] = outside
+            case.self_index[: len(outside)] = outside
         if clear_margin(case, arithmetic):
             return case
 

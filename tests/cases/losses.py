@@ -23,7 +23,7 @@ class Loss:
     wrong: dict = field(default_factory=dict)  # as the cases of test_bad_input.py
     pml: str | None = None  # its class in pytorch-metric-learning
     cases: tuple[dict, ...] = ({},)  # parameters to compare with others at
-    called: str | None = None  # the function, where it has another name than the law
+    called: str | None = None  # the function, where it has another name than the formula
 
     @cached_property
     def function(self):
@@ -32,7 +32,7 @@ class Loss:
     @property
     def similarity(self):
         """That of its default options."""
-        return self.module.law.similarity
+        return self.module.formula.similarity
 
     @property
     def defaults(self):
@@ -41,7 +41,7 @@ class Loss:
 
     def params(self, similarity="cosine", **changed):
         """The parameters as the ops take them."""
-        return self.module.law.params({**self.defaults, **changed}, similarity)
+        return self.module.formula.params({**self.defaults, **changed}, similarity)
 
 
 def _not_positive(*names):

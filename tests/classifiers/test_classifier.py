@@ -147,7 +147,7 @@ def test_circle_is_the_papers(detach, n, classes, dim):
         assert_as_accurate(what, f, p, t)
 
 
-LAWS = {
+FORMULAS = {
     "margin_softmax": [
         {"scale": 64.0, "margin": 0.35, "cosine": 1.0, "sine": 0.0},
         {"scale": 20.0, "margin": 0.0, "cosine": math.cos(0.5), "sine": math.sin(0.5)},
@@ -159,17 +159,18 @@ LAWS = {
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "sum", "none"])
 @pytest.mark.parametrize(
-    ("law", "params"), [pytest.param(law, p, id=law) for law, cases in LAWS.items() for p in cases]
+    ("formula", "params"),
+    [pytest.param(formula, p, id=formula) for formula, cases in FORMULAS.items() for p in cases],
 )
-def test_laws(law, params, reduction, instruction_set):
+def test_formulas(formula, params, reduction, instruction_set):
     """Against the truth on any labels: several positives in a row, none, mined or not, with itself."""
     for n, m, epsilon in ((33, 70, None), (70, 33, 0.1), (40, None, 0.1)):
         x, labels = torch.randn(n, 9).double(), torch.randint(0, 8, (n,))
         y, of_y = (None, None) if m is None else (torch.randn(m, 9).double(), torch.randint(0, 8, (m,)))
         how = {"epsilon": epsilon, "reduction": reduction}
-        truth = brute_force(law, x, labels, ref_emb=y, ref_labels=of_y, **how, **params)
+        truth = brute_force(formula, x, labels, ref_emb=y, ref_labels=of_y, **how, **params)
         leaves = [p.requires_grad_() for p in (x, y) if p is not None]
-        arguments = law, list(params.values()), epsilon, "cosine", reduction, True, True, True
+        arguments = formula, list(params.values()), epsilon, "cosine", reduction, True, True, True
         value, _ = torch.ops.dml_cuda.pair_loss(x, labels, y, of_y, None, None, *arguments)
         expected = truth.losses if reduction == "none" else truth.loss
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
@@ -320,7 +321,7 @@ def test_options(head):
     text = repr(module)
     assert text.startswith(f"{head.name}(num_classes=10, embedding_size=4, ")
     assert "reduction='mean'" in text
-    names = module.law.parameters
+    names = module.formula.parameters
     for name in names:
         assert f"{name}=" in text
         value = getattr(module, name)

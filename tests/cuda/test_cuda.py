@@ -8,7 +8,7 @@ from cases.cuda import (
     ARITHMETICS,
     BY_NAME,
     CIRCLE,
-    LAWS,
+    FORMULAS,
     MS,
     Case,
     check,
@@ -49,11 +49,11 @@ def on_gpu(x):
 
 def run(case, arithmetic, need_q=True, need_r=True):
     torch.set_float32_matmul_precision(MATMUL_PRECISION[arithmetic.precision])
-    sides = case.q, case.labels, case.r, case.ref_labels, case.self_ref, case.ref_count
+    sides = case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs
     inputs = [on_gpu(x) for x in sides]
     options = case.similarity, case.reduction
     value, saved = torch.ops.dml_cuda.pair_loss(
-        *inputs, *case.loss, case.epsilon, *options, case.mine_self, case.divide, True
+        *inputs, *case.loss, case.epsilon, *options, case.mine_self_pair, case.divide, True
     )
     upstream = torch.as_tensor(case.upstream, dtype=value.dtype).cuda().expand(value.shape)
     wanted = [need_q, need_r and case.r is not None]
@@ -80,17 +80,17 @@ def test_every_kernel(arithmetic, n, m, epsilon, loss):
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize(("n", "m"), [(70, None), (90, 200), (1100, None)])
 @pytest.mark.parametrize("arithmetic", [F64, F32, BF16], ids=lambda a: a.name)
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
-def test_every_law(law, arithmetic, n, m, epsilon, similarity):
-    case = of_similarity(law, similarity, n, 24, arithmetic, m=m, epsilon=epsilon if n < 1000 else None)
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
+def test_every_formula(formula, arithmetic, n, m, epsilon, similarity):
+    case = of_similarity(formula, similarity, n, 24, arithmetic, m=m, epsilon=epsilon if n < 1000 else None)
     check(case, arithmetic, *run(case, arithmetic))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("n", [140, 1100])
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
-def test_parts_and_units_before_they_are_divided(law, n, reduction):
-    case = make(n, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
+def test_parts_and_units_before_they_are_divided(formula, n, reduction):
+    case = make(n, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
     case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     check(case, F64, *run(case, F64))
 
@@ -245,7 +245,7 @@ def test_a_row_that_is_itself_among_the_references(arithmetic, n, m, some, epsil
 @pytest.mark.parametrize("arithmetic", [F32, F64, BF16], ids=lambda a: a.name)
 def test_the_first_references_only(arithmetic, n, m, count):
     case = make_from_refs(n, 20, arithmetic, m=m, some=True, loss=CIRCLE)
-    case.ref_count = torch.tensor(count)
+    case.num_valid_refs = torch.tensor(count)
     case.r[count:] = torch.nan
     check(case, arithmetic, *run(case, arithmetic))
 

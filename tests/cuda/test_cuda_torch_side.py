@@ -6,12 +6,12 @@ import pytest
 import torch
 from emulator import torch_side
 
-LAW = ("multi_similarity", [2.0, 50.0, 0.5])
+FORMULA = ("multi_similarity", [2.0, 50.0, 0.5])
 
 
 @pytest.fixture(scope="module")
 def on_host():
-    torch_side.load("ops")
+    torch_side.load("pairs")
     return torch.ops.dml_cuda_pair_loss_on_host
 
 
@@ -36,12 +36,12 @@ class Call:
 
     def forward(self, ops, reduction="mean"):
         sides = (self.x, self.labels, self.r, self.ref_labels, None, None)
-        return ops.pair_loss(*sides, *LAW, 0.1, "cosine", reduction, True, True, True)
+        return ops.pair_loss(*sides, *FORMULA, 0.1, "cosine", reduction, True, True, True)
 
     def backward(self, ops, saved, grad_loss=None, reduction="mean"):
         grad_loss = torch.ones(()) if grad_loss is None else grad_loss
         sides = (self.x, self.labels, self.r, self.ref_labels, None, None)
-        how = (*LAW, "cosine", reduction, True, True, self.r is not None)
+        how = (*FORMULA, "cosine", reduction, True, True, self.r is not None)
         return ops.pair_loss_backward(grad_loss, *sides, saved, *how)
 
 

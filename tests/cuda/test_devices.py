@@ -223,12 +223,12 @@ def test_under_autocast(dtype, device):
 
 
 @EVERY_DEVICE
-def test_a_law_of_ones_own(device, tmp_path, monkeypatch):
+def test_a_formula_of_ones_own(device, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path))
-    law = dml_cuda.load_law(custom_losses.HERE / "nca.h")
+    formula = dml_cuda.compile_loss(custom_losses.HERE / "nca.h")
     points, labels = make_batch(60, 16)
-    compare(law(), device, torch.float64, points, labels)
-    compare(law(), device, torch.float32, points, labels)
+    compare(formula(), device, torch.float64, points, labels)
+    compare(formula(), device, torch.float32, points, labels)
 
 
 @EVERY_DEVICE

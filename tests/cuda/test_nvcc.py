@@ -154,11 +154,11 @@ MOST_FOR_A_PAIR = {
 @pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.stem)
 def test_what_a_pair_takes(compiled_ahead, source):
     compiled_ahead(source, COUNTED_FOR)
-    of_laws = machine_code.hot_flows([source], COUNTED_FOR)
+    of_formulas = machine_code.hot_flows([source], COUNTED_FOR)
     counted = set()
-    for place, law in enumerate(machine_code.LAWS):
-        names = machine_code.demangle(list(of_laws[law]))
-        for symbol, (_, flow, cached) in of_laws[law].items():
+    for place, formula in enumerate(machine_code.FORMULAS):
+        names = machine_code.demangle(list(of_formulas[formula]))
+        for symbol, (_, flow, cached) in of_formulas[formula].items():
             kernel = machine_code.shorten(names[symbol])
             kind = kernel.partition("<")[0]
             if not TENSOR_CORES.search(kernel) or kind not in MOST_FOR_A_PAIR:
@@ -179,10 +179,10 @@ def test_what_a_pair_takes(compiled_ahead, source):
 
 @needs_nvcc
 def test_folds_wait_for_memory_a_few_times(compiled_ahead):
-    """Over the 64 tiles of a super-tile: 3 microseconds of waiting at most."""
+    """Over the 64 tiles of a tile group: 3 microseconds of waiting at most."""
     (source,) = [path for path in machine_code.sources() if path.stem == "kernels_folds"]
     compiled_ahead(source, COUNTED_FOR)
-    flows = machine_code.flows(source, law="multi_similarity")
+    flows = machine_code.flows(source, formula="multi_similarity")
     names = machine_code.demangle(list(flows))
     waits = {
         machine_code.shorten(names[symbol]).partition("<")[0]: flow.waits
@@ -207,8 +207,8 @@ MOST_OF_ISSUE_SLOTS = {
 def test_whole_problems_by_issue_slots(compiled_ahead):
     from tools import issue_slots
 
-    of_law = machine_code.hot_flows(machine_code.sources(), COUNTED_FOR)["multi_similarity"]
-    bounds = {bound.problem: 1e6 * bound.issue_slots for bound in issue_slots.bounds(of_law)}
+    of_formula = machine_code.hot_flows(machine_code.sources(), COUNTED_FOR)["multi_similarity"]
+    bounds = {bound.problem: 1e6 * bound.issue_slots for bound in issue_slots.bounds(of_formula)}
     assert bounds.keys() == MOST_OF_ISSUE_SLOTS.keys()
     for problem, microseconds in bounds.items():
         assert MOST_OF_ISSUE_SLOTS[problem] / 2 < microseconds <= MOST_OF_ISSUE_SLOTS[problem], bounds
@@ -221,7 +221,7 @@ def test_whole_problems_by_issue_slots(compiled_ahead):
 @pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
 def test_primitives_become_the_instructions_meant(compiled, architecture):
     """The emulator's own product is CUDA like any other: 4 warps, 64 x 64 tiles, 64 bytes along k."""
-    kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_gemm.cu", architecture)}
+    kernels = {k.name: k.instructions for k in compiled(HERE / "planted_bugs_gemm.cu", architecture)}
     products = {
         "gemm<__half,(Mistake)0>": "HMMA.16816.F32",
         "gemm<__nv_bfloat16,(Mistake)0>": "HMMA.16816.F32.BF16",
@@ -238,7 +238,7 @@ def test_primitives_become_the_instructions_meant(compiled, architecture):
 
 @needs_nvcc
 def test_transposing_loads(compiled):
-    kernels = {k.name: k.instructions for k in compiled(HERE / "teeth_warp.cu", "80")}
+    kernels = {k.name: k.instructions for k in compiled(HERE / "planted_bugs_warp.cu", "80")}
     loads = ["LDSM.16.M88.4", "LDSM.16.MT88.4", "LDSM.16.M88.2", "LDSM.16.MT88.2"]
     for kind, load in enumerate(loads):
         assert kernels[f"load_matrix<{kind}>"][load] == 1

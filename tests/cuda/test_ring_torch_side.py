@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dml_cuda._ops import registration as ops
 
 CPU = torch.ops.dml_cuda
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "distributed"
 
 
 @pytest.fixture(scope="module")
 def on_host():
-    torch_side.load("blocks")
+    torch_side.load("ring")
     return torch.ops.dml_cuda_blocks_on_host
 
 
@@ -41,23 +41,25 @@ class Batch:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.above = torch.randn(2, n, dtype=wide).to(device)
 
-    def around(self, of, device, law, params, epsilon, similarity="cosine", reduction="mean", keep=True):
+    def around(self, of, device, formula, params, epsilon, similarity="cosine", reduction="mean", keep=True):
         """Losses and gradients of the ops ``of``, in the stages of a kind of device."""
         wide = self.x.dtype == torch.float64
-        state = of.pair_block_turn(None, self.pairs, law, params, epsilon, "start", wide)
+        state = of.pair_block_turn(None, self.pairs, formula, params, epsilon, "start", wide)
         found = [None] * len(self.blocks)
-        for stage in ops.stages(law, epsilon is not None, device):
-            how = law, params, epsilon, similarity, reduction, stage
+        for stage in ops.stages(formula, epsilon is not None, device):
+            how = formula, params, epsilon, similarity, reduction, stage
             for k, block in enumerate(self.blocks):
                 state, found[k] = of.pair_block(state, self.x, self.labels, *block, *how, found[k])
                 if stage == "hardest" and not keep:
                     found[k] = None
-            state = of.pair_block_turn(state, self.pairs, law, params, epsilon, stage, wide)
-        losses, weights = of.pair_block_rows(state, self.pairs, law, params, epsilon is not None, reduction)
+            state = of.pair_block_turn(state, self.pairs, formula, params, epsilon, stage, wide)
+        losses, weights = of.pair_block_rows(
+            state, self.pairs, formula, params, epsilon is not None, reduction
+        )
         gradients = []
         for block, kept in zip(self.blocks, found, strict=True):
             points = self.above, weights, kept, self.x, self.labels, *block
-            gradients += of.pair_block_backward(*points, law, params, similarity, True, True)
+            gradients += of.pair_block_backward(*points, formula, params, similarity, True, True)
         return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients
 
 
@@ -164,24 +166,26 @@ def test_shapes_are_those_that_torch_is_told(on_host, dtype, epsilon):
     """What the ops' fake kernels say of CUDA tensors, which need no GPU."""
     batch = Batch(150, (300, 0), dtype=dtype)
     wide = dtype == torch.float64
-    for law in ("multi_similarity", "nt_xent"):
-        params = LOSSES[law].params()
-        state = told_as_made(on_host.pair_block_turn, None, batch.pairs, law, params, epsilon, "start", wide)
+    for formula in ("multi_similarity", "nt_xent"):
+        params = LOSSES[formula].params()
+        state = told_as_made(
+            on_host.pair_block_turn, None, batch.pairs, formula, params, epsilon, "start", wide
+        )
         found = [None] * len(batch.blocks)
-        for stage in ops.stages(law, epsilon is not None, "cuda"):
-            how = law, params, epsilon, "cosine", "mean", stage
+        for stage in ops.stages(formula, epsilon is not None, "cuda"):
+            how = formula, params, epsilon, "cosine", "mean", stage
             for k, block in enumerate(batch.blocks):
                 state, found[k] = told_as_made(
                     on_host.pair_block, state, batch.x, batch.labels, *block, *how, found[k]
                 )
-            how = law, params, epsilon, stage, wide
+            how = formula, params, epsilon, stage, wide
             state = told_as_made(on_host.pair_block_turn, state, batch.pairs, *how)
-        rows = batch.pairs, law, params, epsilon is not None, "mean"
+        rows = batch.pairs, formula, params, epsilon is not None, "mean"
         _, weights = told_as_made(on_host.pair_block_rows, state, *rows)
         for block, kept in zip(batch.blocks, found, strict=True):
             for needs in ((True, True), (False, True), (True, False)):
                 points = batch.above, weights, kept, batch.x, batch.labels, *block
-                told_as_made(on_host.pair_block_backward, *points, law, params, "cosine", *needs)
+                told_as_made(on_host.pair_block_backward, *points, formula, params, "cosine", *needs)
 
 
 def test_sizes_of_many_tiles():
@@ -209,7 +213,7 @@ def test_what_is_refused(on_host):
     refused("epsilon.*hardest", "pair_block_turn", start_state, batch.pairs, *circle, None, "hardest", True)
     refused(r"pairs.*\[2, N\]", "pair_block_turn", None, batch.pairs[:1], *circle, None, "start", True)
     refused(r"state.*\[52\]", "pair_block_turn", start_state[:51], batch.pairs, *circle, None, "both", True)
-    refused("law.*linear", "pair_block_turn", None, batch.pairs, "linear", [], None, "start", True)
+    refused("formula.*linear", "pair_block_turn", None, batch.pairs, "linear", [], None, "start", True)
     how = *circle, None, "cosine", "mean"
     refused(r"state.*Float", "pair_block", start_state.float(), *points, *how, "both")
     refused("ref_emb", "pair_block", start_state, batch.x, batch.labels, batch.x[:, 1:], batch.labels, None,

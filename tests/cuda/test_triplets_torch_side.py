@@ -44,7 +44,7 @@ def test_loss(on_host, negatives, similarity):
 def test_references_that_do_not_take_part(on_host):
     for similarity in SIMILARITIES:
         case = Case(n=20, m=40, similarity=similarity)
-        case.ref_count, case.self_ref = torch.tensor(31), torch.randint(-1, 40, (20,))
+        case.num_valid_refs, case.self_index = torch.tensor(31), torch.randint(-1, 40, (20,))
         case.y[31:] = math.nan
         for save_ref in (True, False):
             arguments = loss_arguments(case, save_ref=save_ref)

@@ -1,4 +1,4 @@
-"""Laws of one's own: from a struct to a loss, what it says when something is wrong, and the cache."""
+"""Formulas of one's own: from a struct to a loss, what it says when something is wrong, and the cache."""
 
 import copy
 import os
@@ -18,11 +18,10 @@ from cases.losses import LOSSES
 
 import dml_cuda
 from dml_cuda import _C
-from dml_cuda.custom import build, diagnostics
-from dml_cuda.custom.formula import FormulaLaw
+from dml_cuda.custom import Formula, build, diagnostics, softplus
+from dml_cuda.custom.formula import CompiledFormula
 from dml_cuda.custom.source import parameters, read
 from dml_cuda.functional import pair_weights
-from dml_cuda.losses._formula import Law, softplus
 from dml_cuda.reference import pairs as reference
 from examples import custom_losses
 from tools import machine_code
@@ -36,7 +35,7 @@ TUPLET_TEXT = (custom_losses.HERE / "tuplet_margin.h").read_text()
 def cache(tmp_path_factory):
     """A cache that is empty at first, for all tests here."""
     before = os.environ.get("DML_CUDA_CACHE")
-    os.environ["DML_CUDA_CACHE"] = str(tmp_path_factory.mktemp("laws"))
+    os.environ["DML_CUDA_CACHE"] = str(tmp_path_factory.mktemp("formulas"))
     yield Path(os.environ["DML_CUDA_CACHE"])
     if before is None:
         del os.environ["DML_CUDA_CACHE"]
@@ -47,18 +46,18 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nca(cache):
     """Without a reference."""
-    return dml_cuda.load_law(custom_losses.HERE / "nca.h")
+    return dml_cuda.compile_loss(custom_losses.HERE / "nca.h")
 
 
 @pytest.fixture(scope="module")
 def tuplet(cache):
-    return dml_cuda.load_law(custom_losses.HERE / "tuplet_margin.h")
+    return dml_cuda.compile_loss(custom_losses.HERE / "tuplet_margin.h")
 
 
 @pytest.fixture
 def circle(cache):
     """For the instruction set in use."""
-    return dml_cuda.load_law(build.SOURCES / "laws" / "circle.h")
+    return dml_cuda.compile_loss(build.SOURCES / "formulas" / "circle.h")
 
 
 def batch(n=60, d=16, classes=7, dtype=torch.float64):
@@ -108,7 +107,7 @@ def test_loaded_circle_is_circle(instruction_set, circle, dtype, epsilon):
 def test_with_and_without_reference(cache, name):
     """The fused loss, the reference in PyTorch and the formulas as ops agree, whatever the options."""
     fused = getattr(custom_losses, f"{name}_loss")()
-    bare = dml_cuda.load_law(custom_losses.HERE / f"{name}.h")
+    bare = dml_cuda.compile_loss(custom_losses.HERE / f"{name}.h")
     assert bare is not fused
     x, y = batch()
     z, w = batch(30)
@@ -129,7 +128,7 @@ def test_with_and_without_reference(cache, name):
 
 @pytest.mark.parametrize("name", ["nca", "tuplet_margin"])
 def test_listed_pairs(cache, name):
-    bare = dml_cuda.load_law(custom_losses.HERE / f"{name}.h")(scale=8.0)
+    bare = dml_cuda.compile_loss(custom_losses.HERE / f"{name}.h")(scale=8.0)
     stated = getattr(custom_losses, f"{name}_loss")()(scale=8.0)
     x, y = batch()
     pairs = tuple(dml_cuda.MultiSimilarityMiner(0.1)(x, y))
@@ -158,20 +157,20 @@ def test_no_second_derivative_without_reference(nca, cache):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_formulas_of_the_built_in_laws(name):
-    """A law known by its ops alone is the law that is written in Python: parts, units, contexts."""
+def test_formulas_of_the_built_in_formulas(name):
+    """A formula known by its ops alone is the formula that is written in Python: parts, units, contexts."""
     loss = LOSSES[name]
-    stated = loss.module.law
-    _, facts = _C.law_facts(name)
-    bare = type("Bare", (FormulaLaw,), {"name": name, "facts": facts, "repeats": stated.repeats})
+    stated = loss.module.formula
+    _, facts = _C.formula_facts(name)
+    bare = type("Bare", (CompiledFormula,), {"name": name, "facts": facts, "repeats": stated.repeats})
     x, y = batch(40)
     for similarity in ("cosine", "euclidean"):
         params = stated.params(loss.defaults, similarity)
         for reduction in ("mean", "mean_nonzero", "sum", "none"):
             how = {"similarity": similarity, "reduction": reduction}
 
-            def value(law, how=how, params=params):
-                return reference.pair_loss(law, params, x, y, **how)
+            def value(formula, how=how, params=params):
+                return reference.pair_loss(formula, params, x, y, **how)
 
             found, wanted = (
                 (v.detach(), *torch.autograd.grad(v.sum(), x)) for v in (value(bare), value(stated))
@@ -250,52 +249,52 @@ def test_copies(nca):
         assert torch.equal(other(x, y), loss_fn(x, y))
 
 
-def test_a_new_text_is_a_new_law(cache, nca, tuplet):
+def test_a_new_text_is_a_new_formula(cache, nca, tuplet):
     """What was loaded before stays; the name of a class is nobody's key."""
     x, y = batch()
     before = nca()(x, y)
-    other = dml_cuda.load_law(TUPLET_TEXT, name="NCA")
+    other = dml_cuda.compile_loss(TUPLET_TEXT, name="NCA")
     assert other.__name__ == nca.__name__ == "NCA"
     assert not torch.equal(other()(x, y), before)
     assert torch.equal(nca()(x, y), before)
 
 
-# ---- check_law -----------------------------------------------------------------------------------------
+# ---- check_loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-def test_check_law_passes(cache, nca, similarity):
-    dml_cuda.check_law(nca(similarity=similarity))
-    dml_cuda.check_law(custom_losses.nca_loss()(similarity=similarity))
+def test_check_loss_passes(cache, nca, similarity):
+    dml_cuda.check_loss(nca(similarity=similarity))
+    dml_cuda.check_loss(custom_losses.nca_loss()(similarity=similarity))
 
 
-def test_check_law_passes_classes(cache, tuplet, circle):
-    dml_cuda.check_law(tuplet)
-    dml_cuda.check_law(custom_losses.tuplet_margin_loss())
-    dml_cuda.check_law(circle(m=0.4, gamma=80.0, detach_weights=1))
+def test_check_loss_passes_classes(cache, tuplet, circle):
+    dml_cuda.check_loss(tuplet)
+    dml_cuda.check_loss(custom_losses.tuplet_margin_loss())
+    dml_cuda.check_loss(circle(m=0.4, gamma=80.0, detach_weights=1))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_check_law_passes_what_is_built_in(loss):
+def test_check_loss_passes_what_is_built_in(loss):
     for module in (loss.module(), loss.module(**loss.smooth)):
-        dml_cuda.check_law(module)
+        dml_cuda.check_loss(module)
 
 
-class WrongNegatives(Law):
+class WrongNegatives(Formula):
     @staticmethod
     def row(pos, neg, scale):
         push, pull = neg.lse(scale * (neg.s + 0.1)), pos.lse(scale * pos.s)
         return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
 
 
-class WrongRow(Law):
+class WrongRow(Formula):
     @staticmethod
     def row(pos, neg, scale):
         push, pull = neg.lse(scale * neg.s), pos.lse(scale * pos.s)
         return 2 * softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
 
 
-class HeldSlope(Law):
+class HeldDerivative(Formula):
     @staticmethod
     def row(pos, neg, scale):
         push, pull = neg.lse(scale * neg.s.detach()), pos.lse(scale * pos.s)
@@ -306,27 +305,28 @@ class HeldSlope(Law):
     ("stated", "says"),
     [
         (WrongNegatives, r"neg_term: at s = \S+ it is \S+, the reference's is"),
-        (WrongRow, r"row, or what the law declares: .*the loss is \S+, the reference's"),
-        (HeldSlope, r"neg_term: at s = \S+ its slope is 16, the reference's is 0"),
+        (WrongRow, r"row, or what the formula declares: .*the loss is \S+, the reference's"),
+        (HeldDerivative, r"neg_term: at s = \S+ its derivative is 16, the reference's is 0"),
     ],
 )
-def test_check_law_names_the_formula(cache, stated, says):
+def test_check_loss_names_the_formula(cache, stated, says):
     with pytest.raises(ValueError, match=says):
-        dml_cuda.check_law(dml_cuda.load_law(custom_losses.HERE / "nca.h", stated))
+        dml_cuda.check_loss(dml_cuda.compile_loss(custom_losses.HERE / "nca.h", stated))
 
 
-def test_check_law_finds_what_is_wrong_alone(cache):
-    """Without a reference: a slope, a derivative of the row, a number that is not finite, a maximum between
+def test_check_loss_finds_what_is_wrong_alone(cache):
+    """Without a reference: a derivative, a derivative of the row, a number that is not finite, a maximum
+    between
     the ends, all in one struct."""
     text = """
 template <typename T>
-struct Wrong : LawDefaults {
+struct Wrong : FormulaDefaults {
     static constexpr const char* kParams = "which";
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
     T which;
     DML_INLINE explicit Wrong(const double* params) : which(T(params[0])) {}
     static DML_INLINE T half(T x) { return x / T(2); }
-    static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.slope}; }
+    static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.derivative}; }
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {
@@ -345,21 +345,21 @@ struct Wrong : LawDefaults {
     }
 };
 """
-    wrong = dml_cuda.load_law(text)
-    dml_cuda.check_law(wrong(which=0.0))
+    wrong = dml_cuda.compile_loss(text)
+    dml_cuda.check_loss(wrong(which=0.0))
     for which, says in (
-        (1, r"neg_term: its slope is 1 at s = \S+, finite differences say 0\.5"),
+        (1, r"neg_term: its derivative is 1 at s = \S+, finite differences say 0\.5"),
         (2, r"neg_term: has a maximum at s = 0, between smaller logits"),
         (3, r"neg_term: its value is \S*nan at s = -1\.0000004"),
         (4, r"row: its derivative by neg is \S+ at neg = \S+, pos = \S+, finite differences say"),
     ):
         with pytest.raises(ValueError, match=says):
-            dml_cuda.check_law(wrong(which=float(which)))
+            dml_cuda.check_loss(wrong(which=float(which)))
 
 
-def test_check_law_of_something_else():
-    with pytest.raises(TypeError, match="law: expected what load_law returns"):
-        dml_cuda.check_law(torch.nn.Identity())
+def test_check_loss_of_something_else():
+    with pytest.raises(TypeError, match="formula: expected what compile_loss returns"):
+        dml_cuda.check_loss(torch.nn.Identity())
 
 
 # ---- errors --------------------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ def test_check_law_of_something_else():
     ids=["undeclared", "no neg_term", "no row", "kParams", "too many", "no dual"],
 )
 def test_compile_errors_are_your_own_lines(cache, change, says):
-    with pytest.raises(ValueError, match="the law does not compile") as caught:
-        dml_cuda.load_law(NCA_TEXT.replace(*change))
+    with pytest.raises(ValueError, match="the formula does not compile") as caught:
+        dml_cuda.compile_loss(NCA_TEXT.replace(*change))
     message = str(caught.value)
     assert re.search(says, message), message
     assert len(message.splitlines()) < 20
@@ -397,16 +397,18 @@ def test_compile_errors_are_your_own_lines(cache, change, says):
 
 def test_messages_of_nvcc():
     log = (
-        '/x/law/nca.h(17): error: identifier "scle" is undefined\n'
+        '/x/formula/nca.h(17): error: identifier "scle" is undefined\n'
         "      return rounded_product(scle, s);\n"
         "                             ^\n\n"
         '1 error detected in the compilation of "kernels_f16.cu".\n'
     )
-    told = diagnostics.explain(log, "/x/law/nca.h", "nca.h")
+    told = diagnostics.explain(log, "/x/formula/nca.h", "nca.h")
     assert told.startswith('nca.h:17: identifier "scle" is undefined\n      return rounded')
     assert "detected" not in told
-    log = '/y/laws/slopes.h(60): error: static assertion failed with "the law: lacks a member row"\n'
-    assert diagnostics.explain(log, "/x/law/nca.h", "nca.h") == "nca.h: lacks a member row"
+    log = (
+        '/y/losses/derivatives.h(60): error: static assertion failed with "the formula: lacks a member row"\n'
+    )
+    assert diagnostics.explain(log, "/x/formula/nca.h", "nca.h") == "nca.h: lacks a member row"
 
 
 @pytest.mark.parametrize(
@@ -414,14 +416,14 @@ def test_messages_of_nvcc():
     [
         (3, TypeError, "source: expected C"),
         ("no_such.h", FileNotFoundError, "source: expected a file.*no_such.h"),
-        ("struct A {};", ValueError, "expected one law.*got none"),
-        (NCA_TEXT + TUPLET_TEXT, ValueError, r"expected one law.*got 2 \(NCA, TupletMargin\)"),
+        ("struct A {};", ValueError, "expected one formula.*got none"),
+        (NCA_TEXT + TUPLET_TEXT, ValueError, r"expected one formula.*got 2 \(NCA, TupletMargin\)"),
         ("// " + NCA_TEXT.replace("\n", "\n// "), ValueError, "got none"),
     ],
 )
-def test_what_is_no_law(source, error, says):
+def test_what_is_no_formula(source, error, says):
     with pytest.raises(error, match=says):
-        dml_cuda.load_law(source)
+        dml_cuda.compile_loss(source)
 
 
 def test_names_of_parameters():
@@ -445,19 +447,19 @@ def test_arguments(cache, nca, circle):
         (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
         (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
         (lambda: nca(epsilon="x"), TypeError, "epsilon"),
-        (lambda: dml_cuda.load_law(NCA_TEXT, name="a b"), ValueError, "name: expected a name"),
-        (lambda: dml_cuda.load_law(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
+        (lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"), ValueError, "name: expected a name"),
+        (lambda: dml_cuda.compile_loss(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
     ):
         with pytest.raises(error, match=f"(?i){says}"):
             make()
 
 
 def test_reference_with_other_parameters(cache):
-    class Other(Law):
+    class Other(Formula):
         parameters = dict.fromkeys(("scale", "margin"), lambda name, value: None)
 
     with pytest.raises(ValueError, match="reference: expected the parameters that the struct names, scale"):
-        dml_cuda.load_law(custom_losses.HERE / "nca.h", Other)
+        dml_cuda.compile_loss(custom_losses.HERE / "nca.h", Other)
 
 
 def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
@@ -465,14 +467,14 @@ def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     build._of_the_package.cache_clear()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler\).*apt install g"):
-        dml_cuda.load_law(changed)
+        dml_cuda.compile_loss(changed)
     monkeypatch.delenv("CXX")
     build._of_the_package.cache_clear()
     (tmp_path / "c++").symlink_to(shutil.which("c++"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(RuntimeError, match="no ninja was found; pip install ninja"):
-        dml_cuda.load_law(changed)
+        dml_cuda.compile_loss(changed)
 
 
 def test_a_gpu_without_nvcc(monkeypatch):
@@ -495,14 +497,14 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"cannot write its cache.*set DML_CUDA_CACHE"):
-        dml_cuda.load_law(NCA_TEXT + "// elsewhere\n")
+        dml_cuda.compile_loss(NCA_TEXT + "// elsewhere\n")
 
 
 # ---- the cache -----------------------------------------------------------------------------------------
 
 LOAD = """
 import sys, torch, dml_cuda
-loss = dml_cuda.load_law(sys.argv[1])()
+loss = dml_cuda.compile_loss(sys.argv[1])()
 print(float(loss(torch.eye(8), torch.arange(8) // 2)))
 """
 
@@ -528,7 +530,7 @@ def finish(process):
 
 def test_cached_loads_compile_nothing(cache, nca):
     def libraries():
-        return {path: path.stat().st_mtime_ns for path in cache.rglob("law.so")}
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("formula.so")}
 
     before = libraries()
     finish(start_process(custom_losses.HERE / "nca.h"))
@@ -548,15 +550,15 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert list(folder.glob("NCA-*/build-*"))
-    assert not list(folder.glob("NCA-*/law.so"))
+    assert not list(folder.glob("NCA-*/formula.so"))
 
     both = [start_process(changed, DML_CUDA_CACHE=str(folder)) for _ in range(2)]
     first, second = (finish(process) for process in both)
     assert first == second
     (place,) = folder.iterdir()
-    assert sorted(path.name for path in place.iterdir()) == ["law.so", "lock"]
+    assert sorted(path.name for path in place.iterdir()) == ["formula.so", "lock"]
 
-    library = place / "law.so"
+    library = place / "formula.so"
     whole = library.read_bytes()
     library.write_bytes(b"not a library")
     assert finish(start_process(changed, DML_CUDA_CACHE=str(folder))) == first
@@ -565,12 +567,12 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
 
 def test_a_library_of_other_sources(cache, tmp_path):
     source = tmp_path / "other.c"
-    source.write_text("static long layout[5] = {1}; static void* law[4] = {layout};\n"
-                      "const void* dml_loaded_law(void) { return law; }\n")  # fmt: skip
+    source.write_text("static long layout[5] = {1}; static void* formula[4] = {layout};\n"
+                      "const void* dml_custom_formula(void) { return formula; }\n")  # fmt: skip
     library = tmp_path / "other.so"
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     with pytest.raises(RuntimeError, match="not made from the sources of this dml_cuda"):
-        _C.load_law(str(library), "other")
+        _C.load_formula(str(library), "other")
 
 
 def test_from_an_installed_package(cache, tmp_path):
@@ -583,13 +585,13 @@ def test_from_an_installed_package(cache, tmp_path):
         capture_output=True,
     )
     package = tmp_path / "site" / "dml_cuda"
-    assert (package / "csrc" / "laws" / "law.h").is_file()
+    assert (package / "csrc" / "formulas" / "formula.h").is_file()
     for extension in (ROOT / "dml_cuda").glob("_C*.so"):
         shutil.copy(extension, package)
     text = f"import dml_cuda; assert dml_cuda.__file__.startswith({str(tmp_path)!r}), dml_cuda.__file__\n"
-    law = tmp_path / "nca.h"
-    law.write_text(NCA_TEXT)
-    command = [sys.executable, "-c", text + LOAD, str(law)]
+    formula = tmp_path / "nca.h"
+    formula.write_text(NCA_TEXT)
+    command = [sys.executable, "-c", text + LOAD, str(formula)]
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "DML_CUDA_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -597,11 +599,11 @@ def test_from_an_installed_package(cache, tmp_path):
 
 @pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_compile(tmp_path):
-    """The sources of the CUDA engine with one law in the list: nothing spills."""
+    """The sources of the CUDA engine with one formula in the list: nothing spills."""
     source = read(custom_losses.HERE / "tuplet_margin.h")
     build.write_headers(source, tmp_path)
-    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "laws")]
-    flags = (*machine_code.FLAGS, "-DDML_OWN_LAW", "-DDML_WITH_CUDA", *includes)
+    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "formulas")]
+    flags = (*machine_code.FLAGS, "-DDML_CUSTOM_FORMULA", "-DDML_WITH_CUDA", *includes)
     for name, least in (("kernels_f16", 10), ("block_rows", 3)):
         kernels = machine_code.analyse(build.SOURCES / "cuda" / f"{name}.cu", "90a", flags)
         assert len(kernels) > least
@@ -612,9 +614,9 @@ def test_cuda_kernels_compile(tmp_path):
 
 
 def test_walk_through(cache, tmp_path, monkeypatch, capsys):
-    """All code of docs/your_own_law.md, in order; what it says that it prints, it prints."""
+    """All code of docs/custom_loss.md, in order; what it says that it prints, it prints."""
     pytest.importorskip("sklearn")
-    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "your_own_law.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "custom_loss.md").read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks].count("cpp") == 2
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "walk_through"}
@@ -622,7 +624,7 @@ def test_walk_through(cache, tmp_path, monkeypatch, capsys):
         if kind == "cpp":
             Path(re.match(r"// (\w+\.h)", text)[1]).write_text(text)
         elif kind == "python":
-            exec(compile(text, "your_own_law.md", "exec"), names)
+            exec(compile(text, "custom_loss.md", "exec"), names)
         else:
             assert capsys.readouterr().out == text
     for name in ("nca", "tuplet_margin"):  # the examples are what the walk-through ends with
@@ -632,9 +634,9 @@ def test_walk_through(cache, tmp_path, monkeypatch, capsys):
 def test_example(cache, capsys):
     for module in ("pytorch_metric_learning", "sklearn", "tqdm"):
         pytest.importorskip(module)
-    from examples import own_law
+    from examples import custom
 
-    found = own_law.run(own_law.parse(["--data", "digits", "--steps", "40"]))
+    found = custom.run(custom.parse(["--data", "digits", "--steps", "40"]))
     for scores in found.values():
         assert scores["difference"] < 1e-4
         assert scores["after"] > scores["before"]

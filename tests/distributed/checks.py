@@ -750,13 +750,13 @@ def _table():
 
 
 CHECKS = _table()
-FEW_LAWS = ("multi_similarity", "contrastive", "nt_xent")  # of every kind one
+FEW_FORMULAS = ("multi_similarity", "contrastive", "nt_xent")  # of every kind one
 
 
 def checks_of(size):
-    """The names of the checks for so many processes: every law is tried with three."""
-    of_laws = [f"{mode}: {name}, " for mode in MODES for name in LOSSES if name not in FEW_LAWS]
-    return [name for name in CHECKS if size == 3 or not name.startswith(tuple(of_laws))]
+    """The names of the checks for so many processes: every formula is tried with three."""
+    of_formulas = [f"{mode}: {name}, " for mode in MODES for name in LOSSES if name not in FEW_FORMULAS]
+    return [name for name in CHECKS if size == 3 or not name.startswith(tuple(of_formulas))]
 
 
 def main(rank_, size, folder):

@@ -27,11 +27,11 @@ def chosen(size):
 
 
 if __name__ == "__main__":
-    torch_side.load("blocks")
+    torch_side.load("ring")
     checks.as_one_process = partial(checks.as_one_process, dtypes=(torch.float64,))
     checks.trials = lambda rows: {torch.float64: 1}
     checks.layouts = lambda: (checks.UNEVEN[int(sys.argv[2])],)
     ring._OPS = torch.ops.dml_cuda_blocks_on_host
-    ring.stages = lambda law, mining, device: ops.stages(law, mining, "cuda")
+    ring.stages = lambda formula, mining, device: ops.stages(formula, mining, "cuda")
     checks.CHECKS = dict(chosen(int(sys.argv[2])))
     checks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -22,7 +22,7 @@ MOST_SECONDS = 240
 
 def start(script, size, folder):
     """The processes of a job, each told its rank, how many they are, and a folder."""
-    environment = {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_WAIT_POLICY": "passive"}
+    environment = {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_WAIT_POLICY": "passive"}
     return [
         subprocess.Popen(
             [sys.executable, *script, str(rank), str(size), str(folder)],
@@ -53,7 +53,7 @@ def results(tmp_path_factory):
     def of(size):
         if size not in found:
             folder = tmp_path_factory.mktemp(f"processes{size}")
-            ends = finish(start([str(HERE / "distributed_checks.py")], size, folder))
+            ends = finish(start([str(HERE / "checks.py")], size, folder))
             assert [code for code, _ in ends] == [0] * size, ends
             found[size] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
         return found[size]

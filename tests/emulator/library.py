@@ -19,7 +19,7 @@ MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
 TUNING = [
     "strip_limit",
-    "super_tile",
+    "tile_group",
     "cache_bytes",
     "sum_bytes",
     "wide_blocks",
@@ -35,7 +35,7 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
             (
                 name,
                 ctypes.c_void_p
-                if name in ("queries", "query_labels", "refs", "ref_labels", "self_ref", "used_refs")
+                if name in ("queries", "query_labels", "refs", "ref_labels", "self_index", "used_refs")
                 else ctypes.c_int64,
             )
             for name in (
@@ -46,8 +46,8 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "refs",
                 "ref_stride",
                 "ref_labels",
-                "ref_count",
-                "self_ref",
+                "num_valid_refs",
+                "self_index",
                 "used_refs",
             )
         ],
@@ -58,13 +58,13 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "dim",
                 "scalar",
                 "precision",
-                "law",
+                "formula",
                 "euclidean",
                 "normalize",
                 "reduction",
                 "divide",
                 "mining",
-                "mine_self",
+                "mine_self_pair",
                 "save_for_backward",
                 *TUNING,
             )
@@ -90,10 +90,10 @@ def load():
 
 
 @cache
-def laws():
-    """The names of the laws, in the order of csrc/laws.h."""
-    load().dml_law_names.restype = ctypes.c_char_p
-    return load().dml_law_names().decode().split()
+def formulas():
+    """The names of the formulas, in the order of csrc/losses/list.h."""
+    load().dml_formula_names.restype = ctypes.c_char_p
+    return load().dml_formula_names().decode().split()
 
 
 def call(function, *arguments, schedule, buffers):
@@ -122,15 +122,15 @@ class Engine:
     labels: torch.Tensor
     r: torch.Tensor | None = None
     ref_labels: torch.Tensor | None = None
-    self_ref: torch.Tensor | None = None
-    ref_count: torch.Tensor | None = None
+    self_index: torch.Tensor | None = None
+    num_valid_refs: torch.Tensor | None = None
     loss: str = "multi_similarity"
     params: tuple = (2.0, 50.0, 0.5)
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
     divide: bool = True
-    mine_self: bool = True
+    mine_self_pair: bool = True
     precision: str = "full"
     save_for_backward: bool = True
     tuning: dict = field(default_factory=dict)  # some of TUNING
@@ -143,10 +143,10 @@ class Engine:
         self.arguments = Arguments(
             self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
             refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
-            *[None if x is None else x.data_ptr() for x in (self.self_ref, self.ref_count)],
+            *[None if x is None else x.data_ptr() for x in (self.self_index, self.num_valid_refs)],
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            laws().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
-            self.divide, self.epsilon is not None, self.mine_self, self.save_for_backward,
+            formulas().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
+            self.divide, self.epsilon is not None, self.mine_self_pair, self.save_for_backward,
             *[self.tuning.get(name, -1) for name in TUNING],
             (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
@@ -266,7 +266,7 @@ class TripletArguments(ctypes.Structure):  # as in triplets_host.cpp, field by f
         *[(name, ctypes.c_int64) for name in ("rows", "columns", "pitch", "first")],
         *[(name, ctypes.c_void_p) for name in ("members", "begin", "end", "own")],
         ("square", ctypes.c_int64),
-        ("ref_count", ctypes.c_void_p),
+        ("num_valid_refs", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("term", "positives", "negatives")],
         ("params", ctypes.c_double * TRIPLET_PARAMS),
         *[(name, ctypes.c_int64) for name in ("euclidean", "write")],
@@ -283,7 +283,7 @@ class TripletRows:
     labels: torch.Tensor  # [N]
     ref_labels: torch.Tensor | None = None  # [columns], None: the rows are the columns
     own: torch.Tensor | None = None
-    ref_count: torch.Tensor | None = None
+    num_valid_refs: torch.Tensor | None = None
     first: int = 0
     params: list = field(default_factory=lambda: [0.0] * TRIPLET_PARAMS)
     euclidean: bool = False
@@ -306,7 +306,7 @@ class TripletRows:
         return TripletArguments(
             self.s.data_ptr(), *self.s.shape, self.s.stride(0), self.first,
             *map(address, (self.members, self.begin, self.end, self.own)),
-            self.ref_labels is None, address(self.ref_count),
+            self.ref_labels is None, address(self.num_valid_refs),
             TERMS.index(term), SELECTIONS.index(positives), SELECTIONS.index(negatives),
             (ctypes.c_double * TRIPLET_PARAMS)(*self.params), self.euclidean, write, address(self.seed),
             address(anchors), address(asked), 0 if anchors is None else len(anchors), of_positives,

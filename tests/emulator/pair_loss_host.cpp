@@ -4,10 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "guarded.h"
 #include "cuda/indexed/listed_pairs.h"
-#include "machine.h"
 #include "cuda/pairs/pair_loss.h"
+#include "guarded.h"
+#include "machine.h"
 
 using namespace dml;
 using namespace dml::cuda;
@@ -22,12 +22,12 @@ struct Arguments {  // as in library.py, field by field
     const void* refs;
     int64_t ref_stride;
     const int64_t* ref_labels;
-    int64_t ref_count;
-    const int64_t* self_ref;
+    int64_t num_valid_refs;
+    const int64_t* self_index;
     const int64_t* used_refs;
-    int64_t square, dim, scalar, precision, law, euclidean, normalize, reduction, divide, mining, mine_self,
-        save_for_backward, strip_limit, super_tile, cache_bytes, sum_bytes, wide_blocks, line_blocks,
-        split_slots;
+    int64_t square, dim, scalar, precision, formula, euclidean, normalize, reduction, divide, mining,
+        mine_self_pair, save_for_backward, strip_limit, tile_group, cache_bytes, sum_bytes, wide_blocks,
+        line_blocks, split_slots;
     double params[kMaxParams];
     double epsilon;
     void* saved;
@@ -38,14 +38,14 @@ Task task_of(const Arguments& a) {
     Task task;
     Problem& p = task.problem;
     p.queries = {a.queries, a.query_stride, a.query_labels, a.query_count};
-    p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.ref_count};
+    p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.num_valid_refs};
     p.square = a.square != 0;
-    p.self_ref = a.self_ref;
-    p.mine_self = a.mine_self != 0;
-    p.ref_count = a.used_refs;
+    p.self_index = a.self_index;
+    p.mine_self_pair = a.mine_self_pair != 0;
+    p.num_valid_refs = a.used_refs;
     p.dim = a.dim;
     p.scalar = static_cast<Scalar>(a.scalar);
-    p.law = static_cast<LawId>(a.law);
+    p.formula = static_cast<FormulaId>(a.formula);
     std::memcpy(p.params, a.params, sizeof p.params);
     p.similarity = {a.euclidean != 0, a.normalize != 0};
     p.mining = {a.mining != 0, a.epsilon};
@@ -53,7 +53,7 @@ Task task_of(const Arguments& a) {
     p.divide = a.divide != 0;
     task.precision = static_cast<Precision>(a.precision);
     if (a.strip_limit >= 0) task.tuning.strip_limit = a.strip_limit;
-    if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
+    if (a.tile_group > 0) task.tuning.tile_group = static_cast<int>(a.tile_group);
     if (a.cache_bytes >= 0) task.tuning.cache_bytes = a.cache_bytes;
     if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
     if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
@@ -86,11 +86,11 @@ void dml_set_schedule(int warp_first, int64_t seed) {
                            uint64_t(seed));
 }
 
-// The names of the laws, in the order of their numbers, each ended by a newline.
-const char* dml_law_names() {
+// The names of the formulas, in the order of their numbers, each ended by a newline.
+const char* dml_formula_names() {
     static const std::string names = [] {
         std::string all;
-        for (const LawInfo& law : kLaws) all += std::string(law.name) + "\n";
+        for (const FormulaInfo& formula : kFormulas) all += std::string(formula.name) + "\n";
         return all;
     }();
     return names.c_str();

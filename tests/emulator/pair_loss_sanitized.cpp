@@ -14,8 +14,8 @@ using namespace dml::cuda;
 namespace {
 
 template <typename Math>
-void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, LawId law, Similarity similarity,
-         const Tuning& tuning) {
+void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, FormulaId formula,
+         Similarity similarity, const Tuning& tuning) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     const Cloud<T> queries(n, dim, stride), refs(m > 0 ? m : 1, dim, dim);
@@ -27,17 +27,17 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, LawId
     p.refs = p.square ? p.queries : refs.view;
     p.dim = dim;
     p.scalar = scalar;
-    p.law = law;
+    p.formula = formula;
     p.similarity = similarity;
-    std::copy_n(kParams[int(law)], 3, p.params);
-    p.mining = {law == LawId::multi_similarity || law == LawId::nt_xent, 0.1};
+    std::copy_n(kParams[int(formula)], 3, p.params);
+    p.mining = {formula == FormulaId::multi_similarity || formula == FormulaId::nt_xent, 0.1};
     // Every query is the reference of its number, if there is one, and the last references are still empty.
-    const Buffer self_ref(n * int64_t(sizeof(int64_t))), ref_count(sizeof(int64_t));
-    for (int64_t i = 0; i < n; ++i) self_ref.as<int64_t>()[i] = i;
-    *ref_count.as<int64_t>() = m - 3;
+    const Buffer self_index(n * int64_t(sizeof(int64_t))), num_valid_refs(sizeof(int64_t));
+    for (int64_t i = 0; i < n; ++i) self_index.as<int64_t>()[i] = i;
+    *num_valid_refs.as<int64_t>() = m - 3;
     if (!p.square) {
-        p.self_ref = self_ref.as<int64_t>();
-        p.ref_count = ref_count.as<int64_t>();
+        p.self_index = self_index.as<int64_t>();
+        p.num_valid_refs = num_valid_refs.as<int64_t>();
     }
 
     const Buffer saved(Engine<Math>::saved_bytes(task, true));
@@ -55,23 +55,23 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, LawId
     }
 }
 
-// laws: all kinds of them; where two arithmetics differ is seen with two of them.
+// formulas: all kinds of them; where two arithmetics differ is seen with two of them.
 template <typename Math>
-void run_all(Scalar scalar, bool laws) {
+void run_all(Scalar scalar, bool formulas) {
     // One tile of sums: where they are apart, gradients come in groups.
     const Tuning small = {}, large = {0, 2, 0, 0, 0}, cached = {0, 2, 1 << 30};
     const Similarity cosine, raw = {true, false};
-    run<Math>(scalar, 300, 0, 8, 8, LawId::multi_similarity, cosine, large);
-    run<Math>(scalar, 37, 70, 24, 32, LawId::multi_similarity, cosine, small);
-    run<Math>(scalar, 37, 0, 21, 21, LawId::circle, cosine, small);
-    run<Math>(scalar, 140, 270, 21, 23, LawId::circle, cosine, cached);
-    if (!laws) return;
-    run<Math>(scalar, 140, 0, 8, 8, LawId::contrastive, raw, large);
-    run<Math>(scalar, 140, 150, 8, 8, LawId::contrastive, raw, cached);
-    run<Math>(scalar, 140, 0, 8, 8, LawId::binomial_deviance, cosine, cached);
-    run<Math>(scalar, 260, 0, 8, 8, LawId::nt_xent, cosine, large);
-    run<Math>(scalar, 37, 70, 8, 8, LawId::nt_xent, cosine, small);
-    run<Math>(scalar, 140, 150, 72, 72, LawId::sup_con, cosine, large);
+    run<Math>(scalar, 300, 0, 8, 8, FormulaId::multi_similarity, cosine, large);
+    run<Math>(scalar, 37, 70, 24, 32, FormulaId::multi_similarity, cosine, small);
+    run<Math>(scalar, 37, 0, 21, 21, FormulaId::circle, cosine, small);
+    run<Math>(scalar, 140, 270, 21, 23, FormulaId::circle, cosine, cached);
+    if (!formulas) return;
+    run<Math>(scalar, 140, 0, 8, 8, FormulaId::contrastive, raw, large);
+    run<Math>(scalar, 140, 150, 8, 8, FormulaId::contrastive, raw, cached);
+    run<Math>(scalar, 140, 0, 8, 8, FormulaId::binomial_deviance, cosine, cached);
+    run<Math>(scalar, 260, 0, 8, 8, FormulaId::nt_xent, cosine, large);
+    run<Math>(scalar, 37, 70, 8, 8, FormulaId::nt_xent, cosine, small);
+    run<Math>(scalar, 140, 150, 72, 72, FormulaId::sup_con, cosine, large);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the teeth programs share, on the host and on a GPU.
+// What the planted_bugs programs share, on the host and on a GPU.
 #pragma once
 
 #include <cstddef>

@@ -12,13 +12,13 @@ from .library import (
     SCALARS,
     SIMILARITIES,
     call,
-    laws,
+    formulas,
     load,
     poisoned,
 )
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
-CONTEXT = ("nt_xent",)  # laws whose positives see the negatives' fold
+CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' fold
 
 
 def stages(loss, mining):
@@ -32,19 +32,19 @@ class Arguments(ctypes.Structure):  # as in blocks_host.cpp, field by field
             for side in ("row", "block")
             for name in (f"{side}_points", f"{side}_stride", f"{side}_labels", f"{side}_count")
         ],
-        ("self_ref", ctypes.c_void_p),
+        ("self_index", ctypes.c_void_p),
         *[
             (name, ctypes.c_int64)
             for name in (
                 "dim",
                 "scalar",
                 "precision",
-                "law",
+                "formula",
                 "euclidean",
                 "normalize",
                 "reduction",
                 "mining",
-                "super_tile",
+                "tile_group",
                 "wide_blocks",
             )
         ],
@@ -55,7 +55,7 @@ class Arguments(ctypes.Structure):  # as in blocks_host.cpp, field by field
 
 @dataclass
 class Blocks:
-    """Rows, and blocks of columns as (points, labels, self_ref or None)."""
+    """Rows, and blocks of columns as (points, labels, self_index or None)."""
 
     q: torch.Tensor
     labels: torch.Tensor
@@ -66,7 +66,7 @@ class Blocks:
     similarity: str = "cosine"
     reduction: str = "mean"
     precision: str = "full"
-    super_tile: int = 2
+    tile_group: int = 2
     wide_blocks: int = 0
     extremes: bool = True  # whether the stages after the first are given what it found
     schedule: tuple = ("round_robin", 0)
@@ -76,14 +76,14 @@ class Blocks:
         self.acc = torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     def arguments(self, block=None):
-        points, labels, self_ref = (self.q, self.labels, None) if block is None else block
+        points, labels, self_index = (self.q, self.labels, None) if block is None else block
         return Arguments(
             self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
             points.data_ptr(), points.stride(0), labels.data_ptr(), len(points),
-            None if self_ref is None else self_ref.data_ptr(),
+            None if self_index is None else self_index.data_ptr(),
             self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            laws().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
-            self.epsilon is not None, self.super_tile, self.wide_blocks,
+            formulas().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
+            self.epsilon is not None, self.tile_group, self.wide_blocks,
             (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
 
@@ -115,13 +115,13 @@ class Blocks:
         """``[2, N]`` how many positives and negatives each row has."""
         positives = torch.zeros(len(self.q), dtype=torch.long)
         columns = 0
-        for _, labels, self_ref in self.blocks:
+        for _, labels, self_index in self.blocks:
             same = self.labels[:, None] == labels[None, :]
             positives += same.sum(1)
             columns = columns + len(labels)
-            if self_ref is not None and len(labels):
-                inside = (self_ref >= 0) & (self_ref < len(labels))
-                own = same.gather(1, self_ref.clamp(0, len(labels) - 1)[:, None])[:, 0]
+            if self_index is not None and len(labels):
+                inside = (self_index >= 0) & (self_index < len(labels))
+                own = same.gather(1, self_index.clamp(0, len(labels) - 1)[:, None])[:, 0]
                 positives -= (inside & own).long()
                 columns = columns - (inside & own).long()
         return torch.stack([positives, columns - positives]).contiguous()

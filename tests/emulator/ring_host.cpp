@@ -20,8 +20,8 @@ struct Arguments {  // as in blocks.py, field by field
     int64_t block_stride;
     const int64_t* block_labels;
     int64_t block_count;
-    const int64_t* self_ref;
-    int64_t dim, scalar, precision, law, euclidean, normalize, reduction, mining, super_tile, wide_blocks;
+    const int64_t* self_index;
+    int64_t dim, scalar, precision, formula, euclidean, normalize, reduction, mining, tile_group, wide_blocks;
     double params[kMaxParams];
     double epsilon;
 };
@@ -32,17 +32,17 @@ Task task_of(const Arguments& a) {
     p.queries = {a.rows, a.row_stride, a.row_labels, a.row_count};
     p.refs = {a.block, a.block_stride, a.block_labels, a.block_count};
     p.square = false;
-    p.self_ref = a.self_ref;
-    p.mine_self = false;
+    p.self_index = a.self_index;
+    p.mine_self_pair = false;
     p.dim = a.dim;
     p.scalar = static_cast<Scalar>(a.scalar);
-    p.law = static_cast<LawId>(a.law);
+    p.formula = static_cast<FormulaId>(a.formula);
     std::memcpy(p.params, a.params, sizeof p.params);
     p.similarity = {a.euclidean != 0, a.normalize != 0};
     p.mining = {a.mining != 0, a.epsilon};
     p.reduction = static_cast<Reduction>(a.reduction);
     task.precision = static_cast<Precision>(a.precision);
-    if (a.super_tile > 0) task.tuning.super_tile = static_cast<int>(a.super_tile);
+    if (a.tile_group > 0) task.tuning.tile_group = static_cast<int>(a.tile_group);
     if (a.wide_blocks >= 0) task.tuning.wide_blocks = task.tuning.line_blocks = a.wide_blocks;
     return task;
 }

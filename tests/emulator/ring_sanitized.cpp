@@ -15,31 +15,31 @@ using namespace dml::cuda;
 namespace {
 
 template <typename Math>
-void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int64_t stride, LawId law,
-         bool mining, Similarity similarity) {
+void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int64_t stride,
+         FormulaId formula, bool mining, Similarity similarity) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     const Cloud<T> rows(n, dim, stride);
     std::vector<Cloud<T>> blocks;
     for (const int64_t count : counts) blocks.emplace_back(count, dim, dim);
-    const Buffer self_ref(n * int64_t(sizeof(int64_t)));  // in the first block, as far as it goes
-    for (int64_t i = 0; i < n; ++i) self_ref.as<int64_t>()[i] = i;
+    const Buffer self_index(n * int64_t(sizeof(int64_t)));  // in the first block, as far as it goes
+    for (int64_t i = 0; i < n; ++i) self_index.as<int64_t>()[i] = i;
 
     Task task;
-    task.tuning.super_tile = 2;
+    task.tuning.tile_group = 2;
     task.tuning.wide_blocks = task.tuning.line_blocks = 0;
     Problem& p = task.problem;
     p.queries = rows.view;
-    p.square = p.mine_self = false;
+    p.square = p.mine_self_pair = false;
     p.dim = dim;
     p.scalar = scalar;
-    p.law = law;
+    p.formula = formula;
     p.similarity = similarity;
-    std::copy_n(kParams[int(law)], 3, p.params);
+    std::copy_n(kParams[int(formula)], 3, p.params);
     p.mining = {mining, 0.1};
     const auto on = [&](size_t k) {
         p.refs = blocks[k].view;
-        p.self_ref = k == 0 ? self_ref.as<int64_t>() : nullptr;
+        p.self_index = k == 0 ? self_index.as<int64_t>() : nullptr;
         return BlockEngine<Math>::sizes(task);
     };
 
@@ -63,7 +63,7 @@ void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int
         turn_rows(task, stage, state.data.get(), nullptr);
     };
     if (mining) pass(BlockStage::kHardest);
-    if (law == LawId::nt_xent) {
+    if (formula == FormulaId::nt_xent) {
         pass(BlockStage::kNegatives);
         pass(BlockStage::kPositives);
     } else {
@@ -91,15 +91,15 @@ void run(Scalar scalar, int64_t n, std::vector<int64_t> counts, int64_t dim, int
     }
 }
 
-// laws: all kinds of them; where two arithmetics differ is seen with two of them.
+// formulas: all kinds of them; where two arithmetics differ is seen with two of them.
 template <typename Math>
-void run_all(Scalar scalar, bool laws) {
+void run_all(Scalar scalar, bool formulas) {
     const Similarity cosine, raw = {true, false};
-    run<Math>(scalar, 140, {140, 270, 0, 1}, 8, 8, LawId::multi_similarity, true, cosine);
-    run<Math>(scalar, 37, {37, 5}, 21, 23, LawId::circle, false, cosine);
-    if (!laws) return;
-    run<Math>(scalar, 130, {150}, 8, 8, LawId::contrastive, false, raw);
-    run<Math>(scalar, 140, {150, 20}, 72, 72, LawId::nt_xent, true, cosine);
+    run<Math>(scalar, 140, {140, 270, 0, 1}, 8, 8, FormulaId::multi_similarity, true, cosine);
+    run<Math>(scalar, 37, {37, 5}, 21, 23, FormulaId::circle, false, cosine);
+    if (!formulas) return;
+    run<Math>(scalar, 130, {150}, 8, 8, FormulaId::contrastive, false, raw);
+    run<Math>(scalar, 140, {150, 20}, 72, 72, FormulaId::nt_xent, true, cosine);
 }
 
 }  // namespace

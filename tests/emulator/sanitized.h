@@ -41,7 +41,7 @@ struct Cloud {
     }
 };
 
-// The parameters of the laws, by number.
+// The parameters of the formulas, by number.
 inline constexpr double kParams[][3] = {{2, 50, 0.5}, {0.4, 80, 1}, {0.9, -3}, {2, 40, 0.5}, {0.1}, {0.1}};
 
 // The program's end: 0, or 1 with an error's message.

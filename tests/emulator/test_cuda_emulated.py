@@ -13,8 +13,8 @@ from cases.cuda import (
     BY_NAME,
     CIRCLE,
     CIRCLE_NOT_DETACHED,
+    FORMULAS,
     LARGE_NUMBER,
-    LAWS,
     MS,
     NT_XENT,
     SUP_CON,
@@ -36,19 +36,19 @@ from oracle.pairs import ROWS
 
 import dml_cuda
 
-PAIRS = ROOT / "csrc" / "cuda" / "listed_pairs.cu"
-FOLDS = ROOT / "csrc" / "cuda" / "kernels_folds.cu"
+PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
+FOLDS = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
 SMALL = {}
 # Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones,
 # of whose lines blocks have parts.
-LARGE = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
-CACHED = {"strip_limit": 0, "super_tile": 2, "cache_bytes": 1 << 30, "split_slots": 1}
+LARGE = {"strip_limit": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
+CACHED = {"strip_limit": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
 PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
 by_path = pytest.mark.parametrize("path", PATHS)
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
-by_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0])
+by_formula = pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
 by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 
@@ -56,9 +56,9 @@ F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["
 def engine(case, arithmetic, path="small", tuning=(), **options):
     loss, params = case.loss
     return library.Engine(
-        case.q, case.labels, case.r, case.ref_labels, case.self_ref, case.ref_count,
+        case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs,
         loss=loss, params=params, epsilon=case.epsilon, similarity=case.similarity, reduction=case.reduction,
-        divide=case.divide, mine_self=case.mine_self, precision=arithmetic.precision,
+        divide=case.divide, mine_self_pair=case.mine_self_pair, precision=arithmetic.precision,
         tuning={**PATHS[path], **dict(tuning)}, **options,
     )  # fmt: skip
 
@@ -81,25 +81,25 @@ def verify(case, arithmetic, path, **options):
 @pytest.mark.parametrize("path", ["small", "large"])
 def test_every_kernel(path, arithmetic, m, epsilon, loss):
     """Each path, arithmetic, loss, shape of the matrix, with and without mining."""
-    n = 70 if path == "small" else 260  # 3 or 5 tiles a side: several super-tiles, the last one partial
+    n = 70 if path == "small" else 260  # 3 or 5 tiles a side: several tile groups, the last one partial
     schedule = SCHEDULES[(n + (m or 0) + len(arithmetic.name)) % 4]
     verify(make(n, 33, arithmetic, m=m, epsilon=epsilon, loss=loss), arithmetic, path, schedule=schedule)
 
 
-def test_every_law_has_its_cases():
-    assert sorted(name for name, _ in LAWS) == sorted(library.laws()) == sorted(ROWS)
+def test_every_formula_has_its_cases():
+    assert sorted(name for name, _ in FORMULAS) == sorted(library.formulas()) == sorted(ROWS)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
 @pytest.mark.parametrize("similarity", library.SIMILARITIES)
 @by_path
-@by_law
-def test_every_law(law, path, similarity, m, epsilon):
+@by_formula
+def test_every_formula(formula, path, similarity, m, epsilon):
     n = 60 if path == "small" else 140
-    verify(of_similarity(law, similarity, n, 16, F64, m=m, epsilon=epsilon), F64, path)
+    verify(of_similarity(formula, similarity, n, 16, F64, m=m, epsilon=epsilon), F64, path)
     if path != "cached" and m is not None:  # square ones are below, in every arithmetic
-        verify(of_similarity(law, similarity, n, 16, F32, m=m, epsilon=epsilon), F32, path)
+        verify(of_similarity(formula, similarity, n, 16, F32, m=m, epsilon=epsilon), F32, path)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean", "euclidean_raw"])
@@ -107,41 +107,45 @@ def test_every_law(law, path, similarity, m, epsilon):
     "arithmetic", [a for a in ARITHMETICS if a.dtype != torch.float64], ids=lambda a: a.name
 )
 @pytest.mark.parametrize("path", ["small", "large"])
-@by_law
-def test_every_law_in_every_arithmetic(law, path, arithmetic, similarity):
-    verify(of_similarity(law, similarity, 70 if path == "small" else 140, 24, arithmetic), arithmetic, path)
+@by_formula
+def test_every_formula_in_every_arithmetic(formula, path, arithmetic, similarity):
+    verify(
+        of_similarity(formula, similarity, 70 if path == "small" else 140, 24, arithmetic), arithmetic, path
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("path", ["small", "large"])
-@by_law
-def test_reductions_of_every_law(law, path, epsilon, reduction):
+@by_formula
+def test_reductions_of_every_formula(formula, path, epsilon, reduction):
     upstream = torch.randn(140, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
     # Many classes: some rows have no positive, and some summands are 0.
-    case = make(140, 12, F64, classes=60, epsilon=epsilon, loss=law)
+    case = make(140, 12, F64, classes=60, epsilon=epsilon, loss=formula)
     case.reduction, case.upstream = reduction, upstream
     verify(case, F64, path)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("path", ["small", "large"])
-@by_law
-def test_parts_and_units_before_they_are_divided(law, path, reduction):
-    case = make(140, 12, F64, m=60, classes=40, loss=law, reduction=reduction)
+@by_formula
+def test_parts_and_units_before_they_are_divided(formula, path, reduction):
+    case = make(140, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
     case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     value, grads = run(case, F64, path)
     assert value.shape == (4,)
     check(case, F64, value, grads)
 
 
-@pytest.mark.parametrize("mine_self", [True, False])
+@pytest.mark.parametrize("mine_self_pair", [True, False])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @by_path
-@by_law
-def test_whether_mining_sees_a_row_itself(law, path, epsilon, mine_self):
+@by_formula
+def test_whether_mining_sees_a_row_itself(formula, path, epsilon, mine_self_pair):
     for arithmetic in (F64,) if path == "cached" else (F64, F32):
-        case = make_from_refs(130, 20, arithmetic, m=140, loss=law, epsilon=epsilon, mine_self=mine_self)
+        case = make_from_refs(
+            130, 20, arithmetic, m=140, loss=formula, epsilon=epsilon, mine_self_pair=mine_self_pair
+        )
         verify(case, arithmetic, path)
 
 
@@ -240,7 +244,7 @@ def test_the_first_references_only(path, arithmetic, count):
     n, m = (50, 180) if path == "small" else (140, 290)
     for epsilon, loss in ((0.1, MS), (None, CIRCLE)):
         case = make_from_refs(n, 20, arithmetic, m=m, some=True, loss=loss, reduction="mean_valid")
-        case.epsilon, case.ref_count = epsilon, torch.tensor(count)
+        case.epsilon, case.num_valid_refs = epsilon, torch.tensor(count)
         case.r[max(count, 0) :] = torch.nan
         case.ref_labels[max(count, 0) :] = case.labels[0]
         value, grads = run(case, arithmetic, path, tuning={"sum_bytes": 128 * 20 * 4})
@@ -403,7 +407,7 @@ def test_tiles_of_kept_positives_alone_and_of_kept_negatives_alone(m):
     labels = torch.arange(128) % 64
     case = Case(q, labels, epsilon=0.01)
     if m is not None:  # the first half against all, without the pairs of rows and themselves
-        case = Case(q[:64], labels[:64], q, labels, torch.arange(64), epsilon=0.01, mine_self=False)
+        case = Case(q[:64], labels[:64], q, labels, torch.arange(64), epsilon=0.01, mine_self_pair=False)
     for path in ("large", "cached"):
         loss, grads = run(case, F64, path)
         assert loss > 0.1
@@ -423,13 +427,13 @@ def test_a_reduction_of_more_numbers_than_threads():
     assert run(case, F64, "large")[0].isnan()
 
 
-@pytest.mark.parametrize("law", [MS, CIRCLE, NT_XENT, SUP_CON], ids=lambda law: law[0])
+@pytest.mark.parametrize("formula", [MS, CIRCLE, NT_XENT, SUP_CON], ids=lambda formula: formula[0])
 @pytest.mark.parametrize("arithmetic", [F64, F32], ids=lambda a: a.name)
 @pytest.mark.parametrize("path", ["large", "cached"])
-def test_lines_far_below_the_tiles_largest_term(path, arithmetic, law):
+def test_lines_far_below_the_tiles_largest_term(path, arithmetic, formula):
     """Some rows' terms are some hundred below those of other rows of their tile, forward and backward:
     relative to the tile's they would vanish."""
-    name, _ = law
+    name, _ = formula
     sharp = {
         "multi_similarity": (2.0, 2e4, 0.5),
         "circle": (0.4, 9e3, 1.0),
@@ -602,7 +606,7 @@ def test_duplicates_are_pairs(path):
 def engine_of_sizes(dtype, n, m, d, **options):
     """An engine without data, to ask for sizes; m is None where square."""
     e = library.Engine(torch.empty(0, d, dtype=dtype), torch.empty(0, dtype=torch.int64), **options)
-    e.arguments.query_count, e.arguments.ref_count = n, n if m is None else m
+    e.arguments.query_count, e.arguments.num_valid_refs = n, n if m is None else m
     e.arguments.square = m is None
     return e
 

@@ -1,4 +1,4 @@
-"""The emulator computes what a GPU would, and has teeth: it catches planted mistakes.
+"""The emulator computes what a GPU would, and has planted_bugs: it catches planted mistakes.
 
 Both halves matter. A green kernel test means something only if a kernel that lacks a barrier, a wait
 or a bound is seen to fail, under each schedule and whatever the seed.
@@ -27,33 +27,33 @@ anywhere = pytest.fixture(
 
 @pytest.fixture(scope="module")
 def gemm_program():
-    return build([HERE / "teeth_gemm.cu"])
+    return build([HERE / "planted_bugs_gemm.cu"])
 
 
 @pytest.fixture(scope="module")
 def warp_program():
-    return build([HERE / "teeth_warp.cu"])
+    return build([HERE / "planted_bugs_warp.cu"])
 
 
 @pytest.fixture(scope="module")
 def race_gemm_program():
-    return build([HERE / "teeth_gemm.cu"], sanitizer="thread")
+    return build([HERE / "planted_bugs_gemm.cu"], sanitizer="thread")
 
 
 @pytest.fixture(scope="module")
 def race_warp_program():
-    return build([HERE / "teeth_warp.cu"], sanitizer="thread")
+    return build([HERE / "planted_bugs_warp.cu"], sanitizer="thread")
 
 
 @anywhere
 def gemm_anywhere(request):
-    source = HERE / "teeth_gemm.cu"
+    source = HERE / "planted_bugs_gemm.cu"
     return build([source]) if request.param == "host" else build_for_gpu(source)
 
 
 @anywhere
 def warp_anywhere(request):
-    source = HERE / "teeth_warp.cu"
+    source = HERE / "planted_bugs_warp.cu"
     return build([source]) if request.param == "host" else build_for_gpu(source)
 
 
@@ -64,7 +64,7 @@ def schedule(request):
 
 # ---- a tensor-core matrix product ------------------------------------------------------------------
 
-# The order of the enum in teeth_gemm.cu.
+# The order of the enum in planted_bugs_gemm.cu.
 MISTAKES = [
     "none", "reads_before_barrier", "refills_before_barrier", "skips_wait", "reads_other_row",
     "reads_beyond_global", "reads_beyond_shared", "reads_unwritten", "barrier_in_one_warp",
@@ -143,7 +143,7 @@ def test_stops_at_a_broken_rule(gemm_program, mistake, report, schedule, seed):
     assert done.returncode != 0
     assert result is None
     assert report in done.stderr
-    assert b"teeth_gemm.cu:" in done.stderr  # it names the place
+    assert b"planted_bugs_gemm.cu:" in done.stderr  # it names the place
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_copies_arrive_at_their_wait(warp_program, schedule):
 
 def test_the_portable_stack_switch(schedule):
     """Where there is no hand-written switch, ucontext does the same, slower."""
-    program = build([HERE / "teeth_warp.cu"], defines=["DML_EMULATOR_UCONTEXT"])
+    program = build([HERE / "planted_bugs_warp.cu"], defines=["DML_EMULATOR_UCONTEXT"])
     assert (words(program, "exchange", schedule=schedule)[:, 0] == np.arange(64) ^ 1).all()
 
 

@@ -9,8 +9,8 @@ from cases.cuda import (
     BY_NAME,
     CIRCLE,
     CONTRASTIVE,
+    FORMULAS,
     LARGE_NUMBER,
-    LAWS,
     MARGIN_SOFTMAX,
     MS,
     NT_XENT,
@@ -25,12 +25,12 @@ from emulator import library
 from emulator.build import HERE, ROOT, build
 from emulator.build import run as run_program
 from emulator.ring import CONTEXT, Blocks, stages
-from emulator.test_cuda_emulated import SCHEDULES, by_arithmetic, by_law
+from emulator.test_cuda_emulated import SCHEDULES, by_arithmetic, by_formula
 
 from dml_cuda import _C
 
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
-ROWS, FOLDS = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("block_rows", "kernels_folds"))
+ROWS, FOLDS = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("ring/rows", "instantiations/merge"))
 UNEVEN = (70, 0, 1, 129, 40)  # columns of the blocks, in the order in which they come
 
 
@@ -39,7 +39,7 @@ def split(case, counts):
     blocks, first = [], 0
     for count in counts:
         here = slice(first, first + count)
-        own = None if case.self_ref is None else case.self_ref - first
+        own = None if case.self_index is None else case.self_index - first
         points = surrounded(case.r[here]) if count else case.r[:0].clone()
         blocks.append((points, case.ref_labels[here].clone(), own))
         first += count
@@ -96,30 +96,30 @@ def test_every_arithmetic(arithmetic, epsilon, loss):
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("similarity", library.SIMILARITIES)
-@by_law
-def test_every_law(law, similarity, epsilon):
+@by_formula
+def test_every_formula(formula, similarity, epsilon):
     for arithmetic in (F64, F32):
-        case = of_similarity(law, similarity, 70, 16, arithmetic, m=sum(UNEVEN), epsilon=epsilon)
+        case = of_similarity(formula, similarity, 70, 16, arithmetic, m=sum(UNEVEN), epsilon=epsilon)
         verify(case, arithmetic)
 
 
 def test_stages_are_those_that_python_asks_for():
-    for name, _ in LAWS:
-        assert (name in CONTEXT) == _C.law_facts(name)[1]["context"]
+    for name, _ in FORMULAS:
+        assert (name in CONTEXT) == _C.formula_facts(name)[1]["context"]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@by_law
-def test_reductions(law, epsilon, reduction):
+@by_formula
+def test_reductions(formula, epsilon, reduction):
     # Many classes: some rows have no positive, and some summands are 0.
-    verify(columns(70, F64, classes=60, epsilon=epsilon, loss=law, reduction=reduction), F64)
+    verify(columns(70, F64, classes=60, epsilon=epsilon, loss=formula, reduction=reduction), F64)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@by_law
-def test_each_row_weighted_apart(law, epsilon):
-    case = columns(70, F64, loss=law, epsilon=epsilon, reduction="none")
+@by_formula
+def test_each_row_weighted_apart(formula, epsilon):
+    case = columns(70, F64, loss=formula, epsilon=epsilon, reduction="none")
     case.upstream = torch.randn(70, generator=torch.Generator().manual_seed(1))
     e = engine(case, F64, UNEVEN)
     losses = e.forward()[:2].sum(0)
@@ -128,15 +128,15 @@ def test_each_row_weighted_apart(law, epsilon):
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@by_law
-def test_rows_among_the_columns(law, epsilon):
+@by_formula
+def test_rows_among_the_columns(formula, epsilon):
     """Their own column is no pair and not mined with, whatever block it is in, or outside all."""
     for arithmetic in (F64, F32):
         m = sum(UNEVEN)
-        case = make_from_refs(90, 20, arithmetic, m=m, loss=law, epsilon=epsilon, mine_self=False)
-        if law != MARGIN_SOFTMAX:  # whose angle has no digits where a row meets itself
-            case.self_ref[6::5] = -1
-            case.self_ref[:4] = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
+        case = make_from_refs(90, 20, arithmetic, m=m, loss=formula, epsilon=epsilon, mine_self_pair=False)
+        if formula != MARGIN_SOFTMAX:  # whose angle has no digits where a row meets itself
+            case.self_index[6::5] = -1
+            case.self_index[:4] = torch.tensor([m, -m, 2**63 - 1, -(2**63)])
         verify(case, arithmetic)
 
 
@@ -164,8 +164,8 @@ def test_awkward_sizes(arithmetic, n, d, counts):
 def test_lines_that_are_shared(n, count):
     """By nine blocks of the gradient's launch, each with a part of the 18 tiles."""
     case = columns(n, F32, (count,), d=9, epsilon=0.1)
-    e, *_ = verify(case, F32, (count,), super_tile=0, wide_blocks=-1)
-    alone = engine(case, F32, (count,), super_tile=0, wide_blocks=0)
+    e, *_ = verify(case, F32, (count,), tile_group=0, wide_blocks=-1)
+    alone = engine(case, F32, (count,), tile_group=0, wide_blocks=0)
     assert e.sizes(e.blocks[0])[2] - alone.sizes(alone.blocks[0])[2] == 8 * 128 * 9 * 4
 
 
@@ -176,13 +176,13 @@ def test_one_dimension():
 
 
 @pytest.mark.parametrize("counts", [(0,), (0, 0), ()])
-@by_law
-def test_no_column_at_all(law, counts):
+@by_formula
+def test_no_column_at_all(formula, counts):
     for epsilon in (None, 0.1):
-        case = make(20, 5, F64, loss=law, epsilon=epsilon)
+        case = make(20, 5, F64, loss=formula, epsilon=epsilon)
         e = Blocks(
             case.q, case.labels, [(case.q[:0], case.labels[:0], None) for _ in counts],
-            loss=law[0], params=law[1], epsilon=epsilon,
+            loss=formula[0], params=formula[1], epsilon=epsilon,
         )  # fmt: skip
         assert not e.forward()[:2].any()
         assert not e.backward(torch.ones(2, 20))[0].any()
@@ -230,7 +230,7 @@ def test_one_block_is_the_whole_engine():
             _, losses, (by_rows, by_blocks) = verify(case, F32, (290,))
             whole = library.Engine(
                 case.q, case.labels, case.r, case.ref_labels, loss=loss[0], params=loss[1], epsilon=epsilon,
-                reduction="none", tuning={"strip_limit": 0, "super_tile": 2, "cache_bytes": 0},
+                reduction="none", tuning={"strip_limit": 0, "tile_group": 2, "cache_bytes": 0},
             )  # fmt: skip
             assert torch.equal(whole.forward(), losses[:2].sum(0))
             one_part = torch.equal(losses[1], torch.zeros_like(losses[1]))
@@ -334,7 +334,7 @@ def test_sizes_are_as_said():
     def sizes(n, m, dtype=torch.float32, similarity="cosine", d=64):
         x = torch.empty(0, d, dtype=dtype)
         labels = torch.empty(0, dtype=torch.long)
-        e = Blocks(x, labels, [], similarity=similarity, super_tile=0, wide_blocks=-1)
+        e = Blocks(x, labels, [], similarity=similarity, tile_group=0, wide_blocks=-1)
         arguments = e.arguments((x, labels, None))
         arguments.row_count, arguments.block_count = n, m
         arguments.row_stride = arguments.block_stride = d
@@ -358,7 +358,7 @@ def test_sizes_are_as_said():
     assert sizes(0, 5)[1:] == sizes(5, 0)[1:] == [0, 0, 0, 0]
 
 
-def test_stages_of_another_law_are_refused():
+def test_stages_of_another_formula_are_refused():
     case = columns(20, F64)
     for loss, epsilon, stage in (
         (MS, None, "hardest"),
@@ -381,6 +381,6 @@ def test_stages_of_another_law_are_refused():
 )
 def test_sanitizers_find_nothing(sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
-    program = build([HERE / "blocks_sanitized.cpp", ROWS, FOLDS], sanitizer=sanitizer)
+    program = build([HERE / "ring_sanitized.cpp", ROWS, FOLDS], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()

@@ -43,14 +43,16 @@ def weights_by_product(weights, d):
     return np.where(d > 0, weights / np.where(d > 0, d, 1), 0.0)
 
 
-def check(s, labels, ref_labels, term, positives, negatives, numbers, own=None, ref_count=None, **options):
+def check(
+    s, labels, ref_labels, term, positives, negatives, numbers, own=None, num_valid_refs=None, **options
+):
     n, columns = s.shape
-    used = columns if ref_count is None else int(ref_count)
+    used = columns if num_valid_refs is None else int(num_valid_refs)
     beta = torch.rand(n, dtype=torch.float64) + 0.7
     strip = torch.full((n, columns + 3), math.nan, dtype=torch.float64)[:, :columns]
     strip.copy_(s)
     rows = library.TripletRows(
-        strip, labels, ref_labels, own, ref_count, params=numbers, euclidean=True, seed=SEED, **options
+        strip, labels, ref_labels, own, num_valid_refs, params=numbers, euclidean=True, seed=SEED, **options
     )
     sums, counts, by_beta = rows.losses(term, positives, negatives, beta)
     d = -s.numpy()[:, :used]
@@ -167,8 +169,8 @@ def test_more_triplets_than_int32():
 def test_references(negatives):
     s, labels, ref_labels = batch(6, 3, m=41)
     own = torch.tensor([4, -1, 0, 40, 7, 8])
-    for ref_count in (None, 41, 30, 0):
-        count = None if ref_count is None else torch.tensor([ref_count])
+    for num_valid_refs in (None, 41, 30, 0):
+        count = None if num_valid_refs is None else torch.tensor([num_valid_refs])
         check(s, labels, ref_labels, "hinge", "all", negatives, params(), own, count)
 
 
@@ -373,7 +375,7 @@ def test_more_distances_than_warps():
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
 def test_sanitizers_find_nothing(sanitizer, schedule):
-    kernels = ROOT / "csrc" / "cuda" / "triplets.cu"
+    kernels = ROOT / "csrc" / "cuda" / "triplets" / "triplets.cu"
     program = build([HERE / "triplets_sanitized.cpp", kernels], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()

@@ -17,7 +17,7 @@ struct Arguments {  // as in library.py, field by field
     int64_t rows, columns, pitch, first;
     const int64_t *members, *begin, *end, *own;
     int64_t square;
-    const int64_t* ref_count;
+    const int64_t* num_valid_refs;
     int64_t term, positives, negatives;
     double params[kTripletParams];
     int64_t euclidean, write;
@@ -28,8 +28,9 @@ struct Arguments {  // as in library.py, field by field
 
 template <typename T>
 TripletStrip<T> strip_of(const Arguments& a) {
-    return {static_cast<T*>(a.s), a.rows,     a.columns, a.pitch, a.first, a.members, a.begin, a.end, a.own,
-            a.square != 0,        a.ref_count};
+    return {
+        static_cast<T*>(a.s), a.rows,          a.columns, a.pitch, a.first, a.members, a.begin, a.end, a.own,
+        a.square != 0,        a.num_valid_refs};
 }
 
 TripletRules rules_of(const Arguments& a) {

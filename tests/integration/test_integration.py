@@ -104,8 +104,8 @@ def test_the_reference_takes_vmap_and_forward_mode(loss):
     value = as_function_of_embeddings(loss, "epsilon", labels, embeddings, backend="reference")
     stack = torch.randn(3, 20, 6, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(value)(stack), torch.stack([value(x) for x in stack]))
-    _, slope = torch.func.jvp(value, (embeddings,), (stack[0],))
-    torch.testing.assert_close(slope, (torch.func.grad(value)(embeddings) * stack[0]).sum())
+    _, derivative = torch.func.jvp(value, (embeddings,), (stack[0],))
+    torch.testing.assert_close(derivative, (torch.func.grad(value)(embeddings) * stack[0]).sum())
 
 
 @EVERY

@@ -431,7 +431,7 @@ def test_memory_bank_of_many_steps(loss):
         value, gradient = evaluate(memory, x, y)
         queue, labels = torch.cat(seen), torch.cat(classes)
         own = torch.arange(len(queue) - n, len(queue))
-        mined = dml_cuda.MinedPairs(x, y, queue, labels, epsilon=None, self_ref=own)
+        mined = dml_cuda.MinedPairs(x, y, queue, labels, epsilon=None, self_index=own)
         leaf = x.clone().requires_grad_()
         expected = loss_fn(leaf, y, mined, queue, labels)
         assert value.dtype == torch.float64

@@ -81,12 +81,16 @@ def circle(pos, neg, m=0.4, gamma=80.0, detach_weights=True):
     weight_pos, weight_neg = np.maximum(1 + m - pos, 0.0), np.maximum(neg + m, 0.0)
     pull, pos_shares = log_sum_exp(-gamma * weight_pos * (pos - (1 - m)))
     push, neg_shares = log_sum_exp(gamma * weight_neg * (neg - m))
-    slope_pos, slope_neg = -gamma * weight_pos, gamma * weight_neg
+    derivative_pos, derivative_neg = -gamma * weight_pos, gamma * weight_neg
     if not detach_weights:  # the product rule's other half: d relu(1 + m - s) = -1, d relu(s + m) = 1
-        slope_pos = slope_pos + gamma * (pos - (1 - m)) * (weight_pos > 0)
-        slope_neg = slope_neg + gamma * (neg - m) * (weight_neg > 0)
+        derivative_pos = derivative_pos + gamma * (pos - (1 - m)) * (weight_pos > 0)
+        derivative_neg = derivative_neg + gamma * (neg - m) * (weight_neg > 0)
     open_ = sigmoid(pull + push)
-    return Row([Part(softplus(pull + push))], open_ * pos_shares * slope_pos, open_ * neg_shares * slope_neg)
+    return Row(
+        [Part(softplus(pull + push))],
+        open_ * pos_shares * derivative_pos,
+        open_ * neg_shares * derivative_neg,
+    )
 
 
 def contrastive(pos, neg, pos_margin=0.0, neg_margin=1.0):
@@ -137,11 +141,13 @@ def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
     turned = np.where(np.abs(pos) <= 1, np.cos(theta + angle), cosine * pos)  # a dot product is no cosine
     psi = np.where(falls, turned, pos - angle * np.sin(angle)) - margin
     across = np.divide(pos, np.sin(theta), out=0 * pos, where=np.sin(theta) > 0)
-    slope = np.where(falls, cosine + sine * across, 1.0)
+    derivative = np.where(falls, cosine + sine * across, 1.0)
     pull, pos_shares = log_sum_exp(-scale * psi)
     push, neg_shares = log_sum_exp(scale * neg)
     wrong = sigmoid(pull + push)
-    return Row([Part(softplus(pull + push))], -scale * wrong * pos_shares * slope, scale * wrong * neg_shares)
+    return Row(
+        [Part(softplus(pull + push))], -scale * wrong * pos_shares * derivative, scale * wrong * neg_shares
+    )
 
 
 def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
@@ -207,12 +213,12 @@ def mined(s, positives, negatives, epsilon):
     )
 
 
-def _columns(i, s, row_labels, col_labels, own, mine_self, epsilon):
+def _columns(i, s, row_labels, col_labels, own, mine_self_pair, epsilon):
     """The kept positives and negatives of row i. ``own`` is the column of the row itself, if any."""
     every = np.arange(s.shape[1])
     same = col_labels == row_labels[i]
     positives, negatives = every[same], every[~same]
-    if not mine_self:
+    if not mine_self_pair:
         positives, negatives = positives[positives != own], negatives[negatives != own]
     positives, negatives = mined(s[i], positives, negatives, epsilon)
     return positives[positives != own], negatives
@@ -239,8 +245,8 @@ def brute_force(
     reduction="none",
     upstream=None,
     indices=None,
-    self_ref=None,
-    mine_self=True,
+    self_index=None,
+    mine_self_pair=True,
     rounded=None,
     levels=False,
     undivided=None,
@@ -249,7 +255,7 @@ def brute_force(
     """Loss and gradients.
 
     ``upstream [N]`` is the gradient of the rows' losses for ``reduction="none"``; ``indices`` are listed
-    pairs; ``self_ref [N]`` the columns that are the rows themselves; ``levels`` says that margins of
+    pairs; ``self_index [N]`` the columns that are the rows themselves; ``levels`` says that margins of
     distances come as levels of the similarity, as the kernels take them.
     """
     square = ref_emb is None
@@ -269,14 +275,14 @@ def brute_force(
         margins = {name: value for name, value in (defaults | options).items() if name in MARGINS}
         options |= {name: -value for name, value in margins.items()}
     s = _similarities(x, y, q, r, similarity, rounded)
-    own = np.arange(n) if square else np.full(n, -1) if self_ref is None else self_ref.cpu().numpy()
+    own = np.arange(n) if square else np.full(n, -1) if self_index is None else self_index.cpu().numpy()
 
     rows, kept = [], np.zeros((n, m), dtype=bool)
     places = []
     for i in range(n):
         if indices is None:
             positives, negatives = _columns(
-                i, s, row_labels, col_labels, own[i], mine_self and not square, epsilon
+                i, s, row_labels, col_labels, own[i], mine_self_pair and not square, epsilon
             )
         else:
             positives, negatives = _listed(i, indices, loss in REPEATS)

@@ -104,13 +104,13 @@ def triplet_truth(d, labels, ref_labels, own, beta, seed, term, positives, negat
                 continue
             violation = d[i, p] - d[i, n] + numbers[0]
             if term == "hinge":
-                value, slope = max(violation, 0), float(violation > 0)
+                value, derivative = max(violation, 0), float(violation > 0)
             else:
-                value, slope = np.logaddexp(0, violation), 1 / (1 + np.exp(-violation))
+                value, derivative = np.logaddexp(0, violation), 1 / (1 + np.exp(-violation))
             sums[i] += value
             counts[i, 0] += value > 0
-            weights[i, p] -= slope
-            weights[i, n] += slope
+            weights[i, p] -= derivative
+            weights[i, n] += derivative
     return sums, counts, weights, by_beta
 
 

@@ -15,17 +15,17 @@ def distances(x, y, similarity):
     return -(x @ y.T)
 
 
-def pairs(labels, ref_labels=None, self_ref=None):
+def pairs(labels, ref_labels=None, self_index=None):
     """Lists of each row's positives and of its negatives."""
     columns = labels if ref_labels is None else ref_labels
-    own = np.arange(len(labels)) if ref_labels is None else self_ref
+    own = np.arange(len(labels)) if ref_labels is None else self_index
     for i, label in enumerate(labels):
         positives = [j for j in np.flatnonzero(columns == label) if own is None or j != own[i]]
         yield positives, list(np.flatnonzero(columns != label))
 
 
-def every_triplet(labels, ref_labels=None, self_ref=None):
-    for i, (positives, negatives) in enumerate(pairs(labels, ref_labels, self_ref)):
+def every_triplet(labels, ref_labels=None, self_index=None):
+    for i, (positives, negatives) in enumerate(pairs(labels, ref_labels, self_index)):
         yield from ((i, p, n) for p in positives for n in negatives)
 
 

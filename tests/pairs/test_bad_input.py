@@ -160,17 +160,17 @@ def call(
     labels=LABELS,
     ref_emb=None,
     ref_labels=None,
-    self_ref=None,
-    ref_count=None,
-    law="circle",
+    self_index=None,
+    num_valid_refs=None,
+    formula="circle",
     params=(0.4, 80.0, 1.0),
     similarity="cosine",
     reduction="mean",
     divide=True,
 ):
-    batch = embeddings, labels, ref_emb, ref_labels, self_ref, ref_count
+    batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs
     options = similarity, reduction, True, divide, True
-    return torch.ops.dml_cuda.pair_loss(*batch, law, list(params), 0.1, *options)
+    return torch.ops.dml_cuda.pair_loss(*batch, formula, list(params), 0.1, *options)
 
 
 OP_CASES = {
@@ -184,7 +184,7 @@ OP_CASES = {
         {"ref_emb": POINTS.double(), "ref_labels": LABELS},
         ["ref_emb", "Float", "Double"],
     ),
-    "law unknown": ({"law": "triplet"}, [*LOSSES, "triplet"]),
+    "formula unknown": ({"formula": "triplet"}, [*LOSSES, "triplet"]),
     "params too few": ({"params": ()}, ["params", "3", "0"]),
     "similarity unknown": ({"similarity": "manhattan"}, ["similarity", "manhattan"]),
     "reduction unknown": ({"reduction": "average"}, ["reduction", "average"]),
@@ -208,11 +208,11 @@ points, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
 arguments = {
     "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
-    "self_ref": None, "ref_count": None, "law": "circle", "params": [0.4, 80.0, 1.0],
+    "self_index": None, "num_valid_refs": None, "formula": "circle", "params": [0.4, 80.0, 1.0],
     "similarity": "cosine", "reduction": "mean", "divide": True,
 }
 value, saved = torch.ops.dml_cuda.pair_loss(
-    **arguments, epsilon=0.1, mine_self=True, save_for_backward=True
+    **arguments, epsilon=0.1, mine_self_pair=True, save_for_backward=True
 )
 arguments |= {"grad_loss": value, "saved": saved, "need_emb": True, "need_ref": True}
 torch.ops.dml_cuda.pair_loss_backward(**arguments)

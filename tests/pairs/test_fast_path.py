@@ -27,8 +27,8 @@ def references():
     return make_batch(M, D)
 
 
-def plain(embeddings, labels, ref_emb=None, ref_labels=None, self_ref=None):
-    return _C.plain_pair_loss(embeddings, labels, ref_emb, ref_labels, self_ref, None, *HOW)
+def plain(embeddings, labels, ref_emb=None, ref_labels=None, self_index=None):
+    return _C.fast_pair_loss(embeddings, labels, ref_emb, ref_labels, self_index, None, *HOW)
 
 
 class Subclass(torch.Tensor):
@@ -70,8 +70,8 @@ def test_what_needs_care_is_left_alone(rows, references, kind):
 
 def test_what_does_not(rows, references):
     (x, y), (r, t) = rows, references
-    self_ref = torch.full((N,), -1)
-    for batch in ((x, y), (x, y, r, t), (x, y, r, t, self_ref), (x[:0], y[:0]), (x.T.contiguous().T, y)):
+    self_index = torch.full((N,), -1)
+    for batch in ((x, y), (x, y, r, t), (x, y, r, t, self_index), (x[:0], y[:0]), (x.T.contiguous().T, y)):
         assert isinstance(plain(*batch), torch.Tensor)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert plain(torch.nn.Parameter(x.to(dtype)), y).dtype == dtype
@@ -123,7 +123,7 @@ def test_both_ways_are_the_same(monkeypatch, rows, references, way, dtype, autoc
         return [value, *torch.autograd.grad(value.sum(), wanted)]
 
     found = run()
-    monkeypatch.setattr(base, "_of_plain_batch", lambda *_: None)
+    monkeypatch.setattr(base, "_fast_path", lambda *_: None)
     for a, b in zip(found, run(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

@@ -19,8 +19,8 @@ def forward_arguments(
     n,
     *,
     m=None,
-    self_ref=None,
-    ref_count=None,
+    self_index=None,
+    num_valid_refs=None,
     dtype=torch.float32,
     epsilon=0.1,
     similarity="cosine",
@@ -37,8 +37,8 @@ def forward_arguments(
         labels,
         ref_emb,
         ref_labels,
-        self_ref,
-        ref_count,
+        self_index,
+        num_valid_refs,
         loss,
         LOSSES[loss].params(similarity),
         epsilon,
@@ -53,8 +53,8 @@ def forward_arguments(
 FORWARD_CASES = {
     "square": {"loss": "multi_similarity", "n": 140},
     "rectangular": {"loss": "circle", "n": 10, "m": 130, "reduction": "none", "epsilon": None},
-    "own among the references": {"loss": "circle", "n": 4, "m": 9, "self_ref": torch.tensor([0, -1, 8, 3])},
-    "some of the references": {"loss": "circle", "n": 4, "m": 300, "ref_count": torch.tensor(150)},
+    "own among the references": {"loss": "circle", "n": 4, "m": 9, "self_index": torch.tensor([0, -1, 8, 3])},
+    "some of the references": {"loss": "circle", "n": 4, "m": 300, "num_valid_refs": torch.tensor(150)},
     "half": {"loss": "multi_similarity", "n": 9, "dtype": torch.float16, "reduction": "mean_nonzero"},
     "double, nothing saved": {"loss": "circle", "n": 130, "dtype": torch.float64, "save": False},
     "empty": {"loss": "multi_similarity", "n": 0, "reduction": "none"},
@@ -87,8 +87,8 @@ def test_opcheck_backward(name, need):
     with torch.no_grad():
         loss, saved = OPS.pair_loss(*inputs)
     points = [None if x is None else x.detach() for x in inputs[:6]]
-    *_, law, params, _, similarity, reduction, _, divide, _ = inputs
-    arguments = torch.ones_like(loss), *points, saved, law, params, similarity, reduction, divide, *need
+    *_, formula, params, _, similarity, reduction, _, divide, _ = inputs
+    arguments = torch.ones_like(loss), *points, saved, formula, params, similarity, reduction, divide, *need
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)
@@ -99,7 +99,7 @@ def test_opcheck_backward(name, need):
 def test_opcheck_of_blocks(loss, epsilon):
     """A block of columns after the other, as they go around a ring of processes."""
     embeddings, labels = make_batch(20, 6)
-    law, params = loss.name, loss.params()
+    formula, params = loss.name, loss.params()
     blocks = [(embeddings, labels, torch.arange(20)), (torch.randn(30, 6), make_labels(30), None)]
     every = torch.cat([columns for _, columns, _ in blocks])
     positives = (labels[:, None] == every).sum(1)
@@ -111,24 +111,24 @@ def test_opcheck_of_blocks(loss, epsilon):
         torch.library.opcheck(op, arguments, test_utils=names)
         return op(*arguments)
 
-    state = run("pair_block_turn", None, pairs, law, params, epsilon, "start", False)
-    for stage in _C.stages(law, epsilon is not None):
-        how = law, params, epsilon, "cosine", "mean", stage
+    state = run("pair_block_turn", None, pairs, formula, params, epsilon, "start", False)
+    for stage in _C.stages(formula, epsilon is not None):
+        how = formula, params, epsilon, "cosine", "mean", stage
         kept = []
         for block in blocks:
             state, found = run("pair_block", state, embeddings, labels, *block, *how)
             kept.append(found)
-        state = run("pair_block_turn", state, pairs, law, params, epsilon, stage, False)
-    losses, weights = run("pair_block_rows", state, pairs, law, params, epsilon is not None, "mean")
+        state = run("pair_block_turn", state, pairs, formula, params, epsilon, stage, False)
+    losses, weights = run("pair_block_rows", state, pairs, formula, params, epsilon is not None, "mean")
     whole = OPS.pair_loss(
         embeddings, labels, torch.cat([points for points, *_ in blocks]), every, torch.arange(20), None,
-        law, params, epsilon, "cosine", "mean", False, False, False,
+        formula, params, epsilon, "cosine", "mean", False, False, False,
     )[0]  # fmt: skip
     torch.testing.assert_close(losses.sum(1), whole)
     above = torch.ones(2, 20)
     for block, found in zip(blocks, kept, strict=True):
         points = above, weights, found, embeddings, labels, *block
-        run("pair_block_backward", *points, law, params, "cosine", True, False)
+        run("pair_block_backward", *points, formula, params, "cosine", True, False)
 
 
 def test_block_ops_called_directly():
@@ -315,15 +315,17 @@ def test_nothing_is_cached_without_gradient():
     assert with_tiles > without + 300 * 300 / 2 * 4
 
 
-def test_the_list_of_laws():
+def test_the_list_of_formulas():
     """Kernels, Python and the tests know the same losses, with the same numbers of parameters."""
-    assert {name: len(loss.params()) for name, loss in LOSSES.items()}.items() <= _C.laws.items()
+    assert {name: len(loss.params()) for name, loss in LOSSES.items()}.items() <= _C.formulas.items()
 
 
-def test_a_law_that_is_not_in_the_list():
+def test_a_formula_that_is_not_in_the_list():
     inputs = list(forward_arguments("circle", 8))
     inputs[6] = "cicle"
-    with pytest.raises(ValueError, match=r"law: expected one of multi_similarity, circle, .*; got .cicle."):
+    with pytest.raises(
+        ValueError, match=r"formula: expected one of multi_similarity, circle, .*; got .cicle."
+    ):
         OPS.pair_loss(*inputs)
     inputs[6:8] = "circle", [1.0]
     with pytest.raises(ValueError, match="params: expected 3 numbers for circle, got 1"):
@@ -343,17 +345,29 @@ def test_undivided(name):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("mine_self", [True, False])
-def test_a_row_among_the_references(mine_self):
+@pytest.mark.parametrize("mine_self_pair", [True, False])
+def test_a_row_among_the_references(mine_self_pair):
     """Without mining with it, a row's own copy is no pair at all: as if the references were the rows."""
     embeddings, labels = make_batch(30, 6, dtype=torch.float64)
     own = torch.arange(30)
-    law = "multi_similarity", LOSSES["multi_similarity"].params()
+    formula = "multi_similarity", LOSSES["multi_similarity"].params()
     rule = 0.1, "cosine", "none"
-    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *law, *rule, True, True, False)
-    arguments = embeddings, labels, embeddings, labels, own, None, *law, *rule, mine_self, True, False
+    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *formula, *rule, True, True, False)
+    arguments = (
+        embeddings,
+        labels,
+        embeddings,
+        labels,
+        own,
+        None,
+        *formula,
+        *rule,
+        mine_self_pair,
+        True,
+        False,
+    )
     value, _ = OPS.pair_loss(*arguments)
-    if mine_self:
+    if mine_self_pair:
         assert (value <= square + 1e-12).all()  # the copy is the easiest positive: never the hardest
         assert not torch.equal(value, torch.zeros_like(value))
     else:

@@ -67,11 +67,11 @@ def test_saved_or_recomputed(loss):
     batch = (embeddings, labels, None, None, None, None)
     gradients = []
     for save in (True, False):
-        law = loss.name, loss.params()
-        value, saved = torch.ops.dml_cuda.pair_loss(*batch, *law, 0.1, "cosine", "mean", True, True, save)
+        formula = loss.name, loss.params()
+        value, saved = torch.ops.dml_cuda.pair_loss(*batch, *formula, 0.1, "cosine", "mean", True, True, save)
         options = ("cosine", "mean", True, True, False)
         backward = torch.ops.dml_cuda.pair_loss_backward
-        gradients.append(backward(torch.ones_like(value), *batch, saved, *law, *options)[0])
+        gradients.append(backward(torch.ones_like(value), *batch, saved, *formula, *options)[0])
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
 

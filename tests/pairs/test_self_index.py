@@ -28,7 +28,7 @@ def evaluate(loss, batch, epsilon, own=None, count=None, *, reduction="mean", ba
     embeddings, labels, ref_emb, ref_labels = batch
     leaves = [x.detach().clone().requires_grad_() for x in (embeddings, ref_emb)]
     count = None if count is None else torch.tensor(count)
-    rule = {"epsilon": epsilon, "self_ref": own, "ref_count": count}
+    rule = {"epsilon": epsilon, "self_index": own, "num_valid_refs": count}
     pairs = MinedPairs(leaves[0], labels, leaves[1], ref_labels, **rule)
     function = getattr(functional, FUNCTIONS[loss])
     options = {"indices_tuple": pairs, "ref_emb": leaves[1], "reduction": reduction, "backend": backend}
@@ -163,7 +163,7 @@ def test_listing_says_the_same(loss):
     for epsilon in (None, 0.1):
         for count in (0, 1, 77, 130):
             embeddings, labels, ref_emb, ref_labels, own = make_queue(40, 130, 9)
-            rule = {"epsilon": epsilon, "self_ref": own, "ref_count": torch.tensor(count)}
+            rule = {"epsilon": epsilon, "self_index": own, "num_valid_refs": torch.tensor(count)}
             pairs = MinedPairs(embeddings, labels, ref_emb, ref_labels, **rule)
             function = getattr(functional, FUNCTIONS[loss])
             fused = function(embeddings, ref_emb=ref_emb, indices_tuple=pairs, reduction="none")
@@ -186,10 +186,10 @@ def test_repeatable_to_the_bit(loss):
 
 
 OP_ERRORS = {
-    "self_ref short": ({"self_ref": torch.zeros(3, dtype=torch.long)}, "self_ref"),
-    "self_ref int32": ({"self_ref": torch.zeros(6, dtype=torch.int32)}, "self_ref"),
-    "ref_count vector": ({"ref_count": torch.zeros(2, dtype=torch.long)}, "ref_count"),
-    "ref_count float": ({"ref_count": torch.tensor(3.0)}, "ref_count"),
+    "self_index short": ({"self_index": torch.zeros(3, dtype=torch.long)}, "self_index"),
+    "self_index int32": ({"self_index": torch.zeros(6, dtype=torch.int32)}, "self_index"),
+    "num_valid_refs vector": ({"num_valid_refs": torch.zeros(2, dtype=torch.long)}, "num_valid_refs"),
+    "num_valid_refs float": ({"num_valid_refs": torch.tensor(3.0)}, "num_valid_refs"),
 }
 
 
@@ -197,7 +197,7 @@ OP_ERRORS = {
 def test_op_errors(name):
     changed, says = OP_ERRORS[name]
     points, labels = torch.randn(6, 4), torch.arange(6)
-    own = {"self_ref": None, "ref_count": None} | changed
-    law, rule = ("circle", [0.4, 80.0, 1.0]), (0.1, "cosine", "mean", True, True, True)
+    own = {"self_index": None, "num_valid_refs": None} | changed
+    formula, rule = ("circle", [0.4, 80.0, 1.0]), (0.1, "cosine", "mean", True, True, True)
     with pytest.raises((TypeError, ValueError), match=says):
-        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *law, *rule)
+        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *formula, *rule)

@@ -690,7 +690,7 @@ def test_two_views_with_the_same_labels():
     torch.testing.assert_close(adapter(e, y, None, e2, y.clone()), with_)
     for labels in (y, y.clone()):
         torch.testing.assert_close(ours(e, y, None, e2, labels), with_)
-    pairs = MinedPairs(e, y, e2, y, epsilon=None, self_ref=torch.arange(24))
+    pairs = MinedPairs(e, y, e2, y, epsilon=None, self_index=torch.arange(24))
     torch.testing.assert_close(ours(e, y, pairs, e2, y), without)
     # PML's miner then lists pairs (i, i) as both kinds, which its losses refuse. Here they are positives.
     expected = MultiSimilarityMiner(0.1)(e, y, e2, y)

@@ -2,7 +2,7 @@
 
 from tools.kernel_times import table, total_times
 
-FIND = "void dml::cuda::find_extremes<dml::cuda::Tf32Math<float, true>, float>(dml::cuda::SuperTile<float>)"
+FIND = "void dml::cuda::find_extremes<dml::cuda::Tf32Math<float, true>, float>(dml::cuda::TileGroup<float>)"
 
 
 def test_kernels_are_added_up_and_what_is_not_ours_left_out():

@@ -94,7 +94,7 @@ def test_of_mined_and_listed_pairs(loss):
     for pairs in (mined, tuple(mined), shuffled):
         for given in (labels, None):
             found = pair_weights(loss.module(**options), embeddings, given, indices_tuple=pairs)
-            if pairs is shuffled and loss.module.law.repeats:  # each pair as often as listed
+            if pairs is shuffled and loss.module.formula.repeats:  # each pair as often as listed
                 assert len(found.positives) == len(shuffled[0])
                 assert len(found.negatives) == len(shuffled[2])
             else:

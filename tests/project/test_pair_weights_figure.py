@@ -72,7 +72,7 @@ def test_more_negatives_take_their_share(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_mining_drops_a_negative_below_all_positives(name):
     mined, every = weights(name, POSITIVES, epsilon=0.1), weights(name, POSITIVES)
-    nearer = [LEAST[LOSSES[name].law.similarity](s) for s in SIMILARITIES]
+    nearer = [LEAST[LOSSES[name].formula.similarity](s) for s in SIMILARITIES]
     kept = [s < 0.1 for s in nearer]
     assert mined == [pytest.approx(w) if keep else 0 for w, keep in zip(every, kept, strict=True)]
     assert any(kept)

@@ -119,7 +119,7 @@ def test_no_triplets():
 
 
 def test_hinges_that_are_just_closed():
-    """A violation of exactly 0 is no term, and has no slope."""
+    """A violation of exactly 0 is no term, and has no derivative."""
     case = Case(similarity="dot", dim=2)
     case.x = torch.randint(-2, 3, case.x.shape).double()
     for term in ("hinge", "margin"):

@@ -35,7 +35,7 @@ class Case:
         random = torch.Generator().manual_seed(seed)
         self.x = torch.randn(n, dim, generator=random, dtype=torch.float64).to(dtype)
         self.labels = torch.randint(0, classes, (n,), generator=random)
-        self.y = self.ref_labels = self.self_ref = self.ref_count = None
+        self.y = self.ref_labels = self.self_index = self.num_valid_refs = None
         if m is not None:
             self.y = torch.randn(m, dim, generator=random, dtype=torch.float64).to(dtype)
             self.ref_labels = torch.randint(0, classes, (m,), generator=random)
@@ -44,7 +44,7 @@ class Case:
         self.seed = torch.tensor([12345 - (1 << 62)])
 
     def points(self):
-        return self.x, self.labels, self.y, self.ref_labels, self.self_ref, self.ref_count
+        return self.x, self.labels, self.y, self.ref_labels, self.self_index, self.num_valid_refs
 
     def run(self, term, positives, negatives, numbers, save=True, save_ref=True):
         return OPS.triplet_loss(
@@ -63,11 +63,11 @@ class Case:
     def truth(self, term, positives, negatives, numbers):
         x = self.x.double().requires_grad_()
         y = x if self.y is None else self.y.double().requires_grad_()
-        count = len(y) if self.ref_count is None else int(self.ref_count)
+        count = len(y) if self.num_valid_refs is None else int(self.num_valid_refs)
         s = similarities(x, y[:count], self.similarity)
         own = range(len(x)) if self.y is None else [-1] * len(x)
-        if self.self_ref is not None:
-            own = self.self_ref.tolist()
+        if self.self_index is not None:
+            own = self.self_index.tolist()
         ref_labels = self.labels if self.y is None else self.ref_labels
         sums, counts, weights, by_beta = triplet_truth(
             -s.detach().numpy(),
@@ -123,15 +123,15 @@ def test_every_selection(term, positives, negatives, similarity):
 def test_references(term, negatives):
     case = Case(n=9, m=40, similarity="euclidean_raw")
     case.check(term, "all", negatives, params(margin=0.5))
-    case.self_ref = torch.tensor([3, -1, 5, 39, 0, 1, 2, -1, 20])
-    case.ref_labels[case.self_ref.clamp_min(0)] = torch.where(
-        case.self_ref >= 0, case.labels, case.ref_labels[case.self_ref.clamp_min(0)]
+    case.self_index = torch.tensor([3, -1, 5, 39, 0, 1, 2, -1, 20])
+    case.ref_labels[case.self_index.clamp_min(0)] = torch.where(
+        case.self_index >= 0, case.labels, case.ref_labels[case.self_index.clamp_min(0)]
     )
     case.check(term, "all", negatives, params(margin=0.5))
-    case.ref_count = torch.tensor(31)
+    case.num_valid_refs = torch.tensor(31)
     case.check(term, "hardest", negatives, params(margin=0.5))
     case.check(term, "all", negatives, params(margin=0.5))
-    case.ref_count = torch.tensor(0)
+    case.num_valid_refs = torch.tensor(0)
     case.check(term, "all", negatives, params(margin=0.5))
 
 
@@ -506,9 +506,8 @@ def test_bad_input():
     case = Case(n=6)
 
     def run(**changed):
-        names = (
-            "x labels y ref_labels self_ref ref_count beta seed term positives negatives numbers similarity"
-        )
+        names = "x labels y ref_labels self_index num_valid_refs beta seed term positives negatives "
+        names += "numbers similarity"
         good = [*case.points(), None, case.seed, "hinge", "all", "all", params(), "cosine"]
         arguments = dict(zip(names.split(), good, strict=True)) | changed
         return OPS.triplet_loss(*arguments.values(), True)

@@ -312,8 +312,8 @@ def test_uniform_triplets(references):
     if references:
         columns = torch.tensor([3, 1, 1, 0, 0, 5, 1, 0, 1, 1])  # the last two are not there yet
         own, count = torch.tensor([-1, 3, 4, 1, 2, -1, -1, -1, -1, 0]), 8
-        rows = rows._replace(ref_emb=torch.randn(10, 2), ref_labels=columns, self_ref=own)
-        rows = rows._replace(ref_count=torch.tensor(count))
+        rows = rows._replace(ref_emb=torch.randn(10, 2), ref_labels=columns, self_index=own)
+        rows = rows._replace(num_valid_refs=torch.tensor(count))
     drawn = dml_cuda._inputs.random_triplets.random_triplets(rows, k)
     for i in range(n):
         positives = [j for j in range(count) if columns[j] == y[i] and j != own[i]]
@@ -365,7 +365,7 @@ def test_references(backend):
     kept = truth.every_triplet(y.numpy(), ref_y[:15].numpy(), own.numpy())
     losses, counts = truth.sums(d, kept, "hinge", 0.2)
     rule = {"selection": dml_cuda._ops.triplets.Selection(), "similarity": "euclidean"}
-    mined = MinedTriplets(x, y, ref, ref_y, **rule, self_ref=own, ref_count=torch.tensor(15))
+    mined = MinedTriplets(x, y, ref, ref_y, **rule, self_index=own, num_valid_refs=torch.tensor(15))
     value = triplet_margin_loss(
         x, y, ref_emb=ref, ref_labels=ref_y, indices_tuple=mined, margin=0.2, backend=backend
     )

@@ -10,7 +10,7 @@
 #define DML_ISA baseline
 #define DML_VECTOR_BYTES 16
 #include "cpu/kernels/tile_kernels_impl.h"
-#if !defined(DML_OWN_LAW)  // these use what the first defines, and no law
+#if !defined(DML_CUSTOM_FORMULA)  // these use what the first defines, and no formula
 #include "cpu/kernels/listed_kernels_impl.h"
 #include "cpu/kernels/product_kernels_impl.h"
 #include "cpu/kernels/triplet_kernels_impl.h"

@@ -2,11 +2,11 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "custom/registry.h"
 #include "cpu/kernels/listed_kernels.h"
 #include "cpu/kernels/product_kernels.h"
 #include "cpu/kernels/tile_kernels.h"
 #include "cpu/kernels/triplet_kernels.h"
+#include "custom/registry.h"
 
 // A build for a sanitizer takes the baseline alone.
 #if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
@@ -20,9 +20,9 @@ namespace dml::cpu {
 #define DML_DECLARE(isa)                                                   \
     namespace isa {                                                        \
     template <typename T>                                                  \
-    const TileKernels<T>& kernels(LawId law);                              \
-    extern template const TileKernels<float>& kernels<float>(LawId);       \
-    extern template const TileKernels<double>& kernels<double>(LawId);     \
+    const TileKernels<T>& kernels(FormulaId formula);                      \
+    extern template const TileKernels<float>& kernels<float>(FormulaId);   \
+    extern template const TileKernels<double>& kernels<double>(FormulaId); \
     template <typename T>                                                  \
     const ListedKernels<T>& listed();                                      \
     extern template const ListedKernels<float>& listed<float>();           \
@@ -78,30 +78,31 @@ void set_instruction_set(const std::string& name) {
 
 namespace {
 template <typename T>
-const TileKernels<T>& kernels_of(const LoadedLaw& law) {
-    if (chosen() != law.instruction_set)
-        throw std::runtime_error(std::string("a law was loaded with kernels for ") + law.instruction_set +
-                                 ", and " + chosen() + " is in use now: load it again");
+const TileKernels<T>& kernels_of(const CustomFormula& formula) {
+    if (chosen() != formula.instruction_set)
+        throw std::runtime_error(std::string("a formula was loaded with kernels for ") +
+                                 formula.instruction_set + ", and " + chosen() +
+                                 " is in use now: load it again");
     if constexpr (std::is_same_v<T, float>) {
-        return *law.of_float;
+        return *formula.of_float;
     } else {
-        return *law.of_double;
+        return *formula.of_double;
     }
 }
 }  // namespace
 
 template <typename T>
-const TileKernels<T>& tile_kernels(LawId law) {
-    if (const LoadedLaw* own = loaded_law(law)) return kernels_of<T>(*own);
+const TileKernels<T>& tile_kernels(FormulaId formula) {
+    if (const CustomFormula* own = custom_formula(formula)) return kernels_of<T>(*own);
 #if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::kernels<T>(law);
-    if (chosen() == "avx2") return avx2::kernels<T>(law);
+    if (chosen() == "avx512") return avx512::kernels<T>(formula);
+    if (chosen() == "avx2") return avx2::kernels<T>(formula);
 #endif
-    return baseline::kernels<T>(law);
+    return baseline::kernels<T>(formula);
 }
 
-template const TileKernels<float>& tile_kernels<float>(LawId);
-template const TileKernels<double>& tile_kernels<double>(LawId);
+template const TileKernels<float>& tile_kernels<float>(FormulaId);
+template const TileKernels<double>& tile_kernels<double>(FormulaId);
 
 template <typename T>
 const ListedKernels<T>& listed_kernels() {

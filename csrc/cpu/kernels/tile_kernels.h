@@ -1,6 +1,6 @@
 // The loops over the pairs of one similarity tile, behind a table of function pointers: one table for each
-// scalar type, law and instruction set. They see raw pointers only; which tile to visit when, and the matrix
-// products, belong to the engine (pair_loss.h).
+// scalar type, formula and instruction set. They see raw pointers only; which tile to visit when, and the
+// matrix products, belong to the engine (pair_loss.h).
 //
 // Rows and columns are sorted by label, so the positives of a row are one run of columns.
 #pragma once
@@ -114,17 +114,17 @@ struct TileKernels {
     // euclidean. Returns the number of non-zeros.
     int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
                        T* weights);
-    RowSlopes<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
-    // The law's formulas of n pairs of one kind (law_ops.cpp). context [n]: with positives.
+    RowDerivatives<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
+    // The formula's formulas of n pairs of one kind (formula_ops.cpp). context [n]: with positives.
     void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
-                  T* slope, T* by_context);
+                  T* derivative, T* by_context);
     // The non-zeros of weights by row and by column, into memory of the size that SparseTile::bytes says.
     void (*compress)(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory);
     // out[i] += sum_k value_k * x[index_k] for every line. x, out: [., dim], strided.
     void (*add_product)(const typename SparseTile<T>::Lines&, int lines, const T* x, int64_t x_stride,
                         int64_t dim, T* out, int64_t out_stride);
 
-    // What the law declares (laws/law.h).
+    // What the formula declares (losses/formula.h).
     Fold neg, pos;
     bool plus_one, context, pos_in_neg, hinge, needs_pos, needs_neg;
     Unit unit;
@@ -133,7 +133,7 @@ struct TileKernels {
 
 // The table for the instruction set in use.
 template <typename T>
-const TileKernels<T>& tile_kernels(LawId law);
+const TileKernels<T>& tile_kernels(FormulaId formula);
 
 // Names among "baseline", "avx2" and "avx512", slowest first.
 std::vector<std::string> available_instruction_sets();

@@ -92,24 +92,24 @@ void min_positives(const Tile<T>& tile, TileParts<T>& parts) {
 
 // One kind of pair, as the loops below see it. for_each_range calls visit(s, begin, end) for the stretches
 // of row i that hold pairs of the kind.
-template <typename T, typename Law>
+template <typename T, typename Formula>
 struct Negatives {
-    static constexpr bool kContext = false, kHinge = Law::kHinge;
-    Law law;
+    static constexpr bool kContext = false, kHinge = Formula::kHinge;
+    Formula formula;
     template <typename Visit>
     static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
         alignas(64) T buffer[kMostSide];
         visit(negatives_of_row(tile, i, buffer), 0, tile.cols);
     }
     DML_INLINE bool kept(T s, T bound) const { return s > bound; }
-    DML_INLINE T term(T s, T) const { return law.neg_term(s); }
-    DML_INLINE T slope(T s, T) const { return law.neg_slope(s); }
+    DML_INLINE T term(T s, T) const { return formula.neg_term(s); }
+    DML_INLINE T derivative(T s, T) const { return formula.neg_derivative(s); }
     DML_INLINE T context(T, T) const { return T(0); }
 };
-template <typename T, typename Law>
+template <typename T, typename Formula>
 struct Positives {
-    static constexpr bool kContext = Law::kContext, kHinge = Law::kHinge;
-    Law law;
+    static constexpr bool kContext = Formula::kContext, kHinge = Formula::kHinge;
+    Formula formula;
     template <typename Visit>
     static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
         const PositiveRun run = positive_run(tile, i);
@@ -119,19 +119,19 @@ struct Positives {
         }
     }
     DML_INLINE bool kept(T s, T bound) const { return s < bound; }
-    DML_INLINE T term(T s, T ctx) const { return law.pos_term(s, ctx); }
-    DML_INLINE T slope(T s, T ctx) const { return law.pos_slope(s, ctx); }
+    DML_INLINE T term(T s, T ctx) const { return formula.pos_term(s, ctx); }
+    DML_INLINE T derivative(T s, T ctx) const { return formula.pos_derivative(s, ctx); }
     DML_INLINE T context(T s, T ctx) const {
-        if constexpr (kContext) return law.pos_context(s, ctx);
+        if constexpr (kContext) return formula.pos_context(s, ctx);
         return T(0);
     }
 };
 // The positives as they join the negatives' fold.
-template <typename T, typename Law>
-struct JoiningPositives : Positives<T, Law> {
+template <typename T, typename Formula>
+struct JoiningPositives : Positives<T, Formula> {
     static constexpr bool kContext = false;
-    DML_INLINE T term(T s, T) const { return this->law.neg_term(s); }
-    DML_INLINE T slope(T s, T) const { return this->law.neg_slope(s); }
+    DML_INLINE T term(T s, T) const { return this->formula.neg_term(s); }
+    DML_INLINE T derivative(T s, T) const { return this->formula.neg_derivative(s); }
 };
 
 // The terms of a range of a row. In a loop and an array of their own, so that they are rounded before
@@ -350,16 +350,16 @@ DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, con
     }
 }
 
-template <typename T, typename Law, bool kBothSides>
-Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool count_nonzero,
+template <typename T, typename Formula, bool kBothSides>
+Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds, bool count_nonzero,
                        const RowStates<T>& states, TileParts<T>& parts) {
     const int wanted = static_cast<int>(kinds);
     Found found = {false, false};
     const auto lines = [&](LineParts<T>& of, int64_t first, bool positives) {
-        return positives
-                   ? Lines<T>{states.pos_below + first, Law::kContext ? states.neg_value + first : nullptr,
-                              of.pos_a, of.pos_b, of.pos_context}
-                   : Lines<T>{states.neg_above + first, nullptr, of.neg_a, of.neg_b, of.max_neg};
+        return positives ? Lines<T>{states.pos_below + first,
+                                    Formula::kContext ? states.neg_value + first : nullptr, of.pos_a,
+                                    of.pos_b, of.pos_context}
+                         : Lines<T>{states.neg_above + first, nullptr, of.neg_a, of.neg_b, of.max_neg};
     };
     const auto run = [&](const auto& kind, auto fold, const Lines<T>& rows, const Lines<T>& cols) {
         using Kind = std::decay_t<decltype(kind)>;
@@ -373,8 +373,8 @@ Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool co
     };
     if (wanted & static_cast<int>(Kinds::kNegatives)) {
         const Lines<T> rows = lines(parts.rows, tile.row0, false), cols = lines(parts.cols, tile.col0, false);
-        run(Negatives<T, Law>{law}, std::integral_constant<Fold, Law::kNeg>(), rows, cols);
-        if constexpr (Law::kNeg == Fold::kSum) {  // the hardest negative, for mining
+        run(Negatives<T, Formula>{formula}, std::integral_constant<Fold, Formula::kNeg>(), rows, cols);
+        if constexpr (Formula::kNeg == Fold::kSum) {  // the hardest negative, for mining
             if (wanted == static_cast<int>(Kinds::kNegatives)) {
                 hardest_negatives<T, kBothSides>(tile, rows, cols);
                 found.parts = true;  // satisfied hinges too have a hardest negative
@@ -382,14 +382,14 @@ Found accumulate_kinds(const Tile<T>& tile, const Law& law, Kinds kinds, bool co
         }
     }
     if (wanted & static_cast<int>(Kinds::kPositives)) {
-        run(Positives<T, Law>{law}, std::integral_constant<Fold, Law::kPos>(),
+        run(Positives<T, Formula>{formula}, std::integral_constant<Fold, Formula::kPos>(),
             lines(parts.rows, tile.row0, true), lines(parts.cols, tile.col0, true));
     }
-    if constexpr (Law::kPosInNeg) {
+    if constexpr (Formula::kPosInNeg) {
         if (wanted & static_cast<int>(Kinds::kPositives)) {
             LineParts<T> row_parts, col_parts;
             Lines<T> rows = lines(row_parts, tile.row0, true), cols = lines(col_parts, tile.col0, true);
-            accumulate_lse<T, JoiningPositives<T, Law>, kBothSides>(tile, {{law}}, rows, cols);
+            accumulate_lse<T, JoiningPositives<T, Formula>, kBothSides>(tile, {{formula}}, rows, cols);
             const auto join = [&](const Lines<T>& from, LineParts<T>& to, int n) {
                 for (int64_t i = 0; i < n; ++i) {
                     LogSumExp<T> sum;
@@ -425,12 +425,13 @@ void merge(Fold fold, int n, const T* part_a, const T* part_b, T* a, T* b) {
     }
 }
 
-template <typename T, typename Law>
+template <typename T, typename Formula>
 Found accumulate(const Tile<T>& tile, const double* params, Kinds kinds, bool count_nonzero,
                  const RowStates<T>& states, TileParts<T>& parts) {
-    const Law law(params);
-    return tile.both_sides ? accumulate_kinds<T, Law, true>(tile, law, kinds, count_nonzero, states, parts)
-                           : accumulate_kinds<T, Law, false>(tile, law, kinds, count_nonzero, states, parts);
+    const Formula formula(params);
+    return tile.both_sides
+               ? accumulate_kinds<T, Formula, true>(tile, formula, kinds, count_nonzero, states, parts)
+               : accumulate_kinds<T, Formula, false>(tile, formula, kinds, count_nonzero, states, parts);
 }
 
 // ---- weights ----------------------------------------------------------------------------------------------
@@ -480,15 +481,15 @@ DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64
             const T of_row = kind.kept(s[j], bound) ? d : T(0);
             T total = T(0);
             if constexpr (Kind::kContext) {
-                total = of_row != T(0) ? of_row * kind.slope(s[j], context) : T(0);
+                total = of_row != T(0) ? of_row * kind.derivative(s[j], context) : T(0);
                 if constexpr (kBothSides) {
                     const T of_col = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
-                    total += of_col != T(0) ? of_col * kind.slope(s[j], col.context[j]) : T(0);
+                    total += of_col != T(0) ? of_col * kind.derivative(s[j], col.context[j]) : T(0);
                 }
             } else {
                 total = of_row;
                 if constexpr (kBothSides) total += kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
-                total = total != T(0) ? total * kind.slope(s[j], T(0)) : T(0);
+                total = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
             }
             out[j] = kAdd ? out[j] + total : total;
         }
@@ -504,7 +505,8 @@ DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64
             T total = kind.kept(s[j], bound) ? factor : T(0);
             total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
             // No 0 * inf where s is -inf.
-            const T w = total != T(0) ? total * exp_fast(terms[j] - offset) * kind.slope(s[j], T(0)) : T(0);
+            const T w =
+                total != T(0) ? total * exp_fast(terms[j] - offset) * kind.derivative(s[j], T(0)) : T(0);
             out[j] = kAdd ? out[j] + w : w;
         }
         return;
@@ -518,13 +520,14 @@ DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64
             const T col_term = col.d[j] * exp_fast(terms[j] - col.value[j]);
             total += kind.kept(s[j], col.bound[j]) ? col_term : T(0);
         }
-        const T w = total != T(0) ? total * kind.slope(s[j], T(0)) : T(0);
+        const T w = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
         out[j] = kAdd ? out[j] + w : w;
     }
 }
 
-template <typename T, typename Law, bool kBothSides>
-int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const RowWeights<T>& w, T* out) {
+template <typename T, typename Formula, bool kBothSides>
+int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, const RowWeights<T>& w,
+                   T* out) {
     const int64_t r = tile.row0, c = tile.col0;
     const auto negatives = [&](int64_t at) {
         return Weighed<T>{w.neg_above + at, w.neg_value + at, w.d_neg + at, nullptr};
@@ -537,28 +540,28 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
     };
     const Weighed<T> neg_rows = negatives(r), neg_cols = negatives(c), pos_rows = positives(r),
                      pos_cols = positives(c), join_rows = joining(r), join_cols = joining(c);
-    const Negatives<T, Law> neg{law};
-    const Positives<T, Law> pos{law};
-    const JoiningPositives<T, Law> join{{law}};
+    const Negatives<T, Formula> neg{formula};
+    const Positives<T, Formula> pos{formula};
+    const JoiningPositives<T, Formula> join{{formula}};
     const int n = kBothSides ? tile.rows : 0, m = kBothSides ? tile.cols : 0;
-    const SharedExponential<T> shared_neg(neg_rows, Law::kNeg == Fold::kSum ? 0 : n, neg_cols,
-                                          Law::kNeg == Fold::kSum ? 0 : m);
-    const SharedExponential<T> shared_pos(pos_rows, Law::kPos == Fold::kSum ? 0 : n, pos_cols,
-                                          Law::kPos == Fold::kSum ? 0 : m);
+    const SharedExponential<T> shared_neg(neg_rows, Formula::kNeg == Fold::kSum ? 0 : n, neg_cols,
+                                          Formula::kNeg == Fold::kSum ? 0 : m);
+    const SharedExponential<T> shared_pos(pos_rows, Formula::kPos == Fold::kSum ? 0 : n, pos_cols,
+                                          Formula::kPos == Fold::kSum ? 0 : m);
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.pitch;
         neg.for_each_range(tile, i,
                            [&](const T* s, int64_t begin, int64_t end) {  // writes 0 for positives and self
-                               range_weights<T, Law::kNeg, kBothSides, false>(neg, s, begin, end, i, neg_rows,
-                                                                              neg_cols, &shared_neg, line);
+                               range_weights<T, Formula::kNeg, kBothSides, false>(
+                                   neg, s, begin, end, i, neg_rows, neg_cols, &shared_neg, line);
                            });
         pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
-            range_weights<T, Law::kPos, kBothSides, false>(pos, s, begin, end, i, pos_rows, pos_cols,
-                                                           &shared_pos, line);
-            if constexpr (Law::kPosInNeg) {
-                range_weights<T, Law::kNeg, kBothSides, true>(join, s, begin, end, i, join_rows, join_cols,
-                                                              &shared_neg, line);
+            range_weights<T, Formula::kPos, kBothSides, false>(pos, s, begin, end, i, pos_rows, pos_cols,
+                                                               &shared_pos, line);
+            if constexpr (Formula::kPosInNeg) {
+                range_weights<T, Formula::kNeg, kBothSides, true>(join, s, begin, end, i, join_rows,
+                                                                  join_cols, &shared_neg, line);
             }
         });
         if (euclidean) {  // ds = -d|x - y|; the weights are those of the product <x, y>
@@ -574,34 +577,34 @@ int64_t weights_of(const Tile<T>& tile, const Law& law, bool euclidean, const Ro
     return count;
 }
 
-template <typename T, typename Law>
+template <typename T, typename Formula>
 int64_t weights(const Tile<T>& tile, const double* params, bool euclidean, const RowWeights<T>& rows,
                 T* out) {
-    const Law law(params);
-    return tile.both_sides ? weights_of<T, Law, true>(tile, law, euclidean, rows, out)
-                           : weights_of<T, Law, false>(tile, law, euclidean, rows, out);
+    const Formula formula(params);
+    return tile.both_sides ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out)
+                           : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out);
 }
 
-template <typename T, typename Law>
-RowSlopes<T> row(const double* params, const Gathered<T>& gathered, T pos_context) {
-    return Law(params).row(gathered, pos_context);
+template <typename T, typename Formula>
+RowDerivatives<T> row(const double* params, const Gathered<T>& gathered, T pos_context) {
+    return Formula(params).row(gathered, pos_context);
 }
 
-template <typename T, typename Law>
-void terms(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term, T* slope,
-           T* by_context) {
-    const Law law(params);
+template <typename T, typename Formula>
+void terms(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
+           T* derivative, T* by_context) {
+    const Formula formula(params);
     if (positives) {
         for (int64_t k = 0; k < n; ++k) {
-            term[k] = law.pos_term(s[k], context[k]);
-            slope[k] = law.pos_slope(s[k], context[k]);
-            by_context[k] = law.pos_context(s[k], context[k]);
+            term[k] = formula.pos_term(s[k], context[k]);
+            derivative[k] = formula.pos_derivative(s[k], context[k]);
+            by_context[k] = formula.pos_context(s[k], context[k]);
         }
         return;
     }
     for (int64_t k = 0; k < n; ++k) {
-        term[k] = law.neg_term(s[k]);
-        slope[k] = law.neg_slope(s[k]);
+        term[k] = formula.neg_term(s[k]);
+        derivative[k] = formula.neg_derivative(s[k]);
         by_context[k] = T(0);
     }
 }
@@ -695,25 +698,26 @@ void add_product(const typename SparseTile<T>::Lines& sparse, int lines, const T
     }
 }
 
-template <typename T, typename Law>
+template <typename T, typename Formula>
 TileKernels<T> make_kernels() {
-    return {distances<T>,   min_positives<T>, accumulate<T, Law>, merge<T>,       weights<T, Law>,
-            row<T, Law>,    terms<T, Law>,    compress<T>,        add_product<T>, Law::kNeg,
-            Law::kPos,      Law::kPlusOne,    Law::kContext,      Law::kPosInNeg, Law::kHinge,
-            Law::kNeedsPos, Law::kNeedsNeg,   Law::kUnit,         Law::kParts};
+    return {distances<T>,        min_positives<T>,   accumulate<T, Formula>, merge<T>,
+            weights<T, Formula>, row<T, Formula>,    terms<T, Formula>,      compress<T>,
+            add_product<T>,      Formula::kNeg,      Formula::kPos,          Formula::kPlusOne,
+            Formula::kContext,   Formula::kPosInNeg, Formula::kHinge,        Formula::kNeedsPos,
+            Formula::kNeedsNeg,  Formula::kUnit,     Formula::kParts};
 }
 
 template <typename T>
-const TileKernels<T>& kernels(LawId law) {
+const TileKernels<T>& kernels(FormulaId formula) {
     static const TileKernels<T> tables[] = {
-#define DML_TABLE(name, Struct) make_kernels<T, WithSlopes<T, Struct<T>>>(),
-        DML_LAWS(DML_TABLE)
+#define DML_TABLE(name, Struct) make_kernels<T, WithDerivatives<T, Struct<T>>>(),
+        DML_FORMULAS(DML_TABLE)
 #undef DML_TABLE
     };
-    return tables[static_cast<int>(law)];
+    return tables[static_cast<int>(formula)];
 }
 
-template const TileKernels<float>& kernels<float>(LawId);
-template const TileKernels<double>& kernels<double>(LawId);
+template const TileKernels<float>& kernels<float>(FormulaId);
+template const TileKernels<double>& kernels<double>(FormulaId);
 
 }  // namespace dml::cpu::DML_ISA

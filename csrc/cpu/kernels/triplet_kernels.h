@@ -35,7 +35,7 @@ struct RowTriplets {
     const double* prefix;  // [count + 1]
     int32_t* steps;        // [count + 1]
 
-    double* slope;  // [count] out: dL/dd of the positives
+    double* derivative;  // [count] out: dL/dd of the positives
     double sum, grad_beta;
     int64_t nonzero, considered;
 };

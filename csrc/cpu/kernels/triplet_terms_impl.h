@@ -8,15 +8,15 @@ DML_INLINE T inverse_distance(bool euclidean, T s) {
     return !euclidean ? T(1) : s < T(0) ? T(-1) / s : T(0);
 }
 
-// Turns the slopes by d of a sweep's negatives into weights over their similarities.
+// Turns the derivatives by d of a sweep's negatives into weights over their similarities.
 template <typename T>
-DML_INLINE void write_weights(const RowTriplets<T>& row, int64_t from, int64_t to, const T* slope) {
+DML_INLINE void write_weights(const RowTriplets<T>& row, int64_t from, int64_t to, const T* derivative) {
     T* s = row.s;
     const bool euclidean = row.euclidean;
 #pragma omp simd
     for (int64_t j = from; j < to; ++j) {
-        const T weight = slope[j - from] * inverse_distance(euclidean, s[j]);
-        s[j] = slope[j - from] != T(0) ? weight : T(0);
+        const T weight = derivative[j - from] * inverse_distance(euclidean, s[j]);
+        s[j] = derivative[j - from] != T(0) ? weight : T(0);
     }
 }
 
@@ -24,33 +24,33 @@ DML_INLINE void write_weights(const RowTriplets<T>& row, int64_t from, int64_t t
 
 // What positive k makes of a sweep.
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void one_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64_t to, T* slopes) {
+DML_INLINE void one_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64_t to, T* derivatives) {
     const TripletParams<T> params = row.params;
     const T d_pos = row.positives[k];
     const T* s = row.s;
-    T sum = 0, slope = 0, nonzero = 0, considered = 0;
-#pragma omp simd reduction(+ : sum, slope, nonzero, considered)
+    T sum = 0, derivative = 0, nonzero = 0, considered = 0;
+#pragma omp simd reduction(+ : sum, derivative, nonzero, considered)
     for (int64_t j = from; j < to; ++j) {
         const T d_neg = -s[j], violation = params.violation(d_pos, d_neg);
         const bool inside = !kInterval || params.considered(d_pos, d_neg);
         const bool counts = Term::counts(violation) & inside;
-        const T by_d = counts ? Term::slope(violation) : T(0);
-        slopes[j - from] += by_d;
-        slope += by_d;
+        const T by_d = counts ? Term::derivative(violation) : T(0);
+        derivatives[j - from] += by_d;
+        derivative += by_d;
         sum += counts ? Term::value(violation) : T(0);
         nonzero += (counts & Term::nonzero(violation)) ? T(1) : T(0);
         if (kInterval) considered += inside ? T(1) : T(0);
     }
     row.sum += sum;
-    row.slope[k] += slope;
+    row.derivative[k] += derivative;
     row.nonzero += static_cast<int64_t>(nonzero);
     row.considered += static_cast<int64_t>(considered);
 }
 
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void each_positive(RowTriplets<T>& row, int64_t from, int64_t to, T* slopes) {
-    for (int64_t j = 0; j < to - from; ++j) slopes[j] = T(0);
-    for (int64_t k = 0; k < row.count; ++k) one_positive<T, Term, kInterval>(row, k, from, to, slopes);
+DML_INLINE void each_positive(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
+    for (int64_t j = 0; j < to - from; ++j) derivatives[j] = T(0);
+    for (int64_t k = 0; k < row.count; ++k) one_positive<T, Term, kInterval>(row, k, from, to, derivatives);
 }
 
 // ---- runs of positives ------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ DML_INLINE void find_runs(RowTriplets<T>& row, int64_t from, int64_t to, int32_t
 
 // Terms that are sums over runs: prefix sums, and a difference array for the positives.
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void each_run(RowTriplets<T>& row, int64_t from, int64_t to, T* slopes) {
+DML_INLINE void each_run(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
     int32_t begin[kSweep], end[kSweep];
     const int64_t size = to - from;
     find_runs<T, Term, kInterval>(row, from, to, begin, end);
@@ -116,7 +116,7 @@ DML_INLINE void each_run(RowTriplets<T>& row, int64_t from, int64_t to, T* slope
         --row.steps[end[j]];
     }
 #pragma omp simd
-    for (int64_t j = 0; j < size; ++j) slopes[j] = static_cast<T>(end[j] - begin[j]);
+    for (int64_t j = 0; j < size; ++j) derivatives[j] = static_cast<T>(end[j] - begin[j]);
     if constexpr (!std::is_same_v<Term, HingeTerm<T>>) return;
     const T* s = row.s + from;
     const double *prefix = row.prefix, margin = row.params.margin;
@@ -139,7 +139,7 @@ DML_INLINE void close_runs(RowTriplets<T>& row) {
     int64_t inside = 0;
     for (int64_t k = 0; k < row.count; ++k) {
         inside += row.steps[k];
-        row.slope[k] = static_cast<double>(inside);
+        row.derivative[k] = static_cast<double>(inside);
     }
 }
 
@@ -151,27 +151,27 @@ DML_INLINE void for_sweeps(int64_t m, const Sweep& sweep) {
     for (int64_t from = 0; from < m; from += kSweep) sweep(from, from + kSweep < m ? from + kSweep : m);
 }
 
-// Adds up Term over the row, and hands the slopes of each sweep's negatives on.
+// Adds up Term over the row, and hands the derivatives of each sweep's negatives on.
 template <typename T, typename Term, bool kInterval, typename Then>
 DML_INLINE void all_terms(RowTriplets<T>& row, const Then& then) {
-    alignas(64) T slopes[kSweep];
+    alignas(64) T derivatives[kSweep];
     const bool runs = Term::kSearchable && row.prefix;
     if (!kInterval) row.considered = row.count * row.negatives;
     for_sweeps(row.m, [&](int64_t from, int64_t to) {
         if constexpr (Term::kSearchable) {
-            if (runs) each_run<T, Term, kInterval>(row, from, to, slopes);
+            if (runs) each_run<T, Term, kInterval>(row, from, to, derivatives);
         }
-        if (!runs) each_positive<T, Term, kInterval>(row, from, to, slopes);
-        then(from, to, slopes);
+        if (!runs) each_positive<T, Term, kInterval>(row, from, to, derivatives);
+        then(from, to, derivatives);
     });
     if (runs) close_runs(row);
 }
 
 template <typename T, typename Term>
 void all_triplets(RowTriplets<T>& row) {
-    const auto write = [&](int64_t from, int64_t to, T* slopes) {
+    const auto write = [&](int64_t from, int64_t to, T* derivatives) {
         if (!row.write) return;
-        write_weights(row, from, to, slopes);
+        write_weights(row, from, to, derivatives);
     };
     if (row.interval) {
         all_terms<T, Term, true>(row, write);
@@ -218,15 +218,15 @@ void all_margin(RowTriplets<T>& row) {
             for (int64_t j = 0; j < to - from; ++j) uses[j] = s[j] == s[j] ? all : T(0);
             negatives(from, to, uses);
         });
-        for (int64_t k = 0; k < row.count; ++k) row.slope[k] = static_cast<double>(row.negatives);
+        for (int64_t k = 0; k < row.count; ++k) row.derivative[k] = static_cast<double>(row.negatives);
     }
     for (int64_t k = 0; k < row.count; ++k) {
-        const double uses = row.slope[k];
+        const double uses = row.derivative[k];
         const T term = terms.positive(row.positives[k]);
-        row.slope[k] = term > T(0) ? uses : 0.0;
-        row.sum += row.slope[k] * static_cast<double>(term);
-        row.nonzero += static_cast<int64_t>(row.slope[k]);
-        by_beta -= row.slope[k];
+        row.derivative[k] = term > T(0) ? uses : 0.0;
+        row.sum += row.derivative[k] * static_cast<double>(term);
+        row.nonzero += static_cast<int64_t>(row.derivative[k]);
+        by_beta -= row.derivative[k];
     }
     row.grad_beta = by_beta;
 }

@@ -87,21 +87,22 @@ class BackwardPass {
             batch_.for_tiles(wave, [&](int64_t k) { make_weights(wave[k], k); });
             add_gradients(wave);
         };
-        // The sums of a block of rows are complete after all of its super-tiles, which follow each other;
-        // those of columns after one super-tile if that holds all rows, else in the end.
+        // The sums of a block of rows are complete after all of its tile_group-tiles, which follow each
+        // other; those of columns after one tile_group-tile if that holds all rows, else in the end.
         const bool at_once = batch_.windows && tiles.whole_columns();
         if (!at_once) grad_cols_.open(0, batch_.m);
-        const auto enter = [&](const Tiles::Super& super) {
-            grad_rows_.open(super.i0 * tiles.side, std::min(super.i1 * tiles.side, batch_.n));
-            if (at_once) grad_cols_.open(super.j0 * tiles.side, std::min(super.j1 * tiles.side, batch_.m));
-        };
-        const auto leave = [&](const Tiles::Super& super, bool) {
-            if (super.j1 == tiles.col_blocks)
-                close(grad_rows_, batch_.rows, super.i0 * tiles.side,
-                      std::min(super.i1 * tiles.side, batch_.n));
+        const auto enter = [&](const Tiles::TileGroup& tile_group) {
+            grad_rows_.open(tile_group.i0 * tiles.side, std::min(tile_group.i1 * tiles.side, batch_.n));
             if (at_once)
-                close(grad_cols_, batch_.cols, super.j0 * tiles.side,
-                      std::min(super.j1 * tiles.side, batch_.m));
+                grad_cols_.open(tile_group.j0 * tiles.side, std::min(tile_group.j1 * tiles.side, batch_.m));
+        };
+        const auto leave = [&](const Tiles::TileGroup& tile_group, bool) {
+            if (tile_group.j1 == tiles.col_blocks)
+                close(grad_rows_, batch_.rows, tile_group.i0 * tiles.side,
+                      std::min(tile_group.i1 * tiles.side, batch_.n));
+            if (at_once)
+                close(grad_cols_, batch_.cols, tile_group.j0 * tiles.side,
+                      std::min(tile_group.j1 * tiles.side, batch_.m));
         };
         batch_.for_each_wave(slots, wanted, visit, enter, leave);
         if (!at_once) close(grad_cols_, batch_.cols, 0, batch_.m);

@@ -6,20 +6,20 @@
 #include <memory>
 #include <vector>
 
-#include "torch/ops.h"
+#include "cpu/kernels/product_kernels.h"
+#include "cpu/kernels/tile_kernels.h"
 #include "cpu/pairs/layout.h"
 #include "cpu/pairs/plan.h"
 #include "cpu/pairs/points.h"
-#include "cpu/kernels/product_kernels.h"
-#include "cpu/tasks.h"
-#include "cpu/kernels/tile_kernels.h"
 #include "cpu/pairs/tiles.h"
+#include "cpu/tasks.h"
+#include "torch/ops.h"
 
 namespace dml::cpu {
 
 using at::Tensor;
 
-// Memory of the columns of a super-tile, where they are packed one super-tile after the other.
+// Memory of the columns of a tile_group-tile, where they are packed one tile_group-tile after the other.
 constexpr int64_t kWindowBytes = int64_t(8) << 20;
 
 // Rows whose losses one task finishes and adds up.
@@ -49,8 +49,8 @@ struct References {
     int64_t capacity;
 
     explicit References(const Call& call)
-        : points(first_rows(call.ref_emb, call.ref_count)),
-          labels(first_rows(call.ref_labels, call.ref_count)),
+        : points(first_rows(call.ref_emb, call.num_valid_refs)),
+          labels(first_rows(call.ref_labels, call.num_valid_refs)),
           capacity((call.ref_emb ? *call.ref_emb : call.embeddings).size(0)) {
         TORCH_CHECK_VALUE(std::max(call.embeddings.size(0), capacity) < std::numeric_limits<int32_t>::max(),
                           "embeddings: too many rows, ", std::max(call.embeddings.size(0), capacity));
@@ -70,7 +70,7 @@ class Batch {
           m(refs.count(call)),
           similarity(problem.similarity),
           params(problem.params),
-          kernels(tile_kernels<T>(problem.law)),
+          kernels(tile_kernels<T>(problem.formula)),
           products(product_kernels<T>()),
           tiles(n, m, square, refs.capacity),
           plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
@@ -86,9 +86,9 @@ class Batch {
             rows.show(0, n);
             if (!square) cols.show(0, m);
         }
-        if (!square && !call.self_ref) return;
-        const Tensor self = call.self_ref ? call.self_ref->contiguous() : Tensor();
-        own_ = own_columns(plan, n, m, call.self_ref ? self.const_data_ptr<int64_t>() : nullptr);
+        if (!square && !call.self_index) return;
+        const Tensor self = call.self_index ? call.self_index->contiguous() : Tensor();
+        own_ = own_columns(plan, n, m, call.self_index ? self.const_data_ptr<int64_t>() : nullptr);
     }
 
     const bool square;
@@ -99,7 +99,7 @@ class Batch {
     const ProductKernels<T>& products;
     const Tiles tiles;
     const Plan plan;
-    const bool windows;  // points are packed when a super-tile needs them, else all are at first
+    const bool windows;  // points are packed when a tile_group-tile needs them, else all are at first
     PackedPoints<T> rows;
     PackedPoints<T>& cols;
     const Stats<T> stats;
@@ -139,40 +139,41 @@ class Batch {
         if (from < tile.pitch) multiply(tile, from, std::min(to, tile.pitch), cached(at));
     }
 
-    // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one super-tile's row),
-    // their points packed. Around the waves of one super-tile: enter(it), and leave(it), called for an empty
-    // one too, while its points are still packed; where windows are not used there is but one of both, for
-    // all.
+    // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one tile_group-tile's
+    // row), their points packed. Around the waves of one tile_group-tile: enter(it), and leave(it), called
+    // for an empty one too, while its points are still packed; where windows are not used there is but one of
+    // both, for all.
     template <typename Wanted, typename Visit, typename Enter, typename Leave>
     void for_each_wave(int64_t most, const Wanted& wanted, const Visit& visit, const Enter& enter,
                        const Leave& leave) {
         std::vector<TileAt> wave;
         if (!windows) {
-            const Tiles::Super all{0, tiles.row_blocks, 0, tiles.col_blocks};
+            const Tiles::TileGroup all{0, tiles.row_blocks, 0, tiles.col_blocks};
             enter(all);
-            tiles.for_each_super(tiles.col_blocks, [&](const Tiles::Super& super) {
-                tiles.gather(super, most, wanted, wave, visit);
+            tiles.for_each_tile_group(tiles.col_blocks, [&](const Tiles::TileGroup& tile_group) {
+                tiles.gather(tile_group, most, wanted, wave, visit);
             });
             Tiles::flush(wave, visit);
             leave(all, true);
             return;
         }
         const int64_t bytes = tiles.side * cols.stride() * int64_t(sizeof(T));
-        tiles.for_each_super(std::max<int64_t>(kWindowBytes / bytes, 1), [&](const Tiles::Super& super) {
-            bool some = false;
-            const auto ready = [&](const std::vector<TileAt>& wave) {
-                if (!some) {
-                    rows.show(super.i0 * tiles.side, std::min(super.i1 * tiles.side, n));
-                    cols.show(super.j0 * tiles.side, std::min(super.j1 * tiles.side, m));
-                    enter(super);
-                }
-                some = true;
-                visit(wave);
-            };
-            tiles.gather(super, most, wanted, wave, ready);
-            Tiles::flush(wave, ready);
-            leave(super, some);
-        });
+        tiles.for_each_tile_group(
+            std::max<int64_t>(kWindowBytes / bytes, 1), [&](const Tiles::TileGroup& tile_group) {
+                bool some = false;
+                const auto ready = [&](const std::vector<TileAt>& wave) {
+                    if (!some) {
+                        rows.show(tile_group.i0 * tiles.side, std::min(tile_group.i1 * tiles.side, n));
+                        cols.show(tile_group.j0 * tiles.side, std::min(tile_group.j1 * tiles.side, m));
+                        enter(tile_group);
+                    }
+                    some = true;
+                    visit(wave);
+                };
+                tiles.gather(tile_group, most, wanted, wave, ready);
+                Tiles::flush(wave, ready);
+                leave(tile_group, some);
+            });
     }
 
     // Calls run(k) for each tile of a wave, those on the diagonal first: they hold positives and take

@@ -1,5 +1,5 @@
-// A law's formulas by themselves, of pairs that somebody else gathered: what listed pairs need of a law that
-// is not stated in Python, and what dml_cuda.check_law looks at.
+// A formula's formulas by themselves, of pairs that somebody else gathered: what listed pairs need of a
+// formula that is not stated in Python, and what dml_cuda.check_formula looks at.
 #include "cpu/pairs/formula_ops.h"
 
 #include <ATen/core/Tensor.h>
@@ -8,16 +8,16 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "torch/ops.h"
 #include "cpu/kernels/tile_kernels.h"
+#include "torch/ops.h"
 
 namespace dml::cpu {
 
-LawFacts law_facts(std::string_view name) {
-    const LawInfo* law = law_named(name);
-    TORCH_CHECK_VALUE(law, "law: unknown \"", name, "\"");
-    const TileKernels<double>& of = tile_kernels<double>(law->id);
-    const LoadedLaw* own = loaded_law(law->id);
+FormulaFacts formula_facts(std::string_view name) {
+    const FormulaInfo* formula = formula_named(name);
+    TORCH_CHECK_VALUE(formula, "formula: unknown \"", name, "\"");
+    const TileKernels<double>& of = tile_kernels<double>(formula->id);
+    const CustomFormula* own = custom_formula(formula->id);
     return {own ? own->parameters : "",
             {{"sums_negatives", of.neg == Fold::kSum},
              {"sums_positives", of.pos == Fold::kSum},
@@ -50,29 +50,31 @@ std::vector<double> padded(at::ArrayRef<double> params) {
     return all;
 }
 
-// s [P]; context [P], with positives of a law that sees one. All results [P].
-std::tuple<Tensor, Tensor, Tensor> law_terms(const Tensor& s, const OptionalTensor& context,
-                                             c10::string_view name, at::ArrayRef<double> params,
-                                             bool positives) {
-    const LawInfo& law = find_law(name, params);
+// s [P]; context [P], with positives of a formula that sees one. All results [P].
+std::tuple<Tensor, Tensor, Tensor> formula_terms(const Tensor& s, const OptionalTensor& context,
+                                                 c10::string_view name, at::ArrayRef<double> params,
+                                                 bool positives) {
+    const FormulaInfo& formula = find_formula(name, params);
     const Tensor points = s.contiguous(), beside = context ? context->contiguous() : at::zeros_like(points);
     TORCH_CHECK_VALUE(beside.sizes() == points.sizes() && beside.scalar_type() == points.scalar_type(),
                       "context: expected ", points.scalar_type(), " of shape ", points.sizes(), ", got ",
                       beside.scalar_type(), " ", beside.sizes());
-    Tensor term = at::empty_like(points), slope = at::empty_like(points), by_context = at::empty_like(points);
+    Tensor term = at::empty_like(points), derivative = at::empty_like(points),
+           by_context = at::empty_like(points);
     in_type_of(points, "s", [&](auto number) {
         using T = decltype(number);
-        tile_kernels<T>(law.id).terms(padded(params).data(), positives, points.numel(),
-                                      points.const_data_ptr<T>(), beside.const_data_ptr<T>(),
-                                      term.data_ptr<T>(), slope.data_ptr<T>(), by_context.data_ptr<T>());
+        tile_kernels<T>(formula.id)
+            .terms(padded(params).data(), positives, points.numel(), points.const_data_ptr<T>(),
+                   beside.const_data_ptr<T>(), term.data_ptr<T>(), derivative.data_ptr<T>(),
+                   by_context.data_ptr<T>());
     });
-    return {term, slope, by_context};
+    return {term, derivative, by_context};
 }
 
 // gathered [4, N]: neg, pos, neg_count and pos_count. Returns [6, N]: parts 0 and 1, units 0 and 1, and the
 // derivatives by neg (without what goes through the context) and by pos.
-Tensor law_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
-    const LawInfo& law = find_law(name, params);
+Tensor formula_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
+    const FormulaInfo& formula = find_formula(name, params);
     TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) == 4, "gathered: expected shape [4, N], got ",
                       gathered.sizes());
     const Tensor from = gathered.contiguous();
@@ -80,12 +82,12 @@ Tensor law_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<doub
     Tensor out = at::empty({6, n}, from.options());
     in_type_of(from, "gathered", [&](auto number) {
         using T = decltype(number);
-        const TileKernels<T>& kernels = tile_kernels<T>(law.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
         const std::vector<double> values = padded(params);
         const T* g = from.const_data_ptr<T>();
         T* to = out.data_ptr<T>();
         for (int64_t i = 0; i < n; ++i) {
-            const RowSlopes<T> row =
+            const RowDerivatives<T> row =
                 kernels.row(values.data(), {g[i], g[n + i], g[2 * n + i], g[3 * n + i]}, T(0));
             const T numbers[] = {row.part[0], row.part[1], row.unit[0], row.unit[1], row.d_neg, row.d_pos};
             for (int k = 0; k < 6; ++k) to[k * n + i] = numbers[k];
@@ -98,14 +100,14 @@ Tensor law_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<doub
 
 TORCH_LIBRARY_FRAGMENT(dml_cuda, m) {
     m.def(
-        "law_terms(Tensor s, Tensor? context, str law, float[] params, bool positives) "
-        "-> (Tensor term, Tensor slope, Tensor by_context)");
-    m.def("law_rows(Tensor gathered, str law, float[] params) -> Tensor");
+        "formula_terms(Tensor s, Tensor? context, str formula, float[] params, bool positives) "
+        "-> (Tensor term, Tensor derivative, Tensor by_context)");
+    m.def("formula_rows(Tensor gathered, str formula, float[] params) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("law_terms", &law_terms);
-    m.impl("law_rows", &law_rows);
+    m.impl("formula_terms", &formula_terms);
+    m.impl("formula_rows", &formula_rows);
 }
 
 }  // namespace dml::cpu

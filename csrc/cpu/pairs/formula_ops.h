@@ -1,4 +1,4 @@
-// What a law declares, by name.
+// What a formula declares, by name.
 #pragma once
 
 #include <map>
@@ -8,9 +8,9 @@
 
 namespace dml::cpu {
 
-// The parameters of a loaded law as it states them; and its declarations (laws/law.h), and whether it has
-// CUDA kernels.
-using LawFacts = std::pair<std::string, std::map<std::string, bool>>;
-LawFacts law_facts(std::string_view name);
+// The parameters of a custom formula as it states them; and its declarations (losses/formula.h), and whether
+// it has CUDA kernels.
+using FormulaFacts = std::pair<std::string, std::map<std::string, bool>>;
+FormulaFacts formula_facts(std::string_view name);
 
 }  // namespace dml::cpu

@@ -5,9 +5,9 @@
 //      are kept;
 //   2. every tile: the fold of the kept negatives and their maximum, hence which positives are kept;
 //   3. the tiles that hold positives again: the fold of the kept positives.
-// Without mining step 2 does both kinds and is the only one, unless the law's positives see the value of the
-// negatives' fold: then steps 2 and 3. Tiles leave what they add to the rows' folds apart (TileParts), and a
-// fold merges it in the order of the tiles, each block of rows by one task.
+// Without mining step 2 does both kinds and is the only one, unless the formula's positives see the value of
+// the negatives' fold: then steps 2 and 3. Tiles leave what they add to the rows' folds apart (TileParts),
+// and a fold merges it in the order of the tiles, each block of rows by one task.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -49,18 +49,18 @@ struct Folds {
 
 // Whether a row with so many pairs can have a loss.
 template <typename T>
-bool can_have_loss(const TileKernels<T>& law, bool mining, int64_t positives, int64_t negatives) {
+bool can_have_loss(const TileKernels<T>& formula, bool mining, int64_t positives, int64_t negatives) {
     return mining ? positives > 0 && negatives > 0
-                  : (!law.needs_pos || positives > 0) && (!law.needs_neg || negatives > 0);
+                  : (!formula.needs_pos || positives > 0) && (!formula.needs_neg || negatives > 0);
 }
 
 // Which pairs of row i are kept, now that the hardest negative is known. In exact arithmetic both kept sets
 // are empty together; rounding must not part them.
 template <typename T>
-Bounds<T> close_bounds(const TileKernels<T>& law, Folds<T>& folds, int64_t i, T neg_above, T epsilon) {
+Bounds<T> close_bounds(const TileKernels<T>& formula, Folds<T>& folds, int64_t i, T neg_above, T epsilon) {
     const T below = folds.max_neg[i] + epsilon;
     if (folds.max_neg[i] != -infinity<T>() && folds.min_pos[i] < below) return {below, neg_above};
-    folds.neg_a[i] = law.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
+    folds.neg_a[i] = formula.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
     folds.neg_b[i] = T(0);
     folds.max_neg[i] = -infinity<T>();
     return Bounds<T>::none();
@@ -69,29 +69,30 @@ Bounds<T> close_bounds(const TileKernels<T>& law, Folds<T>& folds, int64_t i, T 
 // What a row's folds make of it.
 template <typename T>
 struct FinishedRow {
-    RowSlopes<T> loss;
+    RowDerivatives<T> loss;
     T neg_value, pos_value, units[2];
     bool poisoned;
 
     // positives, negatives: how many pairs the row has, kept or not.
-    FinishedRow(const TileKernels<T>& law, const double* params, bool mining, Reduction reduction,
+    FinishedRow(const TileKernels<T>& formula, const double* params, bool mining, Reduction reduction,
                 const Folds<T>& folds, int64_t i, int64_t positives, int64_t negatives, bool finite) {
         Gathered<T> row;
-        row.neg = neg_value = folds.neg_value(law, i);
-        row.pos = pos_value = folds.pos_value(law, i);
-        if (law.neg == Fold::kSum) row.neg_count = folds.neg_a[i];
-        if (law.pos == Fold::kSum) row.pos_count = folds.pos_a[i];
-        loss = law.row(params, row, folds.pos_context[i]);
+        row.neg = neg_value = folds.neg_value(formula, i);
+        row.pos = pos_value = folds.pos_value(formula, i);
+        if (formula.neg == Fold::kSum) row.neg_count = folds.neg_a[i];
+        if (formula.pos == Fold::kSum) row.pos_count = folds.pos_a[i];
+        loss = formula.row(params, row, folds.pos_context[i]);
         const bool some = positives > 0 || negatives > 0;
-        poisoned = !finite && some && can_have_loss(law, mining, positives, negatives);
+        poisoned = !finite && some && can_have_loss(formula, mining, positives, negatives);
         if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
-        const bool kept_pos = law.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
+        const bool kept_pos =
+            formula.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
         const bool valid = mining ? kept_pos || folds.max_neg[i] > -infinity<T>() : some;
         for (int k = 0; k < 2; ++k) {
             units[k] = loss.unit[k];
-            if (law.unit != Unit::kRow) continue;
+            if (formula.unit != Unit::kRow) continue;
             if (reduction == Reduction::kMeanNonzero) units[k] = loss.part[k] != T(0);
-            if (reduction == Reduction::kMeanValid && law.parts == 1) units[k] = valid;
+            if (reduction == Reduction::kMeanValid && formula.parts == 1) units[k] = valid;
         }
     }
 };
@@ -117,7 +118,7 @@ class Forward {
         : batch_(batch),
           kernels_(batch.kernels),
           mining_(problem.mining),
-          mine_self_(!batch.square && problem.mine_self),
+          mine_self_pair_(!batch.square && problem.mine_self_pair),
           reduction_(problem.reduction),
           count_nonzero_(kernels_.unit == Unit::kPair && reduction_ == Reduction::kMeanNonzero),
           folds_(batch.n, kernels_.neg, kernels_.pos),
@@ -191,7 +192,7 @@ class Forward {
     }
 
     int64_t mined_positives(int64_t i) const {
-        return mine_self_ ? batch_.same_label(i) : batch_.positives(i);
+        return mine_self_pair_ ? batch_.same_label(i) : batch_.positives(i);
     }
 
     // Keeps every pair of the rows that can have a loss, and none of the others.
@@ -255,12 +256,12 @@ class Forward {
         if (batch_.windows || thread_count() == 1) return;
         std::vector<TileAt> ahead;
         bool many = false;
-        batch_.tiles.for_each_super(batch_.tiles.col_blocks, [&](const Tiles::Super& super) {
+        batch_.tiles.for_each_tile_group(batch_.tiles.col_blocks, [&](const Tiles::TileGroup& tile_group) {
             if (many) return;
             const auto wanted_here = [&](const TileAt& at) {
                 return batch_.is_cached(at) && !known_[at.index] && wanted(at);
             };
-            batch_.tiles.gather(super, few, wanted_here, ahead, [&](auto&) { many = true; });
+            batch_.tiles.gather(tile_group, few, wanted_here, ahead, [&](auto&) { many = true; });
         });
         if (many) return;
         const int64_t count = ahead.size();
@@ -277,7 +278,7 @@ class Forward {
             wanted,
             [&](const TileAt& at, TileParts<T>& parts) {
                 Tile<T> tile = load(at);
-                if (mine_self_) tile.own = nullptr;
+                if (mine_self_pair_) tile.own = nullptr;
                 kernels_.min_positives(tile, parts);
                 return true;
             },
@@ -334,7 +335,7 @@ class Forward {
     Batch<T>& batch_;
     const TileKernels<T>& kernels_;
     const Mining mining_;
-    const bool mine_self_;
+    const bool mine_self_pair_;
     const Reduction reduction_;
     const bool count_nonzero_;
     Folds<T> folds_;
@@ -357,7 +358,7 @@ ForwardResult forward(const Call& call) {
     const Tensor col_labels = problem.square ? row_labels : refs.labels->contiguous();
     make_plan(row_labels.const_data_ptr<int64_t>(), n, col_labels.const_data_ptr<int64_t>(), refs.count(call),
               problem.square, reinterpret_cast<int32_t*>(bytes + layout.plan));
-    const bool once = !problem.mining.on && !tile_kernels<T>(problem.law).context;
+    const bool once = !problem.mining.on && !tile_kernels<T>(problem.formula).context;
     Batch<T> batch(call, refs, problem, layout, bytes, once);
 
     const bool each = problem.reduction == Reduction::kNone;

@@ -13,10 +13,10 @@
 #include <tuple>
 #include <vector>
 
-#include "torch/listed_ops.h"
 #include "cpu/kernels/listed_kernels.h"
 #include "cpu/sort.h"
 #include "cpu/tasks.h"
+#include "torch/listed_ops.h"
 
 namespace dml::cpu {
 namespace {

@@ -70,11 +70,11 @@ inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_label
     });
 }
 
-// For every sorted row the sorted column that is its own point, or -1. self_ref gives it for the rows and
+// For every sorted row the sorted column that is its own point, or -1. self_index gives it for the rows and
 // columns as they came; without it each row is its own column.
-inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, const int64_t* self_ref) {
+inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, const int64_t* self_index) {
     std::vector<int32_t> own(n);
-    if (!self_ref) {
+    if (!self_index) {
         std::iota(own.begin(), own.end(), 0);
         return own;
     }
@@ -84,7 +84,7 @@ inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, 
     });
     for_pieces(n, 16384, n, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const int64_t self = self_ref[plan.row_order[i]];
+            const int64_t self = self_index[plan.row_order[i]];
             own[i] = self >= 0 && self < m ? rank[self] : -1;
         }
     });

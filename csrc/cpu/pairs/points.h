@@ -61,7 +61,8 @@ class Numbers {
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
 
-// One side's points, of which a window is packed at a time: all of them, or those that a super-tile needs.
+// One side's points, of which a window is packed at a time: all of them, or those that a tile_group-tile
+// needs.
 template <typename T>
 class PackedPoints {
    public:

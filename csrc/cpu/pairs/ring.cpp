@@ -5,9 +5,9 @@
 //   the points so far were finite (0 or NaN)
 //
 // pair_block_turn makes it, and turns it from one stage to the next; pair_block adds a block to it in a stage
-// ("hardest", "negatives", "positives" or "both", as stages() of a law lists them); pair_block_rows makes the
-// losses; pair_block_backward gives the gradient by the rows and by one block. Blocks are added in the order
-// of the calls, so the caller's order is that of every sum.
+// ("hardest", "negatives", "positives" or "both", as stages() of a formula lists them); pair_block_rows makes
+// the losses; pair_block_backward gives the gradient by the rows and by one block. Blocks are added in the
+// order of the calls, so the caller's order is that of every sum.
 #include "cpu/pairs/ring.h"
 
 #include <ATen/ops/bitwise_or.h>
@@ -15,16 +15,16 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "torch/ring_ops.h"
 #include "cpu/pairs/pair_loss.h"
+#include "torch/ring_ops.h"
 
 namespace dml::cpu {
 
-std::vector<std::string> stages(const std::string& law_name, bool mining) {
-    const LawInfo* law = law_named(law_name);
-    TORCH_CHECK_VALUE(law, "law: unknown \"", law_name, "\"");
+std::vector<std::string> stages(const std::string& formula_name, bool mining) {
+    const FormulaInfo* formula = formula_named(formula_name);
+    TORCH_CHECK_VALUE(formula, "formula: unknown \"", formula_name, "\"");
     if (mining) return {"hardest", "negatives", "positives"};
-    if (tile_kernels<double>(law->id).context) return {"negatives", "positives"};
+    if (tile_kernels<double>(formula->id).context) return {"negatives", "positives"};
     return {"both"};
 }
 
@@ -126,9 +126,9 @@ void check_stage(c10::string_view stage, std::optional<double> epsilon) {
 }
 
 // pairs [2, N] int64: how many positives and negatives each row has among all columns.
-Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view law_name,
+Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view formula_name,
             at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage, bool wide) {
-    const LawInfo& law = find_law(law_name, params);
+    const FormulaInfo& formula = find_formula(formula_name, params);
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
     const at::ScalarType type = wide ? at::kDouble : at::kFloat;
@@ -141,7 +141,7 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
     const int64_t* count = counts.const_data_ptr<int64_t>();
     return in_compute_type(type, [&](auto number) {
         using T = decltype(number);
-        const TileKernels<T>& kernels = tile_kernels<T>(law.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
         Folds<T> folds(n, kernels.neg, kernels.pos);
         if (stage == "start") {
             const State<T> state(at::zeros({kNumbers, n}, pairs.options().dtype(type)));
@@ -176,12 +176,12 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
 // now.
 std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddings, const Tensor& labels,
                                      const Tensor& block, const Tensor& block_labels,
-                                     const OptionalTensor& self_ref, c10::string_view law,
+                                     const OptionalTensor& self_index, c10::string_view formula,
                                      at::ArrayRef<double> params, std::optional<double> epsilon,
                                      c10::string_view similarity, c10::string_view reduction,
                                      c10::string_view stage, const OptionalTensor& found) {
-    const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, epsilon, similarity,
-                       reduction);
+    const BlockCall of(embeddings, labels, block, block_labels, self_index, formula, params, epsilon,
+                       similarity, reduction);
     const at::ScalarType type = compute_type(embeddings);
     check_stage(stage, epsilon);
     check_state(before, kNumbers, embeddings.size(0), type, "state");
@@ -219,9 +219,10 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
 
 // [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows [6, N], the
 // derivatives of each part still without what comes from above.
-std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs, c10::string_view law_name,
-                                       at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
-    const LawInfo& law = find_law(law_name, params);
+std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs,
+                                       c10::string_view formula_name, at::ArrayRef<double> params,
+                                       bool mining, c10::string_view reduction) {
+    const FormulaInfo& formula = find_formula(formula_name, params);
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
     check_state(before, kNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, "state");
@@ -232,7 +233,7 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
     return in_compute_type(before.scalar_type(), [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.contiguous());
-        const TileKernels<T>& kernels = tile_kernels<T>(law.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
         Folds<T> folds(n, kernels.neg, kernels.pos);
         state.read(folds, nullptr);
         Tensor losses = at::empty({4, n}, before.options());
@@ -258,10 +259,10 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
 // grad_parts [2, N]: the gradient by each row's parts. The results are in the type computed in.
 std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor& weights, const Tensor& kept,
                                           const Tensor& embeddings, const Tensor& labels, const Tensor& block,
-                                          const Tensor& block_labels, const OptionalTensor& self_ref,
-                                          c10::string_view law, at::ArrayRef<double> params,
+                                          const Tensor& block_labels, const OptionalTensor& self_index,
+                                          c10::string_view formula, at::ArrayRef<double> params,
                                           c10::string_view similarity, bool need_emb, bool need_block) {
-    const BlockCall of(embeddings, labels, block, block_labels, self_ref, law, params, std::nullopt,
+    const BlockCall of(embeddings, labels, block, block_labels, self_index, formula, params, std::nullopt,
                        similarity, "sum");
     const int64_t n = embeddings.size(0);
     const at::ScalarType type = compute_type(embeddings);

@@ -6,7 +6,7 @@
 
 namespace dml::cpu {
 
-// The stages of a law's forward pass; every block is added in each, and the rows turn after it.
-std::vector<std::string> stages(const std::string& law, bool mining);
+// The stages of a formula's forward pass; every block is added in each, and the rows turn after it.
+std::vector<std::string> stages(const std::string& formula, bool mining);
 
 }  // namespace dml::cpu

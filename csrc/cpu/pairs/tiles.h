@@ -3,8 +3,8 @@
 // A tile (I, J) serves the rows of block I and, by symmetry or for the gradient of ref_emb, those of block J.
 // Tiles are independent: each leaves its results apart, and what belongs to a block is put together
 // afterwards in the order of the tiles. So nothing depends on the number of threads. What lies apart is
-// bounded by visiting the tiles in waves; a wave follows super-tiles, squares of kSuper x kSuper tiles, so
-// that it has many rows and many columns to share out.
+// bounded by visiting the tiles in waves; a wave follows tile_group-tiles, squares of kTileGroup x kTileGroup
+// tiles, so that it has many rows and many columns to share out.
 #pragma once
 
 #include <algorithm>
@@ -43,30 +43,31 @@ class Tiles {
     int64_t count() const { return square ? row_blocks * (row_blocks + 1) / 2 : row_blocks * col_blocks; }
 
     // Blocks of rows and of columns, each up to but not including the second.
-    struct Super {
+    struct TileGroup {
         int64_t i0, i1, j0, j1;
     };
 
-    // Calls visit(super-tile), row by row. Long and narrow matrices have long and narrow super-tiles, of at
-    // most `widest` blocks of columns where rectangular.
+    // Calls visit(tile_group-tile), row by row. Long and narrow matrices have long and narrow
+    // tile_group-tiles, of at most `widest` blocks of columns where rectangular.
     template <typename Visit>
-    void for_each_super(int64_t widest, const Visit& visit) const {
-        const int64_t down = std::min(row_blocks, kSuper),
-                      across =
-                          square ? kSuper : std::min(kSuper * kSuper / std::max<int64_t>(down, 1), widest);
+    void for_each_tile_group(int64_t widest, const Visit& visit) const {
+        const int64_t down = std::min(row_blocks, kTileGroup),
+                      across = square
+                                   ? kTileGroup
+                                   : std::min(kTileGroup * kTileGroup / std::max<int64_t>(down, 1), widest);
         for (int64_t i0 = 0; i0 < row_blocks; i0 += down) {
             for (int64_t j0 = square ? i0 : 0; j0 < col_blocks; j0 += across) {
-                visit(Super{i0, std::min(i0 + down, row_blocks), j0, std::min(j0 + across, col_blocks)});
+                visit(TileGroup{i0, std::min(i0 + down, row_blocks), j0, std::min(j0 + across, col_blocks)});
             }
         }
     }
 
-    // Adds the wanted tiles of a super-tile to a wave, and calls visit(wave) whenever it has `most`.
+    // Adds the wanted tiles of a tile_group-tile to a wave, and calls visit(wave) whenever it has `most`.
     template <typename Wanted, typename Visit>
-    void gather(const Super& super, int64_t most, const Wanted& wanted, std::vector<TileAt>& wave,
+    void gather(const TileGroup& tile_group, int64_t most, const Wanted& wanted, std::vector<TileAt>& wave,
                 const Visit& visit) const {
-        for (int64_t i = super.i0; i < super.i1; ++i) {
-            for (int64_t j = square ? std::max(i, super.j0) : super.j0; j < super.j1; ++j) {
+        for (int64_t i = tile_group.i0; i < tile_group.i1; ++i) {
+            for (int64_t j = square ? std::max(i, tile_group.j0) : tile_group.j0; j < tile_group.j1; ++j) {
                 const TileAt at{i, j, index(i, j)};
                 if (!wanted(at)) continue;
                 if (static_cast<int64_t>(wave.size()) == most) flush(wave, visit);
@@ -80,11 +81,11 @@ class Tiles {
         wave.clear();
     }
 
-    // Whether a super-tile holds all rows of its columns.
-    bool whole_columns() const { return row_blocks <= kSuper; }
+    // Whether a tile_group-tile holds all rows of its columns.
+    bool whole_columns() const { return row_blocks <= kTileGroup; }
 
    private:
-    static constexpr int64_t kSuper = 16;
+    static constexpr int64_t kTileGroup = 16;
 
     int64_t index(int64_t i, int64_t j) const {
         if (!square) return i * col_blocks + j;

@@ -140,11 +140,11 @@ class ListLoss : public RowResults<T> {
             const auto [p, n] = *pair;
             const T violation = (s[n] - s[p]) + margin_;
             if (!Term::counts(violation)) continue;
-            const double slope = static_cast<double>(Term::slope(violation));
+            const double derivative = static_cast<double>(Term::derivative(violation));
             sums.terms += static_cast<double>(Term::value(violation));
             sums.nonzero += Term::nonzero(violation);
-            sums.by_d[p] += slope;
-            sums.by_d[n] -= slope;
+            sums.by_d[p] += derivative;
+            sums.by_d[n] -= derivative;
         }
     }
 

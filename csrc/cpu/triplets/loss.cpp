@@ -91,9 +91,9 @@ class TripletLoss : public RowResults<T> {
             this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
     }
 
-    // dL / d similarity of a positive with that slope by its distance; of a negative the negated.
-    T positive_weight(double slope, T d) const {
-        const double weight = -slope;
+    // dL / d similarity of a positive with that derivative by its distance; of a negative the negated.
+    T positive_weight(double derivative, T d) const {
+        const double weight = -derivative;
         return static_cast<T>(!of_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
     }
 
@@ -106,14 +106,14 @@ class TripletLoss : public RowResults<T> {
         row.euclidean = of_.similarity.euclidean;
         row.write = save_;
         row.params = params_;
-        scratch.slope.assign(count, 0.0);
-        row.slope = scratch.slope.data();
+        scratch.derivative.assign(count, 0.0);
+        row.derivative = scratch.derivative.data();
         if (count > kFewPositives && term_ != TripletTerm::kSoftplus) sort_positives(scratch, row);
         row.positives = scratch.distances.data();
         of_.kernels.all_negatives[static_cast<int>(term_)](row);
         if (!save_) return;
         for (int64_t k = 0; k < count; ++k)
-            row.s[scratch.columns[k]] = positive_weight(row.slope[k], scratch.distances[k]);
+            row.s[scratch.columns[k]] = positive_weight(row.derivative[k], scratch.distances[k]);
     }
 
     static void sort_positives(RowScratch<T>& scratch, RowTriplets<T>& row) {
@@ -177,13 +177,13 @@ class TripletLoss : public RowResults<T> {
         }
     }
 
-    // The slope of a triplet's term, which is added.
+    // The derivative of a triplet's term, which is added.
     template <typename Term>
     static double add(T violation, RowTriplets<T>& row) {
         if (!Term::counts(violation)) return 0;
         row.sum += static_cast<double>(Term::value(violation));
         row.nonzero += Term::nonzero(violation);
-        return static_cast<double>(Term::slope(violation));
+        return static_cast<double>(Term::derivative(violation));
     }
 
     static std::vector<std::pair<int64_t, T>>& weights_of_row() {
@@ -202,12 +202,13 @@ class TripletLoss : public RowResults<T> {
 };
 
 TripletResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                           const OptionalTensor& ref_labels, const OptionalTensor& self_ref,
-                           const OptionalTensor& ref_count, const OptionalTensor& beta,
+                           const OptionalTensor& ref_labels, const OptionalTensor& self_index,
+                           const OptionalTensor& num_valid_refs, const OptionalTensor& beta,
                            const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
                            c10::string_view negatives, at::ArrayRef<double> param_list,
                            c10::string_view similarity, bool save, bool save_ref) {
-    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity};
+    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
+                               self_index, num_valid_refs, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);

@@ -16,7 +16,7 @@ struct RowScratch {
     std::vector<int32_t> columns;  // of the chosen positives
     std::vector<T> distances;      // likewise, then padding
     std::vector<std::pair<T, int32_t>> sorted;
-    std::vector<double> prefix, slope;
+    std::vector<double> prefix, derivative;
     std::vector<int32_t> steps;
     Draw<T> draw;
     Semihard<T> semihard;

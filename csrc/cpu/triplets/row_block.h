@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "torch/triplet_ops.h"
-#include "cpu/pairs/batch.h"
 #include "cpu/kernels/triplet_kernels.h"
+#include "cpu/pairs/batch.h"
+#include "torch/triplet_ops.h"
 
 namespace dml::cpu::triplet {
 
@@ -160,7 +160,7 @@ class LabelledSimilarities : public Similarities<T> {
                 class_[plan.row_order[r]] = {plan.col_order + plan.pos_begin[r],
                                              plan.col_order + plan.pos_end[r]};
         });
-        if (of.self_ref) self_ = of.self_ref->contiguous();
+        if (of.self_index) self_ = of.self_index->contiguous();
     }
 
     std::vector<int32_t> plan_;

@@ -78,11 +78,12 @@ std::tuple<Tensor, Tensor> select_of(const TripletPoints& points, uint64_t seed,
 
 std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
                                   const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                  const OptionalTensor& self_ref, const OptionalTensor& ref_count,
+                                  const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
                                   const OptionalTensor& seed, c10::string_view rule_name,
                                   at::ArrayRef<double> param_list, const OptionalTensor& anchors,
                                   const OptionalTensor& positives, c10::string_view similarity) {
-    const TripletPoints points{embeddings, labels, ref_emb, ref_labels, self_ref, ref_count, similarity};
+    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
+                               self_index, num_valid_refs, similarity};
     check_triplet_points(points);
     const SelectRule rule = parse_rule(rule_name);
     const auto params = triplet_params(param_list);

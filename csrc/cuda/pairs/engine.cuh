@@ -6,8 +6,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/pairs/merge.h"
 #include "cuda/common/launch.h"
+#include "cuda/pairs/merge.h"
 #include "cuda/pairs/pair_loss.h"
 #include "cuda/pairs/row_block.cuh"
 #include "cuda/pairs/tile_backward.cuh"
@@ -93,16 +93,16 @@ struct TileRange {
     int64_t begin, end;
 };
 
-// What is known of a law on the host.
-struct LawFacts {
+// What is known of a formula on the host.
+struct FormulaFacts {
     bool context, pair_units;
     int parts;
 };
-inline LawFacts law_facts(LawId law) {
-    LawFacts facts = {};
-    with_law(law, [&](auto tag) {
-        using Law = typename decltype(tag)::template Of<float>;
-        facts = {Law::kContext, Law::kUnit == Unit::kPair, Law::kParts};
+inline FormulaFacts formula_facts(FormulaId formula) {
+    FormulaFacts facts = {};
+    with_formula(formula, [&](auto tag) {
+        using Formula = typename decltype(tag)::template Of<float>;
+        facts = {Formula::kContext, Formula::kUnit == Unit::kPair, Formula::kParts};
     });
     return facts;
 }
@@ -182,14 +182,14 @@ struct Work {
         return {{static_cast<const T*>(side.data), side.stride, side.count, p.dim}, side.labels, norms, used};
     }
     Rows<T, Acc> queries() const { return rows(p.queries, query_norms(), nullptr); }
-    Rows<T, Acc> refs() const { return p.square ? queries() : rows(p.refs, ref_norms(), p.ref_count); }
+    Rows<T, Acc> refs() const { return p.square ? queries() : rows(p.refs, ref_norms(), p.num_valid_refs); }
 
     // Whether a summand of 0 counts.
     bool count_zeros() const {
-        return !(law_facts(p.law).pair_units && p.reduction == Reduction::kMeanNonzero);
+        return !(formula_facts(p.formula).pair_units && p.reduction == Reduction::kMeanNonzero);
     }
     Upstream<Acc> upstream(const Acc* grad_loss) const {
-        return {grad_loss, p.reduction, p.divide, law_facts(p.law).parts - 1};
+        return {grad_loss, p.reduction, p.divide, formula_facts(p.formula).parts - 1};
     }
     // Results of the rows, before they are reduced. In strips each row has a slot, else each warp of a fold.
     static int64_t result_slots(const Task& t) {
@@ -204,8 +204,8 @@ struct Work {
 
     void reduce(const Results<Acc>& results, Acc* loss) const {
         const int64_t refs = p.square ? 0 : p.refs.count;
-        Folds<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.ref_count,
-                           Division{p.reduction, p.divide, law_facts(p.law).parts}, loss, stream);
+        Folds<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.num_valid_refs,
+                           Division{p.reduction, p.divide, formula_facts(p.formula).parts}, loss, stream);
     }
 
     // ---- small batches ------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ struct Work {
     StripPairs<T, Acc> strips(bool of_queries) const {
         const Rows<T, Acc> own = of_queries ? queries() : refs(), other = of_queries ? refs() : queries();
         const int pitch = int(StripLayout<T, Acc>::pitch(other.points.rows));
-        return {own, other, p.square, of_queries, p.self_ref, p.mine_self, p.similarity, pitch};
+        return {own, other, p.square, of_queries, p.self_index, p.mine_self_pair, p.similarity, pitch};
     }
     static dim3 strip_grid(const StripPairs<T, Acc>& pairs) {
         return dim3(unsigned((pairs.own.points.rows + kStripRows - 1) / kStripRows));
@@ -226,7 +226,7 @@ struct Work {
         const auto pairs = strips(true);
         const Results<Acc> to = results(workspace, loss);
         launch(strip_forward<Math>, strip_grid(pairs), dim3(kStripThreads), strip_bytes(pairs), stream, pairs,
-               AnyLaw<Acc>(p), p.mining, count_zeros(), stats(), to);
+               AnyFormula<Acc>(p), p.mining, count_zeros(), stats(), to);
         reduce(to, loss);
     }
 
@@ -234,7 +234,7 @@ struct Work {
         const auto pairs = strips(of_queries);
         const Sides sides = {of_queries, p.square || !of_queries};
         launch(strip_backward<Math, GradMath>, strip_grid(pairs), dim3(kStripThreads), strip_bytes(pairs),
-               stream, pairs, AnyLaw<Acc>(p), stats(), sides, upstream(grad_loss), grad);
+               stream, pairs, AnyFormula<Acc>(p), stats(), sides, upstream(grad_loss), grad);
     }
 
     // ---- large batches --------------------------------------------------------------------------------
@@ -254,16 +254,16 @@ struct Work {
     }
     static bool knows_kept(const Problem& p) { return tile_count_of(p) <= kKeptBudget; }
 
-    // Super-tiles are squares of `size` tiles, or of the same area where one side has fewer tiles.
-    struct SuperShape {
+    // TileGroup-tiles are squares of `size` tiles, or of the same area where one side has fewer tiles.
+    struct TileGroupShape {
         int64_t rows, cols;
         int64_t tiles() const { return rows * cols; }
     };
-    static SuperShape super_shape(const Problem& p, int64_t size) {
+    static TileGroupShape tile_group_shape(const Problem& p, int64_t size) {
         const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
         if (p.square) return {std::min(size, rows), std::min(size, rows)};
         const auto longer = [&](int64_t all, int64_t other) {
-            const int64_t most = std::min<int64_t>({all, size * size / other, 2 * kMaxSuperTile});
+            const int64_t most = std::min<int64_t>({all, size * size / other, 2 * kMaxTileGroup});
             const int64_t count = (all + most - 1) / most;
             return (all + count - 1) / count;  // of equal size: the last should not be a sliver
         };
@@ -274,51 +274,51 @@ struct Work {
         const int64_t few = std::min(size, cols);
         return {longer(rows, few), few};
     }
-    static SuperShape forward_shape(const Task& t) {
-        return super_shape(t.problem, std::min(t.tuning.super_tile, kMaxSuperTile));
+    static TileGroupShape forward_shape(const Task& t) {
+        return tile_group_shape(t.problem, std::min(t.tuning.tile_group, kMaxTileGroup));
     }
-    static SuperShape backward_shape(const Task& t) {
+    static TileGroupShape backward_shape(const Task& t) {
         constexpr int64_t kTiles = kWeightBudget / (kTile * kTile * int64_t(sizeof(Weight)));
         const Problem& p = t.problem;
-        const int most = std::min(std::min(t.tuning.super_tile, kMaxSuperTile),
+        const int most = std::min(std::min(t.tuning.tile_group, kMaxTileGroup),
                                   static_cast<int>(std::sqrt(double(kTiles))));
-        // Super-tiles of equal size: the last should not be a sliver.
+        // TileGroup-tiles of equal size: the last should not be a sliver.
         const int64_t along = std::max(tiles_along(p.queries.count), tiles_along(p.refs.count));
         const int64_t count = (along + most - 1) / most;
-        return super_shape(p, p.square ? (along + count - 1) / count : most);
+        return tile_group_shape(p, p.square ? (along + count - 1) / count : most);
     }
 
     TileRange all_rows() const { return {0, tiles_along(p.queries.count)}; }
     TileRange all_cols() const { return {0, tiles_along(p.refs.count)}; }
 
-    // Calls f(super, turn) in a fixed order. (In a square matrix the rows below the first super-tiles were
-    // first met as columns of those.)
+    // Calls f(tile_group, turn) in a fixed order. (In a square matrix the rows below the first
+    // tile_group-tiles were first met as columns of those.)
     template <typename F>
-    void for_super_tiles(SuperShape shape, TileRange rows, TileRange cols, const F& f) const {
+    void for_tile_groups(TileGroupShape shape, TileRange rows, TileRange cols, const F& f) const {
         for (int64_t i = rows.begin; i < rows.end; i += shape.rows) {
             const int64_t first = p.square ? std::max(i, cols.begin) : cols.begin;
             for (int64_t j = first; j < cols.end; j += shape.cols) {
-                const SuperTile<T, Acc> super = {queries(),
-                                                 refs(),
-                                                 p.square,
-                                                 p.self_ref,
-                                                 p.mine_self,
-                                                 p.similarity,
-                                                 i,
-                                                 j,
-                                                 static_cast<int>(std::min(shape.rows, rows.end - i)),
-                                                 static_cast<int>(std::min(shape.cols, cols.end - j)),
-                                                 all_rows().end,
-                                                 all_cols().end,
-                                                 all_cols().end,
-                                                 cache(),
-                                                 false};
-                f(super, Turn{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
+                const TileGroup<T, Acc> tile_group = {queries(),
+                                                      refs(),
+                                                      p.square,
+                                                      p.self_index,
+                                                      p.mine_self_pair,
+                                                      p.similarity,
+                                                      i,
+                                                      j,
+                                                      static_cast<int>(std::min(shape.rows, rows.end - i)),
+                                                      static_cast<int>(std::min(shape.cols, cols.end - j)),
+                                                      all_rows().end,
+                                                      all_cols().end,
+                                                      all_cols().end,
+                                                      cache(),
+                                                      false};
+                f(tile_group, Turn{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
             }
         }
     }
-    static dim3 tiles_of(const SuperTile<T, Acc>& super) {
-        return dim3(unsigned(super.col_tiles), unsigned(super.row_tiles));
+    static dim3 tiles_of(const TileGroup<T, Acc>& tile_group) {
+        return dim3(unsigned(tile_group.col_tiles), unsigned(tile_group.row_tiles));
     }
     void prepare(const Rows<T, Acc>& rows, bool open) const {
         constexpr int kRows = kNormThreads / kWarpSize;
@@ -326,7 +326,7 @@ struct Work {
                dim3(kNormThreads), 0, stream, rows, p.similarity, stats(), open);
     }
 
-    // Workspace: the rows' results, partial results of a super-tile, the tiles' extremes.
+    // Workspace: the rows' results, partial results of a tile_group-tile, the tiles' extremes.
     static int64_t forward_workspace(const Task& t) {
         int64_t numbers = results_size(t);
         if (!uses_strips(t)) {
@@ -337,7 +337,7 @@ struct Work {
     }
 
     void forward_tiles(Acc* loss, void* workspace) const {
-        const SuperShape shape = forward_shape(task);
+        const TileGroupShape shape = forward_shape(task);
         const Results<Acc> to = results(workspace, loss);
         const Partials<Acc> partials = {to.data + results_size(task)};
         const bool mining = p.mining.on;
@@ -347,23 +347,23 @@ struct Work {
         prepare(queries(), !mining);
         if (!p.square) prepare(refs(), false);
         if (mining) {
-            for_super_tiles(shape, all_rows(), all_cols(), [&](const auto& super, Turn turn) {
-                launch(find_extremes<Math>, tiles_of(super), dim3(Traits::kThreads), Grid::shared_bytes(2),
-                       stream, super, partials, extremes);
-                Folds<Acc>::extremes(Folds<Acc>::without_points(super), p.square, stats(), partials, turn,
-                                     Acc(p.mining.epsilon), stream);
+            for_tile_groups(shape, all_rows(), all_cols(), [&](const auto& tile_group, Turn turn) {
+                launch(find_extremes<Math>, tiles_of(tile_group), dim3(Traits::kThreads),
+                       Grid::shared_bytes(2), stream, tile_group, partials, extremes);
+                Folds<Acc>::extremes(Folds<Acc>::without_points(tile_group), p.square, stats(), partials,
+                                     turn, Acc(p.mining.epsilon), stream);
             });
         }
-        const AnyLaw<Acc> law(p);
-        const size_t shared_bytes = Grid::shared_bytes(most_summed(p.law));
-        for (int stage = 0; stage < (law_facts(p.law).context ? 2 : 1); ++stage) {
+        const AnyFormula<Acc> formula(p);
+        const size_t shared_bytes = Grid::shared_bytes(most_summed(p.formula));
+        for (int stage = 0; stage < (formula_facts(p.formula).context ? 2 : 1); ++stage) {
             const bool second = stage == 1;
-            for_super_tiles(shape, all_rows(), all_cols(), [&](auto super, Turn turn) {
-                super.cache_filled = super.cache && (mining || second);
-                launch(accumulate<Math>, tiles_of(super), dim3(Traits::kThreads), shared_bytes, stream, super,
-                       law, second, stats(), partials, extremes, kept(), count_zeros());
-                Folds<Acc>::sums(Folds<Acc>::without_points(super), p.square, law, second, stats(), partials,
-                                 kept(), turn, mining, to, stream);
+            for_tile_groups(shape, all_rows(), all_cols(), [&](auto tile_group, Turn turn) {
+                tile_group.cache_filled = tile_group.cache && (mining || second);
+                launch(accumulate<Math>, tiles_of(tile_group), dim3(Traits::kThreads), shared_bytes, stream,
+                       tile_group, formula, second, stats(), partials, extremes, kept(), count_zeros());
+                Folds<Acc>::sums(Folds<Acc>::without_points(tile_group), p.square, formula, second, stats(),
+                                 partials, kept(), turn, mining, to, stream);
             });
         }
         reduce(to, loss);
@@ -401,11 +401,11 @@ struct Work {
         return kBackwardBudget - weight_bytes(t) - (caches(t) ? similarity_bytes(t.problem) : 0);
     }
 
-    // Where a super-tile has few lines for so many multiprocessors, several blocks of the gradient share a
-    // line: as many as give each block what it would have if `wide_blocks` had equal work, but split_slots
+    // Where a tile_group-tile has few lines for so many multiprocessors, several blocks of the gradient share
+    // a line: as many as give each block what it would have if `wide_blocks` had equal work, but split_slots
     // tiles at least. Their sums are folded in order. Where the lines of one side are longer than the others,
     // as where a few rows meet many references, it is they that are shared, and among more blocks.
-    static int64_t parts_of_a_line(const Task& t, SuperShape shape, bool diagonal) {
+    static int64_t parts_of_a_line(const Task& t, TileGroupShape shape, bool diagonal) {
         const int64_t line = std::max(shape.rows, shape.cols);
         const int64_t panels = (t.problem.dim + kNarrowPanel - 1) / kNarrowPanel;
         const int64_t slots = shape.tiles() * (diagonal ? 1 : 2) * panels;  // of all lines
@@ -414,13 +414,13 @@ struct Work {
         const int64_t blocks = std::max<int64_t>(wanted, 1), each = (slots + blocks - 1) / blocks;
         return std::max<int64_t>(line / std::max(t.tuning.split_slots, each), 1);
     }
-    static int64_t part_bytes(const Problem& p, SuperShape shape, bool diagonal) {  // of one part's sums
+    static int64_t part_bytes(const Problem& p, TileGroupShape shape, bool diagonal) {  // of one part's sums
         const bool both = shape.rows == shape.cols && !diagonal;
         return (both ? 2 : 1) * std::min(shape.rows, shape.cols) * kTile * p.dim * int64_t(sizeof(Acc));
     }
     static int64_t part_bytes(const Task& t) {
         const Problem& p = t.problem;
-        const SuperShape shape = backward_shape(t);
+        const TileGroupShape shape = backward_shape(t);
         int64_t bytes = 0;
         for (const bool diagonal : {false, true}) {
             const bool there = diagonal ? p.square : !p.square || shape.rows < tiles_along(p.queries.count);
@@ -435,8 +435,8 @@ struct Work {
     // Distances of rows as they come need the sum of each line's weights, too.
     static bool sums_weights(const Problem& p) { return p.similarity.euclidean && !p.similarity.normalize; }
 
-    // Workspace: weights of a super-tile, gradients of parts of its lines, sums of 16-bit gradients, sums of
-    // weights of a super-tile's lines and of all rows and columns.
+    // Workspace: weights of a tile_group-tile, gradients of parts of its lines, sums of 16-bit gradients,
+    // sums of weights of a tile_group-tile's lines and of all rows and columns.
     static int64_t backward_workspace(const Task& t) {
         if (uses_strips(t)) return 0;
         const Problem& p = t.problem;
@@ -472,23 +472,24 @@ struct Work {
             }
         }
 
-        template <typename Super>
-        int64_t blocks_of_a_line(const Super& super) const {
-            const SuperShape shape = {super.row_tiles, super.col_tiles};
-            const int64_t one = std::max<int64_t>(part_bytes(work.p, shape, super.diagonal()), 1);
+        template <typename TileGroup>
+        int64_t blocks_of_a_line(const TileGroup& tile_group) const {
+            const TileGroupShape shape = {tile_group.row_tiles, tile_group.col_tiles};
+            const int64_t one = std::max<int64_t>(part_bytes(work.p, shape, tile_group.diagonal()), 1);
             const int64_t room = 1 + part_bytes(work.task) / one;
-            return std::min(parts_of_a_line(work.task, shape, super.diagonal()), room);
+            return std::min(parts_of_a_line(work.task, shape, tile_group.diagonal()), room);
         }
 
-        template <typename Super>
-        void fold_parts(const Super& super, const Gradients<Acc>& gradients, int count) const {
+        template <typename TileGroup>
+        void fold_parts(const TileGroup& tile_group, const Gradients<Acc>& gradients, int count) const {
             const int64_t dim = work.p.dim;
-            const int64_t pitch = gradients.tiles(super.row_tiles, super.col_tiles) * kTile * dim;
+            const int64_t pitch = gradients.tiles(tile_group.row_tiles, tile_group.col_tiles) * kTile * dim;
             const Acc* parts = gradients.parts;
             for (const int side : {0, 1}) {
                 const Gradient<Acc>& to = gradients.side[side];
-                const int64_t rows = gradients.tiles(side, super.row_tiles, super.col_tiles) * kTile;
-                const int64_t first = (side == 0 ? super.row_tile : super.col_tile) * kTile;
+                const int64_t rows =
+                    gradients.tiles(side, tile_group.row_tiles, tile_group.col_tiles) * kTile;
+                const int64_t first = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTile;
                 if (to.sum && rows > 0 && count > 0) {
                     Folds<Acc>::gradient(parts, count, pitch, std::min(rows, to.count - first) * dim,
                                          to.sum + (first - to.row0) * dim, work.stream);
@@ -500,36 +501,36 @@ struct Work {
         // Adds to both groups what their pairs give. fresh: nothing has been added to either.
         void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
             const Problem& p = work.p;
-            const auto add = [&](auto super, Turn turn) {
-                super.cache_filled = super.cache != nullptr;
-                launch(pair_weights<Math, Weight>, tiles_of(super), dim3(Traits::kThreads),
-                       Grid::shared_bytes(1), work.stream, super, AnyLaw<Acc>(p), work.stats(),
+            const auto add = [&](auto tile_group, Turn turn) {
+                tile_group.cache_filled = tile_group.cache != nullptr;
+                launch(pair_weights<Math, Weight>, tiles_of(tile_group), dim3(Traits::kThreads),
+                       Grid::shared_bytes(1), work.stream, tile_group, AnyFormula<Acc>(p), work.stats(),
                        work.upstream(grad_loss), work.kept(), weights, weight_partials);
                 turn.rows_first = turn.rows_first && fresh;
                 turn.cols_first = turn.cols_first && fresh;
                 if (sums_weights(p)) {
-                    Folds<Acc>::weights(Folds<Acc>::without_points(super), weight_partials, work.kept(), turn,
-                                        rows.sum ? row_weights : nullptr, cols.sum ? col_weights : nullptr,
-                                        work.stream);
+                    Folds<Acc>::weights(Folds<Acc>::without_points(tile_group), weight_partials, work.kept(),
+                                        turn, rows.sum ? row_weights : nullptr,
+                                        cols.sum ? col_weights : nullptr, work.stream);
                 }
                 const Gradients<Acc> gradients = {
                     {{rows.sum, rows.tiles.begin * kTile, p.queries.count, turn.rows_first},
                      {cols.sum, cols.tiles.begin * kTile, p.refs.count, turn.cols_first}},
                     // The fewer lines are the longer ones.
-                    {super.row_tiles <= super.col_tiles,
-                     super.col_tiles <= super.row_tiles && !super.diagonal()},
+                    {tile_group.row_tiles <= tile_group.col_tiles,
+                     tile_group.col_tiles <= tile_group.row_tiles && !tile_group.diagonal()},
                     parts};
-                const int owners = super.row_tiles + (super.diagonal() ? 0 : super.col_tiles);
-                const int wanted =
-                    (rows.sum ? super.row_tiles : 0) + (cols.sum && !super.diagonal() ? super.col_tiles : 0);
+                const int owners = tile_group.row_tiles + (tile_group.diagonal() ? 0 : tile_group.col_tiles);
+                const int wanted = (rows.sum ? tile_group.row_tiles : 0) +
+                                   (cols.sum && !tile_group.diagonal() ? tile_group.col_tiles : 0);
                 const auto multiply = [&](auto panel) {
                     using Grad = GradTraits<GradMath, decltype(panel)::value>;
                     const int64_t panels = (p.dim + Grad::kCols - 1) / Grad::kCols;
-                    const int64_t count = blocks_of_a_line(super);
+                    const int64_t count = blocks_of_a_line(tile_group);
                     launch(add_gradients<GradMath, Grad::kCols>,
                            dim3(unsigned(panels), unsigned(owners), unsigned(count)), dim3(Grad::kThreads),
-                           Grad::kSharedBytes, work.stream, super, gradients, work.kept(), weights);
-                    fold_parts(super, gradients, int(count) - 1);
+                           Grad::kSharedBytes, work.stream, tile_group, gradients, work.kept(), weights);
+                    fold_parts(tile_group, gradients, int(count) - 1);
                 };
                 constexpr int kWide = kWidePanel<GradMath>;
                 if (p.dim > kNarrowPanel &&
@@ -539,7 +540,7 @@ struct Work {
                     multiply(std::integral_constant<int, kNarrowPanel>());
                 }
             };
-            work.for_super_tiles(backward_shape(work.task), rows.tiles, cols.tiles, add);
+            work.for_tile_groups(backward_shape(work.task), rows.tiles, cols.tiles, add);
         }
 
         void finish(const Rows<T, Acc>& rows, const Group& group, const Acc* weight_sums, T* grad) const {

@@ -10,7 +10,7 @@ namespace dml::cuda {
 
 template <typename Acc>
 struct Folds {
-    using Super = SuperTile<Acc, Acc>;
+    using TileGroup = TileGroup<Acc, Acc>;
     static constexpr int kTile = sizeof(Acc) == 8 ? 64 : 128;
 
     template <typename T>
@@ -19,12 +19,12 @@ struct Folds {
         return {{nullptr, m.stride, m.rows, m.cols}, rows.labels, rows.norms, rows.used};
     }
     template <typename T>
-    static Super without_points(const SuperTile<T, Acc>& s) {
+    static TileGroup without_points(const TileGroup<T, Acc>& s) {
         return {without_points(s.rows),
                 without_points(s.cols),
                 s.square,
-                s.self_ref,
-                s.mine_self,
+                s.self_index,
+                s.mine_self_pair,
                 s.similarity,
                 s.row_tile,
                 s.col_tile,
@@ -38,19 +38,19 @@ struct Folds {
     }
 
     // of_cols: columns have partial results that are not the rows'.
-    static void extremes(const Super& super, bool of_cols, const RowStats<Acc>& stats,
+    static void extremes(const TileGroup& tile_group, bool of_cols, const RowStats<Acc>& stats,
                          const Partials<Acc>& partials, Turn turn, Acc epsilon, cudaStream_t stream);
-    static void sums(const Super& super, bool of_cols, const AnyLaw<Acc>& law, bool second,
+    static void sums(const TileGroup& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
                      const RowStats<Acc>& stats, const Partials<Acc>& partials, const uint8_t* kept,
                      Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream);
-    static void weights(const Super& super, const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
-                        Acc* row_sums, Acc* col_sums, cudaStream_t stream);
+    static void weights(const TileGroup& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
+                        Turn turn, Acc* row_sums, Acc* col_sums, cudaStream_t stream);
     // Adds parts [count, pitch] of a gradient to its first `size` sums.
     static void gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
                          cudaStream_t stream);
     static void reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
-                       const Acc* ref_norms, int64_t refs, const int64_t* ref_count, const Division& division,
-                       Acc* loss, cudaStream_t stream);
+                       const Acc* ref_norms, int64_t refs, const int64_t* num_valid_refs,
+                       const Division& division, Acc* loss, cudaStream_t stream);
 };
 
 }  // namespace dml::cuda

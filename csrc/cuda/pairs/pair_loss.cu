@@ -1,7 +1,7 @@
 // Chooses the kernels for a problem's type.
-#include "cuda/ring/ring.h"
 #include "cuda/pairs/engine.cuh"
 #include "cuda/pairs/pair_loss.h"
+#include "cuda/ring/ring.h"
 
 namespace dml::cuda {
 

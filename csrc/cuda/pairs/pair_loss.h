@@ -21,8 +21,8 @@ inline constexpr int kPrecisions = 2;
 // Where one way of working ends and another begins. The tests lower these to reach every path with few
 // points.
 struct Tuning {
-    int64_t strip_limit = 512;         // rows and columns up to which strips of S may be
-    int super_tile = 32;               // a super-tile has the area of a square with so many tiles an edge
+    int64_t strip_limit = 512;  // rows and columns up to which strips of S may be
+    int tile_group = 32;        // a tile_group-tile has the area of a square with so many tiles an edge
     int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
     int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
     int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
@@ -54,7 +54,8 @@ void backward(const Task& task, bool saved_for_backward, void* saved, const void
 
 struct BlockEntryPoints;  // blocks.h
 
-// The functions above as a library of one law hands them over (loaded_law.h). There problem.law is 0.
+// The functions above as a library of one formula hands them over (custom_formula.h). There problem.formula
+// is 0.
 struct EntryPoints {
     decltype(cuda::saved_bytes)* saved_bytes;
     decltype(cuda::forward_workspace_bytes)* forward_workspace_bytes;

@@ -46,18 +46,18 @@ DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) 
 enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineContext };
 
 // Calls write(i, similarities, weights) for each row i of this thread's pairs: dL/ds.
-template <typename Math, typename Law, typename T, typename Acc, typename Write>
-DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, int64_t ti,
-                           int64_t tj, const Law& law, const RowStats<Acc>& stats,
+template <typename Math, typename Formula, typename T, typename Acc, typename Write>
+DML_DEVICE void weigh_tile(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile, int64_t ti,
+                           int64_t tj, const Formula& formula, const RowStats<Acc>& stats,
                            const Upstream<Acc>& upstream, const Write& write) {
     using Grid = PairGrid<Math>;
     using Sims = typename Grid::Sims;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
-    constexpr bool kNegExp = Law::kNeg == Fold::kLogSumExp, kPosExp = Law::kPos == Fold::kLogSumExp;
-    const bool square = super.square;
+    constexpr bool kNegExp = Formula::kNeg == Fold::kLogSumExp, kPosExp = Formula::kPos == Fold::kLogSumExp;
+    const bool square = tile_group.square;
     Acc* numbers = Grid::line_numbers();
     const int line = int(threadIdx.x);
-    const int64_t own_row = line_of_thread<Math>(super, ti, tj);
+    const int64_t own_row = line_of_thread<Math>(tile_group, ti, tj);
     RowWeight<Acc> own;
     if (own_row >= 0 && (square || line < kTile)) own = RowWeight<Acc>::load(stats, own_row, upstream);
 
@@ -74,12 +74,12 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         };
         // What has no derivative keeps nothing: its exponentials, relative to other lines' values, may
         // overflow.
-        const bool neg = own.d_neg != Acc(0), pos = own.d_pos != Acc(0) || (Law::kPosInNeg && neg);
+        const bool neg = own.d_neg != Acc(0), pos = own.d_pos != Acc(0) || (Formula::kPosInNeg && neg);
         numbers[kPosBound * kLines + line] = pos ? own.bounds.pos_below : -infinity<Acc>();
         numbers[kNegBound * kLines + line] = neg ? own.bounds.neg_above : infinity<Acc>();
         numbers[kNegWeight * kLines + line] = factor(kNegExp, own.d_neg, own.neg, top_neg);
         numbers[kPosWeight * kLines + line] = factor(kPosExp, own.d_pos, own.pos, top_pos);
-        if constexpr (Law::kContext) numbers[kLineContext * kLines + line] = own.neg;
+        if constexpr (Formula::kContext) numbers[kLineContext * kLines + line] = own.neg;
     }
     block_sync();
 
@@ -92,7 +92,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     Acc col_pos_bound[Grid::kCols], col_neg_bound[Grid::kCols], col_neg[Grid::kCols];
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) {
-        if constexpr (Law::kPosInNeg) col_pos_bound[j] = of_col(kPosBound, j);
+        if constexpr (Formula::kPosInNeg) col_pos_bound[j] = of_col(kPosBound, j);
         col_neg_bound[j] = of_col(kNegBound, j);
         col_neg[j] = of_col(kNegWeight, j);
     }
@@ -101,23 +101,23 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         const int at = Grid::row(i), id = Grid::ids()[at];
         const Acc pos_bound = numbers[kPosBound * kLines + at], neg_bound = numbers[kNegBound * kLines + at];
         const Acc neg = numbers[kNegWeight * kLines + at], pos = numbers[kPosWeight * kLines + at];
-        const Acc context = Law::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
+        const Acc context = Formula::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
         Sims w;
 #pragma unroll
         for (int j = 0; j < Grid::kCols; ++j) {  // as members of the negatives' fold
             const Acc s = sims.s[j];
             const bool positive = col_ids.positive(j, id);
             const auto kept = [&](Acc pos_below, Acc neg_above) {
-                if constexpr (Law::kPosInNeg) return positive ? s < pos_below : s > neg_above;
+                if constexpr (Formula::kPosInNeg) return positive ? s < pos_below : s > neg_above;
                 return !positive && s > neg_above;
             };
             const bool by_row = kept(pos_bound, neg_bound);
             const bool by_col = kBoth && kept(col_pos_bound[j], col_neg_bound[j]);
-            Acc slope = law.neg_slope(s);
-            if constexpr (kNegExp) slope *= quick_exp(law.neg_term(s) - top_neg);
+            Acc derivative = formula.neg_derivative(s);
+            if constexpr (kNegExp) derivative *= quick_exp(formula.neg_term(s) - top_neg);
             Acc sum = by_row ? neg : Acc(0);
             if (by_col) sum += col_neg[j];
-            w.s[j] = by_row || by_col ? sum * slope : Acc(0);
+            w.s[j] = by_row || by_col ? sum * derivative : Acc(0);
         }
         if (col_ids.any_positive(id)) {  // rare: positives among a warp's 8 x 32 pairs
 #pragma unroll
@@ -127,13 +127,14 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
                 const bool by_row = positive && s < pos_bound;
                 const bool by_col = kBoth && positive && s < of_col(kPosBound, j);
                 Acc sum;
-                if constexpr (Law::kContext) {
-                    sum = by_row ? pos * law.pos_slope(s, context) : Acc(0);
-                    if (by_col) sum += of_col(kPosWeight, j) * law.pos_slope(s, of_col(kLineContext, j));
+                if constexpr (Formula::kContext) {
+                    sum = by_row ? pos * formula.pos_derivative(s, context) : Acc(0);
+                    if (by_col)
+                        sum += of_col(kPosWeight, j) * formula.pos_derivative(s, of_col(kLineContext, j));
                 } else {
-                    Acc slope = law.pos_slope(s, Acc(0));
-                    if constexpr (kPosExp) slope *= quick_exp(law.pos_term(s, Acc(0)) - top_pos);
-                    sum = ((by_row ? pos : Acc(0)) + (by_col ? of_col(kPosWeight, j) : Acc(0))) * slope;
+                    Acc derivative = formula.pos_derivative(s, Acc(0));
+                    if constexpr (kPosExp) derivative *= quick_exp(formula.pos_term(s, Acc(0)) - top_pos);
+                    sum = ((by_row ? pos : Acc(0)) + (by_col ? of_col(kPosWeight, j) : Acc(0))) * derivative;
                 }
                 if (by_row || by_col) w.s[j] += sum;
             }
@@ -146,7 +147,7 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
         const auto weight_of = [&](int64_t at, int64_t rows) {
             return at < rows ? RowWeight<Acc>::load(stats, at, upstream) : RowWeight<Acc>{};
         };
-        const RowWeight<Acc> of_row = weight_of(tile.row0 + row, super.rows.points.rows);
+        const RowWeight<Acc> of_row = weight_of(tile.row0 + row, tile_group.rows.points.rows);
 #pragma unroll 1
         for (int j = 0; j < Grid::kCols; ++j) {
             const int col = Grid::col(j);
@@ -156,8 +157,8 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
             Acc sum = 0;
 #pragma unroll 1
             for (int side = 0; side < (square ? 2 : 1); ++side) {
-                if (side == 1) of_line = weight_of(tile.col0 + col, super.cols.points.rows);
-                sum += of_line.of(law, positive, s);
+                if (side == 1) of_line = weight_of(tile.col0 + col, tile_group.cols.points.rows);
+                sum += of_line.of(formula, positive, s);
             }
             Grid::sim(row, col) = sum;
         }
@@ -178,25 +179,26 @@ DML_DEVICE void weigh_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math
     }
 }
 
-// weights: [row_tiles, col_tiles, kTile, kTile] of the super-tile. sums: their sums over each line, or null.
+// weights: [row_tiles, col_tiles, kTile, kTile] of the tile_group-tile. sums: their sums over each line, or
+// null.
 template <typename Math, typename Weight, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    pair_weights(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
-                 RowStats<Acc> stats, Upstream<Acc> upstream, const uint8_t* kept, Weight* weights,
-                 Partials<Acc> sums) {
+    pair_weights(const __grid_constant__ TileGroup<T, Acc> all,
+                 const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> stats,
+                 Upstream<Acc> upstream, const uint8_t* kept, Weight* weights, Partials<Acc> sums) {
     using Traits = TileTraits<Math>;
     using Grid = PairGrid<Math>;
     constexpr int kTile = Traits::kTile;
-    const auto super = all.template in_use<kTile>();
+    const auto tile_group = all.template in_use<kTile>();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
-    const int64_t ti = super.row_tile + row_tile, tj = super.col_tile + col_tile;
-    if (!super.has(ti, tj) || (kept && !(kept[super.tile_index(ti, tj)] & kHasGradient))) return;
-    const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, false);
+    const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
+    if (!tile_group.has(ti, tj) || (kept && !(kept[tile_group.tile_index(ti, tj)] & kHasGradient))) return;
+    const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, false);
     const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Weight* out = weights + (int64_t(row_tile) * super.col_tiles + col_tile) * kTile * kTile;
+    Weight* out = weights + (int64_t(row_tile) * tile_group.col_tiles + col_tile) * kTile * kTile;
     const Meeting<Grid> meeting = {Grid::scratch(1)};
-    const Similarity kind = super.similarity;
+    const Similarity kind = tile_group.similarity;
     const bool apart = kind.euclidean && !kind.normalize;
     const Acc range = apart ? Acc(1) : stats.header[kRange];
 
@@ -237,34 +239,36 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
-    any_law.visit(
-        [&](const auto& law) { weigh_tile<Math>(super, tile, ti, tj, law, stats, upstream, write); });
+    any_formula.visit([&](const auto& formula) {
+        weigh_tile<Math>(tile_group, tile, ti, tj, formula, stats, upstream, write);
+    });
     if (!apart) return;
     meeting.put_cols(0, col_sums, Plus{});
     block_sync();
     const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
     if (line >= Grid::kLines) return;
     const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
-    sums.template at<kTile>(super, side, side == 0 ? col_tile : row_tile, 0, at) =
+    sums.template at<kTile>(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
         meeting.get(0, line, Plus{});
 }
 
-// Adds the sums of a super-tile's weights to those of its rows and columns; null where not wanted.
+// Adds the sums of a tile_group-tile's weights to those of its rows and columns; null where not wanted.
 template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_weights(const __grid_constant__ SuperTile<T, Acc> all, Partials<Acc> partials, const uint8_t* kept,
+    fold_weights(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, const uint8_t* kept,
                  Turn turn, Acc* row_sums, Acc* col_sums) {
-    const auto super = all.template in_use<Tile>();
+    const auto tile_group = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
     Acc* sums = side == 0 ? row_sums : col_sums;
-    if (!sums || !has_line<Tile>(super, side, line)) return;
-    const int64_t i = fold_row<Tile>(super, side, line);
+    if (!sums || !has_line<Tile>(tile_group, side, line)) return;
+    const int64_t i = fold_row<Tile>(tile_group, side, line);
     Acc sum = i < 0 || turn.first(side) ? Acc(0) : sums[i];
     const Acc none[1] = {Acc(0)};
-    for_slots<Tile>(super, partials, side, line, kept, kHasGradient, none, [&](const Acc(&q)[1][kFoldBatch]) {
+    for_slots<Tile>(tile_group, partials, side, line, kept, kHasGradient, none,
+                    [&](const Acc(&q)[1][kFoldBatch]) {
 #pragma unroll
-        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
-    });
+                        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
+                    });
     if (i >= 0) sums[i] = sum;
 }
 

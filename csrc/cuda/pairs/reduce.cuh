@@ -31,11 +31,11 @@ struct Division {
 template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_results(RowStats<Acc> stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
-                   int64_t refs, const int64_t* ref_count, Division division, Acc* result) {
+                   int64_t refs, const int64_t* num_valid_refs, Division division, Acc* result) {
     Acc* shared = shared_array<Acc>(0, kWarpSize);
     RowResult<Acc> r;
     // Of the references only norms matter, and where no row is, not even those.
-    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(ref_count, refs);
+    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(num_valid_refs, refs);
 #pragma unroll 8
     for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
         r.not_finite += Acc(!is_finite(ref_norms[j]));

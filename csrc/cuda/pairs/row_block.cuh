@@ -1,6 +1,6 @@
 // Small batches. A block owns a strip of 16 rows and all columns, and the strip of S stays in its shared
-// memory: mining, what the law gathers and the row losses never leave the block, and no pass needs another
-// kernel's result. Forward is this kernel and the reduction, backward this kernel alone.
+// memory: mining, what the formula gathers and the row losses never leave the block, and no pass needs
+// another kernel's result. Forward is this kernel and the reduction, backward this kernel alone.
 //
 // A pair is computed twice, in the strips of both its rows, and again in backward. All of these have the
 // same bits (Shape::kSymmetric), so everybody agrees on which pairs were kept.
@@ -51,8 +51,8 @@ struct StripPairs {
     Rows<T, Acc> other;  // the columns
     bool skip_self;      // both are the same points: (i, i) is no pair
     bool own_are_queries;
-    const int64_t* self_ref;  // of the queries
-    bool mine_self;           // whether mining sees the pair of a row and itself
+    const int64_t* self_index;  // of the queries
+    bool mine_self_pair;        // whether mining sees the pair of a row and itself
     Similarity similarity;
     int pitch;  // of the strip in shared memory
 
@@ -140,17 +140,17 @@ DML_DEVICE void strip_similarities(const StripPairs<T, Acc>& pairs, int64_t row0
 // lane of the warp touches only the columns that it visits anyway: j % 32 = lane.
 template <typename T, typename Acc>
 DML_DEVICE void mark_self(const StripPairs<T, Acc>& pairs, int64_t i, Acc* s) {
-    if (!pairs.self_ref) return;
+    if (!pairs.self_index) return;
     const int64_t cols = pairs.other.points.rows;
     const auto mark = [&](int64_t j) {
         if (pairs.other.labels[j] == pairs.own.labels[i]) s[j] = not_a_number<Acc>();
     };
     if (pairs.own_are_queries) {
-        const int64_t self = pairs.self_ref[i];
+        const int64_t self = pairs.self_index[i];
         if (self >= 0 && self < cols && self % kWarpSize == lane_id()) mark(self);
     } else {
         for (int64_t j = lane_id(); j < cols; j += kWarpSize) {
-            if (pairs.self_ref[j] == i) mark(j);
+            if (pairs.self_index[j] == i) mark(j);
         }
     }
 }
@@ -214,7 +214,7 @@ DML_DEVICE Running<kFold, Acc> gather_row(const LaneSet& kept, const Term& term,
     return fold;
 }
 
-// What a warp knows of a row before the law looks at it: its bounds, and which pairs they keep.
+// What a warp knows of a row before the formula looks at it: its bounds, and which pairs they keep.
 template <typename Acc>
 struct StripRow {
     Bounds<Acc> bounds;
@@ -229,7 +229,7 @@ DML_DEVICE StripRow<Acc> mine_row(const StripPairs<T, Acc>& pairs, int64_t i, Ac
     const int64_t label = pairs.own.labels[i];
     StripRow<Acc> row;
     mark_diagonal(pairs, i, s);
-    if (!pairs.mine_self) mark_self(pairs, i, s);
+    if (!pairs.mine_self_pair) mark_self(pairs, i, s);
     Extremes<Acc> hardest;
     each_of_lane(cols, [&](int k, int j) {
         const bool positive = pairs.other.labels[j] == label;
@@ -239,7 +239,7 @@ DML_DEVICE StripRow<Acc> mine_row(const StripPairs<T, Acc>& pairs, int64_t i, Ac
     hardest = {warp_min(hardest.min_pos), warp_max(hardest.max_neg)};
     row.bounds = mining.on ? hardest.mined(Acc(mining.epsilon)) : Bounds<Acc>::all();
     row.had_both = hardest.has_both();
-    if (pairs.mine_self) mark_self(pairs, i, s);
+    if (pairs.mine_self_pair) mark_self(pairs, i, s);
     each_of_lane(cols, [&](int k, int j) {
         row.kept.add(k, row.positives.has(k) ? s[j] < row.bounds.pos_below : s[j] > row.bounds.neg_above);
     });
@@ -247,34 +247,37 @@ DML_DEVICE StripRow<Acc> mine_row(const StripPairs<T, Acc>& pairs, int64_t i, Ac
 }
 
 // A warp finishes row i.
-template <typename Law, typename T, typename Acc>
+template <typename Formula, typename T, typename Acc>
 DML_DEVICE void strip_row(const StripPairs<T, Acc>& pairs, int64_t i, const Acc* s,
-                          const StripRow<Acc>& mined, const Law& law, bool mining, bool count_zeros,
+                          const StripRow<Acc>& mined, const Formula& formula, bool mining, bool count_zeros,
                           const RowStats<Acc>& stats, const Results<Acc>& results) {
     const LaneSet positives = {mined.kept.bits & mined.positives.bits};
-    const LaneSet negatives = {Law::kPosInNeg ? mined.kept.bits : mined.kept.bits & ~mined.positives.bits};
+    const LaneSet negatives = {Formula::kPosInNeg ? mined.kept.bits
+                                                  : mined.kept.bits & ~mined.positives.bits};
     const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
-    Gathering<Law, Acc> row;
-    row.neg = gather_row<Law::kNeg, Acc>(negatives, [&](int j) { return law.neg_term(s[j]); }, zero_counts);
+    Gathering<Formula, Acc> row;
+    row.neg =
+        gather_row<Formula::kNeg, Acc>(negatives, [&](int j) { return formula.neg_term(s[j]); }, zero_counts);
     Acc context = 0;
-    if constexpr (Law::kContext) {
-        context = row.neg.value(Law::kPlusOne);
-        Acc slope = 0;
-        positives.each([&](int j) { slope += law.pos_context(s[j], context); });
+    if constexpr (Formula::kContext) {
+        context = row.neg.value(Formula::kPlusOne);
+        Acc derivative = 0;
+        positives.each([&](int j) { derivative += formula.pos_context(s[j], context); });
         row.neg.a = context;
-        row.neg.b = warp_sum(slope);
+        row.neg.b = warp_sum(derivative);
     }
-    row.pos = gather_row<Law::kPos, Acc>(
-        positives, [&](int j) { return law.pos_term(s[j], context); }, zero_counts);
+    row.pos = gather_row<Formula::kPos, Acc>(
+        positives, [&](int j) { return formula.pos_term(s[j], context); }, zero_counts);
     if (lane_id() != 0) return;
-    results.store(
-        i, finish_row(stats, i, law, row, mined.bounds, mining, mined.had_both, pairs.own.norms[i], results));
+    results.store(i, finish_row(stats, i, formula, row, mined.bounds, mining, mined.had_both,
+                                pairs.own.norms[i], results));
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
-    strip_forward(const __grid_constant__ StripPairs<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
-                  Mining mining, bool count_zeros, RowStats<Acc> stats, Results<Acc> results) {
+    strip_forward(const __grid_constant__ StripPairs<T, Acc> all,
+                  const __grid_constant__ AnyFormula<Acc> any_formula, Mining mining, bool count_zeros,
+                  RowStats<Acc> stats, Results<Acc> results) {
     using Layout = StripLayout<T, Acc>;
     const StripPairs<T, Acc> pairs = all.in_use();
     Acc* strip = shared_array<Acc>(Layout::kStrip, kStripRows * pairs.pitch);
@@ -285,8 +288,8 @@ __global__ void __launch_bounds__(kStripThreads, 1)
         if (row0 + r >= pairs.own.points.rows) break;
         Acc* s = strip + r * pairs.pitch;
         const StripRow<Acc> mined = mine_row(pairs, row0 + r, s, mining);
-        any_law.visit([&](const auto& law) {
-            strip_row(pairs, row0 + r, s, mined, law, mining.on, count_zeros, stats, results);
+        any_formula.visit([&](const auto& formula) {
+            strip_row(pairs, row0 + r, s, mined, formula, mining.on, count_zeros, stats, results);
         });
     }
 }
@@ -301,7 +304,7 @@ template <typename Math, typename GradMath, typename T = typename Math::Value,
           typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kStripThreads, 1)
     strip_backward(const __grid_constant__ StripPairs<T, Acc> all,
-                   const __grid_constant__ AnyLaw<Acc> any_law, RowStats<Acc> stats, Sides sides,
+                   const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> stats, Sides sides,
                    Upstream<Acc> upstream, T* grad) {
     using Layout = StripLayout<T, Acc>;
     const StripPairs<T, Acc> pairs = all.in_use();
@@ -341,7 +344,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
             if (!keep) s[j] = Acc(0);
         });
         Acc toward_self = 0;  // how much of its own row the gradient holds too much
-        any_law.visit([&](const auto& law) {
+        any_formula.visit([&](const auto& formula) {
             kept.each([&](int j) {
                 const Acc sim = s[j];
                 const bool positive = positives.has(j / kWarpSize);
@@ -350,7 +353,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
 #pragma unroll 1
                 for (int side = 0; side < (sides.other ? 2 : 1); ++side) {  // times: 2
                     if (side == 1) of_line = RowWeight<Acc>::load(stats, j, upstream);
-                    w += of_line.of(law, positive, sim);
+                    w += of_line.of(formula, positive, sim);
                 }
                 s[j] = w;
                 if (w == Acc(0)) return;

@@ -1,41 +1,42 @@
 // What a row gathers over its kept pairs, from the numbers that tiles leave to its loss, and what backward
-// needs of it. One law at a time: everything here is compiled for a law and called behind AnyLaw::visit.
+// needs of it. One formula at a time: everything here is compiled for a formula and called behind
+// AnyFormula::visit.
 #pragma once
 
 #include "cuda/pairs/rows.cuh"
 
 namespace dml::cuda {
 
-// A law with its parameters, as a kernel's argument. Its struct is made on the host, so that no kernel
+// A formula with its parameters, as a kernel's argument. Its struct is made on the host, so that no kernel
 // divides doubles.
 template <typename Acc>
-struct AnyLaw {
-    LawId id;
+struct AnyFormula {
+    FormulaId id;
     alignas(8) unsigned char bytes[8 * 8];
 
-    explicit AnyLaw(const Problem& problem) : id(problem.law), bytes{} {
-        with_law(id, [&](auto tag) {
-            using Law = typename decltype(tag)::template Of<Acc>;
-            static_assert(sizeof(Law) <= sizeof(bytes), "room for a law's parameters");
-            const Law law(problem.params);
-            std::memcpy(bytes, &law, sizeof law);
+    explicit AnyFormula(const Problem& problem) : id(problem.formula), bytes{} {
+        with_formula(id, [&](auto tag) {
+            using Formula = typename decltype(tag)::template Of<Acc>;
+            static_assert(sizeof(Formula) <= sizeof(bytes), "room for a formula's parameters");
+            const Formula formula(problem.params);
+            std::memcpy(bytes, &formula, sizeof formula);
         });
     }
-    // visit(law): the one branch, the same for all threads.
+    // visit(formula): the one branch, the same for all threads.
     template <typename Visit>
     DML_DEVICE void visit(const Visit& visit) const {
-        with_law(id, [&](auto tag) {
-            using Law = typename decltype(tag)::template Of<Acc>;
-            visit(*reinterpret_cast<const Law*>(bytes));
+        with_formula(id, [&](auto tag) {
+            using Formula = typename decltype(tag)::template Of<Acc>;
+            visit(*reinterpret_cast<const Formula*>(bytes));
         });
     }
 };
 
-// Laws whose positives see the value of the negatives' fold take two streams over the tiles.
+// Formulas whose positives see the value of the negatives' fold take two streams over the tiles.
 enum class Stage { kBoth, kNegatives, kPositives };
 
-template <typename Law>
-inline constexpr bool kAnyLogSumExp = Law::kNeg == Fold::kLogSumExp || Law::kPos == Fold::kLogSumExp;
+template <typename Formula>
+inline constexpr bool kAnyLogSumExp = Formula::kNeg == Fold::kLogSumExp || Formula::kPos == Fold::kLogSumExp;
 
 // The saved statistics: one array for each quantity, so that neighbouring threads read neighbours.
 template <typename Acc>
@@ -91,10 +92,10 @@ inline constexpr Acc kZeroCounts = Acc(1) / Acc(int64_t(1) << 40);
 
 // What a row, or one tile's line of it, has gathered. While positives are gathered with a context, neg.a is
 // that context and neg.b the sum of the terms' derivatives with respect to it.
-template <typename Law, typename Acc>
+template <typename Formula, typename Acc>
 struct Gathering {
-    Running<Law::kNeg, Acc> neg;
-    Running<Law::kPos, Acc> pos;
+    Running<Formula::kNeg, Acc> neg;
+    Running<Formula::kPos, Acc> pos;
 
     // q: of several tiles, in their order.
     template <Stage kStage, int Count>
@@ -108,9 +109,9 @@ struct Gathering {
         if constexpr (kStage != Stage::kNegatives) pos.merge(q[2], q[3]);
     }
 };
-template <typename Law, Stage kStage, typename Acc>
+template <typename Formula, Stage kStage, typename Acc>
 DML_DEVICE void no_quantities(Acc (&q)[4]) {
-    const Gathering<Law, Acc> none;
+    const Gathering<Formula, Acc> none;
     q[0] = none.neg.a;
     q[1] = none.neg.b;
     q[2] = none.pos.a;
@@ -126,12 +127,12 @@ struct RunningRow {
     DML_DEVICE Acc& min_pos() const { return stats.neg_above[i]; }
     DML_DEVICE Acc& max_neg() const { return stats.pos_below[i]; }
 
-    template <typename Law>
-    DML_DEVICE Gathering<Law, Acc> load() const {
+    template <typename Formula>
+    DML_DEVICE Gathering<Formula, Acc> load() const {
         return {{stats.neg[i], stats.d_neg[i]}, {stats.pos[i], stats.d_pos[i]}};
     }
-    template <typename Law>
-    DML_DEVICE void store(const Gathering<Law, Acc>& g) const {
+    template <typename Formula>
+    DML_DEVICE void store(const Gathering<Formula, Acc>& g) const {
         stats.neg[i] = g.neg.a;
         stats.d_neg[i] = g.neg.b;
         stats.pos[i] = g.pos.a;
@@ -189,30 +190,30 @@ struct Results {
     }
 };
 
-// A row is finished from what it gathered. context: the value of the negatives' fold, where the law has it
-// already. had_both: so says mining, of the pairs before it; without mining every pair was kept, so what is
-// empty the labels did not give.
-template <typename Law, typename Acc>
-DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, const Law& law,
-                                     const Gathering<Law, Acc>& row, Bounds<Acc> bounds, bool mining,
+// A row is finished from what it gathered. context: the value of the negatives' fold, where the formula has
+// it already. had_both: so says mining, of the pairs before it; without mining every pair was kept, so what
+// is empty the labels did not give.
+template <typename Formula, typename Acc>
+DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, const Formula& formula,
+                                     const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
                                      bool had_both, Acc norm, const Results<Acc>& results) {
     Gathered<Acc> g;
     Acc pos_context = Acc(0);
     bool any_neg = row.neg.any();
-    if constexpr (Law::kContext) {
+    if constexpr (Formula::kContext) {
         g.neg = row.neg.a;
         pos_context = row.neg.b;
-        any_neg = g.neg != (Law::kPlusOne ? Acc(0) : -infinity<Acc>());
+        any_neg = g.neg != (Formula::kPlusOne ? Acc(0) : -infinity<Acc>());
     } else {
-        g.neg = row.neg.value(Law::kPlusOne);
+        g.neg = row.neg.value(Formula::kPlusOne);
         g.neg_count = row.neg.count();
     }
-    g.pos = row.pos.value(Law::kPlusOne);
+    g.pos = row.pos.value(Formula::kPlusOne);
     g.pos_count = row.pos.count();
 
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
-    const bool has_loss = valid && (any_pos || !Law::kNeedsPos) && (any_neg || !Law::kNeedsNeg);
-    RowSlopes<Acc> loss = law.row(g, pos_context);
+    const bool has_loss = valid && (any_pos || !Formula::kNeedsPos) && (any_neg || !Formula::kNeedsNeg);
+    RowDerivatives<Acc> loss = formula.row(g, pos_context);
     if (!has_loss) {
         bounds = Bounds<Acc>::none();
         loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = g.neg = g.pos = Acc(0);
@@ -232,12 +233,12 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
     result.not_finite = Acc(!is_finite(norm));
     result.very_long = Acc(is_very_long(norm));
 #pragma unroll
-    for (int k = 0; k < Law::kParts; ++k) {
+    for (int k = 0; k < Formula::kParts; ++k) {
         result.part[k] = loss.part[k];
         Acc unit = loss.unit[k];
-        if constexpr (Law::kUnit == Unit::kRow) {
+        if constexpr (Formula::kUnit == Unit::kRow) {
             if (results.reduction == Reduction::kMeanNonzero) unit = Acc(loss.part[k] != Acc(0));
-            if (results.reduction == Reduction::kMeanValid && Law::kParts == 1) unit = Acc(valid);
+            if (results.reduction == Reduction::kMeanValid && Formula::kParts == 1) unit = Acc(valid);
         }
         result.unit[k] = unit;
     }
@@ -288,18 +289,19 @@ struct RowWeight {
     }
 
     // dL_i/ds; exactly 0 where the pair was not kept.
-    template <typename Law>
-    DML_DEVICE Acc of(const Law& law, bool positive, Acc s) const {
+    template <typename Formula>
+    DML_DEVICE Acc of(const Formula& formula, bool positive, Acc s) const {
         if (positive ? !(s < bounds.pos_below) : !(s > bounds.neg_above)) return Acc(0);
         Acc w = 0;
-        if (!positive || Law::kPosInNeg) {
-            w = d_neg * law.neg_slope(s);
-            if constexpr (Law::kNeg == Fold::kLogSumExp) w *= std::exp(law.neg_term(s) - neg);
+        if (!positive || Formula::kPosInNeg) {
+            w = d_neg * formula.neg_derivative(s);
+            if constexpr (Formula::kNeg == Fold::kLogSumExp) w *= std::exp(formula.neg_term(s) - neg);
         }
         if (positive) {
-            const Acc context = Law::kContext ? neg : Acc(0);
-            Acc by_pos = d_pos * law.pos_slope(s, context);
-            if constexpr (Law::kPos == Fold::kLogSumExp) by_pos *= std::exp(law.pos_term(s, context) - pos);
+            const Acc context = Formula::kContext ? neg : Acc(0);
+            Acc by_pos = d_pos * formula.pos_derivative(s, context);
+            if constexpr (Formula::kPos == Fold::kLogSumExp)
+                by_pos *= std::exp(formula.pos_term(s, context) - pos);
             w += by_pos;
         }
         return w;

@@ -1,15 +1,15 @@
-// Large batches, backward. For each super-tile one launch turns similarities into weights (pair_weights.cuh),
-// and one multiplies them by the points, with one owner for each block of the gradient: what is accumulated
-// for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in which nothing was
-// kept are skipped whole.
+// Large batches, backward. For each tile_group-tile one launch turns similarities into weights
+// (pair_weights.cuh), and one multiplies them by the points, with one owner for each block of the gradient:
+// what is accumulated for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in
+// which nothing was kept are skipped whole.
 #pragma once
 
 #include "cuda/pairs/pair_weights.cuh"
 
 namespace dml::cuda {
 
-inline constexpr int kMaxSuperTile = 64;            // tiles along an edge, as a square
-inline constexpr int kMaxLine = 2 * kMaxSuperTile;  // along the longer edge
+inline constexpr int kMaxTileGroup = 64;            // tiles along an edge, as a square
+inline constexpr int kMaxLine = 2 * kMaxTileGroup;  // along the longer edge
 
 // The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are
 // read.
@@ -59,7 +59,7 @@ template <typename Acc>
 struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
     bool shared[2];         // whether several blocks share a line of that side
-    Acc* parts;             // [blocks - 1, rows of those sides in the super-tile, dim], of all but the first
+    Acc* parts;  // [blocks - 1, rows of those sides in the tile_group-tile, dim], of all but the first
 
     // Tiles of lines that are shared, of this side's and all.
     DML_INLINE int tiles(int of, int row_tiles, int col_tiles) const {
@@ -96,11 +96,11 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
     block_sync();
 }
 
-// Adds W P to the product, for the tiles W of the super-tile's row of tiles `own` that are kept and the
+// Adds W P to the product, for the tiles W of the tile_group-tile's row of tiles `own` that are kept and the
 // points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
 // rows. A part of them.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
-DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super, int own, Part part,
+DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_group, int own, Part part,
                                     const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
@@ -110,20 +110,20 @@ DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super
     static_assert(kSlices % Traits::kStages == 0, "whole rounds");
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
     int* list = shared_array<int>(Traits::kList, kMaxLine + 1);
-    list_slots(list, Transposed ? super.row_tiles : super.col_tiles, [&](int slot) {
-        const int64_t ti = super.row_tile + (Transposed ? slot : own);
-        const int64_t tj = super.col_tile + (Transposed ? own : slot);
-        return super.has(ti, tj) && (!kept || (kept[super.tile_index(ti, tj)] & kHasGradient));
+    list_slots(list, Transposed ? tile_group.row_tiles : tile_group.col_tiles, [&](int slot) {
+        const int64_t ti = tile_group.row_tile + (Transposed ? slot : own);
+        const int64_t tj = tile_group.col_tile + (Transposed ? own : slot);
+        return tile_group.has(ti, tj) && (!kept || (kept[tile_group.tile_index(ti, tj)] & kHasGradient));
     });
 
     const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
-        Transposed ? super.rows.points : super.cols.points,
-        (Transposed ? super.row_tile : super.col_tile) * kTile, d0);
+        Transposed ? tile_group.rows.points : tile_group.cols.points,
+        (Transposed ? tile_group.row_tile : tile_group.col_tile) * kTile, d0);
     using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
     using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
     const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
-        weights + int64_t(own) * (Transposed ? 1 : super.col_tiles) * kTile * kTile);
-    const unsigned slot_size = unsigned(Transposed ? super.col_tiles : 1) * kTile * kTile;
+        weights + int64_t(own) * (Transposed ? 1 : tile_group.col_tiles) * kTile * kTile);
+    const unsigned slot_size = unsigned(Transposed ? tile_group.col_tiles : 1) * kTile * kTile;
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
     };
@@ -155,7 +155,7 @@ DML_DEVICE void add_weighted_points(Sum& product, const SuperTile<T, Acc>& super
 template <typename GradMath, int Cols, typename T = typename GradMath::Value,
           typename Acc = typename GradMath::Acc>
 __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
-    add_gradients(const __grid_constant__ SuperTile<T, Acc> all,
+    add_gradients(const __grid_constant__ TileGroup<T, Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
                   const typename GradTraits<GradMath, Cols>::Weight* weights) {
     using Traits = GradTraits<GradMath, Cols>;
@@ -165,17 +165,17 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     const Gradient<Acc>& gradient = gradients.side[side];
     const Part part = {int(blockIdx.z), gradients.shared[side] ? int(gridDim.z) : 1};
     if (!gradient.sum || part.index >= part.count) return;
-    const auto super = all.template in_use<kTile>();
+    const auto tile_group = all.template in_use<kTile>();
     const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
 
     using Sum = Product<GradMath, typename Traits::TileShape>;
     Sum product;
-    if (side == 0) add_weighted_points<Traits, false>(product, super, own, part, kept, weights, d0);
-    if (side == 1 || super.diagonal())
-        add_weighted_points<Traits, true>(product, super, own, part, kept, weights, d0);
+    if (side == 0) add_weighted_points<Traits, false>(product, tile_group, own, part, kept, weights, d0);
+    if (side == 1 || tile_group.diagonal())
+        add_weighted_points<Traits, true>(product, tile_group, own, part, kept, weights, d0);
 
-    const int64_t row0 = ((side == 0 ? super.row_tile : super.col_tile) + own) * kTile;
-    const int64_t dim = super.rows.points.cols, rows = gradient.count - row0;
+    const int64_t row0 = ((side == 0 ? tile_group.row_tile : tile_group.col_tile) + own) * kTile;
+    const int64_t dim = tile_group.rows.points.cols, rows = gradient.count - row0;
     const bool apart = part.index > 0, first = apart || gradient.first;
     const int64_t tiles = gradients.tiles(all.row_tiles, all.col_tiles);
     const int before = side == 0 ? 0 : gradients.tiles(0, all.row_tiles, all.col_tiles);

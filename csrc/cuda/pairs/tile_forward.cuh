@@ -1,8 +1,8 @@
 // Large batches, forward: streams over the tiles, each followed by a fold into the rows' statistics. The
-// first (only with mining) finds every row's hardest pairs, the second what the law gathers over the pairs
-// kept; a law whose positives see what the negatives came to takes a third. Tiles leave partial results for
-// their rows and columns; folds merge them in the order of the tiles, one thread a row, so that the result
-// never depends on which block came first.
+// first (only with mining) finds every row's hardest pairs, the second what the formula gathers over the
+// pairs kept; a formula whose positives see what the negatives came to takes a third. Tiles leave partial
+// results for their rows and columns; folds merge them in the order of the tiles, one thread a row, so that
+// the result never depends on which block came first.
 //
 // A term does not depend on whose row it is. So log-sum-exps within a tile are relative to one number, the
 // tile's largest term, and one exponential a pair serves its row and its column. A line that lies so far
@@ -13,8 +13,8 @@
 
 namespace dml::cuda {
 
-// A super-tile's results for its lines: for each of 2 sides [slots][kQuantities][lines]. A line is a row
-// (side 0) or column (side 1) of the super-tile, a slot the tile on the other axis.
+// A tile_group-tile's results for its lines: for each of 2 sides [slots][kQuantities][lines]. A line is a row
+// (side 0) or column (side 1) of the tile_group-tile, a slot the tile on the other axis.
 inline constexpr int kQuantities = 4;
 
 template <typename Acc>
@@ -22,9 +22,10 @@ struct Partials {
     Acc* data;
 
     template <int Tile, typename T>
-    DML_DEVICE Acc& at(const SuperTile<T, Acc>& super, int side, int slot, int quantity, int line) const {
-        const int lines = (side == 0 ? super.row_tiles : super.col_tiles) * Tile;
-        const int64_t of_side = int64_t(super.row_tiles) * super.col_tiles * Tile * kQuantities;
+    DML_DEVICE Acc& at(const TileGroup<T, Acc>& tile_group, int side, int slot, int quantity,
+                       int line) const {
+        const int lines = (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
+        const int64_t of_side = int64_t(tile_group.row_tiles) * tile_group.col_tiles * Tile * kQuantities;
         return data[side * of_side + (int64_t(slot) * kQuantities + quantity) * lines + line];
     }
 };
@@ -65,14 +66,14 @@ __global__ void __launch_bounds__(kNormThreads)
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    find_extremes(const __grid_constant__ SuperTile<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
+    find_extremes(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
     using Grid = PairGrid<Math>;
     constexpr int kTile = Grid::kTile;
-    const auto super = all.template in_use<kTile>();
+    const auto tile_group = all.template in_use<kTile>();
     const int row = int(blockIdx.y), col = int(blockIdx.x);
-    const int64_t ti = super.row_tile + row, tj = super.col_tile + col;
-    if (!super.has(ti, tj)) return;
-    const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, true);
+    const int64_t ti = tile_group.row_tile + row, tj = tile_group.col_tile + col;
+    if (!tile_group.has(ti, tj)) return;
+    const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, true);
     const Meeting<Grid> meeting = {Grid::scratch(2)};
 
     const ColumnIds<Grid> col_ids;
@@ -120,13 +121,13 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 
     const int line = int(threadIdx.x);
     Extremes<Acc> found;
-    if (line < (super.square ? Grid::kLines : kTile)) {
+    if (line < (tile_group.square ? Grid::kLines : kTile)) {
         found = {meeting.get(0, line, Least{}), meeting.get(1, line, Greatest{})};
         const int side = line < kTile ? 0 : 1;
         const int slot = side == 0 ? col : row,
                   at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
-        partials.template at<kTile>(super, side, slot, 0, at) = found.min_pos;
-        partials.template at<kTile>(super, side, slot, 1, at) = found.max_neg;
+        partials.template at<kTile>(tile_group, side, slot, 0, at) = found.min_pos;
+        partials.template at<kTile>(tile_group, side, slot, 1, at) = found.max_neg;
     }
     if (!tile_extremes) return;
     Acc* of_warps = Grid::line_numbers();
@@ -140,20 +141,20 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     Extremes<Acc> of_tile;
     for (int w = 0; w < TileTraits<Math>::kThreads / kWarpSize; ++w)
         of_tile.merge({of_warps[w], of_warps[kWarpSize + w]});
-    const int64_t index = super.tile_index(ti, tj);
+    const int64_t index = tile_group.tile_index(ti, tj);
     tile_extremes[2 * index] = of_tile.min_pos;
     tile_extremes[2 * index + 1] = of_tile.max_neg;
 }
 
-// ---- what the law gathers -----------------------------------------------------------------------------
+// ---- what the formula gathers -----------------------------------------------------------------------------
 
 // Whether any line of a tile may keep anything of it, from the tile's extremes and the lines' bounds.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE bool may_keep(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj, const RowStats<Acc>& stats,
-                         const Acc* tile_extremes, bool negatives) {
-    const int64_t index = super.tile_index(ti, tj);
-    const int64_t i = line_of_thread<Math>(super, ti, tj);
-    const bool counts = i >= 0 && (super.square || int(threadIdx.x) < TileTraits<Math>::kTile);
+DML_DEVICE bool may_keep(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
+                         const RowStats<Acc>& stats, const Acc* tile_extremes, bool negatives) {
+    const int64_t index = tile_group.tile_index(ti, tj);
+    const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
+    const bool counts = i >= 0 && (tile_group.square || int(threadIdx.x) < TileTraits<Math>::kTile);
     const bool own = counts && (tile_extremes[2 * index] < stats.pos_below[i] ||
                                 (negatives && tile_extremes[2 * index + 1] > stats.neg_above[i]));
     return block_any<Math>(own);
@@ -161,17 +162,17 @@ DML_DEVICE bool may_keep(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj,
 
 // Whether any pair of a tile has one label.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE bool has_positives(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+DML_DEVICE bool has_positives(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile;
     int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
-    const int64_t i = line_of_thread<Math>(super, ti, tj);
+    const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
     const int line = int(threadIdx.x);
-    if (i >= 0) labels[line] = (line < kTile ? super.rows : super.cols).labels[i];
+    if (i >= 0) labels[line] = (line < kTile ? tile_group.rows : tile_group.cols).labels[i];
     block_sync();
     bool any = false;
     if (i >= 0 && line < kTile) {
-        const int64_t cols = super.cols.points.rows - tj * kTile;
+        const int64_t cols = tile_group.cols.points.rows - tj * kTile;
         for (int c = 0; c < (cols < kTile ? int(cols) : kTile); ++c)
             any = any || labels[kTile + c] == labels[line];
     }
@@ -195,15 +196,15 @@ inline constexpr Acc kLeastExp = Acc(sizeof(Acc) == 4 ? 1e-36 : 1e-300);
 template <typename Acc>
 inline constexpr Acc kLeastSum = Acc(sizeof(Acc) == 4 ? 1e-26 : 1e-270);
 
-// Which quantities the threads of a line add up, for a law and a stage.
-template <typename Law, Stage kStage>
+// Which quantities the threads of a line add up, for a formula and a stage.
+template <typename Formula, Stage kStage>
 struct Summed {
     static constexpr bool kNegs = kStage != Stage::kPositives, kPoss = kStage != Stage::kNegatives;
-    static constexpr bool kNegExp = kNegs && Law::kNeg == Fold::kLogSumExp;
-    static constexpr bool kPosExp = kPoss && Law::kPos == Fold::kLogSumExp;
+    static constexpr bool kNegExp = kNegs && Formula::kNeg == Fold::kLogSumExp;
+    static constexpr bool kPosExp = kPoss && Formula::kPos == Fold::kLogSumExp;
     static constexpr bool kNegCount = kNegs && !kNegExp, kPosCount = kPoss && !kPosExp;
     static constexpr bool kContext = kStage == Stage::kPositives;
-    static_assert(!(Law::kContext && (Law::kPos != Fold::kSum || Law::kPosInNeg)),
+    static_assert(!(Formula::kContext && (Formula::kPos != Fold::kSum || Formula::kPosInNeg)),
                   "terms that see a context are summed, in a stage of their own");
     static constexpr int kNegSum = 0, kAtNegCount = kNegSum + kNegs, kPosSum = kAtNegCount + kNegCount,
                          kAtPosCount = kPosSum + kPoss, kAtContext = kAtPosCount + kPosCount;
@@ -211,21 +212,21 @@ struct Summed {
 };
 
 // How many quantities the kernels' scratch must have room for.
-inline int most_summed(LawId law) {
+inline int most_summed(FormulaId formula) {
     int most = 0;
-    with_law(law, [&](auto tag) {
-        using Law = typename decltype(tag)::template Of<float>;
-        most = Law::kContext
-                   ? std::max(Summed<Law, Stage::kNegatives>::kCount, Summed<Law, Stage::kPositives>::kCount)
-                   : Summed<Law, Stage::kBoth>::kCount;
+    with_formula(formula, [&](auto tag) {
+        using Formula = typename decltype(tag)::template Of<float>;
+        most = Formula::kContext ? std::max(Summed<Formula, Stage::kNegatives>::kCount,
+                                            Summed<Formula, Stage::kPositives>::kCount)
+                                 : Summed<Formula, Stage::kBoth>::kCount;
     });
     return most;
 }
 
-// One line's sums under way; what a law and stage do not use, no register holds.
-template <typename Law, Stage kStage, typename Acc>
+// One line's sums under way; what a formula and stage do not use, no register holds.
+template <typename Formula, Stage kStage, typename Acc>
 struct LineSums {
-    using Which = Summed<Law, kStage>;
+    using Which = Summed<Formula, kStage>;
     Acc neg = 0, neg_count = 0, pos = 0, pos_count = 0, context = 0;
 
     template <typename F>
@@ -239,11 +240,11 @@ struct LineSums {
 };
 
 // What a tile's pairs add to their lines.
-template <typename Law, Stage kStage, typename Acc>
+template <typename Formula, Stage kStage, typename Acc>
 struct PairTerms {
-    using Which = Summed<Law, kStage>;
-    using Sums = LineSums<Law, kStage, Acc>;
-    const Law& law;
+    using Which = Summed<Formula, kStage>;
+    using Sums = LineSums<Formula, kStage, Acc>;
+    const Formula& formula;
     Acc top_neg, top_pos;  // what exponentials are relative to
     Acc zero_counts;       // what a summand that is 0 counts
 
@@ -251,16 +252,16 @@ struct PairTerms {
     DML_DEVICE Acc counted(Acc term) const { return term != Acc(0) ? Acc(1) : zero_counts; }
 
     DML_DEVICE Acc neg_term(Acc s) const {
-        if constexpr (Which::kNegExp) return at_least(quick_exp(law.neg_term(s) - top_neg));
-        return law.neg_term(s);
+        if constexpr (Which::kNegExp) return at_least(quick_exp(formula.neg_term(s) - top_neg));
+        return formula.neg_term(s);
     }
     DML_DEVICE Acc pos_term(Acc s) const {
-        if constexpr (Which::kPosExp) return at_least(quick_exp(law.pos_term(s, Acc(0)) - top_pos));
-        return Law::kContext ? Acc(0) : law.pos_term(s, Acc(0));
+        if constexpr (Which::kPosExp) return at_least(quick_exp(formula.pos_term(s, Acc(0)) - top_pos));
+        return Formula::kContext ? Acc(0) : formula.pos_term(s, Acc(0));
     }
     // As a member of the negatives' fold; term as neg_term says.
     DML_DEVICE void add_negative(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc above) const {
-        const bool keep = Law::kPosInNeg ? (positive ? s < below : s > above) : !positive && s > above;
+        const bool keep = Formula::kPosInNeg ? (positive ? s < below : s > above) : !positive && s > above;
         if (!keep) return;
         line.neg += term;
         if constexpr (Which::kNegCount) line.neg_count += counted(term);
@@ -268,19 +269,19 @@ struct PairTerms {
     // As one of the positives; term as pos_term says.
     DML_DEVICE void add_positive(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc context) const {
         if (!(positive && s < below)) return;
-        if constexpr (Law::kContext) term = law.pos_term(s, context);
+        if constexpr (Formula::kContext) term = formula.pos_term(s, context);
         line.pos += term;
         if constexpr (Which::kPosCount) line.pos_count += counted(term);
-        if constexpr (Which::kContext) line.context += law.pos_context(s, context);
+        if constexpr (Which::kContext) line.context += formula.pos_context(s, context);
     }
 };
 
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
-template <typename Math, Stage kStage, typename Law, typename Acc>
-DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
+template <typename Math, Stage kStage, typename Formula, typename Acc>
+DML_DEVICE void gather_carefully(const Formula& formula, int line, Acc below, Acc above,
                                  Acc (&q)[kQuantities]) {  // rare: a line far below the others of its tile
     using Grid = PairGrid<Math>;
-    using Which = Summed<Law, kStage>;
+    using Which = Summed<Formula, kStage>;
     constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
     const bool is_row = line < kTile;
     const Acc* sims = is_row ? &Grid::sim(line, 0) : &Grid::sim(0, line - kTile);
@@ -302,10 +303,10 @@ DML_DEVICE void gather_carefully(const Law& law, int line, Acc below, Acc above,
                 }
             };
             if constexpr (Which::kNegExp) {
-                if (!positive || Law::kPosInNeg) add(0, law.neg_term(s));
+                if (!positive || Formula::kPosInNeg) add(0, formula.neg_term(s));
             }
             if constexpr (Which::kPosExp) {
-                if (positive) add(1, law.pos_term(s, Acc(0)));
+                if (positive) add(1, formula.pos_term(s, Acc(0)));
             }
         }
     }
@@ -338,21 +339,21 @@ DML_DEVICE Acc block_max(Acc x, Acc* shared) {
 
 // Gathers a tile for its rows and, where square, its columns. Returns whether this thread's line found a
 // derivative that can be not 0.
-template <typename Math, Stage kStage, typename Law, typename T, typename Acc>
-DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile, int64_t ti,
-                            int64_t tj, const Law& law, const RowStats<Acc>& stats,
+template <typename Math, Stage kStage, typename Formula, typename T, typename Acc>
+DML_DEVICE bool gather_tile(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile, int64_t ti,
+                            int64_t tj, const Formula& formula, const RowStats<Acc>& stats,
                             const Partials<Acc>& partials, bool count_zeros) {
     using Grid = PairGrid<Math>;
-    using Which = Summed<Law, kStage>;
-    using Sums = LineSums<Law, kStage, Acc>;
+    using Which = Summed<Formula, kStage>;
+    using Sums = LineSums<Formula, kStage, Acc>;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
     const int line = int(threadIdx.x);
-    const int lines = super.square ? kLines : kTile;
+    const int lines = tile_group.square ? kLines : kTile;
 
     // Of each line: bounds and context.
     Acc* numbers = Grid::line_numbers();
     if (line < kLines) {
-        const int64_t i = line_of_thread<Math>(super, ti, tj);
+        const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
         const bool used = i >= 0 && line < lines;
         numbers[line] = used ? stats.pos_below[i] : Bounds<Acc>::none().pos_below;
         numbers[kLines + line] = used ? stats.neg_above[i] : Bounds<Acc>::none().neg_above;
@@ -363,7 +364,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     // The largest terms, which are those of the least or the greatest similarity.
     Acc top_neg = 0, top_pos = 0;
     if constexpr (Which::kNegExp || Which::kPosExp) {
-        constexpr int kKinds = Law::kPosInNeg ? 1 : 2;  // negatives, positives; or all together
+        constexpr int kKinds = Formula::kPosInNeg ? 1 : 2;  // negatives, positives; or all together
         Acc least[kKinds], greatest[kKinds];
         for (int k = 0; k < kKinds; ++k) {
             least[k] = infinity<Acc>();
@@ -397,15 +398,16 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
             return std::fmax(term(low), term(high));
         };
         if constexpr (Which::kNegExp)
-            top_neg = top(0, numbers + 3 * kLines, [&](Acc s) { return law.neg_term(s); });
+            top_neg = top(0, numbers + 3 * kLines, [&](Acc s) { return formula.neg_term(s); });
         if constexpr (Which::kPosExp)
-            top_pos = top(kKinds - 1, numbers + 4 * kLines, [&](Acc s) { return law.pos_term(s, Acc(0)); });
+            top_pos =
+                top(kKinds - 1, numbers + 4 * kLines, [&](Acc s) { return formula.pos_term(s, Acc(0)); });
     }
     block_sync();
 
     const Meeting<Grid> meeting = {Grid::scratch(Which::kCount)};
-    const PairTerms<Law, kStage, Acc> terms = {law, top_neg, top_pos,
-                                               count_zeros ? Acc(1) : kZeroCounts<Acc>};
+    const PairTerms<Formula, kStage, Acc> terms = {formula, top_neg, top_pos,
+                                                   count_zeros ? Acc(1) : kZeroCounts<Acc>};
     const auto gather = [&](auto both) {
         constexpr bool kBoth = decltype(both)::value;
         // Registers hold what negatives need; a rare positive reads the rest where it lies.
@@ -417,7 +419,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
         if constexpr (kBoth && Which::kNegs) {
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
-                if constexpr (Law::kPosInNeg) col_below[j] = of_col(0, j);
+                if constexpr (Formula::kPosInNeg) col_below[j] = of_col(0, j);
                 col_above[j] = of_col(1, j);
             }
         }
@@ -467,7 +469,7 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
             }
         }
     };
-    if (super.square) {
+    if (tile_group.square) {
         gather(std::true_type{});
     } else {
         gather(std::false_type{});
@@ -478,54 +480,54 @@ DML_DEVICE bool gather_tile(const SuperTile<T, Acc>& super, const LoadedTile<Mat
     Sums sums;
     sums.each([&](int quantity, Acc& x) { x = meeting.get(quantity, line, Plus{}); });
     Acc q[kQuantities];
-    no_quantities<Law, kStage>(q);
+    no_quantities<Formula, kStage>(q);
     bool careful = false, any = false;
     const auto take = [&](bool exponentials, int at, Acc top, Acc count, Acc sum) {
         q[at] = !exponentials ? count : sum > Acc(0) ? top : -infinity<Acc>();
         q[at + 1] = sum;
         careful = careful || (exponentials && sum > Acc(0) && sum < kLeastSum<Acc>);
-        any = any || (exponentials || Law::kHinge ? sum != Acc(0) : count > Acc(0));
+        any = any || (exponentials || Formula::kHinge ? sum != Acc(0) : count > Acc(0));
     };
     if constexpr (Which::kNegs) take(Which::kNegExp, 0, top_neg, sums.neg_count, sums.neg);
     if constexpr (Which::kPoss) take(Which::kPosExp, 2, top_pos, sums.pos_count, sums.pos);
     if constexpr (Which::kContext) q[1] = sums.context;
     if constexpr (Which::kNegExp || Which::kPosExp) {
-        if (careful) gather_carefully<Math, kStage>(law, line, numbers[line], numbers[kLines + line], q);
+        if (careful) gather_carefully<Math, kStage>(formula, line, numbers[line], numbers[kLines + line], q);
     }
     const int side = line < kTile ? 0 : 1;
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int slot = side == 0 ? col : row, at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
 #pragma unroll
-    for (int k = 0; k < kQuantities; ++k) partials.template at<kTile>(super, side, slot, k, at) = q[k];
+    for (int k = 0; k < kQuantities; ++k) partials.template at<kTile>(tile_group, side, slot, k, at) = q[k];
     return any;
 }
 
 // kept: [tiles] bits of what the tile holds, or null. A tile that was skipped leaves no partials.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    accumulate(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
-               bool second, RowStats<Acc> stats, Partials<Acc> partials, const Acc* tile_extremes,
-               uint8_t* kept, bool count_zeros) {
+    accumulate(const __grid_constant__ TileGroup<T, Acc> all,
+               const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> stats,
+               Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept, bool count_zeros) {
     constexpr int kTile = TileTraits<Math>::kTile;
-    const auto super = all.template in_use<kTile>();
-    const int64_t ti = super.row_tile + blockIdx.y, tj = super.col_tile + blockIdx.x;
-    if (!super.has(ti, tj)) return;
-    const int64_t index = super.tile_index(ti, tj);
+    const auto tile_group = all.template in_use<kTile>();
+    const int64_t ti = tile_group.row_tile + blockIdx.y, tj = tile_group.col_tile + blockIdx.x;
+    if (!tile_group.has(ti, tj)) return;
+    const int64_t index = tile_group.tile_index(ti, tj);
     const uint8_t before = kept && second ? kept[index] & kHasGradient : 0;
-    if ((tile_extremes && !may_keep<Math>(super, ti, tj, stats, tile_extremes, !second)) ||
-        (second && kept && !has_positives<Math>(super, ti, tj))) {
+    if ((tile_extremes && !may_keep<Math>(tile_group, ti, tj, stats, tile_extremes, !second)) ||
+        (second && kept && !has_positives<Math>(tile_group, ti, tj))) {
         if (threadIdx.x == 0) kept[index] = before;
         return;
     }
-    const LoadedTile<Math> tile = load_pairs<Math>(super, ti, tj, false);
+    const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, false);
     bool any = false;
-    any_law.visit([&](const auto& law) {
-        using Law = std::decay_t<decltype(law)>;
+    any_formula.visit([&](const auto& formula) {
+        using Formula = std::decay_t<decltype(formula)>;
         const auto gather = [&](auto stage) {
-            any = gather_tile<Math, decltype(stage)::value>(super, tile, ti, tj, law, stats, partials,
-                                                            count_zeros);
+            any = gather_tile<Math, decltype(stage)::value>(tile_group, tile, ti, tj, formula, stats,
+                                                            partials, count_zeros);
         };
-        if constexpr (!Law::kContext) {
+        if constexpr (!Formula::kContext) {
             gather(std::integral_constant<Stage, Stage::kBoth>{});
         } else if (!second) {
             gather(std::integral_constant<Stage, Stage::kNegatives>{});
@@ -543,29 +545,29 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 inline constexpr int kFoldThreads = 64;
 inline constexpr int kFoldBatch = 8;  // slots that are loaded before the first of them is merged
 
-// The partial results of a fold's thread: thread `line` of side 0 is a row of the super-tile, of side 1 (only
-// off the diagonal, where both sides are the same points) a column. Calls f(numbers [Count, kFoldBatch]) for
-// some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the bit. All threads of
-// a warp have one tile of their own, so that they look at the flags of 32 slots together, and no number waits
-// for another.
+// The partial results of a fold's thread: thread `line` of side 0 is a row of the tile_group-tile, of side 1
+// (only off the diagonal, where both sides are the same points) a column. Calls f(numbers [Count,
+// kFoldBatch]) for some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the
+// bit. All threads of a warp have one tile of their own, so that they look at the flags of 32 slots together,
+// and no number waits for another.
 template <int Tile, int Count, typename T, typename Acc, typename F>
-DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& partials, int side, int line,
-                          const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
+DML_DEVICE void for_slots(const TileGroup<T, Acc>& tile_group, const Partials<Acc>& partials, int side,
+                          int line, const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
     static_assert(Tile % kWarpSize == 0 && kWarpSize % kFoldBatch == 0, "as the threads share");
     const int own = line / Tile;
 #pragma unroll 1
-    for (int part = side; part < (super.diagonal() ? 2 : side + 1); ++part) {  // times: 2
+    for (int part = side; part < (tile_group.diagonal() ? 2 : side + 1); ++part) {  // times: 2
         const bool as_row = part == 0;
-        const int slots = as_row ? super.col_tiles : super.row_tiles;
-        const int lines = (as_row ? super.row_tiles : super.col_tiles) * Tile;
-        const Acc* numbers = &partials.template at<Tile>(super, part, 0, 0, line);
+        const int slots = as_row ? tile_group.col_tiles : tile_group.row_tiles;
+        const int lines = (as_row ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
+        const Acc* numbers = &partials.template at<Tile>(tile_group, part, 0, 0, line);
 #pragma unroll 1
         for (int first = 0; first < slots; first += kWarpSize) {  // times: 1
             const int slot = first + lane_id();
-            const int64_t ti = super.row_tile + (as_row ? own : slot),
-                          tj = super.col_tile + (as_row ? slot : own);
-            const uint32_t there = warp_ballot(slot < slots && super.has(ti, tj) &&
-                                               (!kept || (kept[super.tile_index(ti, tj)] & bit) != 0));
+            const int64_t ti = tile_group.row_tile + (as_row ? own : slot),
+                          tj = tile_group.col_tile + (as_row ? slot : own);
+            const uint32_t there = warp_ballot(slot < slots && tile_group.has(ti, tj) &&
+                                               (!kept || (kept[tile_group.tile_index(ti, tj)] & bit) != 0));
             const int here = slots - first < kWarpSize ? slots - first : kWarpSize;
 #pragma unroll 1
             for (int batch = 0; batch < here; batch += kFoldBatch) {  // times: 4
@@ -585,17 +587,17 @@ DML_DEVICE void for_slots(const SuperTile<T, Acc>& super, const Partials<Acc>& p
     }
 }
 
-// Whether the super-tile has the line of a fold's thread: so has it those of the whole block, or none.
+// Whether the tile_group-tile has the line of a fold's thread: so has it those of the whole block, or none.
 template <int Tile, typename T, typename Acc>
-DML_DEVICE bool has_line(const SuperTile<T, Acc>& super, int side, int line) {
+DML_DEVICE bool has_line(const TileGroup<T, Acc>& tile_group, int side, int line) {
     static_assert(Tile % kFoldThreads == 0, "whole blocks");
-    return line < (side == 0 ? super.row_tiles : super.col_tiles) * Tile;
+    return line < (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
 }
 // The row of a fold's thread, or -1 past the last one. Such a thread merges what is there, with its warp.
 template <int Tile, typename T, typename Acc>
-DML_DEVICE int64_t fold_row(const SuperTile<T, Acc>& super, int side, int line) {
-    const int64_t i = (side == 0 ? super.row_tile : super.col_tile) * Tile + line;
-    return i < (side == 0 ? super.rows : super.cols).points.rows ? i : -1;
+DML_DEVICE int64_t fold_row(const TileGroup<T, Acc>& tile_group, int side, int line) {
+    const int64_t i = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * Tile + line;
+    return i < (side == 0 ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
 }
 
 // Which of a side's rows a fold meets for the first time, and for the last.
@@ -608,17 +610,17 @@ struct Turn {
 
 template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_extremes(const __grid_constant__ SuperTile<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
+    fold_extremes(const __grid_constant__ TileGroup<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
                   Turn turn, Acc epsilon) {
-    const auto super = all.template in_use<Tile>();
+    const auto tile_group = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
-    if (!has_line<Tile>(super, side, line)) return;
-    const int64_t i = fold_row<Tile>(super, side, line);
+    if (!has_line<Tile>(tile_group, side, line)) return;
+    const int64_t i = fold_row<Tile>(tile_group, side, line);
     const RunningRow<Acc> row{stats, i};
     Extremes<Acc> found;
     if (i >= 0 && !turn.first(side)) found = {row.min_pos(), row.max_neg()};
     const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
-    for_slots<Tile>(super, partials, side, line, nullptr, kHasPartials, none,
+    for_slots<Tile>(tile_group, partials, side, line, nullptr, kHasPartials, none,
                     [&](const Acc(&q)[2][kFoldBatch]) {
 #pragma unroll
                         for (int b = 0; b < kFoldBatch; ++b) found.merge({q[0][b], q[1][b]});
@@ -635,20 +637,20 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     }
 }
 
-template <int Tile, Stage kStage, typename Law, typename T, typename Acc>
-DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side, int line, int64_t i,
-                                        const Law& law, const RowStats<Acc>& stats,
+template <int Tile, Stage kStage, typename Formula, typename T, typename Acc>
+DML_DEVICE RowResult<Acc> fold_row_sums(const TileGroup<T, Acc>& tile_group, int side, int line, int64_t i,
+                                        const Formula& formula, const RowStats<Acc>& stats,
                                         const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
                                         bool mining, const Results<Acc>& results) {
     const RunningRow<Acc> row{stats, i};
     const bool first = turn.first(side);
-    Gathering<Law, Acc> g;
-    if (i >= 0 && !first) g = row.template load<Law>();
+    Gathering<Formula, Acc> g;
+    if (i >= 0 && !first) g = row.template load<Formula>();
     if (kStage == Stage::kPositives && i >= 0 && first) g.neg = {stats.neg[i], Acc(0)};
     Acc none[kQuantities];
-    no_quantities<Law, kStage>(none);
+    no_quantities<Formula, kStage>(none);
     if (kStage == Stage::kPositives) none[1] = Acc(0);
-    for_slots<Tile>(super, partials, side, line, kept, kHasPartials, none,
+    for_slots<Tile>(tile_group, partials, side, line, kept, kHasPartials, none,
                     [&](const Acc(&q)[kQuantities][kFoldBatch]) { g.template merge<kStage>(q); });
     if (i < 0) return {};
     if (!(turn.rows_last && side == 0)) {
@@ -656,33 +658,33 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const SuperTile<T, Acc>& super, int side
         return {};
     }
     if constexpr (kStage == Stage::kNegatives) {
-        stats.neg[i] = g.neg.value(Law::kPlusOne);
+        stats.neg[i] = g.neg.value(Formula::kPlusOne);
         return {};
     } else {
         const Bounds<Acc> bounds = {stats.pos_below[i], stats.neg_above[i]};
-        return finish_row(stats, i, law, g, bounds, mining, mining && (stats.flags[i] & kEligible) != 0,
-                          super.rows.norms[i], results);
+        return finish_row(stats, i, formula, g, bounds, mining, mining && (stats.flags[i] & kEligible) != 0,
+                          tile_group.rows.norms[i], results);
     }
 }
 
 template <int Tile, typename T, typename Acc>
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_sums(const __grid_constant__ SuperTile<T, Acc> all, const __grid_constant__ AnyLaw<Acc> any_law,
-              bool second, RowStats<Acc> stats, Partials<Acc> partials, const uint8_t* kept, Turn turn,
-              bool mining, Results<Acc> results) {
-    const auto super = all.template in_use<Tile>();
+    fold_sums(const __grid_constant__ TileGroup<T, Acc> all,
+              const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> stats,
+              Partials<Acc> partials, const uint8_t* kept, Turn turn, bool mining, Results<Acc> results) {
+    const auto tile_group = all.template in_use<Tile>();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
-    if (!has_line<Tile>(super, side, line)) return;
-    const int64_t i = fold_row<Tile>(super, side, line);
+    if (!has_line<Tile>(tile_group, side, line)) return;
+    const int64_t i = fold_row<Tile>(tile_group, side, line);
     RowResult<Acc> result;
     bool finished = turn.rows_last && side == 0;
-    any_law.visit([&](const auto& law) {
-        using Law = std::decay_t<decltype(law)>;
+    any_formula.visit([&](const auto& formula) {
+        using Formula = std::decay_t<decltype(formula)>;
         const auto fold = [&](auto stage) {
-            result = fold_row_sums<Tile, decltype(stage)::value>(super, side, line, i, law, stats, partials,
-                                                                 kept, turn, mining, results);
+            result = fold_row_sums<Tile, decltype(stage)::value>(tile_group, side, line, i, formula, stats,
+                                                                 partials, kept, turn, mining, results);
         };
-        if constexpr (!Law::kContext) {
+        if constexpr (!Formula::kContext) {
             fold(std::integral_constant<Stage, Stage::kBoth>{});
         } else if (!second) {
             finished = false;

@@ -1,6 +1,6 @@
 // Large batches, first half: which tiles there are, and the similarities of one.
 //
-// The matrix of pairs is cut into tiles, and the tiles into square super-tiles, one launch each, so that
+// The matrix of pairs is cut into tiles, and the tiles into square tile_group-tiles, one launch each, so that
 // workspaces stay bounded whatever N and M. Where both sides are the same points only pairs i < j exist:
 // each serves row i and, transposed, row j.
 #pragma once
@@ -29,7 +29,7 @@ template <typename Math>
 inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
 #endif
 
-// The same for the kernels that look at pairs, whose laws take registers as well.
+// The same for the kernels that look at pairs, whose formulas take registers as well.
 template <typename Math>
 inline constexpr int kPairBlocks = kTileBlocks<Math>;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -60,13 +60,13 @@ struct TileTraits {
     static constexpr int kEnd = kFlags + kWarpSize * int(sizeof(int));  // where users' own arrays begin
 };
 
-// A super-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
+// A tile_group-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
 template <typename T, typename Acc>
-struct SuperTile {
+struct TileGroup {
     Rows<T, Acc> rows, cols;
     bool square;  // rows and columns are the same points
-    const int64_t* self_ref;
-    bool mine_self;  // whether mining sees the pair of a row and itself
+    const int64_t* self_index;
+    bool mine_self_pair;  // whether mining sees the pair of a row and itself
     Similarity similarity;
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
@@ -78,8 +78,8 @@ struct SuperTile {
         return square ? ti * (2 * all_row_tiles - ti + 1) / 2 + (tj - ti) : ti * all_col_tiles + tj;
     }
     template <int Tile>
-    DML_DEVICE SuperTile in_use() const {
-        SuperTile some = *this;
+    DML_DEVICE TileGroup in_use() const {
+        TileGroup some = *this;
         some.cols = cols.in_use();
         some.used_col_tiles = (some.cols.points.rows + Tile - 1) / Tile;
         return some;
@@ -138,12 +138,12 @@ inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 // Writes a tile's similarities to sim. plain: the norm of this thread's line is no reason to look at them one
 // by one.
 template <typename Math, typename Sum, typename T, typename Acc>
-DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& super, int64_t row0,
+DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& tile_group, int64_t row0,
                                    int64_t col0, bool plain, const Acc* norms, int* flags, Acc* sim) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = Traits::kThreads;
     using Run = Vector<Acc, Sum::kRun>;
-    if (!super.similarity.euclidean) {
+    if (!tile_group.similarity.euclidean) {
         Acc check = 0;  // not finite once a similarity is not
         product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
             Run s;
@@ -179,13 +179,15 @@ DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& 
 #pragma unroll 1
         for (int r = int(threadIdx.x) / kTile; r < kTile; r += kApart) {
             Acc& s = sim[r * kSimPitch + c];
-            const bool pair = row0 + r < super.rows.points.rows && col0 + c < super.cols.points.rows &&
-                              !(super.square && row0 + r >= col0 + c);
-            Acc x = pair ? quick_similarity(super.similarity, s, norms[r], norm) : Acc(0);
+            const bool pair = row0 + r < tile_group.rows.points.rows &&
+                              col0 + c < tile_group.cols.points.rows &&
+                              !(tile_group.square && row0 + r >= col0 + c);
+            Acc x = pair ? quick_similarity(tile_group.similarity, s, norms[r], norm) : Acc(0);
             for (uint32_t near = warp_ballot(x != x); near; near &= near - 1) {
                 const int lane = __ffs(int(near)) - 1, at = c - lane_id() + lane;
-                const Acc y = careful_similarity(super.similarity, super.rows.points, row0 + r, norms[r],
-                                                 super.cols.points, col0 + at, norms[kTile + at]);
+                const Acc y =
+                    careful_similarity(tile_group.similarity, tile_group.rows.points, row0 + r, norms[r],
+                                       tile_group.cols.points, col0 + at, norms[kTile + at]);
                 if (lane == lane_id()) x = y;
             }
             s = x;
@@ -195,7 +197,7 @@ DML_DEVICE void store_similarities(const Sum& product, const SuperTile<T, Acc>& 
 }
 
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile, kThreads = Traits::kThreads, kSimPitch = Traits::kSimPitch;
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
@@ -203,7 +205,7 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
     Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
     int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
     Acc* sim = reinterpret_cast<Acc*>(bytes);
-    const Matrix<T>&rows = super.rows.points, &cols = super.cols.points;
+    const Matrix<T>&rows = tile_group.rows.points, &cols = tile_group.cols.points;
     const int64_t row0 = ti * kTile, col0 = tj * kTile;
 
     static_assert(2 * kTile <= kThreads, "a thread for each line");
@@ -213,19 +215,19 @@ DML_DEVICE LoadedTile<Math> load_tile(const SuperTile<T, Acc>& super, int64_t ti
         const bool is_row = t < kTile;
         const int64_t i = is_row ? row0 + t : col0 + t - kTile;
         const bool inside = i < (is_row ? rows.rows : cols.rows);
-        const Acc norm = inside ? (is_row ? super.rows.norms : super.cols.norms)[i] : Acc(0);
-        labels[t] = inside ? (is_row ? super.rows.labels : super.cols.labels)[i] : 0;
+        const Acc norm = inside ? (is_row ? tile_group.rows.norms : tile_group.cols.norms)[i] : Acc(0);
+        labels[t] = inside ? (is_row ? tile_group.rows.labels : tile_group.cols.labels)[i] : 0;
         norms[t] = norm;
         plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
     // Where it is used: the product leaves no registers to keep it in.
-    const auto cached = [&] { return super.cache + super.tile_index(ti, tj) * kTile * kTile; };
-    if (!super.cache_filled) {  // anew: what no cache holds
+    const auto cached = [&] { return tile_group.cache + tile_group.tile_index(ti, tj) * kTile * kTile; };
+    if (!tile_group.cache_filled) {  // anew: what no cache holds
         Product<Math, typename Traits::TileShape> product;
         multiply_tile(product, bytes, rows, row0, cols, col0);
-        store_similarities<Math>(product, super, row0, col0, plain, norms, flags, sim);
-        if (super.cache) {
+        store_similarities<Math>(product, tile_group, row0, col0, plain, norms, flags, sim);
+        if (tile_group.cache) {
             using Own = Share<Acc, kTile, kTile, kThreads>;
             using Some = Vector<Acc, Own::kElements>;
             const Acc* from = sim + Own::row() * kSimPitch + Own::col();

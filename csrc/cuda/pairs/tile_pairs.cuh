@@ -77,13 +77,13 @@ DML_DEVICE bool block_any(bool own) {
 
 // The row or column that a thread stands for, or -1.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE int64_t line_of_thread(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj) {
+DML_DEVICE int64_t line_of_thread(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
     constexpr int kTile = TileTraits<Math>::kTile;
     const int line = int(threadIdx.x);
     if (line >= 2 * kTile) return -1;
     const bool is_row = line < kTile;
     const int64_t i = is_row ? ti * kTile + line : tj * kTile + line - kTile;
-    return i < (is_row ? super.rows : super.cols).points.rows ? i : -1;
+    return i < (is_row ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
 }
 
 // Numbers of 32 bits that are equal where the labels of the tile's lines are: their lower halves where all
@@ -105,11 +105,12 @@ DML_DEVICE void number_labels(const LoadedTile<Math>& tile) {
 
 // Marks what is no pair: past the edges and, where square, on the diagonal and left of it.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE void mark_edges(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile) {
+DML_DEVICE void mark_edges(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile;
-    const int64_t rows = super.rows.points.rows - tile.row0, cols = super.cols.points.rows - tile.col0;
-    const bool diagonal = super.square && tile.row0 == tile.col0;
+    const int64_t rows = tile_group.rows.points.rows - tile.row0,
+                  cols = tile_group.cols.points.rows - tile.col0;
+    const bool diagonal = tile_group.square && tile.row0 == tile.col0;
     if (rows >= kTile && cols >= kTile && !diagonal) return;
     block_sync();  // the cache has been filled with what the similarities were
     for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {  // rare: edges, diagonal
@@ -121,13 +122,13 @@ DML_DEVICE void mark_edges(const SuperTile<T, Acc>& super, const LoadedTile<Math
 
 // Marks the pair of a row and itself, where that is a positive.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE void mark_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>& tile) {
+DML_DEVICE void mark_self(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
     constexpr int kTile = TileTraits<Math>::kTile;
-    if (!super.self_ref) return;
+    if (!tile_group.self_index) return;
     block_sync();
     const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < super.rows.points.rows) {  // rare: rows among the references
-        const int64_t self = super.self_ref[tile.row0 + r];
+    if (r < kTile && tile.row0 + r < tile_group.rows.points.rows) {  // rare: rows among the references
+        const int64_t self = tile_group.self_index[tile.row0 + r];
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
             if (tile.row_labels[r] == tile.col_labels[c]) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
@@ -139,11 +140,11 @@ DML_DEVICE void mark_self(const SuperTile<T, Acc>& super, const LoadedTile<Math>
 // A tile ready to be looked at. for_mining: as mining sees it, with the pairs of rows and themselves where it
 // is told to.
 template <typename Math, typename T, typename Acc>
-DML_DEVICE LoadedTile<Math> load_pairs(const SuperTile<T, Acc>& super, int64_t ti, int64_t tj,
+DML_DEVICE LoadedTile<Math> load_pairs(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
                                        bool for_mining) {
-    const LoadedTile<Math> tile = load_tile<Math>(super, ti, tj);
-    mark_edges<Math>(super, tile);
-    if (!for_mining || !super.mine_self) mark_self<Math>(super, tile);
+    const LoadedTile<Math> tile = load_tile<Math>(tile_group, ti, tj);
+    mark_edges<Math>(tile_group, tile);
+    if (!for_mining || !tile_group.mine_self_pair) mark_self<Math>(tile_group, tile);
     number_labels<Math>(tile);
     return tile;
 }

@@ -3,8 +3,8 @@
 // before and go on to those after. Nothing of a product is compiled anew.
 #pragma once
 
-#include "cuda/ring/ring.h"
 #include "cuda/pairs/engine.cuh"
+#include "cuda/ring/ring.h"
 
 namespace dml::cuda {
 
@@ -72,13 +72,13 @@ inline Task in_tiles(Task task) {
     return task;
 }
 
-// Throws for a stage that the law has not.
+// Throws for a stage that the formula has not.
 inline void check_stage(const Problem& p, BlockStage stage) {
-    const bool context = law_facts(p.law).context;
+    const bool context = formula_facts(p.formula).context;
     const bool known = stage == BlockStage::kHardest ? p.mining.on
                        : context ? stage == BlockStage::kNegatives || stage == BlockStage::kPositives
                                  : stage == BlockStage::kBoth;
-    if (!known) throw std::invalid_argument("dml_cuda: not a stage of this law");
+    if (!known) throw std::invalid_argument("dml_cuda: not a stage of this formula");
 }
 
 template <typename Math>
@@ -126,27 +126,28 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     }
     auto* of_tiles = static_cast<Acc*>(extremes);
     const auto all = [&](const auto& visit) {
-        work.for_super_tiles(On::forward_shape(task), work.all_rows(), work.all_cols(),
-                             [&](const auto& super, Turn) { visit(super, Turn{false, false, false}); });
+        work.for_tile_groups(
+            On::forward_shape(task), work.all_rows(), work.all_cols(),
+            [&](const auto& tile_group, Turn) { visit(tile_group, Turn{false, false, false}); });
     };
     if (stage == BlockStage::kHardest) {
-        all([&](const auto& super, Turn turn) {
-            launch(find_extremes<Math>, work.tiles_of(super), dim3(On::Traits::kThreads),
-                   On::Grid::shared_bytes(2), stream, super, partials, of_tiles);
-            Folds<Acc>::extremes(Folds<Acc>::without_points(super), false, stats, partials, turn,
+        all([&](const auto& tile_group, Turn turn) {
+            launch(find_extremes<Math>, work.tiles_of(tile_group), dim3(On::Traits::kThreads),
+                   On::Grid::shared_bytes(2), stream, tile_group, partials, of_tiles);
+            Folds<Acc>::extremes(Folds<Acc>::without_points(tile_group), false, stats, partials, turn,
                                  Acc(p.mining.epsilon), stream);
         });
         return;
     }
-    const AnyLaw<Acc> law(p);
+    const AnyFormula<Acc> formula(p);
     const bool second = stage == BlockStage::kPositives;
-    const size_t shared_bytes = On::Grid::shared_bytes(most_summed(p.law));
+    const size_t shared_bytes = On::Grid::shared_bytes(most_summed(p.formula));
     const Results<Acc> none = {nullptr, 0, nullptr, p.reduction};
-    all([&](const auto& super, Turn turn) {
-        launch(accumulate<Math>, work.tiles_of(super), dim3(On::Traits::kThreads), shared_bytes, stream,
-               super, law, second, stats, partials, of_tiles, work.kept(), work.count_zeros());
-        Folds<Acc>::sums(Folds<Acc>::without_points(super), false, law, second, stats, partials, work.kept(),
-                         turn, p.mining.on, none, stream);
+    all([&](const auto& tile_group, Turn turn) {
+        launch(accumulate<Math>, work.tiles_of(tile_group), dim3(On::Traits::kThreads), shared_bytes, stream,
+               tile_group, formula, second, stats, partials, of_tiles, work.kept(), work.count_zeros());
+        Folds<Acc>::sums(Folds<Acc>::without_points(tile_group), false, formula, second, stats, partials,
+                         work.kept(), turn, p.mining.on, none, stream);
     });
 }
 
@@ -185,7 +186,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
            stats.header);
     const RowStats<Acc> from = state_of(const_cast<Acc*>(static_cast<const Acc*>(weights)), n);
     launch(weigh_rows<Acc>, row_blocks(n), dim3(kRowThreads), 0, stream, from,
-           static_cast<const Acc*>(grad_parts), n, law_facts(p.law).parts - 1, stats);
+           static_cast<const Acc*>(grad_parts), n, formula_facts(p.formula).parts - 1, stats);
 
     const Acc* one = stats.header + kScale;
     Acc *of_rows = static_cast<Acc*>(grad_rows), *of_block = static_cast<Acc*>(grad_block);

@@ -1,11 +1,11 @@
 // The CUDA engine a block of columns at a time, for who never holds all of them: a ring of processes
 // (dml_cuda.distributed). The problem's queries are the rows, its refs are one block; square is false and
-// mine_self too. The rows' numbers go from call to call in a state, [state_numbers(rows)] of the type that
-// is computed in: first the header of RowStats, then its arrays.
+// mine_self_pair too. The rows' numbers go from call to call in a state, [state_numbers(rows)] of the type
+// that is computed in: first the header of RowStats, then its arrays.
 //
-// A law's blocks pass once a stage, and the rows turn after it. With mining first kHardest; then kNegatives
-// and kPositives where the law's positives see a context, else kBoth. Blocks are added in the order of the
-// calls, which is that of every sum.
+// A formula's blocks pass once a stage, and the rows turn after it. With mining first kHardest; then
+// kNegatives and kPositives where the formula's positives see a context, else kBoth. Blocks are added in the
+// order of the calls, which is that of every sum.
 #pragma once
 
 #include "cuda/pairs/pair_loss.h"
@@ -25,7 +25,7 @@ struct BlockSizes {
 BlockSizes block_sizes(const Task& task);
 
 // Makes the state of new rows (kStart), or turns it from the stage that all blocks have passed to the next.
-// Of the task: the law, mining, the type and the number of queries.
+// Of the task: the formula, mining, the type and the number of queries.
 void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t stream);
 
 // Adds a block to the state. extremes: kHardest writes them; the other stages may be given them, to skip

@@ -18,11 +18,11 @@ void with_number(const Task& task, const F& f) {
 struct Empty {
     bool neg_exp, pos_exp, plus_one;
 };
-Empty empty_folds(LawId law) {
+Empty empty_folds(FormulaId formula) {
     Empty empty = {};
-    with_law(law, [&](auto tag) {
-        using Law = typename decltype(tag)::template Of<float>;
-        empty = {Law::kNeg == Fold::kLogSumExp, Law::kPos == Fold::kLogSumExp, Law::kPlusOne};
+    with_formula(formula, [&](auto tag) {
+        using Formula = typename decltype(tag)::template Of<float>;
+        empty = {Formula::kNeg == Fold::kLogSumExp, Formula::kPos == Fold::kLogSumExp, Formula::kPlusOne};
     });
     return empty;
 }
@@ -65,27 +65,28 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <typename Acc>
 __global__ void __launch_bounds__(kRowThreads)
-    finish_rows_of(const __grid_constant__ AnyLaw<Acc> any_law, bool mining, Reduction reduction,
+    finish_rows_of(const __grid_constant__ AnyFormula<Acc> any_formula, bool mining, Reduction reduction,
                    int64_t rows, RowStats<Acc> from, const int64_t* pairs, Acc* losses, RowStats<Acc> to) {
     const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
     if (i < kHeader) to.header[i] = from.header[i];
     if (i >= rows) return;
     const int64_t positives = pairs[i], negatives = pairs[rows + i];
-    any_law.visit([&](const auto& law) {
-        using Law = std::decay_t<decltype(law)>;
-        const Gathering<Law, Acc> gathered = RunningRow<Acc>{from, i}.template load<Law>();
+    any_formula.visit([&](const auto& formula) {
+        using Formula = std::decay_t<decltype(formula)>;
+        const Gathering<Formula, Acc> gathered = RunningRow<Acc>{from, i}.template load<Formula>();
         const Bounds<Acc> bounds = {from.pos_below[i], from.neg_above[i]};
         const bool both = positives > 0 && negatives > 0;
-        const RowResult<Acc> result = finish_row(to, i, law, gathered, bounds, mining, both, Acc(1),
+        const RowResult<Acc> result = finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
                                                  Results<Acc>{nullptr, 0, nullptr, reduction});
         // Of what is not finite a row hears only where the labels give it the pairs that a loss needs.
         const bool needed = mining ? both
-                                   : (positives > 0 || negatives > 0) && (positives > 0 || !Law::kNeedsPos) &&
-                                         (negatives > 0 || !Law::kNeedsNeg);
+                                   : (positives > 0 || negatives > 0) &&
+                                         (positives > 0 || !Formula::kNeedsPos) &&
+                                         (negatives > 0 || !Formula::kNeedsNeg);
         const bool poisoned = needed && !is_finite(from.header[kHealth]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            losses[k * rows + i] = poisoned && k < Law::kParts ? not_a_number<Acc>() : result.part[k];
+            losses[k * rows + i] = poisoned && k < Formula::kParts ? not_a_number<Acc>() : result.part[k];
             losses[(2 + k) * rows + i] = result.unit[k];
         }
     });
@@ -102,7 +103,7 @@ void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t str
         using Acc = decltype(number);
         const int64_t rows = p.queries.count;
         launch(turn_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream, stage,
-               p.mining.on, empty_folds(p.law), Acc(p.mining.epsilon), rows,
+               p.mining.on, empty_folds(p.formula), Acc(p.mining.epsilon), rows,
                state_of(static_cast<Acc*>(state), rows));
     });
 }
@@ -116,7 +117,7 @@ void finish_rows(const Task& task, const void* state, const int64_t* pairs, void
         RowStats<Acc> to = state_of(static_cast<Acc*>(weights), rows);
         to.flags = static_cast<uint8_t*>(flags);
         launch(finish_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream,
-               AnyLaw<Acc>(p), p.mining.on, p.reduction, rows,
+               AnyFormula<Acc>(p), p.mining.on, p.reduction, rows,
                state_of(const_cast<Acc*>(static_cast<const Acc*>(state)), rows), pairs,
                static_cast<Acc*>(losses), to);
     });

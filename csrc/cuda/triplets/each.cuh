@@ -17,37 +17,37 @@ DML_DEVICE T inverse_distance(bool euclidean, T d) {
     return !euclidean ? T(1) : d > T(0) ? T(1) / d : T(0);
 }
 
-// Every positive with every negative: first the positives' slopes, then, once these are known, `then(j,
-// slope)` for each negative.
+// Every positive with every negative: first the positives' derivatives, then, once these are known, `then(j,
+// derivative)` for each negative.
 template <typename T, typename Term, typename Then>
 DML_DEVICE void each_positive(TripletRow<T>& row, TripletTotals<T>& totals, const Then& then) {
     const TripletParams<T>& params = row.params;
     T sum = 0;
     for (int64_t k = 0; k < row.count; ++k) {
         const T d_pos = row.work.d[k];
-        T slope = 0;
+        T derivative = 0;
         for (int64_t j = threadIdx.x; j < row.columns; j += kTripletThreads) {
             const T d_neg = -row.s[j], violation = params.violation(d_pos, d_neg);
             if (!params.considered(d_pos, d_neg)) continue;
             ++totals.considered;
             if (!Term::counts(violation)) continue;
             sum += Term::value(violation);
-            slope += Term::slope(violation);
+            derivative += Term::derivative(violation);
             totals.nonzero += Term::nonzero(violation) ? 1 : 0;
         }
-        const double all = fold_sum(double(slope));
-        if (threadIdx.x == 0) row.work.slope[k] = all;
+        const double all = fold_sum(double(derivative));
+        if (threadIdx.x == 0) row.work.derivative[k] = all;
     }
     totals.sum += double(sum);
     for (int64_t j = threadIdx.x; j < row.columns; j += kTripletThreads) {
         const T d_neg = -row.s[j];
-        T slope = 0;
+        T derivative = 0;
         for (int64_t k = 0; k < row.count; ++k) {
             const T d_pos = row.work.d[k], violation = params.violation(d_pos, d_neg);
             const bool counts = params.considered(d_pos, d_neg) && Term::counts(violation);
-            slope += counts ? Term::slope(violation) : T(0);
+            derivative += counts ? Term::derivative(violation) : T(0);
         }
-        then(j, slope);
+        then(j, derivative);
     }
 }
 

@@ -25,9 +25,9 @@ DML_DEVICE void all_terms(TripletRow<T>& row, TripletTotals<T>& totals, const Th
 template <typename T>
 DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T beta,
                               TripletTotals<T>& totals) {
-    const auto write = [&](int64_t j, T slope) {
+    const auto write = [&](int64_t j, T derivative) {
         if (!rules.write) return;
-        row.s[j] = slope != T(0) ? slope * inverse_distance(rules.euclidean, -row.s[j]) : T(0);
+        row.s[j] = derivative != T(0) ? derivative * inverse_distance(rules.euclidean, -row.s[j]) : T(0);
     };
     if (rules.term == TripletTerm::kHinge) {
         all_terms<T, HingeTerm<T>>(row, totals, write);
@@ -45,9 +45,9 @@ DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T b
             write(j, term > T(0) ? uses : T(0));
         });
         for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
-            const double uses = row.work.slope[k];
+            const double uses = row.work.derivative[k];
             const T term = terms.positive(row.work.d[k]);
-            row.work.slope[k] = term > T(0) ? uses : 0.0;
+            row.work.derivative[k] = term > T(0) ? uses : 0.0;
             if (term > T(0)) {
                 totals.sum += uses * double(term);
                 totals.nonzero += int64_t(uses);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
         if (rules.write) {
             for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
                 const T inverse = inverse_distance(rules.euclidean, row.work.d[k]);
-                row.s[row.work.column[k]] = T(-row.work.slope[k]) * inverse;
+                row.s[row.work.column[k]] = T(-row.work.derivative[k]) * inverse;
             }
             for (int64_t j = row.columns + threadIdx.x; j < strip.columns; j += kTripletThreads)
                 row.s[j] = T(0);

@@ -14,11 +14,11 @@ inline int64_t power_of_two(int64_t x) {
 
 template <typename T>
 struct TripletWork {
-    T* d;             // [space] distances of the chosen positives
-    int32_t* column;  // [space] their columns
-    double* prefix;   // [columns + 1] sums of the first so many distances, or weights of chosen negatives
-    double* slope;    // [columns + 1] of the positives
-    int32_t* step;    // [columns + 1] where runs begin and end, or chosen negatives
+    T* d;                // [space] distances of the chosen positives
+    int32_t* column;     // [space] their columns
+    double* prefix;      // [columns + 1] sums of the first so many distances, or weights of chosen negatives
+    double* derivative;  // [columns + 1] of the positives
+    int32_t* step;       // [columns + 1] where runs begin and end, or chosen negatives
 
     static int64_t bytes(int64_t columns) {
         const int64_t each = power_of_two(columns) * int64_t(sizeof(T) + sizeof(int32_t)) +
@@ -28,8 +28,8 @@ struct TripletWork {
     static DML_DEVICE TripletWork at(void* memory, int64_t columns, int64_t space) {
         TripletWork work;
         work.prefix = static_cast<double*>(memory);
-        work.slope = work.prefix + columns + 1;
-        work.d = reinterpret_cast<T*>(work.slope + columns + 1);
+        work.derivative = work.prefix + columns + 1;
+        work.d = reinterpret_cast<T*>(work.derivative + columns + 1);
         work.column = reinterpret_cast<int32_t*>(work.d + space);
         work.step = work.column + space;
         return work;
@@ -48,7 +48,7 @@ struct TripletRow {
     // Gathers the positives, in the order of their columns; they, and negatives that are not allowed, become
     // NaN in the row.
     DML_DEVICE void load(const TripletStrip<T>& strip) {
-        columns = rows_in_use(strip.ref_count, strip.columns);
+        columns = rows_in_use(strip.num_valid_refs, strip.columns);
         const int64_t own = strip.square ? i : strip.own ? strip.own[i] : -1;
         count = 0;
         for (int64_t from = strip.begin[i]; from < strip.end[i]; from += kTripletThreads) {

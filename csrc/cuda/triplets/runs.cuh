@@ -101,7 +101,7 @@ DML_DEVICE void each_run(TripletRow<T>& row, TripletTotals<T>& totals, const The
         const int own = k < row.count ? work.step[k] : 0;
         int all;
         const int64_t sum = inside + block_scan(own, all) + own;
-        if (k < row.count) work.slope[k] = double(sum);
+        if (k < row.count) work.derivative[k] = double(sum);
         inside += all;
     }
 }

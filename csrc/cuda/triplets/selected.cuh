@@ -51,11 +51,11 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
                 if (!hinge || HingeTerm<T>::counts(violation)) {
                     totals.sum += double(hinge ? violation : SoftplusTerm<T>::value(violation));
                     totals.nonzero += hinge || SoftplusTerm<T>::nonzero(violation) ? 1 : 0;
-                    by_pos = by_neg = hinge ? T(1) : SoftplusTerm<T>::slope(violation);
+                    by_pos = by_neg = hinge ? T(1) : SoftplusTerm<T>::derivative(violation);
                 }
             }
         }
-        work.slope[k] = double(by_pos);
+        work.derivative[k] = double(by_pos);
         work.prefix[k] = double(by_neg * inverse_distance(rules.euclidean, d_neg));
     }
     block_sync();

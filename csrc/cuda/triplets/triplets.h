@@ -21,12 +21,12 @@ struct TripletStrip {
     T* s;  // [rows, pitch] similarities
     int64_t rows, columns, pitch, first;
     // The columns by label, ascending within one; those of row i's label are [begin[i], end[i]) of them.
-    const int64_t* members;    // [columns]
-    const int64_t* begin;      // [N]
-    const int64_t* end;        // [N]
-    const int64_t* own;        // [N] each row's own column, or -1; null: none
-    bool square;               // row i's own column is i
-    const int64_t* ref_count;  // only so many columns take part; null: all
+    const int64_t* members;         // [columns]
+    const int64_t* begin;           // [N]
+    const int64_t* end;             // [N]
+    const int64_t* own;             // [N] each row's own column, or -1; null: none
+    bool square;                    // row i's own column is i
+    const int64_t* num_valid_refs;  // only so many columns take part; null: all
 };
 
 struct TripletRules {

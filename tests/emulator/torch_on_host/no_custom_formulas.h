@@ -1,13 +1,13 @@
-// Laws of one's own, which dml_cuda._C loads, are not known here.
+// Formulas of one's own, which dml_cuda._C loads, are not known here.
 #pragma once
 
 #include "custom/registry.h"
 
 namespace dml {
-const LoadedLaw* loaded_law(LawId) { return nullptr; }
-const LawInfo* law_named(std::string_view name) {
-    for (const LawInfo& law : kLaws) {
-        if (law.name == name) return &law;
+const CustomFormula* custom_formula(FormulaId) { return nullptr; }
+const FormulaInfo* formula_named(std::string_view name) {
+    for (const FormulaInfo& formula : kFormulas) {
+        if (formula.name == name) return &formula;
     }
     return nullptr;
 }

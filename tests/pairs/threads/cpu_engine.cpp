@@ -1,6 +1,6 @@
-// The CPU engine on several threads, for ThreadSanitizer: every law, mined and not, on square and rectangular
-// batches; blocks of columns; lists of pairs. Whatever the number of threads, the bytes must be the same.
-// `cpu_engine race` plants a race in a task instead.
+// The CPU engine on several threads, for ThreadSanitizer: every formula, mined and not, on square and
+// rectangular batches; blocks of columns; lists of pairs. Whatever the number of threads, the bytes must be
+// the same. `cpu_engine race` plants a race in a task instead.
 #include <ATen/Context.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -15,8 +15,8 @@
 #include <vector>
 
 // Their ops are of the files alone.
-#include "cpu/pairs/ring.cpp"
 #include "cpu/pairs/listed_pairs.cpp"
+#include "cpu/pairs/ring.cpp"
 #include "cpu/triplets/list.cpp"
 #include "cpu/triplets/loss.cpp"
 #include "cpu/triplets/select.cpp"
@@ -51,19 +51,20 @@ Tensor points(int64_t n, int64_t dim, at::ScalarType type) { return at::randn({n
 Tensor classes(int64_t n) { return at::randint(n / 4 + 1, {n}, at::kLong); }
 
 template <typename T>
-void check_law(const LawInfo& law, int64_t n, int64_t m, int64_t dim, std::optional<double> epsilon) {
+void check_formula(const FormulaInfo& formula, int64_t n, int64_t m, int64_t dim,
+                   std::optional<double> epsilon) {
     const at::ScalarType type = sizeof(T) == 8 ? at::kDouble : at::kFloat;
     const Tensor embeddings = points(n, dim, type), labels = classes(n);
-    OptionalTensor ref_emb, ref_labels, self_ref, ref_count;
+    OptionalTensor ref_emb, ref_labels, self_index, num_valid_refs;
     if (m > 0) {
         ref_emb = at::cat({embeddings, points(m - n, dim, type)});
         ref_labels = at::cat({labels, classes(m - n)});
-        self_ref = at::arange(n);
+        self_index = at::arange(n);
     }
-    const std::vector<double> params(law.params, 0.5);
-    const Call call{embeddings, labels,  ref_emb,  ref_labels, self_ref, ref_count, law.name,
-                    params,     epsilon, "cosine", "mean",     true,     true,      true};
-    check(std::string(law.name) + (epsilon ? " mined" : ""), [&] {
+    const std::vector<double> params(formula.params, 0.5);
+    const Call call{embeddings, labels,  ref_emb,  ref_labels, self_index, num_valid_refs, formula.name,
+                    params,     epsilon, "cosine", "mean",     true,       true,           true};
+    check(std::string(formula.name) + (epsilon ? " mined" : ""), [&] {
         const auto [loss, saved] = forward<T>(call);
         const Tensor one = at::ones({}, loss.options());
         const auto [grad_emb, grad_ref] = backward<T>(call, {one, saved, true, m > 0});
@@ -133,13 +134,13 @@ void race() {
 
 void run() {
     set_instruction_set("baseline");
-    for (const LawInfo& law : kLaws) {
+    for (const FormulaInfo& formula : kFormulas) {
         for (const auto epsilon : {std::optional<double>(), std::optional<double>(0.1)}) {
-            check_law<float>(law, 200, 0, 24, epsilon);
-            check_law<float>(law, 150, 230, 24, epsilon);
+            check_formula<float>(formula, 200, 0, 24, epsilon);
+            check_formula<float>(formula, 150, 230, 24, epsilon);
         }
     }
-    check_law<double>(kLaws[0], 600, 0, 40, 0.1);
+    check_formula<double>(kFormulas[0], 600, 0, 40, 0.1);
     check_lists(300, 20, 40000);
     check_triplets(200, 0, 24);
     check_triplets(150, 230, 24);
