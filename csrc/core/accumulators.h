@@ -1,11 +1,12 @@
 // What a row gathers over its kept pairs of one kind, and how two partial results merge. Merging in a fixed
 // order makes a result repeatable to the bit.
 //
-//   fold        running numbers                     derivative with respect to a pair's similarity
+//   accumulator        running numbers                     derivative with respect to a pair's similarity
 //   LogSumExp   max, sum of exp(term - max)         c exp(term - value) derivative
 //   Sum         count, sum of terms                 c derivative
 //
-// c is the derivative of the row's loss with respect to the fold (RowDerivatives in losses/derivatives.h).
+// c is the derivative of the row's loss with respect to the accumulator (RowDerivatives in
+// losses/derivatives.h).
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,7 @@
 
 namespace dml {
 
-enum class Fold { kLogSumExp, kSum };
+enum class Accumulator { kLogSumExp, kSum };
 
 template <typename T>
 DML_INLINE T infinity() {

@@ -10,7 +10,7 @@ namespace dml {
 
 enum class Scalar { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// Mean by units (rows, or kept pairs where the formula counts in pairs), by units whose loss is not 0, by
+// Mean over rows (over kept pairs where the formula counts those), over those whose loss is not 0, by
 // rows that have a kept pair; the sum; or each row's own.
 enum class Reduction { kMean, kMeanNonzero, kMeanValid, kSum, kNone };
 
@@ -45,7 +45,7 @@ struct Problem {
     Similarity similarity;
     Mining mining;
     Reduction reduction = Reduction::kMean;
-    bool divide = true;  // false: the result is [parts 0 and 1, units 0 and 1], not yet divided
+    bool divide = true;  // false: the result is [parts 0 and 1, counts 0 and 1], not yet divided
 };
 
 }  // namespace dml

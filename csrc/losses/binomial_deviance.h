@@ -8,7 +8,7 @@ namespace dml {
 // compare it: the row's mean over positives plus its mean over negatives.
 template <typename T>
 struct BinomialDeviance : FormulaDefaults {
-    static constexpr Fold kNeg = Fold::kSum, kPos = Fold::kSum;
+    static constexpr Accumulator kNeg = Accumulator::kSum, kPos = Accumulator::kSum;
     static constexpr const char* kParams = "alpha, beta, base";
 
     T alpha, beta, base;

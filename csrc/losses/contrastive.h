@@ -9,9 +9,9 @@ namespace dml {
 // negative less. On distances the levels are the negated margins.
 template <typename T>
 struct Contrastive : FormulaDefaults {
-    static constexpr Fold kNeg = Fold::kSum, kPos = Fold::kSum;
+    static constexpr Accumulator kNeg = Accumulator::kSum, kPos = Accumulator::kSum;
     static constexpr bool kHinge = true;
-    static constexpr Unit kUnit = Unit::kPair;
+    static constexpr Count kCount = Count::kPairs;
     static constexpr int kParts = 2;
     static constexpr const char* kParams = "pos_level, neg_level";
 

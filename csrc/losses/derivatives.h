@@ -54,10 +54,10 @@ struct Complete {
         HasRow<Formula, T>::value,
         "the formula: lacks a member template <typename S> RowLoss<S> row(const Gathered<S>& g) const");
     static_assert(!Formula::kContext ||
-                      (Formula::kParts == 1 && Formula::kPos == Fold::kSum && !Formula::kPosInNeg),
-                  "the formula: kContext needs kPos = Fold::kSum, one part, and no kPosInNeg");
-    static_assert(!Formula::kPosInNeg || Formula::kNeg == Fold::kLogSumExp,
-                  "the formula: kPosInNeg needs kNeg = Fold::kLogSumExp");
+                      (Formula::kParts == 1 && Formula::kPos == Accumulator::kSum && !Formula::kPosInNeg),
+                  "the formula: kContext needs kPos = Accumulator::kSum, one part, and no kPosInNeg");
+    static_assert(!Formula::kPosInNeg || Formula::kNeg == Accumulator::kLogSumExp,
+                  "the formula: kPosInNeg needs kNeg = Accumulator::kLogSumExp");
     static_assert(Formula::kParts == 1 || Formula::kParts == 2, "the formula: kParts must be 1 or 2");
     static_assert(std::is_trivially_copyable_v<Formula> && sizeof(Formula) <= 64,
                   "the formula: must be numbers only, 64 bytes at most: it is copied to the GPU");
@@ -70,8 +70,8 @@ struct Complete {
 template <typename T>
 struct RowDerivatives {
     T part[2] = {T(0), T(0)};
-    T d_neg = T(0), d_pos = T(0);  // of its part, with respect to the values of the folds
-    T unit[2] = {T(1), T(1)};
+    T d_neg = T(0), d_pos = T(0);  // of its part, with respect to the values of the accumulators
+    T count[2] = {T(1), T(1)};
 };
 
 template <typename T, typename Formula>
@@ -95,15 +95,15 @@ struct WithDerivatives : Formula {
     DML_INLINE RowDerivatives<T> row(const Gathered<T>& g, T pos_context) const {
         RowDerivatives<T> result;
         if (lacks(g)) {
-            if (Formula::kUnit == Unit::kPair) result.unit[0] = result.unit[1] = T(0);
+            if (Formula::kCount == Count::kPairs) result.count[0] = result.count[1] = T(0);
             return result;
         }
         const RowLoss<Dual<T>> by_neg = Formula::row(dual(g, T(1), T(0))),
                                by_pos = Formula::row(dual(g, T(0), T(1)));
         result.part[0] = by_neg.part[0].value;
         result.part[1] = by_neg.part[1].value;
-        result.unit[0] = by_neg.unit[0];
-        result.unit[1] = by_neg.unit[1];
+        result.count[0] = by_neg.count[0];
+        result.count[1] = by_neg.count[1];
         result.d_pos = by_pos.part[0].derivative;
         result.d_neg = by_neg.part[Formula::kParts - 1].derivative;
         if constexpr (Formula::kContext) result.d_neg += result.d_pos * pos_context;
@@ -125,8 +125,8 @@ struct WithDerivatives : Formula {
     // Whether a pair is missing without which the formula has no loss, as far as a log-sum-exp tells.
     static DML_INLINE bool lacks(const Gathered<T>& g) {
         constexpr bool kNegTells =
-            Formula::kNeg == Fold::kLogSumExp && !Formula::kPlusOne && !Formula::kPosInNeg;
-        constexpr bool kPosTells = Formula::kPos == Fold::kLogSumExp && !Formula::kPlusOne;
+            Formula::kNeg == Accumulator::kLogSumExp && !Formula::kPlusOne && !Formula::kPosInNeg;
+        constexpr bool kPosTells = Formula::kPos == Accumulator::kLogSumExp && !Formula::kPlusOne;
         return (Formula::kNeedsNeg && kNegTells && is_empty(g.neg)) ||
                (Formula::kNeedsPos && kPosTells && is_empty(g.pos));
     }

@@ -11,10 +11,10 @@ namespace dml {
 // t).
 template <typename T>
 struct NTXent : FormulaDefaults {
-    static constexpr Fold kPos = Fold::kSum;
+    static constexpr Accumulator kPos = Accumulator::kSum;
     static constexpr bool kContext = true;
     static constexpr bool kNeedsPos = true;
-    static constexpr Unit kUnit = Unit::kPair;
+    static constexpr Count kCount = Count::kPairs;
     static constexpr const char* kParams = "temperature";
 
     T inverse;

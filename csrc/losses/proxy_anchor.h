@@ -24,7 +24,7 @@ struct ProxyAnchor : FormulaDefaults {
     DML_INLINE S pos_term(S s) const {
         return rounded_product(-alpha, s - margin);
     }
-    // The 1 of log(1 + sum) joins here and not in the folds, which so tell whether there was a pair.
+    // The 1 of log(1 + sum) joins here and not in the accumulators, which so tell whether there was a pair.
     template <typename S>
     DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
         const bool some_pos = !is_empty(g.pos), some_neg = !is_empty(g.neg);

@@ -8,7 +8,7 @@ namespace dml {
 // of log(sum over all its pairs of exp(s / t)) - s_p / t. Rows without positives have no loss.
 template <typename T>
 struct SupCon : FormulaDefaults {
-    static constexpr Fold kPos = Fold::kSum;
+    static constexpr Accumulator kPos = Accumulator::kSum;
     static constexpr bool kPosInNeg = true;
     static constexpr bool kNeedsPos = true;
     static constexpr const char* kParams = "temperature";

@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> add(const Tensor& before, const Tensor& embeddings, c
     return {state, result};
 }
 
-// [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows.
+// [4, N]: the rows' parts 0 and 1 and their counts; and what backward needs of the rows.
 std::tuple<Tensor, Tensor> finish(const Tensor& state, const Tensor& pairs, c10::string_view formula,
                                   at::ArrayRef<double> params, bool mining, c10::string_view reduction) {
     check_pair_counts(pairs);

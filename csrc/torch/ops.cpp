@@ -35,7 +35,7 @@
 //   formula         a name of losses/list.h, with its params
 //   similarity  cosine | dot | euclidean | euclidean_raw (of rows as they come)
 //   reduction   mean | mean_nonzero | mean_valid | sum | none
-//   divide      false: the loss is [part 0, part 1, units 0, units 1], for the caller to divide
+//   divide      false: the loss is [part 0, part 1, count 0, count 1], for the caller to divide
 TORCH_LIBRARY(dml_cuda, m) {
     m.def(
         "pair_loss(Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? "

@@ -82,7 +82,7 @@ def _make_formula(
         )
     if reference is not None:
         return type(reference.__name__, (reference,), members)
-    return type("Formulas", (CompiledFormula,), {**members, "repeats": facts["pair_units"]})
+    return type("Formulas", (CompiledFormula,), {**members, "repeats": facts["counts_pairs"]})
 
 
 def compile_loss(

@@ -94,7 +94,7 @@ def terms(
 
 
 def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
-    """``[6, N]`` parts 0 and 1, units 0 and 1, derivatives by the two folds; from negatives' and positives'
+    """``[6, N]`` parts 0 and 1, counts 0 and 1, derivatives by the two accumulators; from negatives' and positives'
     values and counts ``[N]``."""
     stacked = torch.stack(gathered)
     return ops.call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
@@ -149,8 +149,8 @@ class CompiledFormula(Formula):
             return rows(cls.name, params, *values, *counts)
 
         found = finished(neg.count, pos.count)
-        losses, units = found[:2], found[2:4].detach().long()
-        if facts["pair_units"]:
+        losses, counts = found[:2], found[2:4].detach().long()
+        if facts["counts_pairs"]:
             pushes = of(neg, False).detach() if facts["sums_negatives"] else neg.s
             some = finished(neg.number(pushes != 0), pos.number(pulls.detach() != 0))
             nonzero = some[2:4].detach().long()
@@ -159,4 +159,4 @@ class CompiledFormula(Formula):
         else:
             return losses[0]
         count = 2 if facts["two_parts"] else 1
-        return tuple(Part(losses[k], units[k], nonzero[k]) for k in range(count))
+        return tuple(Part(losses[k], counts[k], nonzero[k]) for k in range(count))

@@ -54,7 +54,7 @@ class DistributedLoss(nn.Module):
     each process gets is the gradient of the sum of all processes' values; averaging makes it that of one.)
 
     With the rows :math:`R_p` of process :math:`p`, and for each row :math:`i` the sums :math:`l_{k,i}` and
-    units :math:`u_{k,i}` of the loss's parts over all columns (see :class:`dml_cuda.PairOptions`):
+    counts :math:`u_{k,i}` of the loss's parts over all columns (see :class:`dml_cuda.PairOptions`):
 
     .. math::
         L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
@@ -362,11 +362,11 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
 
 
 def _divide(totals: Tensor, reduction: str) -> Tensor:
-    """The loss from ``[part 0, part 1, units 0, units 1]``; a part without units is 0."""
-    parts, units = totals[:2], totals[2:].detach()
+    """The loss from ``[part 0, part 1, count 0, count 1]``; a part that counts nothing is 0."""
+    parts, counts = totals[:2], totals[2:].detach()
     if reduction == "sum":
         return parts.sum()
-    return (parts * torch.where(units > 0, 1 / units, 0.0)).sum()
+    return (parts * torch.where(counts > 0, 1 / counts, 0.0)).sum()
 
 
 @cache

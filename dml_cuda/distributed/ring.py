@@ -111,7 +111,7 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """``[4]`` parts and units of this process's rows; or, with reduction "none", their losses ``[N]``."""
+    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``."""
 
     @staticmethod
     def forward(ctx, embeddings, refs, labels, blocks, call, epsilon):

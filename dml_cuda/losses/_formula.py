@@ -18,7 +18,7 @@ class Part(NamedTuple):
     """One sum over the rows, and what a mean divides it by."""
 
     losses: Tensor  # [N]
-    units: Tensor  # [N] int64: a row's kept pairs
+    counts: Tensor  # [N] int64: a row's kept pairs
     nonzero: Tensor  # [N] int64: how many of them have a loss other than 0
 
 
@@ -54,7 +54,7 @@ class Pairs(ABC):
         return self.sum(terms) / self.count.clamp(min=1)
 
     def each(self, losses: Tensor) -> Part:
-        """A part of the loss in which every pair is a unit of its own."""
+        """A part of the loss in which every pair counts for itself."""
         return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
 
 
@@ -88,7 +88,7 @@ class Formula:
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
-        """The rows' losses ``[N]``, or parts whose units are pairs.
+        """The rows' losses ``[N]``, or parts that count pairs.
 
         Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.
         """
@@ -105,10 +105,10 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
 def _totals(
     losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str
 ) -> tuple[list[Tensor], list[Tensor | int]]:
-    """The sum of each part, and of its units."""
+    """The sum of each part, and of its counts."""
     if not isinstance(losses, Tensor):
-        units = [(part.nonzero if reduction == "mean_nonzero" else part.units).sum() for part in losses]
-        return [part.losses.sum() for part in losses], units
+        counts = [(part.nonzero if reduction == "mean_nonzero" else part.counts).sum() for part in losses]
+        return [part.losses.sum() for part in losses], counts
     if reduction == "mean_nonzero":
         return [losses.sum()], [(losses != 0).sum()]
     return [losses.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
@@ -122,16 +122,16 @@ def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> 
         return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
     if reduction == "sum":
         return reduce(losses, valid, "none").sum()
-    parts, units = _totals(losses, valid, reduction)
+    parts, counts = _totals(losses, valid, reduction)
     return sum(
-        part / (unit.clamp(min=1) if isinstance(unit, Tensor) else max(unit, 1))
-        for part, unit in zip(parts, units, strict=True)
+        part / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        for part, count in zip(parts, counts, strict=True)
     )
 
 
 def undivided(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """``[4]``: parts 0 and 1 and their units, as the op gives them without ``divide``."""
-    parts, units = _totals(losses, valid, reduction)
-    units = [unit if isinstance(unit, Tensor) else parts[0].new_full((), unit) for unit in units]
+    """``[4]``: parts 0 and 1 and their counts, as the op gives them without ``divide``."""
+    parts, counts = _totals(losses, valid, reduction)
+    counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
-    return torch.stack([*parts, *none, *(unit.to(parts[0]) for unit in units), *none])
+    return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     options: Options
     similarity: str  # as the ops name it
     dynamic_params: bool = False  # whether parameters may change from call to call
-    divide: bool = True  # False: the result is [part 0, part 1, units 0, units 1], for the caller to divide
+    divide: bool = True  # False: the result is [part 0, part 1, count 0, count 1], for the caller to divide
 
 
 def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:

@@ -180,7 +180,7 @@ def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None)
     return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, beta, fused)
 
 
-def units(counts: Tensor, reduction: str) -> Tensor | int:
+def divisor(counts: Tensor, reduction: str) -> Tensor | int:
     """What a sum is divided by, from the counts ``[2]`` of all rows."""
     if reduction == "sum":
         return 1
@@ -188,7 +188,7 @@ def units(counts: Tensor, reduction: str) -> Tensor | int:
 
 
 def reduced(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    return sums if reduction == "none" else sums.sum() / units(counts.sum(0), reduction)
+    return sums if reduction == "none" else sums.sum() / divisor(counts.sum(0), reduction)
 
 
 def evaluate(call: TripletCall, *batch: Any) -> Tensor:
@@ -237,7 +237,7 @@ class TripletLoss(nn.Module):
 
     def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
         """The loss, from the sums over all rows of what :meth:`row_parts` gives."""
-        return total / units(counts, self.reduction)
+        return total / divisor(counts, self.reduction)
 
     def forward(
         self,

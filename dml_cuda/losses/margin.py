@@ -18,10 +18,10 @@ from ._triplet import (
     TripletLoss,
     TripletOptions,
     check_per_anchor,
+    divisor,
     row_sums,
     triplet_batch,
     triplet_options,
-    units,
 )
 
 
@@ -83,12 +83,12 @@ def whole(
 ) -> Tensor:
     """The loss, from the sums over all rows of what :func:`row_parts` gives."""
     reduction = call.options.reduction
-    value = total / units(counts, reduction)
+    value = total / divisor(counts, reduction)
     if nu == 0 or not isinstance(beta, Tensor):
         return value
     if beta.numel() == 1:
         return value + nu * (beta.view(()).to(value) * (counts[1] > 0))
-    penalty = betas / units(counts, reduction)
+    penalty = betas / divisor(counts, reduction)
     if reduction == "mean_nonzero":
         penalty = penalty * (counts[0] > 0)
     return value + nu * penalty

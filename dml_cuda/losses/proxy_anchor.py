@@ -129,7 +129,7 @@ class ProxyAnchorLoss(ClassifierLoss):
                 Part(*(torch.cat(same) for same in zip(*of_blocks, strict=True)))
                 for of_blocks in zip(*parts, strict=True)
             )
-            value = reduce(whole, whole[0].units > 0, self.reduction)
+            value = reduce(whole, whole[0].counts > 0, self.reduction)
         return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def pair_loss(
     Only the
     first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
     anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it. Without ``divide`` the
-    result is ``[4]``: parts 0 and 1 and their units.
+    result is ``[4]``: parts 0 and 1 and their counts.
     """
     columns = embeddings if ref_emb is None else ref_emb
     s = _similarities(embeddings, columns, similarity)

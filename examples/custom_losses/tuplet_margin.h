@@ -3,9 +3,9 @@
 template <typename T>
 struct TupletMargin : FormulaDefaults {
     static constexpr const char* kParams = "scale = 64, margin = 0.1";
-    static constexpr Fold kPos = Fold::kSum;
+    static constexpr Accumulator kPos = Accumulator::kSum;
     static constexpr bool kContext = true, kNeedsPos = true;
-    static constexpr Unit kUnit = Unit::kPair;
+    static constexpr Count kCount = Count::kPairs;
 
     T scale, cosine, sine;
 

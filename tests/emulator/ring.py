@@ -18,7 +18,7 @@ from .library import (
 )
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
-CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' fold
+CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' accumulator
 
 
 def stages(loss, mining):

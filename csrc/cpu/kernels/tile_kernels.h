@@ -36,11 +36,11 @@ template <typename T>
 struct RowStates {
     T* neg_above;  // [N] bounds
     T* pos_below;  // [N]
-    T* neg_value;  // [N] the value of the negatives' fold, once it is complete
+    T* neg_value;  // [N] the value of the negatives' accumulator, once it is complete
 };
 
-// What one tile adds to the folds of its lines (its rows or its columns): to a log-sum-exp (max, sum), to a
-// sum (count, sum). The engine merges the tiles' numbers in a fixed order.
+// What one tile adds to the accumulators of its lines (its rows or its columns): to a log-sum-exp (max, sum),
+// to a sum (count, sum). The engine merges the tiles' numbers in a fixed order.
 template <typename T>
 struct LineParts {
     alignas(64) T neg_a[kMostSide];    // max or count
@@ -63,7 +63,7 @@ struct RowWeights {
     const T* pos_below;  // [N]
     const T* neg_value;  // [N]
     const T* pos_value;  // [N]
-    const T* d_neg;      // [N] upstream * d loss / d fold of the negatives
+    const T* d_neg;      // [N] upstream * d loss / d accumulator of the negatives
     const T* d_pos;      // [N]
 };
 
@@ -104,12 +104,12 @@ struct TileKernels {
                       const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
     // The smallest similarity of the positives of each line, into rows.pos_a and cols.pos_a.
     void (*min_positives)(const Tile<T>&, TileParts<T>&);
-    // What the tile's kept pairs of the given kinds add to the folds of its lines. count_nonzero: sums count
-    // the terms that are not 0, else the kept pairs.
+    // What the tile's kept pairs of the given kinds add to the accumulators of its lines. count_nonzero: sums
+    // count the terms that are not 0, else the kept pairs.
     Found (*accumulate)(const Tile<T>&, const double* params, Kinds, bool count_nonzero, const RowStates<T>&,
                         TileParts<T>&);
-    // Merges the parts of n lines into their folds: (a, b) and (part_a, part_b) as in LineParts.
-    void (*merge)(Fold, int n, const T* part_a, const T* part_b, T* a, T* b);
+    // Merges the parts of n lines into their accumulators: (a, b) and (part_a, part_b) as in LineParts.
+    void (*merge)(Accumulator, int n, const T* part_a, const T* part_b, T* a, T* b);
     // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; by 1 / |x - y| where
     // euclidean. Returns the number of non-zeros.
     int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
@@ -125,9 +125,9 @@ struct TileKernels {
                         int64_t dim, T* out, int64_t out_stride);
 
     // What the formula declares (losses/formula.h).
-    Fold neg, pos;
+    Accumulator neg, pos;
     bool plus_one, context, pos_in_neg, hinge, needs_pos, needs_neg;
-    Unit unit;
+    Count count;
     int parts;
 };
 

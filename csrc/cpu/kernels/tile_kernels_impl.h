@@ -126,7 +126,7 @@ struct Positives {
         return T(0);
     }
 };
-// The positives as they join the negatives' fold.
+// The positives as they join the negatives' accumulator.
 template <typename T, typename Formula>
 struct JoiningPositives : Positives<T, Formula> {
     static constexpr bool kContext = false;
@@ -361,10 +361,10 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
                                     of.pos_b, of.pos_context}
                          : Lines<T>{states.neg_above + first, nullptr, of.neg_a, of.neg_b, of.max_neg};
     };
-    const auto run = [&](const auto& kind, auto fold, const Lines<T>& rows, const Lines<T>& cols) {
+    const auto run = [&](const auto& kind, auto accumulator, const Lines<T>& rows, const Lines<T>& cols) {
         using Kind = std::decay_t<decltype(kind)>;
         Found here;
-        if constexpr (decltype(fold)::value == Fold::kLogSumExp) {
+        if constexpr (decltype(accumulator)::value == Accumulator::kLogSumExp) {
             here = accumulate_lse<T, Kind, kBothSides>(tile, kind, rows, cols);
         } else {
             here = accumulate_sum<T, Kind, kBothSides>(tile, kind, count_nonzero, rows, cols);
@@ -373,8 +373,8 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
     };
     if (wanted & static_cast<int>(Kinds::kNegatives)) {
         const Lines<T> rows = lines(parts.rows, tile.row0, false), cols = lines(parts.cols, tile.col0, false);
-        run(Negatives<T, Formula>{formula}, std::integral_constant<Fold, Formula::kNeg>(), rows, cols);
-        if constexpr (Formula::kNeg == Fold::kSum) {  // the hardest negative, for mining
+        run(Negatives<T, Formula>{formula}, std::integral_constant<Accumulator, Formula::kNeg>(), rows, cols);
+        if constexpr (Formula::kNeg == Accumulator::kSum) {  // the hardest negative, for mining
             if (wanted == static_cast<int>(Kinds::kNegatives)) {
                 hardest_negatives<T, kBothSides>(tile, rows, cols);
                 found.parts = true;  // satisfied hinges too have a hardest negative
@@ -382,7 +382,7 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
         }
     }
     if (wanted & static_cast<int>(Kinds::kPositives)) {
-        run(Positives<T, Formula>{formula}, std::integral_constant<Fold, Formula::kPos>(),
+        run(Positives<T, Formula>{formula}, std::integral_constant<Accumulator, Formula::kPos>(),
             lines(parts.rows, tile.row0, true), lines(parts.cols, tile.col0, true));
     }
     if constexpr (Formula::kPosInNeg) {
@@ -407,8 +407,8 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
 }
 
 template <typename T>
-void merge(Fold fold, int n, const T* part_a, const T* part_b, T* a, T* b) {
-    if (fold == Fold::kSum) {
+void merge(Accumulator accumulator, int n, const T* part_a, const T* part_b, T* a, T* b) {
+    if (accumulator == Accumulator::kSum) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
             a[i] += part_a[i];
@@ -469,12 +469,12 @@ struct SharedExponential {
 };
 
 // Writes (or adds) the weights of the kind's pairs in a range of row i.
-template <typename T, Fold kFold, bool kBothSides, bool kAdd, typename Kind>
+template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind>
 DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
                               const Weighed<T>& row, const Weighed<T>& col,
                               const SharedExponential<T>* shared, T* out) {
     const T bound = row.bound[i], d = row.d[i];
-    if constexpr (kFold == Fold::kSum) {
+    if constexpr (kAccumulator == Accumulator::kSum) {
         const T context = Kind::kContext ? row.context[i] : T(0);
 #pragma omp simd
         for (int64_t j = begin; j < end; ++j) {
@@ -544,10 +544,10 @@ int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, 
     const Positives<T, Formula> pos{formula};
     const JoiningPositives<T, Formula> join{{formula}};
     const int n = kBothSides ? tile.rows : 0, m = kBothSides ? tile.cols : 0;
-    const SharedExponential<T> shared_neg(neg_rows, Formula::kNeg == Fold::kSum ? 0 : n, neg_cols,
-                                          Formula::kNeg == Fold::kSum ? 0 : m);
-    const SharedExponential<T> shared_pos(pos_rows, Formula::kPos == Fold::kSum ? 0 : n, pos_cols,
-                                          Formula::kPos == Fold::kSum ? 0 : m);
+    const SharedExponential<T> shared_neg(neg_rows, Formula::kNeg == Accumulator::kSum ? 0 : n, neg_cols,
+                                          Formula::kNeg == Accumulator::kSum ? 0 : m);
+    const SharedExponential<T> shared_pos(pos_rows, Formula::kPos == Accumulator::kSum ? 0 : n, pos_cols,
+                                          Formula::kPos == Accumulator::kSum ? 0 : m);
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.pitch;
@@ -704,7 +704,7 @@ TileKernels<T> make_kernels() {
             weights<T, Formula>, row<T, Formula>,    terms<T, Formula>,      compress<T>,
             add_product<T>,      Formula::kNeg,      Formula::kPos,          Formula::kPlusOne,
             Formula::kContext,   Formula::kPosInNeg, Formula::kHinge,        Formula::kNeedsPos,
-            Formula::kNeedsNeg,  Formula::kUnit,     Formula::kParts};
+            Formula::kNeedsNeg,  Formula::kCount,    Formula::kParts};
 }
 
 template <typename T>

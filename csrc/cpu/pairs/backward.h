@@ -240,7 +240,7 @@ BackwardResult backward(const Call& call, const Backward& from) {
     auto* saved = from.saved.data_ptr<uint8_t>();
     const bool need_ref = from.need_ref && call.ref_emb.has_value();
     const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
-    if (*Stats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
+    if (*RowStats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
         return {from.need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none()};

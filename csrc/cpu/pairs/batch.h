@@ -102,7 +102,7 @@ class Batch {
     const bool windows;  // points are packed when a tile_group-tile needs them, else all are at first
     PackedPoints<T> rows;
     PackedPoints<T>& cols;
-    const Stats<T> stats;
+    const RowStats<T> stats;
     uint8_t* const kept;
 
     // The tile's place, without its similarities.

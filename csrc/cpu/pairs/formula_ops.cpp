@@ -19,15 +19,15 @@ FormulaFacts formula_facts(std::string_view name) {
     const TileKernels<double>& of = tile_kernels<double>(formula->id);
     const CustomFormula* own = custom_formula(formula->id);
     return {own ? own->parameters : "",
-            {{"sums_negatives", of.neg == Fold::kSum},
-             {"sums_positives", of.pos == Fold::kSum},
+            {{"sums_negatives", of.neg == Accumulator::kSum},
+             {"sums_positives", of.pos == Accumulator::kSum},
              {"plus_one", of.plus_one},
              {"context", of.context},
              {"pos_in_neg", of.pos_in_neg},
              {"hinge", of.hinge},
              {"needs_pos", of.needs_pos},
              {"needs_neg", of.needs_neg},
-             {"pair_units", of.unit == Unit::kPair},
+             {"counts_pairs", of.count == Count::kPairs},
              {"two_parts", of.parts == 2},
              {"cuda", own == nullptr || own->cuda != nullptr}}};
 }
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> formula_terms(const Tensor& s, const Optional
     return {term, derivative, by_context};
 }
 
-// gathered [4, N]: neg, pos, neg_count and pos_count. Returns [6, N]: parts 0 and 1, units 0 and 1, and the
+// gathered [4, N]: neg, pos, neg_count and pos_count. Returns [6, N]: parts 0 and 1, counts 0 and 1, and the
 // derivatives by neg (without what goes through the context) and by pos.
 Tensor formula_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
     const FormulaInfo& formula = find_formula(name, params);
@@ -89,7 +89,7 @@ Tensor formula_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<
         for (int64_t i = 0; i < n; ++i) {
             const RowDerivatives<T> row =
                 kernels.row(values.data(), {g[i], g[n + i], g[2 * n + i], g[3 * n + i]}, T(0));
-            const T numbers[] = {row.part[0], row.part[1], row.unit[0], row.unit[1], row.d_neg, row.d_pos};
+            const T numbers[] = {row.part[0], row.part[1], row.count[0], row.count[1], row.d_neg, row.d_pos};
             for (int k = 0; k < 6; ++k) to[k * n + i] = numbers[k];
         }
     });

@@ -1,13 +1,13 @@
-// The forward pass: which tiles, in which order and how often, and the folds of what they leave.
+// The forward pass: which tiles, in which order and how often, and the accumulators of what they leave.
 //
 // With mining (rows and columns sorted by label, so positives lie beside the diagonal):
 //   1. the tiles that hold positives: each row's smallest positive similarity, hence which negatives
 //      are kept;
-//   2. every tile: the fold of the kept negatives and their maximum, hence which positives are kept;
-//   3. the tiles that hold positives again: the fold of the kept positives.
+//   2. every tile: the accumulator of the kept negatives and their maximum, hence which positives are kept;
+//   3. the tiles that hold positives again: the accumulator of the kept positives.
 // Without mining step 2 does both kinds and is the only one, unless the formula's positives see the value of
-// the negatives' fold: then steps 2 and 3. Tiles leave what they add to the rows' folds apart (TileParts),
-// and a fold merges it in the order of the tiles, each block of rows by one task.
+// the negatives' accumulator: then steps 2 and 3. Tiles leave what they add to the rows' accumulators apart
+// (TileParts), and it is merged in the order of the tiles, each block of rows by one task.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -23,17 +23,17 @@ namespace dml::cpu {
 // Tiles of one wave of the forward pass: some 3 MiB of parts.
 constexpr int64_t kForwardWave = 256;
 
-// The rows' folds while tiles pass.
+// The rows' accumulators while tiles pass.
 template <typename T>
-struct Folds {
+struct RowAccumulators {
     std::vector<T> numbers;  // [7, N]
     T *neg_a, *neg_b, *max_neg, *min_pos, *pos_a, *pos_b, *pos_context;
 
-    Folds(int64_t n, Fold neg, Fold pos) : numbers(7 * n, T(0)) {
+    RowAccumulators(int64_t n, Accumulator neg, Accumulator pos) : numbers(7 * n, T(0)) {
         T** const all[] = {&neg_a, &neg_b, &max_neg, &min_pos, &pos_a, &pos_b, &pos_context};
         for (int k = 0; k < 7; ++k) *all[k] = numbers.data() + k * n;
-        if (neg == Fold::kLogSumExp) std::fill_n(neg_a, n, -infinity<T>());
-        if (pos == Fold::kLogSumExp) std::fill_n(pos_a, n, -infinity<T>());
+        if (neg == Accumulator::kLogSumExp) std::fill_n(neg_a, n, -infinity<T>());
+        if (pos == Accumulator::kLogSumExp) std::fill_n(pos_a, n, -infinity<T>());
         std::fill_n(max_neg, n, -infinity<T>());
         std::fill_n(min_pos, n, infinity<T>());
     }
@@ -42,8 +42,8 @@ struct Folds {
     T pos_value(const TileKernels<T>& of, int64_t i) const { return value(of, of.pos, pos_a[i], pos_b[i]); }
 
    private:
-    static T value(const TileKernels<T>& of, Fold fold, T a, T b) {
-        return fold == Fold::kSum ? b : LogSumExp<T>{a, b}.value(of.plus_one);
+    static T value(const TileKernels<T>& of, Accumulator accumulator, T a, T b) {
+        return accumulator == Accumulator::kSum ? b : LogSumExp<T>{a, b}.value(of.plus_one);
     }
 };
 
@@ -57,55 +57,58 @@ bool can_have_loss(const TileKernels<T>& formula, bool mining, int64_t positives
 // Which pairs of row i are kept, now that the hardest negative is known. In exact arithmetic both kept sets
 // are empty together; rounding must not part them.
 template <typename T>
-Bounds<T> close_bounds(const TileKernels<T>& formula, Folds<T>& folds, int64_t i, T neg_above, T epsilon) {
-    const T below = folds.max_neg[i] + epsilon;
-    if (folds.max_neg[i] != -infinity<T>() && folds.min_pos[i] < below) return {below, neg_above};
-    folds.neg_a[i] = formula.neg == Fold::kLogSumExp ? -infinity<T>() : T(0);
-    folds.neg_b[i] = T(0);
-    folds.max_neg[i] = -infinity<T>();
+Bounds<T> close_bounds(const TileKernels<T>& formula, RowAccumulators<T>& accumulators, int64_t i,
+                       T neg_above, T epsilon) {
+    const T below = accumulators.max_neg[i] + epsilon;
+    if (accumulators.max_neg[i] != -infinity<T>() && accumulators.min_pos[i] < below)
+        return {below, neg_above};
+    accumulators.neg_a[i] = formula.neg == Accumulator::kLogSumExp ? -infinity<T>() : T(0);
+    accumulators.neg_b[i] = T(0);
+    accumulators.max_neg[i] = -infinity<T>();
     return Bounds<T>::none();
 }
 
-// What a row's folds make of it.
+// What a row's accumulators make of it.
 template <typename T>
 struct FinishedRow {
     RowDerivatives<T> loss;
-    T neg_value, pos_value, units[2];
+    T neg_value, pos_value, count[2];
     bool poisoned;
 
     // positives, negatives: how many pairs the row has, kept or not.
     FinishedRow(const TileKernels<T>& formula, const double* params, bool mining, Reduction reduction,
-                const Folds<T>& folds, int64_t i, int64_t positives, int64_t negatives, bool finite) {
+                const RowAccumulators<T>& accumulators, int64_t i, int64_t positives, int64_t negatives,
+                bool finite) {
         Gathered<T> row;
-        row.neg = neg_value = folds.neg_value(formula, i);
-        row.pos = pos_value = folds.pos_value(formula, i);
-        if (formula.neg == Fold::kSum) row.neg_count = folds.neg_a[i];
-        if (formula.pos == Fold::kSum) row.pos_count = folds.pos_a[i];
-        loss = formula.row(params, row, folds.pos_context[i]);
+        row.neg = neg_value = accumulators.neg_value(formula, i);
+        row.pos = pos_value = accumulators.pos_value(formula, i);
+        if (formula.neg == Accumulator::kSum) row.neg_count = accumulators.neg_a[i];
+        if (formula.pos == Accumulator::kSum) row.pos_count = accumulators.pos_a[i];
+        loss = formula.row(params, row, accumulators.pos_context[i]);
         const bool some = positives > 0 || negatives > 0;
         poisoned = !finite && some && can_have_loss(formula, mining, positives, negatives);
         if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
-        const bool kept_pos =
-            formula.pos == Fold::kSum ? folds.pos_a[i] > T(0) : folds.pos_a[i] > -infinity<T>();
-        const bool valid = mining ? kept_pos || folds.max_neg[i] > -infinity<T>() : some;
+        const bool kept_pos = formula.pos == Accumulator::kSum ? accumulators.pos_a[i] > T(0)
+                                                               : accumulators.pos_a[i] > -infinity<T>();
+        const bool valid = mining ? kept_pos || accumulators.max_neg[i] > -infinity<T>() : some;
         for (int k = 0; k < 2; ++k) {
-            units[k] = loss.unit[k];
-            if (formula.unit != Unit::kRow) continue;
-            if (reduction == Reduction::kMeanNonzero) units[k] = loss.part[k] != T(0);
-            if (reduction == Reduction::kMeanValid && formula.parts == 1) units[k] = valid;
+            count[k] = loss.count[k];
+            if (formula.count != Count::kRows) continue;
+            if (reduction == Reduction::kMeanNonzero) count[k] = loss.part[k] != T(0);
+            if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = valid;
         }
     }
 };
 
 // What the losses of some rows add up to.
 struct Total {
-    double part[2] = {0, 0}, units[2] = {0, 0};
+    double part[2] = {0, 0}, count[2] = {0, 0};
     bool poisoned = false;
 
     void add(const Total& other) {
         for (int k = 0; k < 2; ++k) {
             part[k] += other.part[k];
-            units[k] += other.units[k];
+            count[k] += other.count[k];
         }
         poisoned = poisoned || other.poisoned;
     }
@@ -120,8 +123,8 @@ class Forward {
           mining_(problem.mining),
           mine_self_pair_(!batch.square && problem.mine_self_pair),
           reduction_(problem.reduction),
-          count_nonzero_(kernels_.unit == Unit::kPair && reduction_ == Reduction::kMeanNonzero),
-          folds_(batch.n, kernels_.neg, kernels_.pos),
+          count_nonzero_(kernels_.count == Count::kPairs && reduction_ == Reduction::kMeanNonzero),
+          accumulators_(batch.n, kernels_.neg, kernels_.pos),
           block_active_(batch.tiles.row_blocks, 0),
           known_(batch.tiles.count(), 0) {}
 
@@ -141,21 +144,21 @@ class Forward {
             find_hardest_positives(with_positives);
             each_row([&](int64_t i) {
                 T& above = batch_.stats.neg_above[i];
-                if (above == -infinity<T>()) above = folds_.min_pos[i] - T(mining_.epsilon);
+                if (above == -infinity<T>()) above = accumulators_.min_pos[i] - T(mining_.epsilon);
             });
         }
         pass([&](const TileAt& at) { return active(at) && batch_.holds_negatives(at); }, Kinds::kNegatives);
         each_row([&](int64_t i) {
             if (mining_.on)
-                set_bounds(i,
-                           close_bounds(kernels_, folds_, i, batch_.stats.neg_above[i], T(mining_.epsilon)));
-            if (kernels_.context) batch_.stats.neg_value[i] = folds_.neg_value(kernels_, i);
+                set_bounds(i, close_bounds(kernels_, accumulators_, i, batch_.stats.neg_above[i],
+                                           T(mining_.epsilon)));
+            if (kernels_.context) batch_.stats.neg_value[i] = accumulators_.neg_value(kernels_, i);
         });
         pass(with_positives, Kinds::kPositives);
     }
 
-    // What accumulate does of one stage, for columns that are one block of several: the rows' folds, bounds
-    // and values are those of the blocks before (blocks.cpp).
+    // What accumulate does of one stage, for columns that are one block of several: the rows' accumulators,
+    // bounds and values are those of the blocks before (blocks.cpp).
     void hardest_positives() {
         find_hardest_positives([&](const TileAt& at) { return batch_.holds_positives(at); });
     }
@@ -167,7 +170,7 @@ class Forward {
             },
             kinds);
     }
-    Folds<T>& folds() { return folds_; }
+    RowAccumulators<T>& accumulators() { return accumulators_; }
 
     // The rows' losses, and what backward needs of them. `each`: [N] in the order of the embeddings, or null.
     Total finish(bool finite, T* each) {
@@ -283,7 +286,7 @@ class Forward {
                 return true;
             },
             [&](const LineParts<T>& of, int64_t first, int lines) {
-                T* least = folds_.min_pos + first;
+                T* least = accumulators_.min_pos + first;
                 for (int i = 0; i < lines; ++i) least[i] = std::min(least[i], of.pos_a[i]);
             });
     }
@@ -303,22 +306,23 @@ class Forward {
             },
             [&](const LineParts<T>& of, int64_t r, int lines) {
                 if (to_neg)
-                    kernels_.merge(kernels_.neg, lines, of.neg_a, of.neg_b, folds_.neg_a + r,
-                                   folds_.neg_b + r);
+                    kernels_.merge(kernels_.neg, lines, of.neg_a, of.neg_b, accumulators_.neg_a + r,
+                                   accumulators_.neg_b + r);
                 if (negatives && mining_.on) {
-                    T* most = folds_.max_neg + r;
+                    T* most = accumulators_.max_neg + r;
                     for (int i = 0; i < lines; ++i) most[i] = std::max(most[i], of.max_neg[i]);
                 }
                 if (!positives) return;
-                kernels_.merge(kernels_.pos, lines, of.pos_a, of.pos_b, folds_.pos_a + r, folds_.pos_b + r);
+                kernels_.merge(kernels_.pos, lines, of.pos_a, of.pos_b, accumulators_.pos_a + r,
+                               accumulators_.pos_b + r);
                 if (!kernels_.context) return;
-                for (int i = 0; i < lines; ++i) folds_.pos_context[r + i] += of.pos_context[i];
+                for (int i = 0; i < lines; ++i) accumulators_.pos_context[r + i] += of.pos_context[i];
             });
     }
 
     void finish_row(int64_t i, bool finite, T* each, Total& total) {
-        const Stats<T>& stats = batch_.stats;
-        const FinishedRow<T> row(kernels_, batch_.params, mining_.on, reduction_, folds_, i,
+        const RowStats<T>& stats = batch_.stats;
+        const FinishedRow<T> row(kernels_, batch_.params, mining_.on, reduction_, accumulators_, i,
                                  batch_.positives(i), batch_.negatives(i), finite);
         stats.neg_value[i] = row.neg_value;
         stats.pos_value[i] = row.pos_value;
@@ -328,7 +332,7 @@ class Forward {
         total.poisoned = total.poisoned || row.poisoned;
         for (int k = 0; k < 2; ++k) {
             total.part[k] += row.loss.part[k];
-            total.units[k] += row.units[k];
+            total.count[k] += row.count[k];
         }
     }
 
@@ -338,7 +342,7 @@ class Forward {
     const bool mine_self_pair_;
     const Reduction reduction_;
     const bool count_nonzero_;
-    Folds<T> folds_;
+    RowAccumulators<T> accumulators_;
     std::vector<uint8_t> block_active_, known_;
 };
 
@@ -373,17 +377,17 @@ ForwardResult forward(const Call& call) {
     const bool finite = batch.rows.finite && batch.cols.finite;
     const Total total = pass.finish(finite, each ? out : nullptr);
 
-    const Stats<T>& stats = batch.stats;
+    const RowStats<T>& stats = batch.stats;
     *stats.poisoned = total.poisoned;
     double sum = 0;
     for (int k = 0; k < 2; ++k) {
         const bool divided = problem.reduction != Reduction::kSum && !each;
-        const double scale = !divided ? 1.0 : total.units[k] > 0 ? 1.0 / total.units[k] : 0.0;
+        const double scale = !divided ? 1.0 : total.count[k] > 0 ? 1.0 / total.count[k] : 0.0;
         stats.scale[k] = static_cast<T>(scale);
         sum += total.poisoned ? total.part[k] : total.part[k] * scale;
         if (!each && !problem.divide) {
             out[k] = static_cast<T>(total.part[k]);
-            out[2 + k] = static_cast<T>(total.units[k]);
+            out[2 + k] = static_cast<T>(total.count[k]);
         }
     }
     if (!each && problem.divide) *out = static_cast<T>(sum);

@@ -31,12 +31,12 @@ struct Layout {
 };
 
 template <typename T>
-struct Stats {
+struct RowStats {
     T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N] each
-    T* scale;                                                          // [2] 1 / units of each part
+    T* scale;                                                          // [2] 1 / count of each part
     T* poisoned;
 
-    Stats(T* data, int64_t n)
+    RowStats(T* data, int64_t n)
         : neg_above(data),
           pos_below(data + n),
           neg_value(data + 2 * n),

@@ -1,8 +1,8 @@
 // The engine a block of columns at a time, for who never holds all of them: a ring of processes
 // (dml_cuda.distributed). The rows' running numbers go from call to call in one tensor:
 //
-//   state [14, N], in the order of the embeddings: the seven numbers of Folds, the six of Stats, and whether
-//   the points so far were finite (0 or NaN)
+//   state [14, N], in the order of the embeddings: the seven numbers of RowAccumulators, the six of Stats,
+//   and whether the points so far were finite (0 or NaN)
 //
 // pair_block_turn makes it, and turns it from one stage to the next; pair_block adds a block to it in a stage
 // ("hardest", "negatives", "positives" or "both", as stages() of a formula lists them); pair_block_rows makes
@@ -50,17 +50,17 @@ struct State {
     T* row(int64_t k) const { return numbers.data_ptr<T>() + k * n; }
     T* finite() const { return row(kNumbers - 1); }
 
-    // Folds from it, and back, for rows in the order of a plan or (null) as they are.
-    void read(Folds<T>& folds, const int32_t* order) const {
+    // RowAccumulators from it, and back, for rows in the order of a plan or (null) as they are.
+    void read(RowAccumulators<T>& accumulators, const int32_t* order) const {
         each_row(n, [&](int64_t i) {
             for (int64_t k = 0; k < kFoldNumbers; ++k)
-                folds.numbers[k * n + i] = row(k)[order ? order[i] : i];
+                accumulators.numbers[k * n + i] = row(k)[order ? order[i] : i];
         });
     }
-    void write(const Folds<T>& folds, const int32_t* order) const {
+    void write(const RowAccumulators<T>& accumulators, const int32_t* order) const {
         each_row(n, [&](int64_t i) {
             for (int64_t k = 0; k < kFoldNumbers; ++k)
-                row(k)[order ? order[i] : i] = folds.numbers[k * n + i];
+                row(k)[order ? order[i] : i] = accumulators.numbers[k * n + i];
         });
     }
 };
@@ -142,10 +142,10 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
     return in_compute_type(type, [&](auto number) {
         using T = decltype(number);
         const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
-        Folds<T> folds(n, kernels.neg, kernels.pos);
+        RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         if (stage == "start") {
             const State<T> state(at::zeros({kNumbers, n}, pairs.options().dtype(type)));
-            state.write(folds, nullptr);
+            state.write(accumulators, nullptr);
             each_row(n, [&](int64_t i) {
                 const bool active = can_have_loss(kernels, epsilon.has_value(), count[i], count[n + i]);
                 const Bounds<T> bounds = active ? Bounds<T>::all() : Bounds<T>::none();
@@ -155,19 +155,20 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
             return state.numbers;
         }
         const State<T> state(before->clone(at::MemoryFormat::Contiguous));
-        state.read(folds, nullptr);
+        state.read(accumulators, nullptr);
         T *above = state.row(kNegAbove), *below = state.row(kPosBelow);
         each_row(n, [&](int64_t i) {
-            if (stage == "hardest" && above[i] == -infinity<T>()) above[i] = folds.min_pos[i] - T(*epsilon);
+            if (stage == "hardest" && above[i] == -infinity<T>())
+                above[i] = accumulators.min_pos[i] - T(*epsilon);
             if (stage != "negatives") return;
             if (epsilon) {
-                const Bounds<T> bounds = close_bounds(kernels, folds, i, above[i], T(*epsilon));
+                const Bounds<T> bounds = close_bounds(kernels, accumulators, i, above[i], T(*epsilon));
                 above[i] = bounds.neg_above;
                 below[i] = bounds.pos_below;
             }
-            if (kernels.context) state.row(kNegValue)[i] = folds.neg_value(kernels, i);
+            if (kernels.context) state.row(kNegValue)[i] = accumulators.neg_value(kernels, i);
         });
-        state.write(folds, nullptr);
+        state.write(accumulators, nullptr);
         return state.numbers;
     });
 }
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
             return {state.numbers, kept(here.kept())};
         }
         Forward<T> pass(batch, here.problem);
-        state.read(pass.folds(), order);
+        state.read(pass.accumulators(), order);
         each_row(state.n, [&](int64_t i) {
             batch.stats.neg_above[i] = state.row(kNegAbove)[order[i]];
             batch.stats.pos_below[i] = state.row(kPosBelow)[order[i]];
@@ -212,12 +213,12 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
                      : stage == "negatives" ? Kinds::kNegatives
                                             : Kinds::kPositives);
         }
-        state.write(pass.folds(), order);
+        state.write(pass.accumulators(), order);
         return {state.numbers, kept(here.kept())};
     });
 }
 
-// [4, N]: the rows' parts 0 and 1 and their units; and what backward needs of the rows [6, N], the
+// [4, N]: the rows' parts 0 and 1 and their counts; and what backward needs of the rows [6, N], the
 // derivatives of each part still without what comes from above.
 std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs,
                                        c10::string_view formula_name, at::ArrayRef<double> params,
@@ -234,18 +235,18 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
         using T = decltype(number);
         const State<T> state(before.contiguous());
         const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
-        Folds<T> folds(n, kernels.neg, kernels.pos);
-        state.read(folds, nullptr);
+        RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
+        state.read(accumulators, nullptr);
         Tensor losses = at::empty({4, n}, before.options());
         Tensor weights = state.numbers.narrow(0, kFoldNumbers, kStatNumbers).clone();
         T *loss = losses.data_ptr<T>(), *weight = weights.data_ptr<T>();
         const Reduction how = parse_reduction(reduction);
         each_row(n, [&](int64_t i) {
-            const FinishedRow<T> row(kernels, numbers, mining, how, folds, i, count[i], count[n + i],
+            const FinishedRow<T> row(kernels, numbers, mining, how, accumulators, i, count[i], count[n + i],
                                      !std::isnan(state.finite()[i]));
             for (int k = 0; k < 2; ++k) {
                 loss[k * n + i] = row.loss.part[k];
-                loss[(2 + k) * n + i] = row.units[k];
+                loss[(2 + k) * n + i] = row.count[k];
             }
             weight[2 * n + i] = row.neg_value;
             weight[3 * n + i] = row.pos_value;

@@ -7,52 +7,52 @@ namespace {
 
 // A thread for each row, and for each column where those have partial results that are not the rows'.
 template <int Tile, typename T, typename Acc>
-dim3 fold_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
+dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
     const bool cols_too = of_cols && !tile_group.diagonal();
     const int tiles = cols_too ? std::max(tile_group.row_tiles, tile_group.col_tiles) : tile_group.row_tiles;
-    return dim3(unsigned((tiles * Tile + kFoldThreads - 1) / kFoldThreads), cols_too ? 2 : 1);
+    return dim3(unsigned((tiles * Tile + kMergeThreads - 1) / kMergeThreads), cols_too ? 2 : 1);
 }
 
 }  // namespace
 
 template <typename Acc>
-void Folds<Acc>::extremes(const TileGroup& tile_group, bool of_cols, const RowStats<Acc>& stats,
+void Merge<Acc>::extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& stats,
                           const Partials<Acc>& partials, Turn turn, Acc epsilon, cudaStream_t stream) {
-    launch(fold_extremes<kTile, Acc, Acc>, fold_grid<kTile>(tile_group, of_cols), dim3(kFoldThreads), 0,
+    launch(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
            stream, tile_group, stats, partials, turn, epsilon);
 }
 
 template <typename Acc>
-void Folds<Acc>::sums(const TileGroup& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
+void Merge<Acc>::sums(const Lines& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
                       const RowStats<Acc>& stats, const Partials<Acc>& partials, const uint8_t* kept,
                       Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream) {
-    launch(fold_sums<kTile, Acc, Acc>, fold_grid<kTile>(tile_group, of_cols), dim3(kFoldThreads), 0, stream,
-           tile_group, formula, second, stats, partials, kept, turn, mining, results);
+    launch(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
+           stream, tile_group, formula, second, stats, partials, kept, turn, mining, results);
 }
 
 template <typename Acc>
-void Folds<Acc>::weights(const TileGroup& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
+void Merge<Acc>::weights(const Lines& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
                          Turn turn, Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
-    launch(fold_weights<kTile, Acc, Acc>, fold_grid<kTile>(tile_group, true), dim3(kFoldThreads), 0, stream,
-           tile_group, partials, kept, turn, row_sums, col_sums);
+    launch(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads), 0,
+           stream, tile_group, partials, kept, turn, row_sums, col_sums);
 }
 
 template <typename Acc>
-void Folds<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
+void Merge<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
                           cudaStream_t stream) {
-    launch(fold_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)), dim3(kPartThreads),
+    launch(merge_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)), dim3(kPartThreads),
            0, stream, parts, count, pitch, size, sums);
 }
 
 template <typename Acc>
-void Folds<Acc>::reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
+void Merge<Acc>::reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
                         const Acc* ref_norms, int64_t refs, const int64_t* num_valid_refs,
                         const Division& division, Acc* loss, cudaStream_t stream) {
     launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats, rows,
            results, ref_norms, refs, num_valid_refs, division, loss);
 }
 
-template struct Folds<float>;
-template struct Folds<double>;
+template struct Merge<float>;
+template struct Merge<double>;
 
 }  // namespace dml::cuda

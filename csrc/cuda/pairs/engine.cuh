@@ -15,8 +15,8 @@
 
 namespace dml::cuda {
 
-extern template struct Folds<float>;
-extern template struct Folds<double>;
+extern template struct Merge<float>;
+extern template struct Merge<double>;
 
 template <typename Math>
 struct Engine {
@@ -95,14 +95,14 @@ struct TileRange {
 
 // What is known of a formula on the host.
 struct FormulaFacts {
-    bool context, pair_units;
+    bool context, counts_pairs;
     int parts;
 };
 inline FormulaFacts formula_facts(FormulaId formula) {
     FormulaFacts facts = {};
     with_formula(formula, [&](auto tag) {
         using Formula = typename decltype(tag)::template Of<float>;
-        facts = {Formula::kContext, Formula::kUnit == Unit::kPair, Formula::kParts};
+        facts = {Formula::kContext, Formula::kCount == Count::kPairs, Formula::kParts};
     });
     return facts;
 }
@@ -124,7 +124,7 @@ struct Work {
     using Grid = PairGrid<Math>;
     using Weight = typename WeightOf<GradMath>::Type;
     static constexpr int kTile = Traits::kTile;
-    static_assert(kTile == Folds<Acc>::kTile, "their folds know the tiles");
+    static_assert(kTile == Merge<Acc>::kTile, "their merges know the tiles");
     static constexpr bool kSumsApart = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
     static constexpr int64_t kWeightBudget = 24ll << 20;         // bytes of weights at once
@@ -186,12 +186,12 @@ struct Work {
 
     // Whether a summand of 0 counts.
     bool count_zeros() const {
-        return !(formula_facts(p.formula).pair_units && p.reduction == Reduction::kMeanNonzero);
+        return !(formula_facts(p.formula).counts_pairs && p.reduction == Reduction::kMeanNonzero);
     }
     Upstream<Acc> upstream(const Acc* grad_loss) const {
         return {grad_loss, p.reduction, p.divide, formula_facts(p.formula).parts - 1};
     }
-    // Results of the rows, before they are reduced. In strips each row has a slot, else each warp of a fold.
+    // Results of the rows, before they are reduced. In strips each row has a slot, else each warp of a merge.
     static int64_t result_slots(const Task& t) {
         const int64_t n = t.problem.queries.count;
         return uses_strips(t) ? n : (n + kWarpSize - 1) / kWarpSize;
@@ -204,7 +204,7 @@ struct Work {
 
     void reduce(const Results<Acc>& results, Acc* loss) const {
         const int64_t refs = p.square ? 0 : p.refs.count;
-        Folds<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.num_valid_refs,
+        Merge<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.num_valid_refs,
                            Division{p.reduction, p.divide, formula_facts(p.formula).parts}, loss, stream);
     }
 
@@ -350,7 +350,7 @@ struct Work {
             for_tile_groups(shape, all_rows(), all_cols(), [&](const auto& tile_group, Turn turn) {
                 launch(find_extremes<Math>, tiles_of(tile_group), dim3(Traits::kThreads),
                        Grid::shared_bytes(2), stream, tile_group, partials, extremes);
-                Folds<Acc>::extremes(Folds<Acc>::without_points(tile_group), p.square, stats(), partials,
+                Merge<Acc>::extremes(Merge<Acc>::without_points(tile_group), p.square, stats(), partials,
                                      turn, Acc(p.mining.epsilon), stream);
             });
         }
@@ -362,7 +362,7 @@ struct Work {
                 tile_group.cache_filled = tile_group.cache && (mining || second);
                 launch(accumulate<Math>, tiles_of(tile_group), dim3(Traits::kThreads), shared_bytes, stream,
                        tile_group, formula, second, stats(), partials, extremes, kept(), count_zeros());
-                Folds<Acc>::sums(Folds<Acc>::without_points(tile_group), p.square, formula, second, stats(),
+                Merge<Acc>::sums(Merge<Acc>::without_points(tile_group), p.square, formula, second, stats(),
                                  partials, kept(), turn, mining, to, stream);
             });
         }
@@ -481,7 +481,7 @@ struct Work {
         }
 
         template <typename TileGroup>
-        void fold_parts(const TileGroup& tile_group, const Gradients<Acc>& gradients, int count) const {
+        void merge_parts(const TileGroup& tile_group, const Gradients<Acc>& gradients, int count) const {
             const int64_t dim = work.p.dim;
             const int64_t pitch = gradients.tiles(tile_group.row_tiles, tile_group.col_tiles) * kTile * dim;
             const Acc* parts = gradients.parts;
@@ -491,7 +491,7 @@ struct Work {
                     gradients.tiles(side, tile_group.row_tiles, tile_group.col_tiles) * kTile;
                 const int64_t first = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTile;
                 if (to.sum && rows > 0 && count > 0) {
-                    Folds<Acc>::gradient(parts, count, pitch, std::min(rows, to.count - first) * dim,
+                    Merge<Acc>::gradient(parts, count, pitch, std::min(rows, to.count - first) * dim,
                                          to.sum + (first - to.row0) * dim, work.stream);
                 }
                 parts += rows * dim;
@@ -509,7 +509,7 @@ struct Work {
                 turn.rows_first = turn.rows_first && fresh;
                 turn.cols_first = turn.cols_first && fresh;
                 if (sums_weights(p)) {
-                    Folds<Acc>::weights(Folds<Acc>::without_points(tile_group), weight_partials, work.kept(),
+                    Merge<Acc>::weights(Merge<Acc>::without_points(tile_group), weight_partials, work.kept(),
                                         turn, rows.sum ? row_weights : nullptr,
                                         cols.sum ? col_weights : nullptr, work.stream);
                 }
@@ -530,7 +530,7 @@ struct Work {
                     launch(add_gradients<GradMath, Grad::kCols>,
                            dim3(unsigned(panels), unsigned(owners), unsigned(count)), dim3(Grad::kThreads),
                            Grad::kSharedBytes, work.stream, tile_group, gradients, work.kept(), weights);
-                    fold_parts(tile_group, gradients, int(count) - 1);
+                    merge_parts(tile_group, gradients, int(count) - 1);
                 };
                 constexpr int kWide = kWidePanel<GradMath>;
                 if (p.dim > kNarrowPanel &&

@@ -1,5 +1,6 @@
 // The kernels that look at no point: what tiles and rows leave is merged by them, however it was multiplied.
-// They are compiled once for float and double (kernels_folds.cu), not once for each kind of arithmetic.
+// They are compiled once for float and double (instantiations/merge.cu), not once for each kind of
+// arithmetic.
 #pragma once
 
 #include "cuda/common/launch.h"
@@ -9,8 +10,8 @@
 namespace dml::cuda {
 
 template <typename Acc>
-struct Folds {
-    using TileGroup = TileGroup<Acc, Acc>;
+struct Merge {
+    using Lines = TileGroup<Acc, Acc>;  // without points
     static constexpr int kTile = sizeof(Acc) == 8 ? 64 : 128;
 
     template <typename T>
@@ -19,7 +20,7 @@ struct Folds {
         return {{nullptr, m.stride, m.rows, m.cols}, rows.labels, rows.norms, rows.used};
     }
     template <typename T>
-    static TileGroup without_points(const TileGroup<T, Acc>& s) {
+    static Lines without_points(const TileGroup<T, Acc>& s) {
         return {without_points(s.rows),
                 without_points(s.cols),
                 s.square,
@@ -38,12 +39,12 @@ struct Folds {
     }
 
     // of_cols: columns have partial results that are not the rows'.
-    static void extremes(const TileGroup& tile_group, bool of_cols, const RowStats<Acc>& stats,
+    static void extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& stats,
                          const Partials<Acc>& partials, Turn turn, Acc epsilon, cudaStream_t stream);
-    static void sums(const TileGroup& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
+    static void sums(const Lines& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
                      const RowStats<Acc>& stats, const Partials<Acc>& partials, const uint8_t* kept,
                      Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream);
-    static void weights(const TileGroup& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
+    static void weights(const Lines& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
                         Turn turn, Acc* row_sums, Acc* col_sums, cudaStream_t stream);
     // Adds parts [count, pitch] of a gradient to its first `size` sums.
     static void gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,

@@ -53,7 +53,8 @@ DML_DEVICE void weigh_tile(const TileGroup<T, Acc>& tile_group, const LoadedTile
     using Grid = PairGrid<Math>;
     using Sims = typename Grid::Sims;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
-    constexpr bool kNegExp = Formula::kNeg == Fold::kLogSumExp, kPosExp = Formula::kPos == Fold::kLogSumExp;
+    constexpr bool kNegExp = Formula::kNeg == Accumulator::kLogSumExp,
+                   kPosExp = Formula::kPos == Accumulator::kLogSumExp;
     const bool square = tile_group.square;
     Acc* numbers = Grid::line_numbers();
     const int line = int(threadIdx.x);
@@ -104,7 +105,7 @@ DML_DEVICE void weigh_tile(const TileGroup<T, Acc>& tile_group, const LoadedTile
         const Acc context = Formula::kContext ? numbers[kLineContext * kLines + at] : Acc(0);
         Sims w;
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) {  // as members of the negatives' fold
+        for (int j = 0; j < Grid::kCols; ++j) {  // as members of the negatives' accumulator
             const Acc s = sims.s[j];
             const bool positive = col_ids.positive(j, id);
             const auto kept = [&](Acc pos_below, Acc neg_above) {
@@ -254,20 +255,20 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 
 // Adds the sums of a tile_group-tile's weights to those of its rows and columns; null where not wanted.
 template <int Tile, typename T, typename Acc>
-__global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_weights(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, const uint8_t* kept,
-                 Turn turn, Acc* row_sums, Acc* col_sums) {
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    merge_weights(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, const uint8_t* kept,
+                  Turn turn, Acc* row_sums, Acc* col_sums) {
     const auto tile_group = all.template in_use<Tile>();
-    const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
+    const int side = int(blockIdx.y), line = int(blockIdx.x) * kMergeThreads + int(threadIdx.x);
     Acc* sums = side == 0 ? row_sums : col_sums;
     if (!sums || !has_line<Tile>(tile_group, side, line)) return;
-    const int64_t i = fold_row<Tile>(tile_group, side, line);
+    const int64_t i = merge_row<Tile>(tile_group, side, line);
     Acc sum = i < 0 || turn.first(side) ? Acc(0) : sums[i];
     const Acc none[1] = {Acc(0)};
     for_slots<Tile>(tile_group, partials, side, line, kept, kHasGradient, none,
-                    [&](const Acc(&q)[1][kFoldBatch]) {
+                    [&](const Acc(&q)[1][kMergeBatch]) {
 #pragma unroll
-                        for (int b = 0; b < kFoldBatch; ++b) sum += q[0][b];
+                        for (int b = 0; b < kMergeBatch; ++b) sum += q[0][b];
                     });
     if (i >= 0) sums[i] = sum;
 }

@@ -21,7 +21,7 @@ DML_DEVICE T block_sum(T x, T* shared) {  // shared: [warps]; every thread gets 
 // How a call's numbers become its result.
 struct Division {
     Reduction reduction;
-    bool divide;  // else the result is [parts 0 and 1, units 0 and 1]
+    bool divide;  // else the result is [parts 0 and 1, counts 0 and 1]
     int parts;
 };
 
@@ -46,16 +46,16 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
         const auto at = [&](int number) { return results.data[number * results.slots + slot]; };
         r.part[0] += at(0);
         r.part[1] += at(1);
-        r.unit[0] += at(2);
-        r.unit[1] += at(3);
+        r.count[0] += at(2);
+        r.count[1] += at(3);
         r.eligible += at(4);
         r.not_finite += at(5);
         r.very_long += at(6);
     }
     r.part[0] = block_sum(r.part[0], shared);
     r.part[1] = block_sum(r.part[1], shared);
-    r.unit[0] = block_sum(r.unit[0], shared);
-    r.unit[1] = block_sum(r.unit[1], shared);
+    r.count[0] = block_sum(r.count[0], shared);
+    r.count[1] = block_sum(r.count[1], shared);
     r.eligible = block_sum(r.eligible, shared);
     r.not_finite = block_sum(r.not_finite, shared);
     r.very_long = block_sum(r.very_long, shared);
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
     Acc loss = 0;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-        const Acc scale = !mean ? Acc(1) : r.unit[k] > Acc(0) ? Acc(1) / r.unit[k] : Acc(0);
+        const Acc scale = !mean ? Acc(1) : r.count[k] > Acc(0) ? Acc(1) / r.count[k] : Acc(0);
         stats.header[kScale + k] = scale;
         if (!finite && k < division.parts) r.part[k] = poison;
         loss += r.part[k] * scale;
         if (division.divide) continue;
         result[k] = r.part[k];
-        result[2 + k] = r.unit[k];
+        result[2 + k] = r.count[k];
     }
     stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
     stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);

@@ -191,27 +191,27 @@ DML_DEVICE void each_of_lane(int64_t cols, const F& f) {
     }
 }
 
-// One fold over pairs, by a warp.
-template <Fold kFold, typename Acc, typename Term>
-DML_DEVICE Running<kFold, Acc> gather_row(const LaneSet& kept, const Term& term, Acc zero_counts) {
-    Running<kFold, Acc> fold;
-    if constexpr (kFold == Fold::kLogSumExp) {
+// One accumulator over pairs, by a warp.
+template <Accumulator kAccumulator, typename Acc, typename Term>
+DML_DEVICE Running<kAccumulator, Acc> gather_row(const LaneSet& kept, const Term& term, Acc zero_counts) {
+    Running<kAccumulator, Acc> accumulator;
+    if constexpr (kAccumulator == Accumulator::kLogSumExp) {
         kept.each([&](int j) {
             const Acc z = term(j);
-            fold.a = z > fold.a ? z : fold.a;
+            accumulator.a = z > accumulator.a ? z : accumulator.a;
         });
-        fold.a = warp_max(fold.a);
-        kept.each([&](int j) { fold.b += std::exp(term(j) - fold.a); });
+        accumulator.a = warp_max(accumulator.a);
+        kept.each([&](int j) { accumulator.b += std::exp(term(j) - accumulator.a); });
     } else {
         kept.each([&](int j) {
             const Acc t = term(j);
-            fold.a += t != Acc(0) ? Acc(1) : zero_counts;
-            fold.b += t;
+            accumulator.a += t != Acc(0) ? Acc(1) : zero_counts;
+            accumulator.b += t;
         });
-        fold.a = warp_sum(fold.a);
+        accumulator.a = warp_sum(accumulator.a);
     }
-    fold.b = warp_sum(fold.b);
-    return fold;
+    accumulator.b = warp_sum(accumulator.b);
+    return accumulator;
 }
 
 // What a warp knows of a row before the formula looks at it: its bounds, and which pairs they keep.

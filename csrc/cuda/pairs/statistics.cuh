@@ -32,11 +32,12 @@ struct AnyFormula {
     }
 };
 
-// Formulas whose positives see the value of the negatives' fold take two streams over the tiles.
+// Formulas whose positives see the value of the negatives' accumulator take two streams over the tiles.
 enum class Stage { kBoth, kNegatives, kPositives };
 
 template <typename Formula>
-inline constexpr bool kAnyLogSumExp = Formula::kNeg == Fold::kLogSumExp || Formula::kPos == Fold::kLogSumExp;
+inline constexpr bool kAnyLogSumExp =
+    Formula::kNeg == Accumulator::kLogSumExp || Formula::kPos == Accumulator::kLogSumExp;
 
 // The saved statistics: one array for each quantity, so that neighbouring threads read neighbours.
 template <typename Acc>
@@ -52,15 +53,16 @@ inline constexpr int kRange = 3;   // a power of two that keeps tiles' weights i
 inline constexpr int kStatsPerRow = 6;
 inline constexpr uint8_t kEligible = 1;  // the labels give the row the pairs that its loss needs
 
-// A fold's two running numbers: largest term and sum of exp(term - largest); or count and sum of terms.
-template <Fold kFold, typename Acc>
+// An accumulator's two running numbers: largest term and sum of exp(term - largest); or count and sum of
+// terms.
+template <Accumulator kAccumulator, typename Acc>
 struct Running {
-    Acc a = kFold == Fold::kLogSumExp ? -infinity<Acc>() : Acc(0), b = Acc(0);
+    Acc a = kAccumulator == Accumulator::kLogSumExp ? -infinity<Acc>() : Acc(0), b = Acc(0);
 
     // Several at once, so that no exponential waits for another; in their order.
     template <int Count>
     DML_DEVICE void merge(const Acc (&more_a)[Count], const Acc (&more_b)[Count]) {
-        if constexpr (kFold == Fold::kLogSumExp) {
+        if constexpr (kAccumulator == Accumulator::kLogSumExp) {
             Acc top = a;
 #pragma unroll
             for (int k = 0; k < Count; ++k) top = more_a[k] > top ? more_a[k] : top;
@@ -78,11 +80,13 @@ struct Running {
         }
     }
     // Whether any pair was kept: see kZeroCounts.
-    DML_DEVICE bool any() const { return kFold == Fold::kLogSumExp ? a != -infinity<Acc>() : a > Acc(0); }
-    DML_DEVICE Acc value(bool plus_one) const {
-        return kFold == Fold::kLogSumExp ? LogSumExp<Acc>{a, b}.value(plus_one) : b;
+    DML_DEVICE bool any() const {
+        return kAccumulator == Accumulator::kLogSumExp ? a != -infinity<Acc>() : a > Acc(0);
     }
-    DML_DEVICE Acc count() const { return kFold == Fold::kSum ? std::floor(a) : Acc(0); }
+    DML_DEVICE Acc value(bool plus_one) const {
+        return kAccumulator == Accumulator::kLogSumExp ? LogSumExp<Acc>{a, b}.value(plus_one) : b;
+    }
+    DML_DEVICE Acc count() const { return kAccumulator == Accumulator::kSum ? std::floor(a) : Acc(0); }
 };
 
 // Where only terms that are not 0 count, the others count this much of a pair: too little to make one of all
@@ -169,7 +173,7 @@ struct Extremes {
 // What rows add to the result.
 template <typename Acc>
 struct RowResult {
-    Acc part[2] = {Acc(0), Acc(0)}, unit[2] = {Acc(0), Acc(0)};
+    Acc part[2] = {Acc(0), Acc(0)}, count[2] = {Acc(0), Acc(0)};
     Acc eligible = Acc(0), not_finite = Acc(0), very_long = Acc(0);  // rows
 };
 inline constexpr int kResultNumbers = 7;
@@ -183,16 +187,16 @@ struct Results {
     Reduction reduction;
 
     DML_DEVICE void store(int64_t slot, const RowResult<Acc>& r) const {
-        const Acc numbers[kResultNumbers] = {r.part[0],  r.part[1],    r.unit[0],  r.unit[1],
+        const Acc numbers[kResultNumbers] = {r.part[0],  r.part[1],    r.count[0], r.count[1],
                                              r.eligible, r.not_finite, r.very_long};
 #pragma unroll
         for (int k = 0; k < kResultNumbers; ++k) data[k * slots + slot] = numbers[k];
     }
 };
 
-// A row is finished from what it gathered. context: the value of the negatives' fold, where the formula has
-// it already. had_both: so says mining, of the pairs before it; without mining every pair was kept, so what
-// is empty the labels did not give.
+// A row is finished from what it gathered. context: the value of the negatives' accumulator, where the
+// formula has it already. had_both: so says mining, of the pairs before it; without mining every pair was
+// kept, so what is empty the labels did not give.
 template <typename Formula, typename Acc>
 DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, const Formula& formula,
                                      const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
@@ -235,12 +239,12 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
 #pragma unroll
     for (int k = 0; k < Formula::kParts; ++k) {
         result.part[k] = loss.part[k];
-        Acc unit = loss.unit[k];
-        if constexpr (Formula::kUnit == Unit::kRow) {
-            if (results.reduction == Reduction::kMeanNonzero) unit = Acc(loss.part[k] != Acc(0));
-            if (results.reduction == Reduction::kMeanValid && Formula::kParts == 1) unit = Acc(valid);
+        Acc count = loss.count[k];
+        if constexpr (Formula::kCount == Count::kRows) {
+            if (results.reduction == Reduction::kMeanNonzero) count = Acc(loss.part[k] != Acc(0));
+            if (results.reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
         }
-        result.unit[k] = unit;
+        result.count[k] = count;
     }
     return result;
 }
@@ -275,7 +279,7 @@ DML_DEVICE Acc gradient_factor(const RowStats<Acc>& stats, const Upstream<Acc>& 
 template <typename Acc>
 struct RowWeight {
     Bounds<Acc> bounds = Bounds<Acc>::none();
-    Acc neg = 0, pos = 0;      // values of the folds
+    Acc neg = 0, pos = 0;      // values of the accumulators
     Acc d_neg = 0, d_pos = 0;  // derivative of the loss with respect to them
 
     static DML_DEVICE RowWeight load(const RowStats<Acc>& s, int64_t i, const Upstream<Acc>& upstream) {
@@ -295,12 +299,12 @@ struct RowWeight {
         Acc w = 0;
         if (!positive || Formula::kPosInNeg) {
             w = d_neg * formula.neg_derivative(s);
-            if constexpr (Formula::kNeg == Fold::kLogSumExp) w *= std::exp(formula.neg_term(s) - neg);
+            if constexpr (Formula::kNeg == Accumulator::kLogSumExp) w *= std::exp(formula.neg_term(s) - neg);
         }
         if (positive) {
             const Acc context = Formula::kContext ? neg : Acc(0);
             Acc by_pos = d_pos * formula.pos_derivative(s, context);
-            if constexpr (Formula::kPos == Fold::kLogSumExp)
+            if constexpr (Formula::kPos == Accumulator::kLogSumExp)
                 by_pos *= std::exp(formula.pos_term(s, context) - pos);
             w += by_pos;
         }

@@ -211,7 +211,7 @@ inline constexpr int kPartThreads = 256;
 // Adds parts [count, pitch] of a gradient to its sum, in their order. A thread for each of `size` numbers.
 template <typename Acc>
 __global__ void __launch_bounds__(kPartThreads)
-    fold_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
+    merge_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
     const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
     if (i >= size) return;
     Acc sum = sums[i];

@@ -1,7 +1,7 @@
-// Large batches, forward: streams over the tiles, each followed by a fold into the rows' statistics. The
+// Large batches, forward: streams over the tiles, each followed by a merge into the rows' statistics. The
 // first (only with mining) finds every row's hardest pairs, the second what the formula gathers over the
 // pairs kept; a formula whose positives see what the negatives came to takes a third. Tiles leave partial
-// results for their rows and columns; folds merge them in the order of the tiles, one thread a row, so that
+// results for their rows and columns; which are merged in the order of the tiles, one thread a row, so that
 // the result never depends on which block came first.
 //
 // A term does not depend on whose row it is. So log-sum-exps within a tile are relative to one number, the
@@ -200,11 +200,11 @@ inline constexpr Acc kLeastSum = Acc(sizeof(Acc) == 4 ? 1e-26 : 1e-270);
 template <typename Formula, Stage kStage>
 struct Summed {
     static constexpr bool kNegs = kStage != Stage::kPositives, kPoss = kStage != Stage::kNegatives;
-    static constexpr bool kNegExp = kNegs && Formula::kNeg == Fold::kLogSumExp;
-    static constexpr bool kPosExp = kPoss && Formula::kPos == Fold::kLogSumExp;
+    static constexpr bool kNegExp = kNegs && Formula::kNeg == Accumulator::kLogSumExp;
+    static constexpr bool kPosExp = kPoss && Formula::kPos == Accumulator::kLogSumExp;
     static constexpr bool kNegCount = kNegs && !kNegExp, kPosCount = kPoss && !kPosExp;
     static constexpr bool kContext = kStage == Stage::kPositives;
-    static_assert(!(Formula::kContext && (Formula::kPos != Fold::kSum || Formula::kPosInNeg)),
+    static_assert(!(Formula::kContext && (Formula::kPos != Accumulator::kSum || Formula::kPosInNeg)),
                   "terms that see a context are summed, in a stage of their own");
     static constexpr int kNegSum = 0, kAtNegCount = kNegSum + kNegs, kPosSum = kAtNegCount + kNegCount,
                          kAtPosCount = kPosSum + kPoss, kAtContext = kAtPosCount + kPosCount;
@@ -259,7 +259,7 @@ struct PairTerms {
         if constexpr (Which::kPosExp) return at_least(quick_exp(formula.pos_term(s, Acc(0)) - top_pos));
         return Formula::kContext ? Acc(0) : formula.pos_term(s, Acc(0));
     }
-    // As a member of the negatives' fold; term as neg_term says.
+    // As a member of the negatives' accumulator; term as neg_term says.
     DML_DEVICE void add_negative(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc above) const {
         const bool keep = Formula::kPosInNeg ? (positive ? s < below : s > above) : !positive && s > above;
         if (!keep) return;
@@ -540,20 +540,20 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     if (threadIdx.x == 0) kept[index] = before | kHasPartials | (any ? kHasGradient : 0);
 }
 
-// ---- folds --------------------------------------------------------------------------------------------
+// ---- merges --------------------------------------------------------------------------------------------
 
-inline constexpr int kFoldThreads = 64;
-inline constexpr int kFoldBatch = 8;  // slots that are loaded before the first of them is merged
+inline constexpr int kMergeThreads = 64;
+inline constexpr int kMergeBatch = 8;  // slots that are loaded before the first of them is merged
 
-// The partial results of a fold's thread: thread `line` of side 0 is a row of the tile_group-tile, of side 1
+// The partial results of a merge's thread: thread `line` of side 0 is a row of the tile_group-tile, of side 1
 // (only off the diagonal, where both sides are the same points) a column. Calls f(numbers [Count,
-// kFoldBatch]) for some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the
+// kMergeBatch]) for some slots at a time, in order; numbers are `none` where the tile's kept flag lacks the
 // bit. All threads of a warp have one tile of their own, so that they look at the flags of 32 slots together,
 // and no number waits for another.
 template <int Tile, int Count, typename T, typename Acc, typename F>
 DML_DEVICE void for_slots(const TileGroup<T, Acc>& tile_group, const Partials<Acc>& partials, int side,
                           int line, const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
-    static_assert(Tile % kWarpSize == 0 && kWarpSize % kFoldBatch == 0, "as the threads share");
+    static_assert(Tile % kWarpSize == 0 && kWarpSize % kMergeBatch == 0, "as the threads share");
     const int own = line / Tile;
 #pragma unroll 1
     for (int part = side; part < (tile_group.diagonal() ? 2 : side + 1); ++part) {  // times: 2
@@ -570,37 +570,37 @@ DML_DEVICE void for_slots(const TileGroup<T, Acc>& tile_group, const Partials<Ac
                                                (!kept || (kept[tile_group.tile_index(ti, tj)] & bit) != 0));
             const int here = slots - first < kWarpSize ? slots - first : kWarpSize;
 #pragma unroll 1
-            for (int batch = 0; batch < here; batch += kFoldBatch) {  // times: 4
-                Acc q[Count][kFoldBatch];
+            for (int batch = 0; batch < here; batch += kMergeBatch) {  // times: 4
+                Acc q[Count][kMergeBatch];
 #pragma unroll
-                for (int b = 0; b < kFoldBatch; ++b) {
+                for (int b = 0; b < kMergeBatch; ++b) {
 #pragma unroll
                     for (int k = 0; k < Count; ++k) {
                         q[k][b] = none[k];
                         if (there >> (batch + b) & 1u) q[k][b] = numbers[(b * kQuantities + k) * lines];
                     }
                 }
-                numbers += kFoldBatch * kQuantities * int64_t(lines);
+                numbers += kMergeBatch * kQuantities * int64_t(lines);
                 f(q);
             }
         }
     }
 }
 
-// Whether the tile_group-tile has the line of a fold's thread: so has it those of the whole block, or none.
+// Whether the tile_group-tile has the line of a merge's thread: so has it those of the whole block, or none.
 template <int Tile, typename T, typename Acc>
 DML_DEVICE bool has_line(const TileGroup<T, Acc>& tile_group, int side, int line) {
-    static_assert(Tile % kFoldThreads == 0, "whole blocks");
+    static_assert(Tile % kMergeThreads == 0, "whole blocks");
     return line < (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
 }
-// The row of a fold's thread, or -1 past the last one. Such a thread merges what is there, with its warp.
+// The row of a merge's thread, or -1 past the last one. Such a thread merges what is there, with its warp.
 template <int Tile, typename T, typename Acc>
-DML_DEVICE int64_t fold_row(const TileGroup<T, Acc>& tile_group, int side, int line) {
+DML_DEVICE int64_t merge_row(const TileGroup<T, Acc>& tile_group, int side, int line) {
     const int64_t i = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * Tile + line;
     return i < (side == 0 ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
 }
 
-// Which of a side's rows a fold meets for the first time, and for the last.
+// Which of a side's rows a merge meets for the first time, and for the last.
 struct Turn {
     bool rows_first, cols_first;
     bool rows_last;
@@ -609,21 +609,21 @@ struct Turn {
 };
 
 template <int Tile, typename T, typename Acc>
-__global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_extremes(const __grid_constant__ TileGroup<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
-                  Turn turn, Acc epsilon) {
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    merge_extremes(const __grid_constant__ TileGroup<T, Acc> all, RowStats<Acc> stats, Partials<Acc> partials,
+                   Turn turn, Acc epsilon) {
     const auto tile_group = all.template in_use<Tile>();
-    const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
+    const int side = int(blockIdx.y), line = int(blockIdx.x) * kMergeThreads + int(threadIdx.x);
     if (!has_line<Tile>(tile_group, side, line)) return;
-    const int64_t i = fold_row<Tile>(tile_group, side, line);
+    const int64_t i = merge_row<Tile>(tile_group, side, line);
     const RunningRow<Acc> row{stats, i};
     Extremes<Acc> found;
     if (i >= 0 && !turn.first(side)) found = {row.min_pos(), row.max_neg()};
     const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
     for_slots<Tile>(tile_group, partials, side, line, nullptr, kHasPartials, none,
-                    [&](const Acc(&q)[2][kFoldBatch]) {
+                    [&](const Acc(&q)[2][kMergeBatch]) {
 #pragma unroll
-                        for (int b = 0; b < kFoldBatch; ++b) found.merge({q[0][b], q[1][b]});
+                        for (int b = 0; b < kMergeBatch; ++b) found.merge({q[0][b], q[1][b]});
                     });
     if (i < 0) return;
     if (turn.rows_last && side == 0) {
@@ -638,10 +638,10 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
 }
 
 template <int Tile, Stage kStage, typename Formula, typename T, typename Acc>
-DML_DEVICE RowResult<Acc> fold_row_sums(const TileGroup<T, Acc>& tile_group, int side, int line, int64_t i,
-                                        const Formula& formula, const RowStats<Acc>& stats,
-                                        const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
-                                        bool mining, const Results<Acc>& results) {
+DML_DEVICE RowResult<Acc> merge_row_sums(const TileGroup<T, Acc>& tile_group, int side, int line, int64_t i,
+                                         const Formula& formula, const RowStats<Acc>& stats,
+                                         const Partials<Acc>& partials, const uint8_t* kept, Turn turn,
+                                         bool mining, const Results<Acc>& results) {
     const RunningRow<Acc> row{stats, i};
     const bool first = turn.first(side);
     Gathering<Formula, Acc> g;
@@ -651,7 +651,7 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const TileGroup<T, Acc>& tile_group, int
     no_quantities<Formula, kStage>(none);
     if (kStage == Stage::kPositives) none[1] = Acc(0);
     for_slots<Tile>(tile_group, partials, side, line, kept, kHasPartials, none,
-                    [&](const Acc(&q)[kQuantities][kFoldBatch]) { g.template merge<kStage>(q); });
+                    [&](const Acc(&q)[kQuantities][kMergeBatch]) { g.template merge<kStage>(q); });
     if (i < 0) return {};
     if (!(turn.rows_last && side == 0)) {
         row.store(g);
@@ -668,37 +668,37 @@ DML_DEVICE RowResult<Acc> fold_row_sums(const TileGroup<T, Acc>& tile_group, int
 }
 
 template <int Tile, typename T, typename Acc>
-__global__ void __launch_bounds__(kFoldThreads, 1)
-    fold_sums(const __grid_constant__ TileGroup<T, Acc> all,
-              const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> stats,
-              Partials<Acc> partials, const uint8_t* kept, Turn turn, bool mining, Results<Acc> results) {
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    merge_sums(const __grid_constant__ TileGroup<T, Acc> all,
+               const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> stats,
+               Partials<Acc> partials, const uint8_t* kept, Turn turn, bool mining, Results<Acc> results) {
     const auto tile_group = all.template in_use<Tile>();
-    const int side = int(blockIdx.y), line = int(blockIdx.x) * kFoldThreads + int(threadIdx.x);
+    const int side = int(blockIdx.y), line = int(blockIdx.x) * kMergeThreads + int(threadIdx.x);
     if (!has_line<Tile>(tile_group, side, line)) return;
-    const int64_t i = fold_row<Tile>(tile_group, side, line);
+    const int64_t i = merge_row<Tile>(tile_group, side, line);
     RowResult<Acc> result;
     bool finished = turn.rows_last && side == 0;
     any_formula.visit([&](const auto& formula) {
         using Formula = std::decay_t<decltype(formula)>;
-        const auto fold = [&](auto stage) {
-            result = fold_row_sums<Tile, decltype(stage)::value>(tile_group, side, line, i, formula, stats,
-                                                                 partials, kept, turn, mining, results);
+        const auto merge = [&](auto stage) {
+            result = merge_row_sums<Tile, decltype(stage)::value>(tile_group, side, line, i, formula, stats,
+                                                                  partials, kept, turn, mining, results);
         };
         if constexpr (!Formula::kContext) {
-            fold(std::integral_constant<Stage, Stage::kBoth>{});
+            merge(std::integral_constant<Stage, Stage::kBoth>{});
         } else if (!second) {
             finished = false;
-            fold(std::integral_constant<Stage, Stage::kNegatives>{});
+            merge(std::integral_constant<Stage, Stage::kNegatives>{});
         } else {
-            fold(std::integral_constant<Stage, Stage::kPositives>{});
+            merge(std::integral_constant<Stage, Stage::kPositives>{});
         }
     });
     if (!finished) return;
     // One slot of results for each warp.
     result.part[0] = warp_sum(result.part[0]);
     result.part[1] = warp_sum(result.part[1]);
-    result.unit[0] = warp_sum(result.unit[0]);
-    result.unit[1] = warp_sum(result.unit[1]);
+    result.count[0] = warp_sum(result.count[0]);
+    result.count[1] = warp_sum(result.count[1]);
     result.eligible = warp_sum(result.eligible);
     result.not_finite = warp_sum(result.not_finite);
     result.very_long = warp_sum(result.very_long);

@@ -134,7 +134,7 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
         all([&](const auto& tile_group, Turn turn) {
             launch(find_extremes<Math>, work.tiles_of(tile_group), dim3(On::Traits::kThreads),
                    On::Grid::shared_bytes(2), stream, tile_group, partials, of_tiles);
-            Folds<Acc>::extremes(Folds<Acc>::without_points(tile_group), false, stats, partials, turn,
+            Merge<Acc>::extremes(Merge<Acc>::without_points(tile_group), false, stats, partials, turn,
                                  Acc(p.mining.epsilon), stream);
         });
         return;
@@ -146,7 +146,7 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     all([&](const auto& tile_group, Turn turn) {
         launch(accumulate<Math>, work.tiles_of(tile_group), dim3(On::Traits::kThreads), shared_bytes, stream,
                tile_group, formula, second, stats, partials, of_tiles, work.kept(), work.count_zeros());
-        Folds<Acc>::sums(Folds<Acc>::without_points(tile_group), false, formula, second, stats, partials,
+        Merge<Acc>::sums(Merge<Acc>::without_points(tile_group), false, formula, second, stats, partials,
                          work.kept(), turn, p.mining.on, none, stream);
     });
 }

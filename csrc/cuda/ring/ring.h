@@ -33,7 +33,7 @@ void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t str
 void add_block(const Task& task, BlockStage stage, void* state, void* extremes, void* kept, void* workspace,
                cudaStream_t stream);
 
-// From the state to what the rows come to: losses [4, rows], parts 0 and 1 and their units; weights, as a
+// From the state to what the rows come to: losses [4, rows], parts 0 and 1 and their counts; weights, as a
 // state, for backward. pairs [2, rows]: how many positives and negatives a row has. flags: [rows] bytes to
 // work with.
 void finish_rows(const Task& task, const void* state, const int64_t* pairs, void* losses, void* weights,

@@ -14,15 +14,16 @@ void with_number(const Task& task, const F& f) {
     }
 }
 
-// What an empty fold is.
+// What an empty accumulator is.
 struct Empty {
     bool neg_exp, pos_exp, plus_one;
 };
-Empty empty_folds(FormulaId formula) {
+Empty empty_accumulators(FormulaId formula) {
     Empty empty = {};
     with_formula(formula, [&](auto tag) {
         using Formula = typename decltype(tag)::template Of<float>;
-        empty = {Formula::kNeg == Fold::kLogSumExp, Formula::kPos == Fold::kLogSumExp, Formula::kPlusOne};
+        empty = {Formula::kNeg == Accumulator::kLogSumExp, Formula::kPos == Accumulator::kLogSumExp,
+                 Formula::kPlusOne};
     });
     return empty;
 }
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             losses[k * rows + i] = poisoned && k < Formula::kParts ? not_a_number<Acc>() : result.part[k];
-            losses[(2 + k) * rows + i] = result.unit[k];
+            losses[(2 + k) * rows + i] = result.count[k];
         }
     });
 }
@@ -103,7 +104,7 @@ void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t str
         using Acc = decltype(number);
         const int64_t rows = p.queries.count;
         launch(turn_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream, stage,
-               p.mining.on, empty_folds(p.formula), Acc(p.mining.epsilon), rows,
+               p.mining.on, empty_accumulators(p.formula), Acc(p.mining.epsilon), rows,
                state_of(static_cast<Acc*>(state), rows));
     });
 }

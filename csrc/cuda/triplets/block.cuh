@@ -1,4 +1,4 @@
-// What the kernels on triplets do with all threads of a block: folds and prefix sums, in one order.
+// What the kernels on triplets do with all threads of a block: reductions and prefix sums, in one order.
 #pragma once
 
 #include "cuda/pairs/rows.cuh"
@@ -7,12 +7,12 @@ namespace dml::cuda {
 
 inline constexpr int kTripletThreads = 256, kTripletWarps = kTripletThreads / kWarpSize;
 
-inline constexpr int kFoldBytes = kTripletWarps * int(sizeof(double));
-inline constexpr size_t kTripletSharedBytes = kFoldBytes + (kTripletThreads + 1) * sizeof(double);
+inline constexpr int kMergeBytes = kTripletWarps * int(sizeof(double));
+inline constexpr size_t kTripletSharedBytes = kMergeBytes + (kTripletThreads + 1) * sizeof(double);
 
 // op over all threads' x, in one order; every thread gets it.
 template <typename T, typename Op>
-DML_DEVICE T block_fold(T x, const Op& op) {
+DML_DEVICE T block_merge(T x, const Op& op) {
     static_assert(sizeof(T) <= sizeof(double));
     T* shared = reinterpret_cast<T*>(shared_array<double>(0, kTripletWarps));
 #pragma unroll
@@ -26,16 +26,16 @@ DML_DEVICE T block_fold(T x, const Op& op) {
     return x;
 }
 template <typename T>
-DML_DEVICE T fold_sum(T x) {
-    return block_fold(x, [](T a, T b) { return a + b; });
+DML_DEVICE T merge_sum(T x) {
+    return block_merge(x, [](T a, T b) { return a + b; });
 }
 template <typename T>
-DML_DEVICE T fold_max(T x) {
-    return block_fold(x, [](T a, T b) { return a > b ? a : b; });
+DML_DEVICE T merge_max(T x) {
+    return block_merge(x, [](T a, T b) { return a > b ? a : b; });
 }
 template <typename T>
-DML_DEVICE T fold_min(T x) {
-    return block_fold(x, [](T a, T b) { return a < b ? a : b; });
+DML_DEVICE T merge_min(T x) {
+    return block_merge(x, [](T a, T b) { return a < b ? a : b; });
 }
 
 // The sum of x over the threads before this one, and over all.

@@ -15,14 +15,14 @@ struct RowDraw {
 
     DML_DEVICE explicit RowDraw(const TripletRow<T>& of)
         : row(of),
-          below(shared_array<double>(kFoldBytes, kTripletThreads + 1)),
+          below(shared_array<double>(kMergeBytes, kTripletThreads + 1)),
           piece((of.columns + kTripletThreads - 1) / kTripletThreads) {
         T largest = -infinity<T>();
         for (int64_t j = threadIdx.x; j < row.columns; j += kTripletThreads) {
             const T log_weight = draw_log_weight(row.params, -row.s[j]);
             largest = log_weight > largest ? log_weight : largest;
         }
-        most = fold_max(largest);
+        most = merge_max(largest);
         double sum = 0, total;
         for (int64_t j = begin(threadIdx.x); j < begin(threadIdx.x + 1); ++j) sum += weight(j);
         below[threadIdx.x] = block_scan(sum, total);

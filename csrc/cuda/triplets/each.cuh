@@ -35,7 +35,7 @@ DML_DEVICE void each_positive(TripletRow<T>& row, TripletTotals<T>& totals, cons
             derivative += Term::derivative(violation);
             totals.nonzero += Term::nonzero(violation) ? 1 : 0;
         }
-        const double all = fold_sum(double(derivative));
+        const double all = merge_sum(double(derivative));
         if (threadIdx.x == 0) row.work.derivative[k] = all;
     }
     totals.sum += double(sum);

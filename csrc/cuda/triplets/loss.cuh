@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
             for (int64_t j = row.columns + threadIdx.x; j < strip.columns; j += kTripletThreads)
                 row.s[j] = T(0);
         }
-        const double sum = fold_sum(totals.sum), by_beta = fold_sum(totals.by_beta);
-        const int64_t nonzero = fold_sum(totals.nonzero), considered = fold_sum(totals.considered);
+        const double sum = merge_sum(totals.sum), by_beta = merge_sum(totals.by_beta);
+        const int64_t nonzero = merge_sum(totals.nonzero), considered = merge_sum(totals.considered);
         if (threadIdx.x != 0) continue;
         sums[row.i] = T(sum);
         counts[2 * row.i] = nonzero;

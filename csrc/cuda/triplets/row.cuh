@@ -85,8 +85,8 @@ struct TripletRow {
                 at = k;
             }
         }
-        const T most = fold_max(best);
-        at = fold_min(best == most ? at : count);
+        const T most = merge_max(best);
+        at = merge_min(best == most ? at : count);
         return at < count ? at : -1;
     }
     DML_DEVICE void choose_positives(Selection which) {
@@ -115,8 +115,8 @@ struct TripletRow {
                 at = j;
             }
         }
-        const T most = fold_max(best);
-        at = fold_min(best == most ? at : columns);
+        const T most = merge_max(best);
+        at = merge_min(best == most ? at : columns);
         return at < columns ? at : -1;
     }
 };
