@@ -145,8 +145,8 @@ MOST_FOR_A_PAIR = {
     "accumulate cached": (39, 43),
     "pair_weights": (50, 59),
     "pair_weights cached": (42, 50),
-    "strip_forward": (194, 202),  # of the longest strips, 512 columns
-    "strip_backward": (204, 220),
+    "row_block_forward": (194, 202),  # of the longest strips, 512 columns
+    "row_block_backward": (204, 220),
 }
 
 
@@ -189,9 +189,9 @@ def test_folds_wait_for_memory_a_few_times(compiled_ahead):
         for symbol, flow in flows.items()
         if "float" in names[symbol] and "fold" in names[symbol]
     }
-    assert waits.keys() == {"fold_extremes", "fold_gradient", "fold_sums", "fold_weights"}
+    assert waits.keys() == {"fold_extremes", "merge_gradient", "fold_sums", "fold_weights"}
     for name, n in waits.items():  # parts of a gradient are few, and come eight at a time
-        assert (2 if name == "fold_gradient" else 5) <= n <= 3e-6 / machine_code.L2_SECONDS, waits
+        assert (2 if name == "merge_gradient" else 5) <= n <= 3e-6 / machine_code.L2_SECONDS, waits
 
 
 # Microseconds that the issue slots alone allow, forward and backward (tools/issue_slots.py).

@@ -32,8 +32,8 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
         for (int64_t d = 0; d < 3; ++d) squares[i] += x[3 * i + d] * x[3 * i + d];
     }
     const int64_t seed = 5;
-    const TripletStrip<T> strip = {s.data(),     n,          n,       n,    0,      members.data(),
-                                   begin.data(), end.data(), nullptr, true, nullptr};
+    const TripletRowBlock<T> strip = {s.data(),     n,          n,       n,    0,      members.data(),
+                                      begin.data(), end.data(), nullptr, true, nullptr};
     const TripletRules rules = {term,      Selection::kAll,
                                 negatives, {0.1, -kFar, kFar, -kFar, kFar, -kFar, 1.3, 0.5, 1.4, 8.0},
                                 true,      true,
