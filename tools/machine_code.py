@@ -113,8 +113,8 @@ def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
         if done.returncode != 0:
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         for architecture in architectures:
-            # nvcc names a cubin after its front end where that has one target only.
-            names = (f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin")
+            # nvcc names a cubin after its front end, or not at all, where that suffices.
+            names = f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin", "*.cubin"
             os.replace(next(path for name in names for path in kept.glob(name)), _cubin(fresh, architecture))
         (fresh / "ptxas.txt").write_text(done.stderr)
         (fresh / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")

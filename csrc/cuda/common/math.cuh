@@ -94,7 +94,7 @@ struct HalfMath {
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
-        if constexpr (sizeof(typename View::Value) == 4) {  // a strip's weights, rounded on the way
+        if constexpr (sizeof(typename View::Value) == 4) {  // weights of a row block, rounded here
             const int g = lane / 4, t = lane % 4;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
