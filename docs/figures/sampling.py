@@ -1,4 +1,4 @@
-"""``python docs/figures/sampling.py``: the figure of docs/sampling.md, distances of the negatives that miners select.
+"""``python docs/figures/sampling.py``: the figure of docs/sampling.md, distances of selected negatives.
 
 Histograms after Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, for embeddings at the
 start of training and for embeddings with classes near and far.

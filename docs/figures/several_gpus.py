@@ -1,5 +1,4 @@
-"""``python docs/figures/several_gpus.py``: the tables of docs/several_gpus.md, and the figure of a training on
-one process and on two.
+"""``python docs/figures/several_gpus.py``: the tables and the figure of docs/several_gpus.md.
 
 Memory and traffic of many GPUs are calculated by the formulas below; memory on this machine is measured.
 """
@@ -69,7 +68,7 @@ class Job(NamedTuple):
         return self.width * flops / (2 * bandwidth)
 
     def hidden_from_backward(self, flops: float, bandwidth: float) -> float:
-        """The same for backward: 6 rows^2 D operations (similarities, two gradients), a block and its gradient."""
+        """The same for backward: 6 rows^2 D operations, and a block with its gradient."""
         return (self.width + 4) * flops / (6 * bandwidth)
 
 
