@@ -12,7 +12,8 @@ from .distributed import DistributedLoss
 from .losses import MarginLoss
 from .losses._pair import PairLoss
 from .losses._triplet import TripletLoss, to_triplets
-from .miners.mined_pairs import Mined, mined_pairs
+from .miners.mined import Mined
+from .miners.mined_pairs import mined_pairs
 from .miners.pairs import Miner, MultiSimilarityMiner
 
 
@@ -270,8 +271,8 @@ class CrossBatchMemory(nn.Module):
         else:  # a miner of another kind must not see the places that are still empty
             queue, queue_labels = queue[: int(count)], queue_labels[: int(count)]
             mined = self.miner(embeddings, labels, queue, queue_labels)
-        if isinstance(mined, Mined) and mined.rules(embeddings, queue):
-            return mined.of(*batch, **own)
+        if isinstance(mined, Mined) and mined.rule_applies(embeddings, queue):
+            return mined.for_batch(*batch, **own)
         lists = tuple(mined)
         if places is not None:
             others = places[lists[0].long()] != lists[1]

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..miners.mined_pairs import Mined, MinedPairs
+from ..miners.mined import Mined
+from ..miners.mined_pairs import MinedPairs
 from . import autocast as _autocast
 from .checks import check_batch, check_points
 from .indices import listed_pairs
@@ -98,7 +99,7 @@ def make_batch(
         check_mined(mined, embeddings, labels, ref_emb, check_pairs)
     if pairs is not None:
         rule = epsilon if pairs.epsilon is None else pairs.epsilon
-        if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
+        if (rule is None or pairs.similarity == similarity) and pairs.rule_applies(*given):
             batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
             return Batch(*batch, rule, to_save(pairs.self_index), to_save(pairs.num_valid_refs))
     listed = mined is None or mined.only_lists

@@ -12,7 +12,8 @@ from typing_extensions import TypeVar
 from .._inputs.checks import SIMILARITIES, Similarity, check_choice, check_flag, check_number
 from .._inputs.options import measure
 from ..losses._pair import option
-from .mined_pairs import Mined, MinedPairs, PairCounts, mined_pairs, version
+from .mined import Mined, version
+from .mined_pairs import MinedPairs, PairCounts, mined_pairs
 
 # What a miner returns, by its pair_counts.
 _Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)

@@ -34,8 +34,8 @@ def extremes(mined: Selected) -> dict[str, float]:
 def _sums(mined: Selected) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[N]`` each: the number of a row's positives and of its negatives, and the sums of their distances."""
     parts = []
-    for begin, s, positive, negative in mined._blocks(measured=True):
-        masks = mined.without_own(begin, positive), negative
+    for begin, s, positive, negative in mined.blocks(measured=True):
+        masks = mined.without_self_pairs(begin, positive), negative
         d = _in_units(-s, mined).double()
         parts.append([m.sum(1).double() for m in masks] + [torch.where(m, d, 0.0).sum(1) for m in masks])
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))

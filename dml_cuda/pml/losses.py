@@ -27,7 +27,8 @@ from ..losses.proxy_anchor import ProxyAnchor
 from ..losses.proxy_nca import ProxyNCA
 from ..losses.soft_triple import SoftTriple
 from ..losses.sup_con import SupCon
-from ..miners.mined_pairs import Mined, MinedPairs, mined_pairs
+from ..miners.mined import Mined
+from ..miners.mined_pairs import MinedPairs, mined_pairs
 
 
 class _Fused:

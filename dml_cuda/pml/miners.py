@@ -11,7 +11,8 @@ from pytorch_metric_learning import miners
 
 from .._inputs.options import measure
 from .._ops.triplets import Selection
-from ..miners.mined_pairs import Mined, MinedPairs
+from ..miners.mined import Mined
+from ..miners.mined_pairs import MinedPairs
 from ..miners.mined_triplets import MinedTriplets, Selected, SelectedPairs
 from ..miners.pairs import LastBatch
 from ..miners.stats import average_triplet, averages_of_pairs, extremes

@@ -10,7 +10,7 @@ from oracle import triplets as truth
 import dml_cuda
 from dml_cuda import DistanceWeightedMiner, MarginLoss, TripletMarginLoss
 from dml_cuda._ops.triplets import Rows, Selection, select
-from dml_cuda.miners.mined_pairs import Mined
+from dml_cuda.miners.mined import Mined
 from dml_cuda.reference import triplets
 
 DIMS = (3, 4, 16, 128, 512)
