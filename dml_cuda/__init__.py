@@ -10,31 +10,24 @@ except ImportError as error:
         f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-from .losses import (
-    ArcFaceLoss,
-    BinomialDevianceLoss,
-    CircleClassifierLoss,
-    CircleLoss,
-    ContrastiveLoss,
-    CosFaceLoss,
-    GeneralizedLiftedStructureLoss,
-    MarginLoss,
-    MultiSimilarityLoss,
-    NormalizedSoftmaxLoss,
-    NTXentLoss,
-    ProxyAnchorLoss,
-    ProxyNCALoss,
-    SoftTripleLoss,
-    SupConLoss,
-    TripletMarginLoss,
-)
-
-# isort: split
-# The losses come first: the modules below and theirs need each other.
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
 from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
+from .losses.binomial_deviance import BinomialDevianceLoss
+from .losses.circle import CircleLoss
+from .losses.circle_classifier import CircleClassifierLoss
+from .losses.contrastive import ContrastiveLoss
+from .losses.lifted_structure import GeneralizedLiftedStructureLoss
+from .losses.margin import MarginLoss
+from .losses.margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
+from .losses.multi_similarity import MultiSimilarityLoss
+from .losses.nt_xent import NTXentLoss
+from .losses.proxy_anchor import ProxyAnchorLoss
+from .losses.proxy_nca import ProxyNCALoss
+from .losses.soft_triple import SoftTripleLoss
+from .losses.sup_con import SupConLoss
+from .losses.triplet_margin import TripletMarginLoss
 from .memory import CrossBatchMemory
 from .miners.mined_pairs import MinedPairs, PairCounts
 from .miners.mined_triplets import MinedTriplets, SelectedPairs

@@ -7,21 +7,19 @@ from torch import Tensor
 
 from ._inputs import autocast as _autocast
 from ._ops import listed_pairs as listed
-from .losses import (
-    binomial_deviance_loss,
-    circle_loss,
-    contrastive_loss,
-    generalized_lifted_structure_loss,
-    margin_loss,
-    multi_similarity_loss,
-    nt_xent_loss,
-    sup_con_loss,
-    triplet_margin_loss,
-)
 from .losses._classifier import ClassifierLoss
 from .losses._formula import Formula
 from .losses._pair import Call, PairLoss, batch_of
+from .losses.binomial_deviance import binomial_deviance_loss
+from .losses.circle import circle_loss
+from .losses.contrastive import contrastive_loss
+from .losses.lifted_structure import generalized_lifted_structure_loss
+from .losses.margin import margin_loss
+from .losses.multi_similarity import multi_similarity_loss
+from .losses.nt_xent import nt_xent_loss
 from .losses.soft_triple import SoftTripleLoss
+from .losses.sup_con import sup_con_loss
+from .losses.triplet_margin import triplet_margin_loss
 from .miners.mined_pairs import mined_pairs
 
 __all__ = [

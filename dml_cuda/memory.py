@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ._inputs.checks import check_batch, check_count
 from ._inputs.indices import listed_pairs
 from .distributed import DistributedLoss
-from .losses import MarginLoss
 from .losses._pair import PairLoss
 from .losses._triplet import TripletLoss, to_triplets
+from .losses.margin import MarginLoss
 from .miners.mined import Mined
 from .miners.mined_pairs import mined_pairs
 from .miners.pairs import Miner, MultiSimilarityMiner

@@ -432,7 +432,7 @@ def test_adapters(head, options):
     """The classes of dml_cuda.pml: PML's, computed here; reducers, regularisers and miners go on working."""
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")
     regularizers = pytest.importorskip("pytorch_metric_learning.regularizers")
-    from dml_cuda.pml import losses as pml
+    from dml_cuda import pml
 
     theirs = pml_twin(head.make(12, 8, **options), **options, weight_regularizer=regularizers.LpRegularizer())
     ours = getattr(pml, head.name)(12, 8, **options, weight_regularizer=regularizers.LpRegularizer())

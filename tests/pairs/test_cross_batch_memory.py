@@ -193,7 +193,7 @@ def test_nothing_is_listed(loss, monkeypatch):
         raise AssertionError("pairs were listed")
 
     monkeypatch.setattr(MinedPairs, "_read", refuse)
-    monkeypatch.setattr(MinedPairs, "_blocks", refuse)
+    monkeypatch.setattr(MinedPairs, "blocks", refuse)
     for module in (OURS[loss](), ADAPTERS[loss]()):
         for miner in (None, MultiSimilarityMiner(), dml_cuda.pml.MultiSimilarityMiner()):
             memory = CrossBatchMemory(module, DIM, SIZE, miner)

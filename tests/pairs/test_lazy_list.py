@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from cases.data import make_batch
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
@@ -18,7 +19,6 @@ from dml_cuda import (
     SelectedPairs,
 )
 from dml_cuda.miners.lazy_list import NotComputed
-from tests.cases.data import make_batch
 
 KINDS = [
     pytest.param(MultiSimilarityMiner, MinedPairs, 4, id="MinedPairs"),

@@ -31,7 +31,7 @@ def never_look(monkeypatch):
         raise AssertionError("pairs were listed")
 
     monkeypatch.setattr(MinedPairs, "_read", refuse)
-    monkeypatch.setattr(MinedPairs, "_blocks", refuse)
+    monkeypatch.setattr(MinedPairs, "blocks", refuse)
 
 
 def value_and_gradients(function, points, *arguments, **options):

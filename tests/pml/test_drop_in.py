@@ -35,7 +35,7 @@ def never_list(monkeypatch):
     def refuse(self):
         raise AssertionError("pairs were listed")
 
-    monkeypatch.setattr(MinedPairs, "_look", refuse)
+    monkeypatch.setattr(MinedPairs, "_read", refuse)
 
 
 def compiled(function, **options):

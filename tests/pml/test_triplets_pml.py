@@ -97,7 +97,7 @@ def nothing_listed(monkeypatch):
         raise AssertionError("listed")
 
     def forbid(patch):
-        patch.setattr(Mined, "_look", refuse)
+        patch.setattr(Mined, "_read", refuse)
 
     return forbid
 

@@ -151,7 +151,7 @@ def test_a_loss_sees_the_very_draws_that_are_listed(loss_fn, monkeypatch):
     mined = DistanceWeightedMiner(nonzero_loss_cutoff=1.8)(x, y)
     with monkeypatch.context() as patch:
         if not getattr(loss_fn, "swap", False):
-            patch.setattr(Mined, "_look", lambda self: pytest.fail("listed"))
+            patch.setattr(Mined, "_read", lambda self: pytest.fail("listed"))
         value = loss_fn(x, y, mined)
     torch.testing.assert_close(value, loss_fn(x, y, tuple(mined)))
     reference = type(loss_fn)(**{**loss_fn._values, "backend": "reference"})

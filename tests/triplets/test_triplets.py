@@ -42,7 +42,7 @@ def evaluate(function, embeddings, *arguments, leaves=(), **options):
 def never_list(monkeypatch):
     """From here on nobody may look at what a miner found."""
     monkeypatch.setattr(Mined, "_read", lambda self: pytest.fail("listed"))
-    monkeypatch.setattr(Mined, "_blocks", lambda *_, **__: pytest.fail("listed"))
+    monkeypatch.setattr(Mined, "blocks", lambda *_, **__: pytest.fail("listed"))
 
 
 def batches():
