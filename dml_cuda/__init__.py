@@ -1,13 +1,13 @@
-"""Deep-metric-learning pair losses as fused kernels: forward and backward without the N x N matrix."""
+"""Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
-import torch  # before _C, which needs its libraries
+import torch  # first: _C needs its libraries
 
 try:
     from . import _C
 except ImportError as error:
     raise ImportError(
-        f"the compiled part of dml_cuda cannot be loaded ({error}). It must be built against the torch that "
-        f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
+        f"installed torch {torch.__version__}: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
 from . import distributed, functional, reference
@@ -82,12 +82,12 @@ __all__ = [
 
 
 def build_info() -> dict:
-    """What this installation was built with and which kernels it has.
+    """The versions that this installation was built with, and its kernels.
 
     Returns:
-        ``version``; ``torch``, the version built against; ``cuda``, ``None`` or a dict of ``version``
-        and ``architectures``; ``cpu``, a dict of the instruction sets ``available`` on this machine
-        and the one ``in_use``.
+        A dict of ``version``; ``torch``, the version built against; ``cuda``, ``None`` or a dict of
+        ``version`` and ``architectures``; ``cpu``, a dict of the instruction sets ``available`` on this
+        machine and the one ``in_use``.
     """
     cuda = None
     if _C.cuda_version:

@@ -523,7 +523,7 @@ def test_errors_name_what_was_passed():
     for embeddings, says in (
         (torch.randn(6, 5), "embeddings: expected embedding_size=4 columns, got 5"),
         (torch.randn(6, 4).double(), "embeddings: expected torch.float32 as W has, got torch.float64"),
-        (torch.randn(6, 4).to("meta"), "embeddings: expected on cpu as W is, got on meta"),
+        (torch.randn(6, 4).to("meta"), "embeddings: expected device cpu as W has, got meta"),
         (torch.randn(4), "embeddings: expected shape [rows, D], got [4]"),
         ([[1.0] * 4] * 6, "embeddings: expected a floating-point tensor of shape [rows, D], got list"),
     ):

@@ -771,7 +771,7 @@ def test_messages():
         dml_cuda.CircleLoss()(e, y, MultiSimilarityMiner()(e, y), r, z)
     with pytest.raises(ValueError, match=r"got pairs mined with 5 rows of ref_emb where there are none"):
         dml_cuda.CircleLoss()(e, y, MultiSimilarityMiner()(e, y, r, z))
-    says = r"^miner: expected None where the loss mines by its epsilon=0\.2, got MultiSimilarityMiner"
+    says = r"^miner: expected None as the loss mines by its epsilon=0\.2, got MultiSimilarityMiner"
     with pytest.raises(ValueError, match=says):
         CrossBatchMemory(dml_cuda.CircleLoss(epsilon=0.2), 8, 64, MultiSimilarityMiner(0.1))
     memory = CrossBatchMemory(dml_cuda.CircleLoss(epsilon=0.2), 8, 64, MultiSimilarityMiner(0.2))
