@@ -1,6 +1,6 @@
-// The op triplet_loss: a strip of rows against all columns at a time, whose similarities are then at hand for
-// everything that a row's triplets ask of them, and turn into the weights of its gradient in place. So no
-// triplet is listed, and memory is that of a strip.
+// The op triplet_loss. A row block holds the similarities of its rows to all columns; the loss of a row's
+// triplets turns them into weights of the gradient in place. No triplet is listed, and memory is that of a
+// row block.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ using namespace triplet;
 
 namespace {
 
-// Rows whose weights fill less than this share of a strip are multiplied weight by weight.
+// Row blocks with a smaller share of non-zero weights are multiplied weight by weight.
 constexpr double kSparseWeights = 0.05;
 
 template <typename T>
@@ -35,17 +35,17 @@ class TripletLoss : public RowResults<T> {
           seed_(seed),
           save_(save) {}
 
-    void run(StripGradient<T>* gradient) {
-        of_.for_each_strip([&](const Strip<T>& strip) {
-            const bool listed = gradient && plan_lists(strip);
-            of_.for_each_row(strip, choice_.positives == Selection::kAll ? 4 : 1, [&](int64_t i, T* s) {
-                row(i, s, listed ? &lists_ : nullptr, i - strip.first);
+    void run(RowBlockGradient<T>* gradient) {
+        of_.for_each_row_block([&](const RowBlock<T>& block) {
+            const bool listed = gradient && plan_lists(block);
+            of_.for_each_row(block, choice_.positives == Selection::kAll ? 4 : 1, [&](int64_t i, T* s) {
+                row(i, s, listed ? &lists_ : nullptr, i - block.first);
             });
             if (!gradient) return;
             if (listed) {
-                gradient->add(strip, lists_);
+                gradient->add(block, lists_);
             } else {
-                gradient->add(strip);
+                gradient->add(block);
             }
         });
     }
@@ -56,16 +56,16 @@ class TripletLoss : public RowResults<T> {
         return 2 * (choice_.positives == Selection::kAll ? positives : std::min<int64_t>(positives, 1));
     }
 
-    // Space for the weights of a strip as lists, if they are few.
-    bool plan_lists(const Strip<T>& strip) {
+    // Prepares lists for the weights of a row block, if they are few.
+    bool plan_lists(const RowBlock<T>& block) {
         if (choice_.negatives == Selection::kAll) return false;
-        lists_.start.assign(strip.rows() + 1, 0);
-        for (int64_t r = 0; r < strip.rows(); ++r)
-            lists_.start[r + 1] = lists_.start[r] + most_weights(strip.first + r);
+        lists_.start.assign(block.rows() + 1, 0);
+        for (int64_t r = 0; r < block.rows(); ++r)
+            lists_.start[r + 1] = lists_.start[r] + most_weights(block.first + r);
         const int64_t most = lists_.start.back();
-        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(strip.rows() * of_.m))
+        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(block.rows() * of_.m))
             return false;
-        lists_.count.assign(strip.rows(), 0);
+        lists_.count.assign(block.rows(), 0);
         lists_.column.resize(most);
         lists_.weight.resize(most);
         return true;
@@ -91,7 +91,7 @@ class TripletLoss : public RowResults<T> {
             this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
     }
 
-    // dL / d similarity of a positive with that derivative by its distance; of a negative the negated.
+    // dL/ds of a positive at distance d with dL/dd = derivative; for a negative, negate it.
     T positive_weight(double derivative, T d) const {
         const double weight = -derivative;
         return static_cast<T>(!of_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
@@ -177,7 +177,7 @@ class TripletLoss : public RowResults<T> {
         }
     }
 
-    // The derivative of a triplet's term, which is added.
+    // Adds a triplet's term to the row; returns its derivative.
     template <typename Term>
     static double add(T violation, RowTriplets<T>& row) {
         if (!Term::counts(violation)) return 0;

@@ -1,4 +1,4 @@
-// What the losses of triplets give back.
+// The results of a triplet loss, with gradients if wanted.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -12,10 +12,10 @@
 
 namespace dml::cpu::triplet {
 
-// Each row's sum [N], its counts [N, 2], and the gradients of embeddings, references and beta.
+// The rows' sums [N] and counts [N, 2], and the gradients of embeddings, references and beta.
 using TripletResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// A loss starts with them: `sums`, `counts` and `grad_beta`.
+// What the loss of each row fills.
 template <typename T>
 struct RowResults {
     RowResults(const Similarities<T>& of, bool with_beta) {
@@ -27,11 +27,11 @@ struct RowResults {
     Tensor sums, counts, grad_beta;
 };
 
-// Runs a loss. save, save_ref: whether the gradients are wanted; capacity: of the references.
+// Runs a loss. save, save_ref: whether gradients are wanted, of ref_emb too; capacity: rows of ref_emb.
 template <typename T, typename Loss>
 TripletResult run_loss(const Similarities<T>& of, Loss& loss, bool save, bool save_ref, int64_t capacity) {
     const auto options = of.rows.options();
-    const auto none = [&] { return at::empty({0}, options); };  // each its own: outputs must not alias
+    const auto none = [&] { return at::empty({0}, options); };  // one per output: outputs must not alias
     const bool for_refs = save && save_ref && !of.square;
     if (!of.finite()) {
         const auto poison = [&](at::IntArrayRef shape) {
@@ -44,7 +44,7 @@ TripletResult run_loss(const Similarities<T>& of, Loss& loss, bool save, bool sa
         loss.run(nullptr);
         return {loss.sums, loss.counts, none(), none(), none()};
     }
-    StripGradient<T> gradient(of, for_refs);
+    RowBlockGradient<T> gradient(of, for_refs);
     loss.run(&gradient);
     return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none(),
             loss.grad_beta};
