@@ -115,17 +115,17 @@ BackwardResult backward(const Call& call, const Backward& from) {
     for_pieces(n, kRowPiece, n * 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T up_pos = per_row          ? g[batch.plan.row_order[i]]
-                             : problem.divide ? *g * batch.stats.scale[0]
+                             : problem.divide ? *g * batch.row_stats.scale[0]
                                               : g[0];
-            const T up_neg = per_row ? up_pos : problem.divide ? *g * batch.stats.scale[last] : g[last];
-            d_neg[i] = up_neg * batch.stats.d_neg[i];
-            d_pos[i] = up_pos * batch.stats.d_pos[i];
+            const T up_neg = per_row ? up_pos : problem.divide ? *g * batch.row_stats.scale[last] : g[last];
+            d_neg[i] = up_neg * batch.row_stats.d_neg[i];
+            d_pos[i] = up_pos * batch.row_stats.d_pos[i];
         }
     });
-    const RowWeights<T> rows = {batch.stats.neg_above,
-                                batch.stats.pos_below,
-                                batch.stats.neg_value,
-                                batch.stats.pos_value,
+    const RowWeights<T> rows = {batch.row_stats.neg_above,
+                                batch.row_stats.pos_below,
+                                batch.row_stats.neg_value,
+                                batch.row_stats.pos_value,
                                 d_neg,
                                 d_pos};
 

@@ -45,7 +45,7 @@ class Batch {
           windows(!square && once),
           rows(call.embeddings, plan.row_order, similarity),
           cols(square ? rows : ref_points_),
-          stats(reinterpret_cast<T*>(saved), n),
+          row_stats(reinterpret_cast<T*>(saved), n),
           kept(saved + layout.kept),
           cache_(reinterpret_cast<T*>(saved + layout.tiles)),
           cached_(layout.cached),
@@ -70,7 +70,7 @@ class Batch {
     const bool windows;  // points are packed when a tile group needs them, else all at the start
     PackedPoints<T> rows;
     PackedPoints<T>& cols;
-    const RowStats<T> stats;
+    const RowStats<T> row_stats;
     uint8_t* const kept;  // [tiles] whether a pair of the tile may have a gradient
 
     // The place of a tile in the matrix, without its similarities.

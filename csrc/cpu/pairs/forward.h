@@ -49,7 +49,7 @@ class Forward {
         if (mining_.on) {
             passes_.find_hardest_positives(with_positives);
             for_rows([&](int64_t i) {
-                T& above = batch_.stats.neg_above[i];
+                T& above = batch_.row_stats.neg_above[i];
                 if (above == -infinity<T>()) above = passes_.accumulators.min_pos[i] - T(mining_.epsilon);
             });
         }
@@ -59,9 +59,9 @@ class Forward {
                            Kinds::kNegatives);
         for_rows([&](int64_t i) {
             if (mining_.on)
-                set_bounds(i, close_bounds(kernels_, passes_.accumulators, i, batch_.stats.neg_above[i],
+                set_bounds(i, close_bounds(kernels_, passes_.accumulators, i, batch_.row_stats.neg_above[i],
                                            T(mining_.epsilon)));
-            if (kernels_.context) batch_.stats.neg_value[i] = passes_.accumulators.neg_value(kernels_, i);
+            if (kernels_.context) batch_.row_stats.neg_value[i] = passes_.accumulators.neg_value(kernels_, i);
         });
 
         // 3. Positives.
@@ -109,12 +109,12 @@ class Forward {
         });
     }
     void set_bounds(int64_t i, const Bounds<T>& bounds) {
-        batch_.stats.neg_above[i] = bounds.neg_above;
-        batch_.stats.pos_below[i] = bounds.pos_below;
+        batch_.row_stats.neg_above[i] = bounds.neg_above;
+        batch_.row_stats.pos_below[i] = bounds.pos_below;
     }
 
     void finish_row(int64_t i, bool finite, T* row_losses, Total& total) {
-        const RowStats<T>& stats = batch_.stats;
+        const RowStats<T>& stats = batch_.row_stats;
         const RowOutcome<T> row(kernels_, batch_.params, mining_.on, reduction_, passes_.accumulators, i,
                                 batch_.positives(i), batch_.negatives(i), finite);
         stats.neg_value[i] = row.neg_value;
@@ -168,7 +168,7 @@ ForwardResult forward(const Call& call) {
     const Total total = pass.finish(finite, per_row ? out : nullptr);
 
     // 3. The reduction.
-    const RowStats<T>& stats = batch.stats;
+    const RowStats<T>& stats = batch.row_stats;
     *stats.poisoned = total.poisoned;
     double sum = 0;
     for (int k = 0; k < 2; ++k) {

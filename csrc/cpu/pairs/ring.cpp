@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
         TilePasses<T> passes(batch, prepared.problem);
         state.read(passes.accumulators, order);
         for_rows(state.n, [&](int64_t i) {
-            batch.stats.neg_above[i] = state.row(kNegAbove)[order[i]];
-            batch.stats.pos_below[i] = state.row(kPosBelow)[order[i]];
-            batch.stats.neg_value[i] = state.row(kNegValue)[order[i]];
+            batch.row_stats.neg_above[i] = state.row(kNegAbove)[order[i]];
+            batch.row_stats.pos_below[i] = state.row(kPosBelow)[order[i]];
+            batch.row_stats.neg_value[i] = state.row(kNegValue)[order[i]];
         });
         const auto with_positives = [&](const TileAt& at) { return batch.holds_positives(at); };
         const auto with_negatives = [&](const TileAt& at) { return batch.holds_negatives(at); };

@@ -51,7 +51,8 @@ class TilePasses {
     // The accumulators of the given kinds of pairs, within the bounds of the batch's row stats.
     template <typename Wanted>
     void accumulate(const Wanted& wanted, Kinds kinds) {
-        const RowStates<T> states = {batch_.stats.neg_above, batch_.stats.pos_below, batch_.stats.neg_value};
+        const RowStates<T> states = {batch_.row_stats.neg_above, batch_.row_stats.pos_below,
+                                     batch_.row_stats.neg_value};
         visit_tiles(
             wanted,
             [&](const TileAt& at, TileParts<T>& parts) {

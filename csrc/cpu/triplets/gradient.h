@@ -93,10 +93,14 @@ class Nonzeros {
 template <typename T>
 class RowBlockGradient {
    public:
-    RowBlockGradient(const Similarities<T>& of, bool columns)
-        : of_(of), columns_(columns || of.square), width_(of.rows.padded_width()) {
-        rows_ = at::zeros({padded(of.n), width_}, of.rows.options());
-        cols_ = of.square ? rows_ : at::zeros({columns ? padded(of.m) : 0, width_}, of.rows.options());
+    RowBlockGradient(const Similarities<T>& similarities, bool columns)
+        : similarities_(similarities),
+          columns_(columns || similarities.square),
+          width_(similarities.rows.padded_width()) {
+        rows_ = at::zeros({padded(similarities.n), width_}, similarities.rows.options());
+        cols_ = similarities.square
+                    ? rows_
+                    : at::zeros({columns ? padded(similarities.m) : 0, width_}, similarities.rows.options());
     }
 
     void add(const RowBlock<T>& block) {
@@ -110,9 +114,11 @@ class RowBlockGradient {
         if (columns_) add_listed_columns(block, lists);
     }
 
-    Tensor of_rows() const { return finish(rows_, of_.rows, of_.n, of_.n); }
+    Tensor of_rows() const { return finish(rows_, similarities_.rows, similarities_.n, similarities_.n); }
     // capacity: rows of ref_emb, of which some may not be valid.
-    Tensor of_cols(int64_t capacity) const { return finish(cols_, of_.cols, of_.m, capacity); }
+    Tensor of_cols(int64_t capacity) const {
+        return finish(cols_, similarities_.cols, similarities_.m, capacity);
+    }
 
    private:
     Tensor finish(const Tensor& sums, const PackedPoints<T>& points, int64_t count, int64_t capacity) const {
@@ -137,17 +143,18 @@ class RowBlockGradient {
 
     // W + W^T, in place, times the points.
     void add_whole(const RowBlock<T>& block) {
-        const int64_t n = of_.n, lines = padded(n), side = n <= 1024 ? 64 : kMostSide, pitch = block.pitch;
+        const int64_t n = similarities_.n, lines = padded(n), side = n <= 1024 ? 64 : kMostSide,
+                      pitch = block.pitch;
         const int64_t blocks = (lines + side - 1) / side;
         Nonzeros<T> nonzeros(lines, side);
         for_tasks(blocks * (blocks + 1) / 2, lines * lines / 2, [&](int64_t k) {
             int64_t i = 0;
             while (k >= blocks - i) k -= blocks - i++;
             const int64_t i0 = i * side, j0 = (i + k) * side;
-            of_.kernels.add_transposed(block.s + i0 * pitch + j0, block.s + j0 * pitch + i0, pitch,
-                                       std::min(side, lines - i0), std::min(side, lines - j0));
-            nonzeros.find(of_.kernels, block, i0, j0);
-            if (i0 != j0) nonzeros.find(of_.kernels, block, j0, i0);
+            similarities_.kernels.add_transposed(block.s + i0 * pitch + j0, block.s + j0 * pitch + i0, pitch,
+                                                 std::min(side, lines - i0), std::min(side, lines - j0));
+            nonzeros.find(similarities_.kernels, block, i0, j0);
+            if (i0 != j0) nonzeros.find(similarities_.kernels, block, j0, i0);
         });
         for_products(lines, side, lines,
                      [&](int64_t i, int64_t d, int64_t wide) { add_tiles(block, nonzeros, i, d, wide); });
@@ -156,31 +163,32 @@ class RowBlockGradient {
     // The tiles of a block of rows in order; adjacent dense ones as one product.
     void add_tiles(const RowBlock<T>& block, const Nonzeros<T>& nonzeros, int64_t i, int64_t d,
                    int64_t wide) {
-        const int64_t lines = padded(of_.n), side = nonzeros.side, here = std::min(side, lines - i);
+        const int64_t lines = padded(similarities_.n), side = nonzeros.side, here = std::min(side, lines - i);
         T* out = rows_.template data_ptr<T>() + i * width_ + d;
         for (int64_t j = 0, to; j < lines; j = to) {
             to = std::min(j + side, lines);
-            T *w = block.s + i * block.pitch + j, *points = of_.rows.row(j) + d;
+            T *w = block.s + i * block.pitch + j, *points = similarities_.rows.row(j) + d;
             if (nonzeros.dense(i, j)) {
                 while (to < lines && nonzeros.dense(i, to)) to = std::min(to + side, lines);
                 multiply<T>(out, width_, here, to - j, wide, {w, block.pitch, 1},
-                            {points, of_.rows.stride(), 1}, true);
+                            {points, similarities_.rows.stride(), 1}, true);
             } else if (!nonzeros.empty(i, j)) {
-                of_.kernels.add_nonzeros(w, block.pitch, here, to - j, nonzeros.bits(i, j), points,
-                                         of_.rows.stride(), wide, out, width_);
+                similarities_.kernels.add_nonzeros(w, block.pitch, here, to - j, nonzeros.bits(i, j), points,
+                                                   similarities_.rows.stride(), wide, out, width_);
             }
         }
     }
 
     // There are few rows, so columns are cut too, and the parts are added in order.
     void add_rows(const RowBlock<T>& block) {
-        const int64_t lines = padded(block.rows()), m = padded(of_.m);
+        const int64_t lines = padded(block.rows()), m = padded(similarities_.m);
         const int64_t cuts = (m + kDepth - 1) / kDepth;
         if (parts_.size() < static_cast<size_t>(cuts * lines * width_)) parts_.resize(cuts * lines * width_);
         for_products(cuts * lines, lines, kDepth, [&](int64_t at, int64_t d, int64_t wide) {
             const int64_t cut = at / lines, j = cut * kDepth, depth = std::min(kDepth, m - j);
             multiply<T>(parts_.data() + at * width_ + d, width_, lines, depth, wide,
-                        {block.s + j, block.pitch, 1}, {of_.cols.row(j) + d, of_.cols.stride(), 1}, false);
+                        {block.s + j, block.pitch, 1},
+                        {similarities_.cols.row(j) + d, similarities_.cols.stride(), 1}, false);
         });
         T* out = rows_.template data_ptr<T>() + block.first * width_;
         for_pieces(lines * width_, 4096, cuts * lines * width_, [&](int64_t from, int64_t to) {
@@ -193,12 +201,12 @@ class RowBlockGradient {
     }
 
     void add_columns(const RowBlock<T>& block) {
-        const int64_t lines = padded(block.rows()), m = padded(of_.m), side = 2 * kMostSide;
+        const int64_t lines = padded(block.rows()), m = padded(similarities_.m), side = 2 * kMostSide;
         T* out = cols_.template data_ptr<T>();
         for_products(m, side, lines, [&](int64_t j, int64_t d, int64_t wide) {
             multiply<T>(out + j * width_ + d, width_, std::min(side, m - j), lines, wide,
-                        {block.s + j, 1, block.pitch}, {of_.rows.row(block.first) + d, of_.rows.stride(), 1},
-                        true);
+                        {block.s + j, 1, block.pitch},
+                        {similarities_.rows.row(block.first) + d, similarities_.rows.stride(), 1}, true);
         });
     }
 
@@ -208,8 +216,9 @@ class RowBlockGradient {
         for_pieces(block.rows(), 16, work, [&](int64_t from, int64_t to) {
             for (int64_t r = from; r < to; ++r) {
                 const int64_t at = lists.start[r];
-                of_.kernels.add_points(lists.weight.data() + at, lists.column.data() + at, lists.count[r],
-                                       of_.cols.row(0), of_.cols.stride(), width_, out + r * width_);
+                similarities_.kernels.add_points(lists.weight.data() + at, lists.column.data() + at,
+                                                 lists.count[r], similarities_.cols.row(0),
+                                                 similarities_.cols.stride(), width_, out + r * width_);
             }
         });
     }
@@ -246,13 +255,14 @@ class RowBlockGradient {
                     weights.push_back(weight[order[from]]);
                     index.push_back(row[order[from]]);
                 }
-                of_.kernels.add_points(weights.data(), index.data(), static_cast<int64_t>(index.size()),
-                                       of_.rows.row(0), of_.rows.stride(), width_, out + j * width_);
+                similarities_.kernels.add_points(
+                    weights.data(), index.data(), static_cast<int64_t>(index.size()),
+                    similarities_.rows.row(0), similarities_.rows.stride(), width_, out + j * width_);
             }
         });
     }
 
-    const Similarities<T>& of_;
+    const Similarities<T>& similarities_;
     const bool columns_;
     const int64_t width_;
     Tensor rows_, cols_;  // [padded(n), width], [padded(m), width]; the same tensor where square

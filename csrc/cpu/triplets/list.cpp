@@ -81,10 +81,10 @@ class ByAnchor {
 template <typename T>
 class ListLoss : public RowResults<T> {
    public:
-    ListLoss(const Similarities<T>& of, const ByAnchor& triplets, TripletTerm term, T margin, const T* beta,
-             bool save)
-        : RowResults<T>(of, beta && save),
-          of_(of),
+    ListLoss(const Similarities<T>& similarities, const ByAnchor& triplets, TripletTerm term, T margin,
+             const T* beta, bool save)
+        : RowResults<T>(similarities, beta && save),
+          similarities_(similarities),
           triplets_(triplets),
           term_(term),
           margin_(margin),
@@ -92,9 +92,9 @@ class ListLoss : public RowResults<T> {
           save_(save) {}
 
     void run(RowBlockGradient<T>* gradient) {
-        of_.for_each_row_block([&](const RowBlock<T>& block) {
-            const int64_t work = 1 + 8 * triplets_.count() / (of_.n * of_.m);
-            of_.for_each_row(block, work, [&](int64_t i, T* s) { row(i, s); });
+        similarities_.for_each_row_block([&](const RowBlock<T>& block) {
+            const int64_t work = 1 + 8 * triplets_.count() / (similarities_.n * similarities_.m);
+            similarities_.for_each_row(block, work, [&](int64_t i, T* s) { row(i, s); });
             if (gradient) gradient->add(block);
         });
     }
@@ -108,7 +108,7 @@ class ListLoss : public RowResults<T> {
 
     void row(int64_t i, T* s) {
         static thread_local std::vector<double> by_d;
-        by_d.assign(of_.m, 0.0);
+        by_d.assign(similarities_.m, 0.0);
         Sums sums{by_d.data()};
         if (term_ == TripletTerm::kHinge) {
             add<HingeTerm<T>>(s, i, sums);
@@ -124,8 +124,8 @@ class ListLoss : public RowResults<T> {
         if (!save_) return;
         if (beta_) this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(sums.by_beta);
         // d similarity / d product is 1 / d where euclidean, taken as 0 at 0.
-        const bool euclidean = of_.similarity.euclidean;
-        for (int64_t j = 0; j < of_.m; ++j) {
+        const bool euclidean = similarities_.similarity.euclidean;
+        for (int64_t j = 0; j < similarities_.m; ++j) {
             const double d = euclidean ? -static_cast<double>(s[j]) : 1.0;
             s[j] = d > 0 && by_d[j] != 0 ? static_cast<T>(-by_d[j] / d) : T(0);
         }
@@ -160,7 +160,7 @@ class ListLoss : public RowResults<T> {
         }
     }
 
-    const Similarities<T>& of_;
+    const Similarities<T>& similarities_;
     const ByAnchor& triplets_;
     const TripletTerm term_;
     const T margin_;
@@ -187,11 +187,11 @@ TripletResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& 
     const ByAnchor triplets(list, n, m);
     const auto run = [&](auto number) {
         using T = decltype(number);
-        const Similarities<T> of(embeddings, ref_emb, similarity);
-        const Tensor betas = beta ? beta->to(of.rows.options().dtype()).contiguous() : Tensor();
-        ListLoss<T> loss(of, triplets, term, static_cast<T>(margin),
+        const Similarities<T> similarities(embeddings, ref_emb, similarity);
+        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        ListLoss<T> loss(similarities, triplets, term, static_cast<T>(margin),
                          beta ? betas.const_data_ptr<T>() : nullptr, save);
-        return run_loss(of, loss, save, save_ref, of.m);
+        return run_loss(similarities, loss, save, save_ref, similarities.m);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());
 }

@@ -24,10 +24,10 @@ constexpr double kSparseWeights = 0.05;
 template <typename T>
 class TripletLoss : public RowResults<T> {
    public:
-    TripletLoss(const LabelledSimilarities<T>& of, TripletTerm term, TripletChoice choice,
+    TripletLoss(const LabelledSimilarities<T>& similarities, TripletTerm term, TripletChoice choice,
                 const std::array<double, kTripletParams>& params, const T* beta, uint64_t seed, bool save)
-        : RowResults<T>(of, beta && save),
-          of_(of),
+        : RowResults<T>(similarities, beta && save),
+          similarities_(similarities),
           term_(term),
           choice_(choice),
           params_(params.data()),
@@ -36,11 +36,11 @@ class TripletLoss : public RowResults<T> {
           save_(save) {}
 
     void run(RowBlockGradient<T>* gradient) {
-        of_.for_each_row_block([&](const RowBlock<T>& block) {
+        similarities_.for_each_row_block([&](const RowBlock<T>& block) {
             const bool listed = gradient && plan_lists(block);
-            of_.for_each_row(block, choice_.positives == Selection::kAll ? 4 : 1, [&](int64_t i, T* s) {
-                row(i, s, listed ? &lists_ : nullptr, i - block.first);
-            });
+            similarities_.for_each_row(
+                block, choice_.positives == Selection::kAll ? 4 : 1,
+                [&](int64_t i, T* s) { row(i, s, listed ? &lists_ : nullptr, i - block.first); });
             if (!gradient) return;
             if (listed) {
                 gradient->add(block, lists_);
@@ -52,7 +52,7 @@ class TripletLoss : public RowResults<T> {
 
    private:
     int64_t most_weights(int64_t i) const {
-        const int64_t positives = of_.same_label(i).size();
+        const int64_t positives = similarities_.same_label(i).size();
         return 2 * (choice_.positives == Selection::kAll ? positives : std::min<int64_t>(positives, 1));
     }
 
@@ -63,7 +63,7 @@ class TripletLoss : public RowResults<T> {
         for (int64_t r = 0; r < block.rows(); ++r)
             lists_.start[r + 1] = lists_.start[r] + most_weights(block.first + r);
         const int64_t most = lists_.start.back();
-        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(block.rows() * of_.m))
+        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(block.rows() * similarities_.m))
             return false;
         lists_.count.assign(block.rows(), 0);
         lists_.column.resize(most);
@@ -72,11 +72,11 @@ class TripletLoss : public RowResults<T> {
     }
 
     void row(int64_t i, T* s, WeightLists<T>* lists, int64_t r) {
-        RowPairs<T> pairs(of_, params_, i, s);
+        RowPairs<T> pairs(similarities_, params_, i, s);
         pairs.choose_positives(choice_.positives);
         RowTriplets<T> row{};
         row.s = s;
-        row.m = of_.m;
+        row.m = similarities_.m;
         row.beta = beta_ ? beta_[i] : T(0);
         if (choice_.negatives == Selection::kAll) {
             all_negatives(pairs, row);
@@ -94,7 +94,7 @@ class TripletLoss : public RowResults<T> {
     // dL/ds of a positive at distance d with dL/dd = derivative; for a negative, negate it.
     T positive_weight(double derivative, T d) const {
         const double weight = -derivative;
-        return static_cast<T>(!of_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
+        return static_cast<T>(!similarities_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
     }
 
     void all_negatives(const RowPairs<T>& pairs, RowTriplets<T>& row) {
@@ -103,14 +103,14 @@ class TripletLoss : public RowResults<T> {
         row.count = count;
         row.negatives = pairs.negatives();
         row.interval = params_.gap_low > -infinity<T>() || params_.gap_high < infinity<T>();
-        row.euclidean = of_.similarity.euclidean;
+        row.euclidean = similarities_.similarity.euclidean;
         row.write = save_;
         row.params = params_;
         scratch.derivative.assign(count, 0.0);
         row.derivative = scratch.derivative.data();
         if (count > kFewPositives && term_ != TripletTerm::kSoftplus) sort_positives(scratch, row);
         row.positives = scratch.distances.data();
-        of_.kernels.all_negatives[static_cast<int>(term_)](row);
+        similarities_.kernels.all_negatives[static_cast<int>(term_)](row);
         if (!save_) return;
         for (int64_t k = 0; k < count; ++k)
             row.s[scratch.columns[k]] = positive_weight(row.derivative[k], scratch.distances[k]);
@@ -172,7 +172,7 @@ class TripletLoss : public RowResults<T> {
                 lists->weight[at + k] = weights[k].second;
             }
         } else {
-            std::fill(s, s + of_.m, T(0));
+            std::fill(s, s + similarities_.m, T(0));
             for (const auto& [j, weight] : weights) s[j] += weight;
         }
     }
@@ -191,7 +191,7 @@ class TripletLoss : public RowResults<T> {
         return weights;
     }
 
-    const LabelledSimilarities<T>& of_;
+    const LabelledSimilarities<T>& similarities_;
     const TripletTerm term_;
     const TripletChoice choice_;
     const TripletParams<T> params_;
@@ -217,11 +217,11 @@ TripletResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const
     check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
     const auto run = [&](auto number) {
         using T = decltype(number);
-        const LabelledSimilarities<T> of(points);
-        const Tensor betas = beta ? beta->to(of.rows.options().dtype()).contiguous() : Tensor();
-        TripletLoss<T> loss(of, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
+        const LabelledSimilarities<T> similarities(points);
+        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        TripletLoss<T> loss(similarities, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
                             seed_value(seed), save);
-        return run_loss(of, loss, save, save_ref, ref_emb ? ref_emb->size(0) : 0);
+        return run_loss(similarities, loss, save, save_ref, ref_emb ? ref_emb->size(0) : 0);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());
 }

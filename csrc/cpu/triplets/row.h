@@ -32,23 +32,23 @@ template <typename T>
 class RowPairs {
    public:
     // s: [m] the row's similarities. Positives, and negatives out of range, become NaN.
-    RowPairs(const LabelledSimilarities<T>& of, const TripletParams<T>& params, int64_t i, T* s)
-        : of_(of), params_(params), i_(i), s_(s), scratch_(RowScratch<T>::mine()) {
+    RowPairs(const LabelledSimilarities<T>& similarities, const TripletParams<T>& params, int64_t i, T* s)
+        : similarities_(similarities), params_(params), i_(i), s_(s), scratch_(RowScratch<T>::mine()) {
         auto& columns = scratch_.columns;
         auto& distances = scratch_.distances;
         columns.clear();
         distances.clear();
-        const int64_t self = of.self_col(i);
-        for (const int32_t j : of.same_label(i)) {
+        const int64_t self = similarities.self_col(i);
+        for (const int32_t j : similarities.same_label(i)) {
             const T d = -s[j];
             s[j] = std::numeric_limits<T>::quiet_NaN();
             if (j == self || !params.positive_allowed(d)) continue;
             columns.push_back(j);
             distances.push_back(d);
         }
-        negatives_ = of.m - of.same_label(i).size();
+        negatives_ = similarities.m - similarities.same_label(i).size();
         const bool bounded = params.neg_low > -infinity<T>() || params.neg_high < infinity<T>();
-        if (bounded) negatives_ = of.kernels.keep_allowed(s, of.m, params);
+        if (bounded) negatives_ = similarities.kernels.keep_allowed(s, similarities.m, params);
     }
 
     int64_t positives() const { return static_cast<int64_t>(scratch_.columns.size()); }
@@ -77,10 +77,13 @@ class RowPairs {
     void prepare(Selection which, int64_t calls, uint64_t seed) {
         if (calls == 0) return;
         seed_ = seed;
-        if (which == Selection::kHardest) fixed_ = of_.kernels.largest(s_, of_.m, infinity<T>());
-        if (which == Selection::kEasiest) fixed_ = of_.kernels.smallest(s_, of_.m);
-        if (which == Selection::kSemihard) scratch_.semihard.prepare(of_.kernels, s_, of_.m, calls);
-        if (which == Selection::kDrawn) scratch_.draw.prepare(of_.kernels, s_, of_.m, params_);
+        if (which == Selection::kHardest)
+            fixed_ = similarities_.kernels.largest(s_, similarities_.m, infinity<T>());
+        if (which == Selection::kEasiest) fixed_ = similarities_.kernels.smallest(s_, similarities_.m);
+        if (which == Selection::kSemihard)
+            scratch_.semihard.prepare(similarities_.kernels, s_, similarities_.m, calls);
+        if (which == Selection::kDrawn)
+            scratch_.draw.prepare(similarities_.kernels, s_, similarities_.m, params_);
     }
     // The column of the negative for the k-th positive, at distance d_pos; or -1.
     int64_t negative(Selection which, int64_t k, T d_pos) const {
@@ -90,7 +93,7 @@ class RowPairs {
     }
 
    private:
-    const LabelledSimilarities<T>& of_;
+    const LabelledSimilarities<T>& similarities_;
     const TripletParams<T>& params_;
     const int64_t i_;
     T* const s_;

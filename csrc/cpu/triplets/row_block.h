@@ -136,8 +136,8 @@ class Similarities {
 template <typename T>
 class LabelledSimilarities : public Similarities<T> {
    public:
-    explicit LabelledSimilarities(const TripletPoints& of)
-        : LabelledSimilarities(of, References(of.call())) {}
+    explicit LabelledSimilarities(const TripletPoints& points)
+        : LabelledSimilarities(points, References(points.call())) {}
 
     // The columns with row i's label; the one that is the same point, or -1.
     const Columns& same_label(int64_t i) const { return class_[i]; }
@@ -146,11 +146,11 @@ class LabelledSimilarities : public Similarities<T> {
     }
 
    private:
-    LabelledSimilarities(const TripletPoints& of, const References& refs)
-        : Similarities<T>(of.embeddings, refs.points, of.similarity),
+    LabelledSimilarities(const TripletPoints& points, const References& refs)
+        : Similarities<T>(points.embeddings, refs.points, points.similarity),
           plan_(Plan::numel(this->n, this->m, this->square)),
           class_(this->n) {
-        const Tensor labels = of.labels.contiguous();
+        const Tensor labels = points.labels.contiguous();
         const Tensor ref_labels = this->square ? labels : refs.labels->contiguous();
         make_plan(labels.const_data_ptr<int64_t>(), this->n, ref_labels.const_data_ptr<int64_t>(), this->m,
                   this->square, plan_.data());
@@ -160,7 +160,7 @@ class LabelledSimilarities : public Similarities<T> {
                 class_[plan.row_order[r]] = {plan.col_order + plan.pos_begin[r],
                                              plan.col_order + plan.pos_end[r]};
         });
-        if (of.self_index) self_ = of.self_index->contiguous();
+        if (points.self_index) self_ = points.self_index->contiguous();
     }
 
     std::vector<int32_t> plan_;
