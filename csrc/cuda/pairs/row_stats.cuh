@@ -191,7 +191,7 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
     g.pos_count = row.pos.count();
 
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
-    const bool has_loss = valid && (any_pos || !Formula::kNeedsPos) && (any_neg || !Formula::kNeedsNeg);
+    const bool has_loss = row_has_loss(Formula::needed_pairs(), false, any_pos, any_neg);  // of kept pairs
     RowDerivatives<Acc> loss = formula.row(g, pos_context);
     if (!has_loss) {
         bounds = Bounds<Acc>::none();

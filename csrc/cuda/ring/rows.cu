@@ -82,11 +82,8 @@ __global__ void __launch_bounds__(kRowThreads)
         const RowResult<Acc> result = finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
                                                  Results<Acc>{nullptr, 0, nullptr, reduction});
         // An input that is not finite reaches only rows to which the labels give the pairs that a loss needs.
-        const bool needed = mining ? both
-                                   : (positives > 0 || negatives > 0) &&
-                                         (positives > 0 || !Formula::kNeedsPos) &&
-                                         (negatives > 0 || !Formula::kNeedsNeg);
-        const bool poisoned = needed && !is_finite(from.header[kHealth]);
+        const bool poisoned = row_has_loss(Formula::needed_pairs(), mining, positives > 0, negatives > 0) &&
+                              !is_finite(from.header[kHealth]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             losses[k * rows + i] = poisoned && k < Formula::kParts ? not_a_number<Acc>() : result.part[k];
