@@ -25,11 +25,14 @@ def nvdisasm():
 
 
 @pytest.fixture(scope="module")
-def compilations():
-    """{source: future of its kernels for all architectures}, two sources at a time."""
+def compilations(request):
+    """{source: future of its kernels for all architectures} of the selected tests, two sources at a time."""
+    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernels]
     with ThreadPoolExecutor(2) as pool:
-        futures = {source: pool.submit(machine_code.analyse, source) for source in machine_code.sources()}
-        yield futures
+        yield {
+            item.callspec.params["source"]: pool.submit(machine_code.analyse, item.callspec.params["source"])
+            for item in items
+        }
         pool.shutdown(cancel_futures=True)
 
 
