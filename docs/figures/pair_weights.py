@@ -1,4 +1,4 @@
-"""``python -m docs.figures.pair_weights``: draws how the losses weigh a negative pair, by ``pair_weights``.
+"""``python -m docs.figures.pair_weights``: the figure of docs/pair_weights.md, the weight of a negative pair.
 
 Points are placed at chosen cosines from one anchor. Each panel varies one of the three kinds of similarity of
 the multi-similarity paper and holds the other two.
