@@ -602,9 +602,9 @@ def test_cuda_kernels_compile(tmp_path):
     """The sources of the CUDA engine with one formula in the list: nothing spills."""
     source = read(custom_losses.HERE / "tuplet_margin.h")
     build.write_headers(source, tmp_path)
-    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "formulas")]
+    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "losses")]
     flags = (*machine_code.FLAGS, "-DDML_CUSTOM_FORMULA", "-DDML_WITH_CUDA", *includes)
-    for name, least in (("kernels_f16", 10), ("block_rows", 3)):
+    for name, least in (("instantiations/f16", 10), ("ring/rows", 3)):
         kernels = machine_code.analyse(build.SOURCES / "cuda" / f"{name}.cu", "90a", flags)
         assert len(kernels) > least
         assert all(kernel.spill_bytes == 0 for kernel in kernels)
