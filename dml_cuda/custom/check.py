@@ -72,7 +72,7 @@ class _Functions:
         return [empty, float(terms.min()), float(terms.mean()), float(terms.max()) + math.log(1e3)]
 
 
-def _position(s: Tensor, k: int, context: float | None) -> str:
+def _place(s: Tensor, k: int, context: float | None) -> str:
     suffix = "" if context is None else f", context = {context:.6g}"
     return f"at s = {float(s[k]):.8g}{suffix}"
 
@@ -92,7 +92,7 @@ def _worst(a: Tensor, b: Tensor, tolerance: Tensor | float) -> int | None:
 # ---- the functions -----------------------------------------------------------------------------------------
 
 
-def _check_finite(functions: _Functions, found: list[str]) -> None:
+def _check_finite(functions: _Functions, errors: list[str]) -> None:
     for name, positives in _KINDS.items():
         for context in functions.contexts(positives):
             for dtype in (torch.float64, torch.float32):
@@ -103,8 +103,8 @@ def _check_finite(functions: _Functions, found: list[str]) -> None:
                     k = _first(~torch.isfinite(numbers))
                     if k is not None:
                         number = str(dtype).removeprefix("torch.")
-                        found.append(
-                            f"{name}: its {what} is {float(numbers[k])} {_position(s, k, context)} in {number}"
+                        errors.append(
+                            f"{name}: its {what} is {float(numbers[k])} {_place(s, k, context)} in {number}"
                         )
                         break
                 else:
@@ -113,7 +113,7 @@ def _check_finite(functions: _Functions, found: list[str]) -> None:
 
 
 def _one_sided(f: Callable[[float], Tensor]) -> tuple[Tensor, Tensor]:
-    """The smaller and the larger of the one-sided differences; at a kink any value between is a derivative."""
+    """The smaller and the larger one-sided difference; at a kink any value between is a derivative."""
     here = f(0.0)
     left, right = (here - f(-_STEP)) / _STEP, (f(_STEP) - here) / _STEP
     return torch.minimum(left, right), torch.maximum(left, right)
@@ -126,7 +126,7 @@ def _outside(derivative: Tensor, least: Tensor, most: Tensor) -> int | None:
     return _worst(derivative, nearest, _DIFFERENCE * size + (most - least))
 
 
-def _check_derivatives(functions: _Functions, found: list[str]) -> None:
+def _check_derivatives(functions: _Functions, errors: list[str]) -> None:
     inner = functions.grid[1:-1]
     for name, positives in _KINDS.items():
         for context in functions.contexts(positives):
@@ -140,9 +140,9 @@ def _check_derivatives(functions: _Functions, found: list[str]) -> None:
             least, most = _one_sided(moved)
             k = _outside(derivative, least, most)
             if k is not None:
-                found.append(
-                    f"{name}: its derivative is {float(derivative[k]):.8g} {_position(inner, k, context)}, finite "
-                    f"differences say {float((least[k] + most[k]) / 2):.8g}"
+                errors.append(
+                    f"{name}: its derivative is {float(derivative[k]):.8g} {_place(inner, k, context)}, "
+                    f"finite differences say {float((least[k] + most[k]) / 2):.8g}"
                 )
             if context is None:
                 continue
@@ -153,13 +153,14 @@ def _check_derivatives(functions: _Functions, found: list[str]) -> None:
             least, most = _one_sided(moved_context)
             k = _outside(by_context, least, most)
             if k is not None:
-                found.append(
+                errors.append(
                     f"{name}: its derivative by the context is {float(by_context[k]):.8g} "
-                    f"{_position(inner, k, context)}, finite differences say {float((least[k] + most[k]) / 2):.8g}"
+                    f"{_place(inner, k, context)}, finite differences say "
+                    f"{float((least[k] + most[k]) / 2):.8g}"
                 )
 
 
-def _check_declarations(functions: _Functions, found: list[str]) -> None:
+def _check_declarations(functions: _Functions, errors: list[str]) -> None:
     facts = functions.facts
     for name, positives in _KINDS.items():
         sums = facts["sums_positives" if positives else "sums_negatives"]
@@ -168,8 +169,8 @@ def _check_declarations(functions: _Functions, found: list[str]) -> None:
         if facts["hinge"] and sums:
             k = _first((term == 0) & (derivative != 0))
             if k is not None:
-                found.append(
-                    f"kHinge: {name} is 0 {_position(functions.grid, k, context)}, but its derivative is "
+                errors.append(
+                    f"kHinge: {name} is 0 {_place(functions.grid, k, context)}, but its derivative is "
                     f"{float(derivative[k]):.8g}"
                 )
         if sums:
@@ -179,9 +180,9 @@ def _check_declarations(functions: _Functions, found: list[str]) -> None:
         peak = (term - before).minimum(term - after)
         k = int(peak.argmax())
         if float(peak[k]) > _CLOSE * (1 + float(term.abs().max())):
-            found.append(
-                f"{name}: has a maximum {_position(functions.grid, k, context)}, between smaller logits; the CUDA kernels "
-                "look for the largest at the least and the greatest similarity"
+            errors.append(
+                f"{name}: has a maximum {_place(functions.grid, k, context)}, between smaller logits; the "
+                "CUDA kernels look for the largest at the least and the greatest similarity"
             )
 
 
@@ -196,7 +197,7 @@ def _row_points(functions: _Functions) -> Tensor:
     return torch.cat([values, counts])
 
 
-def _check_row(functions: _Functions, derivatives: bool, found: list[str]) -> None:
+def _check_row(functions: _Functions, derivatives: bool, errors: list[str]) -> None:
     points, two = _row_points(functions), functions.facts["two_parts"]
 
     def row(moved: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def _check_row(functions: _Functions, derivatives: bool, found: list[str]) -> No
 
     result = row(points)
     if not two and bool((result[1] != 0).any()):
-        found.append("row: gives a second part, but kParts is 1")
+        errors.append("row: gives a second part, but kParts is 1")
     if not derivatives:
         return
     for k, name in enumerate(("neg", "pos")):
@@ -218,7 +219,7 @@ def _check_row(functions: _Functions, derivatives: bool, found: list[str]) -> No
         least, most = _one_sided(moved)
         i = _outside(result[4 + k], least, most)
         if i is not None:
-            found.append(
+            errors.append(
                 f"row: its derivative by {name} is {float(result[4 + k, i]):.8g} at neg = "
                 f"{float(points[0, i]):.6g}, pos = {float(points[1, i]):.6g}, finite differences say "
                 f"{float((least[i] + most[i]) / 2):.8g}"
@@ -227,14 +228,14 @@ def _check_row(functions: _Functions, derivatives: bool, found: list[str]) -> No
             continue
         least, most = _one_sided(lambda step, k=k, part=1 - part: moved(step, k, part))
         if float(torch.maximum(least.abs(), most.abs()).max()) > _DIFFERENCE:
-            found.append(
+            errors.append(
                 f"row: part {1 - part} depends on {name}; with two parts, each may depend on one kind of pair"
             )
 
 
 def _compare_formulas(functions: _Functions) -> list[str]:
     """Where the terms differ from those of the reference."""
-    found: list[str] = []
+    errors: list[str] = []
     s = functions.grid[None].clone().requires_grad_()
     neg, pos = _RecordedPairs(s), _RecordedPairs(s)
     functions.formula.row(pos, neg, *functions.params)
@@ -263,15 +264,15 @@ def _compare_formulas(functions: _Functions) -> list[str]:
                 k = _worst(value, expected, 1e-7 * (1 + expected.abs()))
                 if k is not None:
                     differences.append(
-                        f"{name}: {_position(functions.grid, k, seen_context)} {what} is {float(value[k]):.8g}, the "
-                        f"reference's is {float(expected[k]):.8g}"
+                        f"{name}: {_place(functions.grid, k, seen_context)} {what} is "
+                        f"{float(value[k]):.8g}, the reference's is {float(expected[k]):.8g}"
                     )
                     break
             else:
                 break
         else:
-            found.extend(differences[:1])
-    return found
+            errors.extend(differences[:1])
+    return errors
 
 
 # ---- whole batches -----------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def _evaluate(loss: PairLoss, case: _Case, **options: Any) -> tuple[Tensor, Tens
     return value.detach(), grad
 
 
-def _check_batches(loss: PairLoss, found: list[str]) -> None:
+def _check_batches(loss: PairLoss, errors: list[str]) -> None:
     for case in _cases():
         for epsilon in (None, 0.1):
             where = f"a batch of {case.name}" + ("" if epsilon is None else f", mined with epsilon {epsilon}")
@@ -328,17 +329,17 @@ def _check_batches(loss: PairLoss, found: list[str]) -> None:
                 repeated = _evaluate(loss, case, backend="fused", **options)
                 finite = torch.isfinite(value).all() and torch.isfinite(grad).all()
                 if finite and not (torch.equal(value, repeated[0]) and torch.equal(grad, repeated[1])):
-                    found.append(f"{where}: the loss differs from call to call")
+                    errors.append(f"{where}: the loss differs from call to call")
                     return
                 if not finite:
                     what = "loss" if not torch.isfinite(value).all() else "gradient"
-                    found.append(f"{where}: the {what} is not finite (reduction {reduction!r})")
+                    errors.append(f"{where}: the {what} is not finite (reduction {reduction!r})")
                     return
                 truth, truth_grad = _evaluate(loss, case, backend="reference", **options)
                 flat, true = value.reshape(-1), truth.reshape(-1)
                 k = _worst(flat, true, (1e-5 if case.at_ends else 1e-7) * (1 + true.abs()))
                 if k is not None:
-                    found.append(
+                    errors.append(
                         f"row, or what the formula declares: {where}, reduction {reduction!r}: the loss is "
                         f"{float(flat[k]):.8g}, the reference's {float(true[k]):.8g}"
                     )
@@ -348,14 +349,14 @@ def _check_batches(loss: PairLoss, found: list[str]) -> None:
                 flat, true = grad.reshape(-1), truth_grad.reshape(-1)
                 k = _worst(flat, true, 1e-6 * (1e-3 + true.nan_to_num(0, 0, 0).abs().sum()))
                 if k is not None:
-                    found.append(
+                    errors.append(
                         f"{where}, reduction {reduction!r}: an element of the gradient is "
                         f"{float(flat[k]):.8g}, the reference's {float(true[k]):.8g}"
                     )
                     return
 
 
-def _check_directions(loss: PairLoss, found: list[str]) -> None:
+def _check_directions(loss: PairLoss, errors: list[str]) -> None:
     """The gradient of a batch against finite differences along random directions."""
     case = next(_cases())
     generator = torch.Generator().manual_seed(1)
@@ -370,7 +371,7 @@ def _check_directions(loss: PairLoss, found: list[str]) -> None:
         least, most = _one_sided(moved)
         along = (grad * direction).sum().reshape(1)
         if _outside(along, least, most) is not None:
-            found.append(
+            errors.append(
                 f"the gradient of a batch of {case.name} along a direction is {float(along):.8g}, finite "
                 f"differences say {float((least + most) / 2):.8g}"
             )
@@ -380,10 +381,11 @@ def _check_directions(loss: PairLoss, found: list[str]) -> None:
 def check_loss(formula: PairLoss | type[PairLoss]) -> None:
     """Checks a custom loss, in float64: its functions one by one, then random and special batches.
 
-    * Values and derivatives of ``neg_term`` and ``pos_term`` are finite for all similarities, in float32 too.
+    * Values and derivatives of ``neg_term`` and ``pos_term`` are finite for all similarities, in float32
+      too.
     * With a reference, values and derivatives equal the reference's, as do losses and gradients of batches.
-    * Without a reference, the derivatives of ``neg_term``, ``pos_term`` and ``row`` and the gradient of a batch
-      equal finite differences. This is skipped if the formula treats a weight as constant, since only a
+    * Without a reference, the derivatives of ``neg_term``, ``pos_term`` and ``row`` and the gradient of a
+      batch equal finite differences. This is skipped if the formula treats a weight as constant, since only a
       reference can then define the gradient.
     * The formula's declarations are true, and results are bitwise repeatable.
 
@@ -403,25 +405,25 @@ def check_loss(formula: PairLoss | type[PairLoss]) -> None:
             f"formula: expected what compile_loss returns, or an instance of it; got {type(formula).__name__}"
         )
     functions = _Functions(loss)
-    found: list[str] = []
+    errors: list[str] = []
     has_reference = not issubclass(loss.formula, CompiledFormula)
     origin = getattr(loss, "origin", None)
     text = origin.text if origin else ""
     # A reference defines the gradient; without one, finite differences do, unless a weight is constant.
     differentiates = not (has_reference or "constant(" in text or "with_share_of_derivative(" in text)
-    _check_finite(functions, found)
-    if not found:
+    _check_finite(functions, errors)
+    if not errors:
         if differentiates:
-            _check_derivatives(functions, found)
-        _check_row(functions, differentiates, found)
-        _check_declarations(functions, found)
+            _check_derivatives(functions, errors)
+        _check_row(functions, differentiates, errors)
+        _check_declarations(functions, errors)
         of_batches: list[str] = []
         _check_batches(loss, of_batches)
         # A reference may split a loss into other terms, so terms are compared only if the losses differ.
-        found += (of_batches and has_reference and _compare_formulas(functions)) or of_batches
-        if differentiates and not found:
-            _check_directions(loss, found)
-    if found:
+        errors += (of_batches and has_reference and _compare_formulas(functions)) or of_batches
+        if differentiates and not errors:
+            _check_directions(loss, errors)
+    if errors:
         raise ValueError(
-            f"check_loss: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in found)
+            f"check_loss: {type(loss).__name__} is wrong:\n" + "\n".join(f"- {text}" for text in errors)
         )
