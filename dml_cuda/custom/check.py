@@ -233,7 +233,7 @@ def _check_row(functions: _Functions, derivatives: bool, errors: list[str]) -> N
             )
 
 
-def _compare_formulas(functions: _Functions) -> list[str]:
+def _compare_terms(functions: _Functions) -> list[str]:
     """Where the terms differ from those of the reference."""
     errors: list[str] = []
     s = functions.grid[None].clone().requires_grad_()
@@ -420,7 +420,7 @@ def check_loss(formula: PairLoss | type[PairLoss]) -> None:
         of_batches: list[str] = []
         _check_batches(loss, of_batches)
         # A reference may split a loss into other terms, so terms are compared only if the losses differ.
-        errors += (of_batches and has_reference and _compare_formulas(functions)) or of_batches
+        errors += (of_batches and has_reference and _compare_terms(functions)) or of_batches
         if differentiates and not errors:
             _check_directions(loss, errors)
     if errors:
