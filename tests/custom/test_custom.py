@@ -57,7 +57,7 @@ def tuplet(cache):
 @pytest.fixture
 def circle(cache):
     """For the instruction set in use."""
-    return dml_cuda.compile_loss(build.SOURCES / "formulas" / "circle.h")
+    return dml_cuda.compile_loss(build.SOURCES / "losses" / "circle.h")
 
 
 def batch(n=60, d=16, classes=7, dtype=torch.float64):
@@ -465,11 +465,11 @@ def test_reference_with_other_parameters(cache):
 def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
     changed = NCA_TEXT + "// not in the cache\n"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    build._of_the_package.cache_clear()
+    build._package_hash.cache_clear()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler\).*apt install g"):
         dml_cuda.compile_loss(changed)
     monkeypatch.delenv("CXX")
-    build._of_the_package.cache_clear()
+    build._package_hash.cache_clear()
     (tmp_path / "c++").symlink_to(shutil.which("c++"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
@@ -483,14 +483,14 @@ def test_a_gpu_without_nvcc(monkeypatch):
     monkeypatch.setattr(build, "_cuda_home", lambda: None)
     monkeypatch.setattr("dml_cuda._warnings._given", set())
     with pytest.warns(UserWarning, match="found no nvcc"):
-        assert build.target().gpu == ()
+        assert build.this_machine().gpu == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.target().gpu == ()  # said once
+        assert build.this_machine().gpu == ()  # said once
     monkeypatch.setattr(build, "_cuda_home", lambda: "/usr/local/cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: [(9, 0), (7, 5), (8, 6)][k])
-    assert build.target() == ("", ("86", "90"), "/usr/local/cuda")
+    assert build.this_machine() == ("", ("86", "90"), "/usr/local/cuda")
 
 
 def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
