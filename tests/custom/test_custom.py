@@ -430,8 +430,8 @@ def test_names_of_parameters():
     assert parameters("") == {}
     assert parameters("alpha, beta = 5e1") == {"alpha": None, "beta": 50.0}
     for stated, says in (
-        ("a b", "expected names"),
-        ("a, a", "each once"),
+        ("a b", "expected distinct names"),
+        ("a, a", "expected distinct names"),
         ("a = 1, b", "a default for b"),
         ("a = x", "a number for a, got 'x'"),
     ):
@@ -447,7 +447,11 @@ def test_arguments(cache, nca, circle):
         (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
         (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
         (lambda: nca(epsilon="x"), TypeError, "epsilon"),
-        (lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"), ValueError, "name: expected a name"),
+        (
+            lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"),
+            ValueError,
+            "name: expected a Python identifier",
+        ),
         (lambda: dml_cuda.compile_loss(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
     ):
         with pytest.raises(error, match=f"(?i){says}"):
