@@ -1,13 +1,14 @@
-"""``python -m benchmarks.readme``: from the JSON of earlier runs, a short table for the README and all tables
-for benchmarks/README.md."""
+"""``python -m benchmarks.readme``: writes the tables of earlier runs, a short one into README.md and all into
+benchmarks/README.md."""
 
 import argparse
-import json
 from itertools import groupby
 from pathlib import Path
 
+from .losses import PAIR_LOSSES
 from .machine import one_line
 from .markdown import Section, markdown_table
+from .records import read_json
 from .report import (
     NOTHING,
     SPEEDUP_PEERS,
@@ -88,44 +89,30 @@ def table(record: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _times(case: dict) -> str:
-    result = case["results"].get("pml", {})
-    return result.get("skipped", NOTHING) if "median_s" not in result else duration(result["median_s"])
-
-
-def _has_peer(case: dict | None) -> bool:
-    return case is not None and "pml" in case["time_over_fused"]
+def _is_measured(case: dict) -> bool:
+    return "pml" in case["time_over_fused"]
 
 
 def summary(records: list[dict]) -> str:
-    """Markdown of what a newcomer wants to know: each loss once, beside pytorch-metric-learning's."""
-    records = [
-        record
-        for record in records
-        if record["machine"]["device"] == "cpu" and any(case["group"] == "family" for case in record["cases"])
-    ]
-    cases = [case for record in records for case in record["cases"]]
-    family = [case for case in cases if case["group"] == "family" and "loaded" not in case["loss_title"]]
-    others = [
-        case
-        for case in cases
-        if (case.get("part") in ("mined", "memory") or case["group"] == "triplets") and _has_peer(case)
-    ]
-    # Of each loss the largest batch that pytorch-metric-learning can do, else the largest.
-    shown = {}
-    for case in (*family, *others):
-        if _has_peer(case) or not _has_peer(shown.get(case["loss_title"])):
-            shown[case["loss_title"]] = case
+    """Markdown of a few rows: each pair loss that both packages have, and one with its miner.
+
+    Of the sizes, the largest that pytorch-metric-learning can do; of the machines, CPUs.
+    """
+    largest: dict[str, tuple[dict, dict]] = {}
+    for record in records:
+        for case in record["cases"] if record["machine"]["device"] == "cpu" else ():
+            wanted = case["group"] == "family" or (case["group"], case.get("part")) == ("drop-in", "mined")
+            title = case["loss_title"]
+            wanted = wanted and case["loss"] in PAIR_LOSSES and _is_measured(case)
+            if wanted and (title not in largest or case["n"] > largest[title][0]["n"]):
+                largest[title] = case, record["machine"]
     rows = []
-    for case in shown.values():
-        peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in ("fused", "pml"))
-        ours = duration(case["results"]["fused"]["median_s"])
-        times = versus(case, "pml") if _has_peer(case) else NOTHING
-        rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
-    machines = {one_line(record["machine"]): None for record in records}
-    header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "as fast", "MiB here", "MiB PML"]
-    where = f"Forward and backward, float32; runs on {'; and on '.join(machines)}.\n\n" if machines else ""
-    return where + markdown_table(header, rows, left=2)
+    for title, (case, _) in largest.items():
+        seconds = [case["results"][peer]["median_s"] for peer in ("fused", "pml")]
+        rows.append([title, size(case), *map(duration, seconds), versus(case, "pml")])
+    machines = dict.fromkeys(one_line(machine) for _, machine in largest.values())
+    where = f"Forward and backward, float32, on {'; and on '.join(machines)}.\n\n" if machines else ""
+    return where + markdown_table(["loss", "N x D", "dml_cuda", "PML", "ratio"], rows, left=2)
 
 
 def main() -> None:
@@ -139,8 +126,8 @@ def main() -> None:
     paths = arguments.json or sorted(_RESULTS.glob("*.json"))
     if not paths:
         parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
-    records = [json.loads(path.read_text()) for path in paths]
-    # The others are of tools.kernel_times and tools.cpu_threads.
+    records = [read_json(path) for path in paths]
+    # The others are of tools.kernel_times.
     records = [record for record in records if "machine" in record]
     written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
     try:

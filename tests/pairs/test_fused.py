@@ -184,7 +184,7 @@ def test_reductions(loss, reduction):
 @EVERY_LOSS
 def test_parameters_reach_the_kernel(loss):
     embeddings, labels = make_batch(60, 10)
-    for name, value in loss.other.items():
+    for name, value in loss.changed.items():
         for similarity in ("cosine", "euclidean"):
             check(loss, embeddings, labels, similarity=similarity, **{name: value})
     for parameters in loss.cases:

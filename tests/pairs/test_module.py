@@ -27,7 +27,7 @@ SHARED = {  # every shared option, at another value than its default
 
 
 def other_options(loss):
-    return {**loss.other, **SHARED}
+    return {**loss.changed, **SHARED}
 
 
 @EVERY_LOSS
@@ -87,7 +87,7 @@ def test_margin_is_m():
 
 def schedule(loss, k):
     """Parameters of step k, and an epsilon."""
-    scaled = {name: v for name, v in loss.other.items() if name != "detach_weights"}
+    scaled = {name: v for name, v in loss.changed.items() if name != "detach_weights"}
     return {**{name: v * (1 + k / 50) for name, v in scaled.items()}, "epsilon": 0.1 + k / 100}
 
 
@@ -245,7 +245,7 @@ def test_signatures():
         module = loss.module()
         for documented in (loss.function, loss.module):
             parameters = inspect.signature(documented).parameters
-            for name in loss.other:
+            for name in loss.changed:
                 assert parameters[name].default == getattr(module, name)
             assert parameters["options"].kind == inspect.Parameter.VAR_KEYWORD
         text = loss.function.__doc__
@@ -254,24 +254,19 @@ def test_signatures():
             assert f"{name}: " in dml_cuda.PairOptions.__doc__
         assert f'``similarity="{module.similarity}"``' in text
         assert f'``reduction="{module.reduction}"``' in text
-    others = {"pair_weights", "PairWeights", "triplet_margin_loss", "margin_loss"}  # test_triplet_manners.py
+    others = {
+        "pair_weights",
+        "PairWeights",
+        "triplet_margin_loss",
+        "margin_loss",
+    }  # tests/integration/test_triplet_integration.py
     assert {loss.function.__name__ for loss in LOSSES.values()} | others == set(functional.__all__)
 
 
-def test_defaults():
+@EVERY_LOSS
+def test_defaults(loss):
     """As users and PML know them."""
-    defaults = {
-        "multi_similarity": {"alpha": 2.0, "beta": 50.0, "base": 0.5},
-        "circle": {"m": 0.4, "gamma": 80.0, "detach_weights": True},
-        "contrastive": {"pos_margin": 0.0, "neg_margin": 1.0},
-        "binomial_deviance": {"alpha": 2.0, "beta": 40.0, "base": 0.5},
-        "nt_xent": {"temperature": 0.07},
-        "sup_con": {"temperature": 0.1},
-    }
-    for name, expected in defaults.items():
-        assert LOSSES[name].defaults == expected
-        module = LOSSES[name].module()
-        assert module.epsilon is None
-        assert module.similarity == ("euclidean" if name == "contrastive" else "cosine")
-        nonzero = name in ("circle", "contrastive", "sup_con")
-        assert module.reduction == ("mean_nonzero" if nonzero else "mean")
+    module = loss.module()
+    assert {name: getattr(module, name) for name in loss.changed} == loss.defaults
+    assert module.epsilon is None
+    assert (module.similarity, module.reduction) == (loss.similarity, loss.reduction)
