@@ -13,12 +13,12 @@ _WORD_ENDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def short_name(name: str) -> str:
-    """The name of a loss's class without its ending: "NTXentLoss" to "NTXent"."""
+    """The name of a loss's class without its ending: "ProxyNCALoss" to "ProxyNCA"."""
     return name.removesuffix("Loss")
 
 
 def snake_case(name: str) -> str:
-    """The name of a loss's class as options spell it: "NTXentLoss" to "nt_xent"."""
+    """The name of a loss's class as options spell it: "ProxyNCALoss" to "proxy_nca"."""
     return _WORD_ENDS.sub("_", short_name(name)).lower()
 
 
