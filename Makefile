@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
-PYTEST := $(PY) -m pytest -n 2 --dist worksteal
+PYTEST := $(PY) -m pytest -n 2
 
 .PHONY: demo data examples check test bench readme lint format ptxas gpu-check clean
 
@@ -26,11 +26,11 @@ examples: $(VENV)/built
 
 # Format, lint, and of every loss, engine and adapter a few tests.
 check: lint $(VENV)/built
-	$(PYTEST) -m check
+	$(PYTEST) --dist worksteal -m check
 
 # The rest of the tests after those of `make check`.
 test: check
-	$(PYTEST) -m "not check"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check"
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built

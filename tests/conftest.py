@@ -24,8 +24,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests first, so that no process begins one when the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The files that take longest first, so that no process begins one when the others are done."""
+
+    def seconds(item):
+        marker = item.get_closest_marker("slow")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def listed_rows(n):
 # ---- results ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("head", "options"), WITH_PML)
 @pytest.mark.parametrize(("n", "classes", "dim"), SIZES)
 def test_pmls_results(head, options, n, classes, dim):

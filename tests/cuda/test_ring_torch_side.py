@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from cases.data import make_labels
 from cases.losses import LOSSES, SIMILARITIES
-from distributed.test_distributed import finish, start
+from distributed.processes import finish, start
 from emulator import torch_side
 from torch._subclasses.fake_tensor import FakeTensorMode
 

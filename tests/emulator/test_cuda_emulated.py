@@ -90,6 +90,12 @@ def test_every_formula_has_its_cases():
     assert sorted(name for name, _ in FORMULAS) == sorted(library.formulas()) == sorted(ROWS)
 
 
+@pytest.mark.check
+@by_formula
+def test_one_case_of_every_formula(formula):
+    verify(of_similarity(formula, "cosine", 40, 16, F32, m=50, epsilon=0.1), F32, "small")
+
+
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
 @pytest.mark.parametrize("similarity", library.SIMILARITIES)

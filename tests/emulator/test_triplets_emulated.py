@@ -174,6 +174,7 @@ def test_references(negatives):
         check(s, labels, ref_labels, "hinge", "all", negatives, params(), own, count)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_odd_batches(negatives):
     for n, classes in ((1, 1), (2, 1), (3, 1), (9, 1), (9, 100)):

@@ -164,6 +164,7 @@ def test_mining_is_strict(loss, dtype, instruction_set):
     assert ties > 100, "too few pairs on their threshold"
 
 
+@pytest.mark.check
 @EVERY_LOSS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(loss, reduction):
@@ -181,6 +182,7 @@ def test_reductions(loss, reduction):
         assert_as_accurate("gradient", fused[1], same[1], truth.grad_emb)
 
 
+@pytest.mark.check
 @EVERY_LOSS
 def test_parameters_reach_the_kernel(loss):
     embeddings, labels = make_batch(60, 10)

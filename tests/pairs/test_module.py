@@ -239,6 +239,7 @@ def test_training_separates_the_classes(loss):
     assert recall() == 1
 
 
+@pytest.mark.check
 def test_signatures():
     """Every parameter stands in the signature and every option in the documentation, with its default."""
     for loss in LOSSES.values():
@@ -263,6 +264,7 @@ def test_signatures():
     assert {loss.function.__name__ for loss in LOSSES.values()} | others == set(functional.__all__)
 
 
+@pytest.mark.check
 @EVERY_LOSS
 def test_defaults(loss):
     """As users and PML know them."""

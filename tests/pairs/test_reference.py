@@ -41,6 +41,7 @@ def compare(
     return truth
 
 
+@pytest.mark.check
 @EVERY_LOSS
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("epsilon", [None, 0.1])

@@ -1,4 +1,4 @@
-"""The recipe for a new pair loss is short: a few files spell the losses, everything else derives from them."""
+"""The recipe for a new pair loss is short: few files spell the losses, all others derive from them."""
 
 import re
 import subprocess
@@ -45,12 +45,14 @@ def recipe(loss, spelt):
     return own | set.intersection(*spelt.values())
 
 
+@pytest.mark.check
 @EVERY_LOSS
 def test_few_files_must_spell_a_loss(loss, spelt):
     found = recipe(loss, spelt)
     assert len(found) <= MOST, sorted(found)
 
 
+@pytest.mark.check
 def test_those_files_are_enough(spelt):
     """A loss needs no other: one is spelt nowhere else, but in tests that take it as their example."""
     others = {name: spelt[name] - recipe(loss, spelt) for name, loss in LOSSES.items()}
