@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from dml_cuda import losses
+import dml_cuda
 from dml_cuda.losses._classifier import ClassifierLoss
 from dml_cuda.losses._pair import PairLoss
 from dml_cuda.losses._triplet import TripletLoss
@@ -23,7 +23,7 @@ def snake_case(name: str) -> str:
 
 
 def _by_name(kind: type[nn.Module]) -> dict[str, type[nn.Module]]:
-    classes = (getattr(losses, name) for name in losses.__all__)
+    classes = (getattr(dml_cuda, name) for name in dml_cuda.__all__)
     return {
         snake_case(cls.__name__): cls for cls in classes if isinstance(cls, type) and issubclass(cls, kind)
     }

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
-from ..losses import ProxyAnchorLoss, SoftTripleLoss
 from ..losses._classifier import ClassifierLoss
 from ..losses._formula import undivided
 from ..losses._pair import Call, PairLoss, batch_of, compute, in_wanted_dtype
 from ..losses._triplet import TripletLoss
+from ..losses.proxy_anchor import ProxyAnchorLoss
+from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets

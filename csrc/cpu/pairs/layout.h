@@ -1,4 +1,4 @@
-// What forward leaves for backward: the layout of `saved`, and the numbers of its rows.
+// What forward saves for backward: the layout of `saved`, and the stats of its rows.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,15 @@
 
 namespace dml::cpu {
 
-// Memory that may hold similarity tiles from forward to backward, whatever N and M: less where the gradient
-// of the columns, which may be many, comes on top.
+// The most memory for similarity tiles from forward to backward. Rectangular problems have less, as the
+// gradient of the columns comes on top.
 constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
-// The bytes of `saved`: [stats | plan | kept | tiles], each from a multiple of 64 on.
-//   stats  T: six numbers a row, two scales, poisoned     plan   int32 (plan.h)
-//   kept   per tile, whether any of its pairs may have a gradient
-//   tiles  the similarities of the first `cached` tiles
+// The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
+//   stats  T      RowStats
+//   plan   int32  Plan
+//   kept   uint8  for each tile, whether any of its pairs may have a gradient
+//   tiles  T      the similarities of the first `cached` tiles
 struct Layout {
     int64_t plan, kept, tiles, cached, bytes;
 
@@ -30,11 +31,12 @@ struct Layout {
     }
 };
 
+// The row stats: bounds of the kept pairs, values of the accumulators, and derivatives of the row's loss.
 template <typename T>
 struct RowStats {
-    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N] each
+    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N]
     T* scale;                                                          // [2] 1 / count of each part
-    T* poisoned;
+    T* poisoned;                                                       // [1] whether the loss is NaN
 
     RowStats(T* data, int64_t n)
         : neg_above(data),
