@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dml_cuda._ops import registration as ops
 
+pytestmark = pytest.mark.slow(60)
+
 CPU = torch.ops.dml_cuda
 HERE = Path(__file__).parents[1] / "distributed"
 

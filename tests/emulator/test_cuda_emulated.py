@@ -36,6 +36,8 @@ from oracle.pairs import ROWS
 
 import dml_cuda
 
+pytestmark = pytest.mark.slow(300)
+
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
 MERGES = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
 SMALL = {}

@@ -23,6 +23,8 @@ from oracle.triplet_ops import (
     uniform,
 )
 
+pytestmark = pytest.mark.slow(60)
+
 SCHEDULES = ("round_robin", 0), ("warp_first", 0), ("warp_first", 7)
 SEED = torch.tensor([12345 - (1 << 62)])
 

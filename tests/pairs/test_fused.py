@@ -12,6 +12,8 @@ from cases.data import LABELS, make_batch, make_integer_batch, make_labels, make
 from cases.losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 from oracle.pairs import brute_force
 
+pytestmark = pytest.mark.slow(80)
+
 SIZES = [(2, 3), (3, 1), (31, 65), (33, 31), (127, 64), (128, 16), (129, 129), (151, 512), (257, 7)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

@@ -11,6 +11,8 @@ from cases.data import make_batch
 
 from dml_cuda import functional
 
+pytestmark = pytest.mark.slow(45)
+
 # Peak resident memory is a number of the whole process and never falls: each measurement gets its own.
 MEASURE = """
 import json, resource, sys

@@ -15,6 +15,8 @@ from cases.losses import EVERY_LOSS, LOSSES
 import dml_cuda
 from dml_cuda import functional
 
+pytestmark = pytest.mark.slow(40)
+
 ROOT = Path(__file__).parents[2]
 SHARED = {  # every shared option, at another value than its default
     "epsilon": -0.1,

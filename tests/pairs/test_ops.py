@@ -10,6 +10,8 @@ from cases.losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 
 from dml_cuda import _C, functional
 
+pytestmark = pytest.mark.slow(50)
+
 OPS = torch.ops.dml_cuda
 EVERY = pytest.mark.parametrize("function", [loss.function for loss in LOSSES.values()], ids=LOSSES)
 

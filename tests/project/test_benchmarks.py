@@ -23,6 +23,8 @@ from benchmarks.records import ratios, read_json, write_json
 from benchmarks.report import print_report
 from benchmarks.run import run_case, run_cases
 
+pytestmark = pytest.mark.slow(30)
+
 ROOT = Path(__file__).parents[2]
 
 

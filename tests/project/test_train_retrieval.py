@@ -27,6 +27,8 @@ from examples.criteria import LOSSES
 from examples.networks import make_network
 from examples.options import parse
 
+pytestmark = pytest.mark.slow(90)
+
 ROOT = Path(__file__).parents[2]
 # Of those that both libraries have; multi-similarity and circle loss have tests of their own.
 OTHER_PAIR_LOSSES = [

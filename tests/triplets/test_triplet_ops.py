@@ -25,6 +25,8 @@ from oracle.triplet_ops import (
 from dml_cuda._ops import registration as ops
 from dml_cuda.reference import triplets
 
+pytestmark = pytest.mark.slow(70)
+
 OPS = torch.ops.dml_cuda
 
 
