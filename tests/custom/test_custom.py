@@ -26,6 +26,8 @@ from dml_cuda.reference import pairs as reference
 from examples import custom_losses
 from tools import machine_code
 
+pytestmark = pytest.mark.slow(100)
+
 ROOT = Path(__file__).parents[2]
 NCA_TEXT = (custom_losses.HERE / "nca.h").read_text()
 TUPLET_TEXT = (custom_losses.HERE / "tuplet_margin.h").read_text()

@@ -10,6 +10,8 @@ import pytest
 
 from docs.figures.several_gpus import PAGE, Job, hiding_table, paper_table
 
+pytestmark = pytest.mark.slow(35)
+
 ROOT = Path(__file__).parents[2]
 
 
