@@ -8,6 +8,8 @@ from emulator.build import HERE
 
 from tools import machine_code
 
+pytestmark = pytest.mark.slow(150)
+
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
 # The arithmetics that multiply on tensor cores (csrc/cuda/common/math.cuh), as kernel names hold them.
