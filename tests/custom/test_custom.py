@@ -591,7 +591,7 @@ def test_from_an_installed_package(cache, tmp_path):
         capture_output=True,
     )
     package = tmp_path / "site" / "dml_cuda"
-    assert (package / "csrc" / "formulas" / "formula.h").is_file()
+    assert (package / "csrc" / "losses" / "formula.h").is_file()
     for extension in (ROOT / "dml_cuda").glob("_C*.so"):
         shutil.copy(extension, package)
     text = f"import dml_cuda; assert dml_cuda.__file__.startswith({str(tmp_path)!r}), dml_cuda.__file__\n"
