@@ -134,8 +134,8 @@ def test_strided():
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_strips(negatives):
-    """So many columns that the rows go in several strips, square and not, against the reference formula."""
+def test_row_blocks(negatives):
+    """So many columns that the rows go in several blocks, square and not, against the reference formula."""
     n, m = 17, 600_000  # of the rows 16 go together, and here 9 and 8
     case = Case(n=n, m=m, dim=4, classes=2000, dtype=torch.float64)
     numbers = params(dim=4)
