@@ -182,14 +182,11 @@ at::ScalarType type_of(const Tensor& embeddings) {
     return embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-LossResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                        const OptionalTensor& ref_labels, const OptionalTensor& self_index,
-                        const OptionalTensor& num_valid_refs, const OptionalTensor& beta,
-                        const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
-                        c10::string_view negatives, at::ArrayRef<double> params, c10::string_view similarity,
-                        bool save, bool save_ref) {
-    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
-                               self_index, num_valid_refs, similarity};
+LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
+                        c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
+                        at::ArrayRef<double> params, c10::string_view similarity, bool save, bool save_ref) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
@@ -212,14 +209,12 @@ void select_of(const Similarities& of, const TripletRules& rules, const Selected
 }
 
 // Anchors that do not ascend, or lie outside, find nothing: looking would wait for the device.
-std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
-                                  const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                  const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
-                                  const OptionalTensor& seed, c10::string_view rule_name,
-                                  at::ArrayRef<double> params, const OptionalTensor& anchors,
-                                  const OptionalTensor& positives, c10::string_view similarity_name) {
-    const TripletPoints points{embeddings, labels,         ref_emb,        ref_labels,
-                               self_index, num_valid_refs, similarity_name};
+std::tuple<Tensor, Tensor> select(const PairBatch& batch, const OptionalTensor& seed,
+                                  c10::string_view rule_name, at::ArrayRef<double> params,
+                                  const OptionalTensor& anchors, const OptionalTensor& positives,
+                                  c10::string_view similarity_name) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity_name};
     check_triplet_points(points);
     const SelectRule rule = parse_rule(rule_name);
     check_pairs(anchors, positives, rule, embeddings);
@@ -243,8 +238,8 @@ std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
-    m.impl("triplet_loss", &triplet_loss);
-    m.impl("select", &select);
+    m.impl("triplet_loss", &FlatOp<&triplet_loss>::call);
+    m.impl("select", &FlatOp<&select>::call);
 }
 
 }  // namespace dml::cuda

@@ -15,14 +15,14 @@ class Batch(NamedTuple):
     """Rows and columns, and which of their pairs count: by label, or as listed."""
 
     embeddings: Tensor  # [N, D]
+    labels: Tensor | None  # [N]
     ref_emb: Tensor | None  # [M, D]
-    labels: Tensor | None = None  # [N]
     ref_labels: Tensor | None = None  # [M]
-    epsilon: float | None = None
     self_index: Tensor | None = None  # as reference.pair_loss has them
     num_valid_refs: Tensor | None = None
-    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    epsilon: float | None = None
     mine_self_pair: bool = True
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -84,8 +84,8 @@ def make_batch(
         if labels is None:
             raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-        batch = map(to_save, (embeddings, ref_emb, labels, ref_labels))
-        return Batch(*batch, epsilon)
+        batch = map(to_save, (embeddings, labels, ref_emb, ref_labels))
+        return Batch(*batch, epsilon=epsilon)
     check_points(embeddings, ref_emb)
     mined = indices_tuple if isinstance(indices_tuple, Mined) else None
     pairs = mined if isinstance(mined, MinedPairs) else None
@@ -99,10 +99,17 @@ def make_batch(
     if pairs is not None:
         rule = epsilon if pairs.epsilon is None else pairs.epsilon
         if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
-            batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
-            return Batch(*batch, rule, to_save(pairs.self_index), to_save(pairs.num_valid_refs))
+            batch = (
+                embeddings,
+                pairs.labels,
+                ref_emb,
+                pairs.ref_labels,
+                pairs.self_index,
+                pairs.num_valid_refs,
+            )
+            return Batch(*map(to_save, batch), epsilon=rule)
     listed = mined is None or mined.only_lists
     look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
     checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}
     indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
-    return Batch(to_save(embeddings), to_save(ref_emb), indices=indices)
+    return Batch(to_save(embeddings), None, to_save(ref_emb), indices=indices)

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._ops import registration as ops
+from .._ops.autograd import call, register_derivative
+from .._ops.fake import fake_kernel
 from ..losses._formula import Formula, Pairs, Part
 
 
-@torch.library.register_fake("dml_cuda::formula_terms")
-def _formula_terms_fake(s, context, formula, params, positives):
-    return torch.empty_like(s), torch.empty_like(s), torch.empty_like(s)
+@fake_kernel("formula_terms")
+def _formula_terms(a):
+    return torch.empty_like(a.s), torch.empty_like(a.s), torch.empty_like(a.s)
 
 
-@torch.library.register_fake("dml_cuda::formula_rows")
-def _formula_rows_fake(gathered, formula, params):
-    return gathered.new_empty(6, gathered.shape[1])
+@fake_kernel("formula_rows")
+def _formula_rows(a):
+    return a.gathered.new_empty(6, a.gathered.shape[1])
 
 
 class _Once(torch.autograd.Function):
@@ -76,12 +77,8 @@ def _rows_backward(ctx, grad):
     return _first_derivative(by), None, None
 
 
-for _name, _derivative in {
-    "formula_terms": (_terms_backward, _terms_setup_context),
-    "formula_rows": (_rows_backward, _rows_setup_context),
-}.items():
-    torch.library.register_autograd(f"dml_cuda::{_name}", _derivative[0], setup_context=_derivative[1])
-    ops._FUNCTIONS[_name] = ops._function(_name, *_derivative)
+register_derivative("formula_terms", _terms_backward, _terms_setup_context)
+register_derivative("formula_rows", _rows_backward, _rows_setup_context)
 
 
 def terms(
@@ -89,15 +86,15 @@ def terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms of pairs, with their derivatives by ``s`` and by the context; all of the shape of ``s``."""
     beside = None if context is None else context.to("cpu")
-    found = ops.call("formula_terms", s.to("cpu"), beside, formula, list(params), positives)
+    found = call("formula_terms", s.to("cpu"), beside, formula, list(params), positives)
     return tuple(each.to(s.device) for each in found)
 
 
 def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
-    """``[6, N]`` parts 0 and 1, counts 0 and 1, derivatives by the two accumulators; from negatives' and positives'
-    values and counts ``[N]``."""
+    """``[6, N]`` parts 0 and 1, counts 0 and 1, derivatives by the two accumulators; from the values and
+    counts ``[N]`` of negatives and positives."""
     stacked = torch.stack(gathered)
-    return ops.call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
+    return call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
 
 
 def _both(first: Tensor, second: Tensor) -> Tensor:

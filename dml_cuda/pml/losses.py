@@ -14,9 +14,10 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from .._ops import soft_triple
+from .._ops.evaluate import Call, evaluate_arguments
 from ..losses._classifier import check_classes
 from ..losses._formula import Formula
-from ..losses._pair import Call, apply, make_call
+from ..losses._pair import make_call
 from ..losses.circle import Circle
 from ..losses.contrastive import Contrastive
 from ..losses.lifted_structure import LiftedStructure
@@ -123,7 +124,7 @@ class _Fused:
         return {first: reduced, **{name: self.zero_loss() for name in others}}
 
     def _value(self, call: Call, *batch) -> Tensor:
-        return apply(call, *batch)
+        return evaluate_arguments(call, *batch)
 
 
 class MultiSimilarityLoss(_Fused, losses.MultiSimilarityLoss):
@@ -206,7 +207,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
 
     def _value(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
         """pytorch-metric-learning's is 0 where the batch has no negative at all."""
-        value = apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        value = evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
         if indices_tuple is not None and mined is None:
             return value if len(indices_tuple[-1]) > 0 else value * 0
@@ -320,7 +321,7 @@ class _FusedClassifier:
 
     def _of_rows(self, call: Call, embeddings, labels) -> Tensor:
         classes = torch.arange(self._classes(), device=embeddings.device)
-        return apply(call, embeddings, labels, None, self._rows(), classes)
+        return evaluate_arguments(call, embeddings, labels, None, self._rows(), classes)
 
 
 class NormalizedSoftmaxLoss(_FusedClassifier, losses.NormalizedSoftmaxLoss):
@@ -372,7 +373,7 @@ class ProxyAnchorLoss(_FusedClassifier, losses.ProxyAnchorLoss):
             found.pop("weight_reg_loss", None)
             return found
         classes = torch.arange(self._classes(), device=embeddings.device)
-        value = apply(call, self._rows(), classes, None, embeddings, labels)
+        value = evaluate_arguments(call, self._rows(), classes, None, embeddings, labels)
         reduced = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
         return {"pos_loss": reduced, "neg_loss": self.zero_loss()}  # the sum of both stands for the first
 

@@ -62,7 +62,7 @@ class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
                 "euclidean",
                 "normalize",
                 "reduction",
-                "divide",
+                "return_sums",
                 "mining",
                 "mine_self_pair",
                 "save_for_backward",
@@ -129,7 +129,7 @@ class Engine:
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
-    divide: bool = True
+    return_sums: bool = False
     mine_self_pair: bool = True
     precision: str = "full"
     save_for_backward: bool = True
@@ -146,7 +146,7 @@ class Engine:
             *[None if x is None else x.data_ptr() for x in (self.self_index, self.num_valid_refs)],
             self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
             formulas().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
-            self.divide, self.epsilon is not None, self.mine_self_pair, self.save_for_backward,
+            self.return_sums, self.epsilon is not None, self.mine_self_pair, self.save_for_backward,
             *[self.tuning.get(name, -1) for name in TUNING],
             (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
         )  # fmt: skip
@@ -179,7 +179,7 @@ class Engine:
 
     @property
     def losses(self):
-        return len(self.q) if self.reduction == "none" else 1 if self.divide else 4
+        return len(self.q) if self.reduction == "none" else 4 if self.return_sums else 1
 
     def buffer(self, count, dtype):
         view, raw = poisoned(count, dtype)
@@ -194,7 +194,7 @@ class Engine:
         loss = self.buffer(self.losses, self.acc)
         self.arguments.workspace = self.buffer(self.sizes[1], torch.uint8).data_ptr()
         self.call(self.library.dml_forward, ctypes.c_void_p(loss.data_ptr()))
-        return loss if self.reduction == "none" or not self.divide else loss[0]
+        return loss if self.reduction == "none" or self.return_sums else loss[0]
 
     def backward(self, upstream=None, need_q=True, need_r=True):
         if upstream is None:

@@ -25,7 +25,7 @@ struct Arguments {  // as in library.py, field by field
     int64_t num_valid_refs;
     const int64_t* self_index;
     const int64_t* used_refs;
-    int64_t square, dim, scalar, precision, formula, euclidean, normalize, reduction, divide, mining,
+    int64_t square, dim, scalar, precision, formula, euclidean, normalize, reduction, return_sums, mining,
         mine_self_pair, save_for_backward, strip_limit, tile_group, cache_bytes, sum_bytes, wide_blocks,
         line_blocks, split_slots;
     double params[kMaxParams];
@@ -50,7 +50,7 @@ Task task_of(const Arguments& a) {
     p.similarity = {a.euclidean != 0, a.normalize != 0};
     p.mining = {a.mining != 0, a.epsilon};
     p.reduction = static_cast<Reduction>(a.reduction);
-    p.divide = a.divide != 0;
+    p.return_sums = a.return_sums != 0;
     task.precision = static_cast<Precision>(a.precision);
     if (a.strip_limit >= 0) task.tuning.strip_limit = a.strip_limit;
     if (a.tile_group > 0) task.tuning.tile_group = static_cast<int>(a.tile_group);

@@ -58,7 +58,7 @@ def engine(case, arithmetic, path="small", tuning=(), **options):
     return library.Engine(
         case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs,
         loss=loss, params=params, epsilon=case.epsilon, similarity=case.similarity, reduction=case.reduction,
-        divide=case.divide, mine_self_pair=case.mine_self_pair, precision=arithmetic.precision,
+        return_sums=case.return_sums, mine_self_pair=case.mine_self_pair, precision=arithmetic.precision,
         tuning={**PATHS[path], **dict(tuning)}, **options,
     )  # fmt: skip
 
@@ -129,9 +129,9 @@ def test_reductions_of_every_formula(formula, path, epsilon, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("path", ["small", "large"])
 @by_formula
-def test_parts_and_units_before_they_are_divided(formula, path, reduction):
+def test_sums_and_counts_before_they_are_divided(formula, path, reduction):
     case = make(140, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
-    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    case.return_sums, case.upstream = True, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     value, grads = run(case, F64, path)
     assert value.shape == (4,)
     check(case, F64, value, grads)
@@ -710,14 +710,12 @@ def test_shared_lines_take_little_memory():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("save", [True, False])
 def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
-    """torch.compile plans with what dml_cuda._ops says of the saved tensors."""
+    """torch.compile plans with the layout that the build without CUDA knows too."""
     sizes = (0, 1, 100, 256, 257, 512, 513, 1024, 3000, 4096, 4097, 100_000, 3_000_000)
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
         e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        told = dml_cuda._ops.registration.saved_bytes(
-            "cuda", n, n if m is None else m, d, m is None, itemsize, save
-        )
+        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, d, m is None, itemsize, save)
         assert told == e.ask_sizes()[0], (n, m, d)
 
 

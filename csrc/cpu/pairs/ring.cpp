@@ -1,7 +1,7 @@
-// The engine a block of columns at a time, for who never holds all of them: a ring of processes
-// (dml_cuda.distributed). The rows' running numbers go from call to call in one tensor:
+// The engine one block of columns at a time, for a ring of processes (dml_cuda.distributed), of which none
+// holds all columns. The rows' running numbers go from call to call in one tensor:
 //
-//   state [14, N], in the order of the embeddings: the seven numbers of RowAccumulators, the six of Stats,
+//   state [14, N], in the order of the embeddings: the seven numbers of RowAccumulators, the six of RowStats,
 //   and whether the points so far were finite (0 or NaN)
 //
 // pair_block_turn makes it, and turns it from one stage to the next; pair_block adds a block to it in a stage
@@ -30,8 +30,7 @@ std::vector<std::string> stages(const std::string& formula_name, bool mining) {
 
 namespace {
 
-constexpr int64_t kFoldNumbers = 7, kStatNumbers = 6, kNumbers = kFoldNumbers + kStatNumbers + 1;
-constexpr int64_t kNegAbove = kFoldNumbers, kPosBelow = kNegAbove + 1, kNegValue = kNegAbove + 2;
+constexpr int64_t kNegAbove = kAccumulatorNumbers, kPosBelow = kNegAbove + 1, kNegValue = kNegAbove + 2;
 
 template <typename Visit>
 void each_row(int64_t n, const Visit& visit) {
@@ -48,18 +47,18 @@ struct State {
 
     explicit State(Tensor of) : numbers(std::move(of)), n(numbers.size(1)) {}
     T* row(int64_t k) const { return numbers.data_ptr<T>() + k * n; }
-    T* finite() const { return row(kNumbers - 1); }
+    T* finite() const { return row(kRingState - 1); }
 
     // RowAccumulators from it, and back, for rows in the order of a plan or (null) as they are.
     void read(RowAccumulators<T>& accumulators, const int32_t* order) const {
         each_row(n, [&](int64_t i) {
-            for (int64_t k = 0; k < kFoldNumbers; ++k)
+            for (int64_t k = 0; k < kAccumulatorNumbers; ++k)
                 accumulators.numbers[k * n + i] = row(k)[order ? order[i] : i];
         });
     }
     void write(const RowAccumulators<T>& accumulators, const int32_t* order) const {
         each_row(n, [&](int64_t i) {
-            for (int64_t k = 0; k < kFoldNumbers; ++k)
+            for (int64_t k = 0; k < kAccumulatorNumbers; ++k)
                 row(k)[order ? order[i] : i] = accumulators.numbers[k * n + i];
         });
     }
@@ -70,7 +69,7 @@ template <typename T>
 struct Block {
     const Problem problem;
     const References refs;
-    const Layout layout;
+    const Layout<int64_t> layout;
     const Tensor memory;
     Batch<T> batch;
 
@@ -78,7 +77,7 @@ struct Block {
     Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
-          layout(call.embeddings.size(0), tiles(call), sizeof(T), false),
+          layout(call.embeddings.size(0), call.ref_emb->size(0), false, sizeof(T), false),
           memory(prepare(call)),
           batch(call, refs, problem, layout, memory.data_ptr<uint8_t>(), once) {}
 
@@ -86,10 +85,6 @@ struct Block {
     Tensor kept() const { return memory.narrow(0, layout.kept, batch.tiles.count()); }
 
    private:
-    static Tiles tiles(const Call& call) {
-        const int64_t n = call.embeddings.size(0), m = call.ref_emb->size(0);
-        return Tiles(n, m, false, m);
-    }
     Tensor prepare(const Call& call) const {
         Tensor bytes = at::zeros({layout.bytes}, call.embeddings.options().dtype(at::kByte));
         const Tensor rows = call.labels.contiguous(), cols = call.ref_labels->contiguous();
@@ -126,28 +121,29 @@ void check_stage(c10::string_view stage, std::optional<double> epsilon) {
 }
 
 // pairs [2, N] int64: how many positives and negatives each row has among all columns.
-Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view formula_name,
-            at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage, bool wide) {
-    const FormulaInfo& formula = find_formula(formula_name, params);
+Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tensor& pairs,
+            c10::string_view stage, bool is_double) {
+    const Problem problem = describe(options);
+    const Mining mining = problem.mining;
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    const at::ScalarType type = wide ? at::kDouble : at::kFloat;
+    const at::ScalarType type = is_double ? at::kDouble : at::kFloat;
     if (stage != "start") {
-        check_stage(stage, epsilon);
+        check_stage(stage, options.epsilon);
         TORCH_CHECK_VALUE(before, "state: expected one in every stage but \"start\"");
-        check_state(*before, kNumbers, n, type, "state");
+        check_state(*before, kRingState, n, type, "state");
     }
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
     return in_compute_type(type, [&](auto number) {
         using T = decltype(number);
-        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(problem.formula);
         RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         if (stage == "start") {
-            const State<T> state(at::zeros({kNumbers, n}, pairs.options().dtype(type)));
+            const State<T> state(at::zeros({kRingState, n}, pairs.options().dtype(type)));
             state.write(accumulators, nullptr);
             each_row(n, [&](int64_t i) {
-                const bool active = can_have_loss(kernels, epsilon.has_value(), count[i], count[n + i]);
+                const bool active = can_have_loss(kernels, mining.on, count[i], count[n + i]);
                 const Bounds<T> bounds = active ? Bounds<T>::all() : Bounds<T>::none();
                 state.row(kNegAbove)[i] = bounds.neg_above;
                 state.row(kPosBelow)[i] = bounds.pos_below;
@@ -159,10 +155,10 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
         T *above = state.row(kNegAbove), *below = state.row(kPosBelow);
         each_row(n, [&](int64_t i) {
             if (stage == "hardest" && above[i] == -infinity<T>())
-                above[i] = accumulators.min_pos[i] - T(*epsilon);
+                above[i] = accumulators.min_pos[i] - T(mining.epsilon);
             if (stage != "negatives") return;
-            if (epsilon) {
-                const Bounds<T> bounds = close_bounds(kernels, accumulators, i, above[i], T(*epsilon));
+            if (mining.on) {
+                const Bounds<T> bounds = close_bounds(kernels, accumulators, i, above[i], T(mining.epsilon));
                 above[i] = bounds.neg_above;
                 below[i] = bounds.pos_below;
             }
@@ -175,24 +171,20 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
 
 // The state with a block in it, and per tile whether some pair of it may have a gradient, as found before or
 // now.
-std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddings, const Tensor& labels,
-                                     const Tensor& block, const Tensor& block_labels,
-                                     const OptionalTensor& self_index, c10::string_view formula,
-                                     at::ArrayRef<double> params, std::optional<double> epsilon,
-                                     c10::string_view similarity, c10::string_view reduction,
-                                     c10::string_view stage, const OptionalTensor& found) {
-    const BlockCall of(embeddings, labels, block, block_labels, self_index, formula, params, epsilon,
-                       similarity, reduction);
+std::tuple<Tensor, Tensor> add_block(const Call& call, const Tensor& before, c10::string_view stage,
+                                     const OptionalTensor& found) {
+    check_block(call);
+    const Tensor& embeddings = call.embeddings;
     const at::ScalarType type = compute_type(embeddings);
-    check_stage(stage, epsilon);
-    check_state(before, kNumbers, embeddings.size(0), type, "state");
+    check_stage(stage, call.epsilon);
+    check_state(before, kRingState, embeddings.size(0), type, "state");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.clone(at::MemoryFormat::Contiguous));
         const auto kept = [&](const Tensor& now) {
             return found ? at::bitwise_or(now, *found) : now.clone();
         };
-        Block<T> here(of.call, false);  // all points are looked at, so whether they are finite is known
+        Block<T> here(call, false);  // all points are looked at, so whether they are finite is known
         Batch<T>& batch = here.batch;
         const int32_t* order = batch.plan.row_order;
         if (!here.finite()) {
@@ -220,30 +212,27 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
 
 // [4, N]: the rows' parts 0 and 1 and their counts; and what backward needs of the rows [6, N], the
 // derivatives of each part still without what comes from above.
-std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs,
-                                       c10::string_view formula_name, at::ArrayRef<double> params,
-                                       bool mining, c10::string_view reduction) {
-    const FormulaInfo& formula = find_formula(formula_name, params);
+std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor& before,
+                                       const Tensor& pairs) {
+    const Problem problem = describe(options);
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    check_state(before, kNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, "state");
+    check_state(before, kRingState, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
+                "state");
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
-    double numbers[kMaxParams] = {};
-    std::copy(params.begin(), params.end(), numbers);
     return in_compute_type(before.scalar_type(), [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.contiguous());
-        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(problem.formula);
         RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         state.read(accumulators, nullptr);
         Tensor losses = at::empty({4, n}, before.options());
-        Tensor weights = state.numbers.narrow(0, kFoldNumbers, kStatNumbers).clone();
+        Tensor weights = state.numbers.narrow(0, kAccumulatorNumbers, kStatsPerRow).clone();
         T *loss = losses.data_ptr<T>(), *weight = weights.data_ptr<T>();
-        const Reduction how = parse_reduction(reduction);
         each_row(n, [&](int64_t i) {
-            const FinishedRow<T> row(kernels, numbers, mining, how, accumulators, i, count[i], count[n + i],
-                                     !std::isnan(state.finite()[i]));
+            const FinishedRow<T> row(kernels, problem.params, problem.mining.on, problem.reduction,
+                                     accumulators, i, count[i], count[n + i], !std::isnan(state.finite()[i]));
             for (int k = 0; k < 2; ++k) {
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.count[k];
@@ -258,20 +247,17 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
 }
 
 // grad_parts [2, N]: the gradient by each row's parts. The results are in the type computed in.
-std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor& weights, const Tensor& kept,
-                                          const Tensor& embeddings, const Tensor& labels, const Tensor& block,
-                                          const Tensor& block_labels, const OptionalTensor& self_index,
-                                          c10::string_view formula, at::ArrayRef<double> params,
-                                          c10::string_view similarity, bool need_emb, bool need_block) {
-    const BlockCall of(embeddings, labels, block, block_labels, self_index, formula, params, std::nullopt,
-                       similarity, "sum");
+std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_parts, const Tensor& weights,
+                                          const Tensor& kept, bool need_emb, bool need_ref) {
+    check_block(call);
+    const Tensor& embeddings = call.embeddings;
     const int64_t n = embeddings.size(0);
     const at::ScalarType type = compute_type(embeddings);
     check_state(grad_parts, 2, n, type, "grad_parts");
-    check_state(weights, kStatNumbers, n, type, "weights");
+    check_state(weights, kStatsPerRow, n, type, "weights");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
-        Block<T> here(of.call, true);
+        Block<T> here(call, true);
         Batch<T>& batch = here.batch;
         TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.numel() == batch.tiles.count(),
                           "kept: expected the ", batch.tiles.count(), " bytes of pair_block, got ",
@@ -279,10 +265,10 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
         here.kept().copy_(kept);
         const Tensor above = grad_parts.contiguous(), stats = weights.contiguous();
         const int last = batch.kernels.parts - 1;
-        std::vector<T> sorted(kStatNumbers * n);
+        std::vector<T> sorted(kStatsPerRow * n);
         each_row(n, [&](int64_t i) {
             const int64_t row = batch.plan.row_order[i];
-            for (int64_t k = 0; k < kStatNumbers; ++k) {
+            for (int64_t k = 0; k < kStatsPerRow; ++k) {
                 const T* up = k < 4 ? nullptr : above.const_data_ptr<T>() + (k == 4 ? last * n : 0);
                 const T from = stats.const_data_ptr<T>()[k * n + row];
                 sorted[k * n + i] = up ? up[row] * from : from;
@@ -292,23 +278,23 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
         const auto like = [&](bool wanted, const Tensor& of) {
             return wanted ? at::zeros(of.sizes(), of.options().dtype(type)) : Tensor();
         };
-        const Tensor grad_emb = like(need_emb, embeddings), grad_block = like(need_block, block);
-        if (batch.tiles.count() > 0 && (need_emb || need_block)) {
+        const Tensor grad_emb = like(need_emb, embeddings), grad_ref = like(need_ref, *call.ref_emb);
+        if (batch.tiles.count() > 0 && (need_emb || need_ref)) {
             const RowWeights<T> rows = {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n};
-            BackwardPass<T>(batch, rows, grad_emb, grad_block).run();
+            BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
         }
         const Tensor none = at::empty({0}, embeddings.options().dtype(type));
-        return {need_emb ? grad_emb : none, need_block ? grad_block : none};
+        return {need_emb ? grad_emb : none, need_ref ? grad_ref : none};
     });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("pair_block_turn", &turn);
-    m.impl("pair_block", &add_block);
-    m.impl("pair_block_rows", &finish_rows);
-    m.impl("pair_block_backward", &block_backward);
+    m.impl("pair_block_turn", &FlatOp<&turn>::call);
+    m.impl("pair_block", &FlatOp<&add_block>::call);
+    m.impl("pair_block_rows", &FlatOp<&finish_rows>::call);
+    m.impl("pair_block_backward", &FlatOp<&block_backward>::call);
 }
 
 }  // namespace dml::cpu

@@ -1,4 +1,4 @@
-// How often who brings columns block by block must bring them all (blocks.cpp).
+// The stages of a ring's forward pass (ring.cpp).
 #pragma once
 
 #include <string>

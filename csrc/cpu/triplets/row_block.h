@@ -136,8 +136,7 @@ class Similarities {
 template <typename T>
 class LabelledSimilarities : public Similarities<T> {
    public:
-    explicit LabelledSimilarities(const TripletPoints& of)
-        : LabelledSimilarities(of, References(of.call())) {}
+    explicit LabelledSimilarities(const TripletPoints& of) : LabelledSimilarities(of, References(of)) {}
 
     // The columns of row i's label, and its own among them, or -1.
     const Columns& same_label(int64_t i) const { return class_[i]; }

@@ -129,8 +129,6 @@ struct Work {
     static constexpr int64_t kBackwardBudget = 62ll << 20;       // bytes of cache, weights and sums together
     static constexpr int64_t kWeightBudget = 24ll << 20;         // bytes of weights at once
     static constexpr int64_t kPartBudget = 4ll << 20;            // bytes of gradients of parts of lines
-    static constexpr int64_t kExtremesBudget = 16ll << 20;       // bytes of the tiles' extremes
-    static constexpr int64_t kKeptBudget = 16ll << 20;           // tiles known to be kept or not
 
     const Task& task;
     bool saves;
@@ -141,27 +139,20 @@ struct Work {
 
     // ---- what is saved: numbers, the tiles' similarities, then bytes ------------------------------------
 
-    static int64_t numbers_saved(const Problem& p) {
-        return kHeader + (kStatsPerRow + 1) * p.queries.count + (p.square ? 0 : p.refs.count);
+    static SavedLayout<int64_t> layout(const Task& t, bool saves) {
+        const Problem& p = t.problem;
+        return {p.queries.count,      p.refs.count,        p.dim, p.square, sizeof(Acc), saves,
+                t.tuning.strip_limit, t.tuning.cache_bytes};
     }
-    static int64_t tiles_at(const Problem& p) {
-        return (numbers_saved(p) * int64_t(sizeof(Acc)) + 15) / 16 * 16;
-    }
-    static int64_t flags_at(const Task& t, bool saves) {
-        return tiles_at(t.problem) + (saves && caches(t) ? similarity_bytes(t.problem) : 0);
-    }
-    static int64_t kept_at(const Task& t, bool saves) { return flags_at(t, saves) + t.problem.queries.count; }
-    static int64_t saved_bytes(const Task& t, bool saves) {
-        const bool kept = !uses_strips(t) && knows_kept(t.problem);
-        return (kept_at(t, saves) + (kept ? tile_count_of(t.problem) : 0) + 15) / 16 * 16;
-    }
+    static int64_t saved_bytes(const Task& t, bool saves) { return layout(t, saves).bytes; }
 
     RowStats<Acc> stats() const {
         if (apart) return apart->stats;
         Acc* header = reinterpret_cast<Acc*>(saved);
         Acc* a = header + kHeader;
         const int64_t n = p.queries.count;
-        return {header, a, a + n, a + 2 * n, a + 3 * n, a + 4 * n, a + 5 * n, saved + flags_at(task, saves)};
+        return {header,    a,         a + n,     a + 2 * n,
+                a + 3 * n, a + 4 * n, a + 5 * n, saved + layout(task, saves).flags};
     }
     Acc* query_norms() const { return apart ? apart->query_norms : stats().d_pos + p.queries.count; }
     Acc* ref_norms() const {
@@ -169,11 +160,12 @@ struct Work {
         return p.square ? query_norms() : query_norms() + p.queries.count;
     }
     Acc* cache() const {
-        return saves && caches(task) ? reinterpret_cast<Acc*>(saved + tiles_at(p)) : nullptr;
+        return saves && caches(task) ? reinterpret_cast<Acc*>(saved + layout(task, saves).similarities)
+                                     : nullptr;
     }
     uint8_t* kept() const {
         if (apart) return apart->kept;
-        return knows_kept(p) ? saved + kept_at(task, saves) : nullptr;
+        return knows_kept(p) ? saved + layout(task, saves).kept : nullptr;
     }
 
     // ---- arguments of kernels -----------------------------------------------------------------------------
@@ -189,7 +181,7 @@ struct Work {
         return !(formula_facts(p.formula).counts_pairs && p.reduction == Reduction::kMeanNonzero);
     }
     Upstream<Acc> upstream(const Acc* grad_loss) const {
-        return {grad_loss, p.reduction, p.divide, formula_facts(p.formula).parts - 1};
+        return {grad_loss, p.reduction, !p.return_sums, formula_facts(p.formula).parts - 1};
     }
     // Results of the rows, before they are reduced. In strips each row has a slot, else each warp of a merge.
     static int64_t result_slots(const Task& t) {
@@ -205,7 +197,8 @@ struct Work {
     void reduce(const Results<Acc>& results, Acc* loss) const {
         const int64_t refs = p.square ? 0 : p.refs.count;
         Merge<Acc>::reduce(stats(), p.queries.count, results, ref_norms(), refs, p.num_valid_refs,
-                           Division{p.reduction, p.divide, formula_facts(p.formula).parts}, loss, stream);
+                           Division{p.reduction, !p.return_sums, formula_facts(p.formula).parts}, loss,
+                           stream);
     }
 
     // ---- small batches ------------------------------------------------------------------------------------
@@ -241,18 +234,16 @@ struct Work {
 
     static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
     static int64_t tile_count_of(const Problem& p) {
-        return tile_count(tiles_along(p.queries.count), tiles_along(p.refs.count), p.square);
+        return cuda::tile_count_of(p.queries.count, p.refs.count, p.square, sizeof(Acc));
     }
     static int64_t similarity_bytes(const Problem& p) {
         return tile_count_of(p) * kTile * kTile * int64_t(sizeof(Acc));
     }
-    static bool caches(const Task& t) {
-        return !uses_strips(t) && similarity_bytes(t.problem) <= t.tuning.cache_bytes;
+    static bool caches(const Task& t) { return layout(t, true).caches != 0; }
+    static bool knows_extremes(const Problem& p) {
+        return extremes_bytes(tile_count_of(p), sizeof(Acc)) > 0 || tile_count_of(p) == 0;
     }
-    static bool knows_extremes(const Problem& p) {  // their use is to tell which tiles were not kept
-        return tile_count_of(p) * 2 * int64_t(sizeof(Acc)) <= kExtremesBudget && knows_kept(p);
-    }
-    static bool knows_kept(const Problem& p) { return tile_count_of(p) <= kKeptBudget; }
+    static bool knows_kept(const Problem& p) { return cuda::knows_kept(tile_count_of(p)) != 0; }
 
     // TileGroup-tiles are squares of `size` tiles, or of the same area where one side has fewer tiles.
     struct TileGroupShape {
@@ -609,10 +600,8 @@ struct Work {
 
     // Without columns or rows there is no tile, but a strip.
     static bool uses_strips(const Task& t) {
-        const int64_t n = t.problem.queries.count, m = t.problem.refs.count;
-        const int64_t rows = std::max(n, m);
-        return std::min(n, m) == 0 || (rows <= std::min(t.tuning.strip_limit, kStripMaxCols) &&
-                                       strip_work(rows, t.problem.dim) <= kStripWork);
+        const Problem& p = t.problem;
+        return uses_tiles(p.queries.count, p.refs.count, p.dim, t.tuning.strip_limit) == 0;
     }
 };
 

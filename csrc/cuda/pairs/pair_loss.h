@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "cuda/pairs/saved_layout.h"
 
 #if defined(DML_CUDA_ON_HOST)
 #include "../../../tests/emulator/cuda_language.h"
@@ -16,18 +17,17 @@ namespace dml::cuda {
 
 // How float32 inputs are multiplied: by three tf32 products, or by one.
 enum class Precision { kFull, kTf32 };
-inline constexpr int kPrecisions = 2;
 
 // Where one way of working ends and another begins. The tests lower these to reach every path with few
 // points.
 struct Tuning {
-    int64_t strip_limit = 512;  // rows and columns up to which strips of S may be
-    int tile_group = 32;        // a tile_group-tile has the area of a square with so many tiles an edge
-    int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
-    int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
-    int64_t wide_blocks = 128;         // blocks from which on a gradient is cut into wide panels
-    int64_t line_blocks = 512;         // blocks that a gradient of long lines is shared among
-    int64_t split_slots = 2;           // tiles of a line that are worth a block of their own in the gradient
+    int64_t strip_limit = kStripMaxCols;  // rows and columns up to which strips of S may be
+    int tile_group = 32;  // a tile_group-tile has the area of a square with so many tiles an edge
+    int64_t cache_bytes = kCacheBytes;  // similarities kept from forward for backward
+    int64_t sum_bytes = 48ll << 20;     // float32 sums of 16-bit gradients, where there is room for as much
+    int64_t wide_blocks = 128;          // blocks from which on a gradient is cut into wide panels
+    int64_t line_blocks = 512;          // blocks that a gradient of long lines is shared among
+    int64_t split_slots = 2;            // tiles of a line that are worth a block of their own in the gradient
 };
 
 struct Task {
@@ -42,7 +42,7 @@ int64_t saved_bytes(const Task& task, bool save_for_backward);
 int64_t forward_workspace_bytes(const Task& task);
 int64_t backward_workspace_bytes(const Task& task);
 
-// loss: one number; four where the problem does not divide; [queries.count] where the reduction is kNone.
+// loss: one number; four where the problem returns sums; [queries.count] where the reduction is kNone.
 // float32 (float64 for float64). saved: aligned to 16 bytes.
 void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
              cudaStream_t stream);

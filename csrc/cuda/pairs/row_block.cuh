@@ -39,12 +39,6 @@ struct StripLayout {                                     // of shared memory, in
     static size_t bytes(int64_t cols) { return kStrip + size_t(kStripRows) * pitch(cols) * sizeof(Acc); }
 };
 
-// The longest rows: then a block stays within the 99 KiB that every GPU of sm_80 and up grants.
-inline constexpr int64_t kStripMaxCols = 512;
-// Where tiles are as fast, as measured on an H100: strips have one product for all columns of 16 rows.
-inline constexpr int64_t kStripWork = 512 * (128 + 256);
-inline int64_t strip_work(int64_t rows, int64_t dim) { return rows * (dim + 256); }
-
 template <typename T, typename Acc>
 struct StripPairs {
     Rows<T, Acc> own;    // the strips' rows

@@ -88,10 +88,6 @@ struct TileGroup {
     DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
 };
 
-inline int64_t tile_count(int64_t row_tiles, int64_t col_tiles, bool square) {
-    return square ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
-}
-
 // The tile of a block: its similarities and the labels of both sides, in shared memory.
 template <typename Math>
 struct LoadedTile {

@@ -96,7 +96,7 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
         backward += partials_size(On::backward_shape(task).tiles(), On::kTile, true) + n + m;
     return {packed + (n + m + partials) * kNumber,
             packed + On::weight_bytes(task) + On::part_bytes(task) + backward * kNumber,
-            On::knows_extremes(p) ? 2 * tiles * kNumber : 0, On::knows_kept(p) ? tiles : 0};
+            extremes_bytes(tiles, kNumber), On::knows_kept(p) ? tiles : 0};
 }
 
 template <typename Math>
@@ -162,7 +162,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     Task task = with_aligned_rows<T>(in_tiles(asked), bytes, stream);
     const Problem& p = task.problem;
     task.problem.reduction = Reduction::kSum;  // what comes from above is in the rows' weights
-    task.problem.divide = true;
+    task.problem.return_sums = false;
     const int64_t n = p.queries.count, m = p.refs.count;
 
     auto* of_tiles = reinterpret_cast<typename On::Weight*>(bytes);
