@@ -7,6 +7,8 @@ import torch._inductor.config
 from cases.accuracy import evaluate
 from cases.data import make_batch, make_labels
 from cases.losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dml_cuda import _C, functional
@@ -124,21 +126,23 @@ def test_backward_gets_the_options_of_forward():
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_a_compiled_graph_keeps_its_precision(precision, monkeypatch):
-    """What the precision is set to between forward and backward, or later, does not mix them up."""
+    """It is a constant of both graphs: a later change of torch's setting cannot mix them up."""
     torch._dynamo.reset()
-    embeddings, labels = make_batch(20, 6)
     monkeypatch.setattr("dml_cuda._ops.evaluate.precision_for", lambda _: precision)
-    compiled = torch.compile(functional.circle_loss, fullgraph=True, backend="aot_eager")
-    leaf = embeddings.requires_grad_()
-    for _ in range(2):
-        with Recorder() as seen:
-            value = compiled(leaf, labels)
-            torch.set_float32_matmul_precision("high")
-            try:
-                value.backward()
-            finally:
-                torch.set_float32_matmul_precision("highest")
-        assert [options.precision for options in seen.options.values()] == [precision] * 2
+    seen = {}
+
+    def record(module, _):
+        for node in module.graph.nodes:
+            if "dml_cuda" in str(node.target):
+                seen[node.target.name()] = OpOptions(*node.args[6:16]).precision
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    embeddings, labels = make_batch(20, 6)
+    torch.compile(functional.circle_loss, fullgraph=True, backend=backend)(
+        embeddings.requires_grad_(), labels
+    ).backward()
+    assert seen == {"dml_cuda::pair_loss": precision, "dml_cuda::pair_loss_backward": precision}
 
 
 def test_dynamic_params_replace_the_numbers():
