@@ -163,13 +163,13 @@ def nvcc_targets(architectures: str) -> list[str]:
     """nvcc's flags for a list like TORCH_CUDA_ARCH_LIST's; none where torch's builder must make them."""
     flags = []
     for architecture in architectures.split(";"):
-        number = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", architecture)
-        if not number:  # a name, or one GPU's own instructions (9.0a)
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
+        if not number:  # a name, like Ampere
             return []
         code = int(number[1] + number[2])
         front_end = max(f for f in FRONT_ENDS if f <= code)
-        flags.append(f"-gencode=arch=compute_{front_end},code=sm_{code}")
-        if number[3]:
+        flags.append(f"-gencode=arch=compute_{front_end},code=sm_{code}{number[3]}")
+        if number[4]:
             flags.append(f"-gencode=arch=compute_{front_end},code=compute_{front_end}")
     return list(dict.fromkeys(flags))
 

@@ -140,7 +140,7 @@ def main() -> None:
     if not paths:
         parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
     records = [json.loads(path.read_text()) for path in paths]
-    # The others are of tools.kernel_times and tools.cpu_threads.
+    # The others are from tools.kernel_times.
     records = [record for record in records if "machine" in record]
     written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
     try:

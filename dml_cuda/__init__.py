@@ -1,40 +1,33 @@
-"""Deep-metric-learning pair losses as fused kernels: forward and backward without the N x N matrix."""
+"""Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
-import torch  # before _C, which needs its libraries
+import torch  # first: _C needs its libraries
 
 try:
     from . import _C
 except ImportError as error:
     raise ImportError(
-        f"the compiled part of dml_cuda cannot be loaded ({error}). It must be built against the torch that "
-        f"is installed ({torch.__version__}): pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
+        f"installed torch {torch.__version__}: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-from .losses import (
-    ArcFaceLoss,
-    BinomialDevianceLoss,
-    CircleClassifierLoss,
-    CircleLoss,
-    ContrastiveLoss,
-    CosFaceLoss,
-    GeneralizedLiftedStructureLoss,
-    MarginLoss,
-    MultiSimilarityLoss,
-    NormalizedSoftmaxLoss,
-    NTXentLoss,
-    ProxyAnchorLoss,
-    ProxyNCALoss,
-    SoftTripleLoss,
-    SupConLoss,
-    TripletMarginLoss,
-)
-
-# isort: split
-# The losses come first: the modules below and theirs need each other.
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
 from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
+from .losses.binomial_deviance import BinomialDevianceLoss
+from .losses.circle import CircleLoss
+from .losses.circle_classifier import CircleClassifierLoss
+from .losses.contrastive import ContrastiveLoss
+from .losses.lifted_structure import GeneralizedLiftedStructureLoss
+from .losses.margin import MarginLoss
+from .losses.margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
+from .losses.multi_similarity import MultiSimilarityLoss
+from .losses.nt_xent import NTXentLoss
+from .losses.proxy_anchor import ProxyAnchorLoss
+from .losses.proxy_nca import ProxyNCALoss
+from .losses.soft_triple import SoftTripleLoss
+from .losses.sup_con import SupConLoss
+from .losses.triplet_margin import TripletMarginLoss
 from .memory import CrossBatchMemory
 from .miners.mined_pairs import MinedPairs, PairCounts
 from .miners.mined_triplets import MinedTriplets, SelectedPairs
@@ -89,12 +82,12 @@ __all__ = [
 
 
 def build_info() -> dict:
-    """What this installation was built with and which kernels it has.
+    """The versions that this installation was built with, and its kernels.
 
     Returns:
-        ``version``; ``torch``, the version built against; ``cuda``, ``None`` or a dict of ``version``
-        and ``architectures``; ``cpu``, a dict of the instruction sets ``available`` on this machine
-        and the one ``in_use``.
+        A dict of ``version``; ``torch``, the version built against; ``cuda``, ``None`` or a dict of
+        ``version`` and ``architectures``; ``cpu``, a dict of the instruction sets ``available`` on this
+        machine and the one ``in_use``.
     """
     cuda = None
     if _C.cuda_version:

@@ -1,4 +1,4 @@
-"""The losses as functions of a batch."""
+"""The losses as functions of a batch, and the weights of their pairs."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,19 @@ from torch import Tensor
 from ._inputs import autocast as _autocast
 from ._ops import listed_pairs as listed
 from ._ops.evaluate import Call, validate
-from .losses import (
-    binomial_deviance_loss,
-    circle_loss,
-    contrastive_loss,
-    generalized_lifted_structure_loss,
-    margin_loss,
-    multi_similarity_loss,
-    nt_xent_loss,
-    sup_con_loss,
-    triplet_margin_loss,
-)
 from .losses._classifier import ClassifierLoss
 from .losses._formula import Formula
 from .losses._pair import PairLoss
+from .losses.binomial_deviance import binomial_deviance_loss
+from .losses.circle import circle_loss
+from .losses.contrastive import contrastive_loss
+from .losses.lifted_structure import generalized_lifted_structure_loss
+from .losses.margin import margin_loss
+from .losses.multi_similarity import multi_similarity_loss
+from .losses.nt_xent import nt_xent_loss
 from .losses.soft_triple import SoftTripleLoss
+from .losses.sup_con import sup_con_loss
+from .losses.triplet_margin import triplet_margin_loss
 from .miners.mined_pairs import mined_pairs
 
 __all__ = [
@@ -41,13 +39,13 @@ __all__ = [
 
 
 class PairWeights(NamedTuple):
-    """The kept pairs of a batch: what their similarities are, and how the loss weighs them.
+    """The kept pairs of a batch, their similarities and their weights in the gradient.
 
     Attributes:
         pos_anchors, positives, neg_anchors, negatives: ``[P]``, ``[P]``, ``[Q]``, ``[Q]`` int64.
         pos_similarities, neg_similarities: ``[P]``, ``[Q]``.
-        pos_weights, neg_weights: ``[P]``, ``[Q]``: dL/ds, below 0 where the loss pulls a pair together and
-            above 0 where it pushes it apart.
+        pos_weights, neg_weights: ``[P]``, ``[Q]``: dL/ds, negative if the loss pulls a pair together and
+            positive if it pushes it apart.
     """
 
     pos_anchors: Tensor
@@ -69,27 +67,27 @@ def pair_weights(
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
 ) -> PairWeights:
-    r"""The kept pairs of a batch, with their similarity and their weight in the gradient.
+    r"""The kept pairs of a batch, their similarities and their weights in the gradient.
 
     .. math:: w_{ij} = \frac{\partial L}{\partial s_{ij}}
 
-    as the general pair weighting of Wang et al., *Multi-Similarity Loss with General Pair Weighting for
-    Deep Metric Learning*, CVPR 2019, defines it (there without the sign). For diagnosing and plotting: it
-    lists the pairs, so it waits for the device, and its memory grows with them.
+    as in the general pair weighting of Wang et al., *Multi-Similarity Loss with General Pair Weighting for
+    Deep Metric Learning*, CVPR 2019 (there without the sign). For diagnosis and plots: it materialises the
+    pairs, so it synchronises with the device and needs memory for all of them.
 
     Args:
-        loss: a pair loss of dml_cuda, or one of dml_cuda.pml that it computes; its options choose the
-            mining, the similarity and the reduction (``"none"`` counts as ``"sum"``). Or a class-level loss:
-            its pairs are rows and classes, for SoftTriple rows and centres (those of class c are columns
-            c K to c K + K - 1), for proxy anchor proxies and rows.
+        loss: a pair loss of dml_cuda, or of dml_cuda.pml if dml_cuda computes it; its options set the
+            mining, the similarity and the reduction (``"none"`` acts as ``"sum"``). Or a class-level loss:
+            its pairs are rows and classes; for SoftTriple rows and centres (those of class c are columns
+            c K to c K + K - 1); for proxy anchor proxies and rows.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as the loss takes them.
 
     Returns:
         :class:`PairWeights`, float32 (float64 for float64 embeddings), pairs in the order of their rows.
-        A pair listed twice appears twice where the loss counts it twice, and once elsewhere.
+        A pair that is listed twice appears twice if the loss counts it twice, else once.
 
     Raises:
-        TypeError, ValueError: as the loss does, and for what is no pair loss.
+        TypeError, ValueError: as the loss does, and for a loss that has no pairs.
     """
     call = getattr(loss, "call", None)  # the adapters of dml_cuda.pml have it too
     if not isinstance(call, Call):
@@ -103,8 +101,8 @@ def pair_weights(
     formula, params, options, similarity = call.formula, call.params, call.options, call.similarity
     if formula.row is Formula.row:
         raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
-    unlooked = call._replace(options=options._replace(check_pairs=False))
-    batch = validate(unlooked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    unchecked = call._replace(options=options._replace(check_pairs=False))
+    batch = validate(unchecked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
     embeddings, ref_emb = batch.embeddings.detach(), batch.ref_emb
     ref_emb = None if ref_emb is None else ref_emb.detach()
     indices = batch.indices

@@ -1,4 +1,4 @@
-"""Cross-batch memory: a batch against the embeddings of the batches before it."""
+"""Cross-batch memory: a loss of each batch against a queue of recent embeddings."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from ._inputs.checks import check_batch, check_count
 from ._inputs.indices import listed_pairs
 from .distributed import DistributedLoss
-from .losses import MarginLoss
 from .losses._pair import PairLoss
 from .losses._triplet import TripletLoss, to_triplets
-from .miners.mined_pairs import Mined, mined_pairs
+from .losses.margin import MarginLoss
+from .miners.mined import Mined
+from .miners.mined_pairs import mined_pairs
 from .miners.pairs import Miner, MultiSimilarityMiner
 
 
-def _takes_rules(loss: object) -> bool:
-    """Whether a loss applies the rule of mined pairs, and so leaves out the places that are still empty."""
-    loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
+def _applies_rules(loss: object) -> bool:
+    """Whether a loss applies mining rules and their ``num_valid_refs``, which skips empty queue slots."""
+    loss = getattr(loss, "_orig_mod", loss)  # the module that torch.compile wraps
     if isinstance(loss, DistributedLoss):
         return True
     for kind in (PairLoss, TripletLoss, MarginLoss):
@@ -29,36 +30,35 @@ def _takes_rules(loss: object) -> bool:
 
 
 class CrossBatchMemory(nn.Module):
-    """Pairs each batch with a queue of the latest embeddings, the batch itself among them.
+    """Compares each batch with a queue of the latest embeddings, which includes the batch itself.
 
     Wang et al., *Cross-Batch Memory for Embedding Learning*, CVPR 2020. The results are those of
     pytorch-metric-learning's class: the batch enters the queue first, a miner compares the batch with the
-    whole queue, and the pair of a row with its own copy does not count. With a miner and a loss of dml_cuda
-    no pair is listed and no batch x queue matrix is stored.
+    whole queue, and a row is not paired with its own copy. With a miner and a loss of dml_cuda no indices and
+    no batch x queue matrix are materialised.
 
     Args:
         loss: a module called as ``loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)``: one of
             dml_cuda, or any pair loss of pytorch-metric-learning. With
             :class:`dml_cuda.distributed.DistributedLoss` the batches of all processes enter every process's
-            queue, in the same order everywhere: the memory is that of one process with the whole batch.
+            queue in the same order, so the queue equals that of one process with the whole batch.
         embedding_size: D.
-        memory_size: how many embeddings the queue holds; at least a batch.
-        miner: called as ``miner(embeddings, labels, ref_emb, ref_labels)``, or ``None`` for every pair (or
-            for a loss that mines by its ``epsilon``).
+        memory_size: capacity of the queue, in embeddings; at least a batch.
+        miner: called as ``miner(embeddings, labels, ref_emb, ref_labels)``; ``None`` for every pair, or if
+            the loss mines by its ``epsilon``.
 
     Attributes:
         embedding_memory: ``[memory_size, D]`` buffer, in the dtype of the latest embeddings.
         label_memory: ``[memory_size]`` int64 buffer.
-        position: int64 buffer, one number: where the next batch goes.
-        count: int64 buffer, one number: how many embeddings the queue holds.
+        position: int64 scalar buffer, the slot of the next embedding.
+        count: int64 scalar buffer, how many embeddings the queue holds.
 
-    All state is in buffers, so it travels with ``state_dict``, and a compiled or captured step needs no
-    other graph as the queue fills up. A ``state_dict`` of pytorch-metric-learning's class loads too: it does
-    not say where the queue stands, so the places that hold numbers count as filled, and a full queue goes
-    on at its first.
+    All state is in buffers, so ``state_dict`` saves it, and one compiled or captured graph serves while the
+    queue fills up. A ``state_dict`` of pytorch-metric-learning's class loads too. It lacks a write position:
+    non-zero rows count as filled, and writing to a full queue starts at its first slot.
 
-    ``loss``, ``miner``, ``embedding_size`` and ``memory_size`` can be set. Another ``memory_size`` keeps the
-    latest embeddings, another ``embedding_size`` none.
+    ``loss``, ``miner``, ``embedding_size`` and ``memory_size`` can be set. A new ``memory_size`` keeps the
+    latest embeddings, a new ``embedding_size`` none.
 
     >>> memory = CrossBatchMemory(MultiSimilarityLoss(), 128, 4096, MultiSimilarityMiner(0.1))
     >>> loss = memory(embeddings, labels)
@@ -95,7 +95,7 @@ class CrossBatchMemory(nn.Module):
         if name == "miner" and not (value is None or callable(value)):
             raise TypeError(f"miner: expected a module, a function or None, got {type(value).__name__}")
         if name in ("loss", "miner") and not isinstance(value, nn.Module):
-            self._modules.pop(name, None)  # where PyTorch takes nothing but modules
+            self._modules.pop(name, None)  # PyTorch accepts only modules under this name otherwise
         super().__setattr__(name, value)
 
     @property
@@ -133,12 +133,12 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def queue_idx(self) -> int:
-        """Where the next batch goes; waits for the device."""
+        """The slot of the next embedding; synchronises with the device."""
         return int(self.position)
 
     @property
     def has_been_filled(self) -> bool:
-        """Whether the queue has wrapped around; waits for the device."""
+        """Whether the queue is full; synchronises with the device."""
         return int(self.count) == self.memory_size
 
     def forward(
@@ -153,35 +153,37 @@ class CrossBatchMemory(nn.Module):
         Args:
             embeddings: ``[N, D]``, N at most ``memory_size``.
             labels: ``[N]`` integers.
-            indices_tuple: pairs or triplets that count besides; their anchors are rows of the batch, the
-                others places in the queue.
-            enqueue_mask: ``[N]`` bool. The rows marked enter the queue, and only the others have a loss
-                (queries and keys of two encoders, say). Not together with ``indices_tuple``.
+            indices_tuple: additional pairs or triplets; anchors are rows of the batch, positives and
+                negatives are slots of the queue.
+            enqueue_mask: ``[N]`` bool. Marked rows enter the queue, and only the unmarked ones have a loss
+                (keys and queries of two encoders, say). Not together with ``indices_tuple``.
         """
 
         def check() -> tuple[Tensor, ...]:
             return self._check(embeddings, labels, indices_tuple, enqueue_mask)
 
-        whole, own = self.loss.gather(check) if self._is_distributed else (check(), slice(None))
+        # The rows of all processes, and which of them are this one's.
+        whole, local = self.loss.gather(check) if self._is_distributed else (check(), slice(None))
         self._move_to(embeddings)
-        labels = whole[1][own]
+        labels = whole[1][local]
         if enqueue_mask is None:
-            places = self._enqueue(*whole)[own]
+            slots = self._enqueue(*whole)[local]
         else:
             self._enqueue(*(x[whole[2]] for x in whole[:2]))
-            others = ~whole[2][own]
-            embeddings, labels, places = embeddings[others], labels[others], None
-        # Who does not know of the count gets the filled part; to know it a GPU must be waited for.
-        filled = self.memory_size if _takes_rules(self.loss) else int(self.count)
-        # A copy: the queue moves on, while the gradient of this loss may still be wanted.
+            queries = ~whole[2][local]
+            embeddings, labels, slots = embeddings[queries], labels[queries], None
+        # Losses that do not know num_valid_refs get a slice, which synchronises.
+        filled = self.memory_size if _applies_rules(self.loss) else int(self.count)
+        # A copy, since the queue may change before the backward pass of this loss.
         ref_emb, ref_labels = self.embedding_memory[:filled].clone(), self.label_memory[:filled].clone()
-        pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, places)
+        pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, slots)
         if indices_tuple is not None:
-            pairs, given = tuple(pairs), tuple(indices_tuple)
-            more = listed_pairs(given, embeddings, ref_emb, check_range=False)
+            pairs, extra = tuple(pairs), tuple(indices_tuple)
+            extra_pairs = listed_pairs(extra, embeddings, ref_emb, check_range=False)
             if len(pairs) == 3:
-                more = to_triplets(more) if len(given) == 4 else (*more[:2], more[3])
-            pairs = tuple(torch.cat(lists) for lists in zip(pairs, more, strict=True))
+                as_listed = (*extra_pairs[:2], extra_pairs[3])
+                extra_pairs = to_triplets(extra_pairs) if len(extra) == 4 else as_listed
+            pairs = tuple(torch.cat(lists) for lists in zip(pairs, extra_pairs, strict=True))
         loss = self.loss.against if self._is_distributed else self.loss
         return loss(embeddings, labels, pairs, ref_emb, ref_labels)
 
@@ -192,14 +194,14 @@ class CrossBatchMemory(nn.Module):
     def _check(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: object, enqueue_mask: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The embeddings, the labels and the mask, if there is one, beside them."""
+        """The embeddings, labels and mask (if given), validated and on one device."""
         self._check_epsilon()
         labels, _ = check_batch(embeddings, labels, None, None)
         dim = self.embedding_size
         if embeddings.shape[1] != dim:
             raise ValueError(f"embeddings: expected embedding_size={dim} columns, got {embeddings.shape[1]}")
         if indices_tuple is not None and self._is_distributed:
-            raise ValueError("indices_tuple: expected None with a loss of several processes")
+            raise ValueError("indices_tuple: expected None with DistributedLoss, got indices")
         if enqueue_mask is None:
             return embeddings, labels
         self._check_mask(enqueue_mask, embeddings, indices_tuple)
@@ -214,17 +216,17 @@ class CrossBatchMemory(nn.Module):
         if None in (epsilon, self.miner) or getattr(self.miner, "epsilon", None) == epsilon:
             return
         kind = type(self.miner).__name__
-        raise ValueError(f"miner: expected None where the loss mines by its epsilon={epsilon}, got {kind}")
+        raise ValueError(f"miner: expected None as the loss mines by its epsilon={epsilon}, got {kind}")
 
     def _move_to(self, embeddings: Tensor) -> None:
         device, dtype = embeddings.device, embeddings.dtype
         if self.embedding_memory.dtype != dtype or self.embedding_memory.device != device:
-            with torch.inference_mode(False):  # the queue goes on afterwards
+            with torch.inference_mode(False):  # later training steps write to the queue
                 self.embedding_memory = self.embedding_memory.to(device, dtype)
                 self.label_memory = self.label_memory.to(device)
                 self.position, self.count = self.position.to(device), self.count.to(device)
 
-    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
         queue = state_dict.get(prefix + "embedding_memory")
         if queue is not None and queue.dtype != self.embedding_memory.dtype:
             self.embedding_memory = self.embedding_memory.to(queue.dtype)
@@ -233,7 +235,7 @@ class CrossBatchMemory(nn.Module):
             count = filled[-1, 0] + 1 if len(filled) else torch.zeros((), dtype=torch.long)
             state_dict[prefix + "count"] = count
             state_dict[prefix + "position"] = count % len(queue)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _check_mask(self, mask: Tensor, embeddings: Tensor, indices_tuple: object) -> None:
         if indices_tuple is not None:
@@ -243,40 +245,40 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"enqueue_mask: expected bool of shape [{embeddings.shape[0]}], got {got}")
 
     def _enqueue(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Writes the rows to the queue; returns their places ``[N]``."""
+        """Writes the rows to the queue; returns their slots ``[N]``."""
         rows = embeddings.shape[0]
         if rows > self.memory_size:
             raise ValueError(f"embeddings: expected at most memory_size={self.memory_size} rows, got {rows}")
-        places = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
-        self.embedding_memory.index_copy_(0, places, embeddings.detach())
-        self.label_memory.index_copy_(0, places, labels.to(self.label_memory.dtype))
+        slots = (self.position + torch.arange(rows, device=labels.device)) % self.memory_size
+        self.embedding_memory.index_copy_(0, slots, embeddings.detach())
+        self.label_memory.index_copy_(0, slots, labels.to(self.label_memory.dtype))
         self.position.add_(rows).remainder_(self.memory_size)
         self.count.add_(rows).clamp_(max=self.memory_size)
-        return places
+        return slots
 
     def _pairs(
-        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, places: Tensor | None
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, slots: Tensor | None
     ) -> Mined | tuple[Tensor, ...]:
-        """The pairs or triplets that count, without a row and its own copy, at ``places`` ``[N]``."""
+        """The pairs or triplets that count, without those of a row and its own copy in ``slots`` ``[N]``."""
         batch = embeddings, labels, ref_emb, ref_labels
         count = self.count.clone()
-        own = {"self_index": places, "num_valid_refs": count}
+        masks = {"self_index": slots, "num_valid_refs": count}
         if self.miner is None:
-            return mined_pairs(*batch, epsilon=None, similarity="cosine", **own)
-        # Miners see the queue itself, not the copy: what they remember of it takes no memory.
+            return mined_pairs(*batch, epsilon=None, similarity="cosine", **masks)
+        # Miners get the queue itself, not the copy, so that remembering the batch takes no memory.
         queue, queue_labels = self.embedding_memory, self.label_memory
         if getattr(type(self.miner), "forward", None) in (Miner.forward, MultiSimilarityMiner.forward):
             mined = self.miner.mine(embeddings, labels, queue, queue_labels, count)
-        else:  # a miner of another kind must not see the places that are still empty
+        else:  # miners that do not know num_valid_refs must not see empty slots
             queue, queue_labels = queue[: int(count)], queue_labels[: int(count)]
             mined = self.miner(embeddings, labels, queue, queue_labels)
-        if isinstance(mined, Mined) and mined.rules(embeddings, queue):
-            return mined.of(*batch, **own)
+        if isinstance(mined, Mined) and mined.rule_applies(embeddings, queue):
+            return mined.for_batch(*batch, **masks)
         lists = tuple(mined)
-        if places is not None:
-            others = places[lists[0].long()] != lists[1]
-            with_positives = 3 if len(lists) == 3 else 2  # a triplet goes whole
-            lists = (*(index[others] for index in lists[:with_positives]), *lists[with_positives:])
+        if slots is not None:
+            is_other = slots[lists[0].long()] != lists[1]
+            filtered = 3 if len(lists) == 3 else 2  # whole triplets, but of pairs the positives only
+            lists = (*(index[is_other] for index in lists[:filtered]), *lists[filtered:])
         return lists
 
     def extra_repr(self) -> str:

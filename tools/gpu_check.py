@@ -1,11 +1,10 @@
-"""Everything that wants a GPU, in one go: ``make gpu-check``, or ``python -m tools.gpu_check PART ..``.
+"""All checks that need a GPU: ``make gpu-check``, or ``python -m tools.gpu_check PART ..``.
 
-Builds the kernels for the GPU of this machine, runs the tests on it, runs small cases under
-compute-sanitizer (memcheck, racecheck), and benchmarks: everything, and apart from it the batches too
-large for a matrix. Each part can be run alone and ends within eight minutes. What passed is written as one
-line of ``benchmarks/VERIFIED.md``; the benchmarks, and what each kernel takes, as
-``benchmarks/results/<gpu>.json`` and ``<gpu>-*.json``. It works in the source tree, offline, with whatever
-Python runs it.
+Builds the kernels for the GPU of this machine, runs the tests, runs small cases under compute-sanitizer
+(memcheck, racecheck), and benchmarks; batches too large for a matrix are a part of their own. Each part can
+be run alone and ends within eight minutes. What passed becomes one line of ``benchmarks/VERIFIED.md``;
+benchmarks and the times of kernels become ``benchmarks/results/<gpu>.json`` and ``<gpu>-*.json``. It works
+in the source tree, offline, with the Python that runs it.
 """
 
 import argparse
@@ -21,7 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERIFIED = ROOT / "benchmarks" / "VERIFIED.md"
 LIMIT_SECONDS = 480
-GPU_TESTS = ("cuda", "blocks_cuda", "devices", "emulator")
+KERNEL_TESTS = ["tests/cuda/test_cuda.py", "tests/cuda/test_devices.py"]
+# The emulator's tests run their small kernels on the GPU too: do both agree on what PTX means?
+GPU_TESTS = [*KERNEL_TESTS, "tests/cuda/test_ring_cuda.py", "tests/emulator/test_emulator.py"]
 PYTEST = [sys.executable, "-m", "pytest"]
 # Several processes share the GPU, where pytest-xdist is there.
 SHARED = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
@@ -32,7 +33,7 @@ def sanitizer(tool: str) -> list[str]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ["--tool", tool, "--error-exitcode", "1", "--launch-timeout", "120"]
     cases = "awkward_sizes or (losses_of_triplets and cuda)"
-    return [program, *options, *PYTEST, "tests/test_cuda.py", "tests/test_devices.py", "-k", cases]
+    return [program, *options, *PYTEST, *KERNEL_TESTS, "-k", cases]
 
 
 def benchmark(out: Path, name: str, seconds: float, *groups: str) -> list[str]:
@@ -44,10 +45,8 @@ def commands(out: Path, gpu: str, seconds: float) -> dict[str, list[list[str]]]:
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return {
         "build": [[sys.executable, "setup.py", "build_ext", "--inplace"]],
-        # The emulator's tests run their own small kernels on the GPU too: do both agree on what PTX means?
         "tests": [
-            # But for what is of the host alone.
-            [*PYTEST, *SHARED, *(f"tests/test_{name}.py" for name in GPU_TESTS), "-k", "not race_detector"],
+            [*PYTEST, *SHARED, *GPU_TESTS, "-k", "not race_detector"],  # which needs no GPU
         ],
         "memcheck": [sanitizer("memcheck")],
         "racecheck": [sanitizer("racecheck")],

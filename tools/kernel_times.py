@@ -1,7 +1,7 @@
-"""Where the time of a call goes on a GPU, kernel by kernel: ``python -m tools.kernel_times``.
+"""The GPU time of a call, kernel by kernel: ``python -m tools.kernel_times``.
 
-The benchmark's own batches, forward and backward, by torch.profiler: the mean of some calls, the L2 cache
-emptied before each. Prints a table in Markdown; ``--out FILE`` also writes it as JSON.
+The benchmarks' batches, forward and backward, by torch.profiler: the mean of ten calls, the L2 cache emptied
+before each. Prints a table in Markdown; ``--out FILE`` also writes it as JSON.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def short_name(kernel: str) -> str:
 
 
 def total_times(events: Iterable[tuple[str, float]], calls: int) -> dict[str, float]:
-    """Microseconds a call takes in each kernel, of (kernel's name, microseconds) of several calls; what
-    only fills and copies, as PyTorch does around a call, is left out. The longest first."""
+    """Microseconds a call takes in each kernel, the longest first, from (kernel's name, microseconds) of
+    several calls. PyTorch's fills and copies around a call are left out."""
     total = Counter()
     for kernel, microseconds in events:
         if not NOT_OURS.search(kernel):
@@ -72,7 +72,7 @@ def measure(step: Callable[[], object]) -> dict[str, float]:
 
 
 def memory_bank() -> Callable[[], object]:
-    """512 rows against 65,536 references, of which no gradient is asked."""
+    """512 rows against 65,536 references without gradient."""
     of_bank = case("multi_similarity", BANK, 128, precision="high")
     references, labels = make_batch(of_bank, "cuda")
     references = references.detach()
@@ -115,8 +115,8 @@ def main() -> None:
     times = all_times()
     print(table(times))
     if arguments.out:
-        told = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "microseconds": times}
-        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+        report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "microseconds": times}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""What the CUDA compiler made of the kernels: `python -m tools.machine_code`, no GPU needed.
+"""What nvcc makes of the kernels: `python -m tools.machine_code` (`make ptxas`), no GPU needed.
 
-Compiles every csrc/cuda/*.cu for every architecture and tabulates registers, spills, occupancy and the
-tensor-core instructions of each kernel, what the hot path of each issues (control_flow.py), and what follows
-for whole problems (issue_slots.py). Results are cached under build/machine_code by content; what was made of
-each kernel is kept in the repository (machine_record.py).
+Compiles every .cu file under csrc/cuda once, for all architectures, and tabulates registers, spills,
+occupancy, code size and tensor-core instructions of each kernel; cached by content under build/machine_code.
 """
 
 import argparse
@@ -24,15 +22,12 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from . import control_flow, counted
-
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
-# What nvcc's front end compiles for, of which the assembler makes their code; as in setup.py.
+# The virtual architecture that nvcc's front end compiles each for, as in setup.py.
 FRONT_ENDS = {"80": "80", "90a": "80", "100": "100", "120": "120"}
-# As setup.py's extension is built; the line numbers change no instruction.
-FLAGS = ("-O3", "-std=c++17", "-lineinfo", *COMMON_NVCC_FLAGS)
+FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as in setup.py
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 
 
@@ -47,18 +42,19 @@ class Kernel:
     spill_bytes: int = 0  # stored and loaded
     stack_bytes: int = 0
     static_shared_bytes: int = 0
-    max_threads: int = 0  # of a block, as __launch_bounds__ says; 0 if it does not
-    instructions: dict = field(default_factory=dict)  # how often each one of interest occurs
+    code_bytes: int = 0
+    max_threads: int = 0  # of a block, as __launch_bounds__ says; 0 without
+    instructions: dict = field(default_factory=dict)  # {mnemonic: count}
     blocks_per_multiprocessor: int = 0
     occupancy: float = 0.0
     shared_bytes_left: int = 0  # dynamic shared memory per block that keeps this occupancy
 
 
 class CompileError(RuntimeError):
-    """nvcc's own words."""
+    """nvcc's command and messages."""
 
 
-# ---- tools -------------------------------------------------------------------------------------------
+# ---- compiling ---------------------------------------------------------------------------------------
 
 
 def find_nvcc():
@@ -79,90 +75,55 @@ def _nvcc_version():
 
 
 def nvcc_build():
-    """The compiler and its build, in its own words."""
+    """The compiler's release and build, as `nvcc --version` ends."""
     return " ".join(_nvcc_version().split("\n")[-3:]).strip()
 
 
 def with_headers(source, *folders):
-    """A source and every header that it may include: what a cached object of it depends on."""
+    """A source and every header that it may include: the inputs of a cached object."""
     folders = {ROOT / "csrc", source.parent, *folders}
     headers = {header for folder in folders for kind in ("*.h", "*.cuh") for header in folder.rglob(kind)}
     return [source, *sorted(headers)]
 
 
-def _place(source, suffix, flags):
-    """Where what is made from a source lies under CACHE, and beside it what was said of it."""
-    # The path too: line numbers lead back to it.
-    digest = hashlib.sha256(" ".join([_nvcc_version(), str(source), suffix, *flags]).encode())
+def _cubin(folder, architecture):
+    return folder / f"sm_{architecture}.cubin"
+
+
+def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
+    """The folder of a source's cubins and ptxas report, compiled unless cached: one nvcc command, without the
+    host side."""
+    source = Path(source).resolve()
+    digest = hashlib.sha256(" ".join([_nvcc_version(), *architectures, *flags]).encode())
     for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    made = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}-{suffix}"
-    return made, made.with_name(made.name + ".txt")
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
+    if made.exists():
+        return made
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        kept, fresh = Path(scratch, "kept"), Path(scratch, "fresh")
+        kept.mkdir()
+        fresh.mkdir()
+        targets = [f"-gencode=arch=compute_{FRONT_ENDS[a]},code=sm_{a}" for a in architectures]
+        command = [find_nvcc(), *flags, f"-I{ROOT / 'csrc'}", *targets, "-fatbin", str(source)]
+        command += ["-Xptxas", "-v", "--keep", f"--keep-dir={kept}", "-o", str(kept / "made.fatbin")]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        for architecture in architectures:
+            # nvcc names a cubin after its front end, or not at all, where that suffices.
+            names = f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin", "*.cubin"
+            os.replace(next(path for name in names for path in kept.glob(name)), _cubin(fresh, architecture))
+        (fresh / "ptxas.txt").write_text(done.stderr)
+        (fresh / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")
+        if not made.exists():
+            os.replace(fresh, made)
+    return made
 
 
-def _made(source, suffix, flags, make):
-    """A file made from a source by make(a folder to work in, the file), which returns what was said; and
-    that."""
-    made, report = _place(source, suffix, flags)
-    if not report.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            said = make(Path(folder), made)
-        report.write_text(said)
-    return made, report.read_text()
-
-
-def _run_nvcc(source, *options):
-    command = [find_nvcc(), *options, str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stderr
-
-
-def _run_front_end(source, target, flags, *end):
-    include = [f"-I{ROOT / 'csrc'}"]
-    gencode = f"-gencode=arch=compute_{target},code=compute_{target}"
-    return _run_nvcc(source, *flags, *include, gencode, *end)
-
-
-def _front_end(source, target, flags):
-    """The PTX of a source."""
-
-    def make(folder, ptx):
-        said = _run_front_end(source, target, flags, "-ptx", "-o", str(folder / "made"))
-        os.replace(folder / "made", ptx)
-        return said
-
-    return _made(source, f"compute_{target}.ptx", flags, make)[0]
-
-
-def _host_side(source, flags):
-    """What whoever builds the package compiles besides: it must go, and is of no use here."""
-
-    def make(folder, made):
-        return _run_front_end(source, FRONT_ENDS[ARCHITECTURES[0]], flags, "-c", "-o", str(folder / "made.o"))
-
-    _made(source, "host", flags, make)
-
-
-def _compile(source, architecture, flags):
-    """Returns the cubin's path and what ptxas said, from the cache if nothing has changed."""
-
-    def make(folder, cubin):
-        if architecture == ARCHITECTURES[0]:
-            _host_side(source, flags)
-        ptx = _front_end(source, FRONT_ENDS[architecture], flags)
-        lines = [flag for flag in flags if flag == "-lineinfo"]
-        options = [f"-arch=sm_{architecture}", "-cubin", *lines, "-Xptxas", "-v", "-o", str(folder / "made")]
-        said = _run_nvcc(ptx, *options)
-        os.replace(folder / "made", cubin)
-        return said
-
-    return _made(source, f"sm_{architecture}.cubin", flags, make)
-
-
-# ---- reading what they made ----------------------------------------------------------------------------
+# ---- reading cubins and reports ------------------------------------------------------------------------
 
 
 def demangle(names):
@@ -184,10 +145,12 @@ def shorten(demangled):
     return name.replace("> >", ">>").replace("> >", ">>").replace(", ", ",")
 
 
-def parse_report(text):
-    """Registers and memory per mangled kernel, from `ptxas -v`."""
+def parse_report(text, architecture):
+    """{mangled name: registers and memory} of one architecture, from `ptxas -v`."""
     found = {}
     for part in text.split("Compiling entry function '")[1:]:
+        if f"for 'sm_{architecture}'" not in part.split("\n")[0]:
+            continue
         kernel = found[part.split("'")[0]] = {}
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
@@ -200,17 +163,20 @@ def parse_report(text):
     return found
 
 
-def read_max_threads(cubin):
-    """Threads per block that each kernel was compiled for, from the ELF sections .nv.info.<kernel>."""
+def read_cubin(cubin):
+    """{mangled name: {"max_threads", "code_bytes"}}, from the ELF sections .nv.info.<kernel> and
+    .text.<kernel>."""
     image = Path(cubin).read_bytes()
     (table,) = struct.unpack_from("<Q", image, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", image, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", image, table + i * size) for i in range(count)]
     names_offset = headers[names_index][4]
-    threads = {}
+    kernels = {}
     for header in headers:
         start = names_offset + header[0]
         name = image[start : image.index(b"\0", start)].decode()
+        if name.startswith(".text."):
+            kernels.setdefault(name.removeprefix(".text."), {})["code_bytes"] = header[5]
         if not name.startswith(".nv.info."):
             continue
         position, end = header[4], header[4] + header[5]
@@ -221,35 +187,44 @@ def read_max_threads(cubin):
                 continue
             if attribute in (0x05, 0x10):  # EIATTR_MAX_THREADS, EIATTR_REQNTID: x, y, z
                 x, y, z = struct.unpack_from("<III", image, position)
-                threads[name.removeprefix(".nv.info.")] = x * y * z
+                kernels.setdefault(name.removeprefix(".nv.info."), {})["max_threads"] = x * y * z
             position += value
-    return threads
+    return kernels
 
 
-def _disassemble(cubin, *options):
-    nvdisasm = find_nvdisasm()
-    if nvdisasm is None:
-        raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    command = [nvdisasm, "-c", *options, str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
 def count_instructions(cubin):
-    """How often each full mnemonic (HMMA.16816.F32) occurs, per mangled kernel; kept beside the cubin."""
-    known = Path(cubin).with_name(Path(cubin).name + ".json")
+    """{mangled name: {mnemonic, as HMMA.16816.F32: count}}; cached beside the cubin."""
+    known = Path(cubin).with_suffix(".json")
     if known.exists():
         return json.loads(known.read_text())
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        raise RuntimeError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     counts = {}
     current = None
-    for line in _disassemble(cubin).splitlines():
+    for line in text.splitlines():
         section = re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
         if section:
             current = counts.setdefault(section[1], {})
-        instruction = control_flow.INSTRUCTION.match(line)
+        instruction = INSTRUCTION.match(line)
         if instruction and current is not None:
-            current[instruction[3]] = current.get(instruction[3], 0) + 1
+            current[instruction[1]] = current.get(instruction[1], 0) + 1
     known.write_text(json.dumps(counts))
     return counts
+
+
+def matrix_instructions(kernel):
+    """{"HMMA": 64}: tensor-core instructions by family, only those that occur."""
+    families = {}
+    for mnemonic, count in kernel.instructions.items():
+        family = mnemonic.split(".")[0]
+        if family in MATRIX_INSTRUCTIONS:
+            families[family] = families.get(family, 0) + count
+    return families
 
 
 # ---- occupancy -----------------------------------------------------------------------------------------
@@ -280,101 +255,49 @@ def occupancy(architecture, threads, registers, static_shared=0):
     return blocks, blocks * warps / max_warps, left // 128 * 128
 
 
-def with_occupancy(kernel):
-    """The same kernel, with what its registers, threads and shared memory allow."""
-    if kernel.max_threads:
-        limits = occupancy(
-            kernel.architecture, kernel.max_threads, kernel.registers, kernel.static_shared_bytes
-        )
-        kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
-    return kernel
-
-
 # ---- all together --------------------------------------------------------------------------------------
 
 
-def analyse(source, architecture, flags=FLAGS, disassemble=True):
-    """The kernels of one source for one architecture."""
-    source = Path(source).resolve()
-    cubin, report = _compile(source, architecture, flags)
-    facts = parse_report(report)
-    threads = read_max_threads(cubin)
-    counts = count_instructions(cubin) if disassemble and facts else {}
-    demangled = demangle(list(facts))
+def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True):
+    """The kernels of one source for some architectures, or for the one named."""
+    if isinstance(architectures, str):
+        architectures = (architectures,)
+    folder = compile_source(source, architectures, flags)
+    report = (folder / "ptxas.txt").read_text()
     kernels = []
-    for mangled, values in facts.items():
-        kernel = Kernel(shorten(demangled[mangled]), source.name, architecture, **values)
-        kernel.max_threads = threads.get(mangled, 0)
-        kernel.instructions = counts.get(mangled, {})
-        kernels.append(with_occupancy(kernel))
-    return sorted(kernels, key=lambda k: k.name)
-
-
-@cache
-def _code(source, architecture, flags):
-    cubin, _ = _compile(Path(source).resolve(), architecture, flags)
-    return control_flow.read_kernels(_disassemble(cubin, "-gi"))
-
-
-@cache
-def flows(source, architecture="90a", flags=FLAGS, formula=None, cached=False):
-    """{mangled name: control_flow.Flow} of the kernels of one source."""
-    kernels = _code(source, architecture, flags)
-    return {name: control_flow.analyse(items, formula, cached) for name, items in kernels.items()}
-
-
-def matrix_instructions(kernel):
-    """{"HMMA": 64}: tensor-core instructions by family, only those that occur."""
-    families = {}
-    for mnemonic, count in kernel.instructions.items():
-        family = mnemonic.split(".")[0]
-        if family in MATRIX_INSTRUCTIONS:
-            families[family] = families.get(family, 0) + count
-    return families
+    for architecture in architectures:
+        cubin = _cubin(folder, architecture)
+        reported, read = parse_report(report, architecture), read_cubin(cubin)
+        counts = count_instructions(cubin) if disassemble and reported else {}
+        names = demangle(list(reported))
+        for mangled, values in reported.items():
+            kernel = Kernel(
+                shorten(names[mangled]), Path(source).name, architecture, **values, **read[mangled]
+            )
+            kernel.instructions = counts.get(mangled, {})
+            if kernel.max_threads:
+                limits = occupancy(
+                    architecture, kernel.max_threads, kernel.registers, kernel.static_shared_bytes
+                )
+                kernel.blocks_per_multiprocessor, kernel.occupancy, kernel.shared_bytes_left = limits
+            kernels.append(kernel)
+    return sorted(kernels, key=lambda k: (k.name, architectures.index(k.architecture)))
 
 
 def sources():
-    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    """The .cu files, the largest first: two are compiled at a time, and long ones should not end alone."""
+    first = ("f32", "f32_tf32", "f16", "bf16", "f64")
+    order = {name: place for place, name in enumerate(first)}
+    found = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    return sorted(found, key=lambda path: order.get(path.stem, len(first)))
 
 
 def analyse_all(files=None, architectures=ARCHITECTURES, jobs=2):
-    """All kernels, compiled two at a time."""
-    work = [(source, architecture) for source in files or sources() for architecture in architectures]
+    """All kernels, `jobs` sources at a time."""
     disassemble = find_nvdisasm() is not None
     with ThreadPoolExecutor(jobs) as pool:
-        parts = pool.map(lambda item: analyse(*item, disassemble=disassemble), work)
+        parts = pool.map(lambda f: analyse(f, architectures, disassemble=disassemble), files or sources())
         return [kernel for part in parts for kernel in part]
-
-
-def build_seconds(files, jobs=2):
-    """{source's name: seconds} of compiling for all architectures, as setup.py does (but with line numbers);
-    and of all together. What is made is kept for the other functions."""
-
-    def compile_one(source):
-        source = Path(source).resolve()
-        targets = [f"-gencode=arch=compute_{FRONT_ENDS[a]},code=sm_{a}" for a in ARCHITECTURES]
-        last = FRONT_ENDS[ARCHITECTURES[-1]]
-        targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            keep = ["-Xptxas", "-v", "--keep", f"--keep-dir={folder}", "-o", str(Path(folder, "made.o"))]
-            start = time.perf_counter()
-            said = _run_nvcc(source, *FLAGS, *targets, "-c", *keep)
-            seconds = time.perf_counter() - start
-            for architecture in ARCHITECTURES:
-                made, report = _place(source, f"sm_{architecture}.cubin", FLAGS)
-                # nvcc names what a front end's output became by that alone, where it became one thing only.
-                names = (f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin")
-                kept = [path for name in names for path in Path(folder).glob(name)]
-                os.replace(kept[0], made)
-                _, *kernels = re.split(r"(?=Compiling entry function ')", said)
-                report.write_text("".join(k for k in kernels if f"for 'sm_{architecture}'" in k))
-            return source.name, seconds
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(jobs) as pool:
-        seconds = dict(pool.map(compile_one, files))
-    return seconds, time.perf_counter() - start
 
 
 def _slashed(values):
@@ -397,6 +320,7 @@ def table(kernels, architectures=ARCHITECTURES):
         "occupancy %",
         "spill",
         "stack",
+        "code KiB",
         "matrix",
     ]
     lines = []
@@ -411,6 +335,7 @@ def table(kernels, architectures=ARCHITECTURES):
             [round(100 * k.occupancy) for k in these],
             [k.spill_bytes for k in these],
             [k.stack_bytes for k in these],
+            [-(-k.code_bytes // 1024) for k in these],
             matrix,
         ]
         lines.append((source, [name, *map(_slashed, cells)]))
@@ -421,8 +346,8 @@ def table(kernels, architectures=ARCHITECTURES):
 
     text = [
         f"Columns with slashes: sm_{', sm_'.join(architectures)}.",
-        "blocks: on a multiprocessor, by registers and threads. shared KiB: dynamic shared memory that each",
-        "may take before it, and not the registers, is the limit.",
+        "blocks: per multiprocessor, by registers and threads. shared KiB: dynamic shared memory per block",
+        "up to which these, and not shared memory, are the limit. matrix: tensor-core instructions.",
         "",
         line(head),
     ]
@@ -435,150 +360,30 @@ def table(kernels, architectures=ARCHITECTURES):
     return "\n".join(text)
 
 
-FORMULAS = ("multi_similarity", "circle")  # whose loops over pairs are counted
-# Of an H100, as others have measured: from a load of what lies in L2 to its use; and a scheduler's clock.
-L2_SECONDS, CLOCK = 0.16e-6, 1.755e9
-
-
-def fold_seconds(flow):
-    """How long a fold takes at least: all its warps at once, each waiting and issuing by turns."""
-    return flow.waits * L2_SECONDS + flow.counts.total() / CLOCK
-
-
-def hot_flows(files, architecture):
-    """{formula: {mangled name: (source's name, Flow, Flow where similarities come from the cache)}}."""
-    return {
-        formula: {
-            name: (source.name, flow, flows(source, architecture, formula=formula, cached=True)[name])
-            for source in files
-            for name, flow in flows(source, architecture, formula=formula).items()
-        }
-        for formula in FORMULAS
-    }
-
-
-def pairs_of(kernel, flow):
-    """How many pairs each thread looks at, or None: of a tile, or of a strip of 512 columns."""
-    if kernel.startswith("strip_"):
-        return 16 * 512 // 256
-    if not has_tile(kernel):
-        return None
-    return (128 * 128 if flow.product_loops else 64 * 64) // 256
-
-
-def hot_table(of_formulas):
-    """What the hot path of each kernel issues; of_formulas: as hot_flows makes them."""
-    found = of_formulas[FORMULAS[0]]
-    names = demangle(list(found))
-    lines = [
-        "What a warp issues on the hot path, by machine code and control flow.",
-        "in code: between the head of the product loop and its backward branch; per HMMA in brackets.",
-        "rest of the kernel: one way through it without product loops; for each of a thread's pairs.",
-        "",
-    ]
-    rare, untold = {}, {}
-    for name, (source, flow, _) in sorted(found.items(), key=lambda item: (item[1][0], names[item[0]])):
-        kernel = shorten(names[name])
-        lines.append(f"{source}: {kernel}")
-        for loop in flow.product_loops:
-            parts = control_flow.kinds(loop.counts)
-            hmma = parts["HMMA"]
-            text = "  ".join(f"{kind} {count}" for kind, count in parts.items())
-            lines.append(
-                f"    slice   {text}  all {loop.counts.total()} ({loop.counts.total() / hmma:.2f})"
-                f"  in code {loop.in_code} ({loop.in_code / hmma:.2f})"
-            )
-        pairs = pairs_of(kernel, flow)
-        if pairs:
-            for formula in FORMULAS[: 1 if kernel.startswith("find") else None]:
-                _, rest, cached = (
-                    x if isinstance(x, str) else x.counts.total() for x in of_formulas[formula][name]
-                )
-                text = f"    rest    {rest} = {rest / pairs:.1f} a pair, {formula}"
-                if kernel.startswith(("accumulate", "pair_weights")):
-                    text += f"; {cached} = {cached / pairs:.1f} of a cached tile"
-                lines.append(text)
-        else:
-            lines.append(f"    rest    {flow.counts.total()}")
-        if kernel.startswith("fold_"):
-            lines.append(
-                f"    waits for memory {flow.waits} times; {1e6 * fold_seconds(flow):.1f} us, of 64 tiles"
-            )
-        for reason, count in flow.rare.items():
-            rare[reason] = rare.get(reason, 0) + count
-        for place in flow.untold:
-            if place:
-                untold.setdefault((Path(place[0]).name, place[1]), set()).add(kernel.split("<")[0])
-    lines += ["", "Left out as rarely taken, instructions in all kernels and why:"]
-    lines += [f"    {count:6}  {reason}" for reason, count in sorted(rare.items(), key=lambda item: -item[1])]
-    lines += ["", "Loops whose rounds no comment tells (`// times: 4`), counted once:"]
-    lines += [
-        f"    {file}:{line} in {', '.join(sorted(kernels))}"
-        for (file, line), kernels in sorted(untold.items())
-    ]
-    return "\n".join(lines)
-
-
-def has_tile(kernel):
-    return kernel.startswith(("find_extremes", "accumulate", "pair_weights"))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sources", nargs="*", type=Path, help="default: every csrc/cuda/*.cu")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: every .cu file under csrc/cuda")
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
-    parser.add_argument("--hot", default="90a", choices=ARCHITECTURES, help="whose hot paths are counted")
-    parser.add_argument("--json", type=Path, help="write everything here, too")
-    parser.add_argument("--readme", action="store_true", help="write the tables of csrc/cuda/README.md")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument(
-        "--build-time", action="store_true", help="only how long setup.py's compilations take"
-    )
+    parser.add_argument("--json", type=Path, help="write the kernels here, too")
+    parser.add_argument("--jobs", type=int, default=2, help="sources compiled at a time (2)")
     options = parser.parse_args()
     if find_nvcc() is None:
         parser.error("nvcc is not on the PATH")
-    if options.build_time:
-        seconds, together = build_seconds(options.sources or sources(), options.jobs)
-        for name, of_one in seconds.items():
-            print(f"{of_one:7.1f} s  {name}")
-        print(f"{together:7.1f} s  all, {options.jobs} at a time")
-        return
     architectures = tuple(options.arch or ARCHITECTURES)
+    files = options.sources or sources()
     try:
-        kernels = analyse_all(options.sources, architectures, options.jobs)
+        kernels = analyse_all(files, architectures, options.jobs)
     except CompileError as error:
         parser.exit(1, f"{error}\n")
     print(table(kernels, architectures))
+    print("\nSeconds that nvcc took, by source:")
+    for source in files:
+        print(f"{(compile_source(source, architectures) / 'seconds.txt').read_text():>7}  {source.name}")
     if find_nvdisasm() is None:
         print("\nInstructions were not counted: pip install nvidia-cuda-nvdisasm")
-        return
-    if not options.sources and architectures == ARCHITECTURES:
-        from . import machine_record
-
-        machine_record.write(kernels)
-    of_formulas = hot_flows(options.sources or sources(), options.hot)
-    print(f"\nsm_{options.hot}. " + hot_table(of_formulas))
-    bounds = []
-    if not options.sources:
-        from . import issue_slots
-
-        bounds = issue_slots.bounds(of_formulas["multi_similarity"])
-        print("\n" + issue_slots.table(bounds))
-        if options.readme:
-            names = demangle([name for kernels in of_formulas.values() for name in kernels])
-
-            def short(name):
-                return shorten(names[name])
-
-            counted.write(counted.markdown(of_formulas, bounds, short, pairs_of, fold_seconds))
     if options.json:
         rows = [asdict(kernel) | {"instructions": matrix_instructions(kernel)} for kernel in kernels]
-        everything = {
-            "nvcc": nvcc_build(),
-            "kernels": rows,
-            "bounds": [asdict(bound) for bound in bounds],
-        }
-        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+        options.json.write_text(json.dumps({"nvcc": nvcc_build(), "kernels": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

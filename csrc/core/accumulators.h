@@ -1,12 +1,11 @@
 // What a row gathers over its kept pairs of one kind, and how two partial results merge. Merging in a fixed
-// order makes a result repeatable to the bit.
+// order makes results bitwise repeatable.
 //
-//   accumulator        running numbers                     derivative with respect to a pair's similarity
-//   LogSumExp   max, sum of exp(term - max)         c exp(term - value) derivative
-//   Sum         count, sum of terms                 c derivative
+//   accumulator   running numbers               derivative of the row's loss by a pair's similarity
+//   LogSumExp     max, sum of exp(term - max)   c exp(term - value) d term / d s
+//   Sum           count, sum of terms           c d term / d s
 //
-// c is the derivative of the row's loss with respect to the accumulator (RowDerivatives in
-// losses/derivatives.h).
+// c is the derivative of the row's loss by the accumulator's value (RowDerivatives in losses/derivatives.h).
 #pragma once
 
 #include <cmath>
@@ -23,7 +22,7 @@ DML_INLINE T infinity() {
     return std::numeric_limits<T>::infinity();
 }
 
-// The largest term so far, and the sum of exp(term - max). Empty is (-inf, 0).
+// The largest term so far, and the sum of exp(term - max). An empty one is (-inf, 0).
 template <typename T>
 struct LogSumExp {
     T max = -infinity<T>();
@@ -41,7 +40,7 @@ struct LogSumExp {
 
     DML_INLINE bool empty() const { return max == -infinity<T>(); }
 
-    // log(sum), or log(1 + sum) where the formula counts a constant 1: then accurate for tiny sums too.
+    // log(sum), or log(1 + sum), accurate for tiny sums too.
     DML_INLINE T value(bool plus_one) const {
         if (empty()) return plus_one ? T(0) : -infinity<T>();
         if (!plus_one) return max + std::log(sum);
@@ -49,8 +48,8 @@ struct LogSumExp {
     }
 };
 
-// Which pairs of a row count. Multi-similarity mining keeps s - epsilon < max_neg and
-// s + epsilon > min_pos, strictly; without mining the bounds are infinite and keep everything.
+// Which pairs of a row are kept. Multi-similarity mining keeps positives with s - epsilon < max_neg and
+// negatives with s + epsilon > min_pos; without mining the bounds are infinite.
 template <typename T>
 struct Bounds {
     T pos_below;  // a positive is kept when s < pos_below

@@ -1,8 +1,6 @@
-// The functions that formulas are made of. On the host exp is plain arithmetic, so that the compiler turns a
-// loop over it into vector code for whatever instruction set the translation unit is built for: about 1 ulp
-// on
-// [-87, 88] (float) and [-708, 709] (double); arguments outside are clamped, which a log-sum-exp cannot tell
-// from 0.
+// The functions of formulas. On the host they are plain arithmetic, so that compilers vectorise loops over
+// them for any instruction set. exp_fast is accurate to about 1 ulp on [-87, 88] (float) and [-708, 709]
+// (double); other arguments are clamped, and no log-sum-exp sees the difference.
 #pragma once
 
 #include <cmath>
@@ -45,8 +43,8 @@ DML_INLINE To bit_cast(From from) {
     return to;
 }
 
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor series of
-// kTerms terms is exact to the last bit or so.
+// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where kTerms terms of the Taylor
+// series are exact to about the last bit.
 template <typename T>
 DML_INLINE T exp_fast(T x) {
 #if defined(__CUDA_ARCH__)
@@ -69,7 +67,7 @@ DML_INLINE T exp_fast(T x) {
 #endif
 }
 
-// log(1 + x) for x in [0, 1]: 2 artanh(x / (2 + x)), whose argument is at most a third.
+// log(1 + x) for x in [0, 1]: 2 artanh(x / (2 + x)), with an argument of at most 1/3.
 template <typename T>
 DML_INLINE T log1p_fast(T x) {
 #if defined(__CUDA_ARCH__)
@@ -84,7 +82,7 @@ DML_INLINE T log1p_fast(T x) {
 #endif
 }
 
-// log(x) for finite x > 0, numbers below the smallest normal one taken for it: x = 2^n y with y within a
+// log(x) for finite x > 0; subnormal numbers count as the smallest normal one. x = 2^n y with y within a
 // factor sqrt(2) of 1, and log(y) = 2 artanh((y - 1) / (y + 1)).
 template <typename T>
 DML_INLINE T log_fast(T x) {
@@ -114,7 +112,7 @@ DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
-// The square root; its derivative at 0, which is infinite, counts as 0.
+// The square root. Dual numbers take its derivative at 0 as 0.
 template <typename T>
 DML_INLINE T root(T x) {
     return std::sqrt(x);

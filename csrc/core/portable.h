@@ -1,22 +1,22 @@
-// What lets one header serve the host compiler and nvcc.
+// Macros and functions that let one header serve the host compiler and nvcc.
 #pragma once
 
 #if defined(__CUDACC__)
 #define DML_INLINE __host__ __device__ __forceinline__
 #else
-// always_inline, not just inline: the CPU kernels compile these headers once per instruction set,
-// and an out-of-line copy made with AVX-512 must never be the one that the linker keeps for all.
+// always_inline: the CPU kernels compile these headers once per instruction set, and the linker must never
+// keep an out-of-line copy with AVX-512 instructions for all of them.
 #define DML_INLINE inline __attribute__((always_inline))
 #endif
 
-// Goes before a function of both sides that calls what it is given, which may be of either.
+// Before a __host__ __device__ function that calls its argument, which may be of either side.
 #if defined(__CUDACC__)
 #define DML_CALLS_EITHER _Pragma("nv_exec_check_disable")
 #else
 #define DML_CALLS_EITHER
 #endif
 
-// Unrolls the loop that follows, on the host; nvcc unrolls loops of known length by itself.
+// Unrolls the next loop on the host; nvcc unrolls loops of known length by itself.
 #if defined(__CUDACC__)
 #define DML_UNROLL(n)
 #else
@@ -26,9 +26,9 @@
 
 namespace dml {
 
-// a * b, rounded. A compiler may otherwise merge the product with a later subtraction into one fused
-// operation that does not round it; then logit - max, for the pair whose logit is the maximum, is no
-// longer 0 but the rounding error of a number in the hundreds, which the exponential makes visible.
+// a * b, rounded. Otherwise a compiler may fuse the product with a later subtraction. Then logit - max is not
+// 0 for the pair with the largest logit but the rounding error of a number in the hundreds, and the
+// exponential shows it.
 template <typename T>
 DML_INLINE T rounded_product(T a, T b) {
 #if defined(__CUDA_ARCH__)
@@ -38,7 +38,7 @@ DML_INLINE T rounded_product(T a, T b) {
         return __fmul_rn(a, b);
     }
 #else
-    return a * b;  // the CPU kernels store logits before they use them, which rounds them
+    return a * b;  // the CPU kernels round logits by storing them first (range_terms)
 #endif
 }
 

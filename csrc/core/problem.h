@@ -1,5 +1,4 @@
-// What a call of the loss is, without torch: the points, the formula and the options. The same description
-// serves both engines.
+// One call of a pair loss, without torch: the points, the formula and the options, for both engines.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +9,19 @@ namespace dml {
 
 enum class Scalar { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// Mean over rows (over kept pairs where the formula counts those), over those whose loss is not 0, by
-// rows that have a kept pair; the sum; or each row's own.
+// The mean over rows (or kept pairs, as the formula's kCount says), over rows or pairs with a loss other than
+// 0, or over rows with a kept pair; the sum; or the losses of the rows.
 enum class Reduction { kMean, kMeanNonzero, kMeanValid, kSum, kNone };
 
-// One side of the pairs. Rows may lie at any distance but are contiguous in themselves.
+// One side of the pairs.
 struct Points {
-    const void* data = nullptr;  // [count, dim]
-    int64_t stride = 0;          // from row to row, in elements
-    const int64_t* labels = nullptr;
+    const void* data = nullptr;       // [count, dim], each row contiguous
+    int64_t stride = 0;               // from row to row, in elements
+    const int64_t* labels = nullptr;  // [count]
     int64_t count = 0;
 };
 
-// s_ij = <x_i, y_j>, or with `euclidean` -|x_i - y_j|; of unit rows where `normalize`.
+// s_ij = <x_i, y_j>, or -|x_i - y_j| with `euclidean`; of rows scaled to unit length with `normalize`.
 struct Similarity {
     bool euclidean = false, normalize = true;
 };
@@ -36,8 +35,8 @@ struct Problem {
     Points queries, refs;  // refs are the queries where square
     bool square = true;
     const int64_t* self_index = nullptr;      // [N] the row of refs that is the same point as row i, or -1
-    bool mine_self_pair = true;               // whether mining sees that pair; the loss does not
-    const int64_t* num_valid_refs = nullptr;  // only so many of the first refs take part; null: all
+    bool mine_self_pair = true;               // whether mining sees that pair; the loss never does
+    const int64_t* num_valid_refs = nullptr;  // [1] how many of the first refs take part; null: all
     int64_t dim = 0;
     Scalar scalar = Scalar::kFloat32;
     FormulaId formula = {};

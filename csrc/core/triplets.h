@@ -1,6 +1,5 @@
-// What a triplet is worth, apart from the loops that visit them: which triplets count, their terms, and the
-// draw by distance. Distances d are negated similarities whatever the similarity. A column that is no
-// negative of the row has distance NaN, of which no comparison is true.
+// Triplet terms, ranges and sampling, without the loops over triplets. Distances d are negated similarities,
+// for any similarity. A column that is not a negative of the row has distance NaN: every comparison is false.
 #pragma once
 
 #include <cmath>
@@ -13,7 +12,7 @@ namespace dml {
 
 enum class TripletTerm { kHinge, kSoftplus, kMargin };
 
-// Which positives, or which negatives of a chosen positive, make triplets.
+// Which positives, or which negatives of a chosen positive, form triplets.
 enum class Selection { kAll, kHardest, kEasiest, kSemihard, kDrawn };
 
 inline constexpr int kTripletParams = 10;
@@ -44,7 +43,7 @@ struct TripletParams {
     DML_INLINE T violation(T d_pos, T d_neg) const { return (d_pos - d_neg) + margin; }
 };
 
-// Terms of a triplet by its violation, with their derivative. `counts`: whether it adds anything.
+// Terms of a triplet as functions of its violation. counts: whether the triplet adds to the loss or gradient.
 template <typename T>
 struct HingeTerm {
     static constexpr bool kSearchable = true;  // linear in the violation: runs of positives by prefix sums
@@ -63,7 +62,7 @@ struct SoftplusTerm {
     static DML_INLINE T value(T violation) { return softplus(violation); }
     static DML_INLINE T derivative(T violation) { return sigmoid(violation); }
 };
-// Only how many triplets a pair is in.
+// Counts the triplets of a pair.
 template <typename T>
 struct CountedTerm {
     static constexpr bool kSearchable = true;
@@ -73,7 +72,7 @@ struct CountedTerm {
     static DML_INLINE T derivative(T) { return T(1); }
 };
 
-// The pair terms of the margin loss; positive where they count.
+// The pair terms of the margin loss.
 template <typename T>
 struct MarginTerms {
     T beta, margin;
@@ -83,8 +82,8 @@ struct MarginTerms {
 
 // ---- runs of positives ------------------------------------------------------------------------------------
 //
-// The distances of a row's positives ascend. Those that a negative makes triplets with are one run [begin,
-// end), as each condition, rounded or not, only ever changes once along the row.
+// The distances of a row's positives ascend. The positives that form triplets with a negative are one run
+// [begin, end): each condition, rounded or not, changes only once along the row.
 
 template <typename T>
 struct FirstViolating {
@@ -116,15 +115,14 @@ DML_INLINE uint64_t mix_bits(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// The number in (0, 1) of draw k of row i.
+// The uniform number in (0, 1) for draw k of row i.
 DML_INLINE double uniform_draw(uint64_t seed, uint64_t i, uint64_t k) {
     const uint64_t x = mix_bits(mix_bits(seed + kGoldenGamma * (i + 1)) + kGoldenGamma * (k + 1));
     return (static_cast<double>(x >> 40) + 0.5) * 0x1p-24;
 }
 
-// -log of the density of distances on the unit sphere in `dim` dimensions, up to a constant, at d or the
-// cutoff (Wu et al., ICCV 2017). Where it is not finite, or d reaches the nonzero_cutoff, the weight is 0:
-// the result is -inf.
+// -log of the density of distances on the unit sphere in `dim` dimensions, up to a constant, at max(d,
+// cutoff) (Wu et al., ICCV 2017). -inf (weight 0) where it is not finite or d >= nonzero_cutoff.
 template <typename T>
 DML_INLINE T draw_log_weight(const TripletParams<T>& p, T d) {
     d = d < p.cutoff ? p.cutoff : d;

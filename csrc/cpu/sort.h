@@ -1,4 +1,4 @@
-// Sorting whole numbers on all threads, by digits, the same for any number of threads.
+// A parallel radix sort of integers.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@
 namespace dml::cpu {
 
 inline constexpr int kDigitBits = 11;
-// Keys that a task counts and moves; few pieces even of many keys, so that what stays serial is bounded.
+// Keys per task, and the most tasks, which bounds the serial part.
 inline constexpr int64_t kLeastPiece = 1 << 14, kMostPieces = 64;
 
-// Bits that numbers below `size` have.
+// The bits of numbers below `size`.
 inline int bits_of(int64_t size) {
     int bits = 0;
     while (bits < 62 && (int64_t(1) << bits) < size) ++bits;
@@ -37,9 +37,9 @@ inline void sort_keys(std::vector<uint64_t>& keys, int from, int to) {
             mine.fill(0);
             for (int64_t k = begin; k < end; ++k) ++mine[digit(keys[k])];
         });
-        int64_t place = 0;  // of a digit's first key, piece after piece
+        int64_t place = 0;  // of a digit's first key in a piece
         for (uint64_t d = 0; d <= mask; ++d) {
-            for (Counts& of : places) place += std::exchange(of[d], place);
+            for (Counts& counts : places) place += std::exchange(counts[d], place);
         }
         for_pieces(count, piece, 4 * count, [&](int64_t begin, int64_t end) {
             Counts& mine = places[begin / piece];

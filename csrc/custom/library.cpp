@@ -1,11 +1,11 @@
-// What a library of one formula of one's own shows (custom_formula.h). Compiled by dml_cuda.load_formula,
-// never into the package.
+// The exported function of a custom formula's library (library.h). dml_cuda.compile_loss compiles it; the
+// package does not contain it.
 #include "custom/library.h"
 
 namespace dml {
 
 namespace cpu {
-// The one instruction set that it is compiled for.
+// The kernels for the library's one instruction set.
 namespace DML_CUSTOM_ISA {
 template <typename T>
 const TileKernels<T>& kernels(FormulaId formula);

@@ -1,7 +1,7 @@
-// A formula that was compiled after the package, by dml_cuda.load_formula: what its library hands over.
+// The interface of a library that dml_cuda.compile_loss builds for one custom formula.
 //
-// The library is made of this package's sources with one formula in the list (custom.cpp, the tile kernels,
-// the CUDA engine), shares no symbol with it, and needs nothing of torch.
+// The library is compiled from this package's sources with that formula as the list of formulas (library.cpp,
+// the tile kernels, the CUDA engine). It shares no symbol with the package and does not use torch.
 #pragma once
 
 #include "core/problem.h"
@@ -13,7 +13,7 @@ namespace cuda {
 struct EntryPoints;
 }
 
-// The same numbers on both sides, if both were compiled from the same headers.
+// Equal in the package and the library if both were compiled from the same headers.
 inline constexpr int64_t kCustomFormulaLayout[] = {sizeof(cpu::TileKernels<float>), sizeof(cpu::Tile<double>),
                                                    sizeof(cpu::TileParts<float>), sizeof(Problem),
                                                    kMaxParams};
@@ -21,13 +21,13 @@ inline constexpr int64_t kCustomFormulaLayout[] = {sizeof(cpu::TileKernels<float
 struct CustomFormula {
     const int64_t* layout;
     const char* parameters;       // "alpha, beta = 50"
-    const char* instruction_set;  // of the CPU kernels
+    const char* instruction_set;  // that the CPU kernels are compiled for
     const cpu::TileKernels<float>* of_float;
     const cpu::TileKernels<double>* of_double;
-    const cuda::EntryPoints* cuda;  // null where nvcc did not compile it
+    const cuda::EntryPoints* cuda;  // null without CUDA kernels
 };
 
-// The one function that a library shows, by the name kCustomFormulaSymbol.
+// The one exported function, named kCustomFormulaSymbol.
 using CustomFormulaFunction = const CustomFormula* (*)();
 inline constexpr char kCustomFormulaSymbol[] = "dml_custom_formula";
 

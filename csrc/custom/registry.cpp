@@ -1,3 +1,4 @@
+// The registry of loaded custom formulas.
 #include "custom/registry.h"
 
 #include <dlfcn.h>
@@ -19,7 +20,7 @@ struct Entry {
     const CustomFormula* formula;
 };
 
-// Grows only, and an entry is complete before the count tells of it: so it is read without a lock.
+// Entries are only added, and complete before entry_count includes them, so readers need no lock.
 Entry entries[kMostLoaded];
 std::atomic<int> entry_count{0};
 std::mutex loading;
@@ -34,7 +35,7 @@ const CustomFormula* open(const std::string& path) {
         dlclose(library);
         throw std::runtime_error(path + " was not made from the sources of this dml_cuda");
     }
-    return formula;  // the library stays: who loaded a formula may use it to the end
+    return formula;  // the library stays open: its formula may be used until the process ends
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The formulas that this process has loaded (custom_formula.h). Their ids follow those of the list.
+// The custom formulas that this process has loaded. Their ids follow those of losses/list.h.
 #pragma once
 
 #include <string>
@@ -7,14 +7,14 @@
 
 namespace dml {
 
-// Null for a formula of the list.
+// Null for a formula of losses/list.h.
 const CustomFormula* custom_formula(FormulaId id);
 
-// Of the list or loaded; null for a name that is neither.
+// A formula of losses/list.h or a loaded one; null for an unknown name.
 const FormulaInfo* formula_named(std::string_view name);
 
-// Takes a formula out of a library, under a name. Throws std::runtime_error for a library that does not fit;
-// a name that is there already stays what it was.
+// Loads a formula from a library and registers it under a name; a registered name keeps its formula. Throws
+// std::runtime_error for a library of other sources.
 const FormulaInfo& load_formula(const std::string& path, const std::string& name);
 
 }  // namespace dml

@@ -4,9 +4,9 @@
 
 namespace dml {
 
-// Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, with hinges as
-// they are (not squared) and a margin for positives. A positive should be more similar than its level, a
-// negative less. On distances the levels are the negated margins.
+// Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, with hinges that
+// are not squared and a margin for positives. A positive should be more similar than pos_level, a negative
+// less than neg_level. On distances the levels are the negated margins.
 template <typename T>
 struct Contrastive : FormulaDefaults {
     static constexpr Accumulator kNeg = Accumulator::kSum, kPos = Accumulator::kSum;

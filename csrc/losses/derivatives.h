@@ -1,15 +1,15 @@
-// A formula with its derivatives, as the engines use it.
+// A formula with its derivatives, as the engines use it, and readable errors for an incomplete one.
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
 #include "losses/formula.h"
+#include "losses/needed_pairs.h"
 
 namespace dml {
 
-// ---- what a formula must have
-// ---------------------------------------------------------------------------------
+// ---- what a formula must have -----------------------------------------------------------------------------
 
 #define DML_HAS(Name, expression)                      \
     template <typename L, typename T, typename = void> \
@@ -33,7 +33,7 @@ struct FewParams : std::true_type {};
 template <typename Formula, typename T>
 struct FewParams<Formula, T, true> : std::bool_constant<count_names(Formula::kParams) <= kMaxParams> {};
 
-// Told in words, for who writes one.
+// Readable errors for loss authors.
 template <typename T, typename Formula>
 struct Complete {
     static_assert(
@@ -66,17 +66,21 @@ struct Complete {
 
 // ---- derivatives ------------------------------------------------------------------------------------------
 
-// A row's loss and its derivatives.
+// A row's loss, and its derivatives with respect to the values of the accumulators.
 template <typename T>
 struct RowDerivatives {
     T part[2] = {T(0), T(0)};
-    T d_neg = T(0), d_pos = T(0);  // of its part, with respect to the values of the accumulators
+    T d_neg = T(0), d_pos = T(0);  // of the last part by the negatives', of part 0 by the positives'
     T count[2] = {T(1), T(1)};
 };
 
 template <typename T, typename Formula>
 struct WithDerivatives : Formula {
     static_assert(Complete<T, Formula>::kYes, "");
+
+    static DML_INLINE constexpr NeededPairs needed_pairs() {
+        return {Formula::kNeedsPos, Formula::kNeedsNeg};
+    }
 
     DML_INLINE explicit WithDerivatives(const double* params) : Formula(params) {}
 
@@ -91,10 +95,10 @@ struct WithDerivatives : Formula {
         return T(0);
     }
 
-    // pos_context: its sum over the row's positives.
+    // pos_context: the sum of pos_context(s, ctx) over the row's positives.
     DML_INLINE RowDerivatives<T> row(const Gathered<T>& g, T pos_context) const {
         RowDerivatives<T> result;
-        if (lacks(g)) {
+        if (!needed_pairs().present(may_have_pos(g), may_have_neg(g))) {
             if (Formula::kCount == Count::kPairs) result.count[0] = result.count[1] = T(0);
             return result;
         }
@@ -122,13 +126,16 @@ struct WithDerivatives : Formula {
     static DML_INLINE Gathered<Dual<T>> dual(const Gathered<T>& g, T by_neg, T by_pos) {
         return {Dual<T>(g.neg, by_neg), Dual<T>(g.pos, by_pos), g.neg_count, g.pos_count};
     }
-    // Whether a pair is missing without which the formula has no loss, as far as a log-sum-exp tells.
-    static DML_INLINE bool lacks(const Gathered<T>& g) {
-        constexpr bool kNegTells =
+    // False where the value shows that no pair was kept: it is -inf, for log-sum-exps of one kind without
+    // the 1.
+    static DML_INLINE bool may_have_neg(const Gathered<T>& g) {
+        constexpr bool kShows =
             Formula::kNeg == Accumulator::kLogSumExp && !Formula::kPlusOne && !Formula::kPosInNeg;
-        constexpr bool kPosTells = Formula::kPos == Accumulator::kLogSumExp && !Formula::kPlusOne;
-        return (Formula::kNeedsNeg && kNegTells && is_empty(g.neg)) ||
-               (Formula::kNeedsPos && kPosTells && is_empty(g.pos));
+        return !(kShows && is_empty(g.neg));
+    }
+    static DML_INLINE bool may_have_pos(const Gathered<T>& g) {
+        constexpr bool kShows = Formula::kPos == Accumulator::kLogSumExp && !Formula::kPlusOne;
+        return !(kShows && is_empty(g.pos));
     }
 };
 

@@ -1,5 +1,5 @@
-// Numbers that carry their derivative, so that a formula states each formula once: what a formula makes of
-// (s, 1) is its value and its derivative at s. A derivative of which nothing is used costs nothing.
+// Dual numbers: a value and its derivative. A formula called with (s, 1) returns its value and its derivative
+// at s. Compilers remove derivatives that nothing uses.
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,7 @@ struct Dual {
         return {ratio, (a.derivative - ratio * b.derivative) / b.value};
     }
 
-    // With a constant, whose derivative of 0 a compiler must not leave out by itself: 0 * inf is not 0.
+    // With a constant: a compiler may not drop its derivative of 0 by itself, as 0 * inf is not 0.
     friend DML_INLINE Dual operator+(Dual a, T b) { return {a.value + b, a.derivative}; }
     friend DML_INLINE Dual operator+(T a, Dual b) { return {a + b.value, b.derivative}; }
     friend DML_INLINE Dual operator-(Dual a, T b) { return {a.value - b, a.derivative}; }
@@ -46,7 +46,7 @@ struct Dual {
     friend DML_INLINE bool operator>=(Dual a, Dual b) { return a.value >= b.value; }
 };
 
-// Plain<S>: T, be S a T or a Dual<T>.
+// Plain<T> and Plain<Dual<T>> are T.
 template <typename S>
 struct PlainOf {
     using Type = S;
@@ -67,7 +67,7 @@ DML_INLINE T derivative_of(Dual<T> x) {
     return x.derivative;
 }
 
-// x, which the gradient takes for a constant.
+// x, as a constant for the gradient.
 template <typename T>
 DML_INLINE T constant(T x) {
     return x;
@@ -77,7 +77,7 @@ DML_INLINE T constant(Dual<T> x) {
     return x.value;
 }
 
-// x, of whose derivative the gradient sees this share: 1, or 0 as constant(x).
+// x, with `share` of its derivative: 1 as x, 0 as constant(x).
 template <typename T>
 DML_INLINE T with_share_of_derivative(T x, T) {
     return x;

@@ -1,21 +1,30 @@
-// What a formula is: a loss as a function of the similarities of one row's kept pairs. The structs beside
-// this file each state one; nothing else in csrc knows a formula.
+// How to write a loss: the loss of one row as a formula of the similarities of its kept pairs.
 //
-// A row gathers its negatives in one accumulator and its positives in another (core/accumulators.h). For each
-// pair the formula gives
+// Each file beside this one is an example; start from multi_similarity.h. Nothing else in csrc knows a loss:
+// the engines choose the pairs (labels, mining), compute similarities, and call the formula.
 //
-//   neg_term(s)   what joins the accumulator: a logit of a log-sum-exp, a summand of a sum
-//   pos_term(s)   likewise for positives; where the formula declares kContext pos_term(s, ctx), with the
-//   value of
-//                 the row's negative accumulator as ctx
+// A row gathers the terms of its negatives in one accumulator and those of its positives in another:
 //
-// and, from both accumulators, row() gives the loss. Each is a template over the kind of number, T or Dual<T>
-// (dual.h), and derivatives.h makes the derivatives of it, as the *gradient* sees them: what a formula wraps
-// in constant(..) is held constant. No loop, no tile, no tensor. kParams names the parameters, in the order
-// in which the constructor finds them.
+//   Accumulator::kLogSumExp   log sum exp(term), or log(1 + sum exp(term)) with kPlusOne
+//   Accumulator::kSum         sum of terms, and a count
 //
-// Among the pairs of one kind a logit must be largest at their least or their greatest similarity (the CUDA
-// kernels look there for the largest).
+// A formula is a struct template over the scalar type T. It derives from FormulaDefaults and has
+//
+//   kParams                   "alpha, beta": the parameters' names, in the constructor's order
+//   Name(const double*)       the constructor from the parameters
+//   neg_term(s)               the term of a negative with similarity s
+//   pos_term(s)               the term of a positive with similarity s
+//   pos_term(s, ctx)          the same with kContext, where ctx is the value of the row's negative
+//                             accumulator
+//   row(gathered)             the loss of the row, from the values of both accumulators
+//
+// Each function is a template over the type of number, T or Dual<T> (dual.h). derivatives.h calls it with
+// dual numbers, so a formula states no derivative; constant(x) marks what the gradient treats as constant.
+// Use the functions of core/numeric.h (exp_fast, softplus, relu, root) and rounded_product for the product in
+// a logit.
+//
+// Among the pairs of one kind, the largest logit must be at the smallest or at the largest similarity: the
+// CUDA kernels look only there for the maximum.
 #pragma once
 
 #include <cmath>
@@ -28,19 +37,20 @@
 
 namespace dml {
 
-// What the parts of a loss are averaged over: rows, or the kept pairs of the rows.
+// What reduction "mean" divides a part of the loss by: the number of rows, or of kept pairs.
 enum class Count { kRows, kPairs };
 
-// A row's accumulators. A log-sum-exp is -inf where it is empty (0 with kPlusOne); counts are those of sums
-// only.
+// What row() gets. The value of an empty log-sum-exp is -inf (0 with kPlusOne): is_empty(x) tests for it. The
+// counts are those of sums, else 0.
 template <typename S>
 struct Gathered {
     S neg = S(0), pos = S(0);  // values of the accumulators
     Plain<S> neg_count = 0, pos_count = 0;
 };
 
-// What row() makes of them: part[k] / (sum of the rows' count[k]), summed over k, is the loss, where count
-// counts under reduction "mean". Positives belong to part 0, negatives to the last part.
+// What row() returns: one part, or two with kParts = 2. The loss of the batch is the sum over parts of
+// (sum over rows of part[k]) / (sum over rows of count[k]). Positives may only enter part 0, negatives only
+// the last part.
 template <typename S>
 struct RowLoss {
     S part[2] = {S(0), S(0)};
@@ -53,23 +63,32 @@ struct RowLoss {
         : part{first, second}, count{first_count, second_count} {}
 };
 
-// What most formulas are; a formula overrides what it is not.
+// What a formula declares. Override what differs.
 struct FormulaDefaults {
     static constexpr Accumulator kNeg = Accumulator::kLogSumExp, kPos = Accumulator::kLogSumExp;
-    static constexpr bool kPlusOne = false;  // log-sum-exps are log(1 + sum)
-    static constexpr bool kContext = false;  // terms of positives see the value of the negatives' accumulator
-    static constexpr bool kPosInNeg =
-        false;                             // kept positives join the negatives' accumulator too, by neg_term
-    static constexpr bool kHinge = false;  // where a summand is 0 its derivative is 0 too
-    static constexpr bool kNeedsPos = false;  // a row without positives has no loss
-    static constexpr bool kNeedsNeg = false;  // a row without negatives has no loss
+
+    // Both log-sum-exps are log(1 + sum).
+    static constexpr bool kPlusOne = false;
+
+    // pos_term sees the value of the negatives' accumulator. Needs kPos = kSum, one part, no kPosInNeg.
+    static constexpr bool kContext = false;
+
+    // Positives also join the negatives' accumulator, with neg_term. Needs kNeg = kLogSumExp.
+    static constexpr bool kPosInNeg = false;
+
+    // Where a summand is 0, so is its derivative: backward skips tiles of such pairs.
+    static constexpr bool kHinge = false;
+
+    // A row without positives, without negatives, has no loss.
+    static constexpr bool kNeedsPos = false, kNeedsNeg = false;
+
     static constexpr Count kCount = Count::kRows;
     static constexpr int kParts = 1;
 };
 
 inline constexpr int kMaxParams = 8;
 
-// How many names "a, b, c" holds.
+// The number of names in "a, b, c".
 constexpr int count_names(std::string_view names) {
     int count = names.empty() ? 0 : 1;
     for (const char c : names) count += c == ',';

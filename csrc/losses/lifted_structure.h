@@ -5,7 +5,7 @@
 namespace dml {
 
 // Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017, equation 9: the
-// generalised form of Oh Song et al.'s lifted structure, one logit a pair. An empty sum adds nothing.
+// generalised form of Oh Song et al.'s lifted structure. An empty sum adds nothing.
 template <typename T>
 struct LiftedStructure : FormulaDefaults {
     static constexpr const char* kParams = "neg_level, pos_level";

@@ -1,7 +1,6 @@
-// The list of formulas. From it come the names that ops take, the number of their parameters, the tables of
-// CPU kernels, the switch of the CUDA kernels, and what Python and the emulator know. To add a loss, write
-// its struct in losses/ and add one line here. Where a formula is compiled on demand (dml_cuda.load_formula)
-// the list is that formula alone.
+// The list of formulas. The ops' names, parameter counts, CPU kernel tables, the switch of the CUDA kernels,
+// and the lists of Python and the emulator follow from it. To add a loss, write its struct in losses/ and add
+// one line here. A library made by dml_cuda.compile_loss has that one formula as its list.
 #pragma once
 
 #include <string_view>
@@ -9,7 +8,7 @@
 #include "losses/derivatives.h"
 
 #if defined(DML_CUSTOM_FORMULA)
-#include <custom_formula.h>  // written by dml_cuda.load_formula: the formula, and DML_FORMULAS
+#include <custom_formula.h>  // written by dml_cuda.compile_loss: the formula, and DML_FORMULAS
 #else
 
 #include "losses/binomial_deviance.h"
@@ -44,14 +43,14 @@ enum class FormulaId : int {
 #undef DML_ID
 };
 
-// A formula as a value, so that a generic lambda can be handed one.
+// A formula as a value, the argument of a generic lambda.
 template <template <typename> class Formula>
 struct FormulaTag {
     template <typename T>
     using Of = WithDerivatives<T, Formula<T>>;
 };
 
-// visit(FormulaTag<..>) of the formula: one branch, uniform where the formula is the same for all.
+// visit(FormulaTag<..>) for the formula: one branch.
 DML_CALLS_EITHER
 template <typename Visit>
 DML_INLINE auto with_formula(FormulaId formula, const Visit& visit) {

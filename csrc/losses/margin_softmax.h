@@ -4,15 +4,15 @@
 
 namespace dml {
 
-// Softmax over classes with a margin for the row's own: the loss is softplus(lse_neg - scale psi(s_pos)) with
-//   psi(cos theta) = cos(theta + angle) - margin,
-// beyond theta = pi - angle cos theta - angle sin(angle) - margin, so that it goes on falling. Normalised
-// softmax (Zhai & Wu, BMVC 2019) and ProxyNCA (Movshovitz-Attias et al., ICCV 2017) have neither margin,
-// CosFace (Wang et al., CVPR 2018) the margin, ArcFace (Deng et al., CVPR 2019) the angle. The parameters are
-// cos(angle) and sin(angle), with the angle in [0, pi].
+// Softmax over classes with a margin for the row's class: softplus(lse_neg - scale psi(s_pos)) with
+//   psi(cos theta) = cos(theta + angle) - margin                    for theta <= pi - angle
+//                    cos(theta) - angle sin(angle) - margin         beyond, where it keeps falling
+// Normalised softmax (Zhai & Wu, BMVC 2019) and ProxyNCA (Movshovitz-Attias et al., ICCV 2017) have neither
+// margin nor angle, CosFace (Wang et al., CVPR 2018) has the margin, ArcFace (Deng et al., CVPR 2019) the
+// angle. The parameters are cos(angle) and sin(angle), with the angle in [0, pi].
 template <typename T>
 struct MarginSoftmax : FormulaDefaults {
-    static constexpr bool kNeedsPos = true, kNeedsNeg = true;  // a row of no class, or of the only one, has 0
+    static constexpr bool kNeedsPos = true, kNeedsNeg = true;
     static constexpr const char* kParams = "scale, margin, cosine, sine";
 
     T scale, margin, cosine, sine, shift;
@@ -28,8 +28,9 @@ struct MarginSoftmax : FormulaDefaults {
     DML_INLINE S neg_term(S s) const {
         return rounded_product(scale, s);
     }
-    // At theta = 0 the derivative is infinite, but what it is multiplied with, the part of the class's weight
-    // across the row, is 0: there it counts as 0, as that of root does.
+    // At theta = 0 the derivative of psi is infinite, but the gradient multiplies it with the part of the
+    // class weight orthogonal to the row, which is 0. root takes its derivative as 0 there, which gives that
+    // 0.
     template <typename S>
     DML_INLINE S pos_term(S s) const {
         const S sine_of_s = root(relu((T(1) - s) * (T(1) + s)));

@@ -7,8 +7,8 @@ namespace dml {
 // Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NeurIPS 2016; van den Oord et
 // al., "Representation Learning with Contrastive Predictive Coding", 2018; Chen et al., "A Simple Framework
 // for Contrastive Learning of Visual Representations", ICML 2020:
-// for each positive pair -log(exp(s_p / t) / (exp(s_p / t) + sum_N exp(s_n / t))) = softplus(lse_neg - s_p /
-// t).
+// for each positive pair
+//   -log(exp(s_p / t) / (exp(s_p / t) + sum_N exp(s_n / t))) = softplus(lse_neg - s_p / t).
 template <typename T>
 struct NTXent : FormulaDefaults {
     static constexpr Accumulator kPos = Accumulator::kSum;

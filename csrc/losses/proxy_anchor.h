@@ -24,11 +24,11 @@ struct ProxyAnchor : FormulaDefaults {
     DML_INLINE S pos_term(S s) const {
         return rounded_product(-alpha, s - margin);
     }
-    // The 1 of log(1 + sum) joins here and not in the accumulators, which so tell whether there was a pair.
+    // The 1 of log(1 + sum) joins here, so that an accumulator without pairs stays recognisable.
     template <typename S>
     DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
-        const bool some_pos = !is_empty(g.pos), some_neg = !is_empty(g.neg);
-        return {some_pos ? softplus(g.pos) : S(0), T(some_pos), some_neg ? softplus(g.neg) : S(0), T(1)};
+        const bool any_pos = !is_empty(g.pos), any_neg = !is_empty(g.neg);
+        return {any_pos ? softplus(g.pos) : S(0), T(any_pos), any_neg ? softplus(g.neg) : S(0), T(1)};
     }
 };
 

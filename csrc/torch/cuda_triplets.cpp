@@ -103,17 +103,17 @@ class Similarities {
             Tensor s = memory.narrow(0, 0, count);
             const Tensor x = rows.rows.narrow(0, first, count);
             at::mm_out(s, x, cols.rows.t());
-            const TripletStrip<T> strip = {s.data_ptr<T>(),
-                                           count,
-                                           m,
-                                           m,
-                                           first,
-                                           pointer(members_),
-                                           pointer(begin_),
-                                           pointer(end_),
-                                           pointer(own_),
-                                           square,
-                                           pointer(num_valid_refs_)};
+            const TripletRowBlock<T> strip = {s.data_ptr<T>(),
+                                              count,
+                                              m,
+                                              m,
+                                              first,
+                                              pointer(members_),
+                                              pointer(begin_),
+                                              pointer(end_),
+                                              pointer(own_),
+                                              square,
+                                              pointer(num_valid_refs_)};
             if (how.euclidean) {
                 make_distances(strip, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
                                cols.rows.const_data_ptr<T>(), cols.squares.const_data_ptr<T>(),
@@ -158,7 +158,8 @@ LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, co
     const bool sum_weights = save && of.how.euclidean && !of.how.normalize;
     Tensor row_weights = at::zeros({sum_weights ? of.n : 0}, options);
     Tensor col_weights = of.square ? row_weights : at::zeros({sum_weights && for_refs ? of.m : 0}, options);
-    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletStrip<T>& strip, void* workspace) {
+    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletRowBlock<T>& strip,
+                             void* workspace) {
         triplet_rows(strip, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr, sums.data_ptr<T>(),
                      counts.data_ptr<int64_t>(), grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr,
                      workspace, c10::cuda::getCurrentCUDAStream());
@@ -202,7 +203,7 @@ LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, cons
 template <typename T>
 void select_of(const Similarities& of, const TripletRules& rules, const SelectedPairs& pairs, Tensor& column,
                Tensor& similarity) {
-    of.for_each_strip<T>([&](int64_t, const Tensor&, const TripletStrip<T>& strip, void* workspace) {
+    of.for_each_strip<T>([&](int64_t, const Tensor&, const TripletRowBlock<T>& strip, void* workspace) {
         select_rows(strip, rules, pairs, column.data_ptr<int64_t>(), similarity.data_ptr<T>(), workspace,
                     c10::cuda::getCurrentCUDAStream());
     });

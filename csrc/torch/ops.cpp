@@ -3,15 +3,9 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
-#include <chrono>
-#include <mutex>
-#include <set>
-#include <thread>
-
 #include "cpu/kernels/tile_kernels.h"
 #include "cpu/pairs/formula_ops.h"
 #include "cpu/pairs/ring.h"
-#include "cpu/tasks.h"
 #include "custom/registry.h"
 #include "torch/fast_path.h"
 #include "torch/precision.h"
@@ -58,26 +52,6 @@ TORCH_LIBRARY(dml_cuda, m) {
         "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
 }
 
-// The tasks of what runs between start_task_log and end_task_log, on one thread: (threads, seconds of each).
-static dml::cpu::TaskLog task_log;
-
-// How many threads take tasks that wait for each other, a second at most.
-static int64_t count_threads() {
-    const int64_t threads = dml::cpu::thread_count();
-    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
-    std::mutex mutex;
-    std::set<std::thread::id> seen;
-    const auto all_here = [&] {
-        const std::lock_guard<std::mutex> lock(mutex);
-        seen.insert(std::this_thread::get_id());
-        return static_cast<int64_t>(seen.size()) == threads;
-    };
-    dml::cpu::for_tasks(threads, threads * dml::cpu::kTaskWork, [&](int64_t) {
-        while (!all_here() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
-    });
-    return static_cast<int64_t>(seen.size());
-}
-
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled kernels of dml_cuda; importing it registers torch.ops.dml_cuda.";
     m.attr("version") = DML_VERSION;
@@ -104,20 +78,4 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_instruction_set", &dml::cpu::instruction_set, "The instruction set in use.");
     m.def("set_cpu_instruction_set", &dml::cpu::set_instruction_set, "Choose one, to test or compare.",
           pybind11::arg("name"));
-    m.def("count_threads", &count_threads,
-          "How many threads the CPU kernels really share their tasks among.");
-    m.def(
-        "start_task_log",
-        [](int64_t threads) {
-            task_log = {threads, {}};
-            dml::cpu::TaskLog::current() = &task_log;
-        },
-        "Run tasks one after another and note their times, cut as for so many threads; for one thread alone.",
-        pybind11::arg("threads"));
-    m.def("end_task_log", [] {
-        dml::cpu::TaskLog::current() = nullptr;
-        std::vector<std::pair<int64_t, std::vector<double>>> regions;
-        for (const auto& region : task_log.regions) regions.emplace_back(region.threads, region.tasks);
-        return regions;
-    });
 }

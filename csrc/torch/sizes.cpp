@@ -12,7 +12,7 @@
 
 #include "cpu/pairs/layout.h"
 #include "cpu/pairs/ring.h"
-#include "cuda/pairs/saved_layout.h"
+#include "cuda/pairs/saved_sizes.h"
 
 namespace dml {
 namespace {
@@ -24,13 +24,13 @@ bool is_cuda(const std::string& device) { return device == "cuda"; }
 SymInt saved_bytes(const std::string& device, const SymInt& n, const SymInt& m, const SymInt& dim,
                    bool square, int64_t itemsize, bool save_for_backward) {
     if (is_cuda(device))
-        return cuda::SavedLayout<SymInt>(n, m, dim, square, itemsize, save_for_backward).bytes;
+        return cuda::SavedSizes<SymInt>(n, m, dim, square, itemsize, save_for_backward).bytes;
     return cpu::Layout<SymInt>(n, m, square, itemsize, save_for_backward).bytes;
 }
 
 std::vector<SymInt> ring_state_shape(const std::string& device, const SymInt& n) {
     if (is_cuda(device)) return {cuda::state_numbers(n)};
-    return {SymInt(cpu::kRingState), n};
+    return {SymInt(cpu::kStateNumbers), n};
 }
 
 std::vector<SymInt> ring_weights_shape(const std::string& device, const SymInt& n) {

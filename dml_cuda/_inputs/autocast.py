@@ -1,10 +1,10 @@
-"""What the losses do under autocast: they compute in full precision, and give float32."""
+"""Autocast: the losses compute in full precision and return float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# Asked once: torch.compile of PyTorch 2.11 cannot follow the question.
+# Evaluated at import: torch.compile of PyTorch 2.11 cannot trace is_autocast_available.
 _DEVICES = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
 )
@@ -15,5 +15,5 @@ def is_on(device: torch.device) -> bool:
 
 
 def off(device: torch.device) -> AbstractContextManager:
-    """A context without autocast, which would round similarities to its type."""
+    """A context that disables autocast, which would round similarities to its dtype."""
     return torch.autocast(device.type, enabled=False) if is_on(device) else nullcontext()

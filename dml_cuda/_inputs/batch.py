@@ -1,11 +1,12 @@
-"""A batch: its rows and columns, and which of their pairs count."""
+"""A validated batch: rows, columns, and which of their pairs count."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..miners.mined_pairs import Mined, MinedPairs
+from ..miners.mined import Mined
+from ..miners.mined_pairs import MinedPairs
 from . import autocast as _autocast
 from .checks import check_batch, check_points
 from .indices import listed_pairs
@@ -18,15 +19,15 @@ class Batch(NamedTuple):
     labels: Tensor | None  # [N]
     ref_emb: Tensor | None  # [M, D]
     ref_labels: Tensor | None = None  # [M]
-    self_index: Tensor | None = None  # as reference.pair_loss has them
-    num_valid_refs: Tensor | None = None
+    self_index: Tensor | None = None  # [N] int64, as in reference.pair_loss
+    num_valid_refs: Tensor | None = None  # int64 scalar
     epsilon: float | None = None
     mine_self_pair: bool = True
-    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # listed pairs, instead of labels
 
 
 def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Under autocast points of a layer meet points in full precision: both then take the wider type."""
+    """Promotes both to the wider dtype under autocast, where a layer's output meets full precision."""
     if not isinstance(ref_emb, Tensor) or not isinstance(embeddings, Tensor):
         return embeddings, ref_emb
     if embeddings.dtype == ref_emb.dtype or not _autocast.is_on(embeddings.device):
@@ -40,7 +41,8 @@ def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tens
 def check_mined(
     mined: Mined, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, check_pairs: bool
 ) -> None:
-    """Pairs of another batch can be told by its size, and by its labels if those may be looked at."""
+    """Raises ValueError for pairs of another batch, recognised by its size, and with ``check_pairs`` (which
+    synchronises) by its labels."""
     for name, mined_from, points in (
         ("embeddings", mined.embeddings, embeddings),
         ("ref_emb", mined.ref_emb, ref_emb),
@@ -53,11 +55,13 @@ def check_mined(
                 f"{was or 'no'} rows of {name} where there are {now or 'none'}"
             )
     if check_pairs and labels is not None and not torch.equal(labels.to(mined.labels), mined.labels):
-        raise ValueError("indices_tuple: expected pairs mined from this batch, got pairs of other labels")
+        raise ValueError(
+            "indices_tuple: expected pairs mined from this batch, got pairs mined with other labels"
+        )
 
 
 def to_save(x: Tensor | None) -> Tensor | None:
-    """What autograd may keep for backward: a copy of a tensor made in inference mode."""
+    """A tensor that autograd may save: a copy of one that was made in inference mode."""
     if x is None or torch.compiler.is_compiling():
         return x
     if not x.is_inference() or torch.is_inference_mode_enabled():
@@ -76,8 +80,8 @@ def make_batch(
     similarity: str,
     check_pairs: bool,
 ) -> Batch:
-    """Which pairs of a batch count; raises TypeError or ValueError for one that cannot be."""
-    given = embeddings, ref_emb
+    """Validates a batch and finds which of its pairs count. Raises TypeError or ValueError."""
+    points = embeddings, ref_emb  # as mined: not promoted
     if ref_emb is not None:
         embeddings, ref_emb = same_dtype(embeddings, ref_emb)
     if indices_tuple is None:
@@ -91,14 +95,13 @@ def make_batch(
     pairs = mined if isinstance(mined, MinedPairs) else None
     if epsilon is not None and (pairs is None or pairs.epsilon not in (None, epsilon)):
         raise ValueError(
-            f"epsilon: expected None where the pairs are given by indices_tuple, got {epsilon}: it mines "
-            "inside the loss"
+            f"epsilon: expected None with indices_tuple, since epsilon mines inside the loss; got {epsilon}"
         )
     if mined is not None:
         check_mined(mined, embeddings, labels, ref_emb, check_pairs)
     if pairs is not None:
         rule = epsilon if pairs.epsilon is None else pairs.epsilon
-        if (rule is None or pairs.similarity == similarity) and pairs.rules(*given):
+        if (rule is None or pairs.similarity == similarity) and pairs.rule_applies(*points):
             batch = (
                 embeddings,
                 pairs.labels,
@@ -109,7 +112,7 @@ def make_batch(
             )
             return Batch(*map(to_save, batch), epsilon=rule)
     listed = mined is None or mined.only_lists
-    look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
-    checks = {"check_range": listed and look, "check_kinds": listed and check_pairs}
+    can_read = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()  # without synchronising
+    checks = {"check_range": listed and (check_pairs or can_read), "check_kinds": listed and check_pairs}
     indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
     return Batch(to_save(embeddings), None, to_save(ref_emb), indices=indices)

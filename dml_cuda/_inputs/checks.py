@@ -1,4 +1,4 @@
-"""Checks of what callers pass: each error names the argument, what was expected and what came."""
+"""Argument checks. Every error names the argument, what was expected and what was passed."""
 
 import sys
 from numbers import Integral, Real
@@ -42,7 +42,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """A finite number. By comparisons, which torch.compile can follow for a number not yet known."""
+    """A finite number. Uses comparisons, which torch.compile can trace for symbolic numbers."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -sys.float_info.max <= value <= sys.float_info.max:
@@ -97,16 +97,16 @@ def check_points(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     dim, dtype, device = embeddings.shape[1], embeddings.dtype, embeddings.device
     if ref_emb.shape[1] != dim:
         raise ValueError(f"ref_emb: expected {dim} columns as embeddings have, got {ref_emb.shape[1]}")
-    if ref_emb.dtype != dtype and not _autocast.is_on(device):  # there the wider of the two is computed in
+    if ref_emb.dtype != dtype and not _autocast.is_on(device):  # which promotes to the wider
         raise TypeError(f"ref_emb: expected {dtype} as embeddings have, got {ref_emb.dtype}")
     if ref_emb.device != device:
-        raise ValueError(f"ref_emb: expected on {device} as embeddings are, got on {ref_emb.device}")
+        raise ValueError(f"ref_emb: expected device {device} as embeddings have, got {ref_emb.device}")
 
 
 def check_batch(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Raises TypeError or ValueError for a batch that cannot be; returns its labels on its device."""
+    """Raises TypeError or ValueError for an invalid batch; returns its labels on its device."""
     check_points(embeddings, ref_emb)
     _check_labels("labels", labels, "embeddings", embeddings)
     if labels.device != embeddings.device:

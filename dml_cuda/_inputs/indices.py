@@ -1,4 +1,4 @@
-"""Pairs and triplets as lists of indices, the way pytorch-metric-learning's miners give them."""
+"""Pairs and triplets as index tensors, in the format of pytorch-metric-learning's miners."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,13 +17,13 @@ def _check_list(name: str, index: object) -> None:
         raise ValueError(f"indices_tuple: {name}: expected one dimension, got shape {list(index.shape)}")
 
 
-def _check_range(name: str, index: Tensor, rows: int, of: str) -> None:
+def _check_range(name: str, index: Tensor, rows: int, points: str) -> None:
     if index.numel() == 0:
         return
     least, most = int(index.min()), int(index.max())
     if least < 0 or most >= rows:
         got = least if least < 0 else most
-        raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {of}, got {got}")
+        raise ValueError(f"indices_tuple: {name}: expected indices of the {rows} rows of {points}, got {got}")
 
 
 def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
@@ -39,9 +39,9 @@ def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
 def listed_indices(
     indices_tuple: object, embeddings: Tensor, ref_emb: Tensor | None, *, check_range: bool
 ) -> tuple[Tensor, ...]:
-    """The lists of triplets (3) or pairs (4), int64 beside the embeddings.
+    """Index tensors of triplets (3) or pairs (4), int64, on the device of the embeddings.
 
-    ``check_range`` looks at the indices, for which a GPU must be waited for.
+    ``check_range`` raises ValueError for an index out of range; it synchronises with a GPU.
     """
     if not isinstance(indices_tuple, Sequence | Iterable):
         raise TypeError(
@@ -64,16 +64,16 @@ def listed_indices(
     for a, b in equal:
         if indices[a].shape != indices[b].shape:
             raise ValueError(
-                f"indices_tuple: {names[b]}: expected as many as {names[a]}, {indices[a].shape[0]}; got "
-                f"{indices[b].shape[0]}"
+                f"indices_tuple: {names[b]}: expected {indices[a].shape[0]} indices, as many as {names[a]}; "
+                f"got {indices[b].shape[0]}"
             )
     if check_range:
-        columns, of = (embeddings, "embeddings") if ref_emb is None else (ref_emb, "ref_emb")
+        columns, points = (embeddings, "embeddings") if ref_emb is None else (ref_emb, "ref_emb")
         for name, index in zip(names, indices, strict=True):
             if name.endswith("anchors"):
                 _check_range(name, index, embeddings.shape[0], "embeddings")
             else:
-                _check_range(name, index, columns.shape[0], of)
+                _check_range(name, index, columns.shape[0], points)
     return tuple(index.to(embeddings.device, torch.long).contiguous() for index in indices)
 
 
@@ -85,9 +85,9 @@ def listed_pairs(
     check_range: bool,
     check_kinds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors, positives, anchors, negatives from pairs or triplets, as :func:`listed_indices` gives them.
+    """Anchors, positives, anchors, negatives of pairs or triplets; see :func:`listed_indices`.
 
-    ``check_kinds``, that no pair is listed as both, looks at the indices too.
+    ``check_kinds`` raises ValueError for a pair that is listed as positive and as negative; it synchronises.
     """
     indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=check_range)
     pairs = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])

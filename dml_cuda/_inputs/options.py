@@ -1,4 +1,4 @@
-"""The options that all pair losses share: declared, documented and checked here."""
+"""The options that all pair losses share: declared, documented and checked."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,29 +19,31 @@ from .checks import (
 
 
 class PairOptions(TypedDict, total=False):
-    """The options that all pair losses share; those left out are the loss's defaults.
+    """The options that all pair losses share. Each loss documents its defaults.
 
     Attributes:
         epsilon: the margin of multi-similarity mining, or ``None`` (the default) to use every pair. A
             positive is kept when ``s - epsilon < max(negatives of the row)``, a negative when
-            ``s + epsilon > min(positives of the row)``; a row without either keeps nothing. The paper of
-            multi-similarity loss uses 0.1.
-        similarity: ``"cosine"``; ``"dot"``, the inner product; or ``"euclidean"``, the distance with its sign
-            turned, ``s = -|x - y|``, so that every formula reads the same. Margins, and ``base``, are then
-            distances. The gradient of a distance of 0 is 0.
-        normalize_embeddings: whether rows are divided by their length first. ``None`` (the default) is what
-            the similarity says: yes for ``"cosine"`` and ``"euclidean"``, no for ``"dot"``. ``False`` with
-            ``"euclidean"`` measures distances between the rows as they come; ``"cosine"`` without it is
-            ``"dot"``, and ``"dot"`` with it ``"cosine"``.
-        reduction: of a loss whose unit is the row, ``"mean"`` over the N rows, ``"mean_nonzero"`` over rows
-            whose loss is not 0, ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all
-            ``[N]``. A loss whose unit is the pair (it says so) averages over kept pairs instead: ``"mean"``
-            and ``"mean_valid"`` over all of them, ``"mean_nonzero"`` over those whose loss is not 0;
-            ``"none"`` gives each row's sum over its pairs.
-        backend: ``"auto"`` (the default) uses the fused kernel where there is one for the device; ``"fused"``
-            insists on it; ``"reference"`` is plain PyTorch, which has second derivatives.
-        check_pairs: look at the indices of listed pairs on a GPU too, which waits for it (without that an
-            index out of range gives NaN there), and at the labels of mined pairs. ``False`` by default.
+            ``s + epsilon > min(positives of the row)``; a row without positives or without negatives keeps
+            nothing. The paper of the multi-similarity loss uses 0.1.
+        similarity: ``"cosine"``; ``"dot"``, the inner product; or ``"euclidean"``, the negated distance
+            ``s = -|x - y|``, with which the formulas stay the same. Margins and ``base`` are then distances.
+            The gradient at distance 0 is 0.
+        normalize_embeddings: whether rows are divided by their L2 norm first. ``None`` (the default) depends
+            on the similarity: yes for ``"cosine"`` and ``"euclidean"``, no for ``"dot"``. ``False`` with
+            ``"euclidean"`` measures distances between the rows as they are; ``"cosine"`` with ``False`` is
+            ``"dot"``, and ``"dot"`` with ``True`` is ``"cosine"``.
+        reduction: ``"mean"`` over the N rows, ``"mean_nonzero"`` over rows whose loss is not 0,
+            ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all ``[N]``. Pair-level
+            losses (their documentation says so) average over kept pairs instead: ``"mean"`` and
+            ``"mean_valid"`` over all, ``"mean_nonzero"`` over those whose loss is not 0; ``"none"`` gives
+            each row's sum over its pairs.
+        backend: ``"auto"`` (the default) uses the fused kernel if the device has one; ``"fused"`` raises
+            RuntimeError otherwise; ``"reference"`` runs the plain PyTorch implementation, which has second
+            derivatives.
+        check_pairs: also check listed pairs on a GPU, which synchronises (without it an index out of range
+            gives NaN there), and compare the labels of mined pairs with those of the batch. ``False`` by
+            default.
     """
 
     epsilon: float | None
@@ -56,7 +58,7 @@ NAMES = tuple(PairOptions.__annotations__)
 
 
 class Options(NamedTuple):
-    """The shared options, checked, none left out."""
+    """All shared options, validated."""
 
     epsilon: float | None
     similarity: str
@@ -67,7 +69,7 @@ class Options(NamedTuple):
 
     @property
     def measure(self) -> str:
-        """The similarity as the ops name it."""
+        """The similarity as the ops name it; see :func:`measure`."""
         return measure(self.similarity, self.normalize_embeddings)
 
 
@@ -81,7 +83,7 @@ def measure(similarity: str, normalize_embeddings: bool | None) -> str:
 
 
 def check_options(options: Mapping[str, object], *, similarity: str, reduction: str) -> Options:
-    """The options with a loss's defaults. Raises TypeError or ValueError for one that cannot be."""
+    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
     for name in options:
         if name not in NAMES:
             raise TypeError(f"{name}: expected one of the options {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Triplets drawn uniformly, so many for each anchor."""
+"""Triplets drawn uniformly, a fixed number for each anchor."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from .._ops.triplets import Rows
 def random_triplets(rows: Rows, per_anchor: int) -> Triplets:
     """``per_anchor`` triplets for each row, positive and negative drawn uniformly and independently.
 
-    By torch's generator, in O((N + M) log M + triplets): the columns of a class are a run of the columns in
-    the order of their labels. Waits for nothing; a row without a positive or a negative has triplets that are
-    not ``there``.
+    Uses torch's generator and O((N + M) log M + triplets) time: sorted by label, the columns of a class are
+    contiguous. Does not synchronise. The triplets of a row without a positive or a negative are marked as
+    absent.
     """
     labels, columns = rows.labels.long(), rows.labels if rows.ref_labels is None else rows.ref_labels
     n, m, device = len(labels), len(columns), labels.device
@@ -21,31 +21,32 @@ def random_triplets(rows: Rows, per_anchor: int) -> Triplets:
         none = torch.zeros_like(anchors)
         return Triplets(anchors, none, none, none.bool())
     count = torch.full((), m, device=device) if rows.num_valid_refs is None else rows.num_valid_refs.view(())
-    at = torch.arange(m, device=device)
+    index = torch.arange(m, device=device)
     by_label, order = torch.sort(columns.long(), stable=True)
-    if rows.num_valid_refs is not None:  # the others after all that exist
+    if rows.num_valid_refs is not None:  # invalid columns last
         order = order[torch.sort((order >= count).long(), stable=True).indices]
         last = by_label.new_full((), torch.iinfo(torch.long).max)
-        by_label = torch.where(at < count, columns.long()[order], last)
+        by_label = torch.where(index < count, columns.long()[order], last)
     begin, end = (torch.searchsorted(by_label, labels, right=side) for side in (False, True))
     end = torch.minimum(end, count)
-    own = at[:n] if rows.ref_emb is None else rows.self_index
-    if own is None:
-        place = torch.full_like(begin, -1)
-    else:  # its place among the columns in that order
-        place = torch.empty_like(order).index_copy(0, order, at)[own.clamp(min=0)]
-        place = torch.where((own >= 0) & (place >= begin) & (place < end), place, -1)
-    positives, negatives = end - begin - (place >= 0).long(), count - (end - begin)
+    self_index = index[:n] if rows.ref_emb is None else rows.self_index
+    if self_index is None:
+        self_rank = torch.full_like(begin, -1)
+    else:  # the rank of the row's own column in that order, -1 if it is not among its positives
+        self_rank = torch.empty_like(order).index_copy(0, order, index)[self_index.clamp(min=0)]
+        is_positive = (self_index >= 0) & (self_rank >= begin) & (self_rank < end)
+        self_rank = torch.where(is_positive, self_rank, -1)
+    positives, negatives = end - begin - (self_rank >= 0).long(), count - (end - begin)
 
-    def draw(among: Tensor) -> Tensor:
-        """``[N, K]`` a number below ``among`` ``[N]``."""
-        drawn = torch.rand(n, per_anchor, dtype=torch.float64, device=device) * among[:, None]
+    def draw(limit: Tensor) -> Tensor:
+        """``[N, K]`` integers below ``limit`` ``[N]``."""
+        drawn = torch.rand(n, per_anchor, dtype=torch.float64, device=device) * limit[:, None]
         return drawn.long()
 
     p = begin[:, None] + draw(positives)
-    p = p + ((place >= 0)[:, None] & (p >= place[:, None])).long()
+    p = p + ((self_rank >= 0)[:, None] & (p >= self_rank[:, None])).long()  # skips the row itself
     q = draw(negatives)
     q = torch.where(q >= begin[:, None], q + (end - begin)[:, None], q)
-    there = ((positives > 0) & (negatives > 0)).repeat_interleave(per_anchor, output_size=n * per_anchor)
-    p, q = (order[index.flatten().clamp(0, m - 1)] for index in (p, q))
-    return Triplets(anchors, p, q, there)
+    exists = ((positives > 0) & (negatives > 0)).repeat_interleave(per_anchor, output_size=n * per_anchor)
+    p, q = (order[ranks.flatten().clamp(0, m - 1)] for ranks in (p, q))
+    return Triplets(anchors, p, q, exists)

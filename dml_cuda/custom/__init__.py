@@ -1,4 +1,8 @@
-"""Formulas of one's own: a loss from its formula, with the kernels of the package."""
+"""Custom losses: a formula in C++, compiled into the kernels of the package.
+
+``compile_loss`` and ``check_loss`` are exported by ``dml_cuda`` too. ``Formula``, ``Pairs``, ``Part`` and
+``softplus`` are what a reference in PyTorch is written with.
+"""
 
 import inspect
 import os
@@ -9,18 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 from .. import _C
 from .._inputs.checks import check_number
 from .._inputs.options import NAMES
-from ..losses._formula import Formula
+from ..losses._formula import Formula, Pairs, Part, softplus
 from ..losses._pair import PairLoss, option
 from . import build
 from .check import check_loss
 from .formula import CompiledFormula
 from .source import parameters, read
 
-__all__ = ["CustomLoss", "check_loss", "compile_loss"]
+__all__ = ["CustomLoss", "Formula", "Pairs", "Part", "check_loss", "compile_loss", "softplus"]
 
 
 class Origin(NamedTuple):
-    """What a loaded loss was made of."""
+    """The arguments of :func:`compile_loss` that made a class."""
 
     text: str
     reference: type[Formula] | None
@@ -28,8 +32,7 @@ class Origin(NamedTuple):
 
 
 class CustomLoss(PairLoss):
-    """What :func:`compile_loss` returns is a subclass of this: a loss, made with its parameters and
-    options."""
+    """Base class of what :func:`compile_loss` returns: a module, made with its parameters and options."""
 
     origin: ClassVar[Origin]
     signature: ClassVar[inspect.Signature]
@@ -44,40 +47,40 @@ class CustomLoss(PairLoss):
         super().__init__(options, **bound.arguments)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """By what it was made of, as its class has no place to be found in."""
-        made = {**self._values, **self.call.options._asdict()}
-        rest = {name: value for name, value in self.__dict__.items() if name not in ("call", "_values")}
-        return _remake, (self.origin, made, self.call.dynamic_params), rest
+        """Pickles the source, as the class is not an attribute of any module."""
+        arguments = {**self._values, **self.call.options._asdict()}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("call", "_values")}
+        return _rebuild, (self.origin, arguments, self.call.dynamic_params), state
 
 
-def _remake(origin: Origin, made: Mapping[str, Any], dynamic_params: bool) -> CustomLoss:
-    loss = compile_loss(origin.text, origin.reference, name=origin.name)(**made)
+def _rebuild(origin: Origin, arguments: Mapping[str, Any], dynamic_params: bool) -> CustomLoss:
+    loss = compile_loss(origin.text, origin.reference, name=origin.name)(**arguments)
     loss.call = loss.call._replace(dynamic_params=dynamic_params)
     return loss
 
 
-def _signature(stated: Mapping[str, float | None]) -> inspect.Signature:
-    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+def _signature(defaults: Mapping[str, float | None]) -> inspect.Signature:
+    kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
     return inspect.Signature(
         [
-            inspect.Parameter(name, kind, default=none if default is None else default)
-            for name, default in stated.items()
+            inspect.Parameter(name, kind, default=required if default is None else default)
+            for name, default in defaults.items()
         ]
     )
 
 
 def _make_formula(
-    op: str, stated: Mapping[str, float | None], reference: type[Formula] | None
+    op: str, defaults: Mapping[str, float | None], reference: type[Formula] | None
 ) -> type[Formula]:
-    """The formula as the losses take it."""
+    """The formula named ``op`` in the ops, as a class."""
     facts = _C.formula_facts(op)[1]
     members: dict[str, Any] = {"name": op, "on_cuda": facts["cuda"], "facts": facts}
     checks = getattr(reference, "parameters", None)
     if checks is None:
-        members["parameters"] = dict.fromkeys(stated, check_number)
-    elif list(checks) != list(stated):
+        members["parameters"] = dict.fromkeys(defaults, check_number)
+    elif list(checks) != list(defaults):
         raise ValueError(
-            f"reference: expected the parameters that the struct names, {', '.join(stated)}; got "
+            f"reference: expected the parameters that the struct names, {', '.join(defaults)}; got "
             f"{', '.join(checks)}"
         )
     if reference is not None:
@@ -88,43 +91,44 @@ def _make_formula(
 def compile_loss(
     source: str | os.PathLike[str], reference: type[Formula] | None = None, *, name: str | None = None
 ) -> type[CustomLoss]:
-    """A loss of your own: its formula in C++, compiled into the kernels of this package.
+    """Compiles a custom loss: its formula in C++, inside the kernels of this package.
 
     >>> NCALoss = dml_cuda.compile_loss("nca.h")
     >>> loss_fn = NCALoss(scale=16.0, epsilon=0.1)
     >>> loss = loss_fn(embeddings, labels)
 
-    What it returns is called and configured like any loss of the package: parameters by name, the options of
+    The result works like any loss of the package: parameters by name, the options of
     :class:`dml_cuda.PairOptions`, ``ref_emb``, ``indices_tuple``, memory, several processes,
     ``torch.compile``, autocast. ``docs/custom_loss.md`` leads from an equation to a trained model.
 
-    The first call compiles, which takes a C++ compiler, ninja and some seconds (with CUDA kernels nvcc, and
-    one or two minutes). The result is kept in ``DML_CUDA_CACHE`` (``~/.cache/dml_cuda`` by default), found by
-    a hash of the formula, the package, torch and the machine, and shared by all processes that ask for it.
+    The first call compiles. It needs a C++ compiler and ninja and takes some seconds; for CUDA kernels it
+    also needs nvcc and takes one or two minutes. The library is cached in ``DML_CUDA_CACHE``
+    (``~/.cache/dml_cuda`` by default) under a hash of the formula, the package, torch and the machine, and
+    shared by all processes.
 
     Args:
-        source: one struct as those of ``csrc/losses``, as text or as the path of a file. It must contain all
-            that it needs: files that it includes are not looked at when the cache is searched.
+        source: one struct like those in ``csrc/losses``, as text or as the path of a file. It must be
+            self-contained: the hash does not cover files that it includes.
         reference: the same formula in PyTorch, a subclass of :class:`dml_cuda.custom.Formula` with
-            ``row``. Optional:
-            it checks the formulas (:func:`check_loss`), and its ``parameters`` (checks), ``levels``,
-            ``similarity``, ``reduction`` and ``repeats`` count where it has them. With it
-            ``backend="reference"`` has second derivatives, and pairs listed on a GPU stay there.
-        name: of the class returned; that of the struct by default.
+            ``row``. Optional. :func:`check_loss` compares with it; its ``parameters`` (checks), ``levels``,
+            ``similarity``, ``reduction`` and ``repeats`` are used; ``backend="reference"`` has second
+            derivatives; and pairs listed on a GPU stay there.
+        name: the name of the returned class; the struct's by default.
 
     Returns:
-        A class: ``loss_fn = NCALoss(**parameters, **options)``. Parameters without a default in ``kParams``
-        must be given.
+        A subclass of :class:`dml_cuda.custom.CustomLoss`: ``loss_fn = NCALoss(**parameters, **options)``.
+        Parameters without a default in ``kParams`` are required.
 
     Raises:
-        TypeError, ValueError, OSError: for what is no formula, does not compile (with the compiler's words on
-            your own lines) or cannot be read or kept.
-        RuntimeError: where there is no compiler or no ninja.
+        TypeError, ValueError: the source is not a formula or does not compile; the message has the
+            compiler's errors, with line numbers of the source.
+        OSError: the source cannot be read or the cache cannot be written.
+        RuntimeError: no compiler or no ninja was found.
     """
     if reference is not None and not (isinstance(reference, type) and issubclass(reference, Formula)):
         raise TypeError(f"reference: expected a subclass of dml_cuda.custom.Formula, got {reference!r}")
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
-        raise ValueError(f"name: expected a name, got {name!r}")
+        raise ValueError(f"name: expected a Python identifier, got {name!r}")
     read_source = read(source)
     op = build.load(read_source)
     return _make_loss(op, read_source.text, reference, name or read_source.struct)
@@ -132,13 +136,13 @@ def compile_loss(
 
 @cache
 def _make_loss(op: str, text: str, reference: type[Formula] | None, title: str) -> type[CustomLoss]:
-    stated = parameters(_C.formula_facts(op)[0])
-    formula = _make_formula(op, stated, reference)
-    members: dict[str, Any] = {each: option() for each in stated}
+    defaults = parameters(_C.formula_facts(op)[0])
+    formula = _make_formula(op, defaults, reference)
+    members: dict[str, Any] = {name: option() for name in defaults}
     members |= {
-        "__doc__": f"{title}, a formula of its own; see :func:`dml_cuda.compile_loss`.",
+        "__doc__": f"{title}, a custom loss; see :func:`dml_cuda.compile_loss`.",
         "formula": formula,
         "origin": Origin(text, reference, title),
-        "signature": _signature(stated),
+        "signature": _signature(defaults),
     }
     return type(title, (CustomLoss,), members)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
 from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
-from ..losses import ProxyAnchorLoss, SoftTripleLoss
 from ..losses._classifier import ClassifierLoss
 from ..losses._formula import sums_and_counts
 from ..losses._pair import PairLoss
 from ..losses._triplet import TripletLoss
+from ..losses.proxy_anchor import ProxyAnchorLoss
+from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._ops.evaluate import in_wanted_dtype
 from .._ops.triplets import Rows
 from ..losses._triplet import TripletBatch, TripletLoss, triplet_batch
-from ..miners.mined_pairs import Mined
+from ..miners.mined import Mined
 from .processes import GatherRows, Processes, Sum, total
 
 # What csrc/core/triplets.h adds to a seed for each row.

@@ -1,4 +1,4 @@
-"""What the class-level losses share: rows meet the weights of the classes instead of each other."""
+"""Base class of the class-level losses, which compare rows with the weights of classes."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,10 +15,10 @@ from ._pair import FormulaModule
 
 
 class ClassifierOptions(TypedDict, total=False):
-    """The options that the class-level losses share; those left out are ``"mean"`` and ``"auto"``.
+    """The options that the class-level losses share; their defaults are ``"mean"`` and ``"auto"``.
 
     Attributes:
-        reduction, backend: as :class:`dml_cuda.PairOptions` has them.
+        reduction, backend: as in :class:`dml_cuda.PairOptions`.
     """
 
     reduction: Reduction
@@ -26,7 +26,7 @@ class ClassifierOptions(TypedDict, total=False):
 
 
 def check_classes(labels: Tensor, num_classes: int) -> None:
-    """Names the labels that are no class. A GPU would have to be waited for: there nobody looks."""
+    """Raises ValueError for labels >= num_classes on the CPU; on a GPU checking would synchronise."""
     if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
         return
     labels = labels.long()
@@ -35,13 +35,12 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
     wrong = labels[labels >= num_classes].unique()
     named = ", ".join(str(int(label)) for label in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
     raise ValueError(
-        f"labels: expected classes below num_classes={num_classes} (or below 0, for rows to leave out), got "
-        f"{named}"
+        f"labels: expected classes below num_classes={num_classes} (or below 0 to ignore a row), got {named}"
     )
 
 
 def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
-    """``[N]`` how often each row is listed, over the most often; 1 where none is."""
+    """``[N]`` how often each row is listed, relative to the most listed row; 1 if no row is listed."""
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
     for index in indices:
@@ -52,12 +51,11 @@ def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
 
 
 class ClassifierLoss(FormulaModule):
-    """A loss of rows against one weight (or several) for each of ``num_classes`` classes.
+    """A classification loss over ``num_classes`` classes without materialised logits.
 
-    The matrix of logits is never stored. A row whose label is negative is left out: its loss and its gradient
-    are 0, and ``"mean"`` and ``"mean_valid"`` still divide by all N rows. A label from ``num_classes`` on is
-    an error on the CPU; elsewhere, where looking would mean waiting, and under a compiler its row is left out
-    too.
+    Rows with a negative label are ignored: their loss and gradient are 0, and ``"mean"`` and ``"mean_valid"``
+    still divide by all N rows. Labels >= ``num_classes`` raise ValueError on the CPU; on the GPU, where
+    checking would synchronise, and in compiled code those rows are ignored too.
     """
 
     weight: ClassVar[str]  # the name of the parameter, as in pytorch-metric-learning
@@ -73,19 +71,19 @@ class ClassifierLoss(FormulaModule):
         check_count("embedding_size", embedding_size)
         self.num_classes, self.embedding_size = int(num_classes), int(embedding_size)
 
-    def add_columns(self, count: int, init: Any, **how: Any) -> None:
-        """The weights as pytorch-metric-learning shapes them, ``[D, count]``, laid out in memory as the rows
-        that the kernels read: their transpose is contiguous, and so is its gradient."""
-        weight = init(torch.empty(self.embedding_size, count), **how)
+    def add_columns(self, count: int, init: Any, **options: Any) -> None:
+        """Adds the parameter ``[D, count]``, the shape of pytorch-metric-learning. Its transpose is
+        contiguous, as the kernels read one class after the other, and so is its gradient."""
+        weight = init(torch.empty(self.embedding_size, count), **options)
         setattr(self, self.weight, nn.Parameter(weight.T.contiguous().T))
 
     def rows(self) -> Tensor:
-        """``[C, D]`` the weights of the classes, a row each."""
+        """``[C, D]`` the weights of the classes."""
         return getattr(self, self.weight).T
 
     def check(self, embeddings: object, labels: object) -> Tensor:
-        """The labels on the device of the embeddings. Raises TypeError or ValueError for a batch that cannot
-        be."""
+        """Validates a batch; returns its labels on the device of the embeddings. Raises TypeError or
+        ValueError."""
         labels, _ = check_batch(embeddings, labels, None, None)
         name, weight = self.weight, getattr(self, self.weight)
         if embeddings.shape[1] != self.embedding_size:
@@ -95,7 +93,7 @@ class ClassifierLoss(FormulaModule):
             )
         if embeddings.device != weight.device:
             raise ValueError(
-                f"embeddings: expected on {weight.device} as {name} is, got on {embeddings.device}"
+                f"embeddings: expected device {weight.device} as {name} has, got {embeddings.device}"
             )
         if embeddings.dtype != weight.dtype and not _autocast.is_on(embeddings.device):
             raise TypeError(f"embeddings: expected {weight.dtype} as {name} has, got {embeddings.dtype}")
@@ -103,24 +101,24 @@ class ClassifierLoss(FormulaModule):
         return labels
 
     def classes(self) -> Tensor:
-        """``[C]``"""
+        """``[C]`` the class indices."""
         return torch.arange(self.num_classes, device=getattr(self, self.weight).device)
 
     def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows and columns of the formula, with their labels."""
+        """Rows, their labels, columns and their labels, as the formula takes them."""
         return embeddings, labels, self.rows(), self.classes()
 
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch that has been checked, by ``call``."""
+        """The loss of a validated batch, by ``call``."""
         rows, labels, columns, classes = self.pairs(embeddings, labels)
         return evaluate_arguments(call, rows, labels, None, columns, classes)
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
-        """The lists whose rows count for the rows' weights."""
+        """The index tensors that count for the weights of rows."""
         return tuple(indices_tuple)
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
-        """As :meth:`losses`, each row weighed by how often it is listed."""
+        """As :meth:`losses`, with each row weighted by how often it is listed."""
         call = self.call.with_reduction("none")
         losses = self.losses(call, embeddings, labels)
         losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
@@ -131,11 +129,10 @@ class ClassifierLoss(FormulaModule):
 
         Args:
             embeddings: ``[N, D]``, dtype and device of the weights.
-            labels: ``[N]`` classes, in [0, C); negative for a row to leave out.
-            indices_tuple: pairs or triplets of a miner. They restrict nothing here, where every row meets
-                every class: as in pytorch-metric-learning's classification losses, each row's loss is
-                weighted by how often the row is listed, over how often the most listed one is (1 where no
-                row is).
+            labels: ``[N]`` classes in [0, C); negative to ignore a row.
+            indices_tuple: pairs or triplets of a miner. They do not select pairs, since every row is compared
+                with every class: as in pytorch-metric-learning's classification losses, each row's loss is
+                weighted by how often the row is listed, relative to the most listed row (1 if no row is).
         """
         labels = self.check(embeddings, labels)
         if indices_tuple is None:
@@ -146,7 +143,7 @@ class ClassifierLoss(FormulaModule):
         __call__ = forward
 
     def cosines(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``"""
+        """``[N, C]`` cosines with the weights of the classes."""
         rows = nn.functional.normalize(self.rows(), dim=1)
         return nn.functional.normalize(embeddings, dim=1) @ rows.T
 

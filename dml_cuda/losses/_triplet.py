@@ -17,7 +17,8 @@ from .._ops.devices import use_kernel
 from .._ops.evaluate import in_wanted_dtype
 from .._ops.listed_triplets import Triplets
 from .._ops.triplets import Rows, Selection, select_one_each, triplet_sums
-from ..miners.mined_pairs import Mined, MinedPairs
+from ..miners.mined import Mined
+from ..miners.mined_pairs import MinedPairs
 from ..miners.mined_triplets import Selected
 from ..reference.triplets import Terms
 from ._pair import option
@@ -131,7 +132,7 @@ def triplet_batch(
         if isinstance(mined, MinedPairs) and mined.epsilon is None:
             selection = Selection()
         same = selection is not None and (not selection.measures or mined.similarity == call.similarity)
-        if same and mined.rules(*given):
+        if same and mined.rule_applies(*given):
             batch = (
                 embeddings,
                 mined.labels,

@@ -12,7 +12,7 @@ from ._pair import PairLoss, option, pair_loss
 
 
 class BinomialDeviance(Formula):
-    """Yi et al., ICPR 2014, as Wang et al., CVPR 2019, compare it."""
+    """Yi et al., ICPR 2014, in the form of Wang et al., CVPR 2019."""
 
     name = "binomial_deviance"
     parameters: ClassVar = {"alpha": check_above_zero, "beta": check_above_zero, "base": check_number}
@@ -44,14 +44,13 @@ def binomial_deviance_loss(
         L_i = \frac{1}{|P_i|} \sum_{j \in P_i} \log\big(1 + e^{-\alpha (s_{ij} - \lambda)}\big)
             + \frac{1}{|N_i|} \sum_{j \in N_i} \log\big(1 + e^{ \beta  (s_{ij} - \lambda)}\big)
 
-    with :math:`\lambda` = ``base``; a row without pairs of a kind has no term of it. Yi et al., *Deep Metric
-    Learning for Person Re-Identification*, ICPR 2014, in the form in which Wang et al., CVPR 2019, compare it
-    with multi-similarity.
+    with :math:`\lambda` = ``base``; a mean over no pairs is 0. Yi et al., *Deep Metric Learning for Person
+    Re-Identification*, ICPR 2014, in the form that Wang et al., CVPR 2019, compare with multi-similarity.
 
     Args:
         alpha: weight of positives, above 0.
         beta: weight of negatives, above 0.
-        base: the similarity about which both are measured; with ``similarity="euclidean"`` the distance.
+        base: the similarity subtracted in both terms; with ``similarity="euclidean"`` a distance.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.

@@ -41,22 +41,22 @@ def circle_loss(
 ) -> Tensor:
     r"""Circle loss on pairs, with multi-similarity mining when ``epsilon`` is given.
 
-    For every row :math:`i` that has kept positives :math:`P_i` and kept negatives :math:`N_i` (other
-    rows have loss 0):
+    For every row :math:`i` with kept positives :math:`P_i` and kept negatives :math:`N_i` (without either
+    the loss is 0):
 
     .. math::
         L_i = \log\Big(1 + \sum_{j \in P_i} e^{-\gamma [1 + m - s_{ij}]_+ (s_{ij} - (1 - m))}
                            \sum_{j \in N_i} e^{ \gamma [s_{ij} + m]_+ (s_{ij} - m)}\Big)
 
     Sun et al., *Circle Loss: A Unified Perspective of Pair Similarity Optimization*, CVPR 2020. The
-    paper uses m 0.25 and gamma 256 for faces, m 0.4 and gamma 80 for fine-grained retrieval. It is made
-    for cosines; other similarities enter the formula as they are.
+    paper uses m 0.25 and gamma 256 for faces, m 0.4 and gamma 80 for fine-grained retrieval. The formula is
+    meant for cosines; other similarities are inserted unchanged.
 
     Args:
         m: the relaxation margin.
         gamma: the scale of the logits, above 0.
-        detach_weights: hold the weights :math:`[\cdot]_+` constant in the gradient, as the paper does.
-            ``False`` gives the true derivative of the value.
+        detach_weights: treat the weights :math:`[\cdot]_+` as constants in the gradient, as the paper does.
+            ``False`` gives the derivative of the value.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
             ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
@@ -70,19 +70,19 @@ def circle_loss(
 
 
 def margin_or_m(m: float, margin: float | None, default: float) -> float:
-    """``margin`` is what version 3 of pytorch-metric-learning calls ``m``."""
+    """``m``, which version 3 of pytorch-metric-learning calls ``margin``."""
     if margin is None:
         return m
     check_number("margin", margin)
     if m != default:
         raise ValueError(
-            f"margin: another name for m: expected one of the two, got m={m} and margin={margin}"
+            f"margin: expected only one of m and margin, which are the same; got m={m} and margin={margin}"
         )
     return margin
 
 
 class NamedMargin:
-    """``margin``, another name for the attribute ``m``."""
+    """Adds the attribute ``margin``, an alias of ``m``."""
 
     m: float
 

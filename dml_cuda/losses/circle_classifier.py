@@ -11,29 +11,28 @@ from .circle import Circle, NamedMargin, margin_or_m
 
 
 class CircleClassifierLoss(NamedMargin, ClassifierLoss):
-    r"""Circle loss with class-level labels: a classification loss whose columns are the classes' weights.
+    r"""Circle loss with class-level labels: a classification loss without materialised logits.
 
-    For a row with class :math:`y`, and the cosine :math:`s_j` with the weight of class :math:`j`:
+    For a row of class :math:`y` with cosines :math:`s_j` to the weights of the classes :math:`j`:
 
     .. math::
         L_i = \log\Big(1 + e^{-\gamma [1 + m - s_y]_+ (s_y - (1 - m))}
                            \sum_{j \ne y} e^{ \gamma [s_j + m]_+ (s_j - m)}\Big)
 
     Sun et al., *Circle Loss: A Unified Perspective of Pair Similarity Optimization*, CVPR 2020, section 3.
-    The N x C matrix of logits is never stored.
 
     Args:
         num_classes, embedding_size: C and D.
-        m: the relaxation margin; ``margin`` is another name for it. Faces: 0.25.
-        gamma: the scale, above 0. Faces: 256.
-        detach_weights: hold :math:`[\cdot]_+` constant in the gradient, as the paper does.
+        m: the relaxation margin, alias ``margin``; 0.25 for faces.
+        gamma: the scale of the logits, above 0; 256 for faces.
+        detach_weights: treat :math:`[\cdot]_+` as constant in the gradient, as the paper does.
         options: ``reduction="mean"`` over the N rows, ``backend="auto"``; see :class:`dml_cuda.PairOptions`.
 
     Attributes:
-        W: ``[D, C]`` parameter, normally distributed at first, one column a class.
+        W: ``[D, C]`` parameter, one column a class, initialised from a standard normal distribution.
 
-    A row whose label is negative is left out; see :class:`dml_cuda.losses.classifier.ClassifierLoss`, of this
-    and of labels that are no class.
+    Rows with a negative label are ignored. Labels >= C raise ValueError on the CPU; on the GPU, where checking
+    would synchronise, those rows are ignored.
 
     >>> head = CircleClassifierLoss(num_classes=100, embedding_size=128)
     >>> loss = head(embeddings, labels)  # labels in [0, 100)
@@ -62,5 +61,5 @@ class CircleClassifierLoss(NamedMargin, ClassifierLoss):
         self.add_columns(self.num_classes, nn.init.normal_)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: gamma times the cosine with each class's weight, for inference."""
+        """``[N, C]`` gamma times the cosine with each class's weight, for inference."""
         return self.gamma * self.cosines(embeddings)

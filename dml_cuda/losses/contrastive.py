@@ -13,7 +13,7 @@ from ._pair import PairLoss, option, pair_loss
 
 
 class Contrastive(Formula):
-    """Hadsell et al., CVPR 2006, with hinges as they are (not squared) and a margin for positives."""
+    """Hadsell et al., CVPR 2006, with hinges that are not squared and a margin for positives."""
 
     name = "contrastive"
     parameters: ClassVar = {"pos_margin": check_number, "neg_margin": check_number}
@@ -42,19 +42,20 @@ def contrastive_loss(
     .. math::
         L = \operatorname{mean}_P [d_{ij} - m_p]_+ + \operatorname{mean}_N [m_n - d_{ij}]_+
 
-    over all kept positive and negative pairs of the batch. With cosine or dot product, where more is nearer,
-    the hinges are :math:`[m_p - s_{ij}]_+` and :math:`[s_{ij} - m_n]_+`: pass margins for those, 1 and 0 say.
+    over all kept positive and negative pairs of the batch. With cosine or dot product the hinges are
+    :math:`[m_p - s_{ij}]_+` and :math:`[s_{ij} - m_n]_+`, and the margins are similarities, for example 1
+    and 0.
     Hadsell et al., *Dimensionality Reduction by Learning an Invariant Mapping*, CVPR 2006 (there squared,
     without ``pos_margin``).
 
-    The unit is the pair, and positives and negatives have a mean each: ``reduction="mean_nonzero"`` is the
-    mean over positive pairs whose hinge is not 0 plus the mean over such negative pairs, ``"mean"`` and
-    ``"mean_valid"`` count all kept pairs, ``"none"`` gives each row's sum over its pairs.
+    A pair-level loss with one mean for positives and one for negatives: ``reduction="mean_nonzero"`` averages
+    over pairs whose hinge is not 0, ``"mean"`` and ``"mean_valid"`` over all kept pairs; ``"none"`` gives
+    each row's sum over its pairs.
 
     Args:
-        pos_margin: a positive pair has a loss beyond this distance, or below this similarity.
-        neg_margin: a negative pair has a loss within this distance, or above this similarity.
-        indices_tuple: as in :func:`multi_similarity_loss`, but a pair listed twice counts twice.
+        pos_margin: positive pairs beyond this distance, or below this similarity, have a loss.
+        neg_margin: negative pairs within this distance, or above this similarity, have a loss.
+        indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
         embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``,
             ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.

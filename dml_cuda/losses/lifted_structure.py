@@ -44,14 +44,14 @@ def generalized_lifted_structure_loss(
     .. math::
         L_i = \Big[\log \sum_{j \in P_i} e^{d_{ij} - m_p} + \log \sum_{j \in N_i} e^{m_n - d_{ij}}\Big]_+
 
-    where an empty sum has the logarithm 0. With cosine or dot product the exponents are :math:`m_p - s_{ij}`
+    where the logarithm of an empty sum is 0. With cosine or dot product the exponents are :math:`m_p - s_{ij}`
     and :math:`s_{ij} - m_n`. Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*,
     2017, equation 9, after Oh Song et al., *Deep Metric Learning via Lifted Structured Feature Embedding*,
     CVPR 2016.
 
     Args:
-        neg_margin: added to what negatives weigh; the distance that they should keep.
-        pos_margin: taken from what positives weigh.
+        neg_margin: :math:`m_n`, added to the exponents of negatives.
+        pos_margin: :math:`m_p`, subtracted from the exponents of positives.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.

@@ -1,4 +1,4 @@
-"""Softmax over the classes, with a margin for the row's own: normalised softmax, CosFace, ArcFace."""
+"""Softmax over classes with a margin for the true class: normalised softmax, CosFace, ArcFace."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from ._pair import option
 
 
 class MarginSoftmax(Formula):
-    """Cross entropy of ``scale`` times the similarities, with cos(theta + angle) - margin for the own class.
+    """Cross entropy of ``scale`` times the similarities, with cos(theta + angle) - margin for the true class.
 
-    The four numbers of the kernel are ``scale``, ``margin``, cos(angle) and sin(angle); each loss says which
-    of its parameters they come from.
+    The parameters of the kernel are ``scale``, ``margin``, cos(angle) and sin(angle); subclasses compute them
+    from their own.
     """
 
     name = "margin_softmax"
@@ -30,9 +30,9 @@ class MarginSoftmax(Formula):
             turned = cosine * s
         else:
             square = torch.relu((1 - s) * (1 + s))
-            some = square > 0
-            root = torch.where(some, torch.sqrt(torch.where(some, square, 1.0)), 0.0)
-            # Beyond pi - angle cos(theta + angle) would rise again.
+            has_root = square > 0
+            root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
+            # Beyond theta = pi - angle, cos(theta + angle) would increase again.
             shift = math.atan2(sine, cosine) * sine
             turned = torch.where(s >= -cosine, cosine * s - sine * root, s - shift)
         both = (pos.count > 0) & (neg.count > 0)
@@ -84,17 +84,17 @@ class _SoftmaxLoss(ClassifierLoss):
         self.add_columns(self.num_classes, nn.init.normal_)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: the scaled cosine with each class's weight, without a margin; for inference."""
+        """``[N, C]`` scaled cosines with the weights of the classes, without margin; for inference."""
         return self.call.params[0] * self.cosines(embeddings)
 
 
 class NormalizedSoftmaxLoss(_SoftmaxLoss):
-    r"""Softmax over the cosines :math:`s_j` of a row with the weights of the classes; y is its own.
+    r"""Softmax over the cosines :math:`s_j` of a row with the weights of the classes; its class is y.
 
     .. math:: L_i = -\log \frac{e^{s_y / \tau}}{\sum_j e^{s_j / \tau}}
 
     with :math:`\tau` = ``temperature``. Zhai & Wu, *Classification is a Strong Baseline for Deep Metric
-    Learning*, BMVC 2019. The N x C matrix of logits is never stored.
+    Learning*, BMVC 2019. The N x C matrix of logits is not materialised.
 
     Args:
         num_classes, embedding_size: C and D.
@@ -102,10 +102,10 @@ class NormalizedSoftmaxLoss(_SoftmaxLoss):
         options: ``reduction="mean"`` over the N rows, ``backend="auto"``; see :class:`dml_cuda.PairOptions`.
 
     Attributes:
-        W: ``[D, C]`` parameter, one column a class, normally distributed at first.
+        W: ``[D, C]`` parameter, one column a class, initialised from a standard normal distribution.
 
-    A row whose label is negative is left out; see :class:`dml_cuda.losses.classifier.ClassifierLoss`, of this
-    and of labels that are no class.
+    Rows with a negative label are ignored. Labels >= C raise ValueError on the CPU; on the GPU, where checking
+    would synchronise, those rows are ignored.
 
     >>> head = NormalizedSoftmaxLoss(num_classes=100, embedding_size=128)
     >>> loss = head(embeddings, labels)  # labels in [0, 100)
@@ -126,17 +126,17 @@ class NormalizedSoftmaxLoss(_SoftmaxLoss):
 
 
 class CosFaceLoss(_SoftmaxLoss):
-    r"""Softmax over the classes with a margin on the cosine of a row's own class y.
+    r"""Softmax over the classes with a margin on the cosine with the row's class y.
 
     .. math:: L_i = -\log \frac{e^{\sigma (s_y - m)}}{e^{\sigma (s_y - m)} + \sum_{j \ne y} e^{\sigma s_j}}
 
     with :math:`\sigma` = ``scale`` and m = ``margin``. Wang et al., *CosFace: Large Margin Cosine Loss for
-    Deep Face Recognition*, CVPR 2018. The N x C matrix of logits is never stored.
+    Deep Face Recognition*, CVPR 2018. The N x C matrix of logits is not materialised.
 
     Args:
         margin: on the cosine.
         scale: above 0.
-        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them, and so ``W``.
+        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
     """
 
     formula = CosFace
@@ -155,7 +155,7 @@ class CosFaceLoss(_SoftmaxLoss):
 
 
 class ArcFaceLoss(_SoftmaxLoss):
-    r"""Softmax over the classes with a margin on the angle to a row's own class y.
+    r"""Softmax over the classes with a margin on the angle to the row's class y.
 
     .. math::
         L_i = -\log \frac{e^{\sigma \psi(\theta_y)}}
@@ -164,15 +164,15 @@ class ArcFaceLoss(_SoftmaxLoss):
                                      \cos \theta - m \sin m & \text{beyond} \end{cases}
 
     with :math:`\sigma` = ``scale`` and m = ``margin``, in degrees. Deng et al., *ArcFace: Additive Angular
-    Margin Loss for Deep Face Recognition*, CVPR 2019. The N x C matrix of logits is never stored.
+    Margin Loss for Deep Face Recognition*, CVPR 2019. The N x C matrix of logits is not materialised.
 
     Args:
-        margin: on the angle, in degrees from 0 to 180. (The attribute too: pytorch-metric-learning's holds
-            radians.)
+        margin: on the angle, in degrees from 0 to 180. The attribute is in degrees too, whereas
+            pytorch-metric-learning's is in radians.
         scale: above 0.
-        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them, and so ``W``.
+        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
 
-    The gradient of an angle of 0 is 0.
+    The gradient at an angle of 0 is 0.
     """
 
     formula = ArcFace

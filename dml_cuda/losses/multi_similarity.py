@@ -49,22 +49,21 @@ def multi_similarity_loss(
     for Deep Metric Learning*, CVPR 2019.
 
     Args:
-        embeddings: ``[N, D]`` float16, bfloat16, float32 or float64, any strides. They need not be
-            normalised.
-        labels: ``[N]``, any integer type. Rows with equal labels are positive pairs, all others
-            negative; a row is no pair with itself. Not needed with ``indices_tuple``.
+        embeddings: ``[N, D]`` float16, bfloat16, float32 or float64, any strides, normalised or not.
+        labels: ``[N]``, any integer dtype. Two rows with equal labels are a positive pair, all others
+            negative; a row is not paired with itself. Not needed with ``indices_tuple``.
         alpha: weight of positives, above 0.
         beta: weight of negatives, above 0.
-        base: the similarity (lambda in the paper) about which both are measured; with
-            ``similarity="euclidean"`` the distance.
-        ref_emb: ``[M, D]``, dtype and device of ``embeddings``: the columns to pair the rows with.
-            ``None`` pairs the rows among themselves.
-        ref_labels: ``[M]``, given exactly when ``ref_emb`` is.
-        indices_tuple: the pairs that count, instead of those that the labels make: what a miner of
-            dml_cuda or pytorch-metric-learning returns, ``(anchors, positives, anchors, negatives)`` or
-            triplets ``(anchors, positives, negatives)``, int64 or int32, anchors from ``embeddings`` and
-            the others from ``ref_emb`` where it is given. A pair listed twice counts once. What
-            :class:`dml_cuda.MultiSimilarityMiner` made of these very embeddings is never listed.
+        base: the similarity (lambda in the paper) subtracted in both terms; with
+            ``similarity="euclidean"`` a distance.
+        ref_emb: ``[M, D]``, dtype and device of ``embeddings``: compares the rows with these instead of
+            with each other. Both receive gradients.
+        ref_labels: ``[M]``, required with ``ref_emb``.
+        indices_tuple: the pairs to use instead of those that the labels define: the result of a miner of
+            dml_cuda or pytorch-metric-learning, pairs ``(anchors, positives, anchors, negatives)`` or
+            triplets ``(anchors, positives, negatives)``, int64 or int32. Anchors index ``embeddings``, the
+            rest ``ref_emb`` if it is given. A pair that is listed twice counts once. A result of
+            :class:`dml_cuda.MultiSimilarityMiner` for the same embeddings is never materialised.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -74,7 +73,7 @@ def multi_similarity_loss(
         pairs gives 0 with a zero gradient; NaN or infinite embeddings give NaN.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value, naming it.
+        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
         RuntimeError: ``backend="fused"`` on a device without a kernel.
     """
     values = {"alpha": alpha, "beta": beta, "base": base}

@@ -20,9 +20,9 @@ class NTXent(Formula):
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, temperature: float) -> tuple[Part, ...]:
-        others = neg.lse(neg.s / temperature)
-        some = pos.spread(neg.count > 0)
-        return (pos.each(softplus(pos.spread(others) - pos.s / temperature, where=some)),)
+        push = neg.lse(neg.s / temperature)
+        has_negatives = pos.spread(neg.count > 0)
+        return (pos.each(softplus(pos.spread(push) - pos.s / temperature, where=has_negatives)),)
 
 
 def nt_xent_loss(
@@ -35,7 +35,7 @@ def nt_xent_loss(
     indices_tuple: object = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    r"""Normalised temperature-scaled cross entropy, of each positive pair against its row's negatives.
+    r"""Normalised temperature-scaled cross entropy of each positive pair against its row's negatives.
 
     .. math::
         L_{ij} = -\log \frac{e^{s_{ij} / \tau}}{e^{s_{ij} / \tau} + \sum_{k \in N_i} e^{s_{ik} / \tau}}
@@ -46,13 +46,13 @@ def nt_xent_loss(
     points, the second as ``ref_emb``); Chen et al., *A Simple Framework for Contrastive Learning of Visual
     Representations*, ICML 2020.
 
-    The unit is the positive pair: ``reduction="mean"`` and ``"mean_valid"`` average over all kept positive
+    A pair-level loss over positive pairs: ``reduction="mean"`` and ``"mean_valid"`` average over all kept positive
     pairs, ``"mean_nonzero"`` over those whose loss is not 0, ``"none"`` gives each row's sum over its
     positives.
 
     Args:
-        temperature: what similarities are divided by, above 0.
-        indices_tuple: as in :func:`multi_similarity_loss`, but a pair listed twice counts twice.
+        temperature: divides similarities, above 0.
+        indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
         embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.

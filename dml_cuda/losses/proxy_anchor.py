@@ -16,7 +16,7 @@ from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
 from ._formula import Formula, Pairs, Part, reduce, softplus
 from ._pair import option
 
-_BLOCK = 1 << 22  # cosines that are there at once where rows are weighted
+_BLOCK = 1 << 22  # cosines in memory at once when rows are weighted
 
 
 class ProxyAnchor(Formula):
@@ -29,7 +29,7 @@ class ProxyAnchor(Formula):
     def row(
         pos: Pairs, neg: Pairs, margin: float, alpha: float, bias: Tensor | float = 0.0
     ) -> tuple[Part, ...]:
-        """``bias`` of the columns is added to their logits."""
+        """``bias`` of the columns ``[N]`` is added to their logits."""
         pull = softplus(pos.lse(-alpha * (pos.s - margin) + bias), where=pos.count > 0)
         push = softplus(neg.lse(alpha * (neg.s + margin) + bias), where=neg.count > 0)
         with_positives = (pos.count > 0).long()
@@ -39,10 +39,10 @@ class ProxyAnchor(Formula):
         )
 
 
-def _raised(
+def _biased_parts(
     proxies: Tensor, classes: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor, params: list[float]
 ) -> tuple[Part, ...]:
-    """The parts of some proxies, the logits of each row raised by its bias."""
+    """The parts of a block of proxies, with the bias of each row added to its logits."""
     s = unit_rows(proxies) @ unit_rows(embeddings).T
     positive = classes[:, None] == labels
     pos, neg = (MaskedPairs(s, mask) for mask in (positive, ~positive & (labels >= 0)))
@@ -50,29 +50,29 @@ def _raised(
 
 
 class ProxyAnchorLoss(ClassifierLoss):
-    r"""Each class's proxy p pulls the rows of its class and pushes the others.
+    r"""The proxy p of each class attracts the rows of its class and repels the others.
 
     .. math::
         L = \frac{1}{|P^+|} \sum_{p \in P^+} \log\Big(1 + \sum_{x \in X_p} e^{-\alpha (s(x, p) - m)}\Big)
           + \frac{1}{C} \sum_p \log\Big(1 + \sum_{x \notin X_p} e^{\alpha (s(x, p) + m)}\Big)
 
-    where s is the cosine, :math:`X_p` are the rows of p's class, and :math:`P^+` the proxies that have any.
-    Kim et al., *Proxy Anchor Loss for Deep Metric Learning*, CVPR 2020. The C x N matrix is never stored.
+    where s is the cosine, :math:`X_p` the rows of p's class, and :math:`P^+` the proxies with at least one.
+    Kim et al., *Proxy Anchor Loss for Deep Metric Learning*, CVPR 2020. The C x N matrix is not materialised.
 
     Args:
         margin: m.
         alpha: the scale, above 0.
         num_classes, embedding_size: C and D.
         options: ``reduction="mean"`` is the equation above; ``"mean_nonzero"`` divides each sum by the
-            proxies whose term is not 0, ``"sum"`` by nothing; ``"none"`` gives ``[C]``, each proxy's two
-            terms together. ``backend="auto"``.
+            number of proxies whose term is not 0, ``"sum"`` does not divide; ``"none"`` gives ``[C]``, the
+            sum of each proxy's two terms. ``backend="auto"``.
 
     Attributes:
-        proxies: ``[C, D]`` parameter, drawn as by ``kaiming_normal_(mode="fan_out")`` at first.
+        proxies: ``[C, D]`` parameter, initialised by ``kaiming_normal_(mode="fan_out")``.
 
-    A row whose label is negative is left out: it is no negative of any proxy either. With ``indices_tuple`` a
-    row's logits are raised by its weight (how often it is listed, over the most often) minus 1, as in
-    pytorch-metric-learning.
+    Rows with a negative label are ignored: they are not negatives of any proxy either. With ``indices_tuple``
+    the weight of a row (how often it is listed, relative to the most listed row) minus 1 is added to its
+    logits, as in pytorch-metric-learning.
     """
 
     formula = ProxyAnchor
@@ -103,15 +103,15 @@ class ProxyAnchorLoss(ClassifierLoss):
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         count = None
         labels = labels.long()
-        can_look = labels.device.type == "cpu" and not is_traced(labels)
-        if not can_look or bool((labels < 0).any()):
-            # Those to leave out come last, and only the others take part: no shape depends on their number.
-            out = labels < 0
-            order = out.byte().argsort(stable=True)
-            embeddings, labels, count = embeddings[order], labels[order], (~out).sum()
+        can_read = labels.device.type == "cpu" and not is_traced(labels)  # without synchronising
+        if not can_read or bool((labels < 0).any()):
+            # Sorts ignored rows last and limits num_valid_refs, so that no shape depends on their number.
+            ignored = labels < 0
+            order = ignored.byte().argsort(stable=True)
+            embeddings, labels, count = embeddings[order], labels[order], (~ignored).sum()
         points = self.proxies, self.classes(), None, embeddings, labels
-        how = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
-        return evaluate(call, make_batch(*points, **how)._replace(num_valid_refs=count))
+        options = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
+        return evaluate(call, make_batch(*points, **options)._replace(num_valid_refs=count))
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
         labels = labels.long()
@@ -119,20 +119,22 @@ class ProxyAnchorLoss(ClassifierLoss):
             wide = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
             bias = row_weights(self.listed(indices_tuple), embeddings).to(wide) - 1
             x, params = embeddings.to(wide), self.call.params
-            # Some proxies at a time, computed again in backward: the C x N matrix is never there.
+            # Blocks of proxies, recomputed in backward, so that the C x N matrix is not materialised.
             step = max(1, _BLOCK // max(1, len(labels)))
             blocks = zip(self.proxies.split(step), self.classes().split(step), strict=True)
             parts = [
-                checkpoint(_raised, proxies.to(wide), classes, x, labels, bias, params, use_reentrant=False)
+                checkpoint(
+                    _biased_parts, proxies.to(wide), classes, x, labels, bias, params, use_reentrant=False
+                )
                 for proxies, classes in blocks
             ]
             whole = tuple(
-                Part(*(torch.cat(same) for same in zip(*of_blocks, strict=True)))
-                for of_blocks in zip(*parts, strict=True)
+                Part(*(torch.cat(fields) for fields in zip(*blocks_of_part, strict=True)))
+                for blocks_of_part in zip(*parts, strict=True)
             )
             value = reduce(whole, whole[0].counts > 0, self.reduction)
         return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: the cosine with each proxy."""
+        """``[N, C]`` cosines with the proxies."""
         return self.cosines(embeddings)

@@ -14,7 +14,7 @@ from .margin_softmax import MarginSoftmax
 
 
 class ProxyNCA(MarginSoftmax):
-    """Movshovitz-Attias et al., ICCV 2017. Of unit rows |x - p|^2 = 2 - 2 cos."""
+    """Movshovitz-Attias et al., ICCV 2017. For unit rows |x - p|^2 = 2 - 2 cos."""
 
     parameters: ClassVar = {"softmax_scale": check_above_zero}
 
@@ -24,23 +24,23 @@ class ProxyNCA(MarginSoftmax):
 
 
 class ProxyNCALoss(ClassifierLoss):
-    r"""Softmax over the negated squared distances of a unit row x to the proxies p of the classes.
+    r"""Softmax over the negated squared distances of a unit row x to the unit proxies p of the classes.
 
     .. math:: L_i = -\log \frac{e^{-\sigma |x_i - p_y|^2}}{\sum_j e^{-\sigma |x_i - p_j|^2}}
 
     with :math:`\sigma` = ``softmax_scale``. Movshovitz-Attias et al., *No Fuss Distance Metric Learning using
-    Proxies*, ICCV 2017, with the own class in the denominator, as pytorch-metric-learning has it. The N x C
-    matrix is never stored.
+    Proxies*, ICCV 2017, with the true class in the denominator, as in pytorch-metric-learning. The N x C
+    matrix is not materialised.
 
     Args:
         softmax_scale: above 0.
-        num_classes, embedding_size, options: as :class:`NormalizedSoftmaxLoss` has them.
+        num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`.
 
     Attributes:
-        proxies: ``[C, D]`` parameter, normally distributed at first.
+        proxies: ``[C, D]`` parameter, initialised from a standard normal distribution.
 
-    Of ``indices_tuple`` the anchors alone count. A row whose own probability underflows to 0 has its loss
-    here (pytorch-metric-learning drops it).
+    Only the anchors of ``indices_tuple`` count for the weights of rows. A row whose probability underflows to
+    0 keeps its loss; pytorch-metric-learning drops it.
     """
 
     formula = ProxyNCA
@@ -66,6 +66,5 @@ class ProxyNCALoss(ClassifierLoss):
         return lists[:1] if len(lists) == 3 else lists[::2]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: the squared distance to each proxy, as pytorch-metric-learning has it: the least is the
-        class."""
+        """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: the class is the argmin."""
         return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()

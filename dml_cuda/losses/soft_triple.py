@@ -14,7 +14,7 @@ from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
 from ._formula import Formula, reduce
 from ._pair import option
 
-_MERGED = 1 << 22  # distances of centres that are looked at together
+_BLOCK = 1 << 22  # distances between centres in memory at once
 
 
 def _check_not_negative(name: str, value: object) -> None:
@@ -24,8 +24,7 @@ def _check_not_negative(name: str, value: object) -> None:
 
 
 class SoftTriple(Formula):
-    """Qian et al., ICCV 2019. Parameters only: a class has several centres, so this is no formula of
-    pairs."""
+    """Qian et al., ICCV 2019. Only the parameters: with several centres a class, pairs do not suffice."""
 
     name = "soft_triple"
     parameters: ClassVar = {
@@ -37,7 +36,7 @@ class SoftTriple(Formula):
 
 
 class SoftTripleLoss(ClassifierLoss):
-    r"""Softmax over classes of several centres each, a class's centres weighed by a softmax of their own.
+    r"""Softmax over classes with several centres each, weighted by a softmax over the centres.
 
     .. math::
         S_{ic} = \sum_k \frac{e^{x_i \cdot w_{ck} / \gamma}}{\sum_l e^{x_i \cdot w_{cl} / \gamma}}
@@ -45,29 +44,29 @@ class SoftTripleLoss(ClassifierLoss):
         L_i = -\log \frac{e^{\lambda (S_{iy} - m)}}
                          {e^{\lambda (S_{iy} - m)} + \sum_{c \ne y} e^{\lambda S_{ic}}}
 
-    of unit rows and centres, with :math:`\lambda` = ``la`` and m = ``margin``; plus, where ``tau`` is not 0,
+    of unit rows and centres, with :math:`\lambda` = ``la`` and m = ``margin``; plus, if ``tau`` is not 0,
 
     .. math:: \tau \frac{\sum_c \sum_{s < t} \sqrt{2 - 2 w_{cs} \cdot w_{ct}}}{C K (K - 1)},
 
-    which draws centres that are not needed together: :meth:`merged_centers` tells how many are left. Qian et
-    al., *SoftTriple Loss: Deep Metric Learning Without Triplet Sampling*, ICCV 2019 (there tau 0.2, la 20,
-    gamma 0.1, margin 0.01). The classes pass in blocks, computed again in backward: memory is bounded by the
-    block.
+    which merges centres that are not needed: :meth:`merged_centers` counts those left. Qian et al.,
+    *SoftTriple Loss: Deep Metric Learning Without Triplet Sampling*, ICCV 2019 (there tau 0.2, la 20, gamma
+    0.1, margin 0.01). Classes are processed in blocks, which backward recomputes, so memory is bounded.
 
     Args:
         num_classes, embedding_size: C and D.
         centers_per_class: K.
-        la, gamma: the scales of the softmax over classes and, inverted, of that over centres; above 0.
-        margin: on the similarity to the own class.
-        tau: the weight of the regulariser, 0 for none. With ``reduction="sum"`` and ``"none"`` it is added
-            too, once for the batch and once for each row.
-        options: as :class:`NormalizedSoftmaxLoss` has them.
+        la: the scale of the softmax over classes, above 0.
+        gamma: the temperature of the softmax over centres, above 0.
+        margin: on the similarity to the true class.
+        tau: the weight of the regulariser, 0 for none. It is added once to the batch's loss, and with
+            ``reduction="none"`` to every row's.
+        options: as for :class:`NormalizedSoftmaxLoss`.
 
     Attributes:
-        fc: ``[D, C K]`` parameter, the centres of a class side by side, drawn as by
-            ``kaiming_uniform_(a=sqrt(5))`` at first.
+        fc: ``[D, C K]`` parameter, the K centres of a class in adjacent columns, initialised by
+            ``kaiming_uniform_(a=sqrt(5))``.
 
-    A row whose label is negative is left out, as in :class:`NormalizedSoftmaxLoss`.
+    Rows with a negative label are ignored, as in :class:`NormalizedSoftmaxLoss`.
     """
 
     formula = SoftTriple
@@ -96,32 +95,31 @@ class SoftTripleLoss(ClassifierLoss):
         self.add_columns(columns, nn.init.kaiming_uniform_, a=math.sqrt(5))
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Of a batch that has been checked, the rows' losses ``[N]``, float32 or float64, and what the
-        regulariser adds to the batch's."""
+        """The losses ``[N]`` of a validated batch, float32 or float64, and the regulariser of the batch."""
         centers, (la, gamma, margin, tau) = self.rows(), self.call.params
         if embeddings.dtype != centers.dtype:  # under autocast
             wide = torch.promote_types(embeddings.dtype, centers.dtype)
             embeddings, centers = embeddings.to(wide), centers.to(wide)
         run = soft_triple.dense if self.backend == "reference" else soft_triple.soft_triple
-        how = self.centers_per_class, la, gamma, margin, tau > 0
+        options = self.centers_per_class, la, gamma, margin, tau > 0
         with _autocast.off(embeddings.device):
-            losses, *_, apart = run(embeddings, centers, labels.long(), *how)
-        return losses, tau * apart if tau > 0 else 0.0
+            losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
+        return losses, tau * regulariser if tau > 0 else 0.0
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
-        losses, added = self.row_losses(embeddings, self.check(embeddings, labels))
+        losses, regulariser = self.row_losses(embeddings, self.check(embeddings, labels))
         with _autocast.off(embeddings.device):
             if indices_tuple is not None:
                 losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
-            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction) + added
+            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction) + regulariser
         return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]``: the similarity to each class."""
+        """``[N, C]`` similarities to the classes."""
         return soft_triple.similarities(self.cosines(embeddings), self.centers_per_class, self.gamma)
 
     def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """What :func:`dml_cuda.functional.pair_weights` tells of rows and centres."""
+        """The fields of :class:`dml_cuda.functional.PairWeights` for rows and centres."""
         labels, (la, gamma, margin, _) = self.check(embeddings, labels).long(), self.call.params
         points = embeddings, self.rows(), labels, self.centers_per_class
         with torch.inference_mode(False), _autocast.off(embeddings.device):
@@ -129,17 +127,17 @@ class SoftTripleLoss(ClassifierLoss):
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:
-        """``[C]`` int64: how many centres each class has left once those nearer than ``threshold`` count as
-        one, and what is near to one of them too. Distances are between unit centres, from 0 to 2."""
+        """``[C]`` int64: the number of distinct centres of each class, where centres nearer than ``threshold``
+        count as one, transitively. Distances are between unit centres, from 0 to 2."""
         _check_not_negative("threshold", threshold)
         k = self.centers_per_class
         counts = []
-        for rows in self.rows().split(k * max(1, _MERGED // (k * k))):
+        for rows in self.rows().split(k * max(1, _BLOCK // (k * k))):
             unit = nn.functional.normalize(rows.double(), dim=1).view(-1, k, rows.shape[1])
             near = (2 - 2 * unit @ unit.mT).clamp(min=0).sqrt() < threshold
             near |= torch.eye(k, dtype=torch.bool, device=near.device)
-            for _ in range((k - 1).bit_length()):  # near to what is near, twice as far each time
+            for _ in range((k - 1).bit_length()):  # the transitive closure, by squaring
                 near = (near.float() @ near.float()) > 0
-            first = ~near.tril(-1).any(2)  # no centre before it is in its group
+            first = ~near.tril(-1).any(2)  # the first centre of each group
             counts.append(first.sum(1))
         return torch.cat(counts)

@@ -22,10 +22,10 @@ class SupCon(Formula):
     @staticmethod
     def row(pos: Pairs, neg: Pairs, temperature: float) -> Tensor:
         z_pos, z_neg = pos.s / temperature, neg.s / temperature
-        some = pos.count > 0
-        of_pos = torch.where(some, pos.lse(z_pos), 0.0)
-        every = torch.logsumexp(torch.stack([of_pos, neg.lse(z_neg)]), 0)
-        return torch.where(some, every - pos.mean(z_pos), 0.0)
+        has_positives = pos.count > 0
+        lse_pos = torch.where(has_positives, pos.lse(z_pos), 0.0)
+        lse_all = torch.logsumexp(torch.stack([lse_pos, neg.lse(z_neg)]), 0)
+        return torch.where(has_positives, lse_all - pos.mean(z_pos), 0.0)
 
 
 def sup_con_loss(
@@ -40,18 +40,18 @@ def sup_con_loss(
 ) -> Tensor:
     r"""Supervised contrastive loss.
 
-    For every row :math:`i` that has kept positives :math:`P_i` (other rows have loss 0), with its kept
-    negatives :math:`N_i`:
+    For every row :math:`i` with kept positives :math:`P_i` (without them the loss is 0) and kept negatives
+    :math:`N_i`:
 
     .. math::
         L_i = -\frac{1}{|P_i|} \sum_{j \in P_i}
               \log \frac{e^{s_{ij} / \tau}}{\sum_{k \in P_i \cup N_i} e^{s_{ik} / \tau}}
 
-    with :math:`\tau` = ``temperature``. Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020. (A
-    batch in which no row has a negative has this loss too; pytorch-metric-learning gives 0 there.)
+    with :math:`\tau` = ``temperature``. Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020. The
+    same holds for a batch in which no row has a negative; pytorch-metric-learning gives 0 there.
 
     Args:
-        temperature: what similarities are divided by, above 0.
+        temperature: divides similarities, above 0.
         embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
             ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.

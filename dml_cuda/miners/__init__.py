@@ -1,1 +1,1 @@
-"""Miners, and what they return."""
+"""Miners, and what they return. ``dml_cuda`` exports the public classes."""

@@ -1,5 +1,4 @@
-"""What the miners share, and the multi-similarity miner, for who wants to see its pairs or to give them to
-another loss."""
+"""The base class of the miners, and the multi-similarity miner."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,41 +11,41 @@ from typing_extensions import TypeVar
 from .._inputs.checks import SIMILARITIES, Similarity, check_choice, check_flag, check_number
 from .._inputs.options import measure
 from ..losses._pair import option
-from .mined_pairs import Mined, MinedPairs, PairCounts, mined_pairs, version
+from .mined import Mined, version
+from .mined_pairs import MinedPairs, PairCounts, mined_pairs
 
-# What a miner returns, by its pair_counts.
-_Found = TypeVar("_Found", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)
+# What a multi-similarity miner returns; depends on its pair_counts.
+_Result = TypeVar("_Result", MinedPairs, tuple[MinedPairs, PairCounts], default=MinedPairs)
 
-# A tensor up to this size, in bytes, is copied for pairs to be counted later.
-_COPIED = 4 << 20
+_MAX_COPY = 4 << 20  # bytes: larger tensors are not copied to count pairs later
 
 
 class _Borrowed:
-    """A tensor as it is now, for as long as others keep it so."""
+    """A weak reference to a tensor as it is now: lost when the tensor is freed or changed in place."""
 
     def __init__(self, x: Tensor) -> None:
         self._owner = weakref.ref(x._base if x._is_view() else x)
-        self._form = x.shape, x.stride(), x.storage_offset()
+        self._layout = x.shape, x.stride(), x.storage_offset()
         self._version = version(x)
 
     def tensor(self) -> Tensor | None:
         owner = self._owner()
         if owner is None or version(owner) != self._version:
             return None
-        return owner.detach().as_strided(*self._form)
+        return owner.detach().as_strided(*self._layout)
 
 
-def _kept(x: Tensor | None) -> Tensor | _Borrowed | None:
-    if x is None or x.numel() * x.element_size() <= _COPIED:
+def _copy_or_borrow(x: Tensor | None) -> Tensor | _Borrowed | None:
+    if x is None or x.numel() * x.element_size() <= _MAX_COPY:
         return x if x is None else x.detach().clone()
     return None if torch.compiler.is_compiling() else _Borrowed(x)
 
 
 class LastBatch:
-    """The batch that a miner saw last: what it kept, counted when somebody asks.
+    """The batch that a miner saw last, whose kept pairs or triplets are counted on request.
 
-    By then the step may be over, its memory wanted for other things, and embeddings that are parameters
-    updated. So what is small is copied, and large embeddings or a large queue are not kept alive.
+    By then the step may be over, its memory needed elsewhere, and embeddings that are parameters updated. So
+    small tensors are copied, and large embeddings or a large queue are not kept alive.
     """
 
     def __init__(
@@ -60,24 +59,24 @@ class LastBatch:
         self._counts: tuple[int, ...] | None = None
         self._kind, self._rule = type(mined), mined.rule | {"num_valid_refs": mined.num_valid_refs}
         self._square = ref_emb is None
-        self._batch = [_kept(x) for x in (embeddings, labels, ref_emb, ref_labels)]
+        self._batch = [_copy_or_borrow(x) for x in (embeddings, labels, ref_emb, ref_labels)]
         self._mined = None if torch.compiler.is_compiling() else weakref.ref(mined)
 
-    def _again(self) -> Mined | None:
+    def _mine_again(self) -> Mined | None:
         batch = [x.tensor() if isinstance(x, _Borrowed) else x for x in self._batch]
         if all(x is not None for x in batch[: 2 if self._square else 4]):
             return self._kind(*batch, **self._rule)
         return None if self._mined is None else self._mined()
 
     def counts(self) -> tuple[int, ...]:
-        """Kept positives and kept negatives, or triplets; waits for the device."""
+        """The numbers of kept positives and negatives, or of triplets; synchronises with the device."""
         if self._counts is None:
-            mined = self._again()
+            mined = self._mine_again()
             if mined is None:
                 names = "num_triplets" if self._kind.names[0] == "anchors" else "num_pos_pairs, num_neg_pairs"
                 raise RuntimeError(
-                    f"{names}: expected the last batch to be there still, unchanged: a "
-                    "miner keeps no tensor above 4 MiB; read the numbers before, or take pair_counts=True"
+                    f"{names}: expected the last batch to be alive and unchanged, since a miner copies no "
+                    "tensor above 4 MiB; read the counts earlier, or use pair_counts=True"
                 )
             self._counts = mined.counts()
             self._batch.clear()
@@ -85,7 +84,7 @@ class LastBatch:
 
 
 class Miner(nn.Module):
-    """What the miners share: options that are attributes, checked when they are set, and a last batch."""
+    """Base class of the miners: options are attributes, validated when set; the last batch is remembered."""
 
     similarity: Similarity = option()
     normalize_embeddings: bool | None = option()
@@ -135,7 +134,7 @@ class Miner(nn.Module):
         ref_labels: Tensor | None = None,
         num_valid_refs: Tensor | None = None,
     ) -> Any:
-        """What is found in a batch with the first ``num_valid_refs`` references."""
+        """As :meth:`forward`, with the first ``num_valid_refs`` rows of ``ref_emb``."""
         batch = embeddings, labels, ref_emb, ref_labels
         mined = self._find(*batch, num_valid_refs)
         self._last = None if torch.compiler.is_exporting() else LastBatch(mined, *batch)
@@ -148,7 +147,7 @@ class Miner(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Any:
-        """What is found in a batch, listed when looked at.
+        """Mines a batch; the indices are computed when the result is read.
 
         Args:
             embeddings: ``[N, D]``.
@@ -162,30 +161,32 @@ class Miner(nn.Module):
         return 0 if self._last is None else self._last.counts()[kind]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_last": None}  # a copy or a file needs no batch
+        return self.__dict__ | {"_last": None}  # copies and pickles do not hold the batch
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
 
-class MultiSimilarityMiner(Miner, Generic[_Found]):
+class MultiSimilarityMiner(Miner, Generic[_Result]):
     """The hard pairs of a batch by the multi-similarity rule.
 
     A positive is kept when ``s - epsilon < max(negatives of its row)``, a negative when
-    ``s + epsilon > min(positives of its row)``; a row without either keeps nothing. Wang et al.,
-    *Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning*, CVPR 2019, section 4.1.
+    ``s + epsilon > min(positives of its row)``; a row without positives or without negatives keeps nothing.
+    Wang et al., *Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning*, CVPR 2019,
+    section 4.1.
 
-    A dml_cuda loss that is given the result with the same embeddings mines inside its kernel, and no pair is
-    ever listed: it costs no more than ``epsilon=`` of the loss. Any other loss makes the lists by using them.
+    A loss of dml_cuda that gets the result with the same embeddings mines inside its kernel and materialises
+    no indices: this costs no more than ``epsilon=`` of the loss. Any other loss reads the indices, which
+    computes them.
 
     Args:
         epsilon: the margin.
-        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"``, as the losses have it. The rule on distances
-            is that of pytorch-metric-learning's miner with its ``LpDistance``.
-        normalize_embeddings: as the losses have it; ``None`` is what the similarity says.
+        similarity: ``"cosine"``, ``"dot"`` or ``"euclidean"``, as for the losses. With distances the rule is
+            that of pytorch-metric-learning's miner with ``LpDistance``.
+        normalize_embeddings: as for the losses; ``None`` is the default of the similarity.
         pair_counts: also return how many pairs each row keeps.
 
-    Each is an attribute too, readable and settable.
+    All are attributes too, readable and settable.
 
     >>> miner, loss_fn = MultiSimilarityMiner(epsilon=0.1), MultiSimilarityLoss()
     >>> pairs = miner(embeddings, labels)
@@ -234,8 +235,8 @@ class MultiSimilarityMiner(Miner, Generic[_Found]):
         labels: Tensor,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> _Found:
-        """The pairs of a batch, made when looked at.
+    ) -> _Result:
+        """Mines a batch; the indices are computed when the result is read.
 
         Args:
             embeddings: ``[N, D]``.
@@ -244,7 +245,8 @@ class MultiSimilarityMiner(Miner, Generic[_Found]):
             ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is.
 
         Returns:
-            :class:`dml_cuda.MinedPairs`; with ``pair_counts``, that and :class:`dml_cuda.PairCounts`.
+            :class:`dml_cuda.MinedPairs`; with ``pair_counts`` a tuple of that and
+            :class:`dml_cuda.PairCounts`.
         """
         pairs = self.mine(embeddings, labels, ref_emb, ref_labels)
         return (pairs, pairs.pair_counts()) if self.pair_counts else pairs  # type: ignore[return-value]
@@ -257,7 +259,7 @@ class MultiSimilarityMiner(Miner, Generic[_Found]):
             labels: Tensor,
             ref_emb: Tensor | None = None,
             ref_labels: Tensor | None = None,
-        ) -> _Found: ...
+        ) -> _Result: ...
 
     def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> MinedPairs:
         rule = {"epsilon": self.epsilon, "similarity": self.measure, "num_valid_refs": num_valid_refs}
@@ -265,12 +267,12 @@ class MultiSimilarityMiner(Miner, Generic[_Found]):
 
     @property
     def num_pos_pairs(self) -> int:
-        """Positive pairs that the last batch kept; counts them, and waits for the device."""
+        """The number of positive pairs kept in the last batch; synchronises with the device."""
         return self._counted(0)
 
     @property
     def num_neg_pairs(self) -> int:
-        """Negative pairs that the last batch kept; counts them, and waits for the device."""
+        """The number of negative pairs kept in the last batch; synchronises with the device."""
         return self._counted(1)
 
     def extra_repr(self) -> str:

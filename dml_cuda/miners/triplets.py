@@ -1,4 +1,4 @@
-"""The miners of hard pairs and triplets, and of those that are drawn by distance."""
+"""The miners that select pairs or triplets: the hardest, within a margin, or drawn by distance."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ from .._ops.triplets import ANY, INF, Selection
 from ..losses._pair import option
 from .mined_triplets import MinedTriplets, Selected, SelectedPairs
 from .pairs import Miner
-from .stats import average_triplet, averages_of_pairs, extremes
+from .stats import average_pairs, average_triplet, extremes
 
 STRATEGIES = ("hard", "semihard", "easy", "all")
 TRIPLETS = ("all", "hard", "semihard", "easy")
@@ -42,7 +42,7 @@ def check_strategies(pos_strategy: str, neg_strategy: str) -> None:
 
 
 def _distances(span: tuple[float, float] | None, similarity: str) -> tuple[float, float]:
-    """A range of distances, or of similarities, as one of what the ops call d."""
+    """A range of distances or of similarities as a range of d, which negates similarities."""
     low, high = ANY if span is None else map(float, span)
     return (low, high) if similarity.startswith("euclidean") else (-high, -low)
 
@@ -75,14 +75,17 @@ def within_margin(margin: float, type_of_triplets: str) -> Selection:
 
 @constant_result
 def _next(x: float, towards: float, double: bool) -> float:
-    """The number beside x, in float64 or float32."""
+    """The adjacent float64 or float32 number."""
     x, towards = torch.tensor([x, towards], dtype=torch.float64 if double else torch.float32)
     return torch.nextafter(x, towards).item()
 
 
 def beyond_margins(pos_margin: float, neg_margin: float, similarity: str, double: bool) -> Selection:
-    """The selection of a :class:`PairMarginMiner`. Its margins are left out, but the ends of a selection's
-    ranges are not: so these are the next numbers, of float64 or float32."""
+    """The selection of a :class:`PairMarginMiner`.
+
+    Its comparisons are strict, but the ranges of a selection include their ends: so the ends are the floating
+    point numbers next to the margins.
+    """
     sign = 1.0 if similarity.startswith("euclidean") else -1.0
     above, below = _next(sign * pos_margin, INF, double), _next(sign * neg_margin, -INF, double)
     return Selection(pos_range=(above, INF), neg_range=(-INF, below))
@@ -95,17 +98,17 @@ def by_distance(cutoff: float, nonzero_loss_cutoff: float) -> Selection:
 
 
 def fresh_seed(device: torch.device) -> Tensor:
-    """``[1]`` int64 from torch's generator of the device, which no one waits for."""
+    """``[1]`` int64 from torch's generator of the device, without synchronising."""
     return torch.randint(torch.iinfo(torch.int64).max, (1,), device=device)
 
 
 class SelectingMiner(Miner):
-    """What the miners that select share."""
+    """Base class of the miners whose rule is a :class:`Selection`."""
 
     collect_stats: bool = option()
 
-    kind: ClassVar[type[Selected]] = MinedTriplets
-    stats: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[type[Selected]] = MinedTriplets  # what it returns
+    stats: ClassVar[tuple[str, ...]] = ()  # attributes that collect_stats sets
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -124,12 +127,14 @@ class SelectingMiner(Miner):
         return super().__getattr__(name)
 
     def selection(self, embeddings: Tensor) -> Selection:
+        """The rule by the current options."""
         raise NotImplementedError
 
     def seed(self, device: torch.device) -> Tensor | None:
+        """The seed of the draws, for a rule that draws."""
         return None
 
-    def _stats_of(self, mined: Selected) -> Mapping[str, float]:
+    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
         return {}
 
     def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> Selected:
@@ -142,14 +147,14 @@ class SelectingMiner(Miner):
         batch = embeddings, labels, ref_emb, ref_labels
         mined = self.kind(*batch, selection=self.selection(embeddings), **rule)
         if self.collect_stats:
-            self._collected = dict(self._stats_of(mined))
+            self._collected = dict(self._compute_stats(mined))
         return mined
 
 
-class _OfTriplets(SelectingMiner):
+class _TripletMiner(SelectingMiner):
     @property
     def num_triplets(self) -> int:
-        """Triplets that the last batch kept; counts them, and waits for the device."""
+        """The number of triplets selected in the last batch; synchronises with the device."""
         return self._counted(0)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
@@ -163,17 +168,17 @@ class _OfTriplets(SelectingMiner):
         ) -> MinedTriplets: ...
 
 
-class _OfPairs(SelectingMiner):
+class _PairMiner(SelectingMiner):
     kind = SelectedPairs
 
     @property
     def num_pos_pairs(self) -> int:
-        """Positive pairs that the last batch kept; counts them, and waits for the device."""
+        """The number of positive pairs selected in the last batch; synchronises with the device."""
         return self._counted(0)
 
     @property
     def num_neg_pairs(self) -> int:
-        """Negative pairs that the last batch kept; counts them, and waits for the device."""
+        """The number of negative pairs selected in the last batch; synchronises with the device."""
         return self._counted(1)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
@@ -197,18 +202,18 @@ _EXTREMES = (
 )
 
 
-class BatchHardMiner(_OfTriplets):
-    """Each row with its farthest positive and its nearest negative.
+class BatchHardMiner(_TripletMiner):
+    """One triplet per row: its farthest positive and its nearest negative.
 
-    Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*, 2017. A row without either
-    has no triplet; of equal distances the lowest column is taken. Given to
-    :class:`dml_cuda.TripletMarginLoss` or :class:`dml_cuda.MarginLoss` with the same batch, both are found in
-    the loss's own pass.
+    Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*, 2017. A row without
+    positives or without negatives has no triplet; ties go to the lowest column. If
+    :class:`dml_cuda.TripletMarginLoss` or :class:`dml_cuda.MarginLoss` gets the result with the same batch,
+    its kernel finds both in the same pass.
 
     Args:
-        similarity, normalize_embeddings: as the losses have them.
-        collect_stats: keep ``easiest_triplet``, ``hardest_triplet``, ``easiest_pos_pair``, ... of the last
-            batch as attributes, as pytorch-metric-learning does; waits for the device.
+        similarity, normalize_embeddings: as for the losses.
+        collect_stats: set ``easiest_triplet``, ``hardest_triplet``, ``easiest_pos_pair``, ... of the last
+            batch as attributes, as pytorch-metric-learning does; synchronises with the device.
 
     Returns :class:`dml_cuda.MinedTriplets`.
     """
@@ -228,28 +233,28 @@ class BatchHardMiner(_OfTriplets):
     def selection(self, embeddings: Tensor) -> Selection:
         return Selection("hardest", "hardest")
 
-    def _stats_of(self, mined: Selected) -> Mapping[str, float]:
+    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
         return extremes(mined)
 
 
-class BatchEasyHardMiner(_OfPairs):
-    """Of each row one positive, or all, and one negative, or all, each by a strategy.
+class BatchEasyHardMiner(_PairMiner):
+    """For each row one positive or all, and one negative or all, each by a strategy.
 
     The strategies are ``"hard"``: the farthest positive or the nearest negative; ``"easy"``: the nearest
     positive or the farthest negative; ``"semihard"``: the farthest positive that is nearer than the negative,
     or the nearest negative that is farther than the positive; ``"all"``. Xuan et al., *Improved Embeddings
-    with Easy Positive Triplet Mining*, WACV 2020. A row that lacks either has neither, where both are one;
-    of equal distances the lowest column is taken.
+    with Easy Positive Triplet Mining*, WACV 2020. If neither strategy is ``"all"``, a row that lacks one of
+    the two has neither. Ties go to the lowest column.
 
     Args:
-        pos_strategy, neg_strategy: not both semihard, nor semihard beside all.
-        allowed_pos_range, allowed_neg_range: ``(low, high)``, ends included, of the distances (or
-            similarities) within which one is chosen; not of ``"all"``.
-        similarity, normalize_embeddings: as the losses have them.
-        collect_stats: as :class:`BatchHardMiner` has it.
+        pos_strategy, neg_strategy: at most one is ``"semihard"``, and then the other is not ``"all"``.
+        allowed_pos_range, allowed_neg_range: ``(low, high)``, ends included: the distances (or similarities)
+            among which one is selected. Ignored for ``"all"``.
+        similarity, normalize_embeddings: as for the losses.
+        collect_stats: as for :class:`BatchHardMiner`.
 
-    Returns :class:`dml_cuda.SelectedPairs`. With :class:`dml_cuda.CrossBatchMemory` a row's own copy in the
-    queue is not chosen.
+    Returns :class:`dml_cuda.SelectedPairs`. With :class:`dml_cuda.CrossBatchMemory` the copy of a row in the
+    queue is never selected.
     """
 
     pos_strategy: str = option()
@@ -291,23 +296,24 @@ class BatchEasyHardMiner(_OfPairs):
         ranges = self.allowed_pos_range, self.allowed_neg_range
         return easy_hard(self.pos_strategy, self.neg_strategy, *ranges, self.measure)
 
-    def _stats_of(self, mined: Selected) -> Mapping[str, float]:
+    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
         return extremes(mined)
 
 
-class TripletMarginMiner(_OfTriplets):
-    """The triplets whose negative is not farther than the positive by more than a margin.
+class TripletMarginMiner(_TripletMiner):
+    """All triplets within a margin, or a part of them.
 
-    With ``gap = d_an - d_ap``: ``"all"`` of them, ``gap <= margin``; of these the ``"hard"``, ``gap <= 0``,
-    or the ``"semihard"``, ``gap > 0`` (Schroff et al., *FaceNet*, CVPR 2015); or the ``"easy"`` ones that are
-    not among them, ``gap > margin``. :class:`dml_cuda.TripletMarginLoss` and :class:`dml_cuda.MarginLoss`,
-    given the result with the same batch, sum over them without listing one, at the cost of pairs.
+    With ``gap = d_an - d_ap``: ``"all"``, ``gap <= margin``; ``"hard"``, ``gap <= 0`` among these;
+    ``"semihard"``, ``gap > 0`` among these (Schroff et al., *FaceNet*, CVPR 2015); or ``"easy"``,
+    ``gap > margin``. If :class:`dml_cuda.TripletMarginLoss` or :class:`dml_cuda.MarginLoss` gets the result
+    with the same batch, it sums over the triplets at the cost of pairs and materialises none.
 
     Args:
-        margin, type_of_triplets: as above.
-        similarity, normalize_embeddings: as the losses have them.
-        collect_stats: keep ``avg_triplet_margin``, ``pos_pair_dist`` and ``neg_pair_dist``, means over all
-            triplets of the last batch, as attributes; waits for the device.
+        margin: a distance, or a difference of similarities.
+        type_of_triplets: ``"all"``, ``"hard"``, ``"semihard"`` or ``"easy"``.
+        similarity, normalize_embeddings: as for the losses.
+        collect_stats: set ``avg_triplet_margin``, ``pos_pair_dist`` and ``neg_pair_dist``, means over all
+            triplets of the last batch, as attributes; synchronises with the device.
 
     Returns :class:`dml_cuda.MinedTriplets`.
     """
@@ -331,25 +337,25 @@ class TripletMarginMiner(_OfTriplets):
         collect_stats: bool = False,
     ) -> None:
         shared = {"similarity": similarity, "normalize_embeddings": normalize_embeddings}
-        own = {"margin": margin, "type_of_triplets": type_of_triplets}
-        super().__init__(**own, **shared, collect_stats=collect_stats)
+        rule = {"margin": margin, "type_of_triplets": type_of_triplets}
+        super().__init__(**rule, **shared, collect_stats=collect_stats)
 
     def selection(self, embeddings: Tensor) -> Selection:
         return within_margin(float(self.margin), self.type_of_triplets)
 
-    def _stats_of(self, mined: Selected) -> Mapping[str, float]:
+    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
         return average_triplet(mined)
 
 
-class PairMarginMiner(_OfPairs):
+class PairMarginMiner(_PairMiner):
     """Positives farther than one margin, and negatives nearer than another.
 
     Args:
-        pos_margin, neg_margin: distances; with cosine or dot product, similarities that a positive lies below
-            and a negative above.
-        similarity, normalize_embeddings: as the losses have them.
-        collect_stats: keep ``pos_pair_dist`` and ``neg_pair_dist``, means over all pairs of the last batch,
-            as attributes; waits for the device.
+        pos_margin, neg_margin: distances. With cosine or dot product, similarities: positives below
+            ``pos_margin`` and negatives above ``neg_margin`` are selected.
+        similarity, normalize_embeddings: as for the losses.
+        collect_stats: set ``pos_pair_dist`` and ``neg_pair_dist``, means over all pairs of the last batch,
+            as attributes; synchronises with the device.
 
     Returns :class:`dml_cuda.SelectedPairs`.
     """
@@ -376,12 +382,12 @@ class PairMarginMiner(_OfPairs):
         double = embeddings.dtype == torch.float64
         return beyond_margins(self.pos_margin, self.neg_margin, self.measure, double)
 
-    def _stats_of(self, mined: Selected) -> Mapping[str, float]:
-        return averages_of_pairs(mined)
+    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
+        return average_pairs(mined)
 
 
-class DistanceWeightedMiner(_OfTriplets):
-    r"""A negative for each pair of a row and a positive, drawn so that all distances are drawn alike.
+class DistanceWeightedMiner(_TripletMiner):
+    r"""One negative for each positive pair, drawn so that all distances are equally likely.
 
     The distances between points on the unit sphere in D dimensions have the density
     :math:`q(d) \propto d^{D-2} (1 - d^2/4)^{(D-3)/2}`; a negative at distance d is drawn with weight
@@ -389,18 +395,18 @@ class DistanceWeightedMiner(_OfTriplets):
     .. math:: w(d) = 1 / q(\max(d, \text{cutoff})),
 
     0 from ``nonzero_loss_cutoff`` on. Wu et al., *Sampling Matters in Deep Embedding Learning*, ICCV 2017. A
-    row all of whose weights are 0 has no triplet. Weights are kept as logarithms, each row's for itself, so
-    that none is lost to underflow, however many dimensions there are.
+    row whose weights are all 0 has no triplet. Weights are logarithms relative to the row's largest, so they
+    do not underflow in any number of dimensions.
 
-    The draws hang on a seed that torch's generator gives at each call: they repeat under
-    ``torch.manual_seed``, and looking at the result lists the very triplets that a loss was given.
+    The draws depend on a seed from torch's generator, one for each call: they repeat under
+    ``torch.manual_seed``, and reading the result gives the triplets that a loss used.
 
     Args:
-        cutoff: nearer negatives have this one's weight, which bounds the variance of gradients.
-        nonzero_loss_cutoff: farther negatives are not drawn: their loss would be 0.
+        cutoff: nearer negatives get the weight at this distance, which bounds the variance of gradients.
+        nonzero_loss_cutoff: negatives from this distance on are not drawn, as their loss would be 0.
 
-    Returns :class:`dml_cuda.MinedTriplets`. Distances are those of unit rows. pytorch-metric-learning draws
-    the positives too, as many for each row as its class has members, with replacement; here every positive
+    Returns :class:`dml_cuda.MinedTriplets`. Distances are between unit rows. pytorch-metric-learning also
+    draws the positives, with replacement, as many for each row as its class has members; here every positive
     has one triplet.
     """
 
@@ -410,8 +416,8 @@ class DistanceWeightedMiner(_OfTriplets):
     checks: ClassVar = {"cutoff": check_number, "nonzero_loss_cutoff": check_number}
 
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4) -> None:
-        own = {"cutoff": cutoff, "nonzero_loss_cutoff": nonzero_loss_cutoff}
-        super().__init__(**own, similarity="euclidean", normalize_embeddings=True, collect_stats=False)
+        rule = {"cutoff": cutoff, "nonzero_loss_cutoff": nonzero_loss_cutoff}
+        super().__init__(**rule, similarity="euclidean", normalize_embeddings=True, collect_stats=False)
 
     def set_option(self, name: str, value: Any) -> None:
         if name in ("similarity", "normalize_embeddings") and value not in ("euclidean", True):

@@ -1,4 +1,4 @@
-"""What the adapters of dml_cuda.pml share: distances and reducers in the words of the kernels."""
+"""Distances and reducers of pytorch-metric-learning, translated into the options of dml_cuda."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ _REDUCTIONS = {
 
 
 def similarity_options(distance: distances.BaseDistance) -> dict[str, Any] | None:
-    """The options that stand for a distance, or None for one that the kernels lack."""
+    """The options equivalent to a distance, or None if the kernels do not support it."""
     if distance.power != 1 or (distance.p != 2 and distance.normalize_embeddings):
         return None
     kind = type(distance)
@@ -33,14 +33,14 @@ def similarity_options(distance: distances.BaseDistance) -> dict[str, Any] | Non
     return None
 
 
-def warn(module: torch.nn.Module, why: str) -> None:
-    """Once for each kind."""
-    kind = f"{type(module).__name__} with {why}"
+def warn_unsupported(module: torch.nn.Module, reason: str) -> None:
+    """Warns once for each class and reason."""
+    kind = f"{type(module).__name__} with {reason}"
     warn_once(f"dml_cuda has no kernel for {kind}: pytorch-metric-learning computes it")
 
 
-def collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tensor) -> None:
-    """The statistics of the norms that a distance collects when it is called."""
+def collect_norms(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tensor) -> None:
+    """Collects the statistics of norms that a distance collects when it is called."""
     distance.reset_stats()
     if distance.collect_stats:
         points = embeddings, ref_emb
@@ -48,14 +48,14 @@ def collect(distance: distances.BaseDistance, embeddings: Tensor, ref_emb: Tenso
 
 
 def reducer_of(reducer: reducers.BaseReducer, name: str) -> reducers.BaseReducer:
-    """The one that reduces the loss of that name."""
+    """The reducer of the sub-loss ``name``."""
     if type(reducer) is reducers.MultipleReducers:
         return dict(reducer.reducers.items()).get(name, reducer.default_reducer)
     return reducer
 
 
 def reduction_name(reducer: reducers.BaseReducer, name: str) -> str | None:
-    """What the kernels call a reducer of the loss of that name, or None for one that they lack."""
+    """The reduction equivalent to the reducer of the sub-loss ``name``, or None if there is none."""
     reducer = reducer_of(reducer, name)
     if getattr(reducer, "collect_stats", False):
         return None

@@ -1,7 +1,7 @@
-"""``python docs/figures/pair_weights.py``: draws how the losses weigh a negative pair, by ``pair_weights``.
+"""``python docs/figures/pair_weights.py``: the figure of docs/pair_weights.md, the weight of a negative pair.
 
-One anchor, and points placed at chosen cosines from it. Each panel varies one of the three kinds of
-similarity of the multi-similarity paper and holds the other two.
+Points are placed at chosen cosines from one anchor. Each panel varies one of the three kinds of similarity of
+the multi-similarity paper and holds the other two.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 
 
 class Row(NamedTuple):
-    """An anchor's similarities: to the negative looked at, to the other negatives and to the positives."""
+    """Similarities of an anchor: to the weighed negative, to the other negatives, to the positives."""
 
     own: float = 0.5
     others: tuple[float, ...] = (0.5,) * 4
@@ -47,7 +47,7 @@ PANELS = {
 
 
 def weight(loss: torch.nn.Module, row: Row) -> float:
-    """dL/ds of the negative at ``row.own``, of the row's own loss; 0 where mining leaves it out."""
+    """dL_i/ds of the negative at ``row.own``; 0 where mining drops it."""
     cosines = torch.tensor([row.own, *row.others, *row.positives], dtype=torch.float64)
     points = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -57,7 +57,7 @@ def weight(loss: torch.nn.Module, row: Row) -> float:
 
 
 def draw(path: Path) -> None:
-    """The figure: a row for each loss, a column for each kind of similarity."""
+    """One row of panels per loss, one column per kind of similarity."""
     size = 10, 2 + 1.7 * len(LOSSES)
     figure, axes = plt.subplots(
         len(LOSSES), len(PANELS), sharex=True, sharey="row", figsize=size, layout="constrained"

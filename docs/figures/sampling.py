@@ -1,8 +1,7 @@
-"""``python docs/figures/sampling.py``: draws how far from their anchors the negatives are that the miners
-select.
+"""``python docs/figures/sampling.py``: the figure of docs/sampling.md, distances of selected negatives.
 
-As Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, draw it for their sampling: histograms
-of distances, for embeddings as a training starts and for embeddings with classes of all distances.
+Histograms after Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, for embeddings at the
+start of training and for embeddings with classes near and far.
 """
 
 import argparse
@@ -26,14 +25,14 @@ _BINS = torch.linspace(0, 2, 61)
 
 
 class Negatives(NamedTuple):
-    """The pairs of an anchor and a negative that a strategy selects."""
+    """Pairs of an anchor and a selected negative, as indices ``[P]`` each."""
 
     anchors: Tensor
     negatives: Tensor
 
 
 def _uniform(x: Tensor, y: Tensor) -> Negatives:
-    """Every negative as likely as another."""
+    """All negatives of each anchor."""
     return Negatives(*dml_cuda.MinedPairs(x, y, epsilon=None)[2:])
 
 
@@ -54,13 +53,13 @@ STRATEGIES: dict[str, Callable[[Tensor, Tensor], Negatives]] = {
 
 
 def untrained() -> tuple[Tensor, Tensor]:
-    """Points anywhere on the sphere."""
+    """Points uniform on the sphere, and random classes."""
     labels = torch.arange(CLASSES * PER_CLASS) // PER_CLASS
     return torch.nn.functional.normalize(torch.randn(len(labels), DIM), dim=1), labels
 
 
 def trained() -> tuple[Tensor, Tensor]:
-    """Classes of eight kinds: those of one kind lie near each other, some very near."""
+    """Classes in eight clusters; classes of one cluster lie near each other, some very near."""
     labels = torch.arange(CLASSES * PER_CLASS) // PER_CLASS
     kinds, apart = torch.randn(8, DIM), torch.linspace(0.1, 1.5, CLASSES)[torch.randperm(CLASSES), None]
     centres = kinds[torch.arange(CLASSES) % 8] + apart * torch.randn(CLASSES, DIM)
@@ -71,7 +70,7 @@ BATCHES_OF = {"untrained: points anywhere on the sphere": untrained, "trained: c
 
 
 def distances(strategy: str, make: Callable[[], tuple[Tensor, Tensor]], batches: int = BATCHES) -> Tensor:
-    """Of the negatives that a strategy selects in some batches."""
+    """Distances of anchor and selected negative, over several batches."""
     torch.manual_seed(0)
     found = []
     for _ in range(batches):
@@ -82,7 +81,7 @@ def distances(strategy: str, make: Callable[[], tuple[Tensor, Tensor]], batches:
 
 
 def draw(path: Path) -> None:
-    """The figure: a column for each strategy, a row for each kind of embeddings."""
+    """One column of panels per strategy, one row per kind of embeddings."""
     size = len(BATCHES_OF), len(STRATEGIES)
     figure, axes = plt.subplots(*size, sharex=True, figsize=(11, 5.2), layout="constrained")
     for name, axis in zip(STRATEGIES, axes[0], strict=True):

@@ -1,9 +1,6 @@
-"""``python docs/figures/several_gpus.py``: what several_gpus.md shows: the tables, and a training of one
-process
-beside that of two.
+"""``python docs/figures/several_gpus.py``: the tables and the figure of docs/several_gpus.md.
 
-The tables of memory and of transfers come from the formulas below; what one machine can measure of them,
-memory, is measured.
+Memory and traffic of many GPUs are calculated by the formulas below; memory on this machine is measured.
 """
 
 import argparse
@@ -19,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/several_gpus.md"
+FIGURE = Path(__file__).with_suffix(".png")
 MIB, GIB = 2**20, 2**30
 
 # ---- on paper ---------------------------------------------------------------------------------------------
@@ -43,39 +41,39 @@ class Job(NamedTuple):
         """Rows of all other processes."""
         return self.n - self.share
 
-    # Beside its own rows and their gradient, what a process holds of the columns.
+    # Bytes of columns on one process, beyond its own rows and their gradient.
 
     def gathered_bytes(self) -> float:
         """All columns, and their gradient."""
         return self.n * self.dim * (self.width + 4)
 
     def ring_bytes(self) -> float:
-        """A block and the next, and the same of its gradient."""
+        """Two blocks, and their gradients."""
         return 2 * self.share * self.dim * (self.width + 4)
 
-    # What a process receives in a step; it sends as much.
+    # Bytes that a process receives per step; it sends as many.
 
     def gathered_traffic(self) -> float:
         """All-gather, and reduce-scatter of the gradient."""
         return self.others * self.dim * (self.width + 4)
 
     def ring_traffic(self) -> float:
-        """The columns once a stage and once backward, and every block's gradient all around."""
+        """The columns once per stage and once in backward, and the gradient of every block."""
         return self.others * self.dim * self.width * (self.stages + 1) + self.n * self.dim * 4
 
-    # A step of the ring hides its transfer where the product takes longer than it.
+    # A step of the ring hides its transfer if the matrix products take longer.
 
     def hidden_from_forward(self, flops: float, bandwidth: float) -> float:
-        """Rows of a process from which 2 rows^2 D operations take as long as rows D width bytes."""
+        """Rows per process at which 2 rows^2 D operations take as long as rows D width bytes."""
         return self.width * flops / (2 * bandwidth)
 
     def hidden_from_backward(self, flops: float, bandwidth: float) -> float:
-        """The same of the similarities and two gradients, 6 rows^2 D, and of a block with its gradient."""
+        """The same for backward: 6 rows^2 D operations, and a block with its gradient."""
         return (self.width + 4) * flops / (6 * bandwidth)
 
 
 N, DIM, PROCESSES = 1_000_000, 512, (8, 16, 32, 64, 128, 256, 512)
-# Rates of an H100 to plan with (mma.sync at FlashAttention-2's level; float32 as three products of TF32).
+# Planning rates of an H100 (mma.sync at FlashAttention-2's level; float32 as three products of TF32).
 RATES = {"bfloat16": (2, 350e12), "float32": (4, 70e12)}
 LINKS = {"NVLink, 450 GB/s each way": 450e9, "InfiniBand, 50 GB/s a GPU": 50e9}
 
@@ -117,7 +115,7 @@ MEASURED_PROCESSES = (2, 4)
 
 
 def measure_one(mode: str, rank: int, size: int, folder: str) -> None:
-    """Peak memory of a step of one of several processes, beyond what it held before."""
+    """Peak memory of one process during a step, beyond what it held before."""
     import torch.distributed as dist
 
     from benchmarks.measure import reset_high_water_mark, status_bytes
@@ -142,7 +140,7 @@ def measure_one(mode: str, rank: int, size: int, folder: str) -> None:
         added[:] = [status_bytes("VmHWM") - before]
 
     added: list[int] = []
-    step(64)  # the libraries' own buffers and threads
+    step(64)  # warm-up: buffers and threads of the libraries
     step(MEASURED["rows"] // size)
     Path(folder, str(rank)).write_text(str(added[0]))
     dist.barrier()
@@ -150,7 +148,7 @@ def measure_one(mode: str, rank: int, size: int, folder: str) -> None:
 
 
 def measure(mode: str, size: int) -> int:
-    """The most that any of ``size`` processes needs."""
+    """The largest peak of ``size`` processes, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__)), "--measure", mode]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -186,7 +184,7 @@ def measured_table(found: dict[str, int]) -> str:
 
 
 def train(processes: int, folder: Path, steps: int, *options: str) -> list[float]:
-    """The losses of a training of the retrieval example."""
+    """The loss of each step of the retrieval example."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
     start = (
         [*launch, "examples.train_retrieval", "--distributed"]
@@ -202,7 +200,7 @@ def train(processes: int, folder: Path, steps: int, *options: str) -> list[float
 
 
 def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
-    """The losses of one process and of two, and how far they are apart."""
+    """The losses of one process and of two, and their relative difference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,7 +228,7 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
 
 
 def insert(name: str, text: str) -> None:
-    """Puts text between the markers of that name."""
+    """Replaces the text between the markers of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     page = PAGE.read_text()
     head, rest = page.split(begin)
@@ -258,7 +256,7 @@ def main() -> None:
             dtype: [train(size, Path(folder), arguments.steps, *options) for size in (1, 2)]
             for dtype, options in (("float32", ()), ("float64", ("--float64",)))
         }
-    draw(PAGE.with_suffix(".png"), curves)
+    draw(FIGURE, curves)
     apart = {dtype: max(abs(a - b) / a for a, b in zip(*two, strict=True)) for dtype, two in curves.items()}
     insert(
         "curves",

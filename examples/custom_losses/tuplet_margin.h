@@ -16,7 +16,7 @@ struct TupletMargin : FormulaDefaults {
     DML_INLINE S neg_term(S s) const {
         return rounded_product(scale, s);
     }
-    // lse: of the row's negatives; -inf where it has none, and then there is no loss.
+    // lse: the log-sum-exp of the row's negatives. Without negatives it is -inf and the loss is 0.
     template <typename S, typename C>
     DML_INLINE auto pos_term(S s, C lse) const {
         const S turned = cosine * s + sine * root(relu((T(1) - s) * (T(1) + s)));

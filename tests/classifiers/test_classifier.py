@@ -435,7 +435,7 @@ def test_adapters(head, options):
     """The classes of dml_cuda.pml: PML's, computed here; reducers, regularisers and miners go on working."""
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")
     regularizers = pytest.importorskip("pytorch_metric_learning.regularizers")
-    from dml_cuda.pml import losses as pml
+    from dml_cuda import pml
 
     theirs = pml_twin(head.make(12, 8, **options), **options, weight_regularizer=regularizers.LpRegularizer())
     ours = getattr(pml, head.name)(12, 8, **options, weight_regularizer=regularizers.LpRegularizer())
@@ -526,7 +526,7 @@ def test_errors_name_what_was_passed():
     for embeddings, says in (
         (torch.randn(6, 5), "embeddings: expected embedding_size=4 columns, got 5"),
         (torch.randn(6, 4).double(), "embeddings: expected torch.float32 as W has, got torch.float64"),
-        (torch.randn(6, 4).to("meta"), "embeddings: expected on cpu as W is, got on meta"),
+        (torch.randn(6, 4).to("meta"), "embeddings: expected device cpu as W has, got meta"),
         (torch.randn(4), "embeddings: expected shape [rows, D], got [4]"),
         ([[1.0] * 4] * 6, "embeddings: expected a floating-point tensor of shape [rows, D], got list"),
     ):

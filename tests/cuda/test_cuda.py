@@ -154,9 +154,9 @@ def test_the_same_bits_every_time(arithmetic, n):
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
-def test_strips_see_one_similarity_from_both_sides(arithmetic):
+def test_row_blocks_see_one_similarity_from_both_sides(arithmetic):
     """To the bit: that a product of tensor cores does not care which operand is which is no promise of the
-    hardware's, but mining in strips relies on it."""
+    hardware's, but mining in row blocks relies on it."""
     case = couples(500, arithmetic)
     loss, _ = run(case, arithmetic)
     assert loss.unique().numel() > 200

@@ -91,12 +91,12 @@ DML_DEVICE void cp_async_wait() {
 
 template <int Matrices>
 DML_DEVICE void ldmatrix(uint32_t (&r)[Matrices], const void* row, bool transposed, Site site) {
-    emulator::LoadMatrix own{Matrices, transposed, {}, r};
+    emulator::LoadMatrix request{Matrices, transposed, {}, r};
     if (lane_id() < 8 * Matrices) {  // the other lanes' addresses do not count
         require_aligned(row, 16, "the row of ldmatrix", site);
-        std::memcpy(own.row, row, 16);
+        std::memcpy(request.row, row, 16);
     }
-    emulator::warp_rendezvous(emulator::load_matrix, &own, site);
+    emulator::warp_rendezvous(emulator::load_matrix, &request, site);
 }
 
 DML_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
@@ -130,8 +130,8 @@ struct MmaOnHost<Tf32> {
 template <typename T>
 DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                     Site site = Site::here()) {
-    emulator::Multiply own{acc, a, b};
-    emulator::warp_rendezvous(MmaOnHost<T>::multiply, &own, site);
+    emulator::Multiply request{acc, a, b};
+    emulator::warp_rendezvous(MmaOnHost<T>::multiply, &request, site);
 }
 
 DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -161,10 +161,10 @@ DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { __atomic_fetch_add(sum
 template <typename T>
 DML_DEVICE T shfl(T value, int source_lane, Site site = Site::here()) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-    emulator::Shuffle own{0, source_lane};
-    std::memcpy(&own.value, &value, sizeof value);
-    emulator::warp_rendezvous(emulator::shuffle, &own, site);
-    std::memcpy(&value, &own.value, sizeof value);
+    emulator::Shuffle request{0, source_lane};
+    std::memcpy(&request.value, &value, sizeof value);
+    emulator::warp_rendezvous(emulator::shuffle, &request, site);
+    std::memcpy(&value, &request.value, sizeof value);
     return value;
 }
 
@@ -174,9 +174,9 @@ DML_DEVICE T shfl_xor(T value, int lane_mask, Site site = Site::here()) {
 }
 
 DML_DEVICE uint32_t warp_ballot(bool predicate, Site site = Site::here()) {
-    emulator::Vote own{predicate, 0};
-    emulator::warp_rendezvous(emulator::vote, &own, site);
-    return own.result;
+    emulator::Vote request{predicate, 0};
+    emulator::warp_rendezvous(emulator::vote, &request, site);
+    return request.result;
 }
 
 DML_DEVICE bool warp_any(bool predicate, Site site = Site::here()) {

@@ -17,62 +17,112 @@ PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-TUNING = [
-    "strip_limit",
-    "tile_group",
-    "cache_bytes",
-    "sum_bytes",
-    "wide_blocks",
-    "line_blocks",
-    "split_slots",
-]
 GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
 
 
-class Arguments(ctypes.Structure):  # as in pair_loss_host.cpp, field by field
+# ---- the structs of arguments.h, field by field ------------------------------------------------------------
+
+
+def integers(*names):
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def pointers(*names):
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class PointRows(ctypes.Structure):
+    _fields_ = [*pointers("data"), *integers("count", "stride")]
+
+    @classmethod
+    def of(cls, points):
+        return cls(points.data_ptr(), len(points), points.stride(0))
+
+
+class Batch(ctypes.Structure):
     _fields_ = [
-        *[
-            (
-                name,
-                ctypes.c_void_p
-                if name in ("queries", "query_labels", "refs", "ref_labels", "self_index", "used_refs")
-                else ctypes.c_int64,
-            )
-            for name in (
-                "queries",
-                "query_stride",
-                "query_labels",
-                "query_count",
-                "refs",
-                "ref_stride",
-                "ref_labels",
-                "num_valid_refs",
-                "self_index",
-                "used_refs",
-            )
-        ],
-        *[
-            (name, ctypes.c_int64)
-            for name in (
-                "square",
-                "dim",
-                "scalar",
-                "precision",
-                "formula",
-                "euclidean",
-                "normalize",
-                "reduction",
-                "return_sums",
-                "mining",
-                "mine_self_pair",
-                "save_for_backward",
-                *TUNING,
-            )
-        ],
-        ("params", ctypes.c_double * MAX_PARAMS),
-        ("epsilon", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in ("saved", "workspace")],
+        ("embeddings", PointRows),
+        *pointers("labels"),
+        ("ref_emb", PointRows),
+        *pointers("ref_labels", "self_index", "num_valid_refs"),
+        *integers("square", "dim", "scalar"),
     ]
+
+    @classmethod
+    def of(cls, embeddings, labels, ref_emb=None, ref_labels=None, self_index=None, num_valid_refs=None):
+        return cls(
+            embeddings=PointRows.of(embeddings),
+            labels=labels.data_ptr(),
+            ref_emb=PointRows.of(embeddings if ref_emb is None else ref_emb),
+            ref_labels=address(labels if ref_emb is None else ref_labels),
+            self_index=address(self_index),
+            num_valid_refs=address(num_valid_refs),
+            square=ref_emb is None,
+            dim=embeddings.shape[1],
+            scalar=SCALARS.index(embeddings.dtype),
+        )
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        *integers("formula"),
+        ("params", ctypes.c_double * MAX_PARAMS),
+        *integers("mining"),
+        ("epsilon", ctypes.c_double),
+        *integers("euclidean", "normalize", "reduction", "mine_self_pair", "return_sums", "precision"),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        loss,
+        params,
+        epsilon,
+        similarity,
+        reduction,
+        precision,
+        mine_self_pair=False,
+        return_sums=False,
+    ):
+        euclidean, normalize = SIMILARITIES[similarity]
+        return cls(
+            formula=formulas().index(loss),
+            params=(ctypes.c_double * MAX_PARAMS)(*params),
+            mining=epsilon is not None,
+            epsilon=epsilon or 0.0,
+            euclidean=euclidean,
+            normalize=normalize,
+            reduction=REDUCTIONS.index(reduction),
+            mine_self_pair=mine_self_pair,
+            return_sums=return_sums,
+            precision=PRECISIONS.index(precision),
+        )
+
+
+class Tuning(ctypes.Structure):
+    _fields_ = integers(
+        "row_block_limit",
+        "tile_group",
+        "cache_bytes",
+        "sum_bytes",
+        "wide_blocks",
+        "line_blocks",
+        "split_slots",
+    )
+
+    @classmethod
+    def of(cls, **given):
+        """Defaults (-1) but for what is given."""
+        return cls(**{name: given.pop(name, -1) for name, _ in cls._fields_}, **given)
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = [("batch", Batch), ("options", Options), ("tuning", Tuning)]
+
+
+def address(tensor):
+    """The address of a tensor's data, or None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @cache
@@ -129,40 +179,44 @@ class Engine:
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
-    return_sums: bool = False
     mine_self_pair: bool = True
+    return_sums: bool = False
     precision: str = "full"
     save_for_backward: bool = True
-    tuning: dict = field(default_factory=dict)  # some of TUNING
+    tuning: dict = field(default_factory=dict)  # fields of Tuning
     schedule: tuple = ("round_robin", 0)
 
     def __post_init__(self):
         self.library = load()
         self.acc = torch.float64 if self.q.dtype == torch.float64 else torch.float32
-        refs, ref_labels = (self.q, self.labels) if self.r is None else (self.r, self.ref_labels)
         self.arguments = Arguments(
-            self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
-            refs.data_ptr(), refs.stride(0), ref_labels.data_ptr(), len(refs),
-            *[None if x is None else x.data_ptr() for x in (self.self_index, self.num_valid_refs)],
-            self.r is None, self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            formulas().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
-            self.return_sums, self.epsilon is not None, self.mine_self_pair, self.save_for_backward,
-            *[self.tuning.get(name, -1) for name in TUNING],
-            (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
-        )  # fmt: skip
+            batch=Batch.of(
+                self.q, self.labels, self.r, self.ref_labels, self.self_index, self.num_valid_refs
+            ),
+            options=Options.of(
+                self.loss,
+                self.params,
+                self.epsilon,
+                self.similarity,
+                self.reduction,
+                self.precision,
+                self.mine_self_pair,
+                self.return_sums,
+            ),
+            tuning=Tuning.of(**self.tuning),
+        )
         self.buffers = []
         self.sizes = self.ask_sizes()
         self.saved = self.buffer(self.sizes[0], torch.uint8)
-        self.arguments.saved = self.saved.data_ptr()
 
     def ask_sizes(self):
         """Bytes of what is saved, and of the workspaces of forward and backward."""
         sizes = (ctypes.c_int64 * 3)()
-        self.library.dml_sizes(ctypes.byref(self.arguments), sizes)
+        self.library.dml_sizes(ctypes.byref(self.arguments), self.save_for_backward, sizes)
         return list(sizes)
 
     def launches(self, with_backward=True, need_q=True, need_r=True):
-        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, of which nothing is run."""
+        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, without running it."""
         text, error = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(1000)
         asked = ctypes.byref(self.arguments), with_backward, need_q, need_r
         if self.library.dml_launches(*asked, text, ctypes.c_int64(len(text)), error, ctypes.c_int64(1000)):
@@ -172,7 +226,7 @@ class Engine:
         return [(name, shape(grid), shape(block), int(shared)) for name, grid, block, shared in rows]
 
     def kept(self, tiles):
-        """Whether each tile is known to hold a gradient: the last that is saved, but for rounding up."""
+        """Whether each tile may hold a gradient: the last bytes saved, but for rounding up."""
         bytes_before = self.sizes[0] - tiles
         starts = [at for at in range(bytes_before, bytes_before - 16, -1) if (at - len(self.q)) % 16 == 0]
         return [bool(flag & 1) for flag in self.saved[starts[0] : starts[0] + tiles]]
@@ -186,14 +240,15 @@ class Engine:
         self.buffers.append(raw)
         return view
 
-    def call(self, function, *arguments):
-        reference = ctypes.byref(self.arguments)
-        call(function, reference, *arguments, schedule=self.schedule, buffers=self.buffers)
+    def call(self, function, *tensors):
+        given = [ctypes.c_void_p(address(tensor)) for tensor in tensors]
+        reference, saves = ctypes.byref(self.arguments), int(self.save_for_backward)
+        call(function, reference, saves, *given, schedule=self.schedule, buffers=self.buffers)
 
     def forward(self):
         loss = self.buffer(self.losses, self.acc)
-        self.arguments.workspace = self.buffer(self.sizes[1], torch.uint8).data_ptr()
-        self.call(self.library.dml_forward, ctypes.c_void_p(loss.data_ptr()))
+        workspace = self.buffer(self.sizes[1], torch.uint8)
+        self.call(self.library.dml_forward, self.saved, loss, workspace)
         return loss if self.reduction == "none" or self.return_sums else loss[0]
 
     def backward(self, upstream=None, need_q=True, need_r=True):
@@ -204,9 +259,8 @@ class Engine:
         for points, needed in ((self.q, need_q), (self.r, need_r)):
             wanted = points is not None and needed
             grads.append(self.buffer(points.numel(), self.q.dtype).view(points.shape) if wanted else None)
-        self.arguments.workspace = self.buffer(self.sizes[2], torch.uint8).data_ptr()
-        pointers = [ctypes.c_void_p(g.data_ptr() if g is not None else None) for g in grads]
-        self.call(self.library.dml_backward, ctypes.c_void_p(upstream.data_ptr()), *pointers)
+        workspace = self.buffer(self.sizes[2], torch.uint8)
+        self.call(self.library.dml_backward, self.saved, upstream, *grads, workspace)
         return grads
 
 
@@ -256,7 +310,7 @@ def segment_softmax(grad, logits, value, offsets, schedule=("round_robin", 0)):
 # ---- triplets --------------------------------------------------------------------------------------------
 
 TERMS = ["hinge", "softplus", "margin"]
-SELECTIONS = ["all", "hardest", "easiest", "semihard", "drawn"]  # as in csrc/triplets.h
+SELECTIONS = ["all", "hardest", "easiest", "semihard", "drawn"]  # as in csrc/core/triplets.h
 TRIPLET_PARAMS = 10
 
 
@@ -264,7 +318,7 @@ class TripletArguments(ctypes.Structure):  # as in triplets_host.cpp, field by f
     _fields_ = [
         ("s", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("rows", "columns", "pitch", "first")],
-        *[(name, ctypes.c_void_p) for name in ("members", "begin", "end", "own")],
+        *[(name, ctypes.c_void_p) for name in ("members", "begin", "end", "self_index")],
         ("square", ctypes.c_int64),
         ("num_valid_refs", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("term", "positives", "negatives")],
@@ -282,7 +336,7 @@ class TripletRows:
     s: torch.Tensor  # [rows, columns]; the weights are left in its place
     labels: torch.Tensor  # [N]
     ref_labels: torch.Tensor | None = None  # [columns], None: the rows are the columns
-    own: torch.Tensor | None = None
+    self_index: torch.Tensor | None = None
     num_valid_refs: torch.Tensor | None = None
     first: int = 0
     params: list = field(default_factory=lambda: [0.0] * TRIPLET_PARAMS)
@@ -301,11 +355,10 @@ class TripletRows:
     def arguments(
         self, term="hinge", positives="all", negatives="all", write=True, pairs=None, of_positives=False
     ):
-        address = lambda x: None if x is None else x.data_ptr()  # noqa: E731
         anchors, asked = pairs if pairs is not None else (None, None)
         return TripletArguments(
             self.s.data_ptr(), *self.s.shape, self.s.stride(0), self.first,
-            *map(address, (self.members, self.begin, self.end, self.own)),
+            *map(address, (self.members, self.begin, self.end, self.self_index)),
             self.ref_labels is None, address(self.num_valid_refs),
             TERMS.index(term), SELECTIONS.index(positives), SELECTIONS.index(negatives),
             (ctypes.c_double * TRIPLET_PARAMS)(*self.params), self.euclidean, write, address(self.seed),
@@ -324,7 +377,7 @@ class TripletRows:
         return [view for view, _ in outputs]
 
     def losses(self, term, positives, negatives, beta=None, write=True):
-        """Sums, counts and the gradient by beta, of all N rows: those of other strips keep what they had."""
+        """Sums, counts and the gradient by beta, of all N rows; rows of other blocks keep their values."""
         n, dtype = len(self.labels), self.s.dtype
         sums, counts, by_beta = self.call(
             "dml_triplet_rows",

@@ -1,9 +1,10 @@
-// The entry points of csrc/cuda, built for the host with the emulator, behind a C interface for ctypes.
-// Addresses and sizes come from Python; the saved tensors and workspaces as well.
+// The entry points of csrc/cuda on pairs, built for the host with the emulator, behind a C interface for
+// ctypes. Python allocates everything, saved tensors and workspaces included.
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "cuda/indexed/listed_pairs.h"
 #include "cuda/pairs/pair_loss.h"
 #include "guarded.h"
@@ -11,56 +12,10 @@
 
 using namespace dml;
 using namespace dml::cuda;
+using emulator::Arguments;
+using emulator::task_of;
 
 namespace {
-
-struct Arguments {  // as in library.py, field by field
-    const void* queries;
-    int64_t query_stride;
-    const int64_t* query_labels;
-    int64_t query_count;
-    const void* refs;
-    int64_t ref_stride;
-    const int64_t* ref_labels;
-    int64_t num_valid_refs;
-    const int64_t* self_index;
-    const int64_t* used_refs;
-    int64_t square, dim, scalar, precision, formula, euclidean, normalize, reduction, return_sums, mining,
-        mine_self_pair, save_for_backward, strip_limit, tile_group, cache_bytes, sum_bytes, wide_blocks,
-        line_blocks, split_slots;
-    double params[kMaxParams];
-    double epsilon;
-    void* saved;
-    void* workspace;
-};
-
-Task task_of(const Arguments& a) {
-    Task task;
-    Problem& p = task.problem;
-    p.queries = {a.queries, a.query_stride, a.query_labels, a.query_count};
-    p.refs = a.square ? p.queries : Points{a.refs, a.ref_stride, a.ref_labels, a.num_valid_refs};
-    p.square = a.square != 0;
-    p.self_index = a.self_index;
-    p.mine_self_pair = a.mine_self_pair != 0;
-    p.num_valid_refs = a.used_refs;
-    p.dim = a.dim;
-    p.scalar = static_cast<Scalar>(a.scalar);
-    p.formula = static_cast<FormulaId>(a.formula);
-    std::memcpy(p.params, a.params, sizeof p.params);
-    p.similarity = {a.euclidean != 0, a.normalize != 0};
-    p.mining = {a.mining != 0, a.epsilon};
-    p.reduction = static_cast<Reduction>(a.reduction);
-    p.return_sums = a.return_sums != 0;
-    task.precision = static_cast<Precision>(a.precision);
-    if (a.strip_limit >= 0) task.tuning.strip_limit = a.strip_limit;
-    if (a.tile_group > 0) task.tuning.tile_group = static_cast<int>(a.tile_group);
-    if (a.cache_bytes >= 0) task.tuning.cache_bytes = a.cache_bytes;
-    if (a.sum_bytes >= 0) task.tuning.sum_bytes = a.sum_bytes;
-    if (a.wide_blocks >= 0) task.tuning.wide_blocks = a.wide_blocks;
-    if (a.line_blocks >= 0) task.tuning.line_blocks = a.line_blocks;
-    if (a.split_slots >= 0) task.tuning.split_slots = a.split_slots;
-    return task;
-}
 
 // Calls f with a null pointer of the type.
 template <typename F>
@@ -97,29 +52,29 @@ const char* dml_formula_names() {
 }
 
 // out, in bytes: what is saved, the workspaces of forward and backward.
-void dml_sizes(const Arguments* a, int64_t* out) {
+void dml_sizes(const Arguments* a, int save_for_backward, int64_t* out) {
     const Task task = task_of(*a);
-    out[0] = saved_bytes(task, a->save_for_backward != 0);
+    out[0] = saved_bytes(task, save_for_backward != 0);
     out[1] = forward_workspace_bytes(task);
     out[2] = backward_workspace_bytes(task);
 }
 
-int dml_forward(const Arguments* a, void* loss, char* error, int64_t capacity) {
+int dml_forward(const Arguments* a, int save_for_backward, void* saved, void* loss, void* workspace,
+                char* error, int64_t capacity) {
+    return guarded(error, capacity,
+                   [&] { forward(task_of(*a), save_for_backward != 0, saved, loss, workspace, nullptr); });
+}
+
+int dml_backward(const Arguments* a, int saved_for_backward, void* saved, const void* grad_loss,
+                 void* grad_embeddings, void* grad_ref_emb, void* workspace, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
-        forward(task_of(*a), a->save_for_backward != 0, a->saved, loss, a->workspace, nullptr);
+        backward(task_of(*a), saved_for_backward != 0, saved, grad_loss, grad_embeddings, grad_ref_emb,
+                 workspace, nullptr);
     });
 }
 
-int dml_backward(const Arguments* a, const void* grad_loss, void* grad_queries, void* grad_refs, char* error,
-                 int64_t capacity) {
-    return guarded(error, capacity, [&] {
-        backward(task_of(*a), a->save_for_backward != 0, a->saved, grad_loss, grad_queries, grad_refs,
-                 a->workspace, nullptr);
-    });
-}
-
-// The launches of a call that runs none of them, one line each (see machine.h).
-int dml_launches(const Arguments* a, int with_backward, int need_queries, int need_refs, char* out,
+// The launches of a call, one line each (see machine.h); no kernel runs.
+int dml_launches(const Arguments* a, int with_backward, int need_embeddings, int need_ref_emb, char* out,
                  int64_t out_capacity, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
         std::string record;
@@ -128,7 +83,7 @@ int dml_launches(const Arguments* a, int with_backward, int need_queries, int ne
         alignas(16) char any[16];
         forward(task, with_backward != 0, any, any, any, nullptr);
         if (with_backward) {
-            backward(task, true, any, any, need_queries ? any : nullptr, need_refs ? any : nullptr, any,
+            backward(task, true, any, any, need_embeddings ? any : nullptr, need_ref_emb ? any : nullptr, any,
                      nullptr);
         }
         emulator::record_launches(nullptr);

@@ -27,11 +27,11 @@ __global__ void load_matrix(uint32_t* out) {
 }
 
 __global__ void shuffle(uint32_t* out) {
-    const uint32_t own = threadIdx.x;
+    const uint32_t value = threadIdx.x;
     uint32_t* words = out + threadIdx.x * kWords;
-    words[0] = shfl_xor(own, 5);
-    words[1] = shfl(own, 7);
-    words[2] = uint32_t(shfl_xor(double(own) + 0.25, 16) * 4.0);
+    words[0] = shfl_xor(value, 5);
+    words[1] = shfl(value, 7);
+    words[2] = uint32_t(shfl_xor(double(value) + 0.25, 16) * 4.0);
     words[3] = uint32_t(shfl(float(own) + 0.5f, 31 - lane_id()) * 2.0f);
 }
 

@@ -1,21 +1,11 @@
-"""Rows against one block of columns after the other, on the emulated CUDA engine (csrc/cuda/blocks.h)."""
+"""Rows against one block of columns after the other, on the emulated CUDA engine (csrc/cuda/ring/ring.h)."""
 
 import ctypes
 from dataclasses import dataclass, field
 
 import torch
 
-from .library import (
-    MAX_PARAMS,
-    PRECISIONS,
-    REDUCTIONS,
-    SCALARS,
-    SIMILARITIES,
-    call,
-    formulas,
-    load,
-    poisoned,
-)
+from .library import Arguments, Batch, Options, Tuning, call, load, poisoned
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
 CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' accumulator
@@ -23,34 +13,6 @@ CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' accumulato
 
 def stages(loss, mining):
     return ["hardest"] * mining + (["negatives", "positives"] if loss in CONTEXT else ["both"])
-
-
-class Arguments(ctypes.Structure):  # as in blocks_host.cpp, field by field
-    _fields_ = [
-        *[
-            (name, ctypes.c_int64 if name.endswith(("stride", "count")) else ctypes.c_void_p)
-            for side in ("row", "block")
-            for name in (f"{side}_points", f"{side}_stride", f"{side}_labels", f"{side}_count")
-        ],
-        ("self_index", ctypes.c_void_p),
-        *[
-            (name, ctypes.c_int64)
-            for name in (
-                "dim",
-                "scalar",
-                "precision",
-                "formula",
-                "euclidean",
-                "normalize",
-                "reduction",
-                "mining",
-                "tile_group",
-                "wide_blocks",
-            )
-        ],
-        ("params", ctypes.c_double * MAX_PARAMS),
-        ("epsilon", ctypes.c_double),
-    ]
 
 
 @dataclass
@@ -68,7 +30,7 @@ class Blocks:
     precision: str = "full"
     tile_group: int = 2
     wide_blocks: int = 0
-    extremes: bool = True  # whether the stages after the first are given what it found
+    extremes: bool = True  # whether later stages get the extremes of the first
     schedule: tuple = ("round_robin", 0)
     found: list = field(default_factory=list)  # the kept flags of each block
 
@@ -78,14 +40,14 @@ class Blocks:
     def arguments(self, block=None):
         points, labels, self_index = (self.q, self.labels, None) if block is None else block
         return Arguments(
-            self.q.data_ptr(), self.q.stride(0), self.labels.data_ptr(), len(self.q),
-            points.data_ptr(), points.stride(0), labels.data_ptr(), len(points),
-            None if self_index is None else self_index.data_ptr(),
-            self.q.shape[1], SCALARS.index(self.q.dtype), PRECISIONS.index(self.precision),
-            formulas().index(self.loss), *SIMILARITIES[self.similarity], REDUCTIONS.index(self.reduction),
-            self.epsilon is not None, self.tile_group, self.wide_blocks,
-            (ctypes.c_double * MAX_PARAMS)(*self.params), self.epsilon or 0.0,
-        )  # fmt: skip
+            batch=Batch.of(self.q, self.labels, points, labels, self_index),
+            options=Options.of(
+                self.loss, self.params, self.epsilon, self.similarity, self.reduction, self.precision
+            ),
+            tuning=Tuning.of(
+                tile_group=self.tile_group, wide_blocks=self.wide_blocks, line_blocks=self.wide_blocks
+            ),
+        )
 
     def sizes(self, block=None):
         """Numbers of a state; bytes of the workspaces of forward and backward, extremes and kept flags."""
@@ -121,13 +83,13 @@ class Blocks:
             columns = columns + len(labels)
             if self_index is not None and len(labels):
                 inside = (self_index >= 0) & (self_index < len(labels))
-                own = same.gather(1, self_index.clamp(0, len(labels) - 1)[:, None])[:, 0]
-                positives -= (inside & own).long()
-                columns = columns - (inside & own).long()
+                is_positive = same.gather(1, self_index.clamp(0, len(labels) - 1)[:, None])[:, 0]
+                positives -= (inside & is_positive).long()
+                columns = columns - (inside & is_positive).long()
         return torch.stack([positives, columns - positives]).contiguous()
 
     def forward(self):
-        """[4, N] parts and units of the rows; keeps what backward needs."""
+        """[4, N] parts and counts of the rows; keeps what backward needs."""
         n, numbers = len(self.q), self.sizes()[0]
         state, raw = poisoned(numbers, self.acc)
         self.turn("start", state, raw)

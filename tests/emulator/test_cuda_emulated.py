@@ -37,12 +37,12 @@ from oracle.pairs import ROWS
 import dml_cuda
 
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
-FOLDS = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
+MERGES = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
 SMALL = {}
-# Every tile is computed again; past 64 dimensions the gradient has wide panels, with the cache narrow ones,
-# of whose lines blocks have parts.
-LARGE = {"strip_limit": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
-CACHED = {"strip_limit": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
+# LARGE computes every tile again and has wide panels past 64 dimensions; CACHED has narrow panels and lines
+# shared among thread blocks.
+LARGE = {"row_block_limit": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
+CACHED = {"row_block_limit": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
 PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
@@ -129,7 +129,7 @@ def test_reductions_of_every_formula(formula, path, epsilon, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("path", ["small", "large"])
 @by_formula
-def test_sums_and_counts_before_they_are_divided(formula, path, reduction):
+def test_parts_and_counts_before_they_are_divided(formula, path, reduction):
     case = make(140, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
     case.return_sums, case.upstream = True, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     value, grads = run(case, F64, path)
@@ -303,8 +303,8 @@ def test_the_same_bits_in_any_order(path, arithmetic):
 
 
 @by_arithmetic
-def test_strips_see_one_similarity_from_both_sides(arithmetic):
-    """Each row of a couple computes it in a strip of its own, as mining relies on: to the bit."""
+def test_row_blocks_see_one_similarity_from_both_sides(arithmetic):
+    """Both rows of a couple compute it, each in its own row block: mining relies on equal bits."""
     case = couples(80, arithmetic)
     loss = engine(case, arithmetic).forward()
     assert loss.unique().numel() > 30
@@ -331,7 +331,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
 @pytest.mark.parametrize(
-    "sources", [("pair_loss_sanitized.cpp", FOLDS), ("listed_pairs_sanitized.cpp", PAIRS)]
+    "sources", [("pair_loss_sanitized.cpp", MERGES), ("listed_pairs_sanitized.cpp", PAIRS)]
 )
 def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
@@ -402,8 +402,8 @@ def test_tiles_that_one_line_or_one_kind_keeps_alive(kind, who, m):
 @pytest.mark.parametrize("m", [None, 64], ids=["square", "rect"])
 def test_tiles_of_kept_positives_alone_and_of_kept_negatives_alone(m):
     """A row has its negatives at 0.6 in one tile, its positive at 0.4 among negatives at 0 in another."""
-    own, side = torch.eye(64).repeat(2, 1), torch.eye(2).repeat_interleave(64, 0)
-    q = surrounded(torch.cat([0.4**0.5 * own, 0.6**0.5 * side], 1).double())
+    identity, side = torch.eye(64).repeat(2, 1), torch.eye(2).repeat_interleave(64, 0)
+    q = surrounded(torch.cat([0.4**0.5 * identity, 0.6**0.5 * side], 1).double())
     labels = torch.arange(128) % 64
     case = Case(q, labels, epsilon=0.01)
     if m is not None:  # the first half against all, without the pairs of rows and themselves
@@ -463,7 +463,7 @@ def test_labels_that_differ_in_one_half_only():
     for labels in (small, small - 2, small << 32, (small << 32) + 5, small + (7 << 40), small * (2**32 + 1)):
         case.labels = labels
         results.append(run(case, F64, "large")[0])
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert all(torch.equal(results[0], result) for result in results[1:])
     verify(case, F64, "large")
 
 
@@ -606,8 +606,9 @@ def test_duplicates_are_pairs(path):
 def engine_of_sizes(dtype, n, m, d, **options):
     """An engine without data, to ask for sizes; m is None where square."""
     e = library.Engine(torch.empty(0, d, dtype=dtype), torch.empty(0, dtype=torch.int64), **options)
-    e.arguments.query_count, e.arguments.num_valid_refs = n, n if m is None else m
-    e.arguments.square = m is None
+    batch = e.arguments.batch
+    batch.embeddings.count, batch.ref_emb.count = n, n if m is None else m
+    batch.square = m is None
     return e
 
 
@@ -674,7 +675,7 @@ SHARED = [  # tuning, blocks of half a multiprocessor, dimensions, blocks that s
 @pytest.mark.parametrize(("tuning", "blocks", "d", "parts"), SHARED)
 def test_blocks_that_share_a_line(tuning, blocks, d, parts, transposed):
     """A few rows against many columns, mined, or many against a few, all pairs: blocks have parts of the
-    lines of the few, and their sums are folded."""
+    lines of the few, and their sums are merged."""
     epsilon = None if transposed else 0.1
     for arithmetic in (F32, BF16, F64) if d < 64 else (F32, BF16):  # float64 has no wide panels
         tile = 64 if arithmetic is F64 else 128
@@ -683,11 +684,11 @@ def test_blocks_that_share_a_line(tuning, blocks, d, parts, transposed):
         case = make(n, d, arithmetic, m=m, epsilon=epsilon, classes=40, spread=0.4)
         # Where registers leave one block a multiprocessor, half as many share.
         lines = blocks if arithmetic is BF16 else 2 * blocks
-        path = {"strip_limit": 0, "cache_bytes": 0, "line_blocks": lines, **tuning}
+        path = {"row_block_limit": 0, "cache_bytes": 0, "line_blocks": lines, **tuning}
         e = engine(case, arithmetic, tuning=path)
         launches = e.launches()
         assert [grid[2] for name, grid, *_ in launches if "add_gradients" in name] == [parts]
-        assert sum("fold_gradient" in name for name, *_ in launches) == (parts > 1)
+        assert sum("merge_gradient" in name for name, *_ in launches) == (parts > 1)
         value, grads = e.forward(), e.backward(torch.tensor([1.0]))
         check(case, arithmetic, value, grads)
         for needs in ((True, False), (False, True)):
@@ -710,7 +711,7 @@ def test_shared_lines_take_little_memory():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("save", [True, False])
 def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
-    """torch.compile plans with the layout that the build without CUDA knows too."""
+    """torch.compile plans with what dml_cuda._ops says of the saved tensors."""
     sizes = (0, 1, 100, 256, 257, 512, 513, 1024, 3000, 4096, 4097, 100_000, 3_000_000)
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
@@ -806,8 +807,8 @@ def test_listed_pairs_give_the_same_bits_in_any_order(dtype):
         products = library.pair_products(x, y, rows, cols, schedule)
         sums = library.pair_sums(products, y, cols, offsets, schedule)
         results.append((products, sums, library.segment_logsumexp(products, offsets, True, schedule)))
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
 
 
 @by_float

@@ -30,18 +30,18 @@ from emulator.test_cuda_emulated import SCHEDULES, by_arithmetic, by_formula
 from dml_cuda import _C
 
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
-ROWS, FOLDS = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("ring/rows", "instantiations/merge"))
+ROWS, MERGES = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("ring/rows", "instantiations/merge"))
 UNEVEN = (70, 0, 1, 129, 40)  # columns of the blocks, in the order in which they come
 
 
 def split(case, counts):
-    """The columns of a case as blocks of so many, and each row's own among them."""
+    """The columns of a case as blocks of `counts` columns, with self_index relative to each block."""
     blocks, first = [], 0
     for count in counts:
-        here = slice(first, first + count)
-        own = None if case.self_index is None else case.self_index - first
-        points = surrounded(case.r[here]) if count else case.r[:0].clone()
-        blocks.append((points, case.ref_labels[here].clone(), own))
+        of_block = slice(first, first + count)
+        self_index = None if case.self_index is None else case.self_index - first
+        points = surrounded(case.r[of_block]) if count else case.r[:0].clone()
+        blocks.append((points, case.ref_labels[of_block].clone(), self_index))
         first += count
     assert first == len(case.r)
     return blocks
@@ -56,7 +56,7 @@ def engine(case, arithmetic, counts, **options):
 
 
 def with_sums(case):
-    """The case, whose result is parts and units, with a gradient of its own for each part."""
+    """The case with parts and counts as its result, and another upstream gradient for each part."""
     upstream = torch.tensor([0.7, -0.3, 0.0, 0.0], dtype=torch.float64)
     return replace(case, return_sums=True, upstream=upstream)
 
@@ -230,7 +230,7 @@ def test_one_block_is_the_whole_engine():
             _, losses, (by_rows, by_blocks) = verify(case, F32, (290,))
             whole = library.Engine(
                 case.q, case.labels, case.r, case.ref_labels, loss=loss[0], params=loss[1], epsilon=epsilon,
-                reduction="none", tuning={"strip_limit": 0, "tile_group": 2, "cache_bytes": 0},
+                reduction="none", tuning={"row_block_limit": 0, "tile_group": 2, "cache_bytes": 0},
             )  # fmt: skip
             assert torch.equal(whole.forward(), losses[:2].sum(0))
             one_part = torch.equal(losses[1], torch.zeros_like(losses[1]))
@@ -294,7 +294,7 @@ def test_tiles_in_which_no_row_has_a_derivative(square):
     settled = ("lifted_structure", (10.0, -10.0))
     if square:
         e = library.Engine(
-            q, labels, loss=settled[0], params=settled[1], tuning={"strip_limit": 0, "cache_bytes": 0}
+            q, labels, loss=settled[0], params=settled[1], tuning={"row_block_limit": 0, "cache_bytes": 0}
         )
         assert e.forward() == 0
         assert not e.backward()[0].any()
@@ -381,6 +381,6 @@ def test_stages_of_another_formula_are_refused():
 )
 def test_sanitizers_find_nothing(sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
-    program = build([HERE / "ring_sanitized.cpp", ROWS, FOLDS], sanitizer=sanitizer)
+    program = build([HERE / "ring_sanitized.cpp", ROWS, MERGES], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()

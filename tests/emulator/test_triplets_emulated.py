@@ -44,25 +44,42 @@ def weights_by_product(weights, d):
 
 
 def check(
-    s, labels, ref_labels, term, positives, negatives, numbers, own=None, num_valid_refs=None, **options
+    s,
+    labels,
+    ref_labels,
+    term,
+    positives,
+    negatives,
+    numbers,
+    self_index=None,
+    num_valid_refs=None,
+    **options,
 ):
     n, columns = s.shape
     used = columns if num_valid_refs is None else int(num_valid_refs)
     beta = torch.rand(n, dtype=torch.float64) + 0.7
-    strip = torch.full((n, columns + 3), math.nan, dtype=torch.float64)[:, :columns]
-    strip.copy_(s)
+    block = torch.full((n, columns + 3), math.nan, dtype=torch.float64)[:, :columns]
+    block.copy_(s)
     rows = library.TripletRows(
-        strip, labels, ref_labels, own, num_valid_refs, params=numbers, euclidean=True, seed=SEED, **options
+        block,
+        labels,
+        ref_labels,
+        self_index,
+        num_valid_refs,
+        params=numbers,
+        euclidean=True,
+        seed=SEED,
+        **options,
     )
     sums, counts, by_beta = rows.losses(term, positives, negatives, beta)
     d = -s.numpy()[:, :used]
-    own_columns = range(n) if ref_labels is None else [-1] * n if own is None else own.tolist()
+    self_columns = range(n) if ref_labels is None else [-1] * n if self_index is None else self_index.tolist()
     columns_labels = (labels if ref_labels is None else ref_labels).tolist()[:used]
     truth = triplet_truth(
         d,
         labels.tolist(),
         columns_labels,
-        own_columns,
+        self_columns,
         beta.tolist(),
         int(SEED) % (1 << 64),
         term,
@@ -72,11 +89,11 @@ def check(
     )
     assert counts.tolist() == truth[1].tolist()
     assert np.allclose(sums.numpy(), truth[0], rtol=1e-12, atol=1e-11)
-    assert np.allclose(strip.numpy()[:, :used], weights_by_product(truth[2], d), rtol=1e-12, atol=1e-11)
-    assert not strip[:, used:].any()
+    assert np.allclose(block.numpy()[:, :used], weights_by_product(truth[2], d), rtol=1e-12, atol=1e-11)
+    assert not block[:, used:].any()
     if term == "margin":
         assert np.allclose(by_beta.numpy(), truth[3])
-    return sums, strip
+    return sums, block
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -168,10 +185,10 @@ def test_more_triplets_than_int32():
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_references(negatives):
     s, labels, ref_labels = batch(6, 3, m=41)
-    own = torch.tensor([4, -1, 0, 40, 7, 8])
+    self_index = torch.tensor([4, -1, 0, 40, 7, 8])
     for num_valid_refs in (None, 41, 30, 0):
         count = None if num_valid_refs is None else torch.tensor([num_valid_refs])
-        check(s, labels, ref_labels, "hinge", "all", negatives, params(), own, count)
+        check(s, labels, ref_labels, "hinge", "all", negatives, params(), self_index, count)
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
@@ -234,12 +251,12 @@ def test_the_same_bits_in_any_order():
     for schedule in SCHEDULES:
         torch.manual_seed(3)
         results.append(check(*batch(60, 2), "hinge", "all", "all", params(), schedule=schedule))
-    for other in results[1:]:
-        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+    for result in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], result, strict=True))
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_strips_and_nothing_written(negatives):
+def test_row_blocks_and_nothing_written(negatives):
     s, labels, _ = batch(20, 4)
     whole = library.TripletRows(s.clone(), labels, params=params(), seed=SEED)
     sums, counts, _ = whole.losses("hinge", "all", negatives)
@@ -308,7 +325,7 @@ def test_select(rule, of_positives, schedule):
 
 
 @pytest.mark.parametrize("rule", ["hardest", "easiest", "semihard", "drawn"])
-def test_select_in_a_strip(rule):
+def test_select_in_a_row_block(rule):
     """Rows that are not the first, further apart than they are long; and positives that do not exist."""
     s, labels, _ = batch(22, 4)
     pairs = [x.contiguous() for x in (labels[:, None] == labels).nonzero().T]
@@ -318,13 +335,13 @@ def test_select_in_a_strip(rule):
     column, similarity = whole.select(rule, False, pairs)
     assert (column[::5] == -1).all()
     assert (similarity[::5] == -INF).all()
-    strip = torch.full((5, 25), math.nan, dtype=torch.float64)[:, :22].copy_(s[7:12])
-    part = library.TripletRows(strip, labels, first=7, **how)
+    block = torch.full((5, 25), math.nan, dtype=torch.float64)[:, :22].copy_(s[7:12])
+    part = library.TripletRows(block, labels, first=7, **how)
     part_column, part_similarity = part.select(rule, False, pairs)
     its = (pairs[0] >= 7) & (pairs[0] < 12)
     assert part_column[its].equal(column[its])
     assert part_similarity[its].equal(similarity[its])
-    assert part_similarity[~its].isnan().all()  # those of other strips keep what they had
+    assert part_similarity[~its].isnan().all()  # rows of other blocks keep their values
 
 
 def test_draws_follow_their_distribution():
@@ -349,10 +366,10 @@ def test_draws_follow_their_distribution():
 def test_distances(dim, dtype):
     x, y = torch.randn(7, dim, dtype=dtype), torch.randn(70, dim, dtype=dtype)
     y[3], y[40:50] = x[2], x[5] + 1e-4 * y[40:50]
-    strip = torch.full((7, 75), math.nan, dtype=dtype)[:, :70].copy_(x @ y.T)
-    rows = library.TripletRows(strip, torch.zeros(7, dtype=torch.int64), torch.zeros(70, dtype=torch.int64))
+    block = torch.full((7, 75), math.nan, dtype=dtype)[:, :70].copy_(x @ y.T)
+    rows = library.TripletRows(block, torch.zeros(7, dtype=torch.int64), torch.zeros(70, dtype=torch.int64))
     rows.make_distances(x, y)
-    assert torch.as_strided(strip, (7, 5), (75, 1), 70).isnan().all()
+    assert torch.as_strided(block, (7, 5), (75, 1), 70).isnan().all()
     truth = -(x.double()[:, None] - y.double()).norm(dim=2)
     assert torch.allclose(rows.s.double(), truth, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=0)
     assert rows.s[2, 3] == 0

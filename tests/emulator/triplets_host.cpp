@@ -15,7 +15,7 @@ namespace {
 struct Arguments {  // as in library.py, field by field
     void* s;
     int64_t rows, columns, pitch, first;
-    const int64_t *members, *begin, *end, *own;
+    const int64_t *members, *begin, *end, *self_index;
     int64_t square;
     const int64_t* num_valid_refs;
     int64_t term, positives, negatives;
@@ -27,10 +27,20 @@ struct Arguments {  // as in library.py, field by field
 };
 
 template <typename T>
-TripletStrip<T> strip_of(const Arguments& a) {
-    return {
-        static_cast<T*>(a.s), a.rows,          a.columns, a.pitch, a.first, a.members, a.begin, a.end, a.own,
-        a.square != 0,        a.num_valid_refs};
+TripletRowBlock<T> row_block_of(const Arguments& a) {
+    TripletRowBlock<T> block = {};
+    block.s = static_cast<T*>(a.s);
+    block.rows = a.rows;
+    block.columns = a.columns;
+    block.pitch = a.pitch;
+    block.first = a.first;
+    block.members = a.members;
+    block.begin = a.begin;
+    block.end = a.end;
+    block.self_index = a.self_index;
+    block.square = a.square != 0;
+    block.num_valid_refs = a.num_valid_refs;
+    return block;
 }
 
 TripletRules rules_of(const Arguments& a) {
@@ -45,7 +55,7 @@ TripletRules rules_of(const Arguments& a) {
     return rules;
 }
 
-// A workspace between what the kernels must leave alone.
+// A workspace between two guards.
 class Workspace {
    public:
     explicit Workspace(int64_t bytes) : memory_(size_t(bytes) + 2 * kGuard, 0xFF) {}
@@ -81,8 +91,9 @@ int dml_triplet_rows(const Arguments* a, int64_t wide, const void* beta, void* s
         with_type(wide, [&](auto number) {
             using T = decltype(number);
             Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
-            triplet_rows(strip_of<T>(*a), rules_of(*a), static_cast<const T*>(beta), static_cast<T*>(sums),
-                         counts, static_cast<T*>(grad_beta), workspace.data(), nullptr);
+            triplet_rows(row_block_of<T>(*a), rules_of(*a), static_cast<const T*>(beta),
+                         static_cast<T*>(sums), counts, static_cast<T*>(grad_beta), workspace.data(),
+                         nullptr);
             workspace.check();
         });
     });
@@ -94,7 +105,7 @@ int dml_select_rows(const Arguments* a, int64_t wide, int64_t* columns, void* si
         with_type(wide, [&](auto number) {
             using T = decltype(number);
             Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
-            select_rows(strip_of<T>(*a), rules_of(*a),
+            select_rows(row_block_of<T>(*a), rules_of(*a),
                         {a->anchors, a->anchors_positives, a->pairs, a->of_positives != 0}, columns,
                         static_cast<T*>(similarities), workspace.data(), nullptr);
             workspace.check();
@@ -107,7 +118,7 @@ int dml_make_distances(const Arguments* a, int64_t wide, const void* x, const vo
     return guarded(error, capacity, [&] {
         with_type(wide, [&](auto number) {
             using T = decltype(number);
-            make_distances(strip_of<T>(*a), static_cast<const T*>(x), static_cast<const T*>(x_squares),
+            make_distances(row_block_of<T>(*a), static_cast<const T*>(x), static_cast<const T*>(x_squares),
                            static_cast<const T*>(y), static_cast<const T*>(y_squares), dim, nullptr);
         });
     });

@@ -32,21 +32,21 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
         for (int64_t d = 0; d < 3; ++d) squares[i] += x[3 * i + d] * x[3 * i + d];
     }
     const int64_t seed = 5;
-    const TripletStrip<T> strip = {s.data(),     n,          n,       n,    0,      members.data(),
-                                   begin.data(), end.data(), nullptr, true, nullptr};
+    const TripletRowBlock<T> row_block = {s.data(),     n,          n,       n,    0,      members.data(),
+                                          begin.data(), end.data(), nullptr, true, nullptr};
     const TripletRules rules = {term,      Selection::kAll,
                                 negatives, {0.1, -kFar, kFar, -kFar, kFar, -kFar, 1.3, 0.5, 1.4, 8.0},
                                 true,      true,
                                 &seed};
     const int64_t bytes = triplet_workspace_bytes<T>(n, n);
     const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
-    make_distances(strip, x.data(), squares.data(), x.data(), squares.data(), 3, nullptr);
+    make_distances(row_block, x.data(), squares.data(), x.data(), squares.data(), 3, nullptr);
     for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
-    triplet_rows(strip, rules, beta.data(), sums.data(), counts.data(), grad_beta.data(), workspace.get(),
+    triplet_rows(row_block, rules, beta.data(), sums.data(), counts.data(), grad_beta.data(), workspace.get(),
                  nullptr);
     if (negatives == Selection::kAll) return;
     for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
-    select_rows(strip, rules, {anchors.data(), positives.data(), n, false}, columns.data(), found.data(),
+    select_rows(row_block, rules, {anchors.data(), positives.data(), n, false}, columns.data(), found.data(),
                 workspace.get(), nullptr);
 }
 

@@ -64,17 +64,17 @@ void multiply_16_bit(void* const operands[], ToFloat to_float) {
     float a[16][16];
     float b[16][8];
     for (int lane = 0; lane < kLanes; ++lane) {
-        const Multiply& own = operand<Multiply>(operands, lane);
+        const Multiply& request = operand<Multiply>(operands, lane);
         const int g = lane / 4;
         const int t = lane % 4;
         for (int half = 0; half < 2; ++half) {  // of a register: the neighbours along k
             const int shift = 16 * half;
-            a[g][2 * t + half] = to_float(uint16_t(own.a[0] >> shift));
-            a[g + 8][2 * t + half] = to_float(uint16_t(own.a[1] >> shift));
-            a[g][2 * t + 8 + half] = to_float(uint16_t(own.a[2] >> shift));
-            a[g + 8][2 * t + 8 + half] = to_float(uint16_t(own.a[3] >> shift));
-            b[2 * t + half][g] = to_float(uint16_t(own.b[0] >> shift));
-            b[2 * t + 8 + half][g] = to_float(uint16_t(own.b[1] >> shift));
+            a[g][2 * t + half] = to_float(uint16_t(request.a[0] >> shift));
+            a[g + 8][2 * t + half] = to_float(uint16_t(request.a[1] >> shift));
+            a[g][2 * t + 8 + half] = to_float(uint16_t(request.a[2] >> shift));
+            a[g + 8][2 * t + 8 + half] = to_float(uint16_t(request.a[3] >> shift));
+            b[2 * t + half][g] = to_float(uint16_t(request.b[0] >> shift));
+            b[2 * t + 8 + half][g] = to_float(uint16_t(request.b[1] >> shift));
         }
     }
     multiply<16>(operands, a, b);
@@ -86,8 +86,8 @@ void shuffle(void* const operands[]) {
     uint64_t values[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = operand<Shuffle>(operands, lane).value;
     for (int lane = 0; lane < kLanes; ++lane) {
-        Shuffle& own = operand<Shuffle>(operands, lane);
-        own.value = values[own.source % kLanes];
+        Shuffle& request = operand<Shuffle>(operands, lane);
+        request.value = values[request.source % kLanes];
     }
 }
 
@@ -130,15 +130,15 @@ void multiply_tf32(void* const operands[]) {
     float a[16][8];
     float b[8][8];
     for (int lane = 0; lane < kLanes; ++lane) {
-        const Multiply& own = operand<Multiply>(operands, lane);
+        const Multiply& request = operand<Multiply>(operands, lane);
         const int g = lane / 4;
         const int t = lane % 4;
-        a[g][t] = to_float(own.a[0]);
-        a[g + 8][t] = to_float(own.a[1]);
-        a[g][t + 4] = to_float(own.a[2]);
-        a[g + 8][t + 4] = to_float(own.a[3]);
-        b[t][g] = to_float(own.b[0]);
-        b[t + 4][g] = to_float(own.b[1]);
+        a[g][t] = to_float(request.a[0]);
+        a[g + 8][t] = to_float(request.a[1]);
+        a[g][t + 4] = to_float(request.a[2]);
+        a[g + 8][t + 4] = to_float(request.a[3]);
+        b[t][g] = to_float(request.b[0]);
+        b[t + 4][g] = to_float(request.b[1]);
     }
     multiply<8>(operands, a, b);
 }

@@ -144,8 +144,8 @@ def test_cuda_found(tmp_path, choice):
         ),
         ("8.6;9.0+PTX", ["80,code=sm_86", "80,code=sm_90", "80,code=compute_80"]),
         ("10.3 12.1", ["100,code=sm_103", "120,code=sm_121"]),
-        ("9.0;10.0a", []),  # torch's builder knows what that means
-        ("Hopper", []),
+        ("9.0a;10.0a", ["80,code=sm_90a", "100,code=sm_100a"]),
+        ("Hopper", []),  # torch's builder knows the names
     ],
 )
 def test_one_front_end_for_several_architectures(tmp_path, asked, targets):

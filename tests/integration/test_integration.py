@@ -53,7 +53,7 @@ def test_func_grad(loss, way, monkeypatch):
     value = as_function_of_embeddings(loss, way, labels, embeddings)
     leaf = embeddings.clone().requires_grad_()
     (expected,) = torch.autograd.grad(value(leaf), leaf)
-    monkeypatch.setattr(MinedPairs, "_look", lambda self: pytest.fail("pairs were listed"))
+    monkeypatch.setattr(MinedPairs, "_read", lambda self: pytest.fail("pairs were listed"))
     gradient, found = torch.func.grad_and_value(value)(embeddings)
     assert torch.equal(found, value(embeddings))
     torch.testing.assert_close(gradient, expected)

@@ -192,8 +192,8 @@ def test_nothing_is_listed(loss, monkeypatch):
     def refuse(self):
         raise AssertionError("pairs were listed")
 
-    monkeypatch.setattr(MinedPairs, "_look", refuse)
-    monkeypatch.setattr(MinedPairs, "_blocks", refuse)
+    monkeypatch.setattr(MinedPairs, "_read", refuse)
+    monkeypatch.setattr(MinedPairs, "blocks", refuse)
     for module in (OURS[loss](), ADAPTERS[loss]()):
         for miner in (None, MultiSimilarityMiner(), dml_cuda.pml.MultiSimilarityMiner()):
             memory = CrossBatchMemory(module, DIM, SIZE, miner)
@@ -313,7 +313,7 @@ from dml_cuda import CrossBatchMemory, MinedPairs, MultiSimilarityLoss, MultiSim
 def refuse(self):
     raise AssertionError("pairs were listed")
 
-MinedPairs._look = MinedPairs._blocks = refuse
+MinedPairs._read = MinedPairs.blocks = refuse
 torch.manual_seed(0)
 
 def measure(rows, size):

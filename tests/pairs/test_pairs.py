@@ -30,8 +30,8 @@ def never_look(monkeypatch):
     def refuse(self):
         raise AssertionError("pairs were listed")
 
-    monkeypatch.setattr(MinedPairs, "_look", refuse)
-    monkeypatch.setattr(MinedPairs, "_blocks", refuse)
+    monkeypatch.setattr(MinedPairs, "_read", refuse)
+    monkeypatch.setattr(MinedPairs, "blocks", refuse)
 
 
 def value_and_gradients(function, points, *arguments, **options):
@@ -48,7 +48,7 @@ def value_and_gradients(function, points, *arguments, **options):
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("m", [None, 150, 1])
 def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
-    monkeypatch.setattr(dml_cuda.miners.mined_pairs, "_CPU_BLOCK", 1000)  # several blocks
+    monkeypatch.setattr(dml_cuda.miners.mined, "_CPU_BLOCK", 1000)  # several blocks
     for kind in ("few", "one", "distinct", "unequal"):
         labels = make_labels(70, kind)
         ref_labels = None if m is None else make_labels(m, kind)
@@ -73,8 +73,8 @@ def test_mined_pairs_are_those_of_brute_force(similarity, m, monkeypatch):
 
 def test_behaves_as_a_tuple_of_four(monkeypatch):
     looks = []
-    look = MinedPairs._look
-    monkeypatch.setattr(MinedPairs, "_look", lambda self: (looks.append(1), look(self)))
+    look = MinedPairs._read
+    monkeypatch.setattr(MinedPairs, "_read", lambda self: (looks.append(1), look(self)))
     batch = make_batch(40, 6)
     pairs = MultiSimilarityMiner()(*batch)
     assert isinstance(pairs, MinedPairs)
@@ -139,11 +139,11 @@ def test_counts_of_the_last_batch():
 def test_pair_counts_option(monkeypatch):
     batch = make_batch(40, 6)
     expected = MultiSimilarityMiner()(*batch)
-    look = MinedPairs._look
-    monkeypatch.setattr(MinedPairs, "_look", lambda self: pytest.fail("pairs were listed"))
+    look = MinedPairs._read
+    monkeypatch.setattr(MinedPairs, "_read", lambda self: pytest.fail("pairs were listed"))
     pairs, counts = MultiSimilarityMiner(pair_counts=True)(*batch)
     assert isinstance(pairs, MinedPairs)
-    monkeypatch.setattr(MinedPairs, "_look", look)
+    monkeypatch.setattr(MinedPairs, "_read", look)
     assert torch.equal(counts.positives, expected.pos_anchors.bincount(minlength=40))
     assert torch.equal(counts.negatives, expected.neg_anchors.bincount(minlength=40))
     # Nothing can be read from a tensor on the meta device: whoever waits for the device fails there.

@@ -1,5 +1,7 @@
 """The same bits every time, on any number of threads: no result depends on who was faster."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +10,6 @@ from cases.accuracy import evaluate
 from cases.data import make_batch, make_labels
 from cases.losses import EVERY_LOSS
 
-from dml_cuda import _C
 from dml_cuda._ops.arguments import OpOptions
 
 THREADS = (1, 2, 3, 7, 16)  # more than there are cores, too
@@ -21,11 +22,24 @@ def threads_as_before():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", THREADS)
-def test_there_are_so_many_threads(threads):
-    """Else what follows would compare one thread with itself."""
+COUNT_THREADS = """
+import os, sys, torch, dml_cuda
+torch.set_num_threads(1)
+embeddings, labels = torch.randn(1300, 24), torch.arange(1300) // 4
+counts = []
+for threads in map(int, sys.argv[1:]):
     torch.set_num_threads(threads)
-    assert _C.count_threads() == threads
+    dml_cuda.functional.multi_similarity_loss(embeddings, labels)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(*(count - counts[0] + 1 for count in counts))
+"""
+
+
+def test_the_kernels_use_every_thread():
+    """Otherwise the tests below compare one thread with itself. In a fresh process the loss starts them."""
+    command = [sys.executable, "-c", COUNT_THREADS, *map(str, THREADS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert tuple(map(int, done.stdout.split())) == THREADS
 
 
 def results(function, **options):

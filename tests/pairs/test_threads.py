@@ -1,4 +1,4 @@
-"""ThreadSanitizer over the CPU engine: tasks share nothing but what is handed over."""
+"""ThreadSanitizer on the CPU engine: tasks share no data."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -55,7 +55,7 @@ def test_no_races(program):
     assert done.returncode == 0, (done.stdout + done.stderr).decode()[-6000:]
 
 
-def test_a_planted_race_is_seen(program):
+def test_a_planted_race_is_reported(program):
     done = run(program, "race")
     assert done.returncode == 66
     assert b"data race" in done.stderr

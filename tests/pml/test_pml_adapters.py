@@ -66,9 +66,9 @@ def computed_by_us(monkeypatch):
     def refuse(*_):
         raise AssertionError("not fused")
 
-    monkeypatch.setattr(MinedPairs, "_look", refuse)
+    monkeypatch.setattr(MinedPairs, "_read", refuse)
     # Only while ours computes: theirs, called beside it, needs its matrix.
-    compute = dml_cuda.pml.losses._Fused.compute_loss
+    compute = dml_cuda.pml.pair_losses._Fused.compute_loss
     matrix = distances.DotProductSimilarity.compute_mat
 
     def compute_loss(self, *arguments):
@@ -76,7 +76,7 @@ def computed_by_us(monkeypatch):
             patch.setattr(distances.DotProductSimilarity, "compute_mat", refuse)
             return compute(self, *arguments)
 
-    monkeypatch.setattr(dml_cuda.pml.losses._Fused, "compute_loss", compute_loss)
+    monkeypatch.setattr(dml_cuda.pml.pair_losses._Fused, "compute_loss", compute_loss)
     assert distances.DotProductSimilarity.compute_mat is matrix
 
 

@@ -14,7 +14,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 
 import dml_cuda  # noqa: E402
 import dml_cuda.pml  # noqa: E402
-from dml_cuda.miners.mined_pairs import Mined  # noqa: E402
+from dml_cuda.miners.mined import Mined  # noqa: E402
 
 DISTANCES = {
     "euclidean": (distances.LpDistance, {}),
@@ -97,7 +97,7 @@ def nothing_listed(monkeypatch):
         raise AssertionError("listed")
 
     def forbid(patch):
-        patch.setattr(Mined, "_look", refuse)
+        patch.setattr(Mined, "_read", refuse)
 
     return forbid
 

@@ -1,11 +1,11 @@
-"""What tools.kernel_times makes of a profile; the measuring itself wants a GPU."""
+"""The tables that tools.kernel_times makes of a profile; measuring needs a GPU."""
 
 from tools.kernel_times import table, total_times
 
 FIND = "void dml::cuda::find_extremes<dml::cuda::Tf32Math<float, true>, float>(dml::cuda::TileGroup<float>)"
 
 
-def test_kernels_are_added_up_and_what_is_not_ours_left_out():
+def test_kernels_are_added_up_without_those_of_pytorch():
     events = [
         ("void dml::cuda::(anonymous namespace)::weigh_rows<float>(dml::cuda::RowStats<float>)", 4.0),
         (FIND, 10.0),

@@ -10,7 +10,7 @@ from oracle import triplets as truth
 import dml_cuda
 from dml_cuda import DistanceWeightedMiner, MarginLoss, TripletMarginLoss
 from dml_cuda._ops.triplets import Rows, Selection, select
-from dml_cuda.miners.mined_pairs import Mined
+from dml_cuda.miners.mined import Mined
 from dml_cuda.reference import triplets
 
 DIMS = (3, 4, 16, 128, 512)
@@ -151,7 +151,7 @@ def test_a_loss_sees_the_very_draws_that_are_listed(loss_fn, monkeypatch):
     mined = DistanceWeightedMiner(nonzero_loss_cutoff=1.8)(x, y)
     with monkeypatch.context() as patch:
         if not getattr(loss_fn, "swap", False):
-            patch.setattr(Mined, "_look", lambda self: pytest.fail("listed"))
+            patch.setattr(Mined, "_read", lambda self: pytest.fail("listed"))
         value = loss_fn(x, y, mined)
     torch.testing.assert_close(value, loss_fn(x, y, tuple(mined)))
     reference = type(loss_fn)(**{**loss_fn._values, "backend": "reference"})

@@ -24,7 +24,7 @@ from dml_cuda import (
     TripletMarginMiner,
 )
 from dml_cuda.functional import margin_loss, triplet_margin_loss
-from dml_cuda.miners.mined_pairs import Mined
+from dml_cuda.miners.mined import Mined
 
 EVERY_SIMILARITY = pytest.mark.parametrize("similarity", SIMILARITIES)
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -41,8 +41,8 @@ def evaluate(function, embeddings, *arguments, leaves=(), **options):
 
 def never_list(monkeypatch):
     """From here on nobody may look at what a miner found."""
-    monkeypatch.setattr(Mined, "_look", lambda self: pytest.fail("listed"))
-    monkeypatch.setattr(Mined, "_blocks", lambda *_, **__: pytest.fail("listed"))
+    monkeypatch.setattr(Mined, "_read", lambda self: pytest.fail("listed"))
+    monkeypatch.setattr(Mined, "blocks", lambda *_, **__: pytest.fail("listed"))
 
 
 def batches():

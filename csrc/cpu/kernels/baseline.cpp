@@ -1,3 +1,4 @@
+// The CPU kernels for the baseline instruction set.
 #include <cstdint>
 #include <type_traits>
 
@@ -10,7 +11,7 @@
 #define DML_ISA baseline
 #define DML_VECTOR_BYTES 16
 #include "cpu/kernels/tile_kernels_impl.h"
-#if !defined(DML_CUSTOM_FORMULA)  // these use what the first defines, and no formula
+#if !defined(DML_CUSTOM_FORMULA)  // these do not depend on the formula; they use tile_kernels_impl.h
 #include "cpu/kernels/listed_kernels_impl.h"
 #include "cpu/kernels/product_kernels_impl.h"
 #include "cpu/kernels/triplet_kernels_impl.h"

@@ -1,4 +1,4 @@
-// Chooses, at run time, the widest instruction set that this machine has.
+// The tables of kernels for the instruction set in use: at first the widest that this machine has.
 #include <stdexcept>
 #include <type_traits>
 
@@ -8,7 +8,7 @@
 #include "cpu/kernels/triplet_kernels.h"
 #include "custom/registry.h"
 
-// A build for a sanitizer takes the baseline alone.
+// Sanitizer builds compile the baseline alone.
 #if defined(__x86_64__) && !defined(DML_BASELINE_ONLY)
 #define DML_HAS_AVX 1
 #else
@@ -78,7 +78,7 @@ void set_instruction_set(const std::string& name) {
 
 namespace {
 template <typename T>
-const TileKernels<T>& kernels_of(const CustomFormula& formula) {
+const TileKernels<T>& custom_kernels(const CustomFormula& formula) {
     if (chosen() != formula.instruction_set)
         throw std::runtime_error(std::string("a formula was loaded with kernels for ") +
                                  formula.instruction_set + ", and " + chosen() +
@@ -93,7 +93,7 @@ const TileKernels<T>& kernels_of(const CustomFormula& formula) {
 
 template <typename T>
 const TileKernels<T>& tile_kernels(FormulaId formula) {
-    if (const CustomFormula* own = custom_formula(formula)) return kernels_of<T>(*own);
+    if (const CustomFormula* custom = custom_formula(formula)) return custom_kernels<T>(*custom);
 #if DML_HAS_AVX
     if (chosen() == "avx512") return avx512::kernels<T>(formula);
     if (chosen() == "avx2") return avx2::kernels<T>(formula);

@@ -1,5 +1,5 @@
-// Products over pairs given as lists of indices, behind a table of function pointers: one table for each
-// scalar type and instruction set. The indices must be in range.
+// Products over pairs given as lists of indices, as a table of function pointers: one table for each scalar
+// type and instruction set. The indices must be in range.
 #pragma once
 
 #include <cstdint>

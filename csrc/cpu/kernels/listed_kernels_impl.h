@@ -1,5 +1,4 @@
-// The bodies of listed_kernels.h, included once by each kernels_<set>.cpp as tile_kernels_impl.h is, and
-// after it: it shares its Vector.
+// The bodies of listed_kernels.h. Included after tile_kernels_impl.h, whose Vector it uses.
 
 namespace dml::cpu::DML_ISA {
 
@@ -32,9 +31,9 @@ void products(const T* x, const T* y, const int64_t* rows, const int64_t* cols, 
     for (int64_t k = from; k < to; ++k) out[k] = dot(x + rows[k] * dim, y + cols[k] * dim, dim);
 }
 
-// One strip of a row of the output, kept in registers while its pairs pass.
+// A column slice of a row of the output, summed in registers over the row's pairs.
 template <typename T, int kVectors>
-DML_INLINE void sum_strip(const T* weights, const T* points, const int64_t* index, int64_t begin, int64_t end,
+DML_INLINE void sum_slice(const T* weights, const T* points, const int64_t* index, int64_t begin, int64_t end,
                           int64_t dim, T* out) {
     constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T);
     using V = Vector<T>;
@@ -58,9 +57,9 @@ void sums(const T* weights, const T* points, const int64_t* index, const int64_t
         T* row = out + r * dim;
         int64_t d = 0;
         for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-            sum_strip<T, kWide>(weights, points + d, index, begin, end, dim, row + d);
+            sum_slice<T, kWide>(weights, points + d, index, begin, end, dim, row + d);
         for (; d + kLanes <= dim; d += kLanes)
-            sum_strip<T, 1>(weights, points + d, index, begin, end, dim, row + d);
+            sum_slice<T, 1>(weights, points + d, index, begin, end, dim, row + d);
         for (; d < dim; ++d) {
             T sum = T(0);
             for (int64_t k = begin; k < end; ++k) sum += weights[k] * points[index[k] * dim + d];

@@ -1,10 +1,9 @@
-// Matrix products of the size of tiles, and what else touches every number of a point, behind a table of
-// function pointers: one table for each scalar type and instruction set. A library spends a good part of such
-// small products on being called and on packing, and may add up in an order that depends on the number of
-// threads.
+// Matrix products of tile size, and loops over the dimensions of a point, as a table of function pointers:
+// one table for each scalar type and instruction set. BLAS libraries spend much of such small products on
+// calls and packing, and their order of summation may depend on the number of threads.
 //
-// Here every element of a result is summed up in the order of the inner dimension, in blocks of fixed length:
-// it depends on its own row and column alone.
+// Here every element is summed in the order of the inner dimension, in blocks of fixed length: it depends on
+// its row and column alone.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +26,7 @@ struct ProductKernels {
     // of 16. w is contiguous along one of its dimensions.
     void (*add)(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& w, const T* x, int64_t x_stride,
                 T* out, int64_t out_stride);
-    // Of rows of n numbers: the sum of squares; x *= factor; <x, y>; out = (g - along * x) * factor.
+    // For rows of n numbers: the sum of squares; x *= factor; <x, y>; out = (g - along * x) * factor.
     double (*square)(int64_t n, const T* x);
     void (*scale)(int64_t n, T factor, T* x);
     T (*dot)(int64_t n, const T* x, const T* y);

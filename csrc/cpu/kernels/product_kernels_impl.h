@@ -1,13 +1,13 @@
-// The bodies of product_kernels.h; included as tile_kernels_impl.h is, and after it.
+// The bodies of product_kernels.h. Included after tile_kernels_impl.h, whose Vector it uses.
 
 namespace dml::cpu::DML_ISA {
 
-// Numbers of the inner dimension that are summed up in registers before they are added to the result: so many
-// that a panel of the right factor stays in the first-level cache.
+// Steps of the inner dimension summed in registers before they are added to the result. A panel of the right
+// factor with so many rows stays in the first-level cache.
 inline constexpr int64_t kInner = 128;
 
-// In registers: kRows x kWidth sums, kWidth vectors of the right factor and a number of the left. AVX-512 and
-// ARM have 32 of them, the others 16.
+// In registers: kRows x kWidth sums, kWidth vectors of the right factor and one number of the left. AVX-512
+// and ARM have 32 vector registers, the others 16.
 #if DML_VECTOR_BYTES == 64 || defined(__aarch64__)
 inline constexpr int kRows = 8, kWidth = 3;
 #else
@@ -17,18 +17,18 @@ inline constexpr int kRows = 4, kWidth = 3;
 template <typename T>
 inline constexpr int64_t kLanes = DML_VECTOR_BYTES / sizeof(T);
 
-// What a product is for, and how its left factor lies: similarities write the result of the first block of
-// the inner dimension and add those of the others; weights lie by rows or, transposed, by columns.
+// Similarities write the product of the first block of the inner dimension (kWrite) and add the others
+// (kAdd). Weights, the left factor of the gradient, lie by rows or transposed by columns.
 enum class Product { kWrite, kAdd, kAddByRows, kAddByCols };
 
-// Numbers in a line of the cache.
+// Numbers in a cache line.
 template <typename T>
 inline constexpr int64_t kLine = 64 / sizeof(T);
 
-// c = (or +=) a b for kRows rows and kVectors vectors of columns. Meanwhile fetches what comes next, as a
-// factor's rows, far apart and a line of the cache each, are nothing that hardware foresees: of similarities
-// kRows rows of the right factor as it lies in memory; of weights their next rows or columns, and a line of
-// each row of the right factor. Where `ahead` leads beyond the end nothing is read.
+// c = a b, or c += a b, for kRows rows and kVectors vectors of columns. It prefetches what the next blocks
+// read, as the rows of a factor lie too far apart for the hardware to prefetch: for similarities kRows rows
+// of the right factor, for weights their next rows or columns and a cache line of each row of the right
+// factor. Prefetches beyond the end are harmless.
 template <typename T, int kVectors, Product kWhat>
 DML_INLINE void product_block(int64_t inner, const T* a, int64_t a_step, const T* b, int64_t b_step, T* c,
                               int64_t c_step, const T* ahead, int64_t ahead_step) {
@@ -75,7 +75,7 @@ DML_INLINE void product_block(int64_t inner, const T* a, int64_t a_step, const T
     }
 }
 
-// ahead: the next panel of the right factor, of which each block fetches a part.
+// ahead: the next panel of the right factor; each block prefetches a part of it.
 template <typename T, int kVectors, Product kWhat>
 void product_panel(int64_t rows, int64_t inner, const T* a, int64_t a_step, const T* b, int64_t b_step, T* c,
                    int64_t c_step, const T* ahead, int64_t ahead_step) {
@@ -90,7 +90,7 @@ void product_panel(int64_t rows, int64_t inner, const T* a, int64_t a_step, cons
     }
 }
 
-// The function for a panel of no more than kWidth vectors of columns.
+// The function for a panel of at most kWidth vectors of columns.
 template <typename T, Product kWhat>
 DML_INLINE auto panel_of(int64_t vectors) {
     return vectors == 3   ? product_panel<T, 3, kWhat>
@@ -112,7 +112,7 @@ DML_INLINE void transpose_square(const T* from, int64_t from_step, T* to, int64_
 #else
     using Index __attribute__((vector_size(DML_VECTOR_BYTES))) =
         std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    // Blocks of 1 x 1, 2 x 2, ... beside the diagonal change places.
+    // Swaps the off-diagonal blocks of 1 x 1, 2 x 2, ...
 #pragma GCC unroll 4
     for (int step = 1; step < kSide; step *= 2) {
         Index low, high;
@@ -160,7 +160,7 @@ void similarities(int64_t rows, int64_t cols, int64_t dim, const T* x, int64_t x
             const int64_t inner = dim - k < kInner ? dim - k : kInner;
             transpose_panel(wide, inner, y + j * y_stride + k, y_stride, panel, kPanel);
             const auto run = k == 0 ? panel_of<T, Product::kWrite>(wide) : panel_of<T, Product::kAdd>(wide);
-            const bool more = k + kInner < dim;  // of these columns
+            const bool more = k + kInner < dim;  // next: the same columns, else the next ones
             const T* ahead = more ? y + j * y_stride + k + kInner : y + (j + wide * kLanes<T>)*y_stride;
             run(rows, inner, x + k, x_stride, panel, kPanel, s + j, pitch, ahead, y_stride);
         }
@@ -177,7 +177,7 @@ void add_weighted(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& 
             const int64_t wide = vectors - v < kWidth ? vectors - v : kWidth, d = v * kLanes<T>;
             const auto run =
                 w.col == 1 ? panel_of<T, Product::kAddByRows>(wide) : panel_of<T, Product::kAddByCols>(wide);
-            const bool more = v + kWidth < vectors;  // of these rows
+            const bool more = v + kWidth < vectors;  // next: the same rows, else the next ones
             const T* ahead = more ? x + k * x_stride + d + wide * kLanes<T> : x + (k + here) * x_stride;
             run(lines, here, w.data + k * w.col, step, x + k * x_stride + d, x_stride, out + d, out_stride,
                 ahead, x_stride);

@@ -1,6 +1,6 @@
-// The loops over the pairs of one similarity tile, behind a table of function pointers: one table for each
-// scalar type, formula and instruction set. They see raw pointers only; which tile to visit when, and the
-// matrix products, belong to the engine (pair_loss.h).
+// The loops over the pairs of one similarity tile, as a table of function pointers: one table for each scalar
+// type, formula and instruction set. The loops see raw pointers only; pairs/ decides which tile is visited
+// when.
 //
 // Rows and columns are sorted by label, so the positives of a row are one run of columns.
 #pragma once
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/kernels/sparse_tile.h"
 #include "losses/list.h"
 
 namespace dml::cpu {
@@ -24,14 +25,14 @@ struct Tile {
     int64_t row0, col0;        // global index of the first row and column
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
     const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
-    const int32_t* own;        // [N] the column that is row i's own point, or -1; null where there is none
-    bool both_sides;           // the tile serves its columns as rows too (by symmetry)
+    const int32_t* self_col;   // [N] the column that is the same point as row i, or -1; null: no such pairs
+    bool both_sides;           // by symmetry, the tile serves its columns as rows too
 };
 
 enum class Kinds : int { kNegatives = 1, kPositives = 2, kBoth = 3 };
 
-// What the forward pass knows of every row so far, as separate arrays because the columns of a tile read them
-// as vectors.
+// What forward knows of every row so far. Separate arrays, because the columns of a tile read them as
+// vectors.
 template <typename T>
 struct RowStates {
     T* neg_above;  // [N] bounds
@@ -39,8 +40,8 @@ struct RowStates {
     T* neg_value;  // [N] the value of the negatives' accumulator, once it is complete
 };
 
-// What one tile adds to the accumulators of its lines (its rows or its columns): to a log-sum-exp (max, sum),
-// to a sum (count, sum). The engine merges the tiles' numbers in a fixed order.
+// What one tile adds to the accumulators of its lines (its rows or its columns): (max, sum) to a log-sum-exp,
+// (count, sum) to a sum. The engine merges these parts in the order of the tiles.
 template <typename T>
 struct LineParts {
     alignas(64) T neg_a[kMostSide];    // max or count
@@ -56,7 +57,7 @@ struct TileParts {
     LineParts<T> rows, cols;
 };
 
-// What the backward pass needs of every row. The derivatives already hold the row's upstream gradient.
+// What backward needs of every row. The derivatives include the row's upstream gradient.
 template <typename T>
 struct RowWeights {
     const T* neg_above;  // [N]
@@ -67,39 +68,20 @@ struct RowWeights {
     const T* d_pos;      // [N]
 };
 
-// The non-zeros of a weight tile, by row and by column, in the memory of the tile itself.
-template <typename T>
-struct SparseTile {
-    struct Lines {
-        const uint16_t* start;  // [lines + 1]
-        const T* value;
-        const uint8_t* index;  // position across the line
-    };
-    Lines by_row, by_col;
-
-    static constexpr int64_t bytes(int rows, int cols, int64_t count) {
-        const int64_t starts = (rows + cols + 2) * int64_t(sizeof(uint16_t));
-        return 2 * count * int64_t(sizeof(T) + 1) + starts;
-    }
-    // memory: [values by row | values by column | starts | starts | index | index]
-    SparseTile(void* memory, int rows, int cols, int64_t count) {
-        auto* value = static_cast<T*>(memory);
-        auto* start = reinterpret_cast<uint16_t*>(value + 2 * count);
-        auto* index = reinterpret_cast<uint8_t*>(start + rows + cols + 2);
-        by_row = {start, value, index};
-        by_col = {start + rows + 1, value + count, index + count};
-    }
-};
-
-// What an accumulation found: numbers to merge, and pairs that may have a gradient.
+// Whether an accumulation found parts to merge, and pairs that may have a gradient.
 struct Found {
     bool parts, gradient;
+
+    DML_INLINE void operator|=(Found more) {
+        parts = parts || more.parts;
+        gradient = gradient || more.gradient;
+    }
 };
 
 template <typename T>
 struct TileKernels {
-    // s = -|x - y| from s = <x, y>, in place. x: [rows, dim], y: [cols, dim], strided, with their squared
-    // norms. Where the points are close the difference is summed up again.
+    // s = -|x - y| from s = <x, y>, in place. x [rows, dim], y [cols, dim], strided, with their squared
+    // norms.
     void (*distances)(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride,
                       const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
     // The smallest similarity of the positives of each line, into rows.pos_a and cols.pos_a.
@@ -110,15 +92,16 @@ struct TileKernels {
                         TileParts<T>&);
     // Merges the parts of n lines into their accumulators: (a, b) and (part_a, part_b) as in LineParts.
     void (*merge)(Accumulator, int n, const T* part_a, const T* part_b, T* a, T* b);
-    // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; by 1 / |x - y| where
-    // euclidean. Returns the number of non-zeros.
+    // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; divided by |x - y|
+    // where euclidean. Returns the number of non-zeros.
     int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
                        T* weights);
+    // The loss of a row from its accumulators. pos_context: the sum of d pos_term / d context over positives.
     RowDerivatives<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
-    // The formula's formulas of n pairs of one kind (formula_ops.cpp). context [n]: with positives.
+    // Terms and derivatives of n pairs of one kind (formula_ops.cpp). context [n]: read with positives.
     void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
                   T* derivative, T* by_context);
-    // The non-zeros of weights by row and by column, into memory of the size that SparseTile::bytes says.
+    // The non-zeros of weights as a SparseTile, into SparseTile::bytes bytes of memory.
     void (*compress)(const T* weights, int64_t pitch, int rows, int cols, int64_t count, void* memory);
     // out[i] += sum_k value_k * x[index_k] for every line. x, out: [., dim], strided.
     void (*add_product)(const typename SparseTile<T>::Lines&, int lines, const T* x, int64_t x_stride,
@@ -126,7 +109,8 @@ struct TileKernels {
 
     // What the formula declares (losses/formula.h).
     Accumulator neg, pos;
-    bool plus_one, context, pos_in_neg, hinge, needs_pos, needs_neg;
+    bool plus_one, context, pos_in_neg, hinge;
+    NeededPairs needed;
     Count count;
     int parts;
 };

@@ -1,4 +1,4 @@
-// Blocks of a matrix of similarities, and of weights (triplet_kernels_impl.h).
+// Loops over blocks of a matrix of similarities or weights.
 
 namespace dml::cpu::DML_ISA {
 
@@ -58,7 +58,7 @@ int64_t find_nonzeros(const T* w, int64_t pitch, int64_t rows, int64_t cols, uin
 }
 
 template <typename T, int kVectors>
-DML_INLINE void add_nonzeros_strip(const T* w, int64_t pitch, int64_t rows, int64_t words,
+DML_INLINE void add_nonzeros_slice(const T* w, int64_t pitch, int64_t rows, int64_t words,
                                    const uint64_t* bits, const T* points, int64_t stride, T* out,
                                    int64_t out_stride) {
     constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T);
@@ -86,8 +86,8 @@ DML_INLINE void add_nonzeros_strip(const T* w, int64_t pitch, int64_t rows, int6
     }
 }
 
-// A strip of dimensions at a time, so that the points' stay in the first-level cache. dim is a multiple of
-// 16, hence of the lanes.
+// A column slice at a time, so that its part of the points stays in the first-level cache. dim is a multiple
+// of 16, hence of the lanes.
 template <typename T>
 void add_nonzeros(const T* w, int64_t pitch, int64_t rows, int64_t cols, const uint64_t* bits,
                   const T* points, int64_t stride, int64_t dim, T* out, int64_t out_stride) {
@@ -95,14 +95,14 @@ void add_nonzeros(const T* w, int64_t pitch, int64_t rows, int64_t cols, const u
     const int64_t words = (cols + 63) / 64;
     int64_t d = 0;
     for (; d + kWide * kLanes <= dim; d += kWide * kLanes) {
-        add_nonzeros_strip<T, kWide>(w, pitch, rows, words, bits, points + d, stride, out + d, out_stride);
+        add_nonzeros_slice<T, kWide>(w, pitch, rows, words, bits, points + d, stride, out + d, out_stride);
     }
     for (; d < dim; d += kLanes)
-        add_nonzeros_strip<T, 1>(w, pitch, rows, words, bits, points + d, stride, out + d, out_stride);
+        add_nonzeros_slice<T, 1>(w, pitch, rows, words, bits, points + d, stride, out + d, out_stride);
 }
 
 template <typename T, int kVectors>
-DML_INLINE void add_points_strip(const T* weights, const int32_t* index, int64_t count, const T* points,
+DML_INLINE void add_points_slice(const T* weights, const int32_t* index, int64_t count, const T* points,
                                  int64_t stride, T* out) {
     constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T);
     using V = Vector<T>;
@@ -127,8 +127,8 @@ void add_points(const T* weights, const int32_t* index, int64_t count, const T* 
     constexpr int kLanes = DML_VECTOR_BYTES / sizeof(T), kWide = 8;
     int64_t d = 0;
     for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-        add_points_strip<T, kWide>(weights, index, count, points + d, stride, out + d);
-    for (; d < dim; d += kLanes) add_points_strip<T, 1>(weights, index, count, points + d, stride, out + d);
+        add_points_slice<T, kWide>(weights, index, count, points + d, stride, out + d);
+    for (; d < dim; d += kLanes) add_points_slice<T, 1>(weights, index, count, points + d, stride, out + d);
 }
 
 }  // namespace dml::cpu::DML_ISA

@@ -1,4 +1,4 @@
-// One column of a row (triplet_kernels_impl.h): those that are allowed, the largest, and draws.
+// Selection among the columns of a row: those in range, the largest, the smallest, and draws.
 
 namespace dml::cpu::DML_ISA {
 

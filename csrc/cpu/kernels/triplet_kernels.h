@@ -1,6 +1,6 @@
-// The loops over one row's similarities that triplets need, and those over blocks of a matrix of them, behind
-// a table of function pointers: one table for each scalar type and instruction set. A column that is no
-// negative of the row holds NaN.
+// The triplet losses' loops over a row's similarities and over blocks of a matrix of them, as a table of
+// function pointers: one table for each scalar type and instruction set. A column that is not a negative of
+// the row holds NaN.
 #pragma once
 
 #include <cstdint>
@@ -9,29 +9,29 @@
 
 namespace dml::cpu {
 
-// Columns whose weights in a draw are added up together.
+// Columns per partial sum of draw weights.
 inline constexpr int64_t kDrawBlock = 64;
 
-// Columns that one sweep takes, so that their weights stay in the first-level cache and their counts exact.
+// Columns per sweep: their weights stay in the first-level cache and counts in T are exact.
 inline constexpr int64_t kSweep = 1024;
 
-// Up to so many positives each is compared with every negative; with more, runs of them are searched.
+// With at most so many positives, each is compared with every negative; with more, runs of them are searched.
 inline constexpr int64_t kFewPositives = 48;
 
-// One row's triplets of all its negatives with its chosen positives.
+// The triplets of one row: all its negatives with its chosen positives.
 template <typename T>
 struct RowTriplets {
     T* s;  // [m] similarities; out: dL/ds of the negatives, by 1 / d where euclidean
     int64_t m;
-    const T* positives;  // [count] their distances
+    const T* positives;  // [count] distances of the positives
     int64_t count;
-    int64_t negatives;      // how many columns are not NaN
+    int64_t negatives;      // columns that are not NaN
     bool interval;          // whether the gap is bounded
     bool euclidean, write;  // write: whether the weights are wanted
     TripletParams<T> params;
     T beta;
-    // Where runs of positives are to be searched, else null: positives ascend, padded by +inf to twice the
-    // largest power of two in `count`; the sums of the first k of them, and space for numbers, 0.
+    // Null unless runs of positives are searched. Then positives ascend, padded with +inf to twice the
+    // largest power of two in `count`; prefix holds the sums of the first k of them, steps zeros.
     const double* prefix;  // [count + 1]
     int32_t* steps;        // [count + 1]
 
@@ -45,11 +45,10 @@ struct TripletKernels {
     // As TileKernels has it.
     void (*distances)(T* s, int64_t pitch, int rows, int cols, const T* x, int64_t x_stride,
                       const T* x_square, const T* y, int64_t y_stride, const T* y_square, int64_t dim);
-    // Puts NaN where a negative's distance is not allowed; how many are left.
+    // Puts NaN where a negative's distance is out of range; returns how many negatives remain.
     int64_t (*keep_allowed)(T* s, int64_t m, const TripletParams<T>&);
     void (*all_negatives[3])(RowTriplets<T>&);  // by TripletTerm
-    // The column of the largest similarity below `limit`, or of the smallest; the first among equals, -1
-    // where there is none.
+    // The column of the largest similarity below `limit`, or of the smallest; the first among equals, or -1.
     int64_t (*largest)(const T* s, int64_t m, T limit);
     int64_t (*smallest)(const T* s, int64_t m);
     // The weights of a draw [m], relative to the largest, and their sum in each block of kDrawBlock.
@@ -58,12 +57,13 @@ struct TripletKernels {
     void (*transpose)(const T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
     // Both become a[i, j] + b[j, i]. a may be b where square.
     void (*add_transposed)(T* a, T* b, int64_t pitch, int64_t rows, int64_t cols);
-    // Of each line the columns that are not 0, as bits, 64 a word; how many there are in all.
+    // bits: the non-zero columns of each line, 64 a word. Returns the number of non-zeros.
     int64_t (*find_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, uint64_t* bits);
-    // out[i] += w[i] times the points, of those columns alone: rows of `dim` numbers, `stride` apart.
+    // out[i] += sum over those columns j of w[i, j] times point j. points: rows of `dim` numbers, `stride`
+    // apart.
     void (*add_nonzeros)(const T* w, int64_t pitch, int64_t rows, int64_t cols, const uint64_t* bits,
                          const T* points, int64_t stride, int64_t dim, T* out, int64_t out_stride);
-    // out += sum of weights[k] * points[index[k]], rows likewise.
+    // out += sum over k of weights[k] * points[index[k]].
     void (*add_points)(const T* weights, const int32_t* index, int64_t count, const T* points, int64_t stride,
                        int64_t dim, T* out);
 };

@@ -1,5 +1,4 @@
-// The bodies of triplet_kernels.h, included once by each kernels_<set>.cpp as tile_kernels_impl.h is, and
-// after it: they share its Vector and its distances.
+// The bodies of triplet_kernels.h. Included after tile_kernels_impl.h, whose Vector and distances they use.
 #include "cpu/kernels/triplet_blocks_impl.h"
 #include "cpu/kernels/triplet_columns_impl.h"
 #include "cpu/kernels/triplet_terms_impl.h"

@@ -1,4 +1,4 @@
-// Every positive of a row with every negative (triplet_kernels_impl.h): one by one, or as runs of positives.
+// The triplets of a row: every positive with every negative, one by one or as runs of positives.
 
 namespace dml::cpu::DML_ISA {
 
@@ -22,9 +22,9 @@ DML_INLINE void write_weights(const RowTriplets<T>& row, int64_t from, int64_t t
 
 // ---- every positive with every negative -------------------------------------------------------------------
 
-// What positive k makes of a sweep.
+// Adds the triplets of positive k with a sweep's negatives.
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void one_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64_t to, T* derivatives) {
+DML_INLINE void add_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64_t to, T* derivatives) {
     const TripletParams<T> params = row.params;
     const T d_pos = row.positives[k];
     const T* s = row.s;
@@ -48,14 +48,14 @@ DML_INLINE void one_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64
 }
 
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void each_positive(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
+DML_INLINE void add_positives(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
     for (int64_t j = 0; j < to - from; ++j) derivatives[j] = T(0);
-    for (int64_t k = 0; k < row.count; ++k) one_positive<T, Term, kInterval>(row, k, from, to, derivatives);
+    for (int64_t k = 0; k < row.count; ++k) add_positive<T, Term, kInterval>(row, k, from, to, derivatives);
 }
 
 // ---- runs of positives ------------------------------------------------------------------------------------
 
-// For each negative of a sweep the first positive of which First is true, or their number.
+// For each negative of a sweep: the first positive for which First holds, or the number of positives.
 template <typename T, typename First>
 DML_INLINE void search(const RowTriplets<T>& row, const First& first, int64_t from, int64_t to,
                        int32_t* found) {
@@ -75,7 +75,7 @@ DML_INLINE void search(const RowTriplets<T>& row, const First& first, int64_t fr
     for (int64_t j = 0; j < to - from; ++j) found[j] = found[j] < count ? found[j] : count;
 }
 
-// The runs of a sweep's negatives, both ends.
+// The run [begin, end) of positives of each negative of a sweep.
 template <typename T, typename Term, bool kInterval>
 DML_INLINE void find_runs(RowTriplets<T>& row, int64_t from, int64_t to, int32_t* begin, int32_t* end) {
     constexpr bool kViolating = std::is_same_v<Term, HingeTerm<T>>;
@@ -105,9 +105,9 @@ DML_INLINE void find_runs(RowTriplets<T>& row, int64_t from, int64_t to, int32_t
     }
 }
 
-// Terms that are sums over runs: prefix sums, and a difference array for the positives.
+// Adds terms that are sums over runs: by prefix sums, with a difference array for the positives.
 template <typename T, typename Term, bool kInterval>
-DML_INLINE void each_run(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
+DML_INLINE void add_runs(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
     int32_t begin[kSweep], end[kSweep];
     const int64_t size = to - from;
     find_runs<T, Term, kInterval>(row, from, to, begin, end);
@@ -133,7 +133,7 @@ DML_INLINE void each_run(RowTriplets<T>& row, int64_t from, int64_t to, T* deriv
     row.nonzero += nonzero;
 }
 
-// The number of runs that each positive is in, from where they begin and end.
+// The number of runs that contain each positive, from the difference array.
 template <typename T>
 DML_INLINE void close_runs(RowTriplets<T>& row) {
     int64_t inside = 0;
@@ -151,7 +151,7 @@ DML_INLINE void for_sweeps(int64_t m, const Sweep& sweep) {
     for (int64_t from = 0; from < m; from += kSweep) sweep(from, from + kSweep < m ? from + kSweep : m);
 }
 
-// Adds up Term over the row, and hands the derivatives of each sweep's negatives on.
+// Sums Term over the row, and passes the derivatives of each sweep's negatives to `then`.
 template <typename T, typename Term, bool kInterval, typename Then>
 DML_INLINE void all_terms(RowTriplets<T>& row, const Then& then) {
     alignas(64) T derivatives[kSweep];
@@ -159,9 +159,9 @@ DML_INLINE void all_terms(RowTriplets<T>& row, const Then& then) {
     if (!kInterval) row.considered = row.count * row.negatives;
     for_sweeps(row.m, [&](int64_t from, int64_t to) {
         if constexpr (Term::kSearchable) {
-            if (runs) each_run<T, Term, kInterval>(row, from, to, derivatives);
+            if (runs) add_runs<T, Term, kInterval>(row, from, to, derivatives);
         }
-        if (!runs) each_positive<T, Term, kInterval>(row, from, to, derivatives);
+        if (!runs) add_positives<T, Term, kInterval>(row, from, to, derivatives);
         then(from, to, derivatives);
     });
     if (runs) close_runs(row);
@@ -180,7 +180,7 @@ void all_triplets(RowTriplets<T>& row) {
     }
 }
 
-// The pair terms of the margin loss, each as often as the pair is in a triplet.
+// The pair terms of the margin loss, each multiplied by the number of triplets of the pair.
 template <typename T>
 void all_margin(RowTriplets<T>& row) {
     const MarginTerms<T> terms{row.beta, row.params.margin};

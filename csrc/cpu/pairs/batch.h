@@ -1,9 +1,8 @@
-// One batch, prepared: its points packed, its pairs planned, its tiles as they are asked for.
+// One batch, prepared: packed points, the plan of its pairs, and its tiles on request.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <memory>
 #include <vector>
 
 #include "cpu/kernels/product_kernels.h"
@@ -11,6 +10,8 @@
 #include "cpu/pairs/layout.h"
 #include "cpu/pairs/plan.h"
 #include "cpu/pairs/points.h"
+#include "cpu/pairs/references.h"
+#include "cpu/pairs/scratch.h"
 #include "cpu/pairs/tiles.h"
 #include "cpu/tasks.h"
 #include "torch/ops.h"
@@ -19,52 +20,17 @@ namespace dml::cpu {
 
 using at::Tensor;
 
-// Memory of the columns of a tile_group-tile, where they are packed one tile_group-tile after the other.
+// Memory of the packed columns of a tile group, where tile groups pack their points in turn (windows).
 constexpr int64_t kWindowBytes = int64_t(8) << 20;
 
-// Rows whose losses one task finishes and adds up.
+// Rows whose losses one task finishes and sums.
 constexpr int64_t kRowPiece = 64;
-
-template <typename T>
-struct alignas(64) Scratch {
-    T tile[kMostSide * kMostSide];
-
-    // Each thread keeps its own from call to call: for a small batch, touching fresh memory would cost as
-    // much as the work.
-    static Scratch& mine() {
-        static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
-        return *scratch;
-    }
-};
-
-// The rows of a tensor that take part.
-inline OptionalTensor first_rows(const OptionalTensor& x, const OptionalTensor& count) {
-    if (!x || !count) return x;
-    return x->narrow(0, 0, std::clamp<int64_t>(count->item<int64_t>(), 0, x->size(0)));
-}
-
-// How the references of a call take part: the whole space that they have, and those that are there.
-struct References {
-    OptionalTensor points, labels;
-    int64_t capacity;
-
-    explicit References(const PairBatch& batch)
-        : points(first_rows(batch.ref_emb, batch.num_valid_refs)),
-          labels(first_rows(batch.ref_labels, batch.num_valid_refs)),
-          capacity((batch.ref_emb ? *batch.ref_emb : batch.embeddings).size(0)) {
-        TORCH_CHECK_VALUE(std::max(batch.embeddings.size(0), capacity) < std::numeric_limits<int32_t>::max(),
-                          "embeddings: too many rows, ", std::max(batch.embeddings.size(0), capacity));
-    }
-    int64_t count(const PairBatch& batch) const {
-        return points ? points->size(0) : batch.embeddings.size(0);
-    }
-};
 
 // The sorted points on both sides and the tiles between them.
 template <typename T>
 class Batch {
    public:
-    // once: every tile is visited once at most.
+    // once: every tile is visited at most once.
     Batch(const Call& call, const References& refs, const Problem& problem, const Layout<int64_t>& layout,
           uint8_t* saved, bool once)
         : square(problem.square),
@@ -78,19 +44,19 @@ class Batch {
           plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
           windows(!square && once),
           rows(call.embeddings, plan.row_order, similarity),
-          cols(square ? rows : other_),
-          stats(reinterpret_cast<T*>(saved), n),
+          cols(square ? rows : ref_points_),
+          row_stats(reinterpret_cast<T*>(saved), n),
           kept(saved + layout.kept),
           cache_(reinterpret_cast<T*>(saved + layout.tiles)),
           cached_(layout.cached),
-          other_(square ? call.embeddings : *refs.points, plan.col_order, similarity) {
+          ref_points_(square ? call.embeddings : *refs.points, plan.col_order, similarity) {
         if (!windows) {
             rows.show(0, n);
             if (!square) cols.show(0, m);
         }
         if (!square && !call.self_index) return;
         const Tensor self = call.self_index ? call.self_index->contiguous() : Tensor();
-        own_ = own_columns(plan, n, m, call.self_index ? self.const_data_ptr<int64_t>() : nullptr);
+        self_cols_ = self_columns(plan, n, m, call.self_index ? self.const_data_ptr<int64_t>() : nullptr);
     }
 
     const bool square;
@@ -101,13 +67,13 @@ class Batch {
     const ProductKernels<T>& products;
     const Tiles tiles;
     const Plan plan;
-    const bool windows;  // points are packed when a tile_group-tile needs them, else all are at first
+    const bool windows;  // points are packed when a tile group needs them, else all at the start
     PackedPoints<T> rows;
     PackedPoints<T>& cols;
-    const RowStats<T> stats;
-    uint8_t* const kept;
+    const RowStats<T> row_stats;
+    uint8_t* const kept;  // [tiles] whether a pair of the tile may have a gradient
 
-    // The tile's place, without its similarities.
+    // The place of a tile in the matrix, without its similarities.
     Tile<T> place(const TileAt& at) const {
         const int64_t row0 = at.row_block * tiles.side, col0 = at.col_block * tiles.side;
         const int64_t rows_here = std::min<int64_t>(tiles.side, n - row0);
@@ -120,11 +86,11 @@ class Batch {
                 col0,
                 plan.pos_begin,
                 plan.pos_end,
-                own_.empty() ? nullptr : own_.data(),
+                self_cols_.empty() ? nullptr : self_cols_.data(),
                 square && at.row_block != at.col_block};
     }
 
-    // Similarities from the cache where they are known to be there, else from a product.
+    // A tile with its similarities: from the cache if `known` says that they are there, else from a product.
     Tile<T> tile(const TileAt& at, bool known) const {
         Tile<T> tile = place(at);
         T* s = is_cached(at) ? cached(at) : Scratch<T>::mine().tile;
@@ -135,16 +101,16 @@ class Batch {
 
     bool is_cached(const TileAt& at) const { return at.index < cached_; }
 
-    // Some columns of a cached tile, a multiple of 16 of them.
+    // Computes the columns [from, to) of a cached tile; both are multiples of 16.
     void multiply(const TileAt& at, int64_t from, int64_t to) const {
         const Tile<T> tile = place(at);
         if (from < tile.pitch) multiply(tile, from, std::min(to, tile.pitch), cached(at));
     }
 
-    // Calls visit(wave) with the wanted tiles, at most `most` at a time (and at least one tile_group-tile's
-    // row), their points packed. Around the waves of one tile_group-tile: enter(it), and leave(it), called
-    // for an empty one too, while its points are still packed; where windows are not used there is but one of
-    // both, for all.
+    // Calls visit(wave) with at most `most` wanted tiles at a time, their points packed. With windows,
+    // enter(group) comes before the first wave of a tile group, and leave(group) after its last, while its
+    // points are still packed, also for a group without wanted tiles. Without windows, each is called once,
+    // for all tiles.
     template <typename Wanted, typename Visit, typename Enter, typename Leave>
     void for_each_wave(int64_t most, const Wanted& wanted, const Visit& visit, const Enter& enter,
                        const Leave& leave) {
@@ -156,46 +122,46 @@ class Batch {
                 tiles.gather(tile_group, most, wanted, wave, visit);
             });
             Tiles::flush(wave, visit);
-            leave(all, true);
+            leave(all);
             return;
         }
         const int64_t bytes = tiles.side * cols.stride() * int64_t(sizeof(T));
         tiles.for_each_tile_group(
             std::max<int64_t>(kWindowBytes / bytes, 1), [&](const Tiles::TileGroup& tile_group) {
-                bool some = false;
+                bool entered = false;
                 const auto ready = [&](const std::vector<TileAt>& wave) {
-                    if (!some) {
+                    if (!entered) {
                         rows.show(tile_group.i0 * tiles.side, std::min(tile_group.i1 * tiles.side, n));
                         cols.show(tile_group.j0 * tiles.side, std::min(tile_group.j1 * tiles.side, m));
                         enter(tile_group);
                     }
-                    some = true;
+                    entered = true;
                     visit(wave);
                 };
                 tiles.gather(tile_group, most, wanted, wave, ready);
                 Tiles::flush(wave, ready);
-                leave(tile_group, some);
+                leave(tile_group);
             });
     }
 
-    // Calls run(k) for each tile of a wave, those on the diagonal first: they hold positives and take
-    // longest, and no thread should begin one when the others are done.
+    // Calls run(k) for each tile of a wave. Tiles on the diagonal come first: they hold positives and take
+    // longest, and no thread should start one when the others are done.
     template <typename Run>
     void for_tiles(const std::vector<TileAt>& wave, const Run& run) const {
         const int64_t count = wave.size(), work = count * tile_work();
         if (!square || thread_count() == 1) return for_tasks(count, work, run);
-        std::vector<int32_t> turns;
-        turns.reserve(count);
+        std::vector<int32_t> order;
+        order.reserve(count);
         for (const bool diagonal : {true, false}) {
             for (int64_t k = 0; k < count; ++k) {
                 if ((wave[k].row_block == wave[k].col_block) == diagonal)
-                    turns.push_back(static_cast<int32_t>(k));
+                    order.push_back(static_cast<int32_t>(k));
             }
         }
-        for_tasks(count, work, [&](int64_t turn) { run(int64_t{turns[turn]}); });
+        for_tasks(count, work, [&](int64_t k) { run(int64_t{order[k]}); });
     }
 
-    // Gives the cached tiles that were not needed a value: what an op returns must not be left to chance.
+    // Zeros the cached tiles that were not needed: an op must not return uninitialised memory.
     void clear_unknown(const std::vector<uint8_t>& known) const {
         for_tasks(cached_, cached_ * tiles.area() / 8, [&](int64_t index) {
             T* s = cache_ + index * tiles.area();
@@ -207,9 +173,9 @@ class Batch {
     // Steps of work that one tile takes.
     int64_t tile_work() const { return tiles.area() * (rows.dim / 32 + 2); }
 
-    // The pairs of row i that may count, and that mining compares: in a square matrix the self pair is none,
-    // where the columns are other points that hold row i's own it does not count, but may be mined with.
-    int64_t positives(int64_t i) const { return same_label(i) - (has_own_positive(i) ? 1 : 0); }
+    // The pairs of row i. positives() leaves out the self pair; same_label() counts it, as mining does where
+    // mine_self_pair.
+    int64_t positives(int64_t i) const { return same_label(i) - (has_self_positive(i) ? 1 : 0); }
     int64_t negatives(int64_t i) const { return m - same_label(i); }
     int64_t same_label(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i]; }
 
@@ -227,7 +193,8 @@ class Batch {
    private:
     T* cached(const TileAt& at) const { return cache_ + at.index * tiles.area(); }
 
-    // s: of the whole tile, whose columns [from, to) are made. A cached tile's end is cleared with its last.
+    // Computes the columns [from, to) of a tile into s, its first element. The last columns of a cached tile
+    // come with zeros for the rest of its memory.
     void multiply(const Tile<T>& tile, int64_t from, int64_t to, T* s) const {
         const int64_t first = tile.col0 + from;
         const T *x = rows.row(tile.row0), *y = cols.row(first);
@@ -242,14 +209,15 @@ class Batch {
             std::fill(s + padded(tile.rows) * tile.pitch, s + tiles.area(), T(0));
     }
 
-    bool has_own_positive(int64_t i) const {
-        return !own_.empty() && own_[i] >= plan.pos_begin[i] && own_[i] < plan.pos_end[i];
+    bool has_self_positive(int64_t i) const {
+        return !self_cols_.empty() && self_cols_[i] >= plan.pos_begin[i] && self_cols_[i] < plan.pos_end[i];
     }
 
     T* cache_;
     int64_t cached_;
-    PackedPoints<T> other_;  // the columns where they are not the rows
-    std::vector<int32_t> own_;
+    PackedPoints<T> ref_points_;  // the columns where rectangular
+    std::vector<int32_t>
+        self_cols_;  // [N] the sorted column that is the same point as row i, or -1; may be empty
 };
 
 }  // namespace dml::cpu

@@ -1,5 +1,5 @@
-// A formula's formulas by themselves, of pairs that somebody else gathered: what listed pairs need of a
-// formula that is not stated in Python, and what dml_cuda.check_formula looks at.
+// Ops that evaluate a formula on gathered pairs: for listed pairs of a formula without a Python version, and
+// for dml_cuda.check_loss.
 #include "cpu/pairs/formula_ops.h"
 
 #include <ATen/core/Tensor.h>
@@ -17,26 +17,26 @@ FormulaFacts formula_facts(std::string_view name) {
     const FormulaInfo* formula = formula_named(name);
     TORCH_CHECK_VALUE(formula, "formula: unknown \"", name, "\"");
     const TileKernels<double>& of = tile_kernels<double>(formula->id);
-    const CustomFormula* own = custom_formula(formula->id);
-    return {own ? own->parameters : "",
+    const CustomFormula* custom = custom_formula(formula->id);
+    return {custom ? custom->parameters : "",
             {{"sums_negatives", of.neg == Accumulator::kSum},
              {"sums_positives", of.pos == Accumulator::kSum},
              {"plus_one", of.plus_one},
              {"context", of.context},
              {"pos_in_neg", of.pos_in_neg},
              {"hinge", of.hinge},
-             {"needs_pos", of.needs_pos},
-             {"needs_neg", of.needs_neg},
+             {"needs_pos", of.needed.pos},
+             {"needs_neg", of.needed.neg},
              {"counts_pairs", of.count == Count::kPairs},
              {"two_parts", of.parts == 2},
-             {"cuda", own == nullptr || own->cuda != nullptr}}};
+             {"cuda", custom == nullptr || custom->cuda != nullptr}}};
 }
 
 namespace {
 
 using at::Tensor;
 
-// run(T()) in the type of a tensor of floats.
+// run(T()) for the scalar type of a tensor.
 template <typename Run>
 auto in_type_of(const Tensor& x, const char* name, const Run& run) {
     TORCH_CHECK_TYPE(x.scalar_type() == at::kDouble || x.scalar_type() == at::kFloat, name,
@@ -50,7 +50,7 @@ std::vector<double> padded(at::ArrayRef<double> params) {
     return all;
 }
 
-// s [P]; context [P], with positives of a formula that sees one. All results [P].
+// s [P]; context [P], for positives of a formula with kContext. All results [P].
 std::tuple<Tensor, Tensor, Tensor> formula_terms(const Tensor& s, const OptionalTensor& context,
                                                  c10::string_view name, at::ArrayRef<double> params,
                                                  bool positives) {
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> formula_terms(const Tensor& s, const Optional
 }
 
 // gathered [4, N]: neg, pos, neg_count and pos_count. Returns [6, N]: parts 0 and 1, counts 0 and 1, and the
-// derivatives by neg (without what goes through the context) and by pos.
+// derivatives by neg (without the part through the context) and by pos.
 Tensor formula_rows(const Tensor& gathered, c10::string_view name, at::ArrayRef<double> params) {
     const FormulaInfo& formula = find_formula(name, params);
     TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) == 4, "gathered: expected shape [4, N], got ",

@@ -1,4 +1,4 @@
-// What a formula declares, by name.
+// The declarations of a formula, for Python.
 #pragma once
 
 #include <map>
@@ -8,8 +8,8 @@
 
 namespace dml::cpu {
 
-// The parameters of a custom formula as it states them; and its declarations (losses/formula.h), and whether
-// it has CUDA kernels.
+// The kParams of a custom formula; the declarations of losses/formula.h by name, and whether it has CUDA
+// kernels.
 using FormulaFacts = std::pair<std::string, std::map<std::string, bool>>;
 FormulaFacts formula_facts(std::string_view name);
 

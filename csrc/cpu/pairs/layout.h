@@ -1,4 +1,4 @@
-// What forward leaves for backward: the layout of `saved`, and the numbers of its rows. Sizes are of type Int
+// What forward saves for backward: the layout of `saved`, and the stats of its rows. Sizes are of type Int
 // (core/sizes.h), as torch.compile asks for them before it knows them.
 #pragma once
 
@@ -8,18 +8,18 @@
 
 namespace dml::cpu {
 
-// Memory that may hold similarity tiles from forward to backward, whatever N and M: less where the gradient
-// of the columns, which may be many, comes on top.
+// The most memory for similarity tiles from forward to backward. Rectangular problems have less, as the
+// gradient of the columns comes on top.
 constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
-// Small batches are cut finer, so that there is work for several threads, and fewer pairs beside the diagonal
-// are computed twice. The side depends on the sizes alone, as every sum depends on it.
-constexpr int64_t kSmallTile = 64, kLargeTile = 128, kMostPointsInSmallTiles = 1024;
+// Tiles are smaller for small batches: more tiles to distribute, and fewer pairs near the diagonal computed
+// twice. The side depends on the sizes alone, as it determines the order of every sum.
+constexpr int64_t kSmallTile = 64, kLargeTile = 128, kMostRowsOfSmallTiles = 1024;
 
-// m: the most columns there may be.
+// m: rows of ref_emb, valid or not.
 template <typename Int>
 Int tile_side(const Int& n, const Int& m) {
-    const Int is_large = is_positive(size_max(n, m) - Int(kMostPointsInSmallTiles));
+    const Int is_large = is_positive(size_max(n, m) - Int(kMostRowsOfSmallTiles));
     return Int(kSmallTile) + Int(kLargeTile - kSmallTile) * is_large;
 }
 
@@ -29,17 +29,20 @@ Int tile_count_of(const Int& n, const Int& m, bool square) {
     return tile_count((n + side - Int(1)) / side, (m + side - Int(1)) / side, square);
 }
 
-// The bytes of `saved`: [row stats | plan | kept | tiles], each from a multiple of 64 on.
-//   row stats  T: six numbers a row, two scales, poisoned     plan   int32 (plan.h)
-//   kept       per tile, whether any of its pairs may have a gradient
-//   tiles      the similarities of the first `cached` tiles
 constexpr int64_t kStatsPerRow = 6;
 
+// clang-format off
+// The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
+//   stats  T      RowStats
+//   plan   int32  Plan
+//   kept   uint8  for each tile, whether any of its pairs may have a gradient
+//   tiles  T      the similarities of the first `cached` tiles
+// clang-format on
 template <typename Int>
 struct Layout {
     Int plan, kept, tiles, cached, bytes;
 
-    // m: the most columns there may be. itemsize: of the type that is computed in.
+    // m: rows of ref_emb, valid or not. itemsize: of the compute type.
     Layout(const Int& n, const Int& m, bool square, int64_t itemsize, bool save_tiles) {
         const Int side = tile_side(n, m), count = tile_count_of(n, m, square);
         const Int tile_bytes = side * side * Int(itemsize);
@@ -53,11 +56,12 @@ struct Layout {
     }
 };
 
+// The row stats: bounds of the kept pairs, values of the accumulators, and derivatives of the row's loss.
 template <typename T>
 struct RowStats {
-    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N] each
+    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N]
     T* scale;                                                          // [2] 1 / count of each part
-    T* poisoned;
+    T* poisoned;                                                       // [1] whether the loss is NaN
 
     RowStats(T* data, int64_t n)
         : neg_above(data),
@@ -70,11 +74,7 @@ struct RowStats {
           poisoned(data + 6 * n + 2) {}
 };
 
-// ---- blocks of columns, one after the other (ring.cpp)
-// ----------------------------------------------------------
-
-// A state, [kRingState, N]: the numbers of RowAccumulators and of RowStats, and whether the points so far
-// were finite (0 or NaN). The weights that backward needs, [kStatsPerRow, N]: those of RowStats.
-constexpr int64_t kAccumulatorNumbers = 7, kRingState = kAccumulatorNumbers + kStatsPerRow + 1;
+// Numbers of a row in the state of a ring (ring.cpp): those of RowAccumulators and RowStats, and one more.
+constexpr int64_t kAccumulatorNumbers = 7, kStateNumbers = kAccumulatorNumbers + kStatsPerRow + 1;
 
 }  // namespace dml::cpu

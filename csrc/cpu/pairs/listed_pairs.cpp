@@ -1,5 +1,5 @@
-// The ops on pairs given as lists: their similarities, what their weights add to the gradient, and the
-// log-sum-exp of each row's. The cost is that of the pairs listed, not of all.
+// The ops on listed pairs: similarities, sums of weighted points, log-sum-exps of segments, and sorting.
+// Their cost depends on the number of listed pairs, not of all pairs.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +23,7 @@ namespace {
 
 using at::Tensor;
 
-// Pairs that one task looks at.
+// Pairs per task.
 constexpr int64_t kPairPiece = 1 << 14;
 
 void check_range(const Tensor& index, int64_t size, const char* name) {
@@ -52,7 +52,7 @@ void check_offsets(const Tensor& offsets, int64_t pairs) {
     TORCH_CHECK_VALUE(good, "offsets: expected to rise from 0 to ", pairs);
 }
 
-// Elements of work that are worth a thread.
+// Items per task when one takes `work` steps.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)); }
 
 Tensor pair_products(const Tensor& x, const Tensor& y, const Tensor& rows, const Tensor& cols,
@@ -91,7 +91,7 @@ Tensor pair_sums(const Tensor& weights, const Tensor& points, const Tensor& inde
     return out;
 }
 
-// Summed in double: a segment may be long, and a sum of its own rounding errors.
+// Sums in double, as a segment may be long.
 template <typename T>
 T logsumexp(const T* logits, int64_t count, bool plus_one) {
     T largest = plus_one ? T(0) : -std::numeric_limits<T>::infinity();
@@ -136,7 +136,7 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
             for (int64_t r = begin; r < end; ++r) {
                 const scalar_t scale = grad.const_data_ptr<scalar_t>()[r];
                 const scalar_t lse = value.const_data_ptr<scalar_t>()[r];
-                // Nothing but -inf: the weights are 0, not NaN.
+                // All logits -inf: the weights are 0, not NaN.
                 const scalar_t shift = lse == -std::numeric_limits<scalar_t>::infinity() ? scalar_t(0) : lse;
                 for (int64_t k = at[r]; k < at[r + 1]; ++k) to[k] = scale * std::exp(from_logits[k] - shift);
             }
@@ -145,12 +145,13 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
     return out;
 }
 
-// Where each of `count` ascending keys begins [count + 1], from key(k) of `pairs` pairs.
+// Returns [count + 1], where each of `count` ascending keys begins; key(k) is that of pair k.
 template <typename Key>
 Tensor begins(int64_t pairs, int64_t count, const at::TensorOptions& options, const Key& key) {
     Tensor offsets = at::empty({count + 1}, options);
     int64_t* at = offsets.data_ptr<int64_t>();
-    // Each pair writes the keys after the pair before, up to its own; what follows the last is of the end.
+    // Pair k writes the keys after that of pair k - 1, up to its own. The end writes those after the last
+    // pair.
     for_pieces(pairs + 1, kPairPiece, pairs + count, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) {
             const int64_t first = k == 0 ? 0 : key(k - 1) + 1, last = k == pairs ? count : key(k);

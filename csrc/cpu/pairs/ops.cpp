@@ -1,4 +1,4 @@
-// The ops of the CPU engine.
+// The ops pair_loss and pair_loss_backward on the CPU.
 #include <torch/library.h>
 
 #include "cpu/pairs/pair_loss.h"
@@ -6,7 +6,7 @@
 namespace dml::cpu {
 namespace {
 
-// float64 is computed in itself, everything else in float32.
+// Computes float64 in float64, other types in float32.
 ForwardResult pair_loss(const Call& call) {
     check_inputs(call);
     return call.embeddings.scalar_type() == at::kDouble ? forward<double>(call) : forward<float>(call);

@@ -1,6 +1,6 @@
-// The CPU engine: which tiles to visit, in which order and how often (forward.h, backward.h). The products of
-// tiles are in product_kernels_impl.h, the loops over their pairs in tile_kernels_impl.h. Every number is
-// made in one fixed order, whatever the number of threads.
+// The CPU engine for pair losses. forward.h and backward.h decide which tiles are visited when; the products
+// of tiles are in kernels/product_kernels_impl.h, the loops over their pairs in the files of
+// kernels/tile_kernels_impl.h. Every sum has one fixed order, for any number of threads.
 #pragma once
 
 #include "cpu/pairs/backward.h"

@@ -1,5 +1,5 @@
-// The order in which the engine sees the points: rows and columns sorted by label, so that the
-// positives of a row are one run of columns. Only indices are sorted.
+// The plan of a batch: rows and columns in the order of their labels, so that the positives of a row are one
+// run of columns. Only indices are sorted.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace dml::cpu {
 
-// plan, int32: [row_order N | pos_begin N | pos_end N | col_order M], the last only when rectangular.
+// int32: [row_order N | pos_begin N | pos_end N | col_order M], the last only where rectangular.
 struct Plan {
     const int32_t* row_order;
     const int32_t* pos_begin;
@@ -27,7 +27,7 @@ struct Plan {
     static int64_t numel(int64_t n, int64_t m, bool square) { return square ? 3 * n : 3 * n + m; }
 };
 
-// Stable: pieces are sorted on all threads, then merged two by two.
+// Stable: sorts pieces in parallel, then merges pairs of them.
 inline void sort_by_label(const int64_t* labels, int64_t n, int32_t* order) {
     constexpr int64_t kPiece = 4096;
     std::iota(order, order + n, 0);
@@ -35,8 +35,8 @@ inline void sort_by_label(const int64_t* labels, int64_t n, int32_t* order) {
     const auto before = [labels](int32_t a, int32_t b) { return labels[a] < labels[b]; };
     for_pieces(n, kPiece, n * 16,
                [&](int64_t from, int64_t to) { std::stable_sort(order + from, order + to, before); });
-    std::vector<int32_t> other(n > kPiece ? n : 0);
-    int32_t *source = order, *target = other.data();
+    std::vector<int32_t> buffer(n > kPiece ? n : 0);
+    int32_t *source = order, *target = buffer.data();
     for (int64_t width = kPiece; width < n; width *= 2, std::swap(source, target)) {
         for_pieces(n, 2 * width, n * 4, [&](int64_t from, int64_t to) {
             const int64_t middle = std::min(from + width, to);
@@ -70,13 +70,13 @@ inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_label
     });
 }
 
-// For every sorted row the sorted column that is its own point, or -1. self_index gives it for the rows and
-// columns as they came; without it each row is its own column.
-inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, const int64_t* self_index) {
-    std::vector<int32_t> own(n);
+// For every sorted row the sorted column that is the same point, or -1. self_index [N] has it in the order of
+// the embeddings; null: row i is column i.
+inline std::vector<int32_t> self_columns(const Plan& plan, int64_t n, int64_t m, const int64_t* self_index) {
+    std::vector<int32_t> columns(n);
     if (!self_index) {
-        std::iota(own.begin(), own.end(), 0);
-        return own;
+        std::iota(columns.begin(), columns.end(), 0);
+        return columns;
     }
     std::vector<int32_t> rank(m);
     for_pieces(m, 16384, m, [&](int64_t from, int64_t to) {
@@ -85,10 +85,10 @@ inline std::vector<int32_t> own_columns(const Plan& plan, int64_t n, int64_t m, 
     for_pieces(n, 16384, n, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const int64_t self = self_index[plan.row_order[i]];
-            own[i] = self >= 0 && self < m ? rank[self] : -1;
+            columns[i] = self >= 0 && self < m ? rank[self] : -1;
         }
     });
-    return own;
+    return columns;
 }
 
 }  // namespace dml::cpu

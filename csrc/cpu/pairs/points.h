@@ -1,5 +1,5 @@
-// Points as the tiles want them, sorted, normalised and in the compute type, and the way back for
-// their gradient.
+// Packed points: sorted by label, normalised, in the compute type; and the backward of that for their
+// gradient.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -20,32 +20,31 @@
 
 namespace dml::cpu {
 
-inline constexpr double kTinyNorm = 1e-12;  // a row no longer than this has similarity 0 to all
+inline constexpr double kTinyNorm = 1e-12;  // a row of at most this norm has cosine similarity 0 to all
 
-// Matrix products take whole blocks of 16.
+// Matrix products work on whole blocks of 16.
 inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
-// An odd number of cache lines: rows at a power-of-two distance would all fall into the same few sets
-// of the first-level cache.
+// An odd number of cache lines: rows a power of two apart would share a few sets of the first-level cache.
 template <typename T>
 int64_t row_stride(int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(T);
     return ((padded(dim) + kLine - 1) / kLine | 1) * kLine;
 }
 
-// Numbers that lie there, as a matrix.
+// Memory as a matrix.
 template <typename T>
 at::Tensor matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
     return at::from_blob(data, {rows, cols}, {row_stride, col_stride},
                          at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
 }
 
-// Memory for numbers, aligned as tensors are but without what it costs to make one.
+// Memory for numbers, aligned like a tensor's but cheaper to make than one.
 template <typename T>
 class Numbers {
    public:
     T* data() const { return static_cast<T*>(memory_.get()); }
-    // Room for so many, of which none is set yet where it has to grow.
+    // Where it grows, all numbers become uninitialised.
     void reserve(int64_t size) {
         if (size <= size_) return;
         memory_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
@@ -57,44 +56,43 @@ class Numbers {
     int64_t size_ = 0;
 };
 
-// Rows per task, and the work of one.
+// Rows per task, and the work for a row.
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
 
-// One side's points, of which a window is packed at a time: all of them, or those that a tile_group-tile
-// needs.
+// The points of one side. A window of them is packed at a time: all, or those of a tile group.
 template <typename T>
 class PackedPoints {
    public:
     const int64_t dim;
-    // D, and one more where a column of ones follows: the product of weights and points then gives the sums
-    // of the weights as well, which distances between rows as they come need.
+    // D, plus one for a column of ones with unnormalised distances, whose gradient needs the sums of the
+    // weights: the product of weights and points then gives them too.
     const int64_t width;
-    bool finite = true;  // false: a value, or without normalising a squared norm, overflows or is NaN
+    bool finite = true;  // false: a value, or without normalisation a squared norm, overflows or is NaN
 
-    PackedPoints(const at::Tensor& embeddings, const int32_t* order, const Similarity& how)
+    PackedPoints(const at::Tensor& embeddings, const int32_t* order, const Similarity& similarity)
         : dim(embeddings.size(1)),
-          width(dim + (how.euclidean && !how.normalize ? 1 : 0)),
+          width(dim + (similarity.euclidean && !similarity.normalize ? 1 : 0)),
           source_(dim > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings),
           order_(order),
-          how_(how) {}
+          similarity_(similarity) {}
 
     int64_t size() const { return source_.size(0); }
     int64_t stride() const { return row_stride<T>(width); }
     int64_t padded_width() const { return padded(width); }
 
-    // Packs the points from first to last, in sorted order, unless they are there already.
+    // Packs the sorted points [first, last), unless they are packed already.
     void show(int64_t first, int64_t last);
 
-    // Of a point that is shown, a unit row when normalised, else as given, then zeros; after the last point
-    // rows of zeros fill up a block of 16.
+    // A packed point: a unit row if normalised, else as given, padded with zeros. Rows of zeros after the
+    // last point fill up a block of 16.
     T* row(int64_t i) const { return x_.data() + (i - first_) * stride(); }
     const T* square(int64_t i) const { return square_.data() + (i - first_); }  // |x|^2
-    T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 when not normalised
+    T inv_norm(int64_t i) const {  // 1 / |q|, 0 for tiny rows, 1 if not normalised
         return inv_norm_.data()[i - first_];
     }
     int32_t place(int64_t i) const { return order_[i]; }
-    bool normalized() const { return how_.normalize; }
+    bool normalized() const { return similarity_.normalize; }
 
     at::TensorOptions options() const { return source_.options().dtype(c10::CppTypeToScalarType<T>::value); }
 
@@ -104,11 +102,11 @@ class PackedPoints {
 
     const at::Tensor source_;
     const int32_t* const order_;
-    const Similarity how_;
+    const Similarity similarity_;
     int64_t first_ = 0, last_ = -1;
     Numbers<T> x_;         // [padded(window), stride]
     Numbers<T> inv_norm_;  // [window]
-    Numbers<T> square_;    // [window] of what is packed
+    Numbers<T> square_;    // [window] squared norms of the packed rows
 };
 
 template <typename T>
@@ -117,7 +115,7 @@ void PackedPoints<T>::show(int64_t first, int64_t last) {
     const int64_t n = last - first;
     x_.reserve(padded(n) * stride());
     inv_norm_.reserve(n);
-    if (how_.euclidean) square_.reserve(n);
+    if (similarity_.euclidean) square_.reserve(n);
     first_ = first;
     last_ = last;
     std::fill(row(last), row(first + padded(n)), T(0));
@@ -126,14 +124,13 @@ void PackedPoints<T>::show(int64_t first, int64_t last) {
     });
 }
 
-// Rows are short compared with N * N work, so the norm is taken in double: it cannot overflow for any
-// finite float input.
+// Norms are computed in double, at a small cost beside the N^2 pairs: they cannot overflow for finite floats.
 template <typename T>
 template <typename Input>
 bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n) {
     std::atomic<bool> finite{true};
     const ProductKernels<T>& kernels = product_kernels<T>();
-    const Similarity how = how_;
+    const Similarity how = similarity_;
     const int64_t dim = this->dim, width = this->width, x_stride = stride();
     const bool normalize = how.normalize;
     // The square of a distance is at most four times the larger square of a norm.
@@ -160,15 +157,15 @@ bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, cons
             if (normalize) kernels.scale(dim, scale, out);
             std::fill(out + dim, out + x_stride, T(0));
             if (width > dim) out[dim] = T(1);
-            if (how.euclidean) squares[i] = static_cast<T>(kernels.square(dim, out));  // of what is stored
+            if (how.euclidean) squares[i] = static_cast<T>(kernels.square(dim, out));
         }
     });
     return finite.load();
 }
 
-// From the gradient G [count, padded width] with respect to the packed rows from `first` on to that of the
-// embeddings: dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for distances between rows
-// as they come, G itself for the dot product.
+// From the gradient G [count, padded width] of the packed rows from `first` on to that of the embeddings:
+// dq = (G - (x . G) x) / |q| for unit rows, G - (sum of the weights) x for unnormalised distances, G for the
+// dot product.
 template <typename T, typename Output>
 void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
                  Output* out) {
@@ -190,7 +187,7 @@ void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first
     });
 }
 
-// Into the rows of `out` [N, D] that are those points.
+// Writes the rows of `out` [N, D] that belong to those points.
 template <typename T>
 void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
             const at::Tensor& out) {
@@ -199,7 +196,7 @@ void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int
     });
 }
 
-// Those rows of `out`, where nothing has a gradient.
+// Zeros those rows of `out`, for points without a gradient.
 template <typename T>
 void clear_rows(const PackedPoints<T>& points, int64_t first, int64_t count, const at::Tensor& out) {
     const int64_t bytes = out.size(1) * out.element_size();

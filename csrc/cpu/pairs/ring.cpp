@@ -1,13 +1,16 @@
-// The engine one block of columns at a time, for a ring of processes (dml_cuda.distributed), of which none
-// holds all columns. The rows' running numbers go from call to call in one tensor:
+// Pair losses with columns that come block by block: a ring of processes (dml_cuda.distributed) never holds
+// all of them. One tensor carries the rows' running numbers from call to call:
 //
 //   state [14, N], in the order of the embeddings: the seven numbers of RowAccumulators, the six of RowStats,
-//   and whether the points so far were finite (0 or NaN)
+//   and whether all points so far were finite (0 or NaN)
 //
-// pair_block_turn makes it, and turns it from one stage to the next; pair_block adds a block to it in a stage
-// ("hardest", "negatives", "positives" or "both", as stages() of a formula lists them); pair_block_rows makes
-// the losses; pair_block_backward gives the gradient by the rows and by one block. Blocks are added in the
-// order of the calls, so the caller's order is that of every sum.
+//   pair_block_turn      makes the state, and prepares it for the next stage
+//   pair_block           adds a block in one of the formula's stages(): "hardest", "negatives", "positives"
+//                        or "both"
+//   pair_block_rows      makes the losses
+//   pair_block_backward  gives the gradients of the rows and of one block
+//
+// Blocks are added in the order of the calls: the caller determines the order of every sum.
 #include "cpu/pairs/ring.h"
 
 #include <ATen/ops/bitwise_or.h>
@@ -33,38 +36,38 @@ namespace {
 constexpr int64_t kNegAbove = kAccumulatorNumbers, kPosBelow = kNegAbove + 1, kNegValue = kNegAbove + 2;
 
 template <typename Visit>
-void each_row(int64_t n, const Visit& visit) {
+void for_rows(int64_t n, const Visit& visit) {
     for_pieces(n, kRowPiece, n * 8, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) visit(i);
     });
 }
 
-// The rows' numbers of a state.
+// The state as arrays of rows.
 template <typename T>
 struct State {
     Tensor numbers;  // [14, N]
     int64_t n;
 
-    explicit State(Tensor of) : numbers(std::move(of)), n(numbers.size(1)) {}
+    explicit State(Tensor numbers_of_rows) : numbers(std::move(numbers_of_rows)), n(numbers.size(1)) {}
     T* row(int64_t k) const { return numbers.data_ptr<T>() + k * n; }
-    T* finite() const { return row(kRingState - 1); }
+    T* finite() const { return row(kStateNumbers - 1); }
 
-    // RowAccumulators from it, and back, for rows in the order of a plan or (null) as they are.
+    // Copies to and from RowAccumulators, whose rows are in the given order (null: that of the embeddings).
     void read(RowAccumulators<T>& accumulators, const int32_t* order) const {
-        each_row(n, [&](int64_t i) {
+        for_rows(n, [&](int64_t i) {
             for (int64_t k = 0; k < kAccumulatorNumbers; ++k)
                 accumulators.numbers[k * n + i] = row(k)[order ? order[i] : i];
         });
     }
     void write(const RowAccumulators<T>& accumulators, const int32_t* order) const {
-        each_row(n, [&](int64_t i) {
+        for_rows(n, [&](int64_t i) {
             for (int64_t k = 0; k < kAccumulatorNumbers; ++k)
                 row(k)[order ? order[i] : i] = accumulators.numbers[k * n + i];
         });
     }
 };
 
-// A block of columns, prepared with memory of its own.
+// A prepared block of columns, and the memory of its plan and stats.
 template <typename T>
 struct Block {
     const Problem problem;
@@ -73,7 +76,7 @@ struct Block {
     const Tensor memory;
     Batch<T> batch;
 
-    // once: as Batch has it.
+    // once: see Batch.
     Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
@@ -105,7 +108,7 @@ at::ScalarType compute_type(const Tensor& embeddings) {
     return embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// run(T()) in the type that is computed in.
+// run(T()) for the compute type.
 template <typename Run>
 auto in_compute_type(at::ScalarType type, const Run& run) {
     return type == at::kDouble ? run(double()) : run(float());
@@ -131,7 +134,7 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
     if (stage != "start") {
         check_stage(stage, options.epsilon);
         TORCH_CHECK_VALUE(before, "state: expected one in every stage but \"start\"");
-        check_state(*before, kRingState, n, type, "state");
+        check_state(*before, kStateNumbers, n, type, "state");
     }
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
@@ -140,10 +143,10 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
         const TileKernels<T>& kernels = tile_kernels<T>(problem.formula);
         RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         if (stage == "start") {
-            const State<T> state(at::zeros({kRingState, n}, pairs.options().dtype(type)));
+            const State<T> state(at::zeros({kStateNumbers, n}, pairs.options().dtype(type)));
             state.write(accumulators, nullptr);
-            each_row(n, [&](int64_t i) {
-                const bool active = can_have_loss(kernels, mining.on, count[i], count[n + i]);
+            for_rows(n, [&](int64_t i) {
+                const bool active = row_has_loss(kernels.needed, mining.on, count[i] > 0, count[n + i] > 0);
                 const Bounds<T> bounds = active ? Bounds<T>::all() : Bounds<T>::none();
                 state.row(kNegAbove)[i] = bounds.neg_above;
                 state.row(kPosBelow)[i] = bounds.pos_below;
@@ -153,7 +156,7 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
         const State<T> state(before->clone(at::MemoryFormat::Contiguous));
         state.read(accumulators, nullptr);
         T *above = state.row(kNegAbove), *below = state.row(kPosBelow);
-        each_row(n, [&](int64_t i) {
+        for_rows(n, [&](int64_t i) {
             if (stage == "hardest" && above[i] == -infinity<T>())
                 above[i] = accumulators.min_pos[i] - T(mining.epsilon);
             if (stage != "negatives") return;
@@ -169,55 +172,59 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
     });
 }
 
-// The state with a block in it, and per tile whether some pair of it may have a gradient, as found before or
-// now.
+// Returns the state with the block added, and for each tile whether a pair of it may have a gradient,
+// combined with `found` of earlier stages.
 std::tuple<Tensor, Tensor> add_block(const Call& call, const Tensor& before, c10::string_view stage,
                                      const OptionalTensor& found) {
     check_block(call);
     const Tensor& embeddings = call.embeddings;
     const at::ScalarType type = compute_type(embeddings);
     check_stage(stage, call.epsilon);
-    check_state(before, kRingState, embeddings.size(0), type, "state");
+    check_state(before, kStateNumbers, embeddings.size(0), type, "state");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.clone(at::MemoryFormat::Contiguous));
         const auto kept = [&](const Tensor& now) {
             return found ? at::bitwise_or(now, *found) : now.clone();
         };
-        Block<T> here(call, false);  // all points are looked at, so whether they are finite is known
-        Batch<T>& batch = here.batch;
+        Block<T> prepared(call, false);  // packs all points, which finds any that is not finite
+        Batch<T>& batch = prepared.batch;
         const int32_t* order = batch.plan.row_order;
-        if (!here.finite()) {
+        if (!prepared.finite()) {
             std::fill_n(state.finite(), state.n, std::numeric_limits<T>::quiet_NaN());
-            return {state.numbers, kept(here.kept())};
+            return {state.numbers, kept(prepared.kept())};
         }
-        Forward<T> pass(batch, here.problem);
-        state.read(pass.accumulators(), order);
-        each_row(state.n, [&](int64_t i) {
-            batch.stats.neg_above[i] = state.row(kNegAbove)[order[i]];
-            batch.stats.pos_below[i] = state.row(kPosBelow)[order[i]];
-            batch.stats.neg_value[i] = state.row(kNegValue)[order[i]];
+        TilePasses<T> passes(batch, prepared.problem);
+        state.read(passes.accumulators, order);
+        for_rows(state.n, [&](int64_t i) {
+            batch.row_stats.neg_above[i] = state.row(kNegAbove)[order[i]];
+            batch.row_stats.pos_below[i] = state.row(kPosBelow)[order[i]];
+            batch.row_stats.neg_value[i] = state.row(kNegValue)[order[i]];
         });
+        const auto with_positives = [&](const TileAt& at) { return batch.holds_positives(at); };
+        const auto with_negatives = [&](const TileAt& at) { return batch.holds_negatives(at); };
         if (stage == "hardest") {
-            pass.hardest_positives();
+            passes.find_hardest_positives(with_positives);
+        } else if (stage == "positives") {
+            passes.accumulate(with_positives, Kinds::kPositives);
+        } else if (stage == "negatives") {
+            passes.accumulate(with_negatives, Kinds::kNegatives);
         } else {
-            pass.add(stage == "both"        ? Kinds::kBoth
-                     : stage == "negatives" ? Kinds::kNegatives
-                                            : Kinds::kPositives);
+            passes.accumulate([](const TileAt&) { return true; }, Kinds::kBoth);
         }
-        state.write(pass.accumulators(), order);
-        return {state.numbers, kept(here.kept())};
+        state.write(passes.accumulators, order);
+        return {state.numbers, kept(prepared.kept())};
     });
 }
 
-// [4, N]: the rows' parts 0 and 1 and their counts; and what backward needs of the rows [6, N], the
-// derivatives of each part still without what comes from above.
+// Returns [4, N], the rows' parts 0 and 1 and their counts; and [6, N], the row stats for backward, with
+// derivatives that do not include the upstream gradient.
 std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor& before,
                                        const Tensor& pairs) {
     const Problem problem = describe(options);
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    check_state(before, kRingState, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
+    check_state(before, kStateNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
                 "state");
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
@@ -230,9 +237,9 @@ std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor&
         Tensor losses = at::empty({4, n}, before.options());
         Tensor weights = state.numbers.narrow(0, kAccumulatorNumbers, kStatsPerRow).clone();
         T *loss = losses.data_ptr<T>(), *weight = weights.data_ptr<T>();
-        each_row(n, [&](int64_t i) {
-            const FinishedRow<T> row(kernels, problem.params, problem.mining.on, problem.reduction,
-                                     accumulators, i, count[i], count[n + i], !std::isnan(state.finite()[i]));
+        for_rows(n, [&](int64_t i) {
+            const RowOutcome<T> row(kernels, problem.params, problem.mining.on, problem.reduction,
+                                    accumulators, i, count[i], count[n + i], !std::isnan(state.finite()[i]));
             for (int k = 0; k < 2; ++k) {
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.count[k];
@@ -246,7 +253,7 @@ std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor&
     });
 }
 
-// grad_parts [2, N]: the gradient by each row's parts. The results are in the type computed in.
+// grad_parts [2, N]: the upstream gradients of the rows' parts. The results have the compute type.
 std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_parts, const Tensor& weights,
                                           const Tensor& kept, bool need_emb, bool need_ref) {
     check_block(call);
@@ -257,26 +264,26 @@ std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_p
     check_state(weights, kStatsPerRow, n, type, "weights");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
-        Block<T> here(call, true);
-        Batch<T>& batch = here.batch;
+        Block<T> prepared(call, true);
+        Batch<T>& batch = prepared.batch;
         TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.numel() == batch.tiles.count(),
                           "kept: expected the ", batch.tiles.count(), " bytes of pair_block, got ",
                           kept.scalar_type(), " ", kept.sizes());
-        here.kept().copy_(kept);
-        const Tensor above = grad_parts.contiguous(), stats = weights.contiguous();
+        prepared.kept().copy_(kept);
+        const Tensor upstream = grad_parts.contiguous(), stats = weights.contiguous();
         const int last = batch.kernels.parts - 1;
         std::vector<T> sorted(kStatsPerRow * n);
-        each_row(n, [&](int64_t i) {
+        for_rows(n, [&](int64_t i) {
             const int64_t row = batch.plan.row_order[i];
             for (int64_t k = 0; k < kStatsPerRow; ++k) {
-                const T* up = k < 4 ? nullptr : above.const_data_ptr<T>() + (k == 4 ? last * n : 0);
+                const T* up = k < 4 ? nullptr : upstream.const_data_ptr<T>() + (k == 4 ? last * n : 0);
                 const T from = stats.const_data_ptr<T>()[k * n + row];
                 sorted[k * n + i] = up ? up[row] * from : from;
             }
         });
         const T* s = sorted.data();
-        const auto like = [&](bool wanted, const Tensor& of) {
-            return wanted ? at::zeros(of.sizes(), of.options().dtype(type)) : Tensor();
+        const auto like = [&](bool wanted, const Tensor& points) {
+            return wanted ? at::zeros(points.sizes(), points.options().dtype(type)) : Tensor();
         };
         const Tensor grad_emb = like(need_emb, embeddings), grad_ref = like(need_ref, *call.ref_emb);
         if (batch.tiles.count() > 0 && (need_emb || need_ref)) {

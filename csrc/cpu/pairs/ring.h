@@ -1,4 +1,4 @@
-// The stages of a ring's forward pass (ring.cpp).
+// The stages of a forward pass that gets its columns block by block (ring.cpp).
 #pragma once
 
 #include <string>
@@ -6,7 +6,7 @@
 
 namespace dml::cpu {
 
-// The stages of a formula's forward pass; every block is added in each, and the rows turn after it.
+// The stages of a formula's forward pass. Each stage adds every block.
 std::vector<std::string> stages(const std::string& formula, bool mining);
 
 }  // namespace dml::cpu

@@ -1,4 +1,4 @@
-// One negative of a row for each of many askers: drawn by distance, or the hardest beyond a distance.
+// Negatives of a row for many positives: drawn by distance, or the hardest beyond a distance.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace dml::cpu::triplet {
 
-// One negative for each number in (0, 1), by the weights of their distances.
+// Draws a negative for each uniform number in (0, 1), by the weights of the distances.
 template <typename T>
 class Draw {
    public:
@@ -27,10 +27,11 @@ class Draw {
     int64_t column(double u) const {
         const double target = u * below_.back();
         if (!(below_.back() > 0)) return -1;
-        // The first block that passes the target; blocks without weight do not.
+        // The first block whose cumulative weight exceeds the target.
         const auto end = std::upper_bound(below_.begin() + 1, below_.end() - 1, target);
         int64_t block = end - (below_.begin() + 1);
-        while (below_[block + 1] == below_[block]) --block;  // only where rounding has hidden the last
+        while (below_[block + 1] == below_[block])
+            --block;  // after rounding, the last blocks may have no weight
         double sum = below_[block];
         int64_t found = -1;
         for (int64_t j = block * kDrawBlock; j < std::min((block + 1) * kDrawBlock, m_); ++j) {
@@ -45,19 +46,20 @@ class Draw {
    private:
     int64_t m_ = 0;
     std::vector<T> weights_;     // [m]
-    std::vector<double> below_;  // [blocks + 1] the weight of all blocks before
+    std::vector<double> below_;  // [blocks + 1] cumulative weights of the blocks
 };
 
-// The hardest negative farther than a positive: by a look at all, or in sorted ones where many ask.
+// The hardest negative farther than a positive: by a scan, or by binary search among sorted negatives if many
+// calls follow.
 template <typename T>
 class Semihard {
    public:
-    void prepare(const TripletKernels<T>& kernels, const T* s, int64_t m, int64_t askers) {
+    void prepare(const TripletKernels<T>& kernels, const T* s, int64_t m, int64_t calls) {
         kernels_ = &kernels;
         s_ = s;
         m_ = m;
         sorted_.clear();
-        is_sorted_ = askers > 256;
+        is_sorted_ = calls > 256;
         if (!is_sorted_) return;
         for (int64_t j = 0; j < m; ++j) {
             if (!std::isnan(s[j])) sorted_.emplace_back(-s[j], static_cast<int32_t>(j));

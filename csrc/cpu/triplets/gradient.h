@@ -1,7 +1,6 @@
-// From weights over the similarities of strips to the gradient of the points. Every sum has one owner and one
-// order.
+// The gradient of the points from the weights of row blocks. One task owns a sum, and its order is fixed.
 //
-// Where a strip is all pairs, the gradient is one product, with W + W^T.
+// If a row block holds all pairs, the gradient is one product with W + W^T.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -13,15 +12,15 @@
 
 namespace dml::cpu::triplet {
 
-// cache, and dimensions of the gradient that one task makes.
+// Columns that a task multiplies for the gradient of the rows, the part of them that one product adds up so
+// that it stays in cache, and dimensions of the gradient that one task makes.
 inline constexpr int64_t kDepth = 4096, kSlice = 512, kPanel = 256;
 
-// Of a block of W + W^T, the share of weights that are not 0 below which it is multiplied weight by weight:
-// the dense product wastes work on zeros but uses the cache better.
+// A tile of W + W^T with a smaller share of non-zeros is multiplied weight by weight. Above it the dense
+// product is faster: it multiplies zeros, but uses the cache better.
 inline constexpr double kSparseBlock = 0.3;
 
-// out = a b, or out += a b; a [lines, depth], b [depth, wide], each with the distances of its rows and
-// columns.
+// out = a b, or out += a b; a [lines, depth], b [depth, wide], each with its strides.
 template <typename T>
 struct Operand {
     T* data;
@@ -43,16 +42,16 @@ void multiply(T* out, int64_t pitch, int64_t lines, int64_t depth, int64_t wide,
     }
 }
 
-// The weights of a strip's rows, one list a row.
+// The weights of a row block as lists, one per row.
 template <typename T>
 struct WeightLists {
-    std::vector<int64_t> start;  // [rows + 1] of a row's space
-    std::vector<int64_t> count;  // [rows]
+    std::vector<int64_t> start;  // [rows + 1] where a row's space starts
+    std::vector<int64_t> count;  // [rows] weights of a row
     std::vector<int32_t> column;
     std::vector<T> weight;
 };
 
-// Which weights of all pairs are not 0, block by block.
+// The non-zero weights of all pairs, tile by tile.
 template <typename T>
 class Nonzeros {
    public:
@@ -66,17 +65,17 @@ class Nonzeros {
 
     const int64_t side;
 
-    // Looks at the block whose first row and column these are.
-    void find(const TripletKernels<T>& kernels, const Strip<T>& strip, int64_t i, int64_t j) {
+    // Finds those of the tile with first row i and first column j.
+    void find(const TripletKernels<T>& kernels, const RowBlock<T>& block, int64_t i, int64_t j) {
         const int64_t rows = std::min(side, lines_ - i), cols = std::min(side, lines_ - j);
         const int64_t count =
-            kernels.find_nonzeros(strip.s + i * strip.pitch + j, strip.pitch, rows, cols, bits(i, j));
+            kernels.find_nonzeros(block.s + i * block.pitch + j, block.pitch, rows, cols, bits(i, j));
         counts_[i / side * blocks_ + j / side] = count < kSparseBlock * (rows * cols) ? count : kDense;
     }
     bool dense(int64_t i, int64_t j) const { return count(i, j) == kDense; }
     bool empty(int64_t i, int64_t j) const { return count(i, j) == 0; }
     uint64_t* bits(int64_t i, int64_t j) const {
-        // At their ends blocks have fewer words a line: none has more.
+        // The last tile of a row may have fewer words a line.
         return reinterpret_cast<uint64_t*>(bits_.data_ptr<int64_t>()) + (j / side * lines_ + i) * words_;
     }
 
@@ -86,33 +85,40 @@ class Nonzeros {
 
     const int64_t lines_, blocks_, words_;
     const Tensor bits_;
-    std::vector<int64_t> counts_;  // [blocks, blocks]
+    std::vector<int64_t> counts_;  // [tiles, tiles]
 };
 
-// Adds up what strips of weights make of the points, and gives it back as the gradient of the embeddings.
+// Sums the products of weights and points over row blocks, and returns them as the gradient of the
+// embeddings.
 template <typename T>
-class StripGradient {
+class RowBlockGradient {
    public:
-    StripGradient(const Similarities<T>& of, bool columns)
-        : of_(of), columns_(columns || of.square), width_(of.rows.padded_width()) {
-        rows_ = at::zeros({padded(of.n), width_}, of.rows.options());
-        cols_ = of.square ? rows_ : at::zeros({columns ? padded(of.m) : 0, width_}, of.rows.options());
+    RowBlockGradient(const Similarities<T>& similarities, bool columns)
+        : similarities_(similarities),
+          columns_(columns || similarities.square),
+          width_(similarities.rows.padded_width()) {
+        rows_ = at::zeros({padded(similarities.n), width_}, similarities.rows.options());
+        cols_ = similarities.square
+                    ? rows_
+                    : at::zeros({columns ? padded(similarities.m) : 0, width_}, similarities.rows.options());
     }
 
-    void add(const Strip<T>& strip) {
-        if (strip.whole) return add_whole(strip);
-        add_rows(strip);
-        if (columns_) add_columns(strip);
+    void add(const RowBlock<T>& block) {
+        if (block.whole) return add_whole(block);
+        add_rows(block);
+        if (columns_) add_columns(block);
     }
 
-    void add(const Strip<T>& strip, const WeightLists<T>& lists) {
-        add_listed_rows(strip, lists);
-        if (columns_) add_listed_columns(strip, lists);
+    void add(const RowBlock<T>& block, const WeightLists<T>& lists) {
+        add_listed_rows(block, lists);
+        if (columns_) add_listed_columns(block, lists);
     }
 
-    Tensor of_rows() const { return finish(rows_, of_.rows, of_.n, of_.n); }
-    // capacity: of the references, of which not all may have been there.
-    Tensor of_cols(int64_t capacity) const { return finish(cols_, of_.cols, of_.m, capacity); }
+    Tensor of_rows() const { return finish(rows_, similarities_.rows, similarities_.n, similarities_.n); }
+    // capacity: rows of ref_emb, of which some may not be valid.
+    Tensor of_cols(int64_t capacity) const {
+        return finish(cols_, similarities_.cols, similarities_.m, capacity);
+    }
 
    private:
     Tensor finish(const Tensor& sums, const PackedPoints<T>& points, int64_t count, int64_t capacity) const {
@@ -124,8 +130,8 @@ class StripGradient {
 
     int64_t panels() const { return (width_ + kPanel - 1) / kPanel; }
 
-    // Calls product(row block, panel's first dimension, its width) as tasks, whose work is that of `depth`
-    // weights a row.
+    // Calls product(first line, first dimension of a panel, its width) as tasks, for blocks of `side` lines
+    // with `depth` weights a line.
     template <typename Product>
     void for_products(int64_t lines, int64_t side, int64_t depth, const Product& product) const {
         const int64_t blocks = (lines + side - 1) / side;
@@ -136,52 +142,55 @@ class StripGradient {
     }
 
     // W + W^T, in place, times the points.
-    void add_whole(const Strip<T>& strip) {
-        const int64_t n = of_.n, lines = padded(n), side = n <= 1024 ? 64 : kMostSide, pitch = strip.pitch;
+    void add_whole(const RowBlock<T>& block) {
+        const int64_t n = similarities_.n, lines = padded(n), side = n <= 1024 ? 64 : kMostSide,
+                      pitch = block.pitch;
         const int64_t blocks = (lines + side - 1) / side;
         Nonzeros<T> nonzeros(lines, side);
         for_tasks(blocks * (blocks + 1) / 2, lines * lines / 2, [&](int64_t k) {
             int64_t i = 0;
             while (k >= blocks - i) k -= blocks - i++;
             const int64_t i0 = i * side, j0 = (i + k) * side;
-            of_.kernels.add_transposed(strip.s + i0 * pitch + j0, strip.s + j0 * pitch + i0, pitch,
-                                       std::min(side, lines - i0), std::min(side, lines - j0));
-            nonzeros.find(of_.kernels, strip, i0, j0);
-            if (i0 != j0) nonzeros.find(of_.kernels, strip, j0, i0);
+            similarities_.kernels.add_transposed(block.s + i0 * pitch + j0, block.s + j0 * pitch + i0, pitch,
+                                                 std::min(side, lines - i0), std::min(side, lines - j0));
+            nonzeros.find(similarities_.kernels, block, i0, j0);
+            if (i0 != j0) nonzeros.find(similarities_.kernels, block, j0, i0);
         });
         for_products(lines, side, lines,
-                     [&](int64_t i, int64_t d, int64_t wide) { add_blocks(strip, nonzeros, i, d, wide); });
+                     [&](int64_t i, int64_t d, int64_t wide) { add_tiles(block, nonzeros, i, d, wide); });
     }
 
-    // The blocks of a block of rows, in their order; dense ones that follow each other as one.
-    void add_blocks(const Strip<T>& strip, const Nonzeros<T>& nonzeros, int64_t i, int64_t d, int64_t wide) {
-        const int64_t lines = padded(of_.n), side = nonzeros.side, here = std::min(side, lines - i);
+    // The tiles of a block of rows in order; adjacent dense ones as one product.
+    void add_tiles(const RowBlock<T>& block, const Nonzeros<T>& nonzeros, int64_t i, int64_t d,
+                   int64_t wide) {
+        const int64_t lines = padded(similarities_.n), side = nonzeros.side, here = std::min(side, lines - i);
         T* out = rows_.template data_ptr<T>() + i * width_ + d;
         for (int64_t j = 0, to; j < lines; j = to) {
             to = std::min(j + side, lines);
-            T *w = strip.s + i * strip.pitch + j, *points = of_.rows.row(j) + d;
+            T *w = block.s + i * block.pitch + j, *points = similarities_.rows.row(j) + d;
             if (nonzeros.dense(i, j)) {
                 while (to < lines && nonzeros.dense(i, to)) to = std::min(to + side, lines);
-                multiply<T>(out, width_, here, to - j, wide, {w, strip.pitch, 1},
-                            {points, of_.rows.stride(), 1}, true);
+                multiply<T>(out, width_, here, to - j, wide, {w, block.pitch, 1},
+                            {points, similarities_.rows.stride(), 1}, true);
             } else if (!nonzeros.empty(i, j)) {
-                of_.kernels.add_nonzeros(w, strip.pitch, here, to - j, nonzeros.bits(i, j), points,
-                                         of_.rows.stride(), wide, out, width_);
+                similarities_.kernels.add_nonzeros(w, block.pitch, here, to - j, nonzeros.bits(i, j), points,
+                                                   similarities_.rows.stride(), wide, out, width_);
             }
         }
     }
 
-    // Rows are few beside the columns: these are cut as well, and the parts folded in their order.
-    void add_rows(const Strip<T>& strip) {
-        const int64_t lines = padded(strip.rows()), m = padded(of_.m);
+    // There are few rows, so columns are cut too, and the parts are added in order.
+    void add_rows(const RowBlock<T>& block) {
+        const int64_t lines = padded(block.rows()), m = padded(similarities_.m);
         const int64_t cuts = (m + kDepth - 1) / kDepth;
         if (parts_.size() < static_cast<size_t>(cuts * lines * width_)) parts_.resize(cuts * lines * width_);
         for_products(cuts * lines, lines, kDepth, [&](int64_t at, int64_t d, int64_t wide) {
             const int64_t cut = at / lines, j = cut * kDepth, depth = std::min(kDepth, m - j);
             multiply<T>(parts_.data() + at * width_ + d, width_, lines, depth, wide,
-                        {strip.s + j, strip.pitch, 1}, {of_.cols.row(j) + d, of_.cols.stride(), 1}, false);
+                        {block.s + j, block.pitch, 1},
+                        {similarities_.cols.row(j) + d, similarities_.cols.stride(), 1}, false);
         });
-        T* out = rows_.template data_ptr<T>() + strip.first * width_;
+        T* out = rows_.template data_ptr<T>() + block.first * width_;
         for_pieces(lines * width_, 4096, cuts * lines * width_, [&](int64_t from, int64_t to) {
             for (int64_t cut = 0; cut < cuts; ++cut) {
                 const T* part = parts_.data() + cut * lines * width_;
@@ -191,43 +200,43 @@ class StripGradient {
         });
     }
 
-    void add_columns(const Strip<T>& strip) {
-        const int64_t lines = padded(strip.rows()), m = padded(of_.m), side = 2 * kMostSide;
+    void add_columns(const RowBlock<T>& block) {
+        const int64_t lines = padded(block.rows()), m = padded(similarities_.m), side = 2 * kMostSide;
         T* out = cols_.template data_ptr<T>();
         for_products(m, side, lines, [&](int64_t j, int64_t d, int64_t wide) {
             multiply<T>(out + j * width_ + d, width_, std::min(side, m - j), lines, wide,
-                        {strip.s + j, 1, strip.pitch}, {of_.rows.row(strip.first) + d, of_.rows.stride(), 1},
-                        true);
+                        {block.s + j, 1, block.pitch},
+                        {similarities_.rows.row(block.first) + d, similarities_.rows.stride(), 1}, true);
         });
     }
 
-    void add_listed_rows(const Strip<T>& strip, const WeightLists<T>& lists) {
-        T* out = rows_.template data_ptr<T>() + strip.first * width_;
+    void add_listed_rows(const RowBlock<T>& block, const WeightLists<T>& lists) {
+        T* out = rows_.template data_ptr<T>() + block.first * width_;
         const int64_t work = static_cast<int64_t>(lists.weight.size()) * (width_ / 16 + 1);
-        for_pieces(strip.rows(), 16, work, [&](int64_t from, int64_t to) {
+        for_pieces(block.rows(), 16, work, [&](int64_t from, int64_t to) {
             for (int64_t r = from; r < to; ++r) {
                 const int64_t at = lists.start[r];
-                of_.kernels.add_points(lists.weight.data() + at, lists.column.data() + at, lists.count[r],
-                                       of_.cols.row(0), of_.cols.stride(), width_, out + r * width_);
+                similarities_.kernels.add_points(lists.weight.data() + at, lists.column.data() + at,
+                                                 lists.count[r], similarities_.cols.row(0),
+                                                 similarities_.cols.stride(), width_, out + r * width_);
             }
         });
     }
 
-    // The weights in the order of their columns, then rows. A column's are added up by the task in whose
-    // piece they begin.
-    void add_listed_columns(const Strip<T>& strip, const WeightLists<T>& lists) {
-        std::vector<int64_t> at(strip.rows() + 1, 0);
+    // The weights sorted by column, then row. A column is summed by the task in whose piece it starts.
+    void add_listed_columns(const RowBlock<T>& block, const WeightLists<T>& lists) {
+        std::vector<int64_t> at(block.rows() + 1, 0);
         std::partial_sum(lists.count.begin(), lists.count.end(), at.begin() + 1);
         const int64_t count = at.back();
         std::vector<int64_t> column(count);
         std::vector<int32_t> row(count), order(count);
         std::vector<T> weight(count);
-        for_pieces(strip.rows(), 64, count * 4, [&](int64_t from, int64_t to) {
+        for_pieces(block.rows(), 64, count * 4, [&](int64_t from, int64_t to) {
             for (int64_t r = from; r < to; ++r) {
                 for (int64_t k = 0; k < lists.count[r]; ++k) {
                     column[at[r] + k] = lists.column[lists.start[r] + k];
                     weight[at[r] + k] = lists.weight[lists.start[r] + k];
-                    row[at[r] + k] = static_cast<int32_t>(strip.first + r);
+                    row[at[r] + k] = static_cast<int32_t>(block.first + r);
                 }
             }
         });
@@ -246,16 +255,17 @@ class StripGradient {
                     weights.push_back(weight[order[from]]);
                     index.push_back(row[order[from]]);
                 }
-                of_.kernels.add_points(weights.data(), index.data(), static_cast<int64_t>(index.size()),
-                                       of_.rows.row(0), of_.rows.stride(), width_, out + j * width_);
+                similarities_.kernels.add_points(
+                    weights.data(), index.data(), static_cast<int64_t>(index.size()),
+                    similarities_.rows.row(0), similarities_.rows.stride(), width_, out + j * width_);
             }
         });
     }
 
-    const Similarities<T>& of_;
+    const Similarities<T>& similarities_;
     const bool columns_;
     const int64_t width_;
-    Tensor rows_, cols_;  // [., width]; the same where square
+    Tensor rows_, cols_;  // [padded(n), width], [padded(m), width]; the same tensor where square
     std::vector<T> parts_;
 };
 

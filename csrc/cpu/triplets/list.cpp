@@ -1,6 +1,6 @@
-// The op triplet_list_loss: triplets given as a list that is long beside the pairs that there are. A strip of
-// rows against all columns at a time, as for triplet_loss; a row's triplets are visited in the order of the
-// list by the one task that owns the row, so that the sums keep one order.
+// The op triplet_list_loss: triplets given as a list, which is long compared with the number of pairs. It
+// works on row blocks as triplet_loss does. One task owns a row and visits its triplets in the order of the
+// list, so every sum has one order.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,12 +21,11 @@ namespace {
 
 struct TripletList {
     const int64_t *anchors, *positives, *negatives;  // [count]
-    const bool* there;                               // [count] or null: whether it counts
+    const bool* mask;                                // [count] or null: whether a triplet counts
     int64_t count;
 };
 
-// The triplets that count, by their anchors, each anchor's in the order of the list: sorted by counting, on
-// all threads.
+// The triplets that count, grouped by anchor, in the order of the list: a parallel counting sort.
 class ByAnchor {
    public:
     struct Pair {
@@ -34,7 +33,7 @@ class ByAnchor {
     };
 
     ByAnchor(const TripletList& list, int64_t n, int64_t m) : begin_(n + 1) {
-        // So few pieces that their counts, which one thread adds up, are few beside the triplets.
+        // Few enough pieces that their counts, which one thread sums, are few compared with the triplets.
         const int64_t piece = std::max({kLeastPiece, (list.count + kMostPieces - 1) / kMostPieces, 4 * n});
         const int64_t pieces = (list.count + piece - 1) / piece;
         std::vector<int64_t> places(pieces * n);
@@ -42,13 +41,13 @@ class ByAnchor {
             int64_t* count = places.data() + from / piece * n;
             for (int64_t k = from; k < to; ++k) {
                 check("anchors", list.anchors[k], n);
-                if (list.there && !list.there[k]) continue;
+                if (list.mask && !list.mask[k]) continue;
                 check("positives", list.positives[k], m);
                 check("negatives", list.negatives[k], m);
                 ++count[list.anchors[k]];
             }
         });
-        int64_t place = 0;  // of an anchor's first, piece after piece
+        int64_t place = 0;  // of an anchor's first triplet in a piece
         for (int64_t i = 0; i < n; ++i) {
             begin_[i] = place;
             for (int64_t p = 0; p < pieces; ++p) place += std::exchange(places[p * n + i], place);
@@ -58,7 +57,7 @@ class ByAnchor {
         for_pieces(list.count, piece, 4 * list.count, [&](int64_t from, int64_t to) {
             int64_t* next = places.data() + from / piece * n;
             for (int64_t k = from; k < to; ++k) {
-                if (list.there && !list.there[k]) continue;
+                if (list.mask && !list.mask[k]) continue;
                 pairs_[next[list.anchors[k]]++] = {static_cast<int32_t>(list.positives[k]),
                                                    static_cast<int32_t>(list.negatives[k])};
             }
@@ -82,35 +81,34 @@ class ByAnchor {
 template <typename T>
 class ListLoss : public RowResults<T> {
    public:
-    ListLoss(const Similarities<T>& of, const ByAnchor& triplets, TripletTerm term, T margin, const T* beta,
-             bool save)
-        : RowResults<T>(of, beta && save),
-          of_(of),
+    ListLoss(const Similarities<T>& similarities, const ByAnchor& triplets, TripletTerm term, T margin,
+             const T* beta, bool save)
+        : RowResults<T>(similarities, beta && save),
+          similarities_(similarities),
           triplets_(triplets),
           term_(term),
           margin_(margin),
           beta_(beta),
           save_(save) {}
 
-    void run(StripGradient<T>* gradient) {
-        of_.for_each_strip([&](const Strip<T>& strip) {
-            const int64_t work = 1 + 8 * triplets_.count() / (of_.n * of_.m);
-            of_.for_each_row(strip, work, [&](int64_t i, T* s) { row(i, s); });
-            if (gradient) gradient->add(strip);
+    void run(RowBlockGradient<T>* gradient) {
+        similarities_.for_each_row_block([&](const RowBlock<T>& block) {
+            const int64_t work = 1 + 8 * triplets_.count() / (similarities_.n * similarities_.m);
+            similarities_.for_each_row(block, work, [&](int64_t i, T* s) { row(i, s); });
+            if (gradient) gradient->add(block);
         });
     }
 
    private:
-    // What a row's triplets add up to; by_d [m]: the derivative by each distance.
     struct Sums {
-        double* by_d;
+        double* by_d;  // [m] derivatives by the distances
         double terms = 0, by_beta = 0;
         int64_t nonzero = 0, considered = 0;
     };
 
     void row(int64_t i, T* s) {
         static thread_local std::vector<double> by_d;
-        by_d.assign(of_.m, 0.0);
+        by_d.assign(similarities_.m, 0.0);
         Sums sums{by_d.data()};
         if (term_ == TripletTerm::kHinge) {
             add<HingeTerm<T>>(s, i, sums);
@@ -125,9 +123,9 @@ class ListLoss : public RowResults<T> {
         count[1] = sums.considered;
         if (!save_) return;
         if (beta_) this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(sums.by_beta);
-        // d similarity / d product is 1 / d where euclidean: 0 at 0.
-        const bool euclidean = of_.similarity.euclidean;
-        for (int64_t j = 0; j < of_.m; ++j) {
+        // d similarity / d product is 1 / d where euclidean, taken as 0 at 0.
+        const bool euclidean = similarities_.similarity.euclidean;
+        for (int64_t j = 0; j < similarities_.m; ++j) {
             const double d = euclidean ? -static_cast<double>(s[j]) : 1.0;
             s[j] = d > 0 && by_d[j] != 0 ? static_cast<T>(-by_d[j] / d) : T(0);
         }
@@ -162,7 +160,7 @@ class ListLoss : public RowResults<T> {
         }
     }
 
-    const Similarities<T>& of_;
+    const Similarities<T>& similarities_;
     const ByAnchor& triplets_;
     const TripletTerm term_;
     const T margin_;
@@ -172,28 +170,28 @@ class ListLoss : public RowResults<T> {
 
 TripletResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& ref_emb,
                                 const Tensor& anchors, const Tensor& positives, const Tensor& negatives,
-                                const OptionalTensor& there, const OptionalTensor& beta,
+                                const OptionalTensor& mask, const OptionalTensor& beta,
                                 c10::string_view term_name, double margin, c10::string_view similarity,
                                 bool save, bool save_ref) {
-    check_triplet_lists(embeddings, ref_emb, anchors, positives, negatives, there);
+    check_triplet_lists(embeddings, ref_emb, anchors, positives, negatives, mask);
     const TripletTerm term = parse_term(term_name);
     check_beta(beta, term == TripletTerm::kMargin, embeddings);
     const Tensor lists[] = {anchors.contiguous(), positives.contiguous(), negatives.contiguous()};
-    const Tensor counted = there ? there->contiguous() : Tensor();
+    const Tensor contiguous_mask = mask ? mask->contiguous() : Tensor();
     const TripletList list = {lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
                               lists[2].const_data_ptr<int64_t>(),
-                              there ? counted.const_data_ptr<bool>() : nullptr, anchors.size(0)};
+                              mask ? contiguous_mask.const_data_ptr<bool>() : nullptr, anchors.size(0)};
     const int64_t n = embeddings.size(0), m = (ref_emb ? *ref_emb : embeddings).size(0);
     TORCH_CHECK_VALUE(std::max(n, m) < std::numeric_limits<int32_t>::max(), "embeddings: too many rows, ",
                       std::max(n, m));
     const ByAnchor triplets(list, n, m);
     const auto run = [&](auto number) {
         using T = decltype(number);
-        const Similarities<T> of(embeddings, ref_emb, similarity);
-        const Tensor betas = beta ? beta->to(of.rows.options().dtype()).contiguous() : Tensor();
-        ListLoss<T> loss(of, triplets, term, static_cast<T>(margin),
+        const Similarities<T> similarities(embeddings, ref_emb, similarity);
+        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        ListLoss<T> loss(similarities, triplets, term, static_cast<T>(margin),
                          beta ? betas.const_data_ptr<T>() : nullptr, save);
-        return run_loss(of, loss, save, save_ref, of.m);
+        return run_loss(similarities, loss, save, save_ref, similarities.m);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());
 }

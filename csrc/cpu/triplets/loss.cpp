@@ -1,6 +1,6 @@
-// The op triplet_loss: a strip of rows against all columns at a time, whose similarities are then at hand for
-// everything that a row's triplets ask of them, and turn into the weights of its gradient in place. So no
-// triplet is listed, and memory is that of a strip.
+// The op triplet_loss. A row block holds the similarities of its rows to all columns; the loss of a row's
+// triplets turns them into weights of the gradient in place. No triplet is listed, and memory is that of a
+// row block.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,16 +18,16 @@ using namespace triplet;
 
 namespace {
 
-// Rows whose weights fill less than this share of a strip are multiplied weight by weight.
+// Row blocks with a smaller share of non-zero weights are multiplied weight by weight.
 constexpr double kSparseWeights = 0.05;
 
 template <typename T>
 class TripletLoss : public RowResults<T> {
    public:
-    TripletLoss(const LabelledSimilarities<T>& of, TripletTerm term, TripletChoice choice,
+    TripletLoss(const LabelledSimilarities<T>& similarities, TripletTerm term, TripletChoice choice,
                 const std::array<double, kTripletParams>& params, const T* beta, uint64_t seed, bool save)
-        : RowResults<T>(of, beta && save),
-          of_(of),
+        : RowResults<T>(similarities, beta && save),
+          similarities_(similarities),
           term_(term),
           choice_(choice),
           params_(params.data()),
@@ -35,48 +35,48 @@ class TripletLoss : public RowResults<T> {
           seed_(seed),
           save_(save) {}
 
-    void run(StripGradient<T>* gradient) {
-        of_.for_each_strip([&](const Strip<T>& strip) {
-            const bool listed = gradient && plan_lists(strip);
-            of_.for_each_row(strip, choice_.positives == Selection::kAll ? 4 : 1, [&](int64_t i, T* s) {
-                row(i, s, listed ? &lists_ : nullptr, i - strip.first);
-            });
+    void run(RowBlockGradient<T>* gradient) {
+        similarities_.for_each_row_block([&](const RowBlock<T>& block) {
+            const bool listed = gradient && plan_lists(block);
+            similarities_.for_each_row(
+                block, choice_.positives == Selection::kAll ? 4 : 1,
+                [&](int64_t i, T* s) { row(i, s, listed ? &lists_ : nullptr, i - block.first); });
             if (!gradient) return;
             if (listed) {
-                gradient->add(strip, lists_);
+                gradient->add(block, lists_);
             } else {
-                gradient->add(strip);
+                gradient->add(block);
             }
         });
     }
 
    private:
     int64_t most_weights(int64_t i) const {
-        const int64_t positives = of_.same_label(i).size();
+        const int64_t positives = similarities_.same_label(i).size();
         return 2 * (choice_.positives == Selection::kAll ? positives : std::min<int64_t>(positives, 1));
     }
 
-    // Space for the weights of a strip as lists, if they are few.
-    bool plan_lists(const Strip<T>& strip) {
+    // Prepares lists for the weights of a row block, if they are few.
+    bool plan_lists(const RowBlock<T>& block) {
         if (choice_.negatives == Selection::kAll) return false;
-        lists_.start.assign(strip.rows() + 1, 0);
-        for (int64_t r = 0; r < strip.rows(); ++r)
-            lists_.start[r + 1] = lists_.start[r] + most_weights(strip.first + r);
+        lists_.start.assign(block.rows() + 1, 0);
+        for (int64_t r = 0; r < block.rows(); ++r)
+            lists_.start[r + 1] = lists_.start[r] + most_weights(block.first + r);
         const int64_t most = lists_.start.back();
-        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(strip.rows() * of_.m))
+        if (static_cast<double>(most) > kSparseWeights * static_cast<double>(block.rows() * similarities_.m))
             return false;
-        lists_.count.assign(strip.rows(), 0);
+        lists_.count.assign(block.rows(), 0);
         lists_.column.resize(most);
         lists_.weight.resize(most);
         return true;
     }
 
     void row(int64_t i, T* s, WeightLists<T>* lists, int64_t r) {
-        RowPairs<T> pairs(of_, params_, i, s);
+        RowPairs<T> pairs(similarities_, params_, i, s);
         pairs.choose_positives(choice_.positives);
         RowTriplets<T> row{};
         row.s = s;
-        row.m = of_.m;
+        row.m = similarities_.m;
         row.beta = beta_ ? beta_[i] : T(0);
         if (choice_.negatives == Selection::kAll) {
             all_negatives(pairs, row);
@@ -91,10 +91,10 @@ class TripletLoss : public RowResults<T> {
             this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
     }
 
-    // dL / d similarity of a positive with that derivative by its distance; of a negative the negated.
+    // dL/ds of a positive at distance d with dL/dd = derivative; for a negative, negate it.
     T positive_weight(double derivative, T d) const {
         const double weight = -derivative;
-        return static_cast<T>(!of_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
+        return static_cast<T>(!similarities_.similarity.euclidean ? weight : d > T(0) ? weight / d : 0.0);
     }
 
     void all_negatives(const RowPairs<T>& pairs, RowTriplets<T>& row) {
@@ -103,14 +103,14 @@ class TripletLoss : public RowResults<T> {
         row.count = count;
         row.negatives = pairs.negatives();
         row.interval = params_.gap_low > -infinity<T>() || params_.gap_high < infinity<T>();
-        row.euclidean = of_.similarity.euclidean;
+        row.euclidean = similarities_.similarity.euclidean;
         row.write = save_;
         row.params = params_;
         scratch.derivative.assign(count, 0.0);
         row.derivative = scratch.derivative.data();
         if (count > kFewPositives && term_ != TripletTerm::kSoftplus) sort_positives(scratch, row);
         row.positives = scratch.distances.data();
-        of_.kernels.all_negatives[static_cast<int>(term_)](row);
+        similarities_.kernels.all_negatives[static_cast<int>(term_)](row);
         if (!save_) return;
         for (int64_t k = 0; k < count; ++k)
             row.s[scratch.columns[k]] = positive_weight(row.derivative[k], scratch.distances[k]);
@@ -172,12 +172,12 @@ class TripletLoss : public RowResults<T> {
                 lists->weight[at + k] = weights[k].second;
             }
         } else {
-            std::fill(s, s + of_.m, T(0));
+            std::fill(s, s + similarities_.m, T(0));
             for (const auto& [j, weight] : weights) s[j] += weight;
         }
     }
 
-    // The derivative of a triplet's term, which is added.
+    // Adds a triplet's term to the row; returns its derivative.
     template <typename Term>
     static double add(T violation, RowTriplets<T>& row) {
         if (!Term::counts(violation)) return 0;
@@ -191,7 +191,7 @@ class TripletLoss : public RowResults<T> {
         return weights;
     }
 
-    const LabelledSimilarities<T>& of_;
+    const LabelledSimilarities<T>& similarities_;
     const TripletTerm term_;
     const TripletChoice choice_;
     const TripletParams<T> params_;
@@ -215,11 +215,11 @@ TripletResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, c
     check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
     const auto run = [&](auto number) {
         using T = decltype(number);
-        const LabelledSimilarities<T> of(points);
-        const Tensor betas = beta ? beta->to(of.rows.options().dtype()).contiguous() : Tensor();
-        TripletLoss<T> loss(of, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
+        const LabelledSimilarities<T> similarities(points);
+        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        TripletLoss<T> loss(similarities, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
                             seed_value(seed), save);
-        return run_loss(of, loss, save, save_ref, batch.ref_emb ? batch.ref_emb->size(0) : 0);
+        return run_loss(similarities, loss, save, save_ref, batch.ref_emb ? batch.ref_emb->size(0) : 0);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());
 }

@@ -1,4 +1,4 @@
-// What the losses of triplets give back.
+// The results of a triplet loss, with gradients if wanted.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -12,39 +12,42 @@
 
 namespace dml::cpu::triplet {
 
-// Each row's sum [N], its counts [N, 2], and the gradients of embeddings, references and beta.
+// The rows' sums [N] and counts [N, 2], and the gradients of embeddings, references and beta.
 using TripletResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// A loss starts with them: `sums`, `counts` and `grad_beta`.
+// What the loss of each row fills.
 template <typename T>
 struct RowResults {
-    RowResults(const Similarities<T>& of, bool with_beta) {
-        const auto options = of.rows.options();
-        sums = at::zeros({of.n}, options);
-        counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
-        grad_beta = at::zeros({with_beta ? of.n : 0}, options);
+    RowResults(const Similarities<T>& similarities, bool with_beta) {
+        const auto options = similarities.rows.options();
+        sums = at::zeros({similarities.n}, options);
+        counts = at::zeros({similarities.n, 2}, options.dtype(at::kLong));
+        grad_beta = at::zeros({with_beta ? similarities.n : 0}, options);
     }
     Tensor sums, counts, grad_beta;
 };
 
-// Runs a loss. save, save_ref: whether the gradients are wanted; capacity: of the references.
+// Runs a loss. save, save_ref: whether gradients are wanted, of ref_emb too; capacity: rows of ref_emb.
 template <typename T, typename Loss>
-TripletResult run_loss(const Similarities<T>& of, Loss& loss, bool save, bool save_ref, int64_t capacity) {
-    const auto options = of.rows.options();
-    const auto none = [&] { return at::empty({0}, options); };  // each its own: outputs must not alias
-    const bool for_refs = save && save_ref && !of.square;
-    if (!of.finite()) {
+TripletResult run_loss(const Similarities<T>& similarities, Loss& loss, bool save, bool save_ref,
+                       int64_t capacity) {
+    const auto options = similarities.rows.options();
+    const auto none = [&] { return at::empty({0}, options); };  // one per output: outputs must not alias
+    const bool for_refs = save && save_ref && !similarities.square;
+    if (!similarities.finite()) {
         const auto poison = [&](at::IntArrayRef shape) {
             return at::full(shape, std::numeric_limits<double>::quiet_NaN(), options);
         };
-        return {poison({of.n}), loss.counts, save ? poison({of.n, of.rows.dim}) : none(),
-                for_refs ? poison({capacity, of.rows.dim}) : none(), poison(loss.grad_beta.sizes())};
+        return {poison({similarities.n}), loss.counts,
+                save ? poison({similarities.n, similarities.rows.dim}) : none(),
+                for_refs ? poison({capacity, similarities.rows.dim}) : none(),
+                poison(loss.grad_beta.sizes())};
     }
     if (!save) {
         loss.run(nullptr);
         return {loss.sums, loss.counts, none(), none(), none()};
     }
-    StripGradient<T> gradient(of, for_refs);
+    RowBlockGradient<T> gradient(similarities, for_refs);
     loss.run(&gradient);
     return {loss.sums, loss.counts, gradient.of_rows(), for_refs ? gradient.of_cols(capacity) : none(),
             loss.grad_beta};

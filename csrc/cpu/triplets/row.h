@@ -1,4 +1,4 @@
-// A row's positives and negatives, and the choice of one.
+// The positives and negatives of a row, and the selection among them.
 #pragma once
 
 #include <limits>
@@ -10,11 +10,11 @@
 
 namespace dml::cpu::triplet {
 
-// What a thread needs for a row, kept from row to row.
+// Memory for a row, kept by each thread.
 template <typename T>
 struct RowScratch {
     std::vector<int32_t> columns;  // of the chosen positives
-    std::vector<T> distances;      // likewise, then padding
+    std::vector<T> distances;      // of the chosen positives, then padding
     std::vector<std::pair<T, int32_t>> sorted;
     std::vector<double> prefix, derivative;
     std::vector<int32_t> steps;
@@ -27,28 +27,28 @@ struct RowScratch {
     }
 };
 
-// A row's positives and negatives as a selection asks for them.
+// The positives and negatives of row i.
 template <typename T>
 class RowPairs {
    public:
-    // Takes the positives out of `s`: they, and negatives that are not allowed, become NaN.
-    RowPairs(const LabelledSimilarities<T>& of, const TripletParams<T>& params, int64_t i, T* s)
-        : of_(of), params_(params), i_(i), s_(s), scratch_(RowScratch<T>::mine()) {
+    // s: [m] the row's similarities. Positives, and negatives out of range, become NaN.
+    RowPairs(const LabelledSimilarities<T>& similarities, const TripletParams<T>& params, int64_t i, T* s)
+        : similarities_(similarities), params_(params), i_(i), s_(s), scratch_(RowScratch<T>::mine()) {
         auto& columns = scratch_.columns;
         auto& distances = scratch_.distances;
         columns.clear();
         distances.clear();
-        const int64_t own = of.own(i);
-        for (const int32_t j : of.same_label(i)) {
+        const int64_t self = similarities.self_col(i);
+        for (const int32_t j : similarities.same_label(i)) {
             const T d = -s[j];
             s[j] = std::numeric_limits<T>::quiet_NaN();
-            if (j == own || !params.positive_allowed(d)) continue;
+            if (j == self || !params.positive_allowed(d)) continue;
             columns.push_back(j);
             distances.push_back(d);
         }
-        negatives_ = of.m - of.same_label(i).size();
+        negatives_ = similarities.m - similarities.same_label(i).size();
         const bool bounded = params.neg_low > -infinity<T>() || params.neg_high < infinity<T>();
-        if (bounded) negatives_ = of.kernels.keep_allowed(s, of.m, params);
+        if (bounded) negatives_ = similarities.kernels.keep_allowed(s, similarities.m, params);
     }
 
     int64_t positives() const { return static_cast<int64_t>(scratch_.columns.size()); }
@@ -57,7 +57,7 @@ class RowPairs {
     T distance(int64_t k) const { return scratch_.distances[k]; }
     RowScratch<T>& scratch() const { return scratch_; }
 
-    // The number of the positive that is farthest or nearest, the first among equals, or -1.
+    // The index of the farthest or nearest positive, the first among equals, or -1.
     int64_t extreme_positive(Selection which) const {
         const auto& d = scratch_.distances;
         int64_t best = d.empty() ? -1 : 0;
@@ -73,14 +73,17 @@ class RowPairs {
         scratch_.distances = {scratch_.distances[best]};
     }
 
-    // Before negative(): `askers` of them will be asked for.
-    void prepare(Selection which, int64_t askers, uint64_t seed) {
-        if (askers == 0) return;
+    // Before `calls` calls of negative().
+    void prepare(Selection which, int64_t calls, uint64_t seed) {
+        if (calls == 0) return;
         seed_ = seed;
-        if (which == Selection::kHardest) fixed_ = of_.kernels.largest(s_, of_.m, infinity<T>());
-        if (which == Selection::kEasiest) fixed_ = of_.kernels.smallest(s_, of_.m);
-        if (which == Selection::kSemihard) scratch_.semihard.prepare(of_.kernels, s_, of_.m, askers);
-        if (which == Selection::kDrawn) scratch_.draw.prepare(of_.kernels, s_, of_.m, params_);
+        if (which == Selection::kHardest)
+            fixed_ = similarities_.kernels.largest(s_, similarities_.m, infinity<T>());
+        if (which == Selection::kEasiest) fixed_ = similarities_.kernels.smallest(s_, similarities_.m);
+        if (which == Selection::kSemihard)
+            scratch_.semihard.prepare(similarities_.kernels, s_, similarities_.m, calls);
+        if (which == Selection::kDrawn)
+            scratch_.draw.prepare(similarities_.kernels, s_, similarities_.m, params_);
     }
     // The column of the negative for the k-th positive, at distance d_pos; or -1.
     int64_t negative(Selection which, int64_t k, T d_pos) const {
@@ -90,7 +93,7 @@ class RowPairs {
     }
 
    private:
-    const LabelledSimilarities<T>& of_;
+    const LabelledSimilarities<T>& similarities_;
     const TripletParams<T>& params_;
     const int64_t i_;
     T* const s_;
@@ -99,7 +102,7 @@ class RowPairs {
     uint64_t seed_ = 0;
 };
 
-// The number that seeds the draws, if any.
+// The seed of the draws; 0 without one.
 inline uint64_t seed_value(const OptionalTensor& seed) {
     return seed ? static_cast<uint64_t>(seed->item<int64_t>()) : 0;
 }

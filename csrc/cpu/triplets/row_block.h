@@ -1,7 +1,7 @@
-// The similarities of a strip of rows against all columns at a time: what the ops on triplets work on.
+// The similarities of a block of rows against all columns: what the ops on triplets work on.
 //
-// Where the rows are their own columns and all similarities fit, they are one strip, of which half is
-// computed. Products run inside tasks, in blocks that do not depend on the number of threads.
+// If the columns are the rows and all similarities fit, one row block holds them all and only half of it is
+// computed. Products run inside tasks, in tiles that do not depend on the number of threads.
 #pragma once
 
 #include <ATen/CPUFunctions.h>
@@ -19,21 +19,21 @@
 
 namespace dml::cpu::triplet {
 
-// Memory of the similarities of a strip: of all pairs where half of them need no product, else.
-inline constexpr int64_t kWholeBytes = int64_t(64) << 20, kStripBytes = int64_t(32) << 20;
+// Memory of a row block: of one that holds all pairs, of the others.
+inline constexpr int64_t kWholeBytes = int64_t(64) << 20, kRowBlockBytes = int64_t(32) << 20;
 
 template <typename T>
-struct Strip {
-    int64_t first, last;  // rows
+struct RowBlock {
+    int64_t first, last;  // rows [first, last)
     T* s;                 // [rows, pitch]
     int64_t pitch;
-    bool whole;  // all rows against themselves
+    bool whole;  // whether it holds all rows against themselves
 
     int64_t rows() const { return last - first; }
     T* row(int64_t i) const { return s + (i - first) * pitch; }
 };
 
-// Columns, ascending.
+// A list of columns, ascending.
 struct Columns {
     const int32_t *first, *last;
     const int32_t* begin() const { return first; }
@@ -47,23 +47,23 @@ inline std::vector<int32_t> in_order(int64_t count) {
     return order;
 }
 
-// The points, and the strips of their similarities.
+// The points, and their similarities one row block at a time.
 template <typename T>
 class Similarities {
-    std::vector<int32_t> order_;  // of the points: as they come
+    std::vector<int32_t> order_;  // of the points: unsorted
 
    public:
-    // refs: the columns that take part, or none: the rows themselves.
-    Similarities(const Tensor& embeddings, const OptionalTensor& refs, c10::string_view how)
+    // refs: the columns; without it the rows.
+    Similarities(const Tensor& embeddings, const OptionalTensor& refs, c10::string_view similarity_name)
         : order_(in_order(std::max(embeddings.size(0), refs ? refs->size(0) : 0))),
-          similarity(parse_similarity(how)),
+          similarity(parse_similarity(similarity_name)),
           square(!refs),
           n(embeddings.size(0)),
           m(refs ? refs->size(0) : n),
           kernels(triplet_kernels<T>()),
           rows(embeddings, order_.data(), similarity),
-          cols(square ? rows : other_),
-          other_(refs ? *refs : embeddings.narrow(0, 0, 0), order_.data(), similarity) {
+          cols(square ? rows : ref_points_),
+          ref_points_(refs ? *refs : embeddings.narrow(0, 0, 0), order_.data(), similarity) {
         rows.show(0, n);
         if (!square) cols.show(0, m);
     }
@@ -77,79 +77,80 @@ class Similarities {
 
     bool finite() const { return rows.finite && cols.finite; }
 
-    // Calls visit(strip), in the order of the rows.
+    // Calls visit(block) in the order of the rows.
     template <typename Visit>
-    void for_each_strip(const Visit& visit) const {
+    void for_each_row_block(const Visit& visit) const {
         if (n == 0 || m == 0) return;
         const int64_t pitch = row_stride<T>(m), row_bytes = pitch * int64_t(sizeof(T));
         const bool whole = square && padded(n) * row_bytes <= kWholeBytes + (kWholeBytes >> 4);
-        const int64_t most = whole ? padded(n) : std::max<int64_t>(kStripBytes / row_bytes / 16 * 16, 16);
+        const int64_t most = whole ? padded(n) : std::max<int64_t>(kRowBlockBytes / row_bytes / 16 * 16, 16);
         Tensor memory = at::empty({std::min(most, padded(n)) * pitch}, rows.options());
         for (int64_t first = 0; first < n; first += most) {
-            const Strip<T> strip{first, std::min(first + most, n), memory.template data_ptr<T>(), pitch,
-                                 whole};
-            fill(strip);
-            visit(strip);
+            const RowBlock<T> block{first, std::min(first + most, n), memory.template data_ptr<T>(), pitch,
+                                    whole};
+            fill(block);
+            visit(block);
         }
     }
 
-    // Calls run(i, similarities) for the rows of a strip, on all threads. `work`: steps for each pair.
+    // Calls run(i, similarities) for the rows of a row block, on all threads. work: steps per pair.
     template <typename Run>
-    void for_each_row(const Strip<T>& strip, int64_t work, const Run& run) const {
+    void for_each_row(const RowBlock<T>& block, int64_t work, const Run& run) const {
         const int64_t piece = std::clamp<int64_t>(kTaskWork / (m * work), 1, 64);
-        for_pieces(strip.rows(), piece, strip.rows() * m * work, [&](int64_t from, int64_t to) {
-            for (int64_t i = strip.first + from; i < strip.first + to; ++i) run(i, strip.row(i));
+        for_pieces(block.rows(), piece, block.rows() * m * work, [&](int64_t from, int64_t to) {
+            for (int64_t i = block.first + from; i < block.first + to; ++i) run(i, block.row(i));
         });
     }
 
    private:
-    void fill(const Strip<T>& strip) const {
+    void fill(const RowBlock<T>& block) const {
         const int64_t most = std::max(n, m), side = most <= 512 ? 64 : most <= 2048 || !square ? 128 : 256;
         const int64_t wide = square ? side : 4 * side;
-        const int64_t down = (strip.rows() + side - 1) / side, across = (m + wide - 1) / wide;
-        std::vector<std::pair<int32_t, int32_t>> blocks;
+        const int64_t down = (block.rows() + side - 1) / side, across = (m + wide - 1) / wide;
+        std::vector<std::pair<int32_t, int32_t>> tiles;
         for (int64_t i = 0; i < down; ++i) {
-            for (int64_t j = strip.whole ? i : 0; j < across; ++j) blocks.emplace_back(i, j);
+            for (int64_t j = block.whole ? i : 0; j < across; ++j) tiles.emplace_back(i, j);
         }
-        const int64_t count = static_cast<int64_t>(blocks.size());
+        const int64_t count = static_cast<int64_t>(tiles.size());
         for_tasks(count, count * side * wide * (rows.dim / 16 + 2), [&](int64_t k) {
-            const int64_t i0 = strip.first + blocks[k].first * side, j0 = blocks[k].second * wide;
-            const int64_t i1 = std::min(i0 + side, strip.last), j1 = std::min(j0 + wide, m);
-            T* s = strip.row(i0) + j0;
+            const int64_t i0 = block.first + tiles[k].first * side, j0 = tiles[k].second * wide;
+            const int64_t i1 = std::min(i0 + side, block.last), j1 = std::min(j0 + wide, m);
+            T* s = block.row(i0) + j0;
             T *x = rows.row(i0), *y = cols.row(j0);
             const int64_t lines = padded(i1 - i0), width = padded(j1 - j0);
-            Tensor out = matrix(s, lines, width, strip.pitch, 1);
+            Tensor out = matrix(s, lines, width, block.pitch, 1);
             at::cpu::mm_out(out, matrix(x, lines, rows.dim, rows.stride(), 1),
                             matrix(y, rows.dim, width, 1, cols.stride()));
             if (similarity.euclidean) {
-                kernels.distances(s, strip.pitch, int(i1 - i0), int(j1 - j0), x, rows.stride(),
+                kernels.distances(s, block.pitch, int(i1 - i0), int(j1 - j0), x, rows.stride(),
                                   rows.square(i0), y, cols.stride(), cols.square(j0), rows.dim);
             }
-            if (strip.whole && i0 != j0) kernels.transpose(s, strip.row(j0) + i0, strip.pitch, lines, width);
+            if (block.whole && i0 != j0) kernels.transpose(s, block.row(j0) + i0, block.pitch, lines, width);
         });
     }
 
-    PackedPoints<T> other_;  // the columns where they are not the rows
+    PackedPoints<T> ref_points_;  // the columns where they are not the rows
 };
 
-// Likewise, and who is whose positive.
+// Similarities of labelled points: which columns are positives.
 template <typename T>
 class LabelledSimilarities : public Similarities<T> {
    public:
-    explicit LabelledSimilarities(const TripletPoints& of) : LabelledSimilarities(of, References(of)) {}
+    explicit LabelledSimilarities(const TripletPoints& points)
+        : LabelledSimilarities(points, References(points)) {}
 
-    // The columns of row i's label, and its own among them, or -1.
+    // The columns with row i's label; the one that is the same point, or -1.
     const Columns& same_label(int64_t i) const { return class_[i]; }
-    int64_t own(int64_t i) const {
+    int64_t self_col(int64_t i) const {
         return this->square ? i : self_.defined() ? self_.const_data_ptr<int64_t>()[i] : -1;
     }
 
    private:
-    LabelledSimilarities(const TripletPoints& of, const References& refs)
-        : Similarities<T>(of.embeddings, refs.points, of.similarity),
+    LabelledSimilarities(const TripletPoints& points, const References& refs)
+        : Similarities<T>(points.embeddings, refs.points, points.similarity),
           plan_(Plan::numel(this->n, this->m, this->square)),
           class_(this->n) {
-        const Tensor labels = of.labels.contiguous();
+        const Tensor labels = points.labels.contiguous();
         const Tensor ref_labels = this->square ? labels : refs.labels->contiguous();
         make_plan(labels.const_data_ptr<int64_t>(), this->n, ref_labels.const_data_ptr<int64_t>(), this->m,
                   this->square, plan_.data());
@@ -159,7 +160,7 @@ class LabelledSimilarities : public Similarities<T> {
                 class_[plan.row_order[r]] = {plan.col_order + plan.pos_begin[r],
                                              plan.col_order + plan.pos_end[r]};
         });
-        if (of.self_index) self_ = of.self_index->contiguous();
+        if (points.self_index) self_ = points.self_index->contiguous();
     }
 
     std::vector<int32_t> plan_;

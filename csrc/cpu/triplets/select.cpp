@@ -1,4 +1,4 @@
-// The op select: what rules find in the similarities of each row.
+// The op select: the column that a mining rule selects for each row or positive pair.
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
@@ -32,30 +32,30 @@ template <typename T>
 std::tuple<Tensor, Tensor> select_of(const TripletPoints& points, uint64_t seed, SelectRule rule,
                                      const std::array<double, kTripletParams>& numbers,
                                      const OptionalTensor& anchors, const OptionalTensor& positives) {
-    const LabelledSimilarities<T> of(points);
+    const LabelledSimilarities<T> labelled(points);
     const TripletParams<T> params(numbers.data());
     const Tensor rows = anchors ? anchors->contiguous() : Tensor();
-    const Tensor asked = anchors ? positives->contiguous() : Tensor();
-    if (anchors) check_indices(rows, asked, of.n, of.m);
-    const int64_t count = anchors ? rows.numel() : of.n;
-    Tensor column = at::full({count}, -1, of.rows.options().dtype(at::kLong));
-    Tensor similarity = at::full({count}, -infinity<double>(), of.rows.options());
-    if (!of.finite()) return {column, similarity.fill_(std::numeric_limits<double>::quiet_NaN())};
+    const Tensor pair_cols = anchors ? positives->contiguous() : Tensor();
+    if (anchors) check_indices(rows, pair_cols, labelled.n, labelled.m);
+    const int64_t count = anchors ? rows.numel() : labelled.n;
+    Tensor column = at::full({count}, -1, labelled.rows.options().dtype(at::kLong));
+    Tensor similarity = at::full({count}, -infinity<double>(), labelled.rows.options());
+    if (!labelled.finite()) return {column, similarity.fill_(std::numeric_limits<double>::quiet_NaN())};
     int64_t* columns = column.data_ptr<int64_t>();
     T* similarities = similarity.data_ptr<T>();
     const int64_t *row = anchors ? rows.const_data_ptr<int64_t>() : nullptr,
-                  *positive = anchors ? asked.const_data_ptr<int64_t>() : nullptr;
-    of.for_each_strip([&](const Strip<T>& strip) {
-        of.for_each_row(strip, 1, [&](int64_t i, T* s) {
+                  *positive = anchors ? pair_cols.const_data_ptr<int64_t>() : nullptr;
+    labelled.for_each_row_block([&](const RowBlock<T>& block) {
+        labelled.for_each_row(block, 1, [&](int64_t i, T* s) {
             const int64_t from = row ? std::lower_bound(row, row + count, i) - row : i;
             const int64_t to = row ? std::upper_bound(row, row + count, i) - row : i + 1;
             if (from == to) return;
-            // Of each pair, before the positives are taken out.
+            // Before RowPairs replaces the similarities of positives.
             std::vector<T> d_pos(to - from, std::numeric_limits<T>::quiet_NaN());
             for (int64_t k = from; row && k < to; ++k) {
                 if (positive[k] >= 0) d_pos[k - from] = -s[positive[k]];
             }
-            RowPairs<T> pairs(of, params, i, s);
+            RowPairs<T> pairs(labelled, params, i, s);
             if (rule.positive) {
                 const int64_t best = pairs.extreme_positive(rule.which);
                 if (best < 0) return;

@@ -1,5 +1,5 @@
-// The one way in which kernels are launched, and what a launch needs to know of the device.
-// Both throw std::runtime_error and neither waits for the device, so both are fine under capture.
+// Launches kernels and queries device limits. Both throw std::runtime_error, and neither synchronises, so
+// both work under stream capture.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ namespace dml {
 
 struct DeviceLimits {
     int multiprocessors;
-    int shared_bytes_per_block;  // the most that a block may ask for
+    int shared_bytes_per_block;  // the most that a thread block may opt in to
     int compute_capability;      // 80 for sm_80
 };
 
@@ -39,6 +39,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 
 inline void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
+    cudaGetLastError();  // clears it: else PyTorch's next check would blame another op
     throw std::runtime_error(std::string("dml_cuda: ") + what + ": " + cudaGetErrorString(status));
 }
 
@@ -58,12 +59,12 @@ inline DeviceLimits device_limits() {
                 device_attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
-// A grid without blocks is no launch.
+// Does nothing where the grid has no blocks.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared_bytes > 48 * 1024) {  // above this a kernel must ask, each device anew
+    if (shared_bytes > 48 * 1024) {  // above this a kernel must opt in, on each device
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared_bytes)),
               "the kernel needs more shared memory than the device has");
@@ -73,7 +74,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    // Returns this launch's own status, where cudaGetLastError may tell of an earlier mistake.
+    // Its status is this launch's; cudaGetLastError may return that of an earlier one.
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch failed");
 }
 

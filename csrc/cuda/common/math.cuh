@@ -1,12 +1,10 @@
-// How a block multiplies two tiles that lie in shared memory. Each kind of arithmetic is one small struct
-// (SimtMath, HalfMath, Tf32Math), all behind the same two names:
+// The product of two tiles in shared memory, by a thread block. Each arithmetic is one small struct
+// (SimtMath, HalfMath, Tf32Math) behind the same interface:
 //
 //   Product<Math, Shape>    the accumulators of C [Shape::kRows, Shape::kCols], spread over the block
-//     .add<depth>(a, b, f)    C += A B^T, A [kRows, depth], B [kCols, depth]; f() once it is under way
-//     .each(f)                f(row, col, value) for the elements that this thread holds
-//     .each_run(f)            f(row, col, values) for kRun neighbours at a time
-//
-// A product made another way (wgmma, say) needs to offer only these.
+//     .add<depth>(a, b, f)    C += A B^T, A [kRows, depth], B [kCols, depth]; f() after the first loads
+//     .for_each(f)            f(row, col, value) for the elements of this thread
+//     .for_each_run(f)        f(row, col, values) for kRun neighbours at a time
 #pragma once
 
 #include <type_traits>
@@ -15,7 +13,7 @@
 
 namespace dml::cuda {
 
-// What lies in shared memory, seen as element (i, k) with k the dimension that is summed over.
+// Views of shared memory as elements (i, k); k is summed over.
 template <typename T, int Pitch>
 struct AlongK {  // rows run along k
     using Value = T;
@@ -60,9 +58,9 @@ struct SimtMath {
 
 // ---- tensor cores: each struct loads fragments (primitives.cuh shows their layout) and multiplies -----
 //
-// load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns at once, as many as
-// at_once says. Where kInterleaves and rows run across k, tile j of these has columns Tiles g + j: a lane
-// then reads its numbers for all of them as one vector, and holds neighbours of a row of the result.
+// load(b, view, col, k) fills the fragments of Tiles neighbouring tiles of 8 columns; at_once() says how
+// many. Where kInterleaves and rows run across k, tile j has the columns Tiles g + j: a lane then reads its
+// numbers for all tiles as one vector, and holds neighbours of a row of the result.
 
 // A float that was rounded to tf32 when it was stored.
 struct RoundedToTf32 {
@@ -96,7 +94,7 @@ struct HalfMath {
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
-        if constexpr (sizeof(typename View::Value) == 4) {  // a strip's weights, rounded on the way
+        if constexpr (sizeof(typename View::Value) == 4) {  // weights of a row block, rounded here
             const int g = lane / 4, t = lane % 4;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -142,8 +140,8 @@ struct Tf32Math {
     using Value = T;
     using Acc = float;
     static constexpr bool kTensorCores = true, kInterleaves = true;
-    // Tensor cores truncate what they add up. Where float32's accuracy is wanted, every kSteps steps
-    // therefore start at 0 and join the sum by an ordinary addition, which rounds.
+    // Tensor cores truncate their sums. For float32 accuracy every kSteps steps start at 0 and join the sum
+    // by an ordinary addition, which rounds.
     static constexpr int kSteps = Split ? 2 : 1;
     static constexpr int kDepth = kSteps * kMmaK<Tf32>;
     template <int Registers>
@@ -172,7 +170,7 @@ struct Tf32Math {
         return reinterpret_cast<const X&>(bits);
     }
 
-    // A holds floats, or numbers that were rounded when they were stored.
+    // A: floats, or numbers that were rounded when they were stored.
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         using X = typename View::Value;
@@ -217,20 +215,20 @@ struct Tf32Math {
             for (int i = 0; i < 2; ++i) set(b[0], 0, i, __uint_as_float(x[i]));
         }
     }
-    // Small products come first. Where symmetry is wanted, neither of big * small and small * big does.
+    // Small products first; for symmetry, neither of big * small and small * big comes before the other.
     template <bool Symmetric>
     static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
         if constexpr (!Split) {
             mma<Tf32>(acc, a.big[0], b.big[0]);
         } else {
-            float step[4], other[4];
+            float step[4], mirrored[4];
             mma_from_zero(step, a.small[0], b.big[0]);
             mma<Tf32>(step, a.small[1], b.big[1]);
             if constexpr (Symmetric) {
-                mma_from_zero(other, a.big[0], b.small[0]);
-                mma<Tf32>(other, a.big[1], b.small[1]);
+                mma_from_zero(mirrored, a.big[0], b.small[0]);
+                mma<Tf32>(mirrored, a.big[1], b.small[1]);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) step[e] += other[e];
+                for (int e = 0; e < 4; ++e) step[e] += mirrored[e];
             } else {
                 mma<Tf32>(step, a.big[0], b.small[0]);
                 mma<Tf32>(step, a.big[1], b.small[1]);
@@ -264,7 +262,7 @@ struct Product<Math, Shape, true> {
     static DML_DEVICE int row0() { return warp_id() / Shape::kWarpCols * kRowTiles * 16; }
     static DML_DEVICE int col0() { return warp_id() % Shape::kWarpCols * kColTiles * 8; }
 
-    // Calls between() when the first fragments are loaded.
+    // Calls between() after the first fragments are loaded.
     template <int Depth, typename ViewA, typename ViewB, typename F>
     DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
         static_assert(Depth % Math::kDepth == 0, "whole steps only");
@@ -292,7 +290,7 @@ struct Product<Math, Shape, true> {
 
     // Calls f(row, col, values) for each run of kRun neighbours in a row.
     template <typename F>
-    DML_DEVICE void each_run(const F& f) const {
+    DML_DEVICE void for_each_run(const F& f) const {
         const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
@@ -310,8 +308,8 @@ struct Product<Math, Shape, true> {
         }
     }
     template <typename F>
-    DML_DEVICE void each(const F& f) const {
-        each_run([&](int row, int col, const float (&values)[kRun]) {
+    DML_DEVICE void for_each(const F& f) const {
+        for_each_run([&](int row, int col, const float (&values)[kRun]) {
 #pragma unroll
             for (int c = 0; c < kRun; ++c) f(row, col + c, values[c]);
         });
@@ -324,12 +322,13 @@ struct Product<Math, Shape, false> {
     static constexpr int kVector = 16 / int(sizeof(T));                     // elements along k read at once
     static constexpr int kAcross = Shape::kRows >= Shape::kCols ? 16 : 32;  // threads along a row of C
     static constexpr int kDown = Shape::kThreads / kAcross;
-    static constexpr int kRowsEach = Shape::kRows / kDown, kColsEach = Shape::kCols / kAcross;
-    static_assert(kRowsEach * kDown == Shape::kRows && kColsEach * kAcross == Shape::kCols, "even shares");
+    static constexpr int kThreadRows = Shape::kRows / kDown, kThreadCols = Shape::kCols / kAcross;
+    static_assert(kThreadRows * kDown == Shape::kRows && kThreadCols * kAcross == Shape::kCols,
+                  "even shares");
 
     static constexpr int kRun = 1;
 
-    T acc[kRowsEach][kColsEach] = {};
+    T acc[kThreadRows][kThreadCols] = {};
 
     template <typename View>
     static DML_DEVICE void load(T (&x)[kVector], const View& view, int i, int k) {
@@ -349,34 +348,34 @@ struct Product<Math, Shape, false> {
         const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
 #pragma unroll 2
         for (int k = 0; k < Depth; k += kVector) {
-            T a[kRowsEach][kVector], b[kColsEach][kVector];
+            T a[kThreadRows][kVector], b[kThreadCols][kVector];
 #pragma unroll
-            for (int i = 0; i < kRowsEach; ++i) load(a[i], view_a, down + i * kDown, k);
+            for (int i = 0; i < kThreadRows; ++i) load(a[i], view_a, down + i * kDown, k);
 #pragma unroll
-            for (int j = 0; j < kColsEach; ++j) load(b[j], view_b, across + j * kAcross, k);
+            for (int j = 0; j < kThreadCols; ++j) load(b[j], view_b, across + j * kAcross, k);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
 #pragma unroll
-                for (int i = 0; i < kRowsEach; ++i) {
+                for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-                    for (int j = 0; j < kColsEach; ++j) acc[i][j] = std::fma(a[i][e], b[j][e], acc[i][j]);
+                    for (int j = 0; j < kThreadCols; ++j) acc[i][j] = std::fma(a[i][e], b[j][e], acc[i][j]);
                 }
             }
         }
     }
 
     template <typename F>
-    DML_DEVICE void each(const F& f) const {
+    DML_DEVICE void for_each(const F& f) const {
         const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
 #pragma unroll
-        for (int i = 0; i < kRowsEach; ++i) {
+        for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-            for (int j = 0; j < kColsEach; ++j) f(down + i * kDown, across + j * kAcross, acc[i][j]);
+            for (int j = 0; j < kThreadCols; ++j) f(down + i * kDown, across + j * kAcross, acc[i][j]);
         }
     }
     template <typename F>
-    DML_DEVICE void each_run(const F& f) const {
-        each([&](int row, int col, T value) {
+    DML_DEVICE void for_each_run(const F& f) const {
+        for_each([&](int row, int col, T value) {
             const T values[1] = {value};
             f(row, col, values);
         });

@@ -70,10 +70,9 @@ DML_DEVICE void warp_sync() { __syncwarp(); }
 
 // ---- shared memory ----------------------------------------------------------------------------
 
-// The array that starts at this byte of the dynamic shared memory. This is the only way in which
-// kernels get shared memory. An offset always names the same array: to use its bytes for something
-// else in a later phase, cast the pointer. (On the host every array is a heap block of its own, so
-// that running over its end is seen.)
+// The array at this byte of dynamic shared memory: the only shared memory of the kernels. An offset always
+// names the same array; to reuse its bytes in a later phase, cast the pointer. (On the host every array is a
+// heap block of its own, so that overruns are seen.)
 template <typename T>
 DML_DEVICE T* shared_array(int byte_offset, int count) {
     extern __shared__ __align__(128) unsigned char dml_dynamic_shared[];
@@ -206,7 +205,7 @@ DML_DEVICE float exp2_approx(float x) {
 
 // ---- integers that several threads add to -----------------------------------------------------
 
-// Integers only: floating-point sums must not depend on who comes first.
+// Integers only: floating-point sums must not depend on the order of threads.
 DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { atomicAdd(sum, value); }
 
 // ---- between the lanes of a warp --------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Launches the kernels of listed_pairs.cuh.
+// Launches the kernels on listed pairs.
 #include <algorithm>
 
 #include "cuda/common/launch.h"
@@ -7,16 +7,16 @@
 namespace dml::cuda {
 namespace {
 
-// Warps enough to fill the device some times over; more items than that, and each takes several.
+// Enough warps to fill the device several times; with more items, each warp has several.
 dim3 warps_for(int64_t items) {
-    constexpr int64_t kWarps = kPairThreads / kWarpSize, kBlocksEach = 32;
-    const int64_t most = kBlocksEach * device_limits().multiprocessors;
+    constexpr int64_t kWarps = kPairThreads / kWarpSize, kBlocksPerMultiprocessor = 32;
+    const int64_t most = kBlocksPerMultiprocessor * device_limits().multiprocessors;
     return dim3(unsigned(std::min((items + kWarps - 1) / kWarps, most)));
 }
 
 template <typename T>
 bool whole(const T* data, int64_t dim) {
-    return dim % Neighbours<T>::kCount == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Neighbours<T>) == 0;
+    return dim % Chunk<T>::kCount == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Chunk<T>) == 0;
 }
 
 }  // namespace

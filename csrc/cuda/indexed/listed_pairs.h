@@ -1,6 +1,6 @@
-// The CUDA side of the ops on pairs given as lists: raw pointers, sizes and a stream, for float and double.
-// No torch header, and nothing here waits for the device. An index out of range is never followed: what
-// depends on it becomes NaN.
+// Entry points of the kernels on listed pairs: raw pointers, sizes and a stream, for float and double; no
+// torch header, no host synchronisation. An index out of range is never followed: results that depend on it
+// are NaN.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ void sum_pairs(const T* weights, const PointList<T>& points, const int64_t* inde
 template <typename T>
 void log_sum_exps(const T* logits, const Segments& segments, bool plus_one, T* out, cudaStream_t stream);
 
-// Its gradient: out[k] = grad[r] * exp(logits[k] - value[r]) over segment r, value being what log_sum_exps
-// gave.
+// Its gradient: out[k] = grad[r] * exp(logits[k] - value[r]) over segment r; value: the result of
+// log_sum_exps.
 template <typename T>
 void softmaxes(const T* grad, const T* logits, const T* value, const Segments& segments, T* out,
                cudaStream_t stream);

@@ -1,11 +1,12 @@
+// Launches and instantiates the merges.
 #include "cuda/pairs/merge.h"
-#include "cuda/pairs/tile_backward.cuh"
+#include "cuda/pairs/merge_kernels.cuh"
 
 namespace dml::cuda {
 
 namespace {
 
-// A thread for each row, and for each column where those have partial results that are not the rows'.
+// One thread a row, and one a column where columns have partial results of their own.
 template <int Tile, typename T, typename Acc>
 dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
     const bool cols_too = of_cols && !tile_group.diagonal();
@@ -16,25 +17,25 @@ dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
 }  // namespace
 
 template <typename Acc>
-void Merge<Acc>::extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& stats,
-                          const Partials<Acc>& partials, Turn turn, Acc epsilon, cudaStream_t stream) {
+void Merge<Acc>::extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& row_stats,
+                          const Partials<Acc>& partials, MergeStep step, Acc epsilon, cudaStream_t stream) {
     launch(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
-           stream, tile_group, stats, partials, turn, epsilon);
+           stream, tile_group, row_stats, partials, step, epsilon);
 }
 
 template <typename Acc>
 void Merge<Acc>::sums(const Lines& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
-                      const RowStats<Acc>& stats, const Partials<Acc>& partials, const uint8_t* kept,
-                      Turn turn, bool mining, const Results<Acc>& results, cudaStream_t stream) {
+                      const RowStats<Acc>& row_stats, const Partials<Acc>& partials, const uint8_t* kept,
+                      MergeStep step, bool mining, const Results<Acc>& results, cudaStream_t stream) {
     launch(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
-           stream, tile_group, formula, second, stats, partials, kept, turn, mining, results);
+           stream, tile_group, formula, second, row_stats, partials, kept, step, mining, results);
 }
 
 template <typename Acc>
 void Merge<Acc>::weights(const Lines& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
-                         Turn turn, Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
+                         MergeStep step, Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
     launch(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads), 0,
-           stream, tile_group, partials, kept, turn, row_sums, col_sums);
+           stream, tile_group, partials, kept, step, row_sums, col_sums);
 }
 
 template <typename Acc>
@@ -45,10 +46,10 @@ void Merge<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t si
 }
 
 template <typename Acc>
-void Merge<Acc>::reduce(const RowStats<Acc>& stats, int64_t rows, const Results<Acc>& results,
+void Merge<Acc>::reduce(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
                         const Acc* ref_norms, int64_t refs, const int64_t* num_valid_refs,
                         const Division& division, Acc* loss, cudaStream_t stream) {
-    launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, stats, rows,
+    launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, row_stats, rows,
            results, ref_norms, refs, num_valid_refs, division, loss);
 }
 

@@ -1,62 +1,35 @@
-// Chooses the kernels for a problem's type.
+// The entry points on pairs.
+#include "cuda/pairs/arithmetic.h"
 #include "cuda/pairs/engine.cuh"
 #include "cuda/pairs/pair_loss.h"
 #include "cuda/ring/ring.h"
 
 namespace dml::cuda {
 
-extern template struct Engine<SimtMath<double>>;
-extern template struct Engine<Tf32Math<float, true>>;
-extern template struct Engine<Tf32Math<float, false>>;
-extern template struct Engine<HalfMath<__half>>;
-extern template struct Engine<HalfMath<__nv_bfloat16>>;
-
-namespace {
-
-template <typename F>
-auto with_engine(const Task& task, const F& f) {
-    switch (task.problem.scalar) {
-        case Scalar::kFloat64:
-            return f(Engine<SimtMath<double>>());
-        case Scalar::kFloat16:
-            return f(Engine<HalfMath<__half>>());
-        case Scalar::kBFloat16:
-            return f(Engine<HalfMath<__nv_bfloat16>>());
-        case Scalar::kFloat32:
-            break;
-    }
-    switch (task.precision) {
-        case Precision::kTf32:
-            return f(Engine<Tf32Math<float, false>>());
-        case Precision::kFull:
-            break;
-    }
-    return f(Engine<Tf32Math<float, true>>());
-}
-
-}  // namespace
+DML_EXTERN_ENGINES(Engine)
 
 int64_t saved_bytes(const Task& task, bool save_for_backward) {
-    return with_engine(task, [&](auto engine) { return engine.saved_bytes(task, save_for_backward); });
+    return with_arithmetic<Engine>(task,
+                                   [&](auto engine) { return engine.saved_bytes(task, save_for_backward); });
 }
 
 int64_t forward_workspace_bytes(const Task& task) {
-    return with_engine(task, [&](auto engine) { return engine.forward_workspace_bytes(task); });
+    return with_arithmetic<Engine>(task, [&](auto engine) { return engine.forward_workspace_bytes(task); });
 }
 
 int64_t backward_workspace_bytes(const Task& task) {
-    return with_engine(task, [&](auto engine) { return engine.backward_workspace_bytes(task); });
+    return with_arithmetic<Engine>(task, [&](auto engine) { return engine.backward_workspace_bytes(task); });
 }
 
 void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
              cudaStream_t stream) {
-    with_engine(
+    with_arithmetic<Engine>(
         task, [&](auto engine) { engine.forward(task, save_for_backward, saved, loss, workspace, stream); });
 }
 
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
               void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
-    with_engine(task, [&](auto engine) {
+    with_arithmetic<Engine>(task, [&](auto engine) {
         engine.backward(task, saved_for_backward, saved, grad_loss, grad_queries, grad_refs, workspace,
                         stream);
     });

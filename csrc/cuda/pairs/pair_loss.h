@@ -1,11 +1,11 @@
-// The CUDA engine's entry points: raw pointers, sizes and a stream. No torch header, and nothing here
-// waits for the device.
+// Entry points of the CUDA engine: raw pointers, sizes and a stream; no torch header, no host
+// synchronisation.
 #pragma once
 
 #include <cstdint>
 
 #include "core/problem.h"
-#include "cuda/pairs/saved_layout.h"
+#include "cuda/pairs/saved_sizes.h"
 
 #if defined(DML_CUDA_ON_HOST)
 #include "../../../tests/emulator/cuda_language.h"
@@ -18,16 +18,15 @@ namespace dml::cuda {
 // How float32 inputs are multiplied: by three tf32 products, or by one.
 enum class Precision { kFull, kTf32 };
 
-// Where one way of working ends and another begins. The tests lower these to reach every path with few
-// points.
+// Thresholds between paths. Tests lower them to reach every path with few points.
 struct Tuning {
-    int64_t strip_limit = kStripMaxCols;  // rows and columns up to which strips of S may be
-    int tile_group = 32;  // a tile_group-tile has the area of a square with so many tiles an edge
+    int64_t row_block_limit = kRowBlockMaxCols;  // rows and columns up to which row blocks serve
+    int tile_group = 32;                // a tile group has the area of a square with so many tiles an edge
     int64_t cache_bytes = kCacheBytes;  // similarities kept from forward for backward
     int64_t sum_bytes = 48ll << 20;     // float32 sums of 16-bit gradients, where there is room for as much
-    int64_t wide_blocks = 128;          // blocks from which on a gradient is cut into wide panels
-    int64_t line_blocks = 512;          // blocks that a gradient of long lines is shared among
-    int64_t split_slots = 2;            // tiles of a line that are worth a block of their own in the gradient
+    int64_t wide_blocks = 128;          // thread blocks from which on a gradient is cut into wide panels
+    int64_t line_blocks = 512;          // thread blocks that share the long lines of a gradient
+    int64_t split_slots = 2;            // tiles of a line worth a thread block of their own in the gradient
 };
 
 struct Task {
@@ -36,8 +35,8 @@ struct Task {
     Tuning tuning;
 };
 
-// Bytes of what forward leaves for backward, a multiple of 16. They depend on the sizes and the type only, as
-// shapes must under torch.compile.
+// Bytes that forward saves for backward, a multiple of 16. They depend on sizes and type only, as shapes must
+// under torch.compile.
 int64_t saved_bytes(const Task& task, bool save_for_backward);
 int64_t forward_workspace_bytes(const Task& task);
 int64_t backward_workspace_bytes(const Task& task);
@@ -52,10 +51,10 @@ void forward(const Task& task, bool save_for_backward, void* saved, void* loss, 
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
               void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
 
-struct BlockEntryPoints;  // blocks.h
+struct BlockEntryPoints;  // cuda/ring/ring.h
 
-// The functions above as a library of one formula hands them over (custom_formula.h). There problem.formula
-// is 0.
+// The functions above, as a library of one custom formula hands them over (custom/library.h); there
+// problem.formula is 0.
 struct EntryPoints {
     decltype(cuda::saved_bytes)* saved_bytes;
     decltype(cuda::forward_workspace_bytes)* forward_workspace_bytes;

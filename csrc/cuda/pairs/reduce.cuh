@@ -1,7 +1,7 @@
-// From the rows' results to the loss: one block, in a fixed order.
+// Reduces the rows' results to the loss: one thread block, in a fixed order.
 #pragma once
 
-#include "cuda/pairs/statistics.cuh"
+#include "cuda/pairs/row_stats.cuh"
 
 namespace dml::cuda {
 
@@ -18,23 +18,22 @@ DML_DEVICE T block_sum(T x, T* shared) {  // shared: [warps]; every thread gets 
     return x;
 }
 
-// How a call's numbers become its result.
+// How the sums become the result.
 struct Division {
     Reduction reduction;
     bool divide;  // else the result is [parts 0 and 1, counts 0 and 1]
     int parts;
 };
 
-// result: [1], or [4] where nothing is divided, or [rows] where nothing is reduced, which the rows have
-// written. Where any point is not finite, each row that has the pairs it needs becomes NaN, and every
-// gradient does; where no row has, all stays 0.
+// result: [1], or [4] undivided, or [rows] without a reduction, already written. If any point is not finite,
+// every row that has the pairs it needs becomes NaN, and so does every gradient; if no row has, all stays 0.
 template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_results(RowStats<Acc> stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
+    reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
                    int64_t refs, const int64_t* num_valid_refs, Division division, Acc* result) {
     Acc* shared = shared_array<Acc>(0, kWarpSize);
     RowResult<Acc> r;
-    // Of the references only norms matter, and where no row is, not even those.
+    // References matter by their norms only, and not at all without rows.
     const int64_t used_refs = rows == 0 ? 0 : rows_in_use(num_valid_refs, refs);
 #pragma unroll 8
     for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
     const Acc poison = r.eligible > Acc(0) ? not_a_number<Acc>() : Acc(0);
     if (results.rows && !finite) {
         for (int64_t i = threadIdx.x; i < rows; i += blockDim.x)
-            results.rows[i] = stats.flags[i] & kEligible ? not_a_number<Acc>() : Acc(0);
+            results.rows[i] = row_stats.flags[i] & kEligible ? not_a_number<Acc>() : Acc(0);
     }
     if (threadIdx.x != 0) return;
     const bool mean = division.divide && division.reduction != Reduction::kSum && !results.rows;
@@ -72,15 +71,15 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
         const Acc scale = !mean ? Acc(1) : r.count[k] > Acc(0) ? Acc(1) / r.count[k] : Acc(0);
-        stats.header[kScale + k] = scale;
+        row_stats.header[kScale + k] = scale;
         if (!finite && k < division.parts) r.part[k] = poison;
         loss += r.part[k] * scale;
         if (division.divide) continue;
         result[k] = r.part[k];
         result[2 + k] = r.count[k];
     }
-    stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
-    stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);
+    row_stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
+    row_stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);
     if (division.divide && !results.rows) result[0] = loss;
 }
 

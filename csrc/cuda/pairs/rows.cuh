@@ -1,4 +1,4 @@
-// What the kernels know about a row's points, and how similar two rows are.
+// Rows of points: norms, and the similarity of two rows.
 #pragma once
 
 #include "core/numeric.h"
@@ -7,7 +7,7 @@
 
 namespace dml::cuda {
 
-// How many of `rows` rows take part: as many as *count says, or all.
+// How many of `rows` rows are in use: *count, or all.
 DML_DEVICE int64_t rows_in_use(const int64_t* count, int64_t rows) {
     if (!count) return rows;
     return *count < 0 ? 0 : *count < rows ? *count : rows;
@@ -17,14 +17,14 @@ template <typename T, typename Acc>
 struct Rows {
     Matrix<T> points;       // [count, dim]
     const int64_t* labels;  // [count]
-    Acc* norms;             // [count] as row_norm says
-    const int64_t* used;    // how many take part, on the device; null: all
+    Acc* norms;             // [count] of row_norm
+    const int64_t* used;    // how many are in use, in device memory; null: all
 
-    // Those that take part. What a kernel does with the others it does with what lies past the end.
+    // The rows in use; kernels treat the others as past the end.
     DML_DEVICE Rows in_use() const {
-        Rows some = *this;
-        some.points.rows = rows_in_use(used, points.rows);
-        return some;
+        Rows result = *this;
+        result.points.rows = rows_in_use(used, points.rows);
+        return result;
     }
 };
 
@@ -49,8 +49,8 @@ template <typename T>
 DML_DEVICE T warp_max(T x) {
 #pragma unroll
     for (int m = kWarpSize / 2; m > 0; m /= 2) {
-        const T other = shfl_xor(x, m);
-        x = other > x ? other : x;
+        const T y = shfl_xor(x, m);
+        x = y > x ? y : x;
     }
     return x;
 }
@@ -79,22 +79,22 @@ DML_DEVICE Acc scaled_inverse_norm(const Matrix<T>& m, int64_t row) {
     return Acc(1) / largest / std::sqrt(squares);
 }
 
-// What similarities and gradients need of a row's length: its inverse, 0 for a row of norm 0; 1 where rows
-// are not normalised; its square for distances of rows as they come. NaN for a row that is not finite.
+// 1 / |q|, or 0 for a row of norm 0; where rows are not normalised 1, or |q|^2 for distances. NaN for a row
+// that is not finite.
 template <typename Acc, typename T>
 DML_DEVICE Acc row_norm(Acc squares, const Matrix<T>& m, int64_t row, Similarity kind) {
     if (!kind.normalize) {
         return !is_finite(squares) ? not_a_number<Acc>() : kind.euclidean ? squares : Acc(1);
     }
-    if (!is_finite(squares)) {  // rare: a sum of squares that overflows
+    if (!is_finite(squares)) {
         return scaled_inverse_norm<Acc>(m, row);
     }
     const Acc norm = std::sqrt(squares);
     return norm > Acc(1e-12) ? Acc(1) / norm : Acc(0);
 }
 
-// A row so long that the product of two such inverse norms nears the end of the range. Weights are then
-// multiplied by this.
+// Whether the product of two such inverse norms nears the end of the range. Weights are then multiplied by
+// long_rows_range().
 template <typename Acc>
 DML_DEVICE bool is_very_long(Acc norm) {
     return norm > Acc(0) && norm < Acc(sizeof(Acc) == 8 ? 1e-100 : 1e-12);
@@ -104,7 +104,7 @@ DML_DEVICE Acc long_rows_range() {
     return sizeof(Acc) == 8 ? Acc(0x1p600) : Acc(0x1p80);
 }
 
-// The factor that makes a row what is compared.
+// The factor that turns a row into the compared one.
 template <typename Acc>
 DML_DEVICE Acc unit_factor(Acc norm, Similarity kind) {
     return kind.normalize || norm != norm ? norm : Acc(1);
@@ -115,11 +115,11 @@ DML_DEVICE Acc unit_factor(Acc norm, Similarity kind) {
 template <typename Acc>
 inline constexpr Acc kNearSquare = Acc(1) / Acc(64);
 
-// The similarity of two rows from their bare dot product, symmetric to the bit; or NaN where it takes
-// careful_similarity to tell.
+// The similarity of two rows from their dot product, symmetric to the bit; NaN where careful_similarity is
+// needed.
 template <typename Acc>
 DML_DEVICE Acc quick_similarity(Similarity kind, Acc dot, Acc norm_a, Acc norm_b) {
-    if (kind.euclidean && !kind.normalize) {  // rare: distances
+    if (kind.euclidean && !kind.normalize) {
         const Acc both = norm_a + norm_b, square = both - Acc(2) * dot;
         return is_finite(square) && square > kNearSquare<Acc> * both ? -std::sqrt(square)
                                                                      : not_a_number<Acc>();
@@ -127,17 +127,16 @@ DML_DEVICE Acc quick_similarity(Similarity kind, Acc dot, Acc norm_a, Acc norm_b
     const Acc scale = norm_a * norm_b;
     const bool plain = is_finite(dot) && scale >= Acc(sizeof(Acc) == 8 ? 1e-290 : 1e-30);
     if (!plain) return not_a_number<Acc>();
-    if (kind.euclidean) {  // rare: distances
+    if (kind.euclidean) {
         const Acc square = Acc(2) - Acc(2) * (dot * scale);
         return square > Acc(2) * kNearSquare<Acc> ? -std::sqrt(square) : not_a_number<Acc>();
     }
     return dot * scale;
 }
 
-// From the rows themselves, by a warp, for one pair: for rows so long that their bare dot product overflows,
-// or the product of their inverse norms vanishes; and for near ones. 0 for a row that is not finite: the
-// whole batch becomes NaN in the end, and until then the statistics that only labels should decide stay
-// meaningful.
+// One pair by a warp, from the rows themselves: for near rows, and for rows so long that their dot product
+// overflows or the product of their inverse norms underflows. 0 for a row that is not finite: the batch
+// becomes NaN in the end, and until then row stats that depend on labels alone stay right.
 template <typename Acc, typename T>
 DML_DEVICE Acc careful_similarity(Similarity kind, const Matrix<T>& a, int64_t i, Acc norm_a,
                                   const Matrix<T>& b, int64_t j, Acc norm_b) {

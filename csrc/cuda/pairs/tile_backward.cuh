@@ -1,18 +1,13 @@
-// Large batches, backward. For each tile_group-tile one launch turns similarities into weights
-// (pair_weights.cuh), and one multiplies them by the points, with one owner for each block of the gradient:
-// what is accumulated for row i is G_i / |q_i|. A last launch takes out what the normalisation does. Tiles in
-// which nothing was kept are skipped whole.
+// Large batches, backward, second half: the weights of a tile group (pair_weights.cuh) times the points, with
+// one owner for each block of the gradient. The sum for row i is G_i / |q_i|; a last launch projects through
+// the normalisation. Tiles in which nothing was kept are skipped.
 #pragma once
 
 #include "cuda/pairs/pair_weights.cuh"
 
 namespace dml::cuda {
 
-inline constexpr int kMaxTileGroup = 64;            // tiles along an edge, as a square
-inline constexpr int kMaxLine = 2 * kMaxTileGroup;  // along the longer edge
-
-// The widest panel of the gradient, in columns, that a block may own: the wider, the less often weights are
-// read.
+// Columns of the gradient that a thread block owns, at most: every panel reads all weights again.
 template <typename GradMath>
 inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
 inline constexpr int kNarrowPanel = 64;
@@ -27,14 +22,14 @@ struct GradTraits {
     using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, false, true>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 4;
-    // Which takes some more registers.
+    // Whole rounds through the stages take more registers.
     static constexpr bool kWholeRounds =
         !kNeedsManyRegisters<GradMath> && (kCols == kNarrowPanel || sizeof(T) == 2);
     static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
     static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
     // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
     static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
-    // So do the points, which lanes read as vectors: four rows from each other, or every second of eight.
+    // Points likewise, which lanes read as vectors: of four rows, or of every second of eight.
     static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
     static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kHalfVectors ? 16 : 8);
     static constexpr int kWeightElements =
@@ -46,10 +41,10 @@ struct GradTraits {
     static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
 };
 
-// One side's gradient under way: its rows from row0 on, contiguous.
+// One side's running gradient: its rows from row0 on, contiguous.
 template <typename Acc>
 struct Gradient {
-    Acc* sum;  // [.., dim]; null where this side is not wanted
+    Acc* sum;  // [.., dim]; null: not wanted
     int64_t row0;
     int64_t count;  // of all rows of this side
     bool first;     // nothing has been added yet
@@ -58,10 +53,10 @@ struct Gradient {
 template <typename Acc>
 struct Gradients {
     Gradient<Acc> side[2];  // of the rows and of the columns
-    bool shared[2];         // whether several blocks share a line of that side
-    Acc* parts;  // [blocks - 1, rows of those sides in the tile_group-tile, dim], of all but the first
+    bool shared[2];         // whether several thread blocks share a line of that side
+    Acc* parts;             // [blocks - 1, rows of those sides in the tile group, dim], of all but the first
 
-    // Tiles of lines that are shared, of this side's and all.
+    // Tiles of shared lines: of one side, of both.
     DML_INLINE int tiles(int of, int row_tiles, int col_tiles) const {
         return !shared[of] ? 0 : of == 0 ? row_tiles : col_tiles;
     }
@@ -70,14 +65,14 @@ struct Gradients {
     }
 };
 
-// One of the blocks that share a line.
+// One of the thread blocks that share a line.
 struct Part {
     int index, count;
     DML_DEVICE int begin(int slots) const { return slots * index / count; }
     DML_DEVICE int end(int slots) const { return slots * (index + 1) / count; }
 };
 
-// Lists, in order, the slots of which wanted(slot) holds: list[0] is their number. By one warp, for the
+// Lists in order the slots for which wanted(slot) holds; list[0] is their number. One warp works for the
 // block.
 template <typename F>
 DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
@@ -86,9 +81,9 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
 #pragma unroll 1
         for (int first = 0; first < slots; first += kWarpSize) {
             const int slot = first + lane_id();
-            const bool mine = slot < slots && wanted(slot);
-            const uint32_t all = warp_ballot(mine), before = all & ((1u << lane_id()) - 1u);
-            if (mine) list[1 + count + __popc(before)] = slot;
+            const bool listed = slot < slots && wanted(slot);
+            const uint32_t all = warp_ballot(listed), before = all & ((1u << lane_id()) - 1u);
+            if (listed) list[1 + count + __popc(before)] = slot;
             count += __popc(all);
         }
         if (lane_id() == 0) list[0] = count;
@@ -96,11 +91,11 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
     block_sync();
 }
 
-// Adds W P to the product, for the tiles W of the tile_group-tile's row of tiles `own` that are kept and the
-// points P of their columns; with Transposed W^T P, for those of its column of tiles and the points of their
-// rows. A part of them.
+// Adds W P to the product, over the kept tiles W of the group's row of tiles `line` and the points P of their
+// columns; with Transposed W^T P, over its column of tiles `line` and the points of their rows. Only a part
+// of these tiles.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
-DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_group, int own, Part part,
+DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_group, int line, Part part,
                                     const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
@@ -111,8 +106,8 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
     int* list = shared_array<int>(Traits::kList, kMaxLine + 1);
     list_slots(list, Transposed ? tile_group.row_tiles : tile_group.col_tiles, [&](int slot) {
-        const int64_t ti = tile_group.row_tile + (Transposed ? slot : own);
-        const int64_t tj = tile_group.col_tile + (Transposed ? own : slot);
+        const int64_t ti = tile_group.row_tile + (Transposed ? slot : line);
+        const int64_t tj = tile_group.col_tile + (Transposed ? line : slot);
         return tile_group.has(ti, tj) && (!kept || (kept[tile_group.tile_index(ti, tj)] & kHasGradient));
     });
 
@@ -122,7 +117,7 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
     using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
     using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
     const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
-        weights + int64_t(own) * (Transposed ? 1 : tile_group.col_tiles) * kTile * kTile);
+        weights + int64_t(line) * (Transposed ? 1 : tile_group.col_tiles) * kTile * kTile);
     const unsigned slot_size = unsigned(Transposed ? tile_group.col_tiles : 1) * kTile * kTile;
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
@@ -150,8 +145,8 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
     pipeline<Traits::kStages, Traits::kWholeRounds>(count * kSlices, next, next, use);
 }
 
-// Block (x, y, z): columns x of the gradient, rows of tile y: row tiles first, then column tiles; part z of
-// its line. A tile on the diagonal of a square matrix serves the same points as rows and as columns.
+// Thread block (x, y, z): panel x of the gradient's columns, line y (rows of tiles first, then columns of
+// tiles), part z of the line. A diagonal group serves the same points as rows and as columns.
 template <typename GradMath, int Cols, typename T = typename GradMath::Value,
           typename Acc = typename GradMath::Acc>
 __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
@@ -161,7 +156,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     using Traits = GradTraits<GradMath, Cols>;
     constexpr int kTile = Traits::kTile;
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
-    const int own = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
+    const int line = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
     const Gradient<Acc>& gradient = gradients.side[side];
     const Part part = {int(blockIdx.z), gradients.shared[side] ? int(gridDim.z) : 1};
     if (!gradient.sum || part.index >= part.count) return;
@@ -170,27 +165,27 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
 
     using Sum = Product<GradMath, typename Traits::TileShape>;
     Sum product;
-    if (side == 0) add_weighted_points<Traits, false>(product, tile_group, own, part, kept, weights, d0);
+    if (side == 0) add_weighted_points<Traits, false>(product, tile_group, line, part, kept, weights, d0);
     if (side == 1 || tile_group.diagonal())
-        add_weighted_points<Traits, true>(product, tile_group, own, part, kept, weights, d0);
+        add_weighted_points<Traits, true>(product, tile_group, line, part, kept, weights, d0);
 
-    const int64_t row0 = ((side == 0 ? tile_group.row_tile : tile_group.col_tile) + own) * kTile;
+    const int64_t row0 = ((side == 0 ? tile_group.row_tile : tile_group.col_tile) + line) * kTile;
     const int64_t dim = tile_group.rows.points.cols, rows = gradient.count - row0;
-    const bool apart = part.index > 0, first = apart || gradient.first;
+    const bool separate = part.index > 0, first = separate || gradient.first;
     const int64_t tiles = gradients.tiles(all.row_tiles, all.col_tiles);
     const int before = side == 0 ? 0 : gradients.tiles(0, all.row_tiles, all.col_tiles);
-    Acc* sums = (apart ? gradients.parts + ((part.index - 1) * tiles + before + own) * kTile * dim
-                       : gradient.sum + (row0 - gradient.row0) * dim) +
+    Acc* sums = (separate ? gradients.parts + ((part.index - 1) * tiles + before + line) * kTile * dim
+                          : gradient.sum + (row0 - gradient.row0) * dim) +
                 d0;
     constexpr int kVector = Sum::kRun * int(sizeof(Acc)) < 16 ? Sum::kRun : 16 / int(sizeof(Acc));
-    using Some = Vector<Acc, kVector>;
-    const bool aligned = reinterpret_cast<uintptr_t>(sums) % sizeof(Some) == 0 && dim % kVector == 0;
+    using Chunk = Vector<Acc, kVector>;
+    const bool aligned = reinterpret_cast<uintptr_t>(sums) % sizeof(Chunk) == 0 && dim % kVector == 0;
     if (aligned && rows >= kTile && dim - d0 >= Traits::kCols) {
-        product.each_run([&](int r, int c, const Acc(&values)[Sum::kRun]) {
-            Some* sum = reinterpret_cast<Some*>(sums + r * dim + c);
+        product.for_each_run([&](int r, int c, const Acc(&values)[Sum::kRun]) {
+            Chunk* sum = reinterpret_cast<Chunk*>(sums + r * dim + c);
 #pragma unroll
             for (int v = 0; v < Sum::kRun / kVector; ++v) {
-                Some x = {};
+                Chunk x = {};
                 if (!first) x = sum[v];
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) x.value[e] += values[v * kVector + e];
@@ -198,7 +193,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
             }
         });
     } else {
-        product.each([&](int r, int c, Acc value) {
+        product.for_each([&](int r, int c, Acc value) {
             if (r >= rows || d0 + c >= dim) return;
             Acc& sum = sums[r * dim + c];
             sum = first ? value : sum + value;
@@ -206,43 +201,30 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     }
 }
 
-inline constexpr int kPartThreads = 256;
-
-// Adds parts [count, pitch] of a gradient to its sum, in their order. A thread for each of `size` numbers.
-template <typename Acc>
-__global__ void __launch_bounds__(kPartThreads)
-    merge_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
-    const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
-    if (i >= size) return;
-    Acc sum = sums[i];
-#pragma unroll 8
-    for (int k = 0; k < count; ++k) sum += parts[k * pitch + i];
-    sums[i] = sum;
-}
-
 inline constexpr int kFinishThreads = 256;
 
-// One warp a row in [begin, end): from the accumulated sum [end - begin, dim] to the gradient of q_i,
-// grad [rows, dim]. They may be the same. weight_sums: of each row's weights, for distances of rows as they
-// come. A row that took no part has a gradient of 0.
+// One warp a row in [begin, end): from sum [end - begin, dim] to the gradient grad [rows, dim], which may be
+// the same memory. weight_sums: [rows] of each row's weights, for distances of rows that are not normalised.
+// A row that is not in use has a gradient of 0.
 template <typename T, typename Acc, typename Out = T>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity, RowStats<Acc> stats,
-                    Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum, Out* grad) {
+    finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity,
+                    RowStats<Acc> row_stats, Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum,
+                    Out* grad) {
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;
     const T* q = points.data + i * points.stride;
     const Acc* g = sum + (i - begin) * points.cols;
-    const bool took_part = i < rows.in_use().points.rows;
-    const Acc factor = took_part ? gradient_factor(stats, upstream) : Acc(0);
+    const bool in_use = i < rows.in_use().points.rows;
+    const Acc factor = in_use ? gradient_factor(row_stats, upstream) : Acc(0);
     const Acc norm = rows.norms[i];
-    Acc along = 0, scale = factor;  // how much of q_i there is too much
+    Acc along = 0, scale = factor;  // along: the multiple of q_i to subtract
     if (similarity.normalize) {
         for (int64_t d = lane_id(); d < points.cols; d += kWarpSize) along = std::fma(Acc(q[d]), g[d], along);
         along = warp_sum(along) * norm;  // x_i . G_i
-        scale = factor / stats.header[kRange];
-    } else if (similarity.euclidean && took_part) {
+        scale = factor / row_stats.header[kRange];
+    } else if (similarity.euclidean && in_use) {
         along = weight_sums[i];
     }
     const Acc unit = similarity.normalize ? norm : Acc(1);

@@ -1,8 +1,7 @@
-// Large batches, first half: which tiles there are, and the similarities of one.
+// Large batches: tiles of the pair matrix, groups of tiles, and the similarities of a tile.
 //
-// The matrix of pairs is cut into tiles, and the tiles into square tile_group-tiles, one launch each, so that
-// workspaces stay bounded whatever N and M. Where both sides are the same points only pairs i < j exist:
-// each serves row i and, transposed, row j.
+// A tile group is one launch, so workspaces stay bounded whatever N and M. Where both sides are the same
+// points only pairs i < j are visited: each serves row i and, transposed, row j.
 #pragma once
 
 #include "cuda/common/math.cuh"
@@ -11,7 +10,7 @@
 
 namespace dml::cuda {
 
-// Arithmetic whose tiles take the registers of two blocks.
+// Arithmetic whose tiles need the registers of two thread blocks.
 template <typename Math>
 inline constexpr bool kNeedsManyRegisters = false;
 template <typename T>
@@ -19,8 +18,8 @@ inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
 inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
 
-// Blocks of a tile kernel that should fit on a multiprocessor together, one multiplying while another looks
-// at its pairs. From sm_120 on shared memory holds one.
+// Thread blocks of a tile kernel per multiprocessor: of two, one multiplies while the other visits its pairs.
+// From sm_120 on shared memory holds one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 template <typename Math>
 inline constexpr int kTileBlocks = 1;
@@ -29,7 +28,7 @@ template <typename Math>
 inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
 #endif
 
-// The same for the kernels that look at pairs, whose formulas take registers as well.
+// The same for kernels that visit pairs, whose formulas take registers as well.
 template <typename Math>
 inline constexpr int kPairBlocks = kTileBlocks<Math>;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -57,10 +56,11 @@ struct TileTraits {
     static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
     static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
     static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
-    static constexpr int kEnd = kFlags + kWarpSize * int(sizeof(int));  // where users' own arrays begin
+    static constexpr int kEnd =
+        kFlags + kWarpSize * int(sizeof(int));  // where the kernels' other arrays begin
 };
 
-// A tile_group-tile: the tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
+// The tiles [row_tile, row_tile + row_tiles) x [col_tile, col_tile + col_tiles).
 template <typename T, typename Acc>
 struct TileGroup {
     Rows<T, Acc> rows, cols;
@@ -79,14 +79,17 @@ struct TileGroup {
     }
     template <int Tile>
     DML_DEVICE TileGroup in_use() const {
-        TileGroup some = *this;
-        some.cols = cols.in_use();
-        some.used_col_tiles = (some.cols.points.rows + Tile - 1) / Tile;
-        return some;
+        TileGroup result = *this;
+        result.cols = cols.in_use();
+        result.used_col_tiles = (result.cols.points.rows + Tile - 1) / Tile;
+        return result;
     }
     DML_INLINE bool has(int64_t ti, int64_t tj) const { return square ? ti <= tj : tj < used_col_tiles; }
     DML_INLINE bool diagonal() const { return square && row_tile == col_tile; }
 };
+
+inline constexpr int kMaxTileGroup = 64;            // tiles along an edge of a square group
+inline constexpr int kMaxLine = 2 * kMaxTileGroup;  // along the longer edge of another
 
 // The tile of a block: its similarities and the labels of both sides, in shared memory.
 template <typename Math>
@@ -131,8 +134,8 @@ DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape
 template <typename Acc>
 inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 
-// Writes a tile's similarities to sim. plain: the norm of this thread's line is no reason to look at them one
-// by one.
+// Writes a tile's similarities to sim. plain: the norm of this thread's line is in the range where products
+// need no check.
 template <typename Math, typename Sum, typename T, typename Acc>
 DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& tile_group, int64_t row0,
                                    int64_t col0, bool plain, const Acc* norms, int* flags, Acc* sim) {
@@ -141,7 +144,7 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
     using Run = Vector<Acc, Sum::kRun>;
     if (!tile_group.similarity.euclidean) {
         Acc check = 0;  // not finite once a similarity is not
-        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+        product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
             Run s;
 #pragma unroll
             for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
@@ -153,27 +156,27 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
             }
             *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
-        const bool own = warp_any(!plain || check - check != Acc(0));
-        if (lane_id() == 0) flags[warp_id()] = own ? 1 : 0;
+        const bool unusual = warp_any(!plain || check - check != Acc(0));
+        if (lane_id() == 0) flags[warp_id()] = unusual ? 1 : 0;
         block_sync();
         int any = 0;
         for (int w = 0; w < kThreads / kWarpSize; ++w) any |= flags[w];
         if (any == 0) return;
         block_sync();
     }
-    {  // rare: distances; cosines at the edges, and of rows out of the ordinary
-        product.each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
+    {  // distances; cosines at the edges, of zero rows and out of range
+        product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
             Run s;
 #pragma unroll
             for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e];
             *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
         block_sync();
-        constexpr int kApart = kThreads / kTile;  // rows
+        constexpr int kRowStep = kThreads / kTile;
         const int c = int(threadIdx.x) % kTile;
         const Acc norm = norms[kTile + c];
 #pragma unroll 1
-        for (int r = int(threadIdx.x) / kTile; r < kTile; r += kApart) {
+        for (int r = int(threadIdx.x) / kTile; r < kTile; r += kRowStep) {
             Acc& s = sim[r * kSimPitch + c];
             const bool pair = row0 + r < tile_group.rows.points.rows &&
                               col0 + c < tile_group.cols.points.rows &&
@@ -192,6 +195,8 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
     }
 }
 
+// The similarities, labels and norms of a tile: from the cache, or multiplied (and cached where there is a
+// cache).
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
     using Traits = TileTraits<Math>;
@@ -217,21 +222,21 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
         plain = norm >= kPlainNorm<Acc>;
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
-    // Where it is used: the product leaves no registers to keep it in.
+    // Computed where it is used: the product leaves no registers to keep it in.
     const auto cached = [&] { return tile_group.cache + tile_group.tile_index(ti, tj) * kTile * kTile; };
-    if (!tile_group.cache_filled) {  // anew: what no cache holds
+    if (!tile_group.cache_filled) {
         Product<Math, typename Traits::TileShape> product;
         multiply_tile(product, bytes, rows, row0, cols, col0);
         store_similarities<Math>(product, tile_group, row0, col0, plain, norms, flags, sim);
         if (tile_group.cache) {
-            using Own = Share<Acc, kTile, kTile, kThreads>;
-            using Some = Vector<Acc, Own::kElements>;
-            const Acc* from = sim + Own::row() * kSimPitch + Own::col();
-            Acc* to = cached() + Own::row() * kTile + Own::col();
+            using Chunks = ChunkShare<Acc, kTile, kTile, kThreads>;
+            using Chunk = Vector<Acc, Chunks::kElements>;
+            const Acc* from = sim + Chunks::row() * kSimPitch + Chunks::col();
+            Acc* to = cached() + Chunks::row() * kTile + Chunks::col();
 #pragma unroll
-            for (int c = 0; c < Own::kChunks; ++c) {
-                *reinterpret_cast<Some*>(to + c * Own::kApart * kTile) =
-                    *reinterpret_cast<const Some*>(from + c * Own::kApart * kSimPitch);
+            for (int c = 0; c < Chunks::kCount; ++c) {
+                *reinterpret_cast<Chunk*>(to + c * Chunks::kRowStep * kTile) =
+                    *reinterpret_cast<const Chunk*>(from + c * Chunks::kRowStep * kSimPitch);
             }
         }
         return tile;

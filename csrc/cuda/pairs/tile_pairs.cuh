@@ -1,12 +1,11 @@
-// The pairs of a tile, as the kernels visit them: which of the tile's elements are pairs, which are positive,
-// and which thread looks at which.
+// The pairs of a tile as kernels visit them: which elements are pairs, which are positive, and which thread
+// visits which.
 //
-// A thread looks at a grid of kRows x kCols pairs, so that what a row or column has is loaded once for
-// several pairs, and rows merge over 4 lanes, columns over 8, by shuffles. An element that is no pair holds
-// NaN, which no bound keeps: so nothing inside the loops asks.
+// A thread visits a grid of kRows x kCols pairs: the numbers of a row or column are loaded once for several
+// pairs, and rows merge over 4 lanes, columns over 8, by shuffles. An element that is no pair is NaN; every
+// comparison is false, so the loops need no mask.
 #pragma once
 
-#include "cuda/pairs/statistics.cuh"
 #include "cuda/pairs/tile_group.cuh"
 
 namespace dml::cuda {
@@ -21,12 +20,12 @@ struct PairGrid {
     static constexpr int kRows = kTile / kWarpRows / kLaneRows, kCols = kTile / kWarpCols / kLaneCols;
     static_assert(kLines <= Traits::kThreads, "a thread for each line");
 
-    // Shared memory, behind the tile's.
+    // Shared memory, after the tile's.
     static constexpr int kIds = Traits::kEnd;
     static constexpr int kLineNumbers = (kIds + kLines * int(sizeof(int)) + 15) / 16 * 16;
     static constexpr int kMaxLineNumbers = 5;
     static constexpr int kScratch = kLineNumbers + kMaxLineNumbers * kLines * int(sizeof(Acc));
-    // For each quantity and line, the part of each warp along it.
+    // For each quantity and line, a part from each warp along it.
     static constexpr int kScratchLine = kWarpCols * kTile + kWarpRows * kTile;
     static constexpr int shared_bytes(int quantities) {
         return kScratch + quantities * kScratchLine * int(sizeof(Acc));
@@ -39,13 +38,13 @@ struct PairGrid {
         return warp_id() % kWarpCols * (kTile / kWarpCols) + lane_id() % kLaneCols * kCols + j;
     }
 
-    // The similarities, where load_tile has put them. (Not by the pointer in LoadedTile, of which the
-    // compiler would not see that it leads to shared memory.)
+    // The similarities that load_tile has stored. (Through the pointer in LoadedTile the compiler would not
+    // know that the memory is shared.)
     static DML_DEVICE Acc& sim(int row, int col) {
         unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
         return reinterpret_cast<Acc*>(bytes)[row * Traits::kSimPitch + col];
     }
-    // A thread's own pairs in one row.
+    // The thread's pairs in one row.
     struct alignas(16) Sims {
         Acc s[kCols];
     };
@@ -61,21 +60,48 @@ struct PairGrid {
     }
 };
 
-// Whether it holds for any thread of the block; every thread gets the answer. Two barriers.
+// Whether `value` holds for any thread of the block; every thread gets the answer. Two barriers.
 template <typename Math>
-DML_DEVICE bool block_any(bool own) {
+DML_DEVICE bool block_any(bool value) {
     using Traits = TileTraits<Math>;
     int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
-    own = warp_any(own);
-    block_sync();  // whoever used the flags before has done so
-    if (lane_id() == 0) flags[warp_id()] = own ? 1 : 0;
+    value = warp_any(value);
+    block_sync();  // previous readers of the flags are done
+    if (lane_id() == 0) flags[warp_id()] = value ? 1 : 0;
     block_sync();
     int any = 0;
     for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) any |= flags[w];
     return any != 0;
 }
 
-// The row or column that a thread stands for, or -1.
+// The largest of all threads' numbers.
+template <typename Math, typename Acc>
+DML_DEVICE Acc block_max(Acc x, Acc* shared) {
+    constexpr int kWarps = TileTraits<Math>::kThreads / kWarpSize, kAtOnce = 16 / int(sizeof(Acc));
+    x = warp_max(x);
+    if (lane_id() == 0) shared[warp_id()] = x;
+    block_sync();
+    const auto* chunks = reinterpret_cast<const Vector<Acc, kAtOnce>*>(shared);  // aligned to 16 bytes
+#pragma unroll
+    for (int w = 0; w < kWarps / kAtOnce; ++w) {
+        const auto y = chunks[w];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) x = std::fmax(x, y.value[e]);
+    }
+    return x;
+}
+
+// exp(x) for x up to about 0, to 2^-23 (1 + |x|).
+template <typename Acc>
+DML_DEVICE Acc quick_exp(Acc x) {
+    if constexpr (sizeof(Acc) == 4) {
+        return exp2_approx(x * 1.44269504f);
+    } else {
+        return std::exp(x);
+    }
+}
+
+// The row or column of this thread's line, or -1.
 template <typename Math, typename T, typename Acc>
 DML_DEVICE int64_t line_of_thread(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
     constexpr int kTile = TileTraits<Math>::kTile;
@@ -86,24 +112,24 @@ DML_DEVICE int64_t line_of_thread(const TileGroup<T, Acc>& tile_group, int64_t t
     return i < (is_row ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
 }
 
-// Numbers of 32 bits that are equal where the labels of the tile's lines are: their lower halves where all
-// upper halves agree, else the first line that has the label.
+// Ids of 32 bits, equal where the labels of the tile's lines are: the labels' lower halves where all upper
+// halves agree, else the first line that has the label.
 template <typename Math>
 DML_DEVICE void number_labels(const LoadedTile<Math>& tile) {
     using Grid = PairGrid<Math>;
     const int line = int(threadIdx.x);
     const int64_t* labels = tile.row_labels;  // the columns' follow
-    const int64_t own = line < Grid::kLines ? labels[line] : labels[0];
-    int id = int(uint32_t(own));
-    if (block_any<Math>((own ^ labels[0]) >> 32 != 0)) {  // rare: labels beyond 32 bits
+    const int64_t label = line < Grid::kLines ? labels[line] : labels[0];
+    int id = int(uint32_t(label));
+    if (block_any<Math>((label ^ labels[0]) >> 32 != 0)) {
         id = 0;
-        while (labels[id] != own) ++id;
+        while (labels[id] != label) ++id;
     }
     if (line < Grid::kLines) Grid::ids()[line] = id;
     block_sync();
 }
 
-// Marks what is no pair: past the edges and, where square, on the diagonal and left of it.
+// Sets elements that are no pair to NaN: past the edges and, where square, on the diagonal and left of it.
 template <typename Math, typename T, typename Acc>
 DML_DEVICE void mark_edges(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
     using Traits = TileTraits<Math>;
@@ -112,22 +138,22 @@ DML_DEVICE void mark_edges(const TileGroup<T, Acc>& tile_group, const LoadedTile
                   cols = tile_group.cols.points.rows - tile.col0;
     const bool diagonal = tile_group.square && tile.row0 == tile.col0;
     if (rows >= kTile && cols >= kTile && !diagonal) return;
-    block_sync();  // the cache has been filled with what the similarities were
-    for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {  // rare: edges, diagonal
+    block_sync();  // the similarities have been read for the cache
+    for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {
         const int r = e / kTile, c = e % kTile;
         if (r >= rows || c >= cols || (diagonal && c <= r)) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
     }
     block_sync();
 }
 
-// Marks the pair of a row and itself, where that is a positive.
+// Sets the pair of a row and itself to NaN, where that is a positive.
 template <typename Math, typename T, typename Acc>
 DML_DEVICE void mark_self(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
     constexpr int kTile = TileTraits<Math>::kTile;
     if (!tile_group.self_index) return;
     block_sync();
     const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < tile_group.rows.points.rows) {  // rare: rows among the references
+    if (r < kTile && tile.row0 + r < tile_group.rows.points.rows) {
         const int64_t self = tile_group.self_index[tile.row0 + r];
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
@@ -137,8 +163,8 @@ DML_DEVICE void mark_self(const TileGroup<T, Acc>& tile_group, const LoadedTile<
     block_sync();
 }
 
-// A tile ready to be looked at. for_mining: as mining sees it, with the pairs of rows and themselves where it
-// is told to.
+// A tile whose pairs can be visited. for_mining: pairs of rows and themselves stay where mine_self_pair says
+// so.
 template <typename Math, typename T, typename Acc>
 DML_DEVICE LoadedTile<Math> load_pairs(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
                                        bool for_mining) {
@@ -149,8 +175,8 @@ DML_DEVICE LoadedTile<Math> load_pairs(const TileGroup<T, Acc>& tile_group, int6
     return tile;
 }
 
-// The labels' numbers of a thread's columns. Most rows of most tiles hold no positive, of which the threads
-// of a warp, who look at 8 rows and 32 columns at a time, convince themselves together.
+// The label ids of a thread's columns. Most rows of most tiles hold no positive: a warp vote over its 8 rows
+// and 32 columns skips them.
 template <typename Grid>
 struct ColumnIds {
     int ids[Grid::kCols];
@@ -168,17 +194,17 @@ struct ColumnIds {
     }
 };
 
-// Merges what threads hold of a row over the lanes of that row.
+// Merges a row's values over the lanes that share the row.
 template <typename Grid, typename T, typename Merge>
-DML_DEVICE T over_row(T x, const Merge& merge) {
+DML_DEVICE T merge_lanes(T x, const Merge& merge) {
 #pragma unroll
     for (int m = 1; m < Grid::kLaneCols; m *= 2) x = merge(x, shfl_xor(x, m));
     return x;
 }
 
-// Where the warps' parts of one quantity meet: a row has a part for each warp along it, a column likewise.
+// Merges quantities over warps, through shared memory: a line has a part from each warp along it.
 template <typename Grid, typename Acc = typename Grid::Acc>
-struct Meeting {
+struct WarpExchange {
     Acc* data;  // [quantities][kScratchLine]
 
     DML_DEVICE void put_row(int quantity, int i, Acc x) const {
@@ -186,8 +212,8 @@ struct Meeting {
         const int part = warp_id() % Grid::kWarpCols;
         data[quantity * Grid::kScratchLine + part * Grid::kTile + Grid::row(i)] = x;
     }
-    // x: of each of the thread's columns. Lanes that share these halve, with each merger, the columns that
-    // they go on with, until there are no more than lanes; the order of the merging is the same for all.
+    // x: a value for each of the thread's columns. In each round two lanes that share columns split them,
+    // until every lane has one; the order of merging is the same for all columns.
     template <typename Merge>
     DML_DEVICE void put_cols(int quantity, const Acc (&x)[Grid::kCols], const Merge& merge) const {
         constexpr int kRounds = Grid::kCols == 8 ? 3 : 2;
@@ -201,15 +227,15 @@ struct Meeting {
             const bool upper = (lane_id() & mask) != 0;
 #pragma unroll
             for (int j = 0; j < n; ++j) {
-                const Acc give = upper ? rest[j] : rest[n + j], keep = upper ? rest[n + j] : rest[j];
-                rest[j] = merge(keep, shfl_xor(give, mask));
+                const Acc sent = upper ? rest[j] : rest[n + j], kept = upper ? rest[n + j] : rest[j];
+                rest[j] = merge(kept, shfl_xor(sent, mask));
             }
             first += upper ? n : 0;
         }
         for (; mask < kWarpSize; mask *= 2) rest[0] = merge(rest[0], shfl_xor(rest[0], mask));
         if (lane_id() >> (2 + kRounds) == 0) at_col(quantity, first) = rest[0];
     }
-    // The same number for each of them.
+    // The same value for each column.
     DML_DEVICE void put_every_col(int quantity, Acc x) const {
         at_col(quantity, lane_id() / Grid::kLaneCols % Grid::kCols) = x;
     }
@@ -217,7 +243,7 @@ struct Meeting {
         const int part = Grid::kWarpCols + warp_id() / Grid::kWarpCols;
         return data[quantity * Grid::kScratchLine + part * Grid::kTile + Grid::col(j)];
     }
-    // After a barrier: line is a row, or kTile + a column.
+    // After a barrier; line: a row, or kTile + a column.
     template <typename Merge>
     DML_DEVICE Acc get(int quantity, int line, const Merge& merge) const {
         const bool is_row = line < Grid::kTile;
@@ -230,13 +256,13 @@ struct Meeting {
     }
 };
 
-struct Least {
+struct Minimum {
     template <typename T>
     DML_DEVICE T operator()(T a, T b) const {
         return b < a ? b : a;
     }
 };
-struct Greatest {
+struct Maximum {
     template <typename T>
     DML_DEVICE T operator()(T a, T b) const {
         return b > a ? b : a;

@@ -1,10 +1,10 @@
-// What becomes of rows before, between and after the passes over blocks of columns.
+// Row kernels before, between and after the passes over blocks of columns.
 #include "cuda/ring/ring.cuh"
 
 namespace dml::cuda {
 namespace {
 
-// f(a number of the type that is computed in).
+// f(a number of the accumulating type).
 template <typename F>
 void with_number(const Task& task, const F& f) {
     if (task.problem.scalar == Scalar::kFloat64) {
@@ -14,7 +14,7 @@ void with_number(const Task& task, const F& f) {
     }
 }
 
-// What an empty accumulator is.
+// The values of empty accumulators.
 struct Empty {
     bool neg_exp, pos_exp, plus_one;
 };
@@ -30,37 +30,39 @@ Empty empty_accumulators(FormulaId formula) {
 
 template <typename Acc>
 __global__ void __launch_bounds__(kRowThreads)
-    turn_rows_of(BlockStage stage, bool mining, Empty empty, Acc epsilon, int64_t rows, RowStats<Acc> stats) {
+    turn_rows_of(BlockStage stage, bool mining, Empty empty, Acc epsilon, int64_t rows,
+                 RowStats<Acc> row_stats) {
     const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
     const auto set_bounds = [&](const Bounds<Acc>& bounds) {
-        stats.neg_above[i] = bounds.neg_above;
-        stats.pos_below[i] = bounds.pos_below;
+        row_stats.neg_above[i] = bounds.neg_above;
+        row_stats.pos_below[i] = bounds.pos_below;
     };
     if (stage == BlockStage::kStart) {
-        if (i < kHeader) stats.header[i] = Acc(1);
+        if (i < kHeader) row_stats.header[i] = Acc(1);
         if (i >= rows) return;
         if (mining) {
             const Extremes<Acc> none;
-            const RunningRow<Acc> row{stats, i};
+            const RunningRow<Acc> row{row_stats, i};
             row.min_pos() = none.min_pos;
             row.max_neg() = none.max_neg;
         } else {
             set_bounds(Bounds<Acc>::all());
         }
-        stats.neg[i] = empty.neg_exp ? -infinity<Acc>() : Acc(0);
-        stats.pos[i] = empty.pos_exp ? -infinity<Acc>() : Acc(0);
-        stats.d_neg[i] = stats.d_pos[i] = Acc(0);
+        row_stats.neg[i] = empty.neg_exp ? -infinity<Acc>() : Acc(0);
+        row_stats.pos[i] = empty.pos_exp ? -infinity<Acc>() : Acc(0);
+        row_stats.d_neg[i] = row_stats.d_pos[i] = Acc(0);
         return;
     }
     if (i >= rows) return;
     if (stage == BlockStage::kHardest) {
-        const RunningRow<Acc> row{stats, i};
+        const RunningRow<Acc> row{row_stats, i};
         set_bounds(Extremes<Acc>{row.min_pos(), row.max_neg()}.mined(epsilon));
     }
-    if (stage == BlockStage::kNegatives) {  // from here on the positives' context, and its derivatives' sum
-        if (empty.neg_exp) stats.neg[i] = LogSumExp<Acc>{stats.neg[i], stats.d_neg[i]}.value(empty.plus_one);
-        if (!empty.neg_exp) stats.neg[i] = stats.d_neg[i];
-        stats.d_neg[i] = Acc(0);
+    if (stage == BlockStage::kNegatives) {  // from here on neg is the context, d_neg its derivatives' sum
+        if (empty.neg_exp)
+            row_stats.neg[i] = LogSumExp<Acc>{row_stats.neg[i], row_stats.d_neg[i]}.value(empty.plus_one);
+        if (!empty.neg_exp) row_stats.neg[i] = row_stats.d_neg[i];
+        row_stats.d_neg[i] = Acc(0);
     }
 }
 
@@ -79,12 +81,9 @@ __global__ void __launch_bounds__(kRowThreads)
         const bool both = positives > 0 && negatives > 0;
         const RowResult<Acc> result = finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
                                                  Results<Acc>{nullptr, 0, nullptr, reduction});
-        // Of what is not finite a row hears only where the labels give it the pairs that a loss needs.
-        const bool needed = mining ? both
-                                   : (positives > 0 || negatives > 0) &&
-                                         (positives > 0 || !Formula::kNeedsPos) &&
-                                         (negatives > 0 || !Formula::kNeedsNeg);
-        const bool poisoned = needed && !is_finite(from.header[kHealth]);
+        // An input that is not finite reaches only rows to which the labels give the pairs that a loss needs.
+        const bool poisoned = row_has_loss(Formula::needed_pairs(), mining, positives > 0, negatives > 0) &&
+                              !is_finite(from.header[kHealth]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             losses[k * rows + i] = poisoned && k < Formula::kParts ? not_a_number<Acc>() : result.part[k];

@@ -1,4 +1,4 @@
-// What the kernels on triplets do with all threads of a block: reductions and prefix sums, in one order.
+// Reductions and prefix sums over a thread block of the triplet kernels, in a fixed order.
 #pragma once
 
 #include "cuda/pairs/rows.cuh"
@@ -10,7 +10,7 @@ inline constexpr int kTripletThreads = 256, kTripletWarps = kTripletThreads / kW
 inline constexpr int kMergeBytes = kTripletWarps * int(sizeof(double));
 inline constexpr size_t kTripletSharedBytes = kMergeBytes + (kTripletThreads + 1) * sizeof(double);
 
-// op over all threads' x, in one order; every thread gets it.
+// op over all threads' x; every thread gets the result.
 template <typename T, typename Op>
 DML_DEVICE T block_merge(T x, const Op& op) {
     static_assert(sizeof(T) <= sizeof(double));
@@ -47,8 +47,8 @@ DML_DEVICE T block_scan(T x, T& total) {
     T inclusive = x;
 #pragma unroll
     for (int m = 1; m < kWarpSize; m *= 2) {
-        const T other = shfl(inclusive, lane >= m ? lane - m : lane);
-        if (lane >= m) inclusive += other;
+        const T lower = shfl(inclusive, lane >= m ? lane - m : lane);
+        if (lane >= m) inclusive += lower;
     }
     const T before = shfl(inclusive, lane > 0 ? lane - 1 : 0);
     if (lane == kWarpSize - 1) shared[warp_id()] = inclusive;

@@ -5,7 +5,7 @@
 
 namespace dml::cuda {
 
-// Thread t looks after the t-th piece of the columns; below[t] is the weight of all pieces before.
+// Thread t owns the t-th piece of the columns; below[t] is the weight of all pieces before it.
 template <typename T>
 struct RowDraw {
     const TripletRow<T>& row;
@@ -13,10 +13,10 @@ struct RowDraw {
     int64_t piece;
     T most;
 
-    DML_DEVICE explicit RowDraw(const TripletRow<T>& of)
-        : row(of),
+    DML_DEVICE explicit RowDraw(const TripletRow<T>& drawn)
+        : row(drawn),
           below(shared_array<double>(kMergeBytes, kTripletThreads + 1)),
-          piece((of.columns + kTripletThreads - 1) / kTripletThreads) {
+          piece((drawn.columns + kTripletThreads - 1) / kTripletThreads) {
         T largest = -infinity<T>();
         for (int64_t j = threadIdx.x; j < row.columns; j += kTripletThreads) {
             const T log_weight = draw_log_weight(row.params, -row.s[j]);
@@ -45,10 +45,10 @@ struct RowDraw {
         double sum = below[t];
         int64_t found = -1;
         for (int64_t j = begin(t); j < begin(t + 1); ++j) {
-            const double here = weight(j);
-            if (!(here > 0)) continue;
+            const double column_weight = weight(j);
+            if (!(column_weight > 0)) continue;
             found = j;
-            sum += here;
+            sum += column_weight;
             if (sum > target) break;
         }
         return found;

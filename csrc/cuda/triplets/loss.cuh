@@ -1,6 +1,6 @@
-// The loss of a row, by one block: the row's similarities are at hand in global memory, its positives are
-// gathered into a workspace, and every negative is compared with them, one by one where they are few, else as
-// runs. Sums are folded in a fixed order; what several threads add to one number are integers.
+// The loss of a row, by one thread block: its positives are gathered into a workspace and every negative is
+// compared with them, one by one where they are few, else as runs of the sorted positives. Floating-point
+// sums are merged in a fixed order; atomics add integers only.
 #pragma once
 
 #include "cuda/triplets/runs.cuh"
@@ -8,15 +8,15 @@
 
 namespace dml::cuda {
 
-// Up to so many positives each is compared with every negative.
+// With more positives, runs are summed.
 inline constexpr int64_t kFewTripletPositives = 32;
 
-template <typename T, typename Term, typename Then>
-DML_DEVICE void all_terms(TripletRow<T>& row, TripletTotals<T>& totals, const Then& then) {
+template <typename T, typename Term, typename Visit>
+DML_DEVICE void all_terms(TripletRow<T>& row, TripletTotals<T>& totals, const Visit& visit) {
     if (Term::kSearchable && row.count > kFewTripletPositives) {
-        each_run<T, Term>(row, totals, then);
+        sum_runs<T, Term>(row, totals, visit);
     } else {
-        each_positive<T, Term>(row, totals, then);
+        enumerate_positives<T, Term>(row, totals, visit);
     }
     block_sync();
 }
@@ -60,29 +60,30 @@ DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T b
 
 template <typename T>
 __global__ void __launch_bounds__(kTripletThreads, 2)
-    triplet_row_losses(TripletStrip<T> strip, TripletRules rules, const T* beta, T* sums, int64_t* counts,
-                       T* grad_beta, unsigned char* workspace, int64_t space, int64_t work_bytes) {
+    triplet_row_losses(TripletRowBlock<T> row_block, TripletRules rules, const T* beta, T* sums,
+                       int64_t* counts, T* grad_beta, unsigned char* workspace, int64_t space,
+                       int64_t work_bytes) {
     TripletRow<T> row;
     row.params = TripletParams<T>(rules.params);
-    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, strip.columns, space);
-    for (int64_t r = blockIdx.x; r < strip.rows; r += gridDim.x) {
-        row.s = strip.s + r * strip.pitch;
-        row.i = strip.first + r;
-        row.load(strip);
+    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, row_block.columns, space);
+    for (int64_t r = blockIdx.x; r < row_block.rows; r += gridDim.x) {
+        row.s = row_block.s + r * row_block.pitch;
+        row.i = row_block.first + r;
+        row.load(row_block);
         row.choose_positives(rules.positives);
         TripletTotals<T> totals;
-        const T of_beta = beta ? beta[row.i] : T(0);
+        const T row_beta = beta ? beta[row.i] : T(0);
         if (rules.negatives == Selection::kAll) {
-            all_negatives(row, rules, of_beta, totals);
+            all_negatives(row, rules, row_beta, totals);
         } else {
-            selected_negatives(row, rules, of_beta, rules.seed ? uint64_t(*rules.seed) : 0, totals);
+            selected_negatives(row, rules, row_beta, rules.seed ? uint64_t(*rules.seed) : 0, totals);
         }
         if (rules.write) {
             for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
                 const T inverse = inverse_distance(rules.euclidean, row.work.d[k]);
                 row.s[row.work.column[k]] = T(-row.work.derivative[k]) * inverse;
             }
-            for (int64_t j = row.columns + threadIdx.x; j < strip.columns; j += kTripletThreads)
+            for (int64_t j = row.columns + threadIdx.x; j < row_block.columns; j += kTripletThreads)
                 row.s[j] = T(0);
         }
         const double sum = merge_sum(totals.sum), by_beta = merge_sum(totals.by_beta);

@@ -1,4 +1,4 @@
-// A row of similarities and the positives chosen of it, which one block gathers into its workspace.
+// A row of similarities and its chosen positives, gathered by one thread block into its workspace.
 #pragma once
 
 #include "cuda/triplets/block.cuh"
@@ -21,9 +21,9 @@ struct TripletWork {
     int32_t* step;       // [columns + 1] where runs begin and end, or chosen negatives
 
     static int64_t bytes(int64_t columns) {
-        const int64_t each = power_of_two(columns) * int64_t(sizeof(T) + sizeof(int32_t)) +
-                             (columns + 1) * int64_t(2 * sizeof(double) + sizeof(int32_t));
-        return (each + 15) / 16 * 16;
+        const int64_t total = power_of_two(columns) * int64_t(sizeof(T) + sizeof(int32_t)) +
+                              (columns + 1) * int64_t(2 * sizeof(double) + sizeof(int32_t));
+        return (total + 15) / 16 * 16;
     }
     static DML_DEVICE TripletWork at(void* memory, int64_t columns, int64_t space) {
         TripletWork work;
@@ -45,18 +45,18 @@ struct TripletRow {
     TripletParams<T> params;
     TripletWork<T> work;
 
-    // Gathers the positives, in the order of their columns; they, and negatives that are not allowed, become
+    // Gathers the positives, in the order of their columns; these and negatives that are not allowed become
     // NaN in the row.
-    DML_DEVICE void load(const TripletStrip<T>& strip) {
-        columns = rows_in_use(strip.num_valid_refs, strip.columns);
-        const int64_t own = strip.square ? i : strip.own ? strip.own[i] : -1;
+    DML_DEVICE void load(const TripletRowBlock<T>& row_block) {
+        columns = rows_in_use(row_block.num_valid_refs, row_block.columns);
+        const int64_t self = row_block.square ? i : row_block.self_index ? row_block.self_index[i] : -1;
         count = 0;
-        for (int64_t from = strip.begin[i]; from < strip.end[i]; from += kTripletThreads) {
+        for (int64_t from = row_block.begin[i]; from < row_block.end[i]; from += kTripletThreads) {
             const int64_t k = from + threadIdx.x;
-            const int64_t j = k < strip.end[i] ? strip.members[k] : columns;
+            const int64_t j = k < row_block.end[i] ? row_block.members[k] : columns;
             const bool exists = j < columns;
             const T distance = exists ? -s[j] : T(0);
-            const bool keep = exists && j != own && params.positive_allowed(distance);
+            const bool keep = exists && j != self && params.positive_allowed(distance);
             int kept;
             const int64_t at = count + block_scan(keep ? 1 : 0, kept);
             if (keep) {
@@ -74,7 +74,7 @@ struct TripletRow {
         block_sync();
     }
 
-    // The number of the farthest or nearest positive, the first among equals, or -1.
+    // The index of the farthest or nearest positive, the first among equals, or -1.
     DML_DEVICE int64_t extreme_positive(bool farthest) const {
         T best = -infinity<T>();
         int64_t at = count;
@@ -103,7 +103,7 @@ struct TripletRow {
         block_sync();
     }
 
-    // The column of the largest similarity below the limit, or of the smallest, the first among equals; or
+    // The column of the largest similarity below the limit, or of the smallest; the first among equals, or
     // -1.
     DML_DEVICE int64_t extreme_negative(bool largest, T limit) const {
         T best = -infinity<T>();

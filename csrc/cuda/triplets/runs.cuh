@@ -1,11 +1,12 @@
-// A row's triplets as runs of its sorted positives, which a search finds for every negative (../triplets.h).
+// A row's triplets as runs of its sorted positives, found by binary search for every negative
+// (core/triplets.h).
 #pragma once
 
-#include "cuda/triplets/each.cuh"
+#include "cuda/triplets/enumerate.cuh"
 
 namespace dml::cuda {
 
-// Bitonic, by distance and then column; what is past the end is +inf.
+// Bitonic, by distance and then column; past the end stands +inf.
 template <typename T>
 DML_DEVICE void sort_positives(TripletRow<T>& row) {
     int64_t space = 1;
@@ -25,18 +26,18 @@ DML_DEVICE void sort_positives(TripletRow<T>& row) {
                 const bool above = d[a] > d[b] || (d[a] == d[b] && column[a] > column[b]);
                 if (above != up) continue;
                 const T distance = d[a];
-                const int32_t of = column[a];
+                const int32_t moved = column[a];
                 d[a] = d[b];
                 column[a] = column[b];
                 d[b] = distance;
-                column[b] = of;
+                column[b] = moved;
             }
             block_sync();
         }
     }
 }
 
-// The first positive of which `first` is true, or their number.
+// The first positive for which `first` holds, or their number.
 template <typename T, typename First>
 DML_DEVICE int64_t search(const TripletRow<T>& row, T d_neg, const First& first) {
     int64_t low = 0, high = row.count;
@@ -52,8 +53,8 @@ DML_DEVICE int64_t search(const TripletRow<T>& row, T d_neg, const First& first)
 }
 
 // Terms that are sums over runs of the sorted positives.
-template <typename T, typename Term, typename Then>
-DML_DEVICE void each_run(TripletRow<T>& row, TripletTotals<T>& totals, const Then& then) {
+template <typename T, typename Term, typename Visit>
+DML_DEVICE void sum_runs(TripletRow<T>& row, TripletTotals<T>& totals, const Visit& visit) {
     constexpr bool kViolating = std::is_same_v<Term, HingeTerm<T>>;
     const TripletWork<T>& work = row.work;
     sort_positives(row);
@@ -92,15 +93,15 @@ DML_DEVICE void each_run(TripletRow<T>& row, TripletTotals<T>& totals, const The
                 totals.nonzero += end - begin;
             }
         }
-        then(j, T(end - begin));
+        visit(j, T(end - begin));
     }
     block_sync();
     int64_t inside = 0;
     for (int64_t from = 0; from < row.count; from += kTripletThreads) {
         const int64_t k = from + threadIdx.x;
-        const int own = k < row.count ? work.step[k] : 0;
+        const int step = k < row.count ? work.step[k] : 0;
         int all;
-        const int64_t sum = inside + block_scan(own, all) + own;
+        const int64_t sum = inside + block_scan(step, all) + step;
         if (k < row.count) work.derivative[k] = double(sum);
         inside += all;
     }

@@ -1,4 +1,4 @@
-// What select finds in a row.
+// Selects a positive or a negative for each row or pair.
 #pragma once
 
 #include "cuda/triplets/draw.cuh"
@@ -21,26 +21,25 @@ DML_DEVICE int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t va
 
 template <typename T>
 __global__ void __launch_bounds__(kTripletThreads, 2)
-    select_of_rows(TripletStrip<T> strip, TripletRules rules, SelectedPairs pairs, int64_t* columns,
+    select_of_rows(TripletRowBlock<T> row_block, TripletRules rules, SelectedPairs pairs, int64_t* columns,
                    T* similarities, unsigned char* workspace, int64_t space, int64_t work_bytes) {
     TripletRow<T> row;
     row.params = TripletParams<T>(rules.params);
-    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, strip.columns, space);
+    row.work = TripletWork<T>::at(workspace + blockIdx.x * work_bytes, row_block.columns, space);
     const Selection which = rules.negatives;
-    for (int64_t r = blockIdx.x; r < strip.rows; r += gridDim.x) {
-        row.s = strip.s + r * strip.pitch;
-        row.i = strip.first + r;
+    for (int64_t r = blockIdx.x; r < row_block.rows; r += gridDim.x) {
+        row.s = row_block.s + r * row_block.pitch;
+        row.i = row_block.first + r;
         const int64_t from = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i) : row.i;
         const int64_t to = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i + 1) : row.i + 1;
-        // Of each pair, before the positives are taken out of the row. A pair has no similarity yet: that of
-        // its positive waits in its place.
+        // Read before load() marks the positives; the positive's similarity waits in the place of the result.
         for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
             const int64_t j = pairs.anchors ? pairs.positives[k] : -1;
-            columns[k] = j < 0 || j >= strip.columns ? -1 : j;
+            columns[k] = j < 0 || j >= row_block.columns ? -1 : j;
             similarities[k] = columns[k] < 0 ? -infinity<T>() : row.s[columns[k]];
         }
         block_sync();
-        row.load(strip);
+        row.load(row_block);
         if (pairs.of_positives) {
             const int64_t best = row.extreme_positive(which == Selection::kHardest);
             for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
@@ -58,16 +57,17 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
                 similarities[k] = j < 0 ? -infinity<T>() : row.s[j];
             }
         } else {
-            const bool each = which == Selection::kSemihard;
-            const int64_t all = each ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
+            const bool semihard = which == Selection::kSemihard;
+            const int64_t all =
+                semihard ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
             for (int64_t k = from; k < to; ++k) {
-                const bool asks = !pairs.anchors || columns[k] >= 0;
+                const bool wanted = !pairs.anchors || columns[k] >= 0;
                 int64_t j = all;
-                if (each) j = row.extreme_negative(true, asks ? similarities[k] : -infinity<T>());
-                block_sync();  // all have read what is about to be replaced
+                if (semihard) j = row.extreme_negative(true, wanted ? similarities[k] : -infinity<T>());
+                block_sync();  // similarities[k] has been read by all threads
                 if (threadIdx.x != 0) continue;
-                columns[k] = asks ? j : -1;
-                similarities[k] = asks && j >= 0 ? row.s[j] : -infinity<T>();
+                columns[k] = wanted ? j : -1;
+                similarities[k] = wanted && j >= 0 ? row.s[j] : -infinity<T>();
             }
         }
         block_sync();

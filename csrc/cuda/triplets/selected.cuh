@@ -2,11 +2,11 @@
 #pragma once
 
 #include "cuda/triplets/draw.cuh"
-#include "cuda/triplets/each.cuh"
+#include "cuda/triplets/enumerate.cuh"
 
 namespace dml::cuda {
 
-// Of each chosen positive's negative, its column, or -1, into work.step.
+// Writes the column of each chosen positive's negative, or -1, to work.step.
 template <typename T>
 DML_DEVICE void find_negatives(const TripletRow<T>& row, Selection which, uint64_t seed) {
     if (which == Selection::kDrawn) {
@@ -39,11 +39,11 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
         if (j >= 0 && row.params.considered(d_pos, d_neg)) {
             ++totals.considered;
             if (rules.term == TripletTerm::kMargin) {
-                const T of_pos = margin.positive(d_pos), of_neg = margin.negative(d_neg);
-                by_pos = of_pos > T(0) ? T(1) : T(0);
-                by_neg = of_neg > T(0) ? T(1) : T(0);
-                totals.sum += double(of_pos) + double(of_neg);
-                totals.nonzero += (of_pos > T(0) ? 1 : 0) + (of_neg > T(0) ? 1 : 0);
+                const T pos_term = margin.positive(d_pos), neg_term = margin.negative(d_neg);
+                by_pos = pos_term > T(0) ? T(1) : T(0);
+                by_neg = neg_term > T(0) ? T(1) : T(0);
+                totals.sum += double(pos_term) + double(neg_term);
+                totals.nonzero += (pos_term > T(0) ? 1 : 0) + (neg_term > T(0) ? 1 : 0);
                 totals.by_beta += double(by_neg) - double(by_pos);
             } else {
                 const T violation = row.params.violation(d_pos, d_neg);
@@ -62,7 +62,7 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
     if (!rules.write) return;
     for (int64_t j = threadIdx.x; j < row.columns; j += kTripletThreads) row.s[j] = T(0);
     block_sync();
-    // A negative may be several positives': its column's thread adds them up.
+    // Several positives may share a negative: the thread that owns the column adds their weights.
     for (int64_t k = 0; k < row.count; ++k) {
         const int64_t j = work.step[k];
         if (j >= 0 && (j & (kTripletThreads - 1)) == threadIdx.x) row.s[j] += T(work.prefix[k]);

@@ -1,4 +1,4 @@
-// Launches the kernels on triplets.
+// Launches the triplet kernels.
 #include <algorithm>
 
 #include "cuda/common/launch.h"
@@ -9,7 +9,7 @@
 namespace dml::cuda {
 namespace {
 
-// Memory of the blocks' workspaces: with very many columns fewer blocks take several rows each.
+// Bytes of all thread blocks' workspaces: with very many columns, fewer blocks serve several rows each.
 constexpr int64_t kWorkBytes = int64_t(64) << 20;
 
 template <typename T>
@@ -26,41 +26,41 @@ int64_t triplet_workspace_bytes(int64_t rows, int64_t columns) {
 }
 
 template <typename T>
-void make_distances(const TripletStrip<T>& strip, const T* x, const T* x_squares, const T* y,
+void make_distances(const TripletRowBlock<T>& row_block, const T* x, const T* x_squares, const T* y,
                     const T* y_squares, int64_t dim, cudaStream_t stream) {
-    const int64_t items = strip.rows * ((strip.columns + kWarpSize - 1) / kWarpSize);
+    const int64_t items = row_block.rows * ((row_block.columns + kWarpSize - 1) / kWarpSize);
     const int64_t most = int64_t(64) * device_limits().multiprocessors;
     const dim3 grid(unsigned(std::min((items + kTripletWarps - 1) / kTripletWarps, most)));
-    launch(distances_from_products<T>, grid, dim3(kTripletThreads), 0, stream, strip, x, x_squares, y,
+    launch(distances_from_products<T>, grid, dim3(kTripletThreads), 0, stream, row_block, x, x_squares, y,
            y_squares, dim);
 }
 
 template <typename T>
-void triplet_rows(const TripletStrip<T>& strip, const TripletRules& rules, const T* beta, T* sums,
+void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* beta, T* sums,
                   int64_t* counts, T* grad_beta, void* workspace, cudaStream_t stream) {
-    launch(triplet_row_losses<T>, dim3(unsigned(blocks_for<T>(strip.rows, strip.columns))),
-           dim3(kTripletThreads), kTripletSharedBytes, stream, strip, rules, beta, sums, counts, grad_beta,
-           static_cast<unsigned char*>(workspace), power_of_two(strip.columns),
-           TripletWork<T>::bytes(strip.columns));
+    launch(triplet_row_losses<T>, dim3(unsigned(blocks_for<T>(row_block.rows, row_block.columns))),
+           dim3(kTripletThreads), kTripletSharedBytes, stream, row_block, rules, beta, sums, counts,
+           grad_beta, static_cast<unsigned char*>(workspace), power_of_two(row_block.columns),
+           TripletWork<T>::bytes(row_block.columns));
 }
 
 template <typename T>
-void select_rows(const TripletStrip<T>& strip, const TripletRules& rules, const SelectedPairs& pairs,
+void select_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const SelectedPairs& pairs,
                  int64_t* columns, T* similarities, void* workspace, cudaStream_t stream) {
-    launch(select_of_rows<T>, dim3(unsigned(blocks_for<T>(strip.rows, strip.columns))), dim3(kTripletThreads),
-           kTripletSharedBytes, stream, strip, rules, pairs, columns, similarities,
-           static_cast<unsigned char*>(workspace), power_of_two(strip.columns),
-           TripletWork<T>::bytes(strip.columns));
+    launch(select_of_rows<T>, dim3(unsigned(blocks_for<T>(row_block.rows, row_block.columns))),
+           dim3(kTripletThreads), kTripletSharedBytes, stream, row_block, rules, pairs, columns, similarities,
+           static_cast<unsigned char*>(workspace), power_of_two(row_block.columns),
+           TripletWork<T>::bytes(row_block.columns));
 }
 
-#define DML_TRIPLETS(T)                                                                                    \
-    template int64_t triplet_workspace_bytes<T>(int64_t, int64_t);                                         \
-    template void make_distances(const TripletStrip<T>&, const T*, const T*, const T*, const T*, int64_t,  \
-                                 cudaStream_t);                                                            \
-    template void triplet_rows(const TripletStrip<T>&, const TripletRules&, const T*, T*, int64_t*, T*,    \
-                               void*, cudaStream_t);                                                       \
-    template void select_rows(const TripletStrip<T>&, const TripletRules&, const SelectedPairs&, int64_t*, \
-                              T*, void*, cudaStream_t);
+#define DML_TRIPLETS(T)                                                                                      \
+    template int64_t triplet_workspace_bytes<T>(int64_t, int64_t);                                           \
+    template void make_distances(const TripletRowBlock<T>&, const T*, const T*, const T*, const T*, int64_t, \
+                                 cudaStream_t);                                                              \
+    template void triplet_rows(const TripletRowBlock<T>&, const TripletRules&, const T*, T*, int64_t*, T*,   \
+                               void*, cudaStream_t);                                                         \
+    template void select_rows(const TripletRowBlock<T>&, const TripletRules&, const SelectedPairs&,          \
+                              int64_t*, T*, void*, cudaStream_t);
 DML_TRIPLETS(float)
 DML_TRIPLETS(double)
 #undef DML_TRIPLETS

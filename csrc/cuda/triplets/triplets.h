@@ -1,6 +1,6 @@
-// The CUDA side of the ops on triplets: raw pointers, sizes and a stream, for float and double. No torch
-// header, and nothing here waits for the device. The similarities of a strip of rows come from outside, as do
-// the products of the weights that are left in their place.
+// Entry points of the triplet kernels: raw pointers, sizes and a stream, for float and double; no torch
+// header, no host synchronisation. The caller multiplies: it passes the similarities of a block of rows, and
+// multiplies the weights that the kernels leave in their place by the points.
 #pragma once
 
 #include <cstdint>
@@ -17,51 +17,52 @@ namespace dml::cuda {
 
 // Rows [first, first + rows) against all columns.
 template <typename T>
-struct TripletStrip {
+struct TripletRowBlock {
     T* s;  // [rows, pitch] similarities
     int64_t rows, columns, pitch, first;
-    // The columns by label, ascending within one; those of row i's label are [begin[i], end[i]) of them.
+    // The columns by label, ascending within a label; those of row i's label are members[begin[i] .. end[i]).
     const int64_t* members;         // [columns]
     const int64_t* begin;           // [N]
     const int64_t* end;             // [N]
-    const int64_t* own;             // [N] each row's own column, or -1; null: none
-    bool square;                    // row i's own column is i
-    const int64_t* num_valid_refs;  // only so many columns take part; null: all
+    const int64_t* self_index;      // [N] the column that is the same point as the row, or -1; null: none
+    bool square;                    // that column is i, for row i
+    const int64_t* num_valid_refs;  // one number: the columns in use, from the first; null: all
 };
 
 struct TripletRules {
     TripletTerm term;
     Selection positives, negatives;
     double params[kTripletParams];
-    bool euclidean, write;  // write: the weights dL/ds over the similarities, by 1 / d where euclidean
-    const int64_t* seed;    // one number, of a draw
+    bool euclidean;
+    bool write;           // the weights dL/ds over the similarities, divided by the distance where euclidean
+    const int64_t* seed;  // one number, for drawn negatives
 };
 
-// Bytes that the kernels below need, for so many rows and columns.
+// Bytes of workspace for a block of `rows` rows.
 template <typename T>
 int64_t triplet_workspace_bytes(int64_t rows, int64_t columns);
 
-// s = -|x - y| from s = <x, y>, in place; x are the strip's rows [rows, dim], y all columns [columns, dim],
-// both contiguous, with their squared norms.
+// s = -|x - y| from s = <x, y>, in place; x [rows, dim] are the block's rows, y [columns, dim] all columns,
+// both contiguous; x_squares [rows] and y_squares [columns] their squared norms.
 template <typename T>
-void make_distances(const TripletStrip<T>& strip, const T* x, const T* x_squares, const T* y,
+void make_distances(const TripletRowBlock<T>& row_block, const T* x, const T* x_squares, const T* y,
                     const T* y_squares, int64_t dim, cudaStream_t stream);
 
-// Each row's sum [N], counts [N, 2] and gradient by beta [N] (null: none), of the strip's rows. beta: [N], or
-// null.
+// Writes the block's rows of sums [N], counts [N, 2] (terms that are not 0, triplets considered) and
+// grad_beta [N] (null: not wanted). beta: [N], or null.
 template <typename T>
-void triplet_rows(const TripletStrip<T>& strip, const TripletRules& rules, const T* beta, T* sums,
+void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* beta, T* sums,
                   int64_t* counts, T* grad_beta, void* workspace, cudaStream_t stream);
 
-// What select finds for the strip's rows [N], or for their pairs [count] of ascending anchors: those rules of
-// which `of_positives` is set ask the positives. Overwrites the similarities.
+// Selects one column for each of the block's rows [N], or for each of their pairs [count]: a positive where
+// of_positives, else a negative. Overwrites the similarities.
 struct SelectedPairs {
-    const int64_t *anchors, *positives;  // [count], null: one for each row
+    const int64_t *anchors, *positives;  // [count], anchors ascending; null: one for each row
     int64_t count;
     bool of_positives;
 };
 template <typename T>
-void select_rows(const TripletStrip<T>& strip, const TripletRules& rules, const SelectedPairs& pairs,
+void select_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const SelectedPairs& pairs,
                  int64_t* columns, T* similarities, void* workspace, cudaStream_t stream);
 
 }  // namespace dml::cuda

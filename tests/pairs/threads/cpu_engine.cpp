@@ -1,6 +1,6 @@
-// The CPU engine on several threads, for ThreadSanitizer: every formula, mined and not, on square and
-// rectangular batches; blocks of columns; lists of pairs. Whatever the number of threads, the bytes must be
-// the same. `cpu_engine race` plants a race in a task instead.
+// The CPU engine on several threads, for ThreadSanitizer: every formula, with and without mining, on square
+// and rectangular batches; listed pairs; triplets. The bytes must be the same for any number of threads.
+// `cpu_engine race` plants a race in a task instead.
 #include <ATen/Context.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -8,13 +8,15 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
-// Their ops are of the files alone.
+// Sources, as their ops are local to the files.
 #include "cpu/pairs/listed_pairs.cpp"
 #include "cpu/pairs/ring.cpp"
 #include "cpu/triplets/list.cpp"
@@ -126,7 +128,7 @@ void race() {
     at::thread_limit() = 5;
     int64_t sum = 0;
     for_tasks(100, 100 * kTaskWork, [&](int64_t k) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));  // else one thread would do them all
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));  // else one thread may run all tasks
         sum += k;
     });
     std::printf("%lld\n", static_cast<long long>(sum));

@@ -1,5 +1,5 @@
-// In place of PyTorch's header of this name: at::parallel_for on threads whose beginnings and ends
-// ThreadSanitizer sees, which it does not of OpenMP's.
+// Replaces PyTorch's header of this name: at::parallel_for on std::threads, whose starts and joins
+// ThreadSanitizer sees, unlike those of OpenMP.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace at {
 
-// Hidden, so that PyTorch's library keeps its own.
+// Hidden, so that PyTorch's library keeps its functions.
 #define DML_HIDDEN __attribute__((visibility("hidden")))
 
 DML_HIDDEN inline int& thread_limit() {

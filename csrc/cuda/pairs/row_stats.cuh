@@ -1,45 +1,21 @@
-// What a row gathers over its kept pairs, from the numbers that tiles leave to its loss, and what backward
-// needs of it. One formula at a time: everything here is compiled for a formula and called behind
-// AnyFormula::visit.
+// What a row accumulates over its kept pairs: the running numbers, the loss they come to, and what backward
+// needs of them. Everything here is compiled for one formula and called behind AnyFormula::visit.
 #pragma once
 
+#include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/rows.cuh"
+#include "cuda/pairs/saved_sizes.h"
 
 namespace dml::cuda {
 
-// A formula with its parameters, as a kernel's argument. Its struct is made on the host, so that no kernel
-// divides doubles.
-template <typename Acc>
-struct AnyFormula {
-    FormulaId id;
-    alignas(8) unsigned char bytes[8 * 8];
-
-    explicit AnyFormula(const Problem& problem) : id(problem.formula), bytes{} {
-        with_formula(id, [&](auto tag) {
-            using Formula = typename decltype(tag)::template Of<Acc>;
-            static_assert(sizeof(Formula) <= sizeof(bytes), "room for a formula's parameters");
-            const Formula formula(problem.params);
-            std::memcpy(bytes, &formula, sizeof formula);
-        });
-    }
-    // visit(formula): the one branch, the same for all threads.
-    template <typename Visit>
-    DML_DEVICE void visit(const Visit& visit) const {
-        with_formula(id, [&](auto tag) {
-            using Formula = typename decltype(tag)::template Of<Acc>;
-            visit(*reinterpret_cast<const Formula*>(bytes));
-        });
-    }
-};
-
-// Formulas whose positives see the value of the negatives' accumulator take two streams over the tiles.
+// A formula whose positives see the value of the negatives' accumulator takes two passes over the tiles.
 enum class Stage { kBoth, kNegatives, kPositives };
 
 template <typename Formula>
 inline constexpr bool kAnyLogSumExp =
     Formula::kNeg == Accumulator::kLogSumExp || Formula::kPos == Accumulator::kLogSumExp;
 
-// The saved statistics: one array for each quantity, so that neighbouring threads read neighbours.
+// The saved numbers of rows: one array for each, so that neighbouring threads read neighbours.
 template <typename Acc>
 struct RowStats {
     Acc* header;                                             // [kHeader]
@@ -57,7 +33,7 @@ template <Accumulator kAccumulator, typename Acc>
 struct Running {
     Acc a = kAccumulator == Accumulator::kLogSumExp ? -infinity<Acc>() : Acc(0), b = Acc(0);
 
-    // Several at once, so that no exponential waits for another; in their order.
+    // Several at once, in order, so that no exponential waits for another.
     template <int Count>
     DML_DEVICE void merge(const Acc (&more_a)[Count], const Acc (&more_b)[Count]) {
         if constexpr (kAccumulator == Accumulator::kLogSumExp) {
@@ -87,19 +63,19 @@ struct Running {
     DML_DEVICE Acc count() const { return kAccumulator == Accumulator::kSum ? std::floor(a) : Acc(0); }
 };
 
-// Where only terms that are not 0 count, the others count this much of a pair: too little to make one of all
-// the pairs that a row can have, enough to tell a row that kept something from one that kept nothing.
+// Where only terms that are not 0 count, the others count this much: too little to add up to a pair in any
+// row, enough to distinguish a row that kept pairs from one that kept none.
 template <typename Acc>
 inline constexpr Acc kZeroCounts = Acc(1) / Acc(int64_t(1) << 40);
 
-// What a row, or one tile's line of it, has gathered. While positives are gathered with a context, neg.a is
-// that context and neg.b the sum of the terms' derivatives with respect to it.
+// Both accumulators of a row, or of a tile's line. In the pass over positives with context, neg.a is that
+// context and neg.b the sum of the terms' derivatives by it.
 template <typename Formula, typename Acc>
 struct Gathering {
     Running<Formula::kNeg, Acc> neg;
     Running<Formula::kPos, Acc> pos;
 
-    // q: of several tiles, in their order.
+    // q: quantities of several tiles, in order.
     template <Stage kStage, int Count>
     DML_DEVICE void merge(const Acc (&q)[4][Count]) {
         if constexpr (kStage == Stage::kPositives) {
@@ -120,25 +96,25 @@ DML_DEVICE void no_quantities(Acc (&q)[4]) {
     q[3] = none.pos.b;
 }
 
-// Until it is finished a row keeps its running state in the arrays of its final statistics.
+// A row's running numbers, which lie in the arrays of its final ones until it is finished.
 template <typename Acc>
 struct RunningRow {
-    const RowStats<Acc>& stats;
+    const RowStats<Acc>& row_stats;
     int64_t i;
 
-    DML_DEVICE Acc& min_pos() const { return stats.neg_above[i]; }
-    DML_DEVICE Acc& max_neg() const { return stats.pos_below[i]; }
+    DML_DEVICE Acc& min_pos() const { return row_stats.neg_above[i]; }
+    DML_DEVICE Acc& max_neg() const { return row_stats.pos_below[i]; }
 
     template <typename Formula>
     DML_DEVICE Gathering<Formula, Acc> load() const {
-        return {{stats.neg[i], stats.d_neg[i]}, {stats.pos[i], stats.d_pos[i]}};
+        return {{row_stats.neg[i], row_stats.d_neg[i]}, {row_stats.pos[i], row_stats.d_pos[i]}};
     }
     template <typename Formula>
     DML_DEVICE void store(const Gathering<Formula, Acc>& g) const {
-        stats.neg[i] = g.neg.a;
-        stats.d_neg[i] = g.neg.b;
-        stats.pos[i] = g.pos.a;
-        stats.d_pos[i] = g.pos.b;
+        row_stats.neg[i] = g.neg.a;
+        row_stats.d_neg[i] = g.neg.b;
+        row_stats.pos[i] = g.pos.a;
+        row_stats.d_pos[i] = g.pos.b;
     }
 };
 
@@ -154,9 +130,9 @@ struct Extremes {
             max_neg = std::fmax(max_neg, s);
         }
     }
-    DML_DEVICE void merge(const Extremes& other) {
-        min_pos = other.min_pos < min_pos ? other.min_pos : min_pos;
-        max_neg = other.max_neg > max_neg ? other.max_neg : max_neg;
+    DML_DEVICE void merge(const Extremes& more) {
+        min_pos = more.min_pos < min_pos ? more.min_pos : min_pos;
+        max_neg = more.max_neg > max_neg ? more.max_neg : max_neg;
     }
     DML_DEVICE bool has_both() const { return min_pos != infinity<Acc>() && max_neg != -infinity<Acc>(); }
 
@@ -168,7 +144,7 @@ struct Extremes {
     }
 };
 
-// What rows add to the result.
+// What a row adds to the result.
 template <typename Acc>
 struct RowResult {
     Acc part[2] = {Acc(0), Acc(0)}, count[2] = {Acc(0), Acc(0)};
@@ -176,12 +152,12 @@ struct RowResult {
 };
 inline constexpr int kResultNumbers = 7;
 
-// Results of some rows each, [kResultNumbers, slots], merged in order by the reduction.
+// [kResultNumbers, slots] sums over one or several rows a slot, merged in order by the reduction.
 template <typename Acc>
 struct Results {
     Acc* data;
     int64_t slots;
-    Acc* rows;  // [rows] each row's loss, or null where it is not asked for
+    Acc* rows;  // [rows] each row's loss; null: not wanted
     Reduction reduction;
 
     DML_DEVICE void store(int64_t slot, const RowResult<Acc>& r) const {
@@ -192,11 +168,11 @@ struct Results {
     }
 };
 
-// A row is finished from what it gathered. context: the value of the negatives' accumulator, where the
-// formula has it already. had_both: so says mining, of the pairs before it; without mining every pair was
-// kept, so what is empty the labels did not give.
+// From a row's accumulators to its loss, its final row stats and what it adds to the result. had_both:
+// whether it had pairs of both kinds before mining; without mining every pair was kept, and the accumulators
+// tell.
 template <typename Formula, typename Acc>
-DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, const Formula& formula,
+DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, const Formula& formula,
                                      const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
                                      bool had_both, Acc norm, const Results<Acc>& results) {
     Gathered<Acc> g;
@@ -214,20 +190,20 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
     g.pos_count = row.pos.count();
 
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
-    const bool has_loss = valid && (any_pos || !Formula::kNeedsPos) && (any_neg || !Formula::kNeedsNeg);
+    const bool has_loss = row_has_loss(Formula::needed_pairs(), false, any_pos, any_neg);  // of kept pairs
     RowDerivatives<Acc> loss = formula.row(g, pos_context);
     if (!has_loss) {
         bounds = Bounds<Acc>::none();
         loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = g.neg = g.pos = Acc(0);
     }
     const bool eligible = mining ? had_both : has_loss;
-    stats.neg_above[i] = bounds.neg_above;
-    stats.pos_below[i] = bounds.pos_below;
-    stats.neg[i] = g.neg;
-    stats.pos[i] = g.pos;
-    stats.d_neg[i] = loss.d_neg;
-    stats.d_pos[i] = loss.d_pos;
-    stats.flags[i] = eligible ? kEligible : uint8_t(0);
+    row_stats.neg_above[i] = bounds.neg_above;
+    row_stats.pos_below[i] = bounds.pos_below;
+    row_stats.neg[i] = g.neg;
+    row_stats.pos[i] = g.pos;
+    row_stats.d_neg[i] = loss.d_neg;
+    row_stats.d_pos[i] = loss.d_pos;
+    row_stats.flags[i] = eligible ? kEligible : uint8_t(0);
     if (results.rows) results.rows[i] = loss.part[0] + loss.part[1];
 
     RowResult<Acc> result;
@@ -245,81 +221,6 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& stats, int64_t i, cons
         result.count[k] = count;
     }
     return result;
-}
-
-// The factors of a row's derivatives, of its positives and its negatives: of the reduction and from above.
-template <typename Acc>
-struct Upstream {
-    const Acc* grad;  // [1], [rows] or [parts]
-    Reduction reduction;
-    bool divide;
-    int last_part;
-
-    DML_DEVICE Acc of_part(const RowStats<Acc>& stats, int64_t i, int part) const {
-        const int64_t at = reduction == Reduction::kNone ? i : divide ? 0 : part;
-        return grad[at] * stats.header[kScale + part];
-    }
-    DML_DEVICE Acc pos(const RowStats<Acc>& stats, int64_t i) const { return of_part(stats, i, 0); }
-    DML_DEVICE Acc neg(const RowStats<Acc>& stats, int64_t i) const { return of_part(stats, i, last_part); }
-};
-
-// What all of a gradient is multiplied by besides its weights: 1; or NaN where something is not finite; or 0,
-// which also hides what is not finite where nothing asks for its gradient.
-template <typename Acc>
-DML_DEVICE Acc gradient_factor(const RowStats<Acc>& stats, const Upstream<Acc>& upstream) {
-    const Acc health = stats.header[kHealth];
-    if (upstream.reduction == Reduction::kNone || health == Acc(0)) return health;
-    const Acc first = upstream.pos(stats, 0), last = upstream.neg(stats, 0);
-    return is_finite(first) && is_finite(last) ? health : not_a_number<Acc>();
-}
-
-// What backward needs of one row.
-template <typename Acc>
-struct RowWeight {
-    Bounds<Acc> bounds = Bounds<Acc>::none();
-    Acc neg = 0, pos = 0;      // values of the accumulators
-    Acc d_neg = 0, d_pos = 0;  // derivative of the loss with respect to them
-
-    static DML_DEVICE RowWeight load(const RowStats<Acc>& s, int64_t i, const Upstream<Acc>& upstream) {
-        RowWeight w;
-        w.bounds = {s.pos_below[i], s.neg_above[i]};
-        w.neg = s.neg[i];
-        w.pos = s.pos[i];
-        w.d_neg = s.d_neg[i] * upstream.neg(s, i);
-        w.d_pos = s.d_pos[i] * upstream.pos(s, i);
-        return w;
-    }
-
-    // dL_i/ds; exactly 0 where the pair was not kept.
-    template <typename Formula>
-    DML_DEVICE Acc of(const Formula& formula, bool positive, Acc s) const {
-        if (positive ? !(s < bounds.pos_below) : !(s > bounds.neg_above)) return Acc(0);
-        Acc w = 0;
-        if (!positive || Formula::kPosInNeg) {
-            w = d_neg * formula.neg_derivative(s);
-            if constexpr (Formula::kNeg == Accumulator::kLogSumExp) w *= std::exp(formula.neg_term(s) - neg);
-        }
-        if (positive) {
-            const Acc context = Formula::kContext ? neg : Acc(0);
-            Acc by_pos = d_pos * formula.pos_derivative(s, context);
-            if constexpr (Formula::kPos == Accumulator::kLogSumExp)
-                by_pos *= std::exp(formula.pos_term(s, context) - pos);
-            w += by_pos;
-        }
-        return w;
-    }
-};
-
-// dL/ds of a distance to what multiplies the other row: 1/d of it, and 0 where they are 0.
-template <typename Acc>
-DML_DEVICE Acc by_distance(Acc weight, Acc s) {
-    Acc by;
-    if constexpr (sizeof(Acc) == 4) {
-        by = __fdividef(weight, -s);  // a distance is no subnormal number
-    } else {
-        by = weight / -s;
-    }
-    return s < Acc(0) ? by : Acc(0);
 }
 
 }  // namespace dml::cuda

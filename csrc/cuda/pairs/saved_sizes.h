@@ -1,5 +1,5 @@
-// What forward leaves for backward: the layout of `saved`, and what decides it. Without CUDA code, as a build
-// without CUDA has to know it for torch.compile. Sizes are of type Int (core/sizes.h).
+// How much forward leaves for backward, where in `saved` it lies, and what decides it. Without CUDA code, as
+// a build without CUDA has to know it for torch.compile. Sizes are of type Int (core/sizes.h).
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace dml::cuda {
 inline constexpr int kHeader = 4;       // numbers of all rows
 inline constexpr int kStatsPerRow = 6;  // numbers of each row
 
-// Rows and columns, and work, up to which a batch is computed in row blocks without tiles. The rows: a block
-// then stays within the 99 KiB that every GPU of sm_80 and up grants. The work: beyond it tiles are as fast,
-// as measured on an H100.
-inline constexpr int64_t kStripMaxCols = 512;
-inline constexpr int64_t kStripWork = 512 * (128 + 256);
+// Up to so many rows and columns, and so much work, a batch is computed in row blocks without tiles. The
+// rows: then a thread block stays within the 99 KiB that every GPU from sm_80 on grants. The work: above it
+// tiles are as fast (measured on an H100), as row blocks have one product for all columns of 16 rows.
+inline constexpr int64_t kRowBlockMaxCols = 512;
+inline constexpr int64_t kRowBlockWork = 512 * (128 + 256);
 inline constexpr int64_t kCacheBytes = 34ll << 20;      // similarities kept from forward for backward
 inline constexpr int64_t kExtremesBudget = 16ll << 20;  // bytes of the tiles' extremes
 inline constexpr int64_t kKeptBudget = 16ll << 20;      // tiles known to be kept or not
@@ -45,24 +45,24 @@ Int extremes_bytes(const Int& tiles, int64_t acc_bytes) {
 
 // 1 or 0: whether a batch is computed in tiles, not in row blocks.
 template <typename Int>
-Int uses_tiles(const Int& n, const Int& m, const Int& dim, int64_t strip_limit = kStripMaxCols) {
+Int uses_tiles(const Int& n, const Int& m, const Int& dim, int64_t row_block_limit = kRowBlockMaxCols) {
     const Int rows = size_max(n, m);
-    const Int beyond =
-        size_max(rows - Int(std::min(strip_limit, kStripMaxCols)), rows * (dim + Int(256)) - Int(kStripWork));
+    const Int beyond = size_max(rows - Int(std::min(row_block_limit, kRowBlockMaxCols)),
+                                rows * (dim + Int(256)) - Int(kRowBlockWork));
     return is_positive(beyond) * is_positive(size_min(n, m));
 }
 
 // [numbers | similarities of all tiles | flags of the rows | kept flags of the tiles], as offsets in bytes.
 // The numbers: kHeader, kStatsPerRow of each row, the norms of both sides.
 template <typename Int>
-struct SavedLayout {
+struct SavedSizes {
     Int similarities, flags, kept, bytes;
     Int caches;  // 1 or 0: whether similarities may be kept for backward
 
-    SavedLayout(const Int& n, const Int& m, const Int& dim, bool square, int64_t acc_bytes, bool save,
-                int64_t strip_limit = kStripMaxCols, int64_t cache_bytes = kCacheBytes) {
+    SavedSizes(const Int& n, const Int& m, const Int& dim, bool square, int64_t acc_bytes, bool save,
+               int64_t row_block_limit = kRowBlockMaxCols, int64_t cache_bytes = kCacheBytes) {
         const Int tiles = tile_count_of(n, m, square, acc_bytes);
-        const Int in_tiles = uses_tiles(n, m, dim, strip_limit);
+        const Int in_tiles = uses_tiles(n, m, dim, row_block_limit);
         const int64_t side = tile_side(acc_bytes);
         const Int all_similarities = tiles * Int(side * side * acc_bytes);
         caches = in_tiles * is_positive(Int(cache_bytes + 1) - all_similarities);
@@ -74,10 +74,7 @@ struct SavedLayout {
     }
 };
 
-// ---- blocks of columns, one after the other (ring/)
-// -----------------------------------------------------------
-
-// Numbers of a state, and of the weights for backward.
+// Numbers of a state of a ring (ring/ring.h), and of its weights for backward.
 template <typename Int>
 Int state_numbers(const Int& rows) {
     return Int(kHeader) + Int(kStatsPerRow) * rows;

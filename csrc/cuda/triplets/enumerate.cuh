@@ -17,10 +17,10 @@ DML_DEVICE T inverse_distance(bool euclidean, T d) {
     return !euclidean ? T(1) : d > T(0) ? T(1) / d : T(0);
 }
 
-// Every positive with every negative: first the positives' derivatives, then, once these are known, `then(j,
-// derivative)` for each negative.
-template <typename T, typename Term, typename Then>
-DML_DEVICE void each_positive(TripletRow<T>& row, TripletTotals<T>& totals, const Then& then) {
+// Every positive with every negative: first the positives' derivatives, then visit(j, derivative) for each
+// negative j.
+template <typename T, typename Term, typename Visit>
+DML_DEVICE void enumerate_positives(TripletRow<T>& row, TripletTotals<T>& totals, const Visit& visit) {
     const TripletParams<T>& params = row.params;
     T sum = 0;
     for (int64_t k = 0; k < row.count; ++k) {
@@ -47,7 +47,7 @@ DML_DEVICE void each_positive(TripletRow<T>& row, TripletTotals<T>& totals, cons
             const bool counts = params.considered(d_pos, d_neg) && Term::counts(violation);
             derivative += counts ? Term::derivative(violation) : T(0);
         }
-        then(j, derivative);
+        visit(j, derivative);
     }
 }
 

@@ -1,0 +1,67 @@
+// The loss of a row from its complete accumulators, and the sums of such losses.
+#pragma once
+
+#include <limits>
+
+#include "core/problem.h"
+#include "cpu/pairs/row_accumulators.h"
+
+namespace dml::cpu {
+
+template <typename T>
+struct RowOutcome {
+    RowDerivatives<T> loss;
+    T neg_value, pos_value, count[2];
+    bool poisoned;  // the loss is NaN, because a point is not finite
+
+    // positives, negatives: how many pairs the row has, kept or not.
+    RowOutcome(const TileKernels<T>& formula, const double* params, bool mining, Reduction reduction,
+               const RowAccumulators<T>& accumulators, int64_t i, int64_t positives, int64_t negatives,
+               bool finite) {
+        // 1. The loss.
+        Gathered<T> row;
+        row.neg = neg_value = accumulators.neg_value(formula, i);
+        row.pos = pos_value = accumulators.pos_value(formula, i);
+        if (formula.neg == Accumulator::kSum) row.neg_count = accumulators.neg_a[i];
+        if (formula.pos == Accumulator::kSum) row.pos_count = accumulators.pos_a[i];
+        loss = formula.row(params, row, accumulators.pos_context[i]);
+        poisoned = !finite && row_has_loss(formula.needed, mining, positives > 0, negatives > 0);
+        if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+
+        // 2. What a mean divides by.
+        const bool kept_pos = formula.pos == Accumulator::kSum ? accumulators.pos_a[i] > T(0)
+                                                               : accumulators.pos_a[i] > -infinity<T>();
+        const bool any_kept =
+            mining ? kept_pos || accumulators.max_neg[i] > -infinity<T>() : positives > 0 || negatives > 0;
+        for (int k = 0; k < 2; ++k) {
+            count[k] = loss.count[k];
+            if (formula.count != Count::kRows) continue;
+            if (reduction == Reduction::kMeanNonzero) count[k] = loss.part[k] != T(0);
+            if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = any_kept;
+        }
+    }
+};
+
+// Sums over rows.
+struct Total {
+    double part[2] = {0, 0}, count[2] = {0, 0};
+    bool poisoned = false;
+
+    template <typename T>
+    void add(const RowOutcome<T>& row) {
+        for (int k = 0; k < 2; ++k) {
+            part[k] += row.loss.part[k];
+            count[k] += row.count[k];
+        }
+        poisoned = poisoned || row.poisoned;
+    }
+    void add(const Total& total) {
+        for (int k = 0; k < 2; ++k) {
+            part[k] += total.part[k];
+            count[k] += total.count[k];
+        }
+        poisoned = poisoned || total.poisoned;
+    }
+};
+
+}  // namespace dml::cpu

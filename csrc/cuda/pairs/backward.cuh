@@ -1,0 +1,223 @@
+// Backward's launches: row blocks for small batches; for large ones tile groups of weights, each multiplied
+// by the points before the next.
+#pragma once
+
+#include "cuda/pairs/gradient_policy.cuh"
+#include "cuda/pairs/launcher.cuh"
+#include "cuda/pairs/row_block_backward.cuh"
+
+namespace dml::cuda {
+
+// grad [rows, dim] of one side.
+template <typename Math>
+void backward_row_blocks(const Launcher<Math>& launcher, bool of_queries, const typename Math::Acc* grad_loss,
+                         typename Math::Value* grad) {
+    using Acc = typename Math::Acc;
+    const auto pairs = launcher.row_blocks(of_queries);
+    const LossSides sides = {of_queries, launcher.p.square || !of_queries};
+    launch(row_block_backward<Math, typename GradMathOf<Math>::Type>, launcher.row_block_grid(pairs),
+           dim3(kRowBlockThreads), launcher.row_block_bytes(pairs), launcher.stream, pairs,
+           AnyFormula<Acc>(launcher.p), launcher.arrays.row_stats, sides, launcher.upstream(grad_loss), grad);
+}
+
+// Some tiles' rows on one side, and the sum of their gradient.
+template <typename Acc>
+struct GradientGroup {
+    TileRange tiles;
+    Acc* sum;  // null: not wanted now
+};
+
+// Backward's workspace on tiles.
+template <typename Weight, typename Acc>
+struct GradientWorkspace {
+    Weight* weights;                 // of a tile group
+    Acc *parts, *sums;               // of parts of lines; of 16-bit gradients
+    Partials<Acc> weight_partials;   // sums of the weights of a tile group's lines
+    Acc *row_weights, *col_weights;  // sums of the weights of all rows, of all columns; null: not needed
+};
+
+template <typename Math>
+struct BackwardPass {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    using Policy = GradientPolicy<Math>;
+    using GradMath = typename Policy::GradMath;
+    using Weight = typename Policy::Weight;
+    using Group = GradientGroup<Acc>;
+    static constexpr int kTile = Policy::kTile;
+
+    const Launcher<Math>& launcher;
+    const Acc* grad_loss;
+    GradientWorkspace<Weight, Acc> workspace;
+
+    void run(T* grad_queries, T* grad_refs) const {
+        const Problem& p = launcher.p;
+        const Acc *row_weights = workspace.row_weights, *col_weights = workspace.col_weights;
+        const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
+        if (p.square) {
+            for_groups(launcher.queries(), rows, row_weights, grad_queries, [&](const Group& group) {
+                add_pairs(group, group, true);
+                add_pairs(group, {{group.tiles.end, cols.end}, nullptr}, false);
+                add_pairs({{0, group.tiles.begin}, nullptr}, group, false);
+            });
+        } else if (Policy::sums_both_sides(launcher.task)) {
+            const Group row_group = group_of(rows, grad_queries, workspace.sums);
+            const Group col_group = group_of(cols, grad_refs, workspace.sums + rows.end * kTile * p.dim);
+            add_pairs(row_group, col_group, true);
+            finish(launcher.queries(), row_group, row_weights, grad_queries);
+            finish(launcher.refs(), col_group, col_weights, grad_refs);
+        } else {
+            for_groups(launcher.queries(), rows, row_weights, grad_queries,
+                       [&](const Group& group) { add_pairs(group, {cols, nullptr}, true); });
+            for_groups(launcher.refs(), cols, col_weights, grad_refs,
+                       [&](const Group& group) { add_pairs({rows, nullptr}, group, true); });
+        }
+    }
+
+    // Adds to both groups what their pairs give. fresh: nothing has been added to either.
+    void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
+        launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles,
+                                 [&](auto tile_group, MergeStep step) {
+                                     tile_group.cache_filled = tile_group.cache != nullptr;
+                                     step.rows_first = step.rows_first && fresh;
+                                     step.cols_first = step.cols_first && fresh;
+                                     weigh(tile_group, rows, cols, step);
+                                     multiply(tile_group, rows, cols, step);
+                                 });
+    }
+
+   private:
+    // 1. A tile group's similarities become weights.
+    void weigh(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
+               MergeStep step) const {
+        const Problem& p = launcher.p;
+        const SavedArrays<Acc>& arrays = launcher.arrays;
+        launch(pair_weights<Math, Weight>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
+               PairGrid<Math>::shared_bytes(1), launcher.stream, tile_group, AnyFormula<Acc>(p),
+               arrays.row_stats, launcher.upstream(grad_loss), arrays.kept, workspace.weights,
+               workspace.weight_partials);
+        if (!Policy::sums_weights(p)) return;
+        Merge<Acc>::weights(Merge<Acc>::without_points(tile_group), workspace.weight_partials, arrays.kept,
+                            step, rows.sum ? workspace.row_weights : nullptr,
+                            cols.sum ? workspace.col_weights : nullptr, launcher.stream);
+    }
+
+    // 2. Weights times points, in panels of the gradient's columns.
+    void multiply(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
+                  MergeStep step) const {
+        const Problem& p = launcher.p;
+        const bool diagonal = tile_group.diagonal();
+        const Gradients<Acc> gradients = {
+            {{rows.sum, rows.tiles.begin * kTile, p.queries.count, step.rows_first},
+             {cols.sum, cols.tiles.begin * kTile, p.refs.count, step.cols_first}},
+            // The side with fewer lines has the longer ones.
+            {tile_group.row_tiles <= tile_group.col_tiles,
+             tile_group.col_tiles <= tile_group.row_tiles && !diagonal},
+            workspace.parts};
+        const int owners = tile_group.row_tiles + (diagonal ? 0 : tile_group.col_tiles);
+        const int wanted =
+            (rows.sum ? tile_group.row_tiles : 0) + (cols.sum && !diagonal ? tile_group.col_tiles : 0);
+        const auto launch_panels = [&](auto panel) {
+            using Traits = GradTraits<GradMath, decltype(panel)::value>;
+            const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
+            const int64_t parts = parts_of_a_line(tile_group);
+            launch(add_gradients<GradMath, Traits::kCols>,
+                   dim3(unsigned(panels), unsigned(owners), unsigned(parts)), dim3(Traits::kThreads),
+                   Traits::kSharedBytes, launcher.stream, tile_group, gradients, launcher.arrays.kept,
+                   workspace.weights);
+            merge_parts(tile_group, gradients, int(parts) - 1);
+        };
+        constexpr int kWide = kWidePanel<GradMath>;
+        if (p.dim > kNarrowPanel &&
+            (p.dim + kWide - 1) / kWide * wanted >= launcher.task.tuning.wide_blocks) {
+            launch_panels(std::integral_constant<int, kWide>());
+        } else {
+            launch_panels(std::integral_constant<int, kNarrowPanel>());
+        }
+    }
+
+    int64_t parts_of_a_line(const TileGroup<T, Acc>& tile_group) const {
+        const Task& task = launcher.task;
+        const TileGroupShape shape = {tile_group.row_tiles, tile_group.col_tiles};
+        const bool diagonal = tile_group.diagonal();
+        const int64_t one = std::max<int64_t>(Policy::part_bytes(launcher.p, shape, diagonal), 1);
+        const int64_t room = 1 + Policy::part_bytes(task) / one;
+        return std::min(Policy::parts_of_a_line(task, shape, diagonal), room);
+    }
+
+    // 3. The other parts of shared lines are added to the first.
+    void merge_parts(const TileGroup<T, Acc>& tile_group, const Gradients<Acc>& gradients, int count) const {
+        const int64_t dim = launcher.p.dim;
+        const int64_t pitch = gradients.tiles(tile_group.row_tiles, tile_group.col_tiles) * kTile * dim;
+        const Acc* parts = gradients.parts;
+        for (const int side : {0, 1}) {
+            const Gradient<Acc>& gradient = gradients.side[side];
+            const int64_t rows = gradients.tiles(side, tile_group.row_tiles, tile_group.col_tiles) * kTile;
+            const int64_t first = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTile;
+            if (gradient.sum && rows > 0 && count > 0) {
+                Merge<Acc>::gradient(parts, count, pitch, std::min(rows, gradient.count - first) * dim,
+                                     gradient.sum + (first - gradient.row0) * dim, launcher.stream);
+            }
+            parts += rows * dim;
+        }
+    }
+
+    // 4. From a group's sums to the gradient of its rows.
+    void finish(const Rows<T, Acc>& rows, const Group& group, const Acc* weight_sums, T* grad) const {
+        if (!grad) return;
+        constexpr int kRows = kFinishThreads / kWarpSize;
+        const int64_t begin = group.tiles.begin * kTile;
+        const int64_t end = std::min(group.tiles.end * kTile, rows.points.rows);
+        launch(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
+               dim3(kFinishThreads), 0, launcher.stream, rows, begin, end, launcher.p.similarity,
+               launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum, grad);
+    }
+
+    // The group of rows of `tiles`: its sum is in `sums`, or in place in the side's gradient.
+    Group group_of(TileRange tiles, T* grad, Acc* sums) const {
+        if (!grad) return {tiles, nullptr};
+        if constexpr (Policy::kSeparateSums) {
+            return {tiles, sums};
+        } else {
+            return {tiles, grad + tiles.begin * kTile * launcher.p.dim};
+        }
+    }
+
+    // Calls f(group) for each group of one side's tiles, and finishes its gradient.
+    template <typename F>
+    void for_groups(const Rows<T, Acc>& side, TileRange tiles, const Acc* weight_sums, T* grad,
+                    const F& f) const {
+        if (!grad) return;
+        const int64_t size = Policy::group_tiles(launcher.task, tiles.end);
+        for (int64_t first = 0; first < tiles.end; first += size) {
+            const Group group = group_of({first, std::min(first + size, tiles.end)}, grad, workspace.sums);
+            f(group);
+            finish(side, group, weight_sums, grad);
+        }
+    }
+};
+
+template <typename Math>
+void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss,
+                    typename Math::Value* grad_queries, typename Math::Value* grad_refs,
+                    unsigned char* bytes) {
+    using Acc = typename Math::Acc;
+    using Policy = GradientPolicy<Math>;
+    const Task& task = launcher.task;
+    const Problem& p = launcher.p;
+    GradientWorkspace<typename Policy::Weight, Acc> workspace = {};
+    workspace.weights = reinterpret_cast<typename Policy::Weight*>(bytes);
+    bytes += Policy::weight_bytes(task);
+    workspace.parts = reinterpret_cast<Acc*>(bytes);
+    bytes += Policy::part_bytes(task);
+    workspace.sums = reinterpret_cast<Acc*>(bytes);
+    bytes += Policy::sum_bytes(task);
+    workspace.weight_partials = {reinterpret_cast<Acc*>(bytes)};
+    if (Policy::sums_weights(p)) {
+        workspace.row_weights = workspace.weight_partials.data + Policy::weight_partials_size(task);
+        workspace.col_weights = workspace.row_weights + (p.square ? 0 : p.queries.count);
+    }
+    BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
+}
+
+}  // namespace dml::cuda

@@ -1,0 +1,143 @@
+// How backward's work is cut in a bounded workspace: tile groups of weights, groups of 16-bit gradients,
+// lines shared among thread blocks. From sizes and the type alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/pairs/tile_backward.cuh"
+#include "cuda/pairs/tile_policy.cuh"
+
+namespace dml::cuda {
+
+// The arithmetic of weights times points. A weight has the range of a float, which float16 lacks; tf32 holds
+// a float16 exactly and has it.
+template <typename Math>
+struct GradMathOf {
+    using Type = Math;
+};
+template <>
+struct GradMathOf<HalfMath<__half>> {
+    using Type = Tf32Math<__half, false>;
+};
+
+template <typename Math>
+struct GradientPolicy : TilePolicy<Math> {
+    using typename TilePolicy<Math>::T;
+    using typename TilePolicy<Math>::Acc;
+    using GradMath = typename GradMathOf<Math>::Type;
+    using Weight = typename WeightOf<GradMath>::Type;
+    using TilePolicy<Math>::kTile;
+    using TilePolicy<Math>::tiles_along;
+    using TilePolicy<Math>::group_shape;
+    static constexpr bool kSeparateSums = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
+    static constexpr int64_t kBudget = 62ll << 20;        // bytes of cache, weights and sums together
+    static constexpr int64_t kWeightBudget = 24ll << 20;  // bytes of weights at once
+    static constexpr int64_t kPartBudget = 4ll << 20;     // bytes of gradients of parts of lines
+
+    static TileGroupShape shape(const Task& task) {
+        constexpr int64_t kTiles = kWeightBudget / (kTile * kTile * int64_t(sizeof(Weight)));
+        const Problem& p = task.problem;
+        const int most = std::min(std::min(task.tuning.tile_group, kMaxTileGroup),
+                                  static_cast<int>(std::sqrt(double(kTiles))));
+        // Groups of equal size: the last should not be a sliver.
+        const int64_t along = std::max(tiles_along(p.queries.count), tiles_along(p.refs.count));
+        const int64_t count = (along + most - 1) / most;
+        return group_shape(p, p.square ? (along + count - 1) / count : most);
+    }
+    static int64_t weight_bytes(const Task& task) {
+        return shape(task).tiles() * kTile * kTile * int64_t(sizeof(Weight));
+    }
+    // What cache and weights leave of the budget.
+    static int64_t room(const Task& task) {
+        const int64_t cache =
+            TilePolicy<Math>::caches(task) ? TilePolicy<Math>::similarity_bytes(task.problem) : 0;
+        return kBudget - weight_bytes(task) - cache;
+    }
+
+    // ---- groups of rows ----------------------------------------------------------------------------------
+    // Where 16-bit gradients are summed in float32 those sums are bounded too: the rows are cut into groups,
+    // and a group's gradient is finished before the next begins. A pair of two groups is then visited twice,
+    // once for each. Elsewhere there is one group, and its sums are the gradient itself.
+
+    static int64_t sum_bytes(const Problem& p, int64_t tiles) {
+        return tiles * kTile * p.dim * int64_t(sizeof(Acc));
+    }
+    static int64_t most_summed_tiles(const Task& task) {
+        const Problem& p = task.problem;
+        const int64_t bytes = std::min(task.tuning.sum_bytes, room(task) - part_bytes(task));
+        return std::max<int64_t>(bytes / std::max<int64_t>(sum_bytes(p, 1), 1), 1);
+    }
+    static int64_t group_tiles(const Task& task, int64_t tiles) {
+        if (!kSeparateSums) return tiles;
+        const int64_t most = most_summed_tiles(task), groups = (tiles + most - 1) / most;
+        return (tiles + groups - 1) / groups;  // of equal size
+    }
+    static bool sums_both_sides(const Task& task) {
+        const Problem& p = task.problem;
+        const int64_t tiles = tiles_along(p.queries.count) + tiles_along(p.refs.count);
+        return !p.square && (!kSeparateSums || tiles <= most_summed_tiles(task));
+    }
+    static int64_t sum_bytes(const Task& task) {
+        const Problem& p = task.problem;
+        const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
+        if (!kSeparateSums) return 0;
+        if (sums_both_sides(task)) return sum_bytes(p, rows + cols);
+        return sum_bytes(p, std::max(group_tiles(task, rows), group_tiles(task, cols)));
+    }
+
+    // ---- parts of lines ----------------------------------------------------------------------------------
+    // Where a tile group has few lines for so many multiprocessors, several thread blocks share a line: as
+    // many as give each block what it would have if `wide_blocks` had equal work, but split_slots tiles at
+    // least. Their sums are merged in order. Where the lines of one side are longer than the others, as where
+    // a few rows meet many references, the long ones are shared, among more blocks.
+
+    static int64_t parts_of_a_line(const Task& task, TileGroupShape group, bool diagonal) {
+        const int64_t line = std::max(group.rows, group.cols);
+        const int64_t panels = (task.problem.dim + kNarrowPanel - 1) / kNarrowPanel;
+        const int64_t slots = group.tiles() * (diagonal ? 1 : 2) * panels;  // of all lines
+        const int64_t at_once = kNeedsManyRegisters<GradMath> ? 1 : 2;      // blocks of a multiprocessor
+        const int64_t wanted =
+            task.problem.square ? task.tuning.wide_blocks : task.tuning.line_blocks * at_once / 2;
+        const int64_t blocks = std::max<int64_t>(wanted, 1), share = (slots + blocks - 1) / blocks;
+        return std::max<int64_t>(line / std::max(task.tuning.split_slots, share), 1);
+    }
+    // Of one part's sums.
+    static int64_t part_bytes(const Problem& p, TileGroupShape group, bool diagonal) {
+        const bool both = group.rows == group.cols && !diagonal;
+        return (both ? 2 : 1) * std::min(group.rows, group.cols) * kTile * p.dim * int64_t(sizeof(Acc));
+    }
+    static int64_t part_bytes(const Task& task) {
+        const Problem& p = task.problem;
+        const TileGroupShape group = shape(task);
+        int64_t bytes = 0;
+        for (const bool diagonal : {false, true}) {
+            const bool occurs = diagonal ? p.square : !p.square || group.rows < tiles_along(p.queries.count);
+            const int64_t parts = parts_of_a_line(task, group, diagonal);
+            if (occurs) bytes = std::max(bytes, (parts - 1) * part_bytes(p, group, diagonal));
+        }
+        return std::min({bytes, kPartBudget, room(task) / 4}) / 16 * 16;
+    }
+
+    // ---- workspace ---------------------------------------------------------------------------------------
+
+    // Distances of rows that are not normalised need the sum of each line's weights as well.
+    static bool sums_weights(const Problem& p) { return p.similarity.euclidean && !p.similarity.normalize; }
+    // Numbers: partial sums of a tile group's lines, then the sums of all rows and of all columns.
+    static int64_t weight_partials_size(const Task& task) {
+        return partials_size(shape(task).tiles(), kTile, true);
+    }
+
+    // Weights of a tile group, gradients of parts of its lines, sums of 16-bit gradients, sums of weights.
+    static int64_t workspace_bytes(const Task& task) {
+        if (TilePolicy<Math>::uses_row_blocks(task)) return 0;
+        const Problem& p = task.problem;
+        int64_t numbers = 0;
+        if (sums_weights(p))
+            numbers = weight_partials_size(task) + p.queries.count + (p.square ? 0 : p.refs.count);
+        return weight_bytes(task) + part_bytes(task) + sum_bytes(task) + numbers * int64_t(sizeof(Acc));
+    }
+};
+
+}  // namespace dml::cuda

@@ -1,0 +1,106 @@
+// Which path a batch takes, how tiles form groups, and what is cached. From sizes and the type alone, as
+// shapes must be under torch.compile.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/pairs/partials.cuh"
+#include "cuda/pairs/row_block.cuh"
+#include "cuda/pairs/tile_group.cuh"
+
+namespace dml::cuda {
+
+// Tiles [begin, end) along one side.
+struct TileRange {
+    int64_t begin, end;
+};
+
+// Tiles of a group along rows and columns.
+struct TileGroupShape {
+    int64_t rows, cols;
+    int64_t tiles() const { return rows * cols; }
+};
+
+// Static facts of a formula, on the host.
+struct FormulaFacts {
+    bool context, counts_pairs;
+    int parts;
+};
+inline FormulaFacts formula_facts(FormulaId formula) {
+    FormulaFacts facts = {};
+    with_formula(formula, [&](auto tag) {
+        using Formula = typename decltype(tag)::template Of<float>;
+        facts = {Formula::kContext, Formula::kCount == Count::kPairs, Formula::kParts};
+    });
+    return facts;
+}
+
+template <typename Math>
+struct TilePolicy {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    static constexpr int kTile = TileTraits<Math>::kTile;
+    static_assert(kTile == tile_side(sizeof(Acc)), "the sizes of what is saved follow from the tiles");
+
+    // Small batches take row blocks; so do batches without rows or columns, which have no tile.
+    static bool uses_row_blocks(const Task& task) {
+        const Problem& p = task.problem;
+        return uses_tiles(p.queries.count, p.refs.count, p.dim, task.tuning.row_block_limit) == 0;
+    }
+
+    static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
+    static int64_t count_tiles(const Problem& p) {
+        return tile_count_of(p.queries.count, p.refs.count, p.square, sizeof(Acc));
+    }
+    static int64_t similarity_bytes(const Problem& p) {
+        return count_tiles(p) * kTile * kTile * int64_t(sizeof(Acc));
+    }
+    // Whether forward keeps all similarities.
+    static bool caches(const Task& task) {
+        return !uses_row_blocks(task) && similarity_bytes(task.problem) <= task.tuning.cache_bytes;
+    }
+    // Whether each tile has a kept flag.
+    static bool has_kept(const Problem& p) { return knows_kept(count_tiles(p)) != 0; }
+    // Whether each tile's extremes are stored: they tell which tiles mining emptied.
+    static bool has_extremes(const Problem& p) { return extremes_bytes(count_tiles(p), sizeof(Acc)) > 0; }
+
+    // Squares of `size` tiles, or the same area where one side has fewer tiles.
+    static TileGroupShape group_shape(const Problem& p, int64_t size) {
+        const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
+        if (p.square) return {std::min(size, rows), std::min(size, rows)};
+        const auto longer = [&](int64_t tiles, int64_t shorter) {
+            const int64_t most = std::min<int64_t>({tiles, size * size / shorter, 2 * kMaxTileGroup});
+            const int64_t count = (tiles + most - 1) / most;
+            return (tiles + count - 1) / count;  // of equal size: the last should not be a sliver
+        };
+        if (rows < cols) {
+            const int64_t few = std::min(size, rows);
+            return {few, longer(cols, few)};
+        }
+        const int64_t few = std::min(size, cols);
+        return {longer(rows, few), few};
+    }
+    static TileGroupShape forward_shape(const Task& task) {
+        return group_shape(task.problem, std::min(task.tuning.tile_group, kMaxTileGroup));
+    }
+
+    // Slots of row results before they are reduced: one a row of a row block, one a warp of a merge.
+    static int64_t result_slots(const Task& task) {
+        const int64_t n = task.problem.queries.count;
+        return uses_row_blocks(task) ? n : (n + kWarpSize - 1) / kWarpSize;
+    }
+    static int64_t results_size(const Task& task) { return kResultNumbers * result_slots(task); }
+
+    // Forward's workspace: row results, partial results of a tile group, the tiles' extremes.
+    static int64_t forward_workspace_bytes(const Task& task) {
+        int64_t numbers = results_size(task);
+        if (!uses_row_blocks(task)) {
+            numbers += partials_size(forward_shape(task).tiles(), kTile, task.problem.square);
+            if (task.problem.mining.on && has_extremes(task.problem))
+                numbers += 2 * count_tiles(task.problem);
+        }
+        return numbers * int64_t(sizeof(Acc));
+    }
+};
+
+}  // namespace dml::cuda
