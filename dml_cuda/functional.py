@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ._inputs import autocast as _autocast
 from ._ops import listed_pairs as listed
+from ._ops.evaluate import Call, validate
 from .losses._classifier import ClassifierLoss
 from .losses._formula import Formula
-from .losses._pair import Call, PairLoss, batch_of
+from .losses._pair import PairLoss
 from .losses.binomial_deviance import binomial_deviance_loss
 from .losses.circle import circle_loss
 from .losses.contrastive import contrastive_loss
@@ -97,11 +98,11 @@ def pair_weights(
         if isinstance(loss, SoftTripleLoss):
             return PairWeights(*loss.center_weights(embeddings, labels))
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
-    formula, params, options, similarity, *_ = call
+    formula, params, options, similarity = call.formula, call.params, call.options, call.similarity
     if formula.row is Formula.row:
         raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
     unchecked = call._replace(options=options._replace(check_pairs=False))
-    batch = batch_of(unchecked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    batch = validate(unchecked, embeddings, labels, indices_tuple, ref_emb, ref_labels)
     embeddings, ref_emb = batch.embeddings.detach(), batch.ref_emb
     ref_emb = None if ref_emb is None else ref_emb.detach()
     indices = batch.indices

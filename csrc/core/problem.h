@@ -44,7 +44,7 @@ struct Problem {
     Similarity similarity;
     Mining mining;
     Reduction reduction = Reduction::kMean;
-    bool divide = true;  // false: the result is [parts 0 and 1, counts 0 and 1], not yet divided
+    bool return_sums = false;  // the result is [parts 0 and 1, counts 0 and 1], not yet divided
 };
 
 }  // namespace dml

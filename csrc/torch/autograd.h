@@ -1,17 +1,17 @@
-// What of autograd concerns whoever calls pair_loss.
+// Autograd helpers for callers of pair_loss.
 #pragma once
 
 #include "torch/ops.h"
 
 namespace dml {
 
-// The op, by way of the dispatcher: whatever is under way sees the call.
+// The op through the dispatcher, so that autograd, autocast and transforms see the call.
 ForwardResult dispatch_pair_loss(const Call& call);
 
-// Whether a gradient by the points may be asked for.
+// Whether the loss needs a graph to embeddings or ref_emb.
 bool needs_gradient(const at::Tensor& embeddings, const OptionalTensor& ref_emb);
 
-// Whether a derivative in forward mode is under way.
+// Whether x carries a tangent of forward-mode differentiation.
 bool has_tangent(const at::Tensor& x);
 
 }  // namespace dml

@@ -1,10 +1,8 @@
-// From the tensors of a call to a task of the CUDA engine; what the ops on CUDA tensors share.
+// From the arguments of a call to a task of the CUDA engine. What the ops on CUDA tensors share.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/version.h>
 
 #include "cuda/pairs/pair_loss.h"
 #include "torch/ops.h"
@@ -13,35 +11,23 @@ namespace dml::cuda {
 
 using at::Tensor;
 
-// As torch says that float32 matrices are multiplied on CUDA: in full, or less ("high" and "medium" alike).
-// Its older getter raises where the older and the newer way of saying so were mixed.
-inline Precision precision_in_use() {
-    const auto& context = at::globalContext();
-#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10)
-    const bool full = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) !=
-                      at::Float32Precision::TF32;
-#else
-    bool full = true;
-    try {
-        full = context.float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
-    } catch (const c10::Error&) {
-    }
-#endif
-    return full ? Precision::kFull : Precision::kTf32;
-}
-
 // Rows may lie at any distance but must be contiguous in themselves.
 inline Tensor with_dense_rows(const Tensor& x) {
     return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
 }
 
-// The engine of a problem's formula; of one that was loaded, the only one that its engine knows.
+// The engine of a problem's formula. That of a loaded formula knows no other, and numbers it 0.
 inline const EntryPoints* engine_of(Problem& p, std::string_view formula) {
-    const CustomFormula* own = custom_formula(p.formula);
-    if (!own) return &kEntryPoints;
-    TORCH_CHECK(own->cuda, "formula: ", formula, " was loaded without CUDA kernels");
+    const CustomFormula* custom = custom_formula(p.formula);
+    if (!custom) return &kEntryPoints;
+    TORCH_CHECK(custom->cuda, "formula: ", formula, " was loaded without CUDA kernels");
     p.formula = {};
-    return own->cuda;
+    return custom->cuda;
+}
+
+// Other types are multiplied in themselves, whatever the precision.
+inline Precision precision_of(const PairOptions& o, Scalar scalar) {
+    return is_tf32(o.precision) && scalar == Scalar::kFloat32 ? Precision::kTf32 : Precision::kFull;
 }
 
 // The task, and the tensors that its pointers lead to.
@@ -50,7 +36,7 @@ struct Inputs {
     OptionalTensor ref_points, ref_labels, self_index, num_valid_refs;
     Task task;
     const EntryPoints* engine;
-    at::TensorOptions accumulate;  // the type of losses and statistics
+    at::TensorOptions accumulate;  // the type of losses and sums
 
     explicit Inputs(const Call& c)
         : points(with_dense_rows(c.embeddings)),
@@ -59,6 +45,7 @@ struct Inputs {
         task.problem = describe(c);
         Problem& p = task.problem;
         engine = engine_of(p, c.formula);
+        task.precision = precision_of(c, p.scalar);
         p.queries = view(points, labels);
         p.refs = p.queries;
         if (c.ref_emb) {

@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: allocates what the engine of csrc/cuda asks for and calls it, on the current
-// stream of the inputs' device. Nothing here waits for the device.
+// The ops on pairs for CUDA tensors: they allocate what the engine of csrc/cuda asks for and call it, on the
+// current stream of the inputs' device, without host synchronisation.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -15,58 +15,39 @@ namespace {
 
 using at::Tensor;
 
-// How float32 was multiplied in forward is how backward must see the same similarities. The host has to know
-// without asking the device, so it is the number of bytes by which `saved` is longer than what it holds.
-int64_t mark(Precision precision) { return static_cast<int64_t>(precision); }
-
 ForwardResult pair_loss(const Call& c) {
     check_inputs(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
-    if (in.task.problem.scalar == Scalar::kFloat32) in.task.precision = precision_in_use();
     const EntryPoints& engine = *in.engine;
-    Tensor saved =
-        bytes(engine.saved_bytes(in.task, c.save_for_backward) + mark(in.task.precision), c.embeddings);
-    Tensor loss = in.task.problem.reduction == Reduction::kNone
-                      ? at::empty({c.embeddings.size(0)}, in.accumulate)
-                  : c.divide ? at::empty({}, in.accumulate)
-                             : at::empty({4}, in.accumulate);
+    Tensor saved = bytes(engine.saved_bytes(in.task, c.save_for_backward), c.embeddings);
+    Tensor loss = c.reduction == "none" || c.return_sums ? at::empty({loss_numel(c)}, in.accumulate)
+                                                         : at::empty({}, in.accumulate);
     const Tensor workspace = bytes(engine.forward_workspace_bytes(in.task), c.embeddings);
     engine.forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
                    c10::cuda::getCurrentCUDAStream());
     return {loss, saved};
 }
 
-// Reads from the length of `saved` what forward was told and knew. Returns whether it kept tiles.
-bool read_saved(const EntryPoints& engine, Task& task, int64_t length) {
-    const int marks = task.problem.scalar == Scalar::kFloat32 ? kPrecisions : 1;
-    for (int k = 0; k < marks; ++k) {
-        task.precision = static_cast<Precision>(k);
-        for (const bool saves : {true, false}) {
-            if (length == engine.saved_bytes(task, saves) + k) return saves;
-        }
-    }
-    task.precision = Precision::kFull;
-    return true;
-}
-
-BackwardResult pair_loss_backward(const Call& c, const Backward& b) {
+BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const Tensor& saved, bool need_emb,
+                                  bool need_ref) {
     check_inputs(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
-    const bool saves = read_saved(engine, in.task, b.saved.numel());
-    check_backward(c, b, engine.saved_bytes(in.task, saves) + mark(in.task.precision));
-    const Tensor upstream = b.grad_loss.to(in.accumulate.dtype()).contiguous();
-    const auto gradient = [&](const Tensor* of) {
-        return of ? at::empty(of->sizes(), of->options()) : at::empty({0}, c.embeddings.options());
+    check_backward(c, grad_loss, saved, engine.saved_bytes(in.task, c.save_for_backward));
+    const Tensor upstream = grad_loss.to(in.accumulate.dtype()).contiguous();
+    const auto gradient = [&](const Tensor* points) {
+        return points ? at::empty(points->sizes(), points->options())
+                      : at::empty({0}, c.embeddings.options());
     };
-    Tensor grad_emb = gradient(b.need_emb ? &c.embeddings : nullptr);
-    Tensor grad_ref = gradient(b.need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
+    Tensor grad_emb = gradient(need_emb ? &c.embeddings : nullptr);
+    Tensor grad_ref = gradient(need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
     const Tensor workspace = bytes(engine.backward_workspace_bytes(in.task), c.embeddings);
     const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
-    engine.backward(in.task, saves, b.saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
-                    data_or_null(grad_ref), workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    engine.backward(in.task, c.save_for_backward, saved.data_ptr(), upstream.const_data_ptr(),
+                    data_or_null(grad_emb), data_or_null(grad_ref), workspace.data_ptr(),
+                    c10::cuda::getCurrentCUDAStream());
     return {grad_emb, grad_ref};
 }
 
@@ -132,8 +113,8 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
-    m.impl("pair_loss", &pair_loss_op<pair_loss>);
-    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
+    m.impl("pair_loss", &FlatOp<&pair_loss>::call);
+    m.impl("pair_loss_backward", &FlatOp<&pair_loss_backward>::call);
     m.impl("pair_products", &pair_products);
     m.impl("pair_sums", &pair_sums);
     m.impl("segment_logsumexp", &segment_logsumexp);

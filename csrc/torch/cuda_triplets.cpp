@@ -104,16 +104,16 @@ class Similarities {
             const Tensor x = rows.rows.narrow(0, first, count);
             at::mm_out(s, x, cols.rows.t());
             const TripletRowBlock<T> strip = {s.data_ptr<T>(),
-                                           count,
-                                           m,
-                                           m,
-                                           first,
-                                           pointer(members_),
-                                           pointer(begin_),
-                                           pointer(end_),
-                                           pointer(own_),
-                                           square,
-                                           pointer(num_valid_refs_)};
+                                              count,
+                                              m,
+                                              m,
+                                              first,
+                                              pointer(members_),
+                                              pointer(begin_),
+                                              pointer(end_),
+                                              pointer(own_),
+                                              square,
+                                              pointer(num_valid_refs_)};
             if (how.euclidean) {
                 make_distances(strip, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
                                cols.rows.const_data_ptr<T>(), cols.squares.const_data_ptr<T>(),
@@ -158,7 +158,8 @@ LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, co
     const bool sum_weights = save && of.how.euclidean && !of.how.normalize;
     Tensor row_weights = at::zeros({sum_weights ? of.n : 0}, options);
     Tensor col_weights = of.square ? row_weights : at::zeros({sum_weights && for_refs ? of.m : 0}, options);
-    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletRowBlock<T>& strip, void* workspace) {
+    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletRowBlock<T>& strip,
+                             void* workspace) {
         triplet_rows(strip, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr, sums.data_ptr<T>(),
                      counts.data_ptr<int64_t>(), grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr,
                      workspace, c10::cuda::getCurrentCUDAStream());
@@ -182,14 +183,11 @@ at::ScalarType type_of(const Tensor& embeddings) {
     return embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-LossResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                        const OptionalTensor& ref_labels, const OptionalTensor& self_index,
-                        const OptionalTensor& num_valid_refs, const OptionalTensor& beta,
-                        const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
-                        c10::string_view negatives, at::ArrayRef<double> params, c10::string_view similarity,
-                        bool save, bool save_ref) {
-    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
-                               self_index, num_valid_refs, similarity};
+LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
+                        c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
+                        at::ArrayRef<double> params, c10::string_view similarity, bool save, bool save_ref) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
@@ -212,14 +210,12 @@ void select_of(const Similarities& of, const TripletRules& rules, const Selected
 }
 
 // Anchors that do not ascend, or lie outside, find nothing: looking would wait for the device.
-std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
-                                  const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                  const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
-                                  const OptionalTensor& seed, c10::string_view rule_name,
-                                  at::ArrayRef<double> params, const OptionalTensor& anchors,
-                                  const OptionalTensor& positives, c10::string_view similarity_name) {
-    const TripletPoints points{embeddings, labels,         ref_emb,        ref_labels,
-                               self_index, num_valid_refs, similarity_name};
+std::tuple<Tensor, Tensor> select(const PairBatch& batch, const OptionalTensor& seed,
+                                  c10::string_view rule_name, at::ArrayRef<double> params,
+                                  const OptionalTensor& anchors, const OptionalTensor& positives,
+                                  c10::string_view similarity_name) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity_name};
     check_triplet_points(points);
     const SelectRule rule = parse_rule(rule_name);
     check_pairs(anchors, positives, rule, embeddings);
@@ -243,8 +239,8 @@ std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
-    m.impl("triplet_loss", &triplet_loss);
-    m.impl("select", &select);
+    m.impl("triplet_loss", &FlatOp<&triplet_loss>::call);
+    m.impl("select", &FlatOp<&select>::call);
 }
 
 }  // namespace dml::cuda

@@ -1,7 +1,7 @@
-// The shortest way from Python to pair_loss. Most batches need no care: ordinary tensors of the right types
-// on one device, with nothing under way that wants to see the call. Telling them apart takes a microsecond
-// here and ten in Python, and twice that where the kernels of the step before have emptied the processor's
-// caches. All others go through Python's checks, which explain and convert.
+// The eager fast path. It takes ordinary tensors of the right types on one device, while nothing wants to see
+// the call, and returns None for all else, which Python then validates and converts. The checks take a
+// microsecond here and ten in Python, and twice that where the step before has emptied the processor's
+// caches.
 #include "torch/fast_path.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,7 +9,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "custom/registry.h"
 #include "torch/autograd.h"
+#include "torch/precision.h"
 
 namespace dml {
 namespace {
@@ -17,9 +19,9 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// The tensor, where there is one of torch's own two classes and not of inference mode or forward-mode
-// differentiation; nothing for None.
-bool take(py::handle object, OptionalTensor& tensor) {
+// Unpacks a tensor of torch's own two classes, which is neither of inference mode nor of forward-mode
+// differentiation. None is fine, and unpacks to none.
+bool unpack(py::handle object, OptionalTensor& tensor) {
     if (object.is_none()) return true;
     if (!THPVariable_CheckExact(object.ptr())) return false;
     tensor = THPVariable_Unpack(object.ptr());
@@ -37,25 +39,35 @@ bool are_labels(const Tensor& labels, const Tensor& points) {
            labels.device() == points.device();
 }
 
-// Whether somebody wants to see calls of Python functions, or transforms the tensors they are given.
+// Whether a mode sees calls of Python functions, or a transform of torch.func is active.
 bool is_watched() {
     return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has(
                                                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// The loss in the dtype that the embeddings ask for, or None.
-py::object fast_pair_loss(py::handle embeddings, py::handle labels, py::handle ref_emb, py::handle ref_labels,
-                          py::handle self_index, py::handle num_valid_refs, std::string_view formula,
-                          const std::vector<double>& params, std::optional<double> epsilon,
-                          std::string_view similarity, std::string_view reduction, bool mine_self_pair,
-                          bool divide, bool on_cuda) {
+bool has_cuda_kernels(std::string_view formula) {
+#ifdef DML_CUDA_VERSION
+    const FormulaInfo* info = formula_named(formula);
+    const CustomFormula* custom = info ? custom_formula(info->id) : nullptr;
+    return info && (!custom || custom->cuda);
+#else
+    (void)formula;
+    return false;
+#endif
+}
+
+// The loss in the dtype that the embeddings ask for, or None. Of the options, precision and save_for_backward
+// are found out here.
+py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::handle labels,
+                          py::handle ref_emb, py::handle ref_labels, py::handle self_index,
+                          py::handle num_valid_refs) {
     OptionalTensor x, y, r, ry, self, count;
-    if (is_watched() || !take(embeddings, x) || !take(labels, y) || !take(ref_emb, r) ||
-        !take(ref_labels, ry) || !take(self_index, self) || !take(num_valid_refs, count)) {
+    if (is_watched() || !unpack(embeddings, x) || !unpack(labels, y) || !unpack(ref_emb, r) ||
+        !unpack(ref_labels, ry) || !unpack(self_index, self) || !unpack(num_valid_refs, count)) {
         return py::none();
     }
     if (!x || !y || !are_points(*x) || !are_labels(*y, *x)) return py::none();
-    if (!x->is_cpu() && !(on_cuda && x->is_cuda())) return py::none();
+    if (!x->is_cpu() && !(x->is_cuda() && has_cuda_kernels(given.formula))) return py::none();
     if (r.has_value() != ry.has_value()) return py::none();
     if (r && (!are_points(*r) || !are_labels(*ry, *r) || r->size(1) != x->size(1) ||
               r->scalar_type() != x->scalar_type() || r->device() != x->device())) {
@@ -63,10 +75,11 @@ py::object fast_pair_loss(py::handle embeddings, py::handle labels, py::handle r
     }
     Tensor loss;
     {
-        const py::gil_scoped_release others_may_run;
-        const bool save = needs_gradient(*x, r);
-        loss = std::get<0>(dispatch_pair_loss({*x, *y, r, ry, self, count, formula, params, epsilon,
-                                               similarity, reduction, mine_self_pair, divide, save}));
+        const py::gil_scoped_release without_gil;
+        Call call{{*x, *y, r, ry, self, count}, given};
+        call.save_for_backward = needs_gradient(*x, r);
+        if (x->is_cuda() && x->scalar_type() == at::kFloat) call.precision = cuda_precision();
+        loss = std::get<0>(dispatch_pair_loss(call));
         const auto wanted =
             at::autocast::is_autocast_enabled(x->device().type()) ? at::kFloat : x->scalar_type();
         if (loss.scalar_type() != wanted) loss = loss.to(wanted);
@@ -77,8 +90,10 @@ py::object fast_pair_loss(py::handle embeddings, py::handle labels, py::handle r
 }  // namespace
 
 void def_fast_path(py::module_& m) {
-    m.def("fast_pair_loss", &fast_pair_loss,
-          "pair_loss of a batch that needs no care, in the dtype that the embeddings ask for, or None.");
+    m.def("fast_pair_loss", &PythonOp<&fast_pair_loss>::call,
+          "pair_loss(*options, *batch) in the dtype that the embeddings ask for; None if the batch needs "
+          "checks "
+          "or conversion.");
 }
 
 }  // namespace dml

@@ -1,4 +1,4 @@
-// The shortest way from Python to pair_loss, for batches that need no care.
+// The eager fast path from Python to pair_loss.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,6 +1,6 @@
-// What the implementations of pair_loss on every device share: the call as the op gets it, the checks that
-// keep a direct call of an op from crashing (the public functions in Python check first, with friendlier
-// messages), and its description without torch (problem.h).
+// What the implementations of pair_loss share on every device: the checks that keep a direct call of an op
+// from crashing (the public functions in Python check first, with friendlier messages), and the description
+// of a call without torch (problem.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,76 +14,12 @@
 
 #include "core/problem.h"
 #include "custom/registry.h"
+#include "torch/arguments.h"
 
 namespace dml {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// The arguments of pair_loss and, as far as it has them, of pair_loss_backward.
-struct Call {
-    const at::Tensor& embeddings;          // [N, D]
-    const at::Tensor& labels;              // [N]
-    const OptionalTensor& ref_emb;         // [M, D]
-    const OptionalTensor& ref_labels;      // [M]
-    const OptionalTensor& self_index;      // [N]
-    const OptionalTensor& num_valid_refs;  // one number
-    std::string_view formula;
-    at::ArrayRef<double> params;
-    std::optional<double> epsilon;
-    std::string_view similarity, reduction;
-    bool mine_self_pair, divide, save_for_backward;
-};
-
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;   // loss, saved
 using BackwardResult = std::tuple<at::Tensor, at::Tensor>;  // grad_emb, grad_ref
-
-// The ops as functions of a Call: the one place that spells out their arguments. pair_loss_op<f> is what is
-// registered for a device that implements f.
-template <ForwardResult (*forward)(const Call&)>
-ForwardResult pair_loss_op(const at::Tensor& embeddings, const at::Tensor& labels,
-                           const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                           const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
-                           c10::string_view formula, at::ArrayRef<double> params,
-                           std::optional<double> epsilon, c10::string_view similarity,
-                           c10::string_view reduction, bool mine_self_pair, bool divide,
-                           bool save_for_backward) {
-    return forward({embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, formula, params,
-                    epsilon, similarity, reduction, mine_self_pair, divide, save_for_backward});
-}
-
-template <typename Op>
-ForwardResult call_op(const Op& op, const Call& c) {
-    return op.call(c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_index, c.num_valid_refs, c.formula,
-                   c.params, c.epsilon, c.similarity, c.reduction, c.mine_self_pair, c.divide,
-                   c.save_for_backward);
-}
-
-// What backward has beyond the call.
-struct Backward {
-    const at::Tensor& grad_loss;
-    const at::Tensor& saved;
-    bool need_emb, need_ref;
-};
-
-template <BackwardResult (*backward)(const Call&, const Backward&)>
-BackwardResult pair_loss_backward_op(const at::Tensor& grad_loss, const at::Tensor& embeddings,
-                                     const at::Tensor& labels, const OptionalTensor& ref_emb,
-                                     const OptionalTensor& ref_labels, const OptionalTensor& self_index,
-                                     const OptionalTensor& num_valid_refs, const at::Tensor& saved,
-                                     c10::string_view formula, at::ArrayRef<double> params,
-                                     c10::string_view similarity, c10::string_view reduction, bool divide,
-                                     bool need_emb, bool need_ref) {
-    return backward({embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, formula, params,
-                     std::nullopt, similarity, reduction, true, divide, true},
-                    {grad_loss, saved, need_emb, need_ref});
-}
-
-template <typename Op>
-BackwardResult call_op(const Op& op, const Call& c, const Backward& b) {
-    return op.call(b.grad_loss, c.embeddings, c.labels, c.ref_emb, c.ref_labels, c.self_index,
-                   c.num_valid_refs, b.saved, c.formula, c.params, c.similarity, c.reduction, c.divide,
-                   b.need_emb, b.need_ref);
-}
 
 // ---- names ------------------------------------------------------------------------------------------------
 
@@ -106,6 +42,12 @@ inline Reduction parse_reduction(std::string_view name) {
     if (name == "sum") return Reduction::kSum;
     TORCH_CHECK_VALUE(name == "none", "reduction: unknown \"", name, "\"");
     return Reduction::kNone;
+}
+
+inline bool is_tf32(std::string_view precision) {
+    if (precision == "tf32") return true;
+    TORCH_CHECK_VALUE(precision == "ieee", "precision: expected ieee or tf32, got \"", precision, "\"");
+    return false;
 }
 
 inline Similarity parse_similarity(std::string_view name) {
@@ -143,13 +85,12 @@ inline void check_points(const at::Tensor& points, const at::Tensor& labels, con
                       " on ", points.device());
 }
 
-inline void check_inputs(const Call& c) {
+inline void check_batch(const PairBatch& c) {
     check_points(c.embeddings, c.labels, "embeddings");
     TORCH_CHECK_VALUE(c.ref_emb.has_value() == c.ref_labels.has_value(),
                       "ref_emb and ref_labels go together");
     TORCH_CHECK_VALUE(c.ref_emb || !c.self_index, "self_index: expected ref_emb with it");
     TORCH_CHECK_VALUE(c.ref_emb || !c.num_valid_refs, "num_valid_refs: expected ref_emb with it");
-    TORCH_CHECK_VALUE(c.divide || c.reduction != "none", "divide: expected a reduction to leave undivided");
     if (!c.ref_emb) return;
     const at::Tensor& refs = *c.ref_emb;
     check_points(refs, *c.ref_labels, "ref_emb");
@@ -172,36 +113,65 @@ inline void check_inputs(const Call& c) {
     check_index(c.num_valid_refs, 1, "num_valid_refs");
 }
 
-// What backward gets from forward and from above it: `saved` must have the bytes that forward made.
-inline void check_backward(const Call& c, const Backward& b, int64_t saved_bytes) {
-    TORCH_CHECK_VALUE(b.saved.dim() == 1 && b.saved.scalar_type() == at::kByte && b.saved.is_contiguous() &&
-                          b.saved.numel() == saved_bytes && b.saved.device() == c.embeddings.device(),
+inline void check_inputs(const Call& c) {
+    check_batch(c);
+    TORCH_CHECK_VALUE(!c.return_sums || c.reduction != "none",
+                      "return_sums: expected a reduction other than none");
+}
+
+// The elements of the result.
+inline int64_t loss_numel(const Call& c) {
+    return c.reduction == "none" ? c.embeddings.size(0) : c.return_sums ? 4 : 1;
+}
+
+// `saved` must have the bytes that forward made.
+inline void check_backward(const Call& c, const at::Tensor& grad_loss, const at::Tensor& saved,
+                           int64_t saved_bytes) {
+    TORCH_CHECK_VALUE(saved.dim() == 1 && saved.scalar_type() == at::kByte && saved.is_contiguous() &&
+                          saved.numel() == saved_bytes && saved.device() == c.embeddings.device(),
                       "saved: expected the ", saved_bytes, " bytes that forward saved, got ",
-                      b.saved.scalar_type(), " of shape ", b.saved.sizes(), " on ", b.saved.device());
-    const int64_t losses = c.reduction == "none" ? c.embeddings.size(0) : c.divide ? 1 : 4;
-    TORCH_CHECK_VALUE(b.grad_loss.numel() == losses, "grad_loss: expected ", losses, " elements, got shape ",
-                      b.grad_loss.sizes());
-    TORCH_CHECK_VALUE(b.grad_loss.device() == c.embeddings.device(), "grad_loss: expected on ",
-                      c.embeddings.device(), ", got on ", b.grad_loss.device());
+                      saved.scalar_type(), " of shape ", saved.sizes(), " on ", saved.device());
+    TORCH_CHECK_VALUE(grad_loss.numel() == loss_numel(c), "grad_loss: expected ", loss_numel(c),
+                      " elements, got shape ", grad_loss.sizes());
+    TORCH_CHECK_VALUE(grad_loss.device() == c.embeddings.device(), "grad_loss: expected on ",
+                      c.embeddings.device(), ", got on ", grad_loss.device());
 }
 
 // ---- the description --------------------------------------------------------------------------------------
 
+// What the options say of a problem; points, sizes and type are left open.
+inline Problem describe(const PairOptions& o) {
+    Problem p;
+    at::ArrayRef<double> params = o.params;
+    std::optional<double> epsilon = o.epsilon;
+    at::Tensor values;
+    if (o.dynamic_params) {
+        values = o.dynamic_params->contiguous();
+        TORCH_CHECK_VALUE(
+            values.dim() == 1 && values.numel() > 0 && values.scalar_type() == at::kDouble && values.is_cpu(),
+            "dynamic_params: expected params and epsilon in float64 on the CPU, got ", values.scalar_type(),
+            " of shape ", values.sizes(), " on ", values.device());
+        params = {values.const_data_ptr<double>(), static_cast<size_t>(values.numel() - 1)};
+        if (epsilon) epsilon = values.const_data_ptr<double>()[params.size()];
+    }
+    p.formula = find_formula(o.formula, params).id;
+    std::copy(params.begin(), params.end(), p.params);
+    p.similarity = parse_similarity(o.similarity);
+    p.mining = {epsilon.has_value(), epsilon.value_or(0.0)};
+    p.reduction = parse_reduction(o.reduction);
+    p.mine_self_pair = o.mine_self_pair;
+    p.return_sums = o.return_sums;
+    return p;
+}
+
 // All but the pointers, which are each device's to lay out.
 inline Problem describe(const Call& c) {
-    Problem p;
+    Problem p = describe(static_cast<const PairOptions&>(c));
     p.square = !c.ref_emb;
     p.queries.count = c.embeddings.size(0);
     p.refs.count = p.square ? p.queries.count : c.ref_emb->size(0);
-    p.mine_self_pair = c.mine_self_pair;
     p.dim = c.embeddings.size(1);
     p.scalar = parse_scalar(c.embeddings.scalar_type());
-    p.formula = find_formula(c.formula, c.params).id;
-    std::copy(c.params.begin(), c.params.end(), p.params);
-    p.similarity = parse_similarity(c.similarity);
-    p.mining = {c.epsilon.has_value(), c.epsilon.value_or(0.0)};
-    p.reduction = parse_reduction(c.reduction);
-    p.divide = c.divide;
     return p;
 }
 

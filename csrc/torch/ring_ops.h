@@ -1,27 +1,18 @@
-// What the ops on blocks of columns (cpu/blocks.cpp, cuda_blocks.cpp) share.
+// What the ops on blocks of columns share on every device (cpu/pairs/ring.cpp, torch/cuda_ring.cpp): the
+// checks.
 #pragma once
 
 #include "torch/ops.h"
 
 namespace dml {
 
-// The arguments that all of these ops have of a Call.
-struct BlockCall {
-    OptionalTensor block, block_labels, self_index, none;
-    Call call;
-
-    BlockCall(const at::Tensor& embeddings, const at::Tensor& labels, const at::Tensor& block_,
-              const at::Tensor& block_labels_, const OptionalTensor& self_index_, std::string_view formula,
-              at::ArrayRef<double> params, std::optional<double> epsilon, std::string_view similarity,
-              std::string_view reduction)
-        : block(block_),
-          block_labels(block_labels_),
-          self_index(self_index_),
-          call{embeddings, labels,  block,      block_labels, self_index, none, formula,
-               params,     epsilon, similarity, reduction,    false,      true, true} {
-        check_inputs(call);
-    }
-};
+// ref_emb is the block, and self_index names each row's own column in it, or -1.
+inline void check_block(const Call& c) {
+    TORCH_CHECK_VALUE(c.ref_emb, "ref_emb: expected a block of columns");
+    TORCH_CHECK_VALUE(!c.num_valid_refs, "num_valid_refs: expected none with a block of columns");
+    TORCH_CHECK_VALUE(!c.mine_self_pair, "mine_self_pair: expected false with a block of columns");
+    check_inputs(c);
+}
 
 inline void check_pair_counts(const at::Tensor& pairs) {
     TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,

@@ -1,4 +1,4 @@
-// What the implementations of triplet_loss and select share on every device: the call, its checks, and the
+// What the implementations of triplet_loss and select share on every device: the points, the checks, the
 // names.
 #pragma once
 
@@ -10,21 +10,9 @@
 
 namespace dml {
 
-// The points of a call; the rest of the arguments is each op's own.
-struct TripletPoints {
-    const at::Tensor& embeddings;          // [N, D]
-    const at::Tensor& labels;              // [N]
-    const OptionalTensor& ref_emb;         // [M, D]
-    const OptionalTensor& ref_labels;      // [M]
-    const OptionalTensor& self_index;      // [N]
-    const OptionalTensor& num_valid_refs;  // one number
+// A batch and how its points are compared; the rest of the arguments is each op's own.
+struct TripletPoints : PairBatch {
     c10::string_view similarity;
-
-    // As the pair losses have it: for their checks, and what else of theirs serves here.
-    Call call() const {
-        return {embeddings, labels,       ref_emb,    ref_labels, self_index, num_valid_refs, "",
-                {},         std::nullopt, similarity, "none",     true,       true,           false};
-    }
 };
 
 struct TripletChoice {
@@ -81,11 +69,10 @@ inline std::array<double, kTripletParams> triplet_params(at::ArrayRef<double> pa
     return numbers;
 }
 
-inline void check_triplet_points(const TripletPoints& of) {
-    const Call call = of.call();
-    check_inputs(call);
-    parse_scalar(of.embeddings.scalar_type());
-    parse_similarity(of.similarity);
+inline void check_triplet_points(const TripletPoints& points) {
+    check_batch(points);
+    parse_scalar(points.embeddings.scalar_type());
+    parse_similarity(points.similarity);
 }
 
 inline void check_seed(const OptionalTensor& seed, bool needed, const at::Tensor& embeddings) {

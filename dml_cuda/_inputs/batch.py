@@ -16,14 +16,14 @@ class Batch(NamedTuple):
     """Rows and columns, and which of their pairs count: by label, or as listed."""
 
     embeddings: Tensor  # [N, D]
+    labels: Tensor | None  # [N]
     ref_emb: Tensor | None  # [M, D]
-    labels: Tensor | None = None  # [N]
     ref_labels: Tensor | None = None  # [M]
-    epsilon: float | None = None
     self_index: Tensor | None = None  # [N] int64, as in reference.pair_loss
     num_valid_refs: Tensor | None = None  # int64 scalar
-    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # listed pairs, instead of labels
+    epsilon: float | None = None
     mine_self_pair: bool = True
+    indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # listed pairs, instead of labels
 
 
 def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -88,8 +88,8 @@ def make_batch(
         if labels is None:
             raise ValueError("labels: expected labels, or pairs as indices_tuple; got neither")
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
-        batch = map(to_save, (embeddings, ref_emb, labels, ref_labels))
-        return Batch(*batch, epsilon)
+        batch = map(to_save, (embeddings, labels, ref_emb, ref_labels))
+        return Batch(*batch, epsilon=epsilon)
     check_points(embeddings, ref_emb)
     mined = indices_tuple if isinstance(indices_tuple, Mined) else None
     pairs = mined if isinstance(mined, MinedPairs) else None
@@ -102,10 +102,17 @@ def make_batch(
     if pairs is not None:
         rule = epsilon if pairs.epsilon is None else pairs.epsilon
         if (rule is None or pairs.similarity == similarity) and pairs.rule_applies(*points):
-            batch = map(to_save, (embeddings, ref_emb, pairs.labels, pairs.ref_labels))
-            return Batch(*batch, rule, to_save(pairs.self_index), to_save(pairs.num_valid_refs))
+            batch = (
+                embeddings,
+                pairs.labels,
+                ref_emb,
+                pairs.ref_labels,
+                pairs.self_index,
+                pairs.num_valid_refs,
+            )
+            return Batch(*map(to_save, batch), epsilon=rule)
     listed = mined is None or mined.only_lists
     can_read = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()  # without synchronising
     checks = {"check_range": listed and (check_pairs or can_read), "check_kinds": listed and check_pairs}
     indices = listed_pairs(indices_tuple, embeddings, ref_emb, **checks)
-    return Batch(to_save(embeddings), to_save(ref_emb), indices=indices)
+    return Batch(to_save(embeddings), None, to_save(ref_emb), indices=indices)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from ..losses._formula import Formula, Pairs, reduce
 from ..reference.pairs import NEAR, full_precision, is_traced, negated_root, squared_distances
-from .registration import call
+from .autograd import call
 
 
 class SortedPairs(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from ..reference.pairs import full_precision, is_traced, similarity_matrix
 from ..reference.triplets import Terms, recomputed
-from . import registration as ops
+from .autograd import call
 from .devices import has_kernel
 from .listed_pairs import SortedPairs, of_rows, similarities, sort_pairs
 
@@ -112,7 +112,7 @@ def _long_sums(
     wanted = [x is not None and x.requires_grad for x in (embeddings, ref_emb, beta)]
     save = torch.is_grad_enabled() and any(wanted)
     how = terms.kind, terms.margin, similarity, save, save and wanted[1]
-    return ops.call("triplet_list_loss", embeddings, ref_emb, *listed[:4], beta, *how)[:2]
+    return call("triplet_list_loss", embeddings, ref_emb, *listed[:4], beta, *how)[:2]
 
 
 def triplet_sums(

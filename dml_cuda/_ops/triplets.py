@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from ..reference import triplets
-from . import registration as ops
+from .autograd import call
 from .devices import has_kernel
 
 INF = float("inf")
@@ -147,4 +147,4 @@ def triplet_sums(
             return triplets.triplet_loss(*rows, beta, seed, *how, swap)
         wanted = [x is not None and x.requires_grad for x in (rows.embeddings, rows.ref_emb, beta)]
         save = torch.is_grad_enabled() and any(wanted)
-        return ops.call("triplet_loss", *rows, beta, seed, *how, save, save and wanted[1])[:2]
+        return call("triplet_loss", *rows, beta, seed, *how, save, save and wanted[1])[:2]

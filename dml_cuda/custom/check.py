@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._ops.evaluate import evaluate_arguments
 from ..losses._formula import Pairs
-from ..losses._pair import PairLoss, apply, make_call
+from ..losses._pair import PairLoss, make_call
 from ..reference.pairs import MaskedPairs
 from . import formula as formula_ops
 from .formula import CompiledFormula
@@ -313,7 +314,7 @@ def _evaluate(loss: PairLoss, case: _Case, **options: Any) -> tuple[Tensor, Tens
     """The loss and its gradient."""
     call = make_call(loss.formula, loss._values, {**loss.call.options._asdict(), **options})
     x = case.embeddings.detach().clone().requires_grad_()
-    value = apply(call, x, case.labels, None, case.ref_emb, case.ref_labels)
+    value = evaluate_arguments(call, x, case.labels, None, case.ref_emb, case.ref_labels)
     (grad,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), grad
 

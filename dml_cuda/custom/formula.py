@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._ops import registration as ops
+from .._ops.autograd import call, register_derivative
+from .._ops.fake import fake_kernel
 from ..losses._formula import Formula, Pairs, Part
 
 
-@torch.library.register_fake("dml_cuda::formula_terms")
-def _formula_terms_fake(s, context, formula, params, positives):
-    return torch.empty_like(s), torch.empty_like(s), torch.empty_like(s)
+@fake_kernel("formula_terms")
+def _formula_terms(a):
+    return torch.empty_like(a.s), torch.empty_like(a.s), torch.empty_like(a.s)
 
 
-@torch.library.register_fake("dml_cuda::formula_rows")
-def _formula_rows_fake(gathered, formula, params):
-    return gathered.new_empty(6, gathered.shape[1])
+@fake_kernel("formula_rows")
+def _formula_rows(a):
+    return a.gathered.new_empty(6, a.gathered.shape[1])
 
 
 class _Once(torch.autograd.Function):
@@ -74,12 +75,8 @@ def _rows_backward(ctx, grad):
     return _first_derivative(by), None, None
 
 
-for _name, _derivative in {
-    "formula_terms": (_terms_backward, _terms_setup_context),
-    "formula_rows": (_rows_backward, _rows_setup_context),
-}.items():
-    torch.library.register_autograd(f"dml_cuda::{_name}", _derivative[0], setup_context=_derivative[1])
-    ops._FUNCTIONS[_name] = ops._function(_name, *_derivative)
+register_derivative("formula_terms", _terms_backward, _terms_setup_context)
+register_derivative("formula_rows", _rows_backward, _rows_setup_context)
 
 
 def terms(
@@ -87,7 +84,7 @@ def terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms of pairs and their derivatives by ``s`` and by the context, all in the shape of ``s``."""
     context = None if context is None else context.to("cpu")
-    results = ops.call("formula_terms", s.to("cpu"), context, formula, list(params), positives)
+    results = call("formula_terms", s.to("cpu"), context, formula, list(params), positives)
     return tuple(result.to(s.device) for result in results)
 
 
@@ -97,7 +94,7 @@ def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
     ``gathered`` are ``[N]`` each: the accumulators of negatives and positives, then their counts.
     """
     stacked = torch.stack(gathered)
-    return ops.call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
+    return call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
 
 
 def _logaddexp(first: Tensor, second: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
+from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
 from ..losses._classifier import ClassifierLoss
-from ..losses._formula import undivided
-from ..losses._pair import Call, PairLoss, batch_of, compute, in_wanted_dtype
+from ..losses._formula import sums_and_counts
+from ..losses._pair import PairLoss
 from ..losses._triplet import TripletLoss
 from ..losses.proxy_anchor import ProxyAnchorLoss
 from ..losses.soft_triple import SoftTripleLoss
@@ -178,7 +179,7 @@ class DistributedLoss(nn.Module):
                 )
             epsilon = self.miner.epsilon
         mined = call._replace(options=call.options._replace(epsilon=epsilon))
-        batch = batch_of(mined, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = validate(mined, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if batch.indices is not None:
             raise ValueError(
                 "indices_tuple: expected pairs mined from these very embeddings, by the similarity of the "
@@ -229,9 +230,9 @@ class DistributedLoss(nn.Module):
         if isinstance(head, SoftTripleLoss):  # makes its own columns
             return _Share(head.call, make_batch(embeddings, labels, *(None,) * 3, **rule), whole=True)
         if isinstance(head, ProxyAnchorLoss):
-            there = labels >= 0  # the others are left out, as negatives too
+            known = labels >= 0  # the others are left out, as negatives too
             return _Share(
-                head.call, make_batch(embeddings[there], labels[there], *(None,) * 3, **rule), proxies=True
+                head.call, make_batch(embeddings[known], labels[known], *(None,) * 3, **rule), proxies=True
             )
         batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
         return _Share(head.call, batch, whole=True)
@@ -266,13 +267,14 @@ class DistributedLoss(nn.Module):
             batch = batch._replace(embeddings=embeddings.detach().requires_grad_())
         if any(words["ref_grad"]) and not ref_emb.requires_grad and not share.whole:
             batch = batch._replace(ref_emb=ref_emb.detach().requires_grad_())
-        each = call.options.reduction == "none"
-        call = call._replace(divide=each)
+        reduction = call.options.reduction
+        is_reduced = reduction != "none"
+        call = call.with_sums(is_reduced)
         added: Tensor | float = 0.0
         if isinstance(self.loss, SoftTripleLoss):
             value, added = self.loss.row_losses(batch.embeddings, batch.labels)
-            if not each:
-                value = undivided(value, torch.ones_like(value, dtype=torch.bool), call.options.reduction)
+            if is_reduced:
+                value = sums_and_counts(value, torch.ones_like(value, dtype=torch.bool), reduction)
         elif share.whole:
             value = compute(call, batch)
         elif share.proxies:
@@ -281,8 +283,8 @@ class DistributedLoss(nn.Module):
             value = ring.compute(call, batch, processes, words["rows"], words["refs"])
         else:
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
-        if not each:
-            value = _divide(Sum.apply(value.double(), processes), call.options.reduction)
+        if is_reduced:
+            value = _divide(Sum.apply(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
 
     def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:

@@ -1,13 +1,13 @@
-"""Rows against the columns of all processes, a block at a time, none of which anybody keeps.
+"""Rows against the columns of all processes, one block at a time; no process holds all columns.
 
-The blocks go around: in every step each process computes with one block while the next is on its way to it
-from the process before. So a process meets the blocks in the order of the ring, its own first, forward once
-for each stage of the formula, and backward once more, when each block's gradient travels with it.
+The blocks go around: in every step each process computes with one block while the next is on its way from the
+process before. So a process meets the blocks in the order of the ring, its own first: forward once for each
+stage of the formula, and backward once more, when each block's gradient travels with it.
 
-On GPUs nothing here waits for the device. A transfer starts, on NCCL's stream, once the computation that was
-launched before it is done, so it runs beside that which is launched after it; waiting for it makes the
-current stream wait, not the host. Tensors that travel are held until the current stream waits for their
-transfer, so that their memory is taken for nothing else before.
+On GPUs there is no host synchronisation. A transfer starts, on NCCL's stream, when the computation launched
+before it is done, and overlaps with the computation launched after it; waiting for it blocks the current
+stream, not the host. Tensors that travel are held until the current stream waits for their transfer, so that
+their memory is not reused earlier.
 """
 
 import contextlib
@@ -18,16 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _C
 from .._inputs.batch import Batch
+from .._ops.arguments import OpBatch, OpOptions, precision_for
 from .._ops.devices import has_kernel
-from .._ops.registration import stages
-from ..losses._pair import Call
+from .._ops.evaluate import Call
 from .processes import Processes, padded, total
 
 _BLOCK, _GRADIENT = 1, 2  # tags of what is sent
-# What the first stage finds in blocks spares later ones work; of all of them together so much is kept.
+# Bytes, of all blocks together, of what the first stage finds in them, which saves later stages work.
 _MOST_FOUND = 64 << 20
 _OPS = torch.ops.dml_cuda
+_stages = _C.ring_stages
 
 
 def check(call: Call, batch: Batch) -> None:
@@ -45,7 +47,7 @@ def check(call: Call, batch: Batch) -> None:
 
 
 class _Transfer(NamedTuple):
-    """What is under way, and what must stay where it is until it is there."""
+    """A transfer under way, and the tensor that must stay until it is done."""
 
     works: Sequence[dist.Work] = ()
     sent: Tensor | None = None
@@ -64,22 +66,22 @@ class _Ring:
         self.next = processes.global_rank((rank + 1) % size)
         self.previous = processes.global_rank((rank - 1) % size)
 
-    def pass_on(self, own: Tensor, tag: int) -> tuple[Tensor, _Transfer]:
-        """Sends a tensor to the next process. Returns where that of the previous will be, and what to wait
-        for until it is there and ``own`` may be written to."""
-        if self.processes.size == 1 or own.numel() == 0:
-            return own, _Transfer()
-        received = torch.empty_like(own)
+    def pass_on(self, sent: Tensor, tag: int) -> tuple[Tensor, _Transfer]:
+        """Sends a tensor to the next process. Returns the tensor of the previous process, and the transfer to
+        wait for before that is read or ``sent`` is written to."""
+        if self.processes.size == 1 or sent.numel() == 0:
+            return sent, _Transfer()
+        received = torch.empty_like(sent)
         group = self.processes.group
-        sides = (dist.isend, own, self.next), (dist.irecv, received, self.previous)
+        sides = (dist.isend, sent, self.next), (dist.irecv, received, self.previous)
         # NCCL goes by the current device.
-        with torch.cuda.device(own.device) if own.is_cuda else contextlib.nullcontext():
+        with torch.cuda.device(sent.device) if sent.is_cuda else contextlib.nullcontext():
             work = dist.batch_isend_irecv([dist.P2POp(*side, group=group, tag=tag) for side in sides])
-        return received, _Transfer(work, own)
+        return received, _Transfer(work, sent)
 
 
 class _Blocks(NamedTuple):
-    """The columns of all processes, of which each holds its own."""
+    """The columns of all processes; each process holds its own."""
 
     own: Tensor  # [largest, D], zeros after this process's columns
     labels: Tensor  # [M] of all
@@ -87,8 +89,9 @@ class _Blocks(NamedTuple):
     self_index: Tensor | None  # [N] the column, of this process's, that a row is itself
     ring: _Ring
 
-    def around(self) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
-        """Process, and columns, labels and self_index, of every block, the next on its way meanwhile."""
+    def around(self, embeddings: Tensor, labels: Tensor) -> Iterator[tuple[int, OpBatch]]:
+        """Each block as the references of these rows, with the process that owns it; the next one is on its
+        way meanwhile."""
         block, following, transfer = self.own, self.own, _Transfer()
         size, rank = self.ring.processes.size, self.ring.processes.rank
         for step in range(size):
@@ -98,65 +101,65 @@ class _Blocks(NamedTuple):
                 following, transfer = self.ring.pass_on(block, _BLOCK)
             owner = (rank - step) % size
             columns = slice(total(self.counts, owner), total(self.counts, owner + 1))
-            own = self.self_index if step == 0 else None
-            yield owner, (block[: self.counts[owner]], self.labels[columns], own)
+            self_index = self.self_index if step == 0 else None
+            block_labels = self.labels[columns]
+            yield (
+                owner,
+                OpBatch(embeddings, labels, block[: self.counts[owner]], block_labels, self_index, None),
+            )
 
 
 def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
     """``[2, N]`` how many positives and negatives each row has."""
     ascending = blocks.labels.sort().values
     same = torch.searchsorted(ascending, labels, right=True) - torch.searchsorted(ascending, labels)
-    own = 0 if blocks.self_index is None else 1
-    return torch.stack([same - own, len(ascending) - same])
+    self_pairs = 0 if blocks.self_index is None else 1
+    return torch.stack([same - self_pairs, len(ascending) - same])
 
 
 class _PairLoss(torch.autograd.Function):
     """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``."""
 
     @staticmethod
-    def forward(ctx, embeddings, refs, labels, blocks, call, epsilon):
-        formula, params, reduction = call.formula.name, call.params, call.options.reduction
+    def forward(ctx, embeddings, refs, labels, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
-        wide = embeddings.dtype == torch.float64
-        state = _OPS.pair_block_turn(None, pairs, formula, params, epsilon, "start", wide)
+        is_double = embeddings.dtype == torch.float64
+        state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
         found: dict[int, Tensor] = {}  # of each block
-        for stage in stages(formula, epsilon is not None, embeddings.device.type):
+        for stage in _stages(embeddings.device.type, options.formula, options.epsilon is not None):
             size = 0
-            for owner, block in blocks.around():
-                how = formula, params, epsilon, call.similarity, reduction, stage, found.get(owner)
-                state, found[owner] = _OPS.pair_block(state, embeddings, labels, *block, *how)
+            for owner, batch in blocks.around(embeddings, labels):
+                state, found[owner] = _OPS.pair_block(*batch, *options, state, stage, found.get(owner))
                 size += found[owner].numel()
                 if stage == "hardest" and size > _MOST_FOUND:
                     del found[owner]
-            state = _OPS.pair_block_turn(state, pairs, formula, params, epsilon, stage, wide)
-        losses, weights = _OPS.pair_block_rows(state, pairs, formula, params, epsilon is not None, reduction)
+            state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
+        losses, weights = _OPS.pair_block_rows(*options, state, pairs)
         ctx.save_for_backward(
             embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
         )
-        # The block is saved above: what is kept of the others must not hold it.
-        ctx.where, ctx.call = (blocks._replace(own=None), list(found)), call
+        # Its own block is among the saved tensors, and must not be held twice.
+        ctx.blocks, ctx.owners, ctx.options = blocks._replace(own=None), list(found), options
         ctx.is_square = refs is None
-        return losses[:2].sum(0) if reduction == "none" else losses.double().sum(1).to(losses.dtype)
+        return losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
 
     @staticmethod
     def backward(ctx, grad):
         embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
-        blocks, owners = ctx.where
-        blocks, kept = blocks._replace(own=own), dict(zip(owners, kept, strict=True))
-        call, ring = ctx.call, blocks.ring
+        blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
+        options, ring = ctx.options, blocks.ring
         rows = embeddings.shape[0]
-        above = (grad if call.divide else grad[:2, None]).expand(2, rows)
-        above = above.to(weights.dtype).contiguous()
+        grad_parts = (grad[:2, None] if options.return_sums else grad).expand(2, rows)
+        grad_parts = grad_parts.to(weights.dtype).contiguous()
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
-        how = call.formula.name, call.params, call.similarity, True, True
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
         arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
-        for owner, block in blocks.around():
+        for owner, batch in blocks.around(embeddings, labels):
             by_rows, by_block = _OPS.pair_block_backward(
-                above, weights, kept[owner], embeddings, labels, *block, *how
+                *batch, *options, grad_parts, weights, kept[owner], True, True
             )
             grad_rows += by_rows
-            transfer.wait()  # until what the processes before have added to this block's gradient is here
+            transfer.wait()  # for the gradient of this block from the processes before
             arriving[: len(by_block)] += by_block.add_(nan)
             arriving, transfer = ring.pass_on(arriving, _GRADIENT)
         transfer.wait()
@@ -164,12 +167,12 @@ class _PairLoss(torch.autograd.Function):
         grad_rows += nan
         dtype = embeddings.dtype
         if ctx.is_square:
-            return grad_rows.add_(home).to(dtype), *(None,) * 5
-        return grad_rows.to(dtype), home.to(dtype), *(None,) * 4
+            return grad_rows.add_(home).to(dtype), *(None,) * 4
+        return grad_rows.to(dtype), home.to(dtype), *(None,) * 3
 
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:
-    """As losses.base.compute, without the columns of all processes in one place."""
+    """As ``_ops.evaluate.compute``, without the columns of all processes in one place."""
     columns, counts, self_index = batch.ref_emb, refs, None
     labels = batch.ref_labels
     if columns is None:
@@ -182,4 +185,7 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
         self_index,
         _Ring(processes),
     )
-    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, call, batch.epsilon)
+    options: OpOptions = call.op_options._replace(
+        epsilon=batch.epsilon, mine_self_pair=False, precision=precision_for(batch.embeddings)
+    )
+    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, options)

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from .._ops.evaluate import in_wanted_dtype
 from .._ops.triplets import Rows
-from ..losses._pair import in_wanted_dtype
 from ..losses._triplet import TripletBatch, TripletLoss, triplet_batch
 from ..miners.mined import Mined
 from .processes import GatherRows, Processes, Sum, total
 
-# What csrc/triplets.h adds to a seed for each row.
+# What csrc/core/triplets.h adds to a seed for each row.
 _ROW = 0x9E3779B97F4A7C15
 
 

@@ -8,9 +8,10 @@ from typing_extensions import TypedDict
 
 from .._inputs import autocast as _autocast
 from .._inputs.checks import Backend, Reduction, check_batch, check_count
+from .._ops.evaluate import Call, evaluate_arguments
 from ..reference.pairs import is_traced
 from ._formula import reduce
-from ._pair import Call, FormulaModule, apply
+from ._pair import FormulaModule
 
 
 class ClassifierOptions(TypedDict, total=False):
@@ -110,7 +111,7 @@ class ClassifierLoss(FormulaModule):
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of a validated batch, by ``call``."""
         rows, labels, columns, classes = self.pairs(embeddings, labels)
-        return apply(call, rows, labels, None, columns, classes)
+        return evaluate_arguments(call, rows, labels, None, columns, classes)
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
         """The index tensors that count for the weights of rows."""
@@ -118,7 +119,7 @@ class ClassifierLoss(FormulaModule):
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
         """As :meth:`losses`, with each row weighted by how often it is listed."""
-        call = self.call._replace(options=self.call.options._replace(reduction="none"))
+        call = self.call.with_reduction("none")
         losses = self.losses(call, embeddings, labels)
         losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
         return reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)

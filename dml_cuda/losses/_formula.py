@@ -1,9 +1,8 @@
 """What a formula is: a loss as a function of the similarities of each row's kept pairs.
 
-The files of ``dml_cuda.losses`` each state one, as ``csrc/losses`` does for the kernels. A formula sees
-its pairs
-only through :class:`Pairs`, so the same few lines serve a matrix with masks (``reference.py``), pairs given
-as lists (``listed.py``) and anything else that can sum over a row.
+Each file of ``dml_cuda.losses`` states one, as ``csrc/losses`` does for the kernels. A formula sees its
+pairs only through :class:`Pairs`, so the same few lines serve a matrix with masks (``reference/pairs.py``) and
+pairs given as lists (``_ops/listed_pairs.py``).
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +34,7 @@ class Pairs(ABC):
 
     @abstractmethod
     def spread(self, of_rows: Tensor) -> Tensor:
-        """A number of each row ``[N]``, beside each of its pairs."""
+        """A number of each row ``[N]``, repeated for each of its pairs."""
 
     @abstractmethod
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
@@ -69,7 +68,7 @@ class Formula:
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
-        on_cuda: whether the CUDA kernels, where they were built, know the formula.
+        on_cuda: whether a build with CUDA has kernels for the formula.
     """
 
     name: ClassVar[str]
@@ -96,7 +95,7 @@ class Formula:
 
 
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
-    """log(1 + exp(x)), last digits included; 0 without a gradient where that is not wanted."""
+    """log(1 + exp(x)), accurate to the last digits; 0, without a gradient, outside ``where``."""
     if where is None:
         return torch.logaddexp(x, torch.zeros_like(x))
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
@@ -115,9 +114,8 @@ def _totals(
 
 
 def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the
-    rows with
-    a kept pair."""
+    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the rows
+    with a kept pair."""
     if reduction == "none":
         return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
     if reduction == "sum":
@@ -129,8 +127,8 @@ def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> 
     )
 
 
-def undivided(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """``[4]``: parts 0 and 1 and their counts, as the op gives them without ``divide``."""
+def sums_and_counts(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+    """``[4]``: parts 0 and 1 and their counts, as the op gives them with ``return_sums``."""
     parts, counts = _totals(losses, valid, reduction)
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))

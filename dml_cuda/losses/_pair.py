@@ -1,33 +1,14 @@
-"""What the losses share: how a formula with its options is applied to a batch, as a function and as a
-module."""
+"""What the pair losses share: a formula with its options as a function and as a module."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from .. import _C
-from .._inputs import autocast as _autocast
-from .._inputs.batch import Batch, make_batch
-from .._inputs.options import NAMES, Options, PairOptions, check_options
-from .._ops import dynamic_params
-from .._ops import listed_pairs as listed
-from .._ops import registration as ops
-from .._ops.devices import BUILT_FOR_CUDA, use_kernel
-from ..reference import pairs as reference
+from .._inputs.options import NAMES, PairOptions, check_options
+from .._ops.arguments import OpOptions
+from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import Formula
-
-
-class Call(NamedTuple):
-    """A formula, its parameters and its options, checked: what remains is the batch."""
-
-    formula: type[Formula]
-    params: list[float]  # as formula.row and the kernels take them
-    options: Options
-    similarity: str  # as the ops name it
-    dynamic_params: bool = False  # whether parameters may change from call to call
-    divide: bool = True  # False: the result is [part 0, part 1, count 0, count 1], for the caller to divide
 
 
 def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
@@ -35,120 +16,10 @@ def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mappin
     for name, check in formula.parameters.items():
         check(name, values[name])
     checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
-    return Call(formula, formula.params(values, checked.measure), checked, checked.measure)
-
-
-def _long(labels: Tensor | None) -> Tensor | None:
-    return labels if labels is None or labels.dtype == torch.int64 else labels.long()
-
-
-def _fast_path(
-    call: Call,
-    embeddings: Tensor,
-    labels: Tensor | None,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-    epsilon: float | None,
-    self_index: Tensor | None = None,
-    num_valid_refs: Tensor | None = None,
-    mine_self_pair: bool = True,
-) -> Tensor | None:
-    """What :func:`evaluate` returns, by the shortest way, of a batch that needs no care; None of others."""
-    formula, options = call.formula, call.options
-    if torch.compiler.is_compiling() or options.backend == "reference":
-        return None
-    batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs
-    how = call.similarity, options.reduction, mine_self_pair, call.divide
-    return _C.fast_pair_loss(
-        *batch, formula.name, call.params, epsilon, *how, formula.on_cuda and BUILT_FOR_CUDA
+    params, measure = formula.params(values, checked.measure), checked.measure
+    return Call(
+        formula, checked, OpOptions(formula.name, params, checked.epsilon, measure, checked.reduction)
     )
-
-
-def _fused(call: Call, batch: Batch) -> Tensor:
-    embeddings, ref_emb, labels, ref_labels, epsilon, self_index, num_valid_refs, indices, mine_self_pair = (
-        batch
-    )
-    reduction = call.options.reduction
-    if indices is not None:
-        pairs = embeddings, ref_emb, indices
-        return listed.pair_loss(call.formula, call.params, *pairs, call.similarity, reduction)
-    needs_grad = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    tensors = embeddings, _long(labels), ref_emb, _long(ref_labels), self_index, num_valid_refs
-    save = needs_grad and torch.is_grad_enabled()
-    how = call.similarity, reduction, mine_self_pair, call.divide, save
-    # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
-    if torch.compiler.is_compiling() and (call.dynamic_params or embeddings.device.type == "cpu"):
-        return dynamic_params.pair_loss(*tensors, call.formula.name, call.params, epsilon, *how)
-    return ops.call("pair_loss", *tensors, call.formula.name, call.params, epsilon, *how)[0]
-
-
-def _reference(call: Call, batch: Batch) -> Tensor:
-    """As the kernels do, in float32 at least from the embeddings as they come."""
-    rows = batch._asdict()
-    for name in ("embeddings", "ref_emb"):
-        points = rows[name]
-        rows[name] = points if points is None or points.dtype == torch.float64 else points.float()
-    how = {"similarity": call.similarity, "reduction": call.options.reduction, "divide": call.divide}
-    with _autocast.off(batch.embeddings.device):  # which would round the similarities
-        return reference.pair_loss(call.formula, call.params, **rows, **how)
-
-
-def compute(call: Call, batch: Batch) -> Tensor:
-    """What a formula makes of a batch, float32 or float64."""
-    fused = use_kernel(batch.embeddings.device, call.options.backend, call.formula.on_cuda)
-    return (_fused if fused else _reference)(call, batch)
-
-
-def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
-    """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
-    if value.dtype == embeddings.dtype == torch.float32:
-        return value
-    wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
-    return value if value.dtype == wanted else value.to(wanted)
-
-
-def evaluate(call: Call, batch: Batch) -> Tensor:
-    """The loss of a batch that has been checked."""
-    if batch.indices is None:
-        embeddings, ref_emb, labels, ref_labels, epsilon, self_index, num_valid_refs, _, mine_self_pair = (
-            batch
-        )
-        more = epsilon, self_index, num_valid_refs, mine_self_pair
-        loss = _fast_path(call, embeddings, labels, ref_emb, ref_labels, *more)
-        if loss is not None:
-            return loss
-    return in_wanted_dtype(compute(call, batch), batch.embeddings)
-
-
-def batch_of(
-    call: Call,
-    embeddings: Tensor,
-    labels: Tensor | None,
-    indices_tuple: object,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-) -> Batch:
-    """The batch as the options of a call ask for it, checked."""
-    return make_batch(
-        embeddings,
-        labels,
-        indices_tuple,
-        ref_emb,
-        ref_labels,
-        epsilon=call.options.epsilon,
-        similarity=call.similarity,
-        check_pairs=call.options.check_pairs,
-    )
-
-
-def apply(call: Call, *batch: Any) -> Tensor:
-    """The loss of a batch, whose arguments are those of :func:`batch_of`."""
-    embeddings, labels, indices_tuple, ref_emb, ref_labels = batch
-    if indices_tuple is None:
-        loss = _fast_path(call, embeddings, labels, ref_emb, ref_labels, call.options.epsilon)
-        if loss is not None:
-            return loss
-    return evaluate(call, batch_of(call, *batch))
 
 
 def pair_loss(
@@ -161,9 +32,9 @@ def pair_loss(
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
 ) -> Tensor:
-    """What the functions are: a formula with its parameters by name, applied to a batch."""
+    """The loss as a function: a formula with its parameters by name, applied to a batch."""
     call = make_call(formula, values, options)._replace(dynamic_params=True)
-    return apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 class _Option:
@@ -187,8 +58,8 @@ def option() -> Any:
 class FormulaModule(nn.Module):
     """A formula with its parameters and options as a module.
 
-    Every parameter and option is an attribute, readable and settable, checked when it is set as when the
-    module was made. ``call`` is what applies them, prepared then, once.
+    Every parameter and option is an attribute, readable and settable, and checked when it is set. ``call``
+    holds them as the ops take them.
     """
 
     formula: ClassVar[type[Formula]]
@@ -210,7 +81,7 @@ class FormulaModule(nn.Module):
             options = {**options, name: value}
         else:
             values = {**values, name: value}
-        # Who sets an option may do so again at every step: no graph should be compiled for each value.
+        # An option that was set may be set again at every step: no graph should be compiled for each value.
         self.call = make_call(self.formula, values, options)._replace(dynamic_params=True)
         self._values = values
 
@@ -245,7 +116,7 @@ class PairLoss(FormulaModule):
             ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
                 ``indices_tuple``.
         """
-        return apply(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        return evaluate_arguments(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward

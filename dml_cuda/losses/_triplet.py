@@ -14,13 +14,14 @@ from .._inputs.options import Options, check_options
 from .._inputs.random_triplets import random_triplets
 from .._ops import listed_triplets
 from .._ops.devices import use_kernel
+from .._ops.evaluate import in_wanted_dtype
 from .._ops.listed_triplets import Triplets
 from .._ops.triplets import Rows, Selection, select_one_each, triplet_sums
 from ..miners.mined import Mined
 from ..miners.mined_pairs import MinedPairs
 from ..miners.mined_triplets import Selected
 from ..reference.triplets import Terms
-from ._pair import in_wanted_dtype, option
+from ._pair import option
 
 _ANY = -float("inf"), float("inf")
 

@@ -10,10 +10,11 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.batch import make_batch
 from .._inputs.checks import check_above_zero, check_number
+from .._ops.evaluate import Call, evaluate
 from ..reference.pairs import MaskedPairs, is_traced, unit_rows
 from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
 from ._formula import Formula, Pairs, Part, reduce, softplus
-from ._pair import Call, evaluate, option
+from ._pair import option
 
 _BLOCK = 1 << 22  # cosines in memory at once when rows are weighted
 

@@ -17,9 +17,10 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from .._ops import soft_triple
+from .._ops.evaluate import Call, evaluate_arguments
 from ..losses._classifier import check_classes
 from ..losses._formula import Formula
-from ..losses._pair import Call, apply, make_call
+from ..losses._pair import make_call
 from ..losses.margin_softmax import ArcFace, CosFace, NormalizedSoftmax
 from ..losses.proxy_anchor import ProxyAnchor
 from ..losses.proxy_nca import ProxyNCA
@@ -115,7 +116,7 @@ class _FusedClassifier:
 
     def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
         classes = torch.arange(self._num_classes(), device=embeddings.device)
-        return apply(call, embeddings, labels, None, self._class_weights(), classes)
+        return evaluate_arguments(call, embeddings, labels, None, self._class_weights(), classes)
 
 
 class NormalizedSoftmaxLoss(_FusedClassifier, losses.NormalizedSoftmaxLoss):
@@ -172,7 +173,7 @@ class ProxyAnchorLoss(_FusedClassifier, losses.ProxyAnchorLoss):
             loss_dict.pop("weight_reg_loss", None)  # compute_loss adds it
             return loss_dict
         classes = torch.arange(self._num_classes(), device=embeddings.device)
-        value = apply(call, self._class_weights(), classes, None, embeddings, labels)
+        value = evaluate_arguments(call, self._class_weights(), classes, None, embeddings, labels)
         reduced = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
         return {"pos_loss": reduced, "neg_loss": self.zero_loss()}  # the sum of both
 

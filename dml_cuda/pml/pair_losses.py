@@ -15,8 +15,9 @@ from ._shared import (  # isort: skip  # first, as it explains a missing pytorch
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
 
+from .._ops.evaluate import Call, evaluate_arguments
 from ..losses._formula import Formula
-from ..losses._pair import Call, apply, make_call
+from ..losses._pair import make_call
 from ..losses.circle import Circle
 from ..losses.contrastive import Contrastive
 from ..losses.lifted_structure import LiftedStructure
@@ -120,7 +121,7 @@ class _Fused:
         return {first: reduced, **{name: self.zero_loss() for name in rest}}
 
     def _value(self, call: Call, *batch) -> Tensor:
-        return apply(call, *batch)
+        return evaluate_arguments(call, *batch)
 
 
 class MultiSimilarityLoss(_Fused, losses.MultiSimilarityLoss):
@@ -204,7 +205,7 @@ class SupConLoss(_Fused, losses.SupConLoss):
 
     def _value(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> Tensor:
         """0 if the batch has no negative at all, as in pytorch-metric-learning."""
-        value = apply(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        value = evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         mined = indices_tuple if isinstance(indices_tuple, MinedPairs) else None
         if indices_tuple is not None and mined is None:
             return value if len(indices_tuple[-1]) > 0 else value * 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses._formula import Formula, Pairs, reduce, undivided
+from ..losses._formula import Formula, Pairs, reduce, sums_and_counts
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this fraction of |x|^2 + |y|^2 is computed from differences
@@ -187,15 +187,15 @@ def pair_loss(
     indices: Sequence[Tensor] | None = None,
     similarity: str = "cosine",
     reduction: str = "mean",
-    divide: bool = True,
+    return_sums: bool = False,
 ) -> Tensor:
     """The loss of a batch by a formula.
 
     ``params`` come from ``formula.params``. ``self_index`` ``[N]`` is for each row the index in ``ref_emb``
     of the same point, or -1: the loss ignores that pair, and mining sees it if ``mine_self_pair``. Only the
     first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` are the pairs (anchors, positives,
-    anchors, negatives) to use instead of ``labels``. ``similarity`` is as the ops name it. Without
-    ``divide`` the result is ``[4]``: parts 0 and 1 and their counts.
+    anchors, negatives) to use instead of ``labels``. ``similarity`` is as the ops name it. With
+    ``return_sums`` the result is ``[4]``: parts 0 and 1 and their counts.
     """
     columns = embeddings if ref_emb is None else ref_emb
     s = _similarities(embeddings, columns, similarity)
@@ -215,4 +215,4 @@ def pair_loss(
             positive = without_self(positive, self_index)
     pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
     losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
-    return reduce(losses, valid, reduction) if divide else undivided(losses, valid, reduction)
+    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction)

@@ -87,7 +87,7 @@ class Case:
     similarity: str = "cosine"
     reduction: str = "mean"
     upstream: object = 1.0
-    divide: bool = True
+    return_sums: bool = False
     mine_self_pair: bool = True
 
     def truth(self, arithmetic):
@@ -106,10 +106,10 @@ class Case:
             similarity=self.similarity, reduction=self.reduction,
             upstream=self.upstream * torch.ones(len(self.q)) if of_rows else None, self_index=self.self_index,
             mine_self_pair=self.mine_self_pair, rounded=arithmetic.of_numbers, levels=True,
-            undivided=None if self.divide else self.upstream.tolist(), **params,
+            undivided=self.upstream.tolist() if self.return_sums else None, **params,
         )  # fmt: skip
         value = torch.as_tensor(truth.losses if of_rows else truth.loss, dtype=torch.float64)
-        upstream = float(self.upstream) if self.divide and not of_rows else 1.0
+        upstream = float(self.upstream) if not self.return_sums and not of_rows else 1.0
         grads = (truth.grad_emb, truth.grad_ref)
         grad_q, grad_r = (None if grad is None else upstream * torch.from_numpy(grad) for grad in grads)
         if self.num_valid_refs is not None:

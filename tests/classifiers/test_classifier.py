@@ -19,6 +19,7 @@ from oracle.pairs import brute_force
 import dml_cuda
 from dml_cuda import CircleClassifierLoss, CircleLoss, MultiSimilarityMiner
 from dml_cuda._ops import soft_triple
+from dml_cuda._ops.arguments import OpOptions
 from dml_cuda.losses import proxy_anchor
 
 SIZES = [(1, 2, 3), (40, 10, 16), (33, 257, 31), (5, 1000, 8), (300, 130, 65)]
@@ -172,8 +173,10 @@ def test_formulas(formula, params, reduction, instruction_set):
         how = {"epsilon": epsilon, "reduction": reduction}
         truth = brute_force(formula, x, labels, ref_emb=y, ref_labels=of_y, **how, **params)
         leaves = [p.requires_grad_() for p in (x, y) if p is not None]
-        arguments = formula, list(params.values()), epsilon, "cosine", reduction, True, True, True
-        value, _ = torch.ops.dml_cuda.pair_loss(x, labels, y, of_y, None, None, *arguments)
+        options = OpOptions(
+            formula, list(params.values()), epsilon, "cosine", reduction, save_for_backward=True
+        )
+        value, _ = torch.ops.dml_cuda.pair_loss(x, labels, y, of_y, None, None, *options)
         expected = truth.losses if reduction == "none" else truth.loss
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
         gradients = torch.autograd.grad(value.sum(), leaves)

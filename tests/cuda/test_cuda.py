@@ -21,6 +21,7 @@ from cases.cuda import (
 )
 
 import dml_cuda
+from dml_cuda._ops.arguments import OpOptions
 from dml_cuda.functional import multi_similarity_loss
 
 pytestmark = pytest.mark.skipif(
@@ -50,18 +51,17 @@ def on_gpu(x):
 def run(case, arithmetic, need_q=True, need_r=True):
     torch.set_float32_matmul_precision(MATMUL_PRECISION[arithmetic.precision])
     sides = case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs
-    inputs = [on_gpu(x) for x in sides]
-    options = case.similarity, case.reduction
-    value, saved = torch.ops.dml_cuda.pair_loss(
-        *inputs, *case.loss, case.epsilon, *options, case.mine_self_pair, case.divide, True
-    )
+    options = OpOptions(
+        *case.loss, case.epsilon, case.similarity, case.reduction, case.mine_self_pair, case.return_sums,
+        dml_cuda._C.cuda_precision(), save_for_backward=True,
+    )  # fmt: skip
+    arguments = *map(on_gpu, sides), *options
+    value, saved = torch.ops.dml_cuda.pair_loss(*arguments)
     upstream = torch.as_tensor(case.upstream, dtype=value.dtype).cuda().expand(value.shape)
     wanted = [need_q, need_r and case.r is not None]
     # What backward multiplies is what forward saw, whatever has been asked for since.
     torch.set_float32_matmul_precision("highest")
-    grads = torch.ops.dml_cuda.pair_loss_backward(
-        upstream, *inputs, saved, *case.loss, *options, case.divide, *wanted
-    )
+    grads = torch.ops.dml_cuda.pair_loss_backward(*arguments, upstream, saved, *wanted)
     return value.cpu(), [g.cpu() if needed else None for g, needed in zip(grads, wanted, strict=True)]
 
 
@@ -89,22 +89,20 @@ def test_every_formula(formula, arithmetic, n, m, epsilon, similarity):
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
 @pytest.mark.parametrize("n", [140, 1100])
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
-def test_parts_and_units_before_they_are_divided(formula, n, reduction):
+def test_sums_and_counts_before_they_are_divided(formula, n, reduction):
     case = make(n, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
-    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    case.return_sums, case.upstream = True, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     check(case, F64, *run(case, F64))
 
 
 def test_what_backward_is_given_is_checked():
     case = make(70, 8, F32)
     q, labels = case.q.cuda(), case.labels.cuda()
-    sides = q, labels, None, None, None, None
-    loss, saved = torch.ops.dml_cuda.pair_loss(*sides, *MS, None, "cosine", "mean", True, True, True)
+    arguments = q, labels, None, None, None, None, *OpOptions(*MS, save_for_backward=True)
+    loss, saved = torch.ops.dml_cuda.pair_loss(*arguments)
 
     def backward(grad_loss, saved):
-        torch.ops.dml_cuda.pair_loss_backward(
-            grad_loss, *sides, saved, *MS, "cosine", "mean", True, True, False
-        )
+        torch.ops.dml_cuda.pair_loss_backward(*arguments, grad_loss, saved, True, False)
 
     backward(torch.ones_like(loss), saved)
     for grad_loss in (torch.ones(()), torch.ones(2, device="cuda")):
@@ -182,13 +180,11 @@ def test_not_finite_and_zero_rows(n):
 def test_under_a_cuda_graph(n):
     """Nothing synchronises the host, and a replay reads the inputs anew."""
     q, labels = torch.randn(n, 48, device="cuda"), torch.randint(9, (n,), device="cuda")
-    inputs = q, labels, None, None, None, None
+    arguments = q, labels, None, None, None, None, *OpOptions(*MS, 0.1, save_for_backward=True)
 
     def step():
-        loss, saved = torch.ops.dml_cuda.pair_loss(*inputs, *MS, 0.1, "cosine", "mean", True, True, True)
-        grad, _ = torch.ops.dml_cuda.pair_loss_backward(
-            torch.ones_like(loss), *inputs, saved, *MS, "cosine", "mean", True, True, False
-        )
+        loss, saved = torch.ops.dml_cuda.pair_loss(*arguments)
+        grad, _ = torch.ops.dml_cuda.pair_loss_backward(*arguments, torch.ones_like(loss), saved, True, False)
         return loss, grad
 
     step()

@@ -34,33 +34,33 @@ def test_syntax_and_types():
 
 PRECISIONS = """
 import torch
-from dml_cuda._ops.registration import _cuda_precision as precision
+from dml_cuda._C import cuda_precision as precision
 
 def is_(expected, what):
     assert precision() == expected, (what, precision())
 
-is_(0, "default")
-for expected, name in ((0, "highest"), (1, "high"), (1, "medium")):
+is_("ieee", "default")
+for expected, name in (("ieee", "highest"), ("tf32", "high"), ("tf32", "medium")):
     torch.set_float32_matmul_precision(name)
     is_(expected, name)
 torch.set_float32_matmul_precision("highest")
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the older getter raises from here on
-    is_(1, "tf32 for CUDA matmul")
+    is_("tf32", "tf32 for CUDA matmul")
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    is_(0, "ieee")
+    is_("ieee", "ieee")
     torch.backends.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "none"
-    is_(1, "tf32 for all")
+    is_("tf32", "tf32 for all")
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    is_(0, "ieee for CUDA matmul")
+    is_("ieee", "ieee for CUDA matmul")
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    is_(1, "bfloat16, but for another backend")
+    is_("tf32", "bfloat16, but for another backend")
 """
 
 
 def test_precision_is_known_however_it_was_set():
-    """In a process of its own: it would change the others'. The C++ side asks the same."""
+    """In a process of its own: it would change the others'."""
     done = subprocess.run([sys.executable, "-c", PRECISIONS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

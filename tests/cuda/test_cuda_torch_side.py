@@ -1,10 +1,13 @@
-"""The torch side of pair_loss on CUDA, on CPU tensors and emulated kernels: what it asks, what it checks."""
+"""The torch side of pair_loss on CUDA, on CPU tensors and emulated kernels: its options and its checks."""
 
 import contextlib
 
 import pytest
 import torch
 from emulator import torch_side
+
+from dml_cuda import _C
+from dml_cuda._ops.arguments import OpOptions
 
 FORMULA = ("multi_similarity", [2.0, 50.0, 0.5])
 
@@ -34,22 +37,24 @@ class Call:
         self.r = None if m is None else torch.randn(m, d, generator=g).to(dtype)
         self.ref_labels = None if m is None else torch.arange(m) % 3
 
-    def forward(self, ops, reduction="mean"):
-        sides = (self.x, self.labels, self.r, self.ref_labels, None, None)
-        return ops.pair_loss(*sides, *FORMULA, 0.1, "cosine", reduction, True, True, True)
+        self.batch = self.x, self.labels, self.r, self.ref_labels, None, None
+        self.options = OpOptions(*FORMULA, 0.1, save_for_backward=True)
 
-    def backward(self, ops, saved, grad_loss=None, reduction="mean"):
+    def forward(self, ops, **changes):
+        return ops.pair_loss(*self.batch, *self.options._replace(**changes))
+
+    def backward(self, ops, saved, grad_loss=None, **changes):
         grad_loss = torch.ones(()) if grad_loss is None else grad_loss
-        sides = (self.x, self.labels, self.r, self.ref_labels, None, None)
-        how = (*FORMULA, "cosine", reduction, True, True, self.r is not None)
-        return ops.pair_loss_backward(grad_loss, *sides, saved, *how)
+        given = grad_loss, saved, True, self.r is not None
+        return ops.pair_loss_backward(*self.batch, *self.options._replace(**changes), *given)
 
 
 @pytest.mark.parametrize("m", [None, 13])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_as_on_the_cpu(on_host, dtype, m):
     call = Call(m=m, dtype=dtype)
-    call.x = call.x.repeat(1, 2)[:, ::2] if m is None else call.x  # strides that must be made dense
+    if m is None:
+        call.batch = call.x.repeat(1, 2)[:, ::2], *call.batch[1:]  # strides that must be made dense
     loss, saved = call.forward(on_host)
     expected, cpu_saved = call.forward(torch.ops.dml_cuda)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -83,43 +88,47 @@ def mixed():
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
-# What is set, and which precision of csrc/cuda/pair_loss.h that means.
+# What is set, and which precision that means.
 SETTINGS = {
-    "default": (lambda: None, 0),
-    "highest": (set_old("highest"), 0),
-    "high": (set_old("high"), 1),
-    "medium": (set_old("medium"), 1),
-    "new for CUDA": (set_new(cuda__matmul__fp32_precision="tf32"), 1),
-    "new for all": (set_new(fp32_precision="tf32", cuda__matmul__fp32_precision="none"), 1),
-    "new, not for CUDA": (set_new(fp32_precision="tf32", cuda__matmul__fp32_precision="ieee"), 0),
-    "old and new": (mixed, 0),
+    "default": (lambda: None, "ieee"),
+    "highest": (set_old("highest"), "ieee"),
+    "high": (set_old("high"), "tf32"),
+    "medium": (set_old("medium"), "tf32"),
+    "new for CUDA": (set_new(cuda__matmul__fp32_precision="tf32"), "tf32"),
+    "new for all": (set_new(fp32_precision="tf32", cuda__matmul__fp32_precision="none"), "tf32"),
+    "new, not for CUDA": (set_new(fp32_precision="tf32", cuda__matmul__fp32_precision="ieee"), "ieee"),
+    "old and new": (mixed, "ieee"),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_precision_however_it_was_set(on_host, setting):
-    """The older getter of torch raises in half of these. What is saved is longer by the precision's
-    number."""
-    usual = Call().forward(on_host)[1].numel()
-    others = [Call(dtype=dtype).forward(on_host)[1].numel() for dtype in (torch.bfloat16, torch.float64)]
+def test_precision_however_it_was_set(setting):
+    """The older getter of torch raises in half of these."""
     change, precision = SETTINGS[setting]
     change()
-    assert Call().forward(on_host)[1].numel() - usual == precision
-    # Which is no matter of other types.
-    assert [Call(dtype=d).forward(on_host)[1].numel() for d in (torch.bfloat16, torch.float64)] == others
+    assert _C.cuda_precision() == precision
 
 
-@pytest.mark.parametrize(("before", "after"), [("high", "highest"), ("highest", "medium")])
-def test_backward_multiplies_as_forward_did(on_host, before, after):
+def test_precision_is_an_option(on_host):
+    """Forward and backward multiply as the option says, whatever torch is set to; of float32 only."""
     call = Call(n=60, d=40)
-    torch.set_float32_matmul_precision(after)
-    _, others = call.forward(on_host)
-    torch.set_float32_matmul_precision(before)
-    _, saved = call.forward(on_host)
-    expected = call.backward(on_host, saved)[0]
-    torch.set_float32_matmul_precision(after)
-    assert torch.equal(call.backward(on_host, saved)[0], expected)
-    assert not torch.equal(call.backward(on_host, others)[0], expected)
+    results = {}
+    for precision in ("ieee", "tf32"):
+        loss, saved = call.forward(on_host, precision=precision)
+        gradient = call.backward(on_host, saved, precision=precision)[0]
+        torch.set_float32_matmul_precision("high")
+        again, saved = call.forward(on_host, precision=precision)
+        torch.set_float32_matmul_precision("highest")
+        assert torch.equal(loss, again)
+        assert torch.equal(call.backward(on_host, saved, precision=precision)[0], gradient)
+        results[precision] = gradient
+    assert not torch.equal(results["ieee"], results["tf32"])
+    for dtype in (torch.bfloat16, torch.float64):
+        call = Call(dtype=dtype)
+        losses = [call.forward(on_host, precision=precision)[0] for precision in ("ieee", "tf32")]
+        assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="precision: expected ieee or tf32"):
+        call.forward(on_host, precision="high")
 
 
 def test_what_backward_is_given_is_checked(on_host):
@@ -133,13 +142,13 @@ def test_what_backward_is_given_is_checked(on_host):
     for grad in (torch.ones(2), torch.ones(0), torch.ones((), device="meta")):
         with pytest.raises(ValueError, match="grad_loss: expected"):
             call.backward(on_host, saved, grad)
-    _, of_rows = call.forward(on_host, "none")
+    _, of_rows = call.forward(on_host, reduction="none")
     with pytest.raises(ValueError, match="grad_loss: expected 20"):
-        call.backward(on_host, of_rows, torch.ones(()), "none")
+        call.backward(on_host, of_rows, torch.ones(()), reduction="none")
     # Any floating type and layout will do.
-    expected = call.backward(on_host, of_rows, torch.arange(20.0), "none")[0]
+    expected = call.backward(on_host, of_rows, torch.arange(20.0), reduction="none")[0]
     strided = torch.arange(20.0, dtype=torch.float64).repeat_interleave(2)[::2]
-    assert torch.equal(call.backward(on_host, of_rows, strided, "none")[0], expected)
+    assert torch.equal(call.backward(on_host, of_rows, strided, reduction="none")[0], expected)
 
 
 def test_no_rows_leave_references_a_gradient_of_zero(on_host):

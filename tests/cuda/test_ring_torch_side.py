@@ -13,7 +13,8 @@ from distributed.processes import finish, start
 from emulator import torch_side
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dml_cuda._ops import registration as ops
+from dml_cuda import _C
+from dml_cuda._ops.arguments import OpOptions
 
 pytestmark = pytest.mark.slow(60)
 
@@ -41,27 +42,32 @@ class Batch:
         positives = (self.labels[:, None] == every).sum(1)
         self.pairs = torch.stack([positives - 1, len(every) - positives])
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.above = torch.randn(2, n, dtype=wide).to(device)
+        self.grad_parts = torch.randn(2, n, dtype=wide).to(device)
 
-    def around(self, of, device, formula, params, epsilon, similarity="cosine", reduction="mean", keep=True):
+    def batches(self):
+        return [(self.x, self.labels, *block, None) for block in self.blocks]
+
+    def around(
+        self, of, device, formula, params, epsilon, similarity="cosine", reduction="mean", *, keep=True,
+        precision="ieee",
+    ):  # fmt: skip
         """Losses and gradients of the ops ``of``, in the stages of a kind of device."""
-        wide = self.x.dtype == torch.float64
-        state = of.pair_block_turn(None, self.pairs, formula, params, epsilon, "start", wide)
+        is_double = self.x.dtype == torch.float64
+        options = OpOptions(
+            formula, params, epsilon, similarity, reduction, mine_self_pair=False, precision=precision
+        )
+        state = of.pair_block_turn(*options, None, self.pairs, "start", is_double)
         found = [None] * len(self.blocks)
-        for stage in ops.stages(formula, epsilon is not None, device):
-            how = formula, params, epsilon, similarity, reduction, stage
-            for k, block in enumerate(self.blocks):
-                state, found[k] = of.pair_block(state, self.x, self.labels, *block, *how, found[k])
+        for stage in _C.ring_stages(device, formula, epsilon is not None):
+            for k, batch in enumerate(self.batches()):
+                state, found[k] = of.pair_block(*batch, *options, state, stage, found[k])
                 if stage == "hardest" and not keep:
                     found[k] = None
-            state = of.pair_block_turn(state, self.pairs, formula, params, epsilon, stage, wide)
-        losses, weights = of.pair_block_rows(
-            state, self.pairs, formula, params, epsilon is not None, reduction
-        )
+            state = of.pair_block_turn(*options, state, self.pairs, stage, is_double)
+        losses, weights = of.pair_block_rows(*options, state, self.pairs)
         gradients = []
-        for block, kept in zip(self.blocks, found, strict=True):
-            points = self.above, weights, kept, self.x, self.labels, *block
-            gradients += of.pair_block_backward(*points, formula, params, similarity, True, True)
+        for batch, kept in zip(self.batches(), found, strict=True):
+            gradients += of.pair_block_backward(*batch, *options, self.grad_parts, weights, kept, True, True)
         return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients
 
 
@@ -100,7 +106,7 @@ def test_rows_that_are_not_dense(on_host):
     batch.x = batch.x.T.contiguous().T
     batch.blocks = [(points.T.contiguous().T, *more) for points, *more in batch.blocks]
     batch.pairs = batch.pairs.T.contiguous().T
-    batch.above = batch.above.T.contiguous().T
+    batch.grad_parts = batch.grad_parts.T.contiguous().T
     check(batch.around(on_host, "cuda", *how), expected, 0)
 
 
@@ -113,37 +119,19 @@ def test_odd_batches(on_host, n):
             check(batch.around(on_host, "cuda", *how), batch.around(CPU, "cpu", *how), 1e-10)
 
 
-class Changing:
-    """Ops after each of which float32 is to be multiplied in another way."""
-
-    def __init__(self, of, way):
-        self.of, self.way = of, way
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            made = getattr(self.of, name)(*arguments)
-            torch.set_float32_matmul_precision(self.way)
-            return made
-
-        return call
-
-
-def test_float32_is_multiplied_as_at_the_start(on_host):
-    """Whatever the user sets while the blocks go around, and backward."""
+def test_float32_is_multiplied_as_asked(on_host):
+    """As the option says, whatever torch is set to."""
     how = "multi_similarity", [2.0, 5.0, 0.5], 0.1
     batch = Batch(dtype=torch.float32)
-    before, ways = torch.get_float32_matmul_precision(), ("highest", "high")
-    results = []
+    ieee, tf32 = (batch.around(on_host, "cuda", *how, precision=way) for way in ("ieee", "tf32"))
+    assert not torch.equal(ieee[0], tf32[0])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     try:
-        for way, other in zip(ways, ways[1:] + ways[:1], strict=True):
-            torch.set_float32_matmul_precision(way)
-            results.append(batch.around(on_host, "cuda", *how))
-            found = batch.around(Changing(on_host, other), "cuda", *how)
-            assert torch.get_float32_matmul_precision() == other
-            assert all(torch.equal(a, b) for a, b in zip(found, results[-1], strict=True))
+        again = batch.around(on_host, "cuda", *how)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert not torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(again, ieee, strict=True))
 
 
 def told_as_made(op, *arguments):
@@ -167,74 +155,71 @@ def told_as_made(op, *arguments):
 def test_shapes_are_those_that_torch_is_told(on_host, dtype, epsilon):
     """What the ops' fake kernels say of CUDA tensors, which need no GPU."""
     batch = Batch(150, (300, 0), dtype=dtype)
-    wide = dtype == torch.float64
+    is_double = dtype == torch.float64
     for formula in ("multi_similarity", "nt_xent"):
-        params = LOSSES[formula].params()
-        state = told_as_made(
-            on_host.pair_block_turn, None, batch.pairs, formula, params, epsilon, "start", wide
-        )
+        options = OpOptions(formula, LOSSES[formula].params(), epsilon, mine_self_pair=False)
+        state = told_as_made(on_host.pair_block_turn, *options, None, batch.pairs, "start", is_double)
         found = [None] * len(batch.blocks)
-        for stage in ops.stages(formula, epsilon is not None, "cuda"):
-            how = formula, params, epsilon, "cosine", "mean", stage
-            for k, block in enumerate(batch.blocks):
-                state, found[k] = told_as_made(
-                    on_host.pair_block, state, batch.x, batch.labels, *block, *how, found[k]
-                )
-            how = formula, params, epsilon, stage, wide
-            state = told_as_made(on_host.pair_block_turn, state, batch.pairs, *how)
-        rows = batch.pairs, formula, params, epsilon is not None, "mean"
-        _, weights = told_as_made(on_host.pair_block_rows, state, *rows)
-        for block, kept in zip(batch.blocks, found, strict=True):
+        for stage in _C.ring_stages("cuda", formula, epsilon is not None):
+            for k, block in enumerate(batch.batches()):
+                state, found[k] = told_as_made(on_host.pair_block, *block, *options, state, stage, found[k])
+            state = told_as_made(on_host.pair_block_turn, *options, state, batch.pairs, stage, is_double)
+        _, weights = told_as_made(on_host.pair_block_rows, *options, state, batch.pairs)
+        for block, kept in zip(batch.batches(), found, strict=True):
             for needs in ((True, True), (False, True), (True, False)):
-                points = batch.above, weights, kept, batch.x, batch.labels, *block
-                told_as_made(on_host.pair_block_backward, *points, formula, params, "cosine", *needs)
+                given = batch.grad_parts, weights, kept, *needs
+                told_as_made(on_host.pair_block_backward, *block, *options, *given)
 
 
 def test_sizes_of_many_tiles():
     """Past so many tiles, first their extremes and then their kept flags are not known."""
-    sizes = ops._cuda_block_bytes
-    assert sizes(128 * 1024, 128 * 1024, 4) == (8 << 20, 1 << 20)
-    assert sizes(128 * 1024, 128 * 2048 + 1, 4) == (0, 1024 * 2049)
-    assert sizes(128 * 4096, 128 * 4096, 4) == (0, 16 << 20)
-    assert sizes(128 * 4096, 128 * 4096 + 1, 4) == (0, 0)
+
+    def sizes(n, m):
+        return _C.ring_found_bytes("cuda", n, m, 4)
+
+    assert sizes(128 * 1024, 128 * 1024) == (8 << 20, 1 << 20)
+    assert sizes(128 * 1024, 128 * 2048 + 1) == (0, 1024 * 2049)
+    assert sizes(128 * 4096, 128 * 4096) == (0, 16 << 20)
+    assert sizes(128 * 4096, 128 * 4096 + 1) == (0, 0)
 
 
 def test_what_is_refused(on_host):
     batch = Batch(8, (5,))
-    circle = "circle", LOSSES["circle"].params()
-    contrast = "nt_xent", LOSSES["nt_xent"].params()
-    start_state = on_host.pair_block_turn(None, batch.pairs, *circle, None, "start", True)
-    points = batch.x, batch.labels, *batch.blocks[1]
+    circle = OpOptions("circle", LOSSES["circle"].params(), mine_self_pair=False)
+    contrast = OpOptions("nt_xent", LOSSES["nt_xent"].params(), mine_self_pair=False)
+    start = on_host.pair_block_turn(*circle, None, batch.pairs, "start", True)
+    block = batch.batches()[1]
 
     def refused(message, op, *arguments, error=ValueError):
         with pytest.raises(error, match=message):
             getattr(on_host, op)(*arguments)
 
-    refused("state.*start", "pair_block_turn", None, batch.pairs, *circle, None, "both", True)
-    refused("stage.*first", "pair_block_turn", start_state, batch.pairs, *circle, None, "first", True)
-    refused("epsilon.*hardest", "pair_block_turn", start_state, batch.pairs, *circle, None, "hardest", True)
-    refused(r"pairs.*\[2, N\]", "pair_block_turn", None, batch.pairs[:1], *circle, None, "start", True)
-    refused(r"state.*\[52\]", "pair_block_turn", start_state[:51], batch.pairs, *circle, None, "both", True)
-    refused("formula.*linear", "pair_block_turn", None, batch.pairs, "linear", [], None, "start", True)
-    how = *circle, None, "cosine", "mean"
-    refused(r"state.*Float", "pair_block", start_state.float(), *points, *how, "both")
-    refused("ref_emb", "pair_block", start_state, batch.x, batch.labels, batch.x[:, 1:], batch.labels, None,
-            *how, "both")  # fmt: skip
-    refused(
-        "not a stage", "pair_block", start_state, *points, *how, "negatives", error=(RuntimeError, ValueError)
-    )
-    some = torch.zeros(3, dtype=torch.uint8)
-    refused("found.*0 or 16 bytes.*got 3", "pair_block", start_state, *points, *how, "both", some)
-    how = *contrast, None, "cosine", "mean"
-    refused("found.*1 or 17 bytes.*got 0", "pair_block", start_state, *points, *how, "positives")
-    above = torch.ones(2, 8, dtype=torch.float64)
+    refused("state.*start", "pair_block_turn", *circle, None, batch.pairs, "both", True)
+    refused("stage.*first", "pair_block_turn", *circle, start, batch.pairs, "first", True)
+    refused("epsilon.*hardest", "pair_block_turn", *circle, start, batch.pairs, "hardest", True)
+    refused(r"pairs.*\[2, N\]", "pair_block_turn", *circle, None, batch.pairs[:1], "start", True)
+    refused(r"state.*\[52\]", "pair_block_turn", *circle, start[:51], batch.pairs, "both", True)
+    unknown = circle._replace(formula="linear", params=[])
+    refused("formula.*linear", "pair_block_turn", *unknown, None, batch.pairs, "start", True)
+    unknown = circle._replace(precision="half")
+    refused("precision.*half", "pair_block", *block, *unknown, start, "both")
+    refused(r"state.*Float", "pair_block", *block, *circle, start.float(), "both")
+    narrow = batch.x, batch.labels, batch.x[:, 1:], batch.labels, None, None
+    refused("ref_emb", "pair_block", *narrow, *circle, start, "both")
+    errors = RuntimeError, ValueError
+    refused("not a stage", "pair_block", *block, *circle, start, "negatives", error=errors)
+    short = torch.zeros(3, dtype=torch.uint8)
+    refused("found.*0 or 16 bytes.*got 3", "pair_block", *block, *circle, start, "both", short)
+    refused("found.*1 or 17 bytes.*got 0", "pair_block", *block, *contrast, start, "positives")
+    parts = torch.ones(2, 8, dtype=torch.float64)
     kept = torch.zeros(1, dtype=torch.uint8)
-    how = *circle, "cosine", True, True
-    on_host.pair_block_backward(above, start_state, kept, *points, *how)
-    refused("grad_parts", "pair_block_backward", above[:1], start_state, kept, *points, *how)
-    refused("weights", "pair_block_backward", above, start_state[:-1], kept, *points, *how)
-    refused("kept.*1 bytes", "pair_block_backward", above, start_state, some, *points, *how)
-    refused("reduction", "pair_block_rows", start_state, batch.pairs, *circle, False, "median")
+    arguments = *block, *circle
+    on_host.pair_block_backward(*arguments, parts, start, kept, True, True)
+    refused("grad_parts", "pair_block_backward", *arguments, parts[:1], start, kept, True, True)
+    refused("weights", "pair_block_backward", *arguments, parts, start[:-1], kept, True, True)
+    refused("kept.*1 bytes", "pair_block_backward", *arguments, parts, start, short, True, True)
+    unknown = circle._replace(reduction="median")
+    refused("reduction", "pair_block_rows", *unknown, start, batch.pairs)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")

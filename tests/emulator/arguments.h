@@ -59,7 +59,7 @@ inline dml::cuda::Task task_of(const Arguments& a) {
     p.similarity = {o.euclidean != 0, o.normalize != 0};
     p.reduction = static_cast<dml::Reduction>(o.reduction);
     p.mine_self_pair = o.mine_self_pair != 0;
-    p.divide = o.return_sums == 0;
+    p.return_sums = o.return_sums != 0;
     task.precision = static_cast<dml::cuda::Precision>(o.precision);
 
     const auto set = [](auto& field, int64_t value) {

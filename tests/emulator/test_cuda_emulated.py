@@ -60,7 +60,7 @@ def engine(case, arithmetic, path="small", tuning=(), **options):
     return library.Engine(
         case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs,
         loss=loss, params=params, epsilon=case.epsilon, similarity=case.similarity, reduction=case.reduction,
-        return_sums=not case.divide, mine_self_pair=case.mine_self_pair, precision=arithmetic.precision,
+        return_sums=case.return_sums, mine_self_pair=case.mine_self_pair, precision=arithmetic.precision,
         tuning={**PATHS[path], **dict(tuning)}, **options,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_reductions_of_every_formula(formula, path, epsilon, reduction):
 @by_formula
 def test_parts_and_counts_before_they_are_divided(formula, path, reduction):
     case = make(140, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
-    case.divide, case.upstream = False, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
+    case.return_sums, case.upstream = True, torch.tensor([0.7, -0.3, 5.0, 5.0], dtype=torch.float64)
     value, grads = run(case, F64, path)
     assert value.shape == (4,)
     check(case, F64, value, grads)
@@ -724,9 +724,7 @@ def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
         e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        told = dml_cuda._ops.registration.saved_bytes(
-            "cuda", n, n if m is None else m, d, m is None, itemsize, save
-        )
+        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, d, m is None, itemsize, save)
         assert told == e.ask_sizes()[0], (n, m, d)
 
 

@@ -57,10 +57,10 @@ def engine(case, arithmetic, counts, **options):
     )  # fmt: skip
 
 
-def undivided(case):
+def with_sums(case):
     """The case with parts and counts as its result, and another upstream gradient for each part."""
     upstream = torch.tensor([0.7, -0.3, 0.0, 0.0], dtype=torch.float64)
-    return replace(case, divide=False, upstream=upstream)
+    return replace(case, return_sums=True, upstream=upstream)
 
 
 def above(rows):
@@ -77,7 +77,7 @@ def verify(case, arithmetic, counts=UNEVEN, **options):
 
 
 def compare(case, arithmetic, losses, grads):
-    case = undivided(case)
+    case = with_sums(case)
     by_rows, by_blocks = grads
     grads = by_rows.to(case.q.dtype), torch.cat(by_blocks).to(case.q.dtype)
     # The wider sums, rounded as the ring rounds them once all are there.

@@ -10,6 +10,7 @@ from cases.losses import LOSSES
 
 import dml_cuda
 from dml_cuda import _warnings
+from dml_cuda._ops.arguments import OpOptions
 
 POINTS, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 META = torch.device("meta")  # another device that every machine has
@@ -166,11 +167,13 @@ def call(
     params=(0.4, 80.0, 1.0),
     similarity="cosine",
     reduction="mean",
-    divide=True,
+    return_sums=False,
+    precision="ieee",
+    dynamic_params=None,
 ):
     batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs
-    options = similarity, reduction, True, divide, True
-    return torch.ops.dml_cuda.pair_loss(*batch, formula, list(params), 0.1, *options)
+    options = OpOptions(formula, list(params), 0.1, similarity, reduction, True, return_sums, precision)
+    return torch.ops.dml_cuda.pair_loss(*batch, *options._replace(dynamic_params=dynamic_params))
 
 
 OP_CASES = {
@@ -188,7 +191,9 @@ OP_CASES = {
     "params too few": ({"params": ()}, ["params", "3", "0"]),
     "similarity unknown": ({"similarity": "manhattan"}, ["similarity", "manhattan"]),
     "reduction unknown": ({"reduction": "average"}, ["reduction", "average"]),
-    "parts of each row": ({"divide": False, "reduction": "none"}, ["divide", "reduction"]),
+    "sums of each row": ({"return_sums": True, "reduction": "none"}, ["return_sums", "reduction"]),
+    "dynamic_params too few": ({"dynamic_params": torch.zeros(3).double()}, ["params", "3", "2"]),
+    "dynamic_params float32": ({"dynamic_params": torch.zeros(4)}, ["dynamic_params", "float64", "Float"]),
 }
 
 
@@ -209,11 +214,11 @@ many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
 arguments = {
     "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
     "self_index": None, "num_valid_refs": None, "formula": "circle", "params": [0.4, 80.0, 1.0],
-    "similarity": "cosine", "reduction": "mean", "divide": True,
+    "similarity": "cosine", "reduction": "mean", "return_sums": False,
+    "epsilon": 0.1, "mine_self_pair": True, "precision": "ieee", "save_for_backward": True,
+    "dynamic_params": None,
 }
-value, saved = torch.ops.dml_cuda.pair_loss(
-    **arguments, epsilon=0.1, mine_self_pair=True, save_for_backward=True
-)
+value, saved = torch.ops.dml_cuda.pair_loss(**arguments)
 arguments |= {"grad_loss": value, "saved": saved, "need_emb": True, "need_ref": True}
 torch.ops.dml_cuda.pair_loss_backward(**arguments)
 for changed in (

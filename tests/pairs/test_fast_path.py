@@ -1,4 +1,4 @@
-"""The shortest way to a loss: which batches take it, and that they get there what the careful way gives."""
+"""The eager fast path: which batches take it, and that it gives the same as the other ways."""
 
 import copy
 import threading
@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dml_cuda import _C, MultiSimilarityLoss, MultiSimilarityMiner
-from dml_cuda.losses import _pair as base
+from dml_cuda._ops.arguments import OpOptions
 
-HOW = ("multi_similarity", [2.0, 50.0, 0.5], None, "cosine", "mean", True, True, False)
+OPTIONS = OpOptions("multi_similarity", [2.0, 50.0, 0.5])
 N, M, D = 12, 7, 5
 
 
@@ -27,8 +27,8 @@ def references():
     return make_batch(M, D)
 
 
-def plain(embeddings, labels, ref_emb=None, ref_labels=None, self_index=None):
-    return _C.fast_pair_loss(embeddings, labels, ref_emb, ref_labels, self_index, None, *HOW)
+def fast_path(embeddings, labels, ref_emb=None, ref_labels=None, self_index=None):
+    return _C.fast_pair_loss(*OPTIONS, embeddings, labels, ref_emb, ref_labels, self_index, None)
 
 
 class Subclass(torch.Tensor):
@@ -40,7 +40,7 @@ def made_in_inference_mode(x):
         return x.clone()
 
 
-CARE = {
+UNUSUAL = {
     "labels of 32 bits": lambda x, y, r, t: (x, y.int()),
     "labels elsewhere": lambda x, y, r, t: (x, y.to("meta")),
     "too few labels": lambda x, y, r, t: (x, y[1:]),
@@ -63,30 +63,30 @@ CARE = {
 }
 
 
-@pytest.mark.parametrize("kind", CARE)
-def test_what_needs_care_is_left_alone(rows, references, kind):
-    assert plain(*CARE[kind](*rows, *references)) is None
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_inputs_are_left_alone(rows, references, kind):
+    assert fast_path(*UNUSUAL[kind](*rows, *references)) is None
 
 
-def test_what_does_not(rows, references):
+def test_usual_inputs_are_taken(rows, references):
     (x, y), (r, t) = rows, references
     self_index = torch.full((N,), -1)
     for batch in ((x, y), (x, y, r, t), (x, y, r, t, self_index), (x[:0], y[:0]), (x.T.contiguous().T, y)):
-        assert isinstance(plain(*batch), torch.Tensor)
+        assert isinstance(fast_path(*batch), torch.Tensor)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert plain(torch.nn.Parameter(x.to(dtype)), y).dtype == dtype
+        assert fast_path(torch.nn.Parameter(x.to(dtype)), y).dtype == dtype
 
 
 def test_transforms_and_watchers(rows):
     x, y = rows
 
     def value(x):
-        assert plain(x, y) is None
+        assert fast_path(x, y) is None
         return MultiSimilarityLoss()(x, y)
 
     torch.func.grad(value)(x)
     with forward_ad.dual_level():
-        assert plain(forward_ad.make_dual(x, x), y) is None
+        assert fast_path(forward_ad.make_dual(x, x), y) is None
 
     class Watcher(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -123,7 +123,7 @@ def test_both_ways_are_the_same(monkeypatch, rows, references, way, dtype, autoc
         return [value, *torch.autograd.grad(value.sum(), wanted)]
 
     found = run()
-    monkeypatch.setattr(base, "_fast_path", lambda *_: None)
+    monkeypatch.setattr(_C, "fast_pair_loss", lambda *_: None)
     for a, b in zip(found, run(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

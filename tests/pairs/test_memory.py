@@ -10,6 +10,7 @@ from cases.accuracy import FUNCTIONS, assert_as_accurate, evaluate, reference
 from cases.data import make_batch
 
 from dml_cuda import functional
+from dml_cuda._ops.arguments import OpOptions
 
 pytestmark = pytest.mark.slow(45)
 
@@ -67,8 +68,8 @@ def test_more_tiles_than_the_cache_holds(loss, epsilon):
     embeddings, labels = make_batch(4600, 8, dtype=torch.float64, spread=0.5)
     name = FUNCTIONS[loss]
     batch = embeddings, labels, None, None, None, None
-    arguments = (*batch, loss, [2.0, 50.0, 0.5], epsilon, "cosine", "mean", True, True, True)
-    saved = torch.ops.dml_cuda.pair_loss(*arguments)[1]
+    arguments = OpOptions(loss, [2.0, 50.0, 0.5], epsilon, save_for_backward=True)
+    saved = torch.ops.dml_cuda.pair_loss(*batch, *arguments)[1]
     assert saved.numel() < 65 * 2**20
     assert 4600 * 4600 / 2 * 8 > 65 * 2**20
     del saved

@@ -7,8 +7,12 @@ import torch._inductor.config
 from cases.accuracy import evaluate
 from cases.data import make_batch, make_labels
 from cases.losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dml_cuda import _C, functional
+from dml_cuda._ops.arguments import OpBatch, OpOptions
 
 pytestmark = pytest.mark.slow(50)
 
@@ -27,29 +31,28 @@ def forward_arguments(
     epsilon=0.1,
     similarity="cosine",
     reduction="mean",
-    divide=True,
+    return_sums=False,
     save=True,
 ):
     embeddings, labels = make_batch(n, 6, dtype=dtype)
     ref_emb = ref_labels = None
     if m is not None:
         ref_emb, ref_labels = torch.randn(m, 6).to(dtype).requires_grad_(), make_labels(m)
-    return (
-        embeddings.requires_grad_(save),
-        labels,
-        ref_emb,
-        ref_labels,
-        self_index,
-        num_valid_refs,
-        loss,
-        LOSSES[loss].params(similarity),
-        epsilon,
-        similarity,
-        reduction,
-        True,
-        divide,
-        save,
-    )
+    batch = OpBatch(embeddings.requires_grad_(save), labels, ref_emb, ref_labels, self_index, num_valid_refs)
+    options = OpOptions(loss, LOSSES[loss].params(similarity), epsilon, similarity, reduction)
+    return *batch, *options._replace(return_sums=return_sums, save_for_backward=save)
+
+
+def test_arguments_are_those_of_the_schema():
+    """The same fields in the same order in C++ and in Python."""
+    arguments = [argument.name for argument in OPS.pair_loss.default._schema.arguments]
+    assert arguments == [*OpBatch._fields, *OpOptions._fields]
+    for name in ("pair_loss_backward", "pair_block", "pair_block_backward"):
+        schema = getattr(OPS, name).default._schema.arguments
+        assert [argument.name for argument in schema[: len(arguments)]] == arguments
+    for name in ("pair_block_turn", "pair_block_rows"):
+        schema = getattr(OPS, name).default._schema.arguments
+        assert [argument.name for argument in schema[: len(OpOptions._fields)]] == [*OpOptions._fields]
 
 
 FORWARD_CASES = {
@@ -60,7 +63,7 @@ FORWARD_CASES = {
     "half": {"loss": "multi_similarity", "n": 9, "dtype": torch.float16, "reduction": "mean_nonzero"},
     "double, nothing saved": {"loss": "circle", "n": 130, "dtype": torch.float64, "save": False},
     "empty": {"loss": "multi_similarity", "n": 0, "reduction": "none"},
-    "parts": {"loss": "contrastive", "n": 20, "similarity": "euclidean", "divide": False},
+    "parts": {"loss": "contrastive", "n": 20, "similarity": "euclidean", "return_sums": True},
     **{
         f"{name}, distances": {"loss": name, "n": 20, "m": 30, "similarity": "euclidean_raw"}
         for name in LOSSES
@@ -89,12 +92,69 @@ def test_opcheck_backward(name, need):
     inputs = forward_arguments(**FORWARD_CASES[name])
     with torch.no_grad():
         loss, saved = OPS.pair_loss(*inputs)
-    points = [None if x is None else x.detach() for x in inputs[:6]]
-    *_, formula, params, _, similarity, reduction, _, divide, _ = inputs
-    arguments = torch.ones_like(loss), *points, saved, formula, params, similarity, reduction, divide, *need
+    batch = [None if x is None else x.detach() for x in inputs[:6]]
+    arguments = *batch, *inputs[6:], torch.ones_like(loss), saved, *need
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)
+
+
+class Recorder(TorchDispatchMode):
+    """The options of each op on pairs that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("dml_cuda::")
+        if name in ("pair_loss", "pair_loss_backward"):
+            self.options[name] = OpOptions(*args[6:16])
+        return function(*args, **(kwargs or {}))
+
+
+def test_backward_gets_the_options_of_forward():
+    embeddings, labels = make_batch(20, 6, dtype=torch.float64)
+    params = LOSSES["nt_xent"].params()
+    options = OpOptions("nt_xent", params, 0.2, "dot", "sum", False, True, "tf32", True)
+    options = options._replace(dynamic_params=torch.tensor([*params, 0.2], dtype=torch.float64))
+    with Recorder() as seen:
+        leaf = embeddings.clone().requires_grad_()
+        OPS.pair_loss(leaf, labels, None, None, None, None, *options)[0].sum().backward()
+    for found in seen.options.values():
+        assert torch.equal(found.dynamic_params, options.dynamic_params)
+        assert found._replace(dynamic_params=None) == options._replace(dynamic_params=None)
+    assert len(seen.options) == 2
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_a_compiled_graph_keeps_its_precision(precision, monkeypatch):
+    """It is a constant of both graphs: a later change of torch's setting cannot mix them up."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("dml_cuda._ops.evaluate.precision_for", lambda _: precision)
+    seen = {}
+
+    def record(module, _):
+        for node in module.graph.nodes:
+            if "dml_cuda" in str(node.target):
+                seen[node.target.name()] = OpOptions(*node.args[6:16]).precision
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    embeddings, labels = make_batch(20, 6)
+    torch.compile(functional.circle_loss, fullgraph=True, backend=backend)(
+        embeddings.requires_grad_(), labels
+    ).backward()
+    assert seen == {"dml_cuda::pair_loss": precision, "dml_cuda::pair_loss_backward": precision}
+
+
+def test_dynamic_params_replace_the_numbers():
+    embeddings, labels = make_batch(20, 6)
+    batch = embeddings, labels, None, None, None, None
+    for epsilon in (None, 0.1):
+        options = OpOptions("circle", [0.25, 64.0, 1.0], epsilon)
+        expected = OPS.pair_loss(*batch, *options)[0]
+        assert torch.equal(OPS.pair_loss(*batch, *options.with_dynamic_params())[0], expected)
 
 
 @EVERY_LOSS
@@ -102,7 +162,7 @@ def test_opcheck_backward(name, need):
 def test_opcheck_of_blocks(loss, epsilon):
     """A block of columns after the other, as they go around a ring of processes."""
     embeddings, labels = make_batch(20, 6)
-    formula, params = loss.name, loss.params()
+    options = OpOptions(loss.name, loss.params(), epsilon, mine_self_pair=False)
     blocks = [(embeddings, labels, torch.arange(20)), (torch.randn(30, 6), make_labels(30), None)]
     every = torch.cat([columns for _, columns, _ in blocks])
     positives = (labels[:, None] == every).sum(1)
@@ -114,40 +174,47 @@ def test_opcheck_of_blocks(loss, epsilon):
         torch.library.opcheck(op, arguments, test_utils=names)
         return op(*arguments)
 
-    state = run("pair_block_turn", None, pairs, formula, params, epsilon, "start", False)
-    for stage in _C.stages(formula, epsilon is not None):
-        how = formula, params, epsilon, "cosine", "mean", stage
+    state = run("pair_block_turn", *options, None, pairs, "start", False)
+    for stage in _C.ring_stages("cpu", loss.name, epsilon is not None):
         kept = []
         for block in blocks:
-            state, found = run("pair_block", state, embeddings, labels, *block, *how)
+            state, found = run("pair_block", embeddings, labels, *block, None, *options, state, stage)
             kept.append(found)
-        state = run("pair_block_turn", state, pairs, formula, params, epsilon, stage, False)
-    losses, weights = run("pair_block_rows", state, pairs, formula, params, epsilon is not None, "mean")
-    whole = OPS.pair_loss(
-        embeddings, labels, torch.cat([points for points, *_ in blocks]), every, torch.arange(20), None,
-        formula, params, epsilon, "cosine", "mean", False, False, False,
-    )[0]  # fmt: skip
+        state = run("pair_block_turn", *options, state, pairs, stage, False)
+    losses, weights = run("pair_block_rows", *options, state, pairs)
+    refs = torch.cat([points for points, *_ in blocks])
+    whole_batch = embeddings, labels, refs, every, torch.arange(20), None
+    whole, _ = OPS.pair_loss(*whole_batch, *options._replace(return_sums=True))
     torch.testing.assert_close(losses.sum(1), whole)
-    above = torch.ones(2, 20)
+    grad_parts = torch.ones(2, 20)
     for block, found in zip(blocks, kept, strict=True):
-        points = above, weights, found, embeddings, labels, *block
-        run("pair_block_backward", *points, formula, params, "cosine", True, False)
+        batch = embeddings, labels, *block, None
+        run("pair_block_backward", *batch, *options, grad_parts, weights, found, True, False)
 
 
 def test_block_ops_called_directly():
     pairs = torch.zeros(2, 4, dtype=torch.long)
-    circle = "circle", LOSSES["circle"].params()
+    options = OpOptions("circle", LOSSES["circle"].params(), mine_self_pair=False)
     with pytest.raises(ValueError, match=r"state.*start"):
-        OPS.pair_block_turn(None, pairs, *circle, None, "positives", False)
+        OPS.pair_block_turn(*options, None, pairs, "positives", False)
     with pytest.raises(ValueError, match=r"stage.*first"):
-        OPS.pair_block_turn(None, pairs, *circle, None, "first", False)
-    state = OPS.pair_block_turn(None, pairs, *circle, None, "start", False)
+        OPS.pair_block_turn(*options, None, pairs, "first", False)
+    state = OPS.pair_block_turn(*options, None, pairs, "start", False)
     with pytest.raises(ValueError, match=r"epsilon.*hardest"):
-        OPS.pair_block_turn(state, pairs, *circle, None, "hardest", False)
+        OPS.pair_block_turn(*options, state, pairs, "hardest", False)
     with pytest.raises(ValueError, match=r"pairs.*\[2, N\]"):
-        OPS.pair_block_turn(None, pairs[:1], *circle, None, "start", False)
+        OPS.pair_block_turn(*options, None, pairs[:1], "start", False)
     with pytest.raises(ValueError, match=r"state.*\[14, 4\]"):
-        OPS.pair_block_rows(state[:3], pairs, *circle, False, "mean")
+        OPS.pair_block_rows(*options, state[:3], pairs)
+    points, labels = make_batch(4, 3)
+    alone, block = (points, labels, *[None] * 4), (points, labels, points, labels, None, None)
+    for says, batch, given in (
+        ("ref_emb: expected a block", alone, options),
+        ("num_valid_refs: expected none", (*block[:5], torch.tensor(2)), options),
+        ("mine_self_pair: expected false", block, options._replace(mine_self_pair=True)),
+    ):
+        with pytest.raises(ValueError, match=says):
+            OPS.pair_block(*batch, *given, state, "both")
 
 
 @EVERY_LOSS
@@ -172,16 +239,16 @@ def test_gradients_by_finite_differences(loss, similarity):
 
 @EVERY_LOSS
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid"])
-def test_parts_and_units(loss, reduction):
-    """Undivided, the loss is its parts and what they are divided by; the gradient flows through the parts."""
+def test_sums_and_counts(loss, reduction):
+    """With return_sums the loss is its parts and their counts; the gradient flows through the parts."""
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
     batch = embeddings, labels, None, None, None, None
     similarity = loss.similarity
-    options = loss.name, loss.params(similarity), 0.1, similarity, reduction, True
+    options = OpOptions(loss.name, loss.params(similarity), 0.1, similarity, reduction, return_sums=True)
     leaf = embeddings.clone().requires_grad_()
-    sums, _ = OPS.pair_loss(leaf, *batch[1:], *options, False, True)
-    parts, units = sums[:2], sums[2:].detach()
-    value = (parts / units.clamp(min=1)).sum()
+    sums, _ = OPS.pair_loss(leaf, *batch[1:], *options._replace(save_for_backward=True))
+    parts, counts = sums[:2], sums[2:].detach()
+    value = (parts / counts.clamp(min=1)).sum()
     whole = evaluate(loss.function, embeddings, labels, epsilon=0.1, reduction=reduction)
     torch.testing.assert_close(value.detach(), whole[0])
     torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], whole[1])
@@ -313,8 +380,10 @@ def test_without_gradient(function):
 
 
 def test_nothing_is_cached_without_gradient():
-    inputs = forward_arguments("multi_similarity", 300)
-    with_tiles, without = (OPS.pair_loss(*inputs[:-1], save)[1].numel() for save in (True, False))
+    with_tiles, without = (
+        OPS.pair_loss(*forward_arguments("multi_similarity", 300, save=save))[1].numel()
+        for save in (True, False)
+    )
     assert with_tiles > without + 300 * 300 / 2 * 4
 
 
@@ -337,11 +406,12 @@ def test_a_formula_that_is_not_in_the_list():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_undivided(name):
-    """Parts and units, for who divides them elsewhere: the same loss and the same gradient."""
+def test_sums_divided_afterwards(name):
+    """Sums and counts, divided by the caller: the same loss and the same gradient."""
     inputs = forward_arguments(name, 40, dtype=torch.float64)
     value, _ = OPS.pair_loss(*inputs)
-    parts, _ = OPS.pair_loss(*inputs[:-2], False, True)
+    options = OpOptions(*inputs[6:])._replace(return_sums=True)
+    parts, _ = OPS.pair_loss(*inputs[:6], *options)
     assert parts.shape == (4,)
     total = parts[0] / parts[2].detach().clamp(min=1) + parts[1] / parts[3].detach().clamp(min=1)
     torch.testing.assert_close(total, value)
@@ -353,24 +423,11 @@ def test_undivided(name):
 def test_a_row_among_the_references(mine_self_pair):
     """Without mining with it, a row's own copy is no pair at all: as if the references were the rows."""
     embeddings, labels = make_batch(30, 6, dtype=torch.float64)
-    own = torch.arange(30)
-    formula = "multi_similarity", LOSSES["multi_similarity"].params()
-    rule = 0.1, "cosine", "none"
-    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *formula, *rule, True, True, False)
-    arguments = (
-        embeddings,
-        labels,
-        embeddings,
-        labels,
-        own,
-        None,
-        *formula,
-        *rule,
-        mine_self_pair,
-        True,
-        False,
-    )
-    value, _ = OPS.pair_loss(*arguments)
+    params = LOSSES["multi_similarity"].params()
+    options = OpOptions("multi_similarity", params, 0.1, "cosine", "none")
+    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *options)
+    batch = embeddings, labels, embeddings, labels, torch.arange(30), None
+    value, _ = OPS.pair_loss(*batch, *options._replace(mine_self_pair=mine_self_pair))
     if mine_self_pair:
         assert (value <= square + 1e-12).all()  # the copy is the easiest positive: never the hardest
         assert not torch.equal(value, torch.zeros_like(value))
@@ -393,6 +450,5 @@ def test_backward_of_something_else(change, message):
     given = {"grad_loss": torch.ones_like(loss), "saved": saved}
     for name, other in change.items():
         given[name] = other(given[name])
-    options = *inputs[6:8], *inputs[9:11], True, True, False
     with pytest.raises(ValueError, match=message):
-        OPS.pair_loss_backward(given["grad_loss"], *inputs[:6], given["saved"], *options)
+        OPS.pair_loss_backward(*inputs, given["grad_loss"], given["saved"], True, False)

@@ -10,6 +10,8 @@ from cases.accuracy import evaluate
 from cases.data import make_batch, make_labels
 from cases.losses import EVERY_LOSS
 
+from dml_cuda._ops.arguments import OpOptions
+
 THREADS = (1, 2, 3, 7, 16)  # more than there are cores, too
 
 
@@ -80,11 +82,10 @@ def test_saved_or_recomputed(loss):
     batch = (embeddings, labels, None, None, None, None)
     gradients = []
     for save in (True, False):
-        formula = loss.name, loss.params()
-        value, saved = torch.ops.dml_cuda.pair_loss(*batch, *formula, 0.1, "cosine", "mean", True, True, save)
-        options = ("cosine", "mean", True, True, False)
+        arguments = *batch, *OpOptions(loss.name, loss.params(), 0.1, save_for_backward=save)
+        value, saved = torch.ops.dml_cuda.pair_loss(*arguments)
         backward = torch.ops.dml_cuda.pair_loss_backward
-        gradients.append(backward(torch.ones_like(value), *batch, saved, *formula, *options)[0])
+        gradients.append(backward(*arguments, torch.ones_like(value), saved, True, False)[0])
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
 

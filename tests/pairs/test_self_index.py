@@ -6,6 +6,7 @@ from cases.accuracy import FUNCTIONS, assert_as_accurate
 from cases.data import make_labels, make_points
 
 from dml_cuda import MinedPairs, functional
+from dml_cuda._ops.arguments import OpOptions
 
 EVERY = pytest.mark.parametrize("loss", FUNCTIONS)
 EPSILON = pytest.mark.parametrize("epsilon", [None, 0.1])
@@ -198,6 +199,6 @@ def test_op_errors(name):
     changed, says = OP_ERRORS[name]
     points, labels = torch.randn(6, 4), torch.arange(6)
     own = {"self_index": None, "num_valid_refs": None} | changed
-    formula, rule = ("circle", [0.4, 80.0, 1.0]), (0.1, "cosine", "mean", True, True, True)
+    options = OpOptions("circle", [0.4, 80.0, 1.0], 0.1)
     with pytest.raises((TypeError, ValueError), match=says):
-        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *formula, *rule)
+        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *options)

@@ -7,7 +7,7 @@ import torch
 from oracle.triplet_ops import SIMILARITIES, TERMS, similarities
 
 from dml_cuda._ops import listed_triplets
-from dml_cuda._ops import registration as ops
+from dml_cuda._ops.autograd import call
 from dml_cuda.functional import margin_loss, triplet_margin_loss
 
 OPS = torch.ops.dml_cuda
@@ -156,7 +156,7 @@ def test_derivatives(term, m):
     case = Case(n=10, m=m, count=60, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (case.x, case.y, case.beta) if x is not None]
     assert torch.autograd.gradcheck(
-        lambda *_: ops.call("triplet_list_loss", *case.arguments(term))[0].sum(), leaves
+        lambda *_: call("triplet_list_loss", *case.arguments(term))[0].sum(), leaves
     )
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(OPS.triplet_list_loss.default, case.arguments(term), test_utils=checks)

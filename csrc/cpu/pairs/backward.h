@@ -84,29 +84,27 @@ class BackwardPass {
 };
 
 template <typename T>
-BackwardResult backward(const Call& call, const Backward& from) {
+BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor& saved_bytes, bool need_emb,
+                        bool need_ref) {
     // 1. What forward saved.
     const Problem problem = describe(call);
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
-    const Tiles all(n, refs.capacity, problem.square, refs.capacity);
-    const Layout with_tiles(n, all, sizeof(T), true), without(n, all, sizeof(T), false);
-    const Layout& layout = from.saved.numel() == without.bytes ? without : with_tiles;
-    check_backward(call, from, layout.bytes);
-    auto* saved = from.saved.data_ptr<uint8_t>();
-    const bool need_ref = from.need_ref && call.ref_emb.has_value();
+    const Layout<int64_t> layout(n, refs.capacity, problem.square, sizeof(T), call.save_for_backward);
+    check_backward(call, grad_loss, saved_bytes, layout.bytes);
+    auto* saved = saved_bytes.data_ptr<uint8_t>();
+    need_ref = need_ref && call.ref_emb.has_value();
     const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
     if (*RowStats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
-        return {from.need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none()};
+        return {need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none()};
     }
     Batch<T> batch(call, refs, problem, layout, saved, true);
 
     // 2. The rows' derivatives, times the upstream gradient.
     constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
-    const Tensor upstream =
-        (from.grad_loss.scalar_type() == kType ? from.grad_loss : from.grad_loss.to(kType)).contiguous();
+    const Tensor upstream = (grad_loss.scalar_type() == kType ? grad_loss : grad_loss.to(kType)).contiguous();
     const T* g = upstream.const_data_ptr<T>();
     const int last = batch.kernels.parts - 1;
     const bool per_row = problem.reduction == Reduction::kNone;
@@ -114,10 +112,12 @@ BackwardResult backward(const Call& call, const Backward& from) {
     T *d_neg = d.data(), *d_pos = d_neg + n;
     for_pieces(n, kRowPiece, n * 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const T up_pos = per_row          ? g[batch.plan.row_order[i]]
-                             : problem.divide ? *g * batch.row_stats.scale[0]
-                                              : g[0];
-            const T up_neg = per_row ? up_pos : problem.divide ? *g * batch.row_stats.scale[last] : g[last];
+            const T up_pos = per_row               ? g[batch.plan.row_order[i]]
+                             : problem.return_sums ? g[0]
+                                                   : *g * batch.row_stats.scale[0];
+            const T up_neg = per_row               ? up_pos
+                             : problem.return_sums ? g[last]
+                                                   : *g * batch.row_stats.scale[last];
             d_neg[i] = up_neg * batch.row_stats.d_neg[i];
             d_pos[i] = up_pos * batch.row_stats.d_pos[i];
         }
@@ -131,16 +131,16 @@ BackwardResult backward(const Call& call, const Backward& from) {
 
     // 3. The gradients.
     const auto like = [](const Tensor& points) { return at::empty(points.sizes(), points.options()); };
-    const Tensor grad_emb = from.need_emb ? like(call.embeddings) : Tensor();
+    const Tensor grad_emb = need_emb ? like(call.embeddings) : Tensor();
     const Tensor grad_ref = need_ref ? like(*call.ref_emb) : Tensor();
     if (need_ref) grad_ref.narrow(0, batch.m, grad_ref.size(0) - batch.m).zero_();  // not valid
     if (batch.tiles.count() == 0) {
-        if (from.need_emb) grad_emb.zero_();
+        if (need_emb) grad_emb.zero_();
         if (need_ref) grad_ref.zero_();
-    } else if (from.need_emb || need_ref) {
+    } else if (need_emb || need_ref) {
         BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
     }
-    return {from.need_emb ? grad_emb : none(), need_ref ? grad_ref : none()};
+    return {need_emb ? grad_emb : none(), need_ref ? grad_ref : none()};
 }
 
 }  // namespace dml::cpu

@@ -31,7 +31,7 @@ template <typename T>
 class Batch {
    public:
     // once: every tile is visited at most once.
-    Batch(const Call& call, const References& refs, const Problem& problem, const Layout& layout,
+    Batch(const Call& call, const References& refs, const Problem& problem, const Layout<int64_t>& layout,
           uint8_t* saved, bool once)
         : square(problem.square),
           n(call.embeddings.size(0)),

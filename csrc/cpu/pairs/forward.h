@@ -139,8 +139,7 @@ ForwardResult forward(const Call& call) {
     const Problem problem = describe(call);
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
-    const Layout layout(n, Tiles(n, refs.capacity, problem.square, refs.capacity), sizeof(T),
-                        call.save_for_backward);
+    const Layout<int64_t> layout(n, refs.capacity, problem.square, sizeof(T), call.save_for_backward);
     const auto options = call.embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
     Tensor saved = at::empty({layout.bytes}, options.dtype(at::kByte));
     auto* bytes = saved.data_ptr<uint8_t>();
@@ -156,9 +155,9 @@ ForwardResult forward(const Call& call) {
     Batch<T> batch(call, refs, problem, layout, bytes, once);
 
     const bool per_row = problem.reduction == Reduction::kNone;
-    Tensor loss = per_row          ? at::empty({n}, options)
-                  : problem.divide ? at::empty({}, options)
-                                   : at::empty({4}, options);
+    Tensor loss = per_row               ? at::empty({n}, options)
+                  : problem.return_sums ? at::empty({4}, options)
+                                        : at::empty({}, options);
     T* out = loss.data_ptr<T>();
     Forward<T> pass(batch, problem);
     // With windows, points are packed during the passes: one that is not finite may show only then, and what
@@ -176,12 +175,12 @@ ForwardResult forward(const Call& call) {
         const double scale = !divided ? 1.0 : total.count[k] > 0 ? 1.0 / total.count[k] : 0.0;
         stats.scale[k] = static_cast<T>(scale);
         sum += total.poisoned ? total.part[k] : total.part[k] * scale;
-        if (!per_row && !problem.divide) {
+        if (problem.return_sums) {
             out[k] = static_cast<T>(total.part[k]);
             out[2 + k] = static_cast<T>(total.count[k]);
         }
     }
-    if (!per_row && problem.divide) *out = static_cast<T>(sum);
+    if (!per_row && !problem.return_sums) *out = static_cast<T>(sum);
     return {loss, saved};
 }
 

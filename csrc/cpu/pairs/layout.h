@@ -1,10 +1,10 @@
-// What forward saves for backward: the layout of `saved`, and the stats of its rows.
+// What forward saves for backward: the layout of `saved`, and the stats of its rows. Sizes are of type Int
+// (core/sizes.h), as torch.compile asks for them before it knows them.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/pairs/plan.h"
-#include "cpu/pairs/tiles.h"
+#include "core/sizes.h"
 
 namespace dml::cpu {
 
@@ -12,22 +12,47 @@ namespace dml::cpu {
 // gradient of the columns comes on top.
 constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
+// Tiles are smaller for small batches: more tiles to distribute, and fewer pairs near the diagonal computed
+// twice. The side depends on the sizes alone, as it determines the order of every sum.
+constexpr int64_t kSmallTile = 64, kLargeTile = 128, kMostRowsOfSmallTiles = 1024;
+
+// m: rows of ref_emb, valid or not.
+template <typename Int>
+Int tile_side(const Int& n, const Int& m) {
+    const Int is_large = is_positive(size_max(n, m) - Int(kMostRowsOfSmallTiles));
+    return Int(kSmallTile) + Int(kLargeTile - kSmallTile) * is_large;
+}
+
+template <typename Int>
+Int tile_count_of(const Int& n, const Int& m, bool square) {
+    const Int side = tile_side(n, m);
+    return tile_count((n + side - Int(1)) / side, (m + side - Int(1)) / side, square);
+}
+
+constexpr int64_t kStatsPerRow = 6;
+
+// clang-format off
 // The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
 //   stats  T      RowStats
 //   plan   int32  Plan
 //   kept   uint8  for each tile, whether any of its pairs may have a gradient
 //   tiles  T      the similarities of the first `cached` tiles
+// clang-format on
+template <typename Int>
 struct Layout {
-    int64_t plan, kept, tiles, cached, bytes;
+    Int plan, kept, tiles, cached, bytes;
 
-    Layout(int64_t n, const Tiles& all, int64_t itemsize, bool save_tiles) {
-        const auto after = [](int64_t at, int64_t size) { return (at + size + 63) / 64 * 64; };
-        const int64_t most = all.square ? kSquareCacheBytes : kCacheBytes;
-        cached = save_tiles ? std::min(all.count(), most / (all.area() * itemsize)) : 0;
-        plan = after(0, (6 * n + 3) * itemsize);
-        kept = after(plan, Plan::numel(n, all.m, all.square) * int64_t(sizeof(int32_t)));
-        tiles = after(kept, all.count());
-        bytes = tiles + cached * all.area() * itemsize;
+    // m: rows of ref_emb, valid or not. itemsize: of the compute type.
+    Layout(const Int& n, const Int& m, bool square, int64_t itemsize, bool save_tiles) {
+        const Int side = tile_side(n, m), count = tile_count_of(n, m, square);
+        const Int tile_bytes = side * side * Int(itemsize);
+        const Int most = Int(square ? kSquareCacheBytes : kCacheBytes) / tile_bytes;
+        cached = save_tiles ? size_min(count, most) : Int(0);
+        plan = round_up((Int(kStatsPerRow) * n + Int(3)) * Int(itemsize), 64);
+        const Int plan_numel = square ? Int(3) * n : Int(3) * n + m;
+        kept = round_up(plan + plan_numel * Int(sizeof(int32_t)), 64);
+        tiles = round_up(kept + count, 64);
+        bytes = tiles + cached * tile_bytes;
     }
 };
 
@@ -48,5 +73,8 @@ struct RowStats {
           scale(data + 6 * n),
           poisoned(data + 6 * n + 2) {}
 };
+
+// Numbers of a row in the state of a ring (ring.cpp): those of RowAccumulators and RowStats, and one more.
+constexpr int64_t kAccumulatorNumbers = 7, kStateNumbers = kAccumulatorNumbers + kStatsPerRow + 1;
 
 }  // namespace dml::cpu

@@ -12,17 +12,18 @@ ForwardResult pair_loss(const Call& call) {
     return call.embeddings.scalar_type() == at::kDouble ? forward<double>(call) : forward<float>(call);
 }
 
-BackwardResult pair_loss_backward(const Call& call, const Backward& from) {
+BackwardResult pair_loss_backward(const Call& call, const Tensor& grad_loss, const Tensor& saved,
+                                  bool need_emb, bool need_ref) {
     check_inputs(call);
-    return call.embeddings.scalar_type() == at::kDouble ? backward<double>(call, from)
-                                                        : backward<float>(call, from);
+    const auto run = call.embeddings.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+    return run(call, grad_loss, saved, need_emb, need_ref);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("pair_loss", &pair_loss_op<pair_loss>);
-    m.impl("pair_loss_backward", &pair_loss_backward_op<pair_loss_backward>);
+    m.impl("pair_loss", &FlatOp<&pair_loss>::call);
+    m.impl("pair_loss_backward", &FlatOp<&pair_loss_backward>::call);
 }
 
 }  // namespace dml::cpu

@@ -21,14 +21,16 @@ struct References {
     OptionalTensor points, labels;
     int64_t capacity;
 
-    explicit References(const Call& call)
-        : points(first_rows(call.ref_emb, call.num_valid_refs)),
-          labels(first_rows(call.ref_labels, call.num_valid_refs)),
-          capacity((call.ref_emb ? *call.ref_emb : call.embeddings).size(0)) {
-        TORCH_CHECK_VALUE(std::max(call.embeddings.size(0), capacity) < std::numeric_limits<int32_t>::max(),
-                          "embeddings: too many rows, ", std::max(call.embeddings.size(0), capacity));
+    explicit References(const PairBatch& batch)
+        : points(first_rows(batch.ref_emb, batch.num_valid_refs)),
+          labels(first_rows(batch.ref_labels, batch.num_valid_refs)),
+          capacity((batch.ref_emb ? *batch.ref_emb : batch.embeddings).size(0)) {
+        TORCH_CHECK_VALUE(std::max(batch.embeddings.size(0), capacity) < std::numeric_limits<int32_t>::max(),
+                          "embeddings: too many rows, ", std::max(batch.embeddings.size(0), capacity));
     }
-    int64_t count(const Call& call) const { return points ? points->size(0) : call.embeddings.size(0); }
+    int64_t count(const PairBatch& batch) const {
+        return points ? points->size(0) : batch.embeddings.size(0);
+    }
 };
 
 }  // namespace dml::cpu

@@ -33,8 +33,6 @@ std::vector<std::string> stages(const std::string& formula_name, bool mining) {
 
 namespace {
 
-constexpr int64_t kAccumulatorNumbers = 7, kStatNumbers = 6,
-                  kNumbers = kAccumulatorNumbers + kStatNumbers + 1;
 constexpr int64_t kNegAbove = kAccumulatorNumbers, kPosBelow = kNegAbove + 1, kNegValue = kNegAbove + 2;
 
 template <typename Visit>
@@ -52,7 +50,7 @@ struct State {
 
     explicit State(Tensor numbers_of_rows) : numbers(std::move(numbers_of_rows)), n(numbers.size(1)) {}
     T* row(int64_t k) const { return numbers.data_ptr<T>() + k * n; }
-    T* finite() const { return row(kNumbers - 1); }
+    T* finite() const { return row(kStateNumbers - 1); }
 
     // Copies to and from RowAccumulators, whose rows are in the given order (null: that of the embeddings).
     void read(RowAccumulators<T>& accumulators, const int32_t* order) const {
@@ -74,7 +72,7 @@ template <typename T>
 struct Block {
     const Problem problem;
     const References refs;
-    const Layout layout;
+    const Layout<int64_t> layout;
     const Tensor memory;
     Batch<T> batch;
 
@@ -82,7 +80,7 @@ struct Block {
     Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
-          layout(call.embeddings.size(0), tiles(call), sizeof(T), false),
+          layout(call.embeddings.size(0), call.ref_emb->size(0), false, sizeof(T), false),
           memory(prepare(call)),
           batch(call, refs, problem, layout, memory.data_ptr<uint8_t>(), once) {}
 
@@ -90,10 +88,6 @@ struct Block {
     Tensor kept() const { return memory.narrow(0, layout.kept, batch.tiles.count()); }
 
    private:
-    static Tiles tiles(const Call& call) {
-        const int64_t n = call.embeddings.size(0), m = call.ref_emb->size(0);
-        return Tiles(n, m, false, m);
-    }
     Tensor prepare(const Call& call) const {
         Tensor bytes = at::zeros({layout.bytes}, call.embeddings.options().dtype(at::kByte));
         const Tensor rows = call.labels.contiguous(), cols = call.ref_labels->contiguous();
@@ -130,29 +124,29 @@ void check_stage(c10::string_view stage, std::optional<double> epsilon) {
 }
 
 // pairs [2, N] int64: how many positives and negatives each row has among all columns.
-Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view formula_name,
-            at::ArrayRef<double> params, std::optional<double> epsilon, c10::string_view stage, bool wide) {
-    const FormulaInfo& formula = find_formula(formula_name, params);
+Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tensor& pairs,
+            c10::string_view stage, bool is_double) {
+    const Problem problem = describe(options);
+    const Mining mining = problem.mining;
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    const at::ScalarType type = wide ? at::kDouble : at::kFloat;
+    const at::ScalarType type = is_double ? at::kDouble : at::kFloat;
     if (stage != "start") {
-        check_stage(stage, epsilon);
+        check_stage(stage, options.epsilon);
         TORCH_CHECK_VALUE(before, "state: expected one in every stage but \"start\"");
-        check_state(*before, kNumbers, n, type, "state");
+        check_state(*before, kStateNumbers, n, type, "state");
     }
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
     return in_compute_type(type, [&](auto number) {
         using T = decltype(number);
-        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(problem.formula);
         RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         if (stage == "start") {
-            const State<T> state(at::zeros({kNumbers, n}, pairs.options().dtype(type)));
+            const State<T> state(at::zeros({kStateNumbers, n}, pairs.options().dtype(type)));
             state.write(accumulators, nullptr);
             for_rows(n, [&](int64_t i) {
-                const bool active =
-                    row_has_loss(kernels.needed, epsilon.has_value(), count[i] > 0, count[n + i] > 0);
+                const bool active = row_has_loss(kernels.needed, mining.on, count[i] > 0, count[n + i] > 0);
                 const Bounds<T> bounds = active ? Bounds<T>::all() : Bounds<T>::none();
                 state.row(kNegAbove)[i] = bounds.neg_above;
                 state.row(kPosBelow)[i] = bounds.pos_below;
@@ -164,10 +158,10 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
         T *above = state.row(kNegAbove), *below = state.row(kPosBelow);
         for_rows(n, [&](int64_t i) {
             if (stage == "hardest" && above[i] == -infinity<T>())
-                above[i] = accumulators.min_pos[i] - T(*epsilon);
+                above[i] = accumulators.min_pos[i] - T(mining.epsilon);
             if (stage != "negatives") return;
-            if (epsilon) {
-                const Bounds<T> bounds = close_bounds(kernels, accumulators, i, above[i], T(*epsilon));
+            if (mining.on) {
+                const Bounds<T> bounds = close_bounds(kernels, accumulators, i, above[i], T(mining.epsilon));
                 above[i] = bounds.neg_above;
                 below[i] = bounds.pos_below;
             }
@@ -180,24 +174,20 @@ Tensor turn(const OptionalTensor& before, const Tensor& pairs, c10::string_view 
 
 // Returns the state with the block added, and for each tile whether a pair of it may have a gradient,
 // combined with `found` of earlier stages.
-std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddings, const Tensor& labels,
-                                     const Tensor& block, const Tensor& block_labels,
-                                     const OptionalTensor& self_index, c10::string_view formula,
-                                     at::ArrayRef<double> params, std::optional<double> epsilon,
-                                     c10::string_view similarity, c10::string_view reduction,
-                                     c10::string_view stage, const OptionalTensor& found) {
-    const BlockCall block_call(embeddings, labels, block, block_labels, self_index, formula, params, epsilon,
-                               similarity, reduction);
+std::tuple<Tensor, Tensor> add_block(const Call& call, const Tensor& before, c10::string_view stage,
+                                     const OptionalTensor& found) {
+    check_block(call);
+    const Tensor& embeddings = call.embeddings;
     const at::ScalarType type = compute_type(embeddings);
-    check_stage(stage, epsilon);
-    check_state(before, kNumbers, embeddings.size(0), type, "state");
+    check_stage(stage, call.epsilon);
+    check_state(before, kStateNumbers, embeddings.size(0), type, "state");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.clone(at::MemoryFormat::Contiguous));
         const auto kept = [&](const Tensor& now) {
             return found ? at::bitwise_or(now, *found) : now.clone();
         };
-        Block<T> prepared(block_call.call, false);  // packs all points, which finds any that is not finite
+        Block<T> prepared(call, false);  // packs all points, which finds any that is not finite
         Batch<T>& batch = prepared.batch;
         const int32_t* order = batch.plan.row_order;
         if (!prepared.finite()) {
@@ -229,30 +219,27 @@ std::tuple<Tensor, Tensor> add_block(const Tensor& before, const Tensor& embeddi
 
 // Returns [4, N], the rows' parts 0 and 1 and their counts; and [6, N], the row stats for backward, with
 // derivatives that do not include the upstream gradient.
-std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs,
-                                       c10::string_view formula_name, at::ArrayRef<double> params,
-                                       bool mining, c10::string_view reduction) {
-    const FormulaInfo& formula = find_formula(formula_name, params);
+std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor& before,
+                                       const Tensor& pairs) {
+    const Problem problem = describe(options);
     check_pair_counts(pairs);
     const int64_t n = pairs.size(1);
-    check_state(before, kNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, "state");
+    check_state(before, kStateNumbers, n, before.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
+                "state");
     const Tensor counts = pairs.contiguous();
     const int64_t* count = counts.const_data_ptr<int64_t>();
-    double numbers[kMaxParams] = {};
-    std::copy(params.begin(), params.end(), numbers);
     return in_compute_type(before.scalar_type(), [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
         const State<T> state(before.contiguous());
-        const TileKernels<T>& kernels = tile_kernels<T>(formula.id);
+        const TileKernels<T>& kernels = tile_kernels<T>(problem.formula);
         RowAccumulators<T> accumulators(n, kernels.neg, kernels.pos);
         state.read(accumulators, nullptr);
         Tensor losses = at::empty({4, n}, before.options());
-        Tensor weights = state.numbers.narrow(0, kAccumulatorNumbers, kStatNumbers).clone();
+        Tensor weights = state.numbers.narrow(0, kAccumulatorNumbers, kStatsPerRow).clone();
         T *loss = losses.data_ptr<T>(), *weight = weights.data_ptr<T>();
-        const Reduction how = parse_reduction(reduction);
         for_rows(n, [&](int64_t i) {
-            const RowOutcome<T> row(kernels, numbers, mining, how, accumulators, i, count[i], count[n + i],
-                                    !std::isnan(state.finite()[i]));
+            const RowOutcome<T> row(kernels, problem.params, problem.mining.on, problem.reduction,
+                                    accumulators, i, count[i], count[n + i], !std::isnan(state.finite()[i]));
             for (int k = 0; k < 2; ++k) {
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.count[k];
@@ -267,20 +254,17 @@ std::tuple<Tensor, Tensor> finish_rows(const Tensor& before, const Tensor& pairs
 }
 
 // grad_parts [2, N]: the upstream gradients of the rows' parts. The results have the compute type.
-std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor& weights, const Tensor& kept,
-                                          const Tensor& embeddings, const Tensor& labels, const Tensor& block,
-                                          const Tensor& block_labels, const OptionalTensor& self_index,
-                                          c10::string_view formula, at::ArrayRef<double> params,
-                                          c10::string_view similarity, bool need_emb, bool need_block) {
-    const BlockCall block_call(embeddings, labels, block, block_labels, self_index, formula, params,
-                               std::nullopt, similarity, "sum");
+std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_parts, const Tensor& weights,
+                                          const Tensor& kept, bool need_emb, bool need_ref) {
+    check_block(call);
+    const Tensor& embeddings = call.embeddings;
     const int64_t n = embeddings.size(0);
     const at::ScalarType type = compute_type(embeddings);
     check_state(grad_parts, 2, n, type, "grad_parts");
-    check_state(weights, kStatNumbers, n, type, "weights");
+    check_state(weights, kStatsPerRow, n, type, "weights");
     return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
         using T = decltype(number);
-        Block<T> prepared(block_call.call, true);
+        Block<T> prepared(call, true);
         Batch<T>& batch = prepared.batch;
         TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.numel() == batch.tiles.count(),
                           "kept: expected the ", batch.tiles.count(), " bytes of pair_block, got ",
@@ -288,10 +272,10 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
         prepared.kept().copy_(kept);
         const Tensor upstream = grad_parts.contiguous(), stats = weights.contiguous();
         const int last = batch.kernels.parts - 1;
-        std::vector<T> sorted(kStatNumbers * n);
+        std::vector<T> sorted(kStatsPerRow * n);
         for_rows(n, [&](int64_t i) {
             const int64_t row = batch.plan.row_order[i];
-            for (int64_t k = 0; k < kStatNumbers; ++k) {
+            for (int64_t k = 0; k < kStatsPerRow; ++k) {
                 const T* up = k < 4 ? nullptr : upstream.const_data_ptr<T>() + (k == 4 ? last * n : 0);
                 const T from = stats.const_data_ptr<T>()[k * n + row];
                 sorted[k * n + i] = up ? up[row] * from : from;
@@ -301,23 +285,23 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad_parts, const Tensor
         const auto like = [&](bool wanted, const Tensor& points) {
             return wanted ? at::zeros(points.sizes(), points.options().dtype(type)) : Tensor();
         };
-        const Tensor grad_emb = like(need_emb, embeddings), grad_block = like(need_block, block);
-        if (batch.tiles.count() > 0 && (need_emb || need_block)) {
+        const Tensor grad_emb = like(need_emb, embeddings), grad_ref = like(need_ref, *call.ref_emb);
+        if (batch.tiles.count() > 0 && (need_emb || need_ref)) {
             const RowWeights<T> rows = {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n};
-            BackwardPass<T>(batch, rows, grad_emb, grad_block).run();
+            BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
         }
         const Tensor none = at::empty({0}, embeddings.options().dtype(type));
-        return {need_emb ? grad_emb : none, need_block ? grad_block : none};
+        return {need_emb ? grad_emb : none, need_ref ? grad_ref : none};
     });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) {
-    m.impl("pair_block_turn", &turn);
-    m.impl("pair_block", &add_block);
-    m.impl("pair_block_rows", &finish_rows);
-    m.impl("pair_block_backward", &block_backward);
+    m.impl("pair_block_turn", &FlatOp<&turn>::call);
+    m.impl("pair_block", &FlatOp<&add_block>::call);
+    m.impl("pair_block_rows", &FlatOp<&finish_rows>::call);
+    m.impl("pair_block_backward", &FlatOp<&block_backward>::call);
 }
 
 }  // namespace dml::cpu

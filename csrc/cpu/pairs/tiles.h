@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels/tile_kernels.h"
+#include "cpu/pairs/layout.h"
 
 namespace dml::cpu {
 
@@ -27,20 +28,18 @@ class Tiles {
         : n(n),
           m(m),
           square(square),
-          side(std::max(n, capacity) <= 1024 ? 64 : kMostSide),
+          side(static_cast<int>(tile_side(n, capacity))),
           row_blocks(blocks(n)),
           col_blocks(blocks(m)) {}
 
     const int64_t n, m;
     const bool square;
-    // Smaller for small batches: more tiles to distribute, and fewer pairs near the diagonal computed twice.
-    // It depends on the sizes alone, as it determines the order of every sum.
     const int side;
     const int64_t row_blocks, col_blocks;
 
     int64_t blocks(int64_t rows) const { return (rows + side - 1) / side; }
     int64_t area() const { return int64_t(side) * side; }
-    int64_t count() const { return square ? row_blocks * (row_blocks + 1) / 2 : row_blocks * col_blocks; }
+    int64_t count() const { return tile_count(row_blocks, col_blocks, square); }
 
     // Row blocks [i0, i1) and column blocks [j0, j1).
     struct TileGroup {

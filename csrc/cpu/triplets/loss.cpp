@@ -201,14 +201,12 @@ class TripletLoss : public RowResults<T> {
     WeightLists<T> lists_;
 };
 
-TripletResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ref_emb,
-                           const OptionalTensor& ref_labels, const OptionalTensor& self_index,
-                           const OptionalTensor& num_valid_refs, const OptionalTensor& beta,
-                           const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
-                           c10::string_view negatives, at::ArrayRef<double> param_list,
-                           c10::string_view similarity, bool save, bool save_ref) {
-    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
-                               self_index, num_valid_refs, similarity};
+TripletResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
+                           c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
+                           at::ArrayRef<double> param_list, c10::string_view similarity, bool save,
+                           bool save_ref) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
@@ -221,13 +219,13 @@ TripletResult triplet_loss(const Tensor& embeddings, const Tensor& labels, const
         const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
         TripletLoss<T> loss(similarities, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
                             seed_value(seed), save);
-        return run_loss(similarities, loss, save, save_ref, ref_emb ? ref_emb->size(0) : 0);
+        return run_loss(similarities, loss, save, save_ref, batch.ref_emb ? batch.ref_emb->size(0) : 0);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) { m.impl("triplet_loss", &triplet_loss); }
+TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) { m.impl("triplet_loss", &FlatOp<&triplet_loss>::call); }
 
 }  // namespace dml::cpu

@@ -137,7 +137,7 @@ template <typename T>
 class LabelledSimilarities : public Similarities<T> {
    public:
     explicit LabelledSimilarities(const TripletPoints& points)
-        : LabelledSimilarities(points, References(points.call())) {}
+        : LabelledSimilarities(points, References(points)) {}
 
     // The columns with row i's label; the one that is the same point, or -1.
     const Columns& same_label(int64_t i) const { return class_[i]; }

@@ -76,14 +76,12 @@ std::tuple<Tensor, Tensor> select_of(const TripletPoints& points, uint64_t seed,
     return {column, similarity};
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels,
-                                  const OptionalTensor& ref_emb, const OptionalTensor& ref_labels,
-                                  const OptionalTensor& self_index, const OptionalTensor& num_valid_refs,
-                                  const OptionalTensor& seed, c10::string_view rule_name,
-                                  at::ArrayRef<double> param_list, const OptionalTensor& anchors,
-                                  const OptionalTensor& positives, c10::string_view similarity) {
-    const TripletPoints points{embeddings, labels,         ref_emb,   ref_labels,
-                               self_index, num_valid_refs, similarity};
+std::tuple<Tensor, Tensor> select(const PairBatch& batch, const OptionalTensor& seed,
+                                  c10::string_view rule_name, at::ArrayRef<double> param_list,
+                                  const OptionalTensor& anchors, const OptionalTensor& positives,
+                                  c10::string_view similarity) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity};
     check_triplet_points(points);
     const SelectRule rule = parse_rule(rule_name);
     const auto params = triplet_params(param_list);
@@ -95,6 +93,6 @@ std::tuple<Tensor, Tensor> select(const Tensor& embeddings, const Tensor& labels
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) { m.impl("select", &select); }
+TORCH_LIBRARY_IMPL(dml_cuda, CPU, m) { m.impl("select", &FlatOp<&select>::call); }
 
 }  // namespace dml::cpu

@@ -77,7 +77,7 @@ struct Launcher {
         return !(formula_facts(p.formula).counts_pairs && p.reduction == Reduction::kMeanNonzero);
     }
     Upstream<Acc> upstream(const Acc* grad_loss) const {
-        return {grad_loss, p.reduction, p.divide, formula_facts(p.formula).parts - 1};
+        return {grad_loss, p.reduction, !p.return_sums, formula_facts(p.formula).parts - 1};
     }
     Results<Acc> results(void* workspace, Acc* loss) const {
         return {static_cast<Acc*>(workspace), Policy::result_slots(task),
@@ -92,9 +92,9 @@ struct Launcher {
     }
     void reduce(const Results<Acc>& results, Acc* loss) const {
         const int64_t refs = p.square ? 0 : p.refs.count;
-        Merge<Acc>::reduce(arrays.row_stats, p.queries.count, results, arrays.ref_norms, refs,
-                           p.num_valid_refs, Division{p.reduction, p.divide, formula_facts(p.formula).parts},
-                           loss, stream);
+        Merge<Acc>::reduce(
+            arrays.row_stats, p.queries.count, results, arrays.ref_norms, refs, p.num_valid_refs,
+            Division{p.reduction, !p.return_sums, formula_facts(p.formula).parts}, loss, stream);
     }
 
    private:

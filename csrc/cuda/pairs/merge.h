@@ -11,7 +11,7 @@ namespace dml::cuda {
 template <typename Acc>
 struct Merge {
     using Lines = TileGroup<Acc, Acc>;  // without points
-    static constexpr int kTile = sizeof(Acc) == 8 ? 64 : 128;
+    static constexpr int kTile = tile_side(sizeof(Acc));
 
     template <typename T>
     static Rows<Acc, Acc> without_points(const Rows<T, Acc>& rows) {

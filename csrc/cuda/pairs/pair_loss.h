@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "cuda/pairs/saved_sizes.h"
 
 #if defined(DML_CUDA_ON_HOST)
 #include "../../../tests/emulator/cuda_language.h"
@@ -16,17 +17,16 @@ namespace dml::cuda {
 
 // How float32 inputs are multiplied: by three tf32 products, or by one.
 enum class Precision { kFull, kTf32 };
-inline constexpr int kPrecisions = 2;
 
 // Thresholds between paths. Tests lower them to reach every path with few points.
 struct Tuning {
-    int64_t row_block_limit = 512;     // rows and columns up to which row blocks serve
-    int tile_group = 32;               // a tile group has the area of a square with so many tiles an edge
-    int64_t cache_bytes = 34ll << 20;  // similarities kept from forward for backward
-    int64_t sum_bytes = 48ll << 20;    // float32 sums of 16-bit gradients, where there is room for as much
-    int64_t wide_blocks = 128;         // thread blocks from which on a gradient is cut into wide panels
-    int64_t line_blocks = 512;         // thread blocks that share the long lines of a gradient
-    int64_t split_slots = 2;           // tiles of a line worth a thread block of their own in the gradient
+    int64_t row_block_limit = kRowBlockMaxCols;  // rows and columns up to which row blocks serve
+    int tile_group = 32;                // a tile group has the area of a square with so many tiles an edge
+    int64_t cache_bytes = kCacheBytes;  // similarities kept from forward for backward
+    int64_t sum_bytes = 48ll << 20;     // float32 sums of 16-bit gradients, where there is room for as much
+    int64_t wide_blocks = 128;          // thread blocks from which on a gradient is cut into wide panels
+    int64_t line_blocks = 512;          // thread blocks that share the long lines of a gradient
+    int64_t split_slots = 2;            // tiles of a line worth a thread block of their own in the gradient
 };
 
 struct Task {
@@ -41,7 +41,7 @@ int64_t saved_bytes(const Task& task, bool save_for_backward);
 int64_t forward_workspace_bytes(const Task& task);
 int64_t backward_workspace_bytes(const Task& task);
 
-// loss: one number; four where the problem does not divide; [queries.count] where the reduction is kNone.
+// loss: one number; four where the problem returns sums; [queries.count] where the reduction is kNone.
 // float32 (float64 for float64). saved: aligned to 16 bytes.
 void forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
              cudaStream_t stream);

@@ -40,12 +40,6 @@ struct RowBlockLayout {
     static size_t bytes(int64_t cols) { return kSims + size_t(kRowBlockRows) * pitch(cols) * sizeof(Acc); }
 };
 
-// The longest rows: then a thread block stays within the 99 KiB that every GPU from sm_80 on grants.
-inline constexpr int64_t kRowBlockMaxCols = 512;
-// Above this tiles are as fast (measured on an H100): row blocks have one product for all columns of 16 rows.
-inline constexpr int64_t kRowBlockWork = 512 * (128 + 256);
-inline int64_t row_block_work(int64_t rows, int64_t dim) { return rows * (dim + 256); }
-
 template <typename T, typename Acc>
 struct RowBlockPairs {
     Rows<T, Acc> rows, cols;

@@ -4,6 +4,7 @@
 
 #include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/rows.cuh"
+#include "cuda/pairs/saved_sizes.h"
 
 namespace dml::cuda {
 
@@ -21,11 +22,9 @@ struct RowStats {
     Acc *neg_above, *pos_below, *neg, *pos, *d_neg, *d_pos;  // [rows] each
     uint8_t* flags;                                          // [rows]
 };
-inline constexpr int kHeader = 4;
 inline constexpr int kScale = 0;   // [2] the reduction's factor for each part
 inline constexpr int kHealth = 2;  // 1; 0 where no gradient is asked for; NaN where inputs are not finite
 inline constexpr int kRange = 3;   // a power of two that keeps tiles' weights in range
-inline constexpr int kStatsPerRow = 6;
 inline constexpr uint8_t kEligible = 1;  // the labels give the row the pairs that its loss needs
 
 // An accumulator's two running numbers: largest term and sum of exp(term - largest); or count and sum of

@@ -21,31 +21,30 @@ struct SavedLayout {
     const Task& task;
     bool saves;  // whether a backward may follow
 
-    int64_t numbers() const {
+    SavedSizes<int64_t> sizes() const {
         const Problem& p = task.problem;
-        return kHeader + (kStatsPerRow + 1) * p.queries.count + (p.square ? 0 : p.refs.count);
+        return {p.queries.count,
+                p.refs.count,
+                p.dim,
+                p.square,
+                sizeof(Acc),
+                saves,
+                task.tuning.row_block_limit,
+                task.tuning.cache_bytes};
     }
-    bool caches() const { return saves && Policy::caches(task); }
-    int64_t cache_offset() const { return (numbers() * int64_t(sizeof(Acc)) + 15) / 16 * 16; }
-    int64_t flags_offset() const {
-        return cache_offset() + (caches() ? Policy::similarity_bytes(task.problem) : 0);
-    }
-    int64_t kept_offset() const { return flags_offset() + task.problem.queries.count; }
-    int64_t bytes() const {
-        const bool kept = !Policy::uses_row_blocks(task) && Policy::has_kept(task.problem);
-        return (kept_offset() + (kept ? Policy::count_tiles(task.problem) : 0) + 15) / 16 * 16;
-    }
+    int64_t bytes() const { return sizes().bytes; }
 
     SavedArrays<Acc> arrays(unsigned char* saved) const {
         const Problem& p = task.problem;
         const int64_t n = p.queries.count;
+        const SavedSizes<int64_t> at = sizes();
         Acc* header = reinterpret_cast<Acc*>(saved);
         Acc* a = header + kHeader;
         Acc* norms = a + kStatsPerRow * n;
         const RowStats<Acc> row_stats = {header,    a,         a + n,     a + 2 * n,
-                                         a + 3 * n, a + 4 * n, a + 5 * n, saved + flags_offset()};
-        Acc* cache = caches() ? reinterpret_cast<Acc*>(saved + cache_offset()) : nullptr;
-        uint8_t* kept = Policy::has_kept(p) ? saved + kept_offset() : nullptr;
+                                         a + 3 * n, a + 4 * n, a + 5 * n, saved + at.flags};
+        Acc* cache = saves && at.caches ? reinterpret_cast<Acc*>(saved + at.similarities) : nullptr;
+        uint8_t* kept = Policy::has_kept(p) ? saved + at.kept : nullptr;
         return {row_stats, norms, p.square ? norms : norms + n, cache, kept};
     }
 };

@@ -91,10 +91,6 @@ struct TileGroup {
 inline constexpr int kMaxTileGroup = 64;            // tiles along an edge of a square group
 inline constexpr int kMaxLine = 2 * kMaxTileGroup;  // along the longer edge of another
 
-inline int64_t tile_count(int64_t row_tiles, int64_t col_tiles, bool square) {
-    return square ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
-}
-
 // The tile of a block: its similarities and the labels of both sides, in shared memory.
 template <typename Math>
 struct LoadedTile {

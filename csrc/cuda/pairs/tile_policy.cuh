@@ -40,20 +40,17 @@ struct TilePolicy {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     static constexpr int kTile = TileTraits<Math>::kTile;
-    static constexpr int64_t kExtremesBudget = 16ll << 20;  // bytes of the tiles' extremes
-    static constexpr int64_t kKeptBudget = 16ll << 20;      // bytes of the tiles' kept flags
+    static_assert(kTile == tile_side(sizeof(Acc)), "the sizes of what is saved follow from the tiles");
 
     // Small batches take row blocks; so do batches without rows or columns, which have no tile.
     static bool uses_row_blocks(const Task& task) {
-        const int64_t n = task.problem.queries.count, m = task.problem.refs.count;
-        const int64_t rows = std::max(n, m);
-        return std::min(n, m) == 0 || (rows <= std::min(task.tuning.row_block_limit, kRowBlockMaxCols) &&
-                                       row_block_work(rows, task.problem.dim) <= kRowBlockWork);
+        const Problem& p = task.problem;
+        return uses_tiles(p.queries.count, p.refs.count, p.dim, task.tuning.row_block_limit) == 0;
     }
 
     static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
     static int64_t count_tiles(const Problem& p) {
-        return tile_count(tiles_along(p.queries.count), tiles_along(p.refs.count), p.square);
+        return tile_count_of(p.queries.count, p.refs.count, p.square, sizeof(Acc));
     }
     static int64_t similarity_bytes(const Problem& p) {
         return count_tiles(p) * kTile * kTile * int64_t(sizeof(Acc));
@@ -63,11 +60,9 @@ struct TilePolicy {
         return !uses_row_blocks(task) && similarity_bytes(task.problem) <= task.tuning.cache_bytes;
     }
     // Whether each tile has a kept flag.
-    static bool has_kept(const Problem& p) { return count_tiles(p) <= kKeptBudget; }
+    static bool has_kept(const Problem& p) { return knows_kept(count_tiles(p)) != 0; }
     // Whether each tile's extremes are stored: they tell which tiles mining emptied.
-    static bool has_extremes(const Problem& p) {
-        return count_tiles(p) * 2 * int64_t(sizeof(Acc)) <= kExtremesBudget && has_kept(p);
-    }
+    static bool has_extremes(const Problem& p) { return extremes_bytes(count_tiles(p), sizeof(Acc)) > 0; }
 
     // Squares of `size` tiles, or the same area where one side has fewer tiles.
     static TileGroupShape group_shape(const Problem& p, int64_t size) {

@@ -100,7 +100,7 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     if (Policy::sums_weights(p)) backward += Policy::weight_partials_size(task) + n + m;
     return {packed + (n + m + partials) * kNumber,
             packed + Policy::weight_bytes(task) + Policy::part_bytes(task) + backward * kNumber,
-            Policy::has_extremes(p) ? 2 * tiles * kNumber : 0, Policy::has_kept(p) ? tiles : 0};
+            extremes_bytes(tiles, kNumber), Policy::has_kept(p) ? tiles : 0};
 }
 
 template <typename Math>
@@ -151,7 +151,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     Task task = with_aligned_rows<T>(in_tiles(asked), bytes, stream);
     const Problem& p = task.problem;
     task.problem.reduction = Reduction::kSum;  // the upstream gradient is in the rows' weights
-    task.problem.divide = true;
+    task.problem.return_sums = false;
     const int64_t n = p.queries.count, m = p.refs.count;
 
     // 1. The workspace.

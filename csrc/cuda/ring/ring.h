@@ -14,8 +14,6 @@ namespace dml::cuda {
 
 enum class BlockStage { kStart, kHardest, kNegatives, kPositives, kBoth };
 
-int64_t state_numbers(int64_t rows);
-
 // Bytes; extremes and kept are 0 where there are too many tiles to store them.
 struct BlockSizes {
     int64_t forward_workspace, backward_workspace;

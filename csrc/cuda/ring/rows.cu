@@ -94,8 +94,6 @@ __global__ void __launch_bounds__(kRowThreads)
 
 }  // namespace
 
-int64_t state_numbers(int64_t rows) { return kHeader + kStatsPerRow * rows; }
-
 void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t stream) {
     const Problem& p = task.problem;
     if (stage != BlockStage::kStart) check_stage(p, stage);

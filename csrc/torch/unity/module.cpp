@@ -2,3 +2,4 @@
 #include "torch/autograd.cpp"
 #include "torch/fast_path.cpp"
 #include "torch/ops.cpp"
+#include "torch/sizes.cpp"

@@ -1,4 +1,4 @@
-// Formulas of one's own, which dml_cuda._C loads, are not known here.
+// The registry of loaded formulas (csrc/custom), without any.
 #pragma once
 
 #include "custom/registry.h"

@@ -1,0 +1,78 @@
+// The schemas of the ops that every device implements. All ops are functional. What a forward pass leaves for
+// its backward pass is one tensor of bytes, laid out by each device's engine for itself.
+#pragma once
+
+#include <string>
+
+#include "torch/arguments.h"
+
+namespace dml::schemas {
+
+inline std::string with_options(const std::string& name, const std::string& rest) {
+    return name + "(" + PairOptions::kSchema + rest;
+}
+inline std::string with_batch(const std::string& name, const std::string& rest) {
+    return name + "(" + PairBatch::kSchema + ", " + PairOptions::kSchema + rest;
+}
+
+// The loss of a batch, and its gradient.
+inline std::string pair_loss() { return with_batch("pair_loss", ") -> (Tensor loss, Tensor saved)"); }
+inline std::string pair_loss_backward() {
+    return with_batch("pair_loss_backward",
+                      ", Tensor grad_loss, Tensor saved, bool need_emb, bool need_ref) -> "
+                      "(Tensor grad_emb, Tensor grad_ref)");
+}
+
+// The same for a ring of processes: one block of columns a call, as ref_emb, in which self_index names each
+// row's own column. The rows' running numbers go from call to call in a state, in a layout of each device's
+// own.
+//   pair_block_turn      makes the state (stage "start"), or turns it to the next stage
+//   pair_block           adds a block in a stage, and tells what it found there (which tiles may have a
+//   gradient) pair_block_rows      losses [4, N]: the rows' parts 0 and 1 and their counts; weights: for
+//   backward pair_block_backward  the gradients by the rows and by one block
+inline std::string pair_block_turn() {
+    return with_options("pair_block_turn",
+                        ", Tensor? state, Tensor pairs, str stage, bool is_double) -> Tensor state");
+}
+inline std::string pair_block() {
+    return with_batch("pair_block",
+                      ", Tensor state, str stage, Tensor? found=None) -> (Tensor state, Tensor found)");
+}
+inline std::string pair_block_rows() {
+    return with_options("pair_block_rows",
+                        ", Tensor state, Tensor pairs) -> (Tensor losses, Tensor weights)");
+}
+inline std::string pair_block_backward() {
+    return with_batch("pair_block_backward",
+                      ", Tensor grad_parts, Tensor weights, Tensor kept, bool need_emb, bool need_ref) -> "
+                      "(Tensor grad_emb, Tensor grad_ref)");
+}
+
+// Triplets of an anchor with a positive and a negative, without listing them.
+// clang-format off
+//   beta       [N], of the term margin
+//   seed       int64 [1], of a draw
+//   term       hinge | softplus | margin
+//   positives  all | hardest | easiest
+//   negatives  all | hardest | easiest | semihard | drawn
+//   params     margin, gap_low, gap_high, pos_low, pos_high, neg_low, neg_high, cutoff, nonzero_cutoff, dim
+//              (core/triplets.h)
+//   sums       [N] a row's terms, summed; counts [N, 2] its terms that are not 0, its triplets
+//   grad_*     the gradient of sums.sum(), in the type of sums; [0] where not saved or absent
+// clang-format on
+inline std::string triplet_loss() {
+    return std::string("triplet_loss(") + PairBatch::kSchema +
+           ", Tensor? beta, Tensor? seed, str term, str positives, str negatives, float[] params, "
+           "str similarity, bool save, bool save_ref=True) -> "
+           "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)";
+}
+// The column, and its similarity, that a rule finds for each row, or for each pair of anchors (ascending) and
+// positives (-1: none). The rules: hardest_ or easiest_positive, hardest_, easiest_, semihard_ or
+// drawn_negative. -1 and -inf where there is none.
+inline std::string select() {
+    return std::string("select(") + PairBatch::kSchema +
+           ", Tensor? seed, str rule, float[] params, Tensor? anchors, Tensor? positives, str similarity) -> "
+           "(Tensor column, Tensor similarity)";
+}
+
+}  // namespace dml::schemas

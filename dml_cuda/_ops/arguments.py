@@ -1,0 +1,62 @@
+"""The arguments that the ops on pairs share: the fields of csrc/torch/arguments.h, in the same order."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .constant_result import constant_result
+
+
+class OpBatch(NamedTuple):
+    """The tensors of a batch."""
+
+    embeddings: Tensor  # [N, D]
+    labels: Tensor  # [N] int64
+    ref_emb: Tensor | None  # [M, D]
+    ref_labels: Tensor | None  # [M] int64
+    self_index: Tensor | None  # [N] int64, the row of ref_emb that is the same point, or -1
+    num_valid_refs: Tensor | None  # one int64: only so many of the first rows of ref_emb take part
+
+
+class OpOptions(NamedTuple):
+    """A formula and its options."""
+
+    formula: str
+    params: list[float]
+    epsilon: float | None = None
+    similarity: str = "cosine"
+    reduction: str = "mean"
+    mine_self_pair: bool = True
+    return_sums: bool = False  # the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    precision: str = "ieee"  # how CUDA multiplies float32: ieee or tf32
+    save_for_backward: bool = False
+    dynamic_params: Tensor | None = None
+
+    def with_dynamic_params(self) -> "OpOptions":
+        """The same with the numbers in a tensor on the CPU, which a compiled graph reads when it runs.
+
+        A graph fixes the float arguments of an op: a margin that follows a schedule would compile a graph for
+        each value.
+        """
+        # Summed and stacked, not torch.tensor(values), which needs numbers that the compiler knows.
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        values = *self.params, 0.0 if self.epsilon is None else self.epsilon
+        return self._replace(
+            params=[],
+            epsilon=None if self.epsilon is None else 0.0,
+            dynamic_params=torch.stack([zero + value for value in values]),
+        )
+
+
+@constant_result  # a graph multiplies as was set when it was made, forward and backward alike
+def cuda_precision() -> str:
+    """How torch is set to multiply float32 on CUDA."""
+    return _C.cuda_precision()
+
+
+def precision_for(embeddings: Tensor) -> str:
+    """The option ``precision`` for a batch: asked once, for forward and backward."""
+    is_float32 = embeddings.dtype == torch.float32
+    return cuda_precision() if embeddings.device.type == "cuda" and is_float32 else "ieee"

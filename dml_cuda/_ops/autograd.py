@@ -1,0 +1,63 @@
+"""Derivatives of the ops that are registered from Python, also under the transforms of torch.func.
+
+The derivative of pair_loss is not among them: csrc/torch/autograd.cpp holds it, for transforms too.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import _C  # noqa: F401  loading it registers torch.ops.dml_cuda
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _no_vmap(info, in_dims, *arguments):
+    raise NotImplementedError(
+        "the fused losses of dml_cuda take one batch at a time, not torch.vmap: call them in a loop, or pass "
+        'backend="reference"'
+    )
+
+
+def _no_jvp(ctx, *tangents):
+    raise NotImplementedError(
+        "the fused losses of dml_cuda have no forward-mode derivative: differentiate in reverse, or pass "
+        'backend="reference"'
+    )
+
+
+def no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "the fused losses of dml_cuda have no second derivative: "
+        'pass backend="reference" to differentiate their gradient'
+    )
+
+
+def save_nothing(ctx, inputs, output) -> None:
+    """The context of an op without a derivative."""
+
+
+def register_derivative(name: str, backward: Callable, setup_context: Callable = save_nothing) -> None:
+    """Gives an op its derivative: for the dispatcher, and for the transforms, which do not see that one."""
+    op = getattr(torch.ops.dml_cuda, name).default
+    members = {
+        "forward": lambda *arguments: op(*arguments),
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": _no_vmap,
+        "jvp": _no_jvp,
+    }
+    torch.library.register_autograd(f"dml_cuda::{name}", backward, setup_context=setup_context)
+    _FUNCTIONS[name] = type(
+        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()}
+    )
+
+
+def call(name: str, *arguments):
+    """An op with a derivative from Python, as plain autograd, torch.compile or a transform needs it."""
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return _FUNCTIONS[name].apply(*arguments)
+    return getattr(torch.ops.dml_cuda, name).default(*arguments)

@@ -1,0 +1,51 @@
+"""Fake kernels of pair_loss and of the ops on blocks of columns. Sizes come from the engines' own layouts."""
+
+import torch
+
+from .. import _C
+from .fake import computed_dtype, fake_kernel, like_if
+
+
+@fake_kernel("pair_loss")
+def _pair_loss(a):
+    n, dim = a.embeddings.shape
+    m = n if a.ref_emb is None else a.ref_emb.shape[0]
+    dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
+    size = _C.saved_bytes(device, n, m, dim, a.ref_emb is None, dtype.itemsize, a.save_for_backward)
+    shape = (n,) if a.reduction == "none" else (4,) if a.return_sums else ()
+    return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
+
+
+@fake_kernel("pair_loss_backward")
+def _pair_loss_backward(a):
+    return like_if(a.need_emb, a.embeddings, a.embeddings), like_if(a.need_ref, a.ref_emb, a.embeddings)
+
+
+@fake_kernel("pair_block_turn")
+def _pair_block_turn(a):
+    if a.state is not None:
+        return torch.empty_like(a.state)
+    shape = _C.ring_state_shape(a.pairs.device.type, a.pairs.shape[1])
+    return a.pairs.new_empty(shape, dtype=torch.float64 if a.is_double else torch.float32)
+
+
+@fake_kernel("pair_block")
+def _pair_block(a):
+    n, m, itemsize = a.embeddings.shape[0], a.ref_emb.shape[0], a.state.dtype.itemsize
+    of_hardest, size = _C.ring_found_bytes(a.embeddings.device.type, n, m, itemsize)
+    if a.stage == "hardest":
+        size = of_hardest
+    elif a.stage == "negatives" and a.found is not None and a.embeddings.device.type == "cuda":
+        size += a.found.shape[0]
+    return torch.empty_like(a.state), a.state.new_empty(size, dtype=torch.uint8)
+
+
+@fake_kernel("pair_block_rows")
+def _pair_block_rows(a):
+    n = a.pairs.shape[1]
+    return a.state.new_empty(4, n), a.state.new_empty(_C.ring_weights_shape(a.pairs.device.type, n))
+
+
+@fake_kernel("pair_block_backward")
+def _pair_block_backward(a):
+    return like_if(a.need_emb, a.embeddings, a.weights), like_if(a.need_ref, a.ref_emb, a.weights)
