@@ -292,7 +292,8 @@ def brute_force(
 
     parts = len(rows[0].parts) if rows else 0
     losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
-    counts = [_count(rows, k, kept, losses, "mean" if reduction == "sum" else reduction) for k in range(parts)]
+    counted = "mean" if reduction == "sum" else reduction
+    counts = [_count(rows, k, kept, losses, counted) for k in range(parts)]
     if undivided is not None:
         scale = undivided
     else:
