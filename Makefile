@@ -1,11 +1,13 @@
-# Two commands matter: `make demo` and `make test`. Both set up .venv first; nothing else is needed but
-# Python 3.10+ with venv and a C++ compiler.
+# `make check` answers within 90 seconds once built, `make test` runs every test, `make demo` shows what it is
+# for. All set up .venv first; nothing else is needed but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
+PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples test bench readme lint format ptxas gpu-check clean
+.PHONY: demo data examples check test bench readme lint format ptxas gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
@@ -22,9 +24,13 @@ data:
 examples: $(VENV)/built
 	$(PY) -m examples.train_retrieval $(OPTIONS)
 
-test: $(VENV)/built
-	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Format, lint, and of every loss, engine and adapter a few tests.
+check: lint $(VENV)/built
+	$(PYTEST) --dist worksteal -m check
+
+# The rest of the tests after those of `make check`.
+test: check
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check"
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
@@ -36,15 +42,14 @@ readme: $(VENV)/built
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/ready
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
-# Registers, spills and occupancy of every CUDA kernel, what its hot path issues, and what whole problems then
-# take at least; needs nvcc and nvdisasm, no GPU.
+# Registers, spills, occupancy, code size and tensor-core instructions of every CUDA kernel; needs nvcc, no GPU.
 ptxas: $(VENV)/ready
 	$(PY) -m tools.machine_code
 

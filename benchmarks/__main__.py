@@ -11,7 +11,8 @@ import dml_cuda
 from .cases import Case, default_cases, quick_cases
 from .peers import PEERS
 from .plot import plot
-from .report import print_report, write_json
+from .records import write_json
+from .report import print_report
 from .run import run_cases
 
 

@@ -7,6 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from .losses import CLASS_LOSSES, LOSSES, PAIR_LOSSES, short_name
+
 ROWS_PER_CLASS = 4
 CENTRE_SCALE = 0.5
 NOISE = {"noisy": 1.0, "separated": 0.5}
@@ -17,30 +19,16 @@ STREAMING_PEERS = ("fused", "chunked")  # those that never hold the N x N matrix
 CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
 
 
-_LOSS_TITLES = {
-    "multi_similarity": "MS",
-    "circle": "circle",
-    "contrastive": "contrastive",
-    "lifted_structure": "lifted structure",
-    "binomial_deviance": "binomial deviance",
-    "nt_xent": "NT-Xent",
-    "sup_con": "SupCon",
-    # custom formulas, of examples/custom_losses
-    "nca": "NCA, loaded",
-    "tuplet_margin": "tuplet margin, loaded",
-    # class-level only
-    "normalized_softmax": "softmax",
-    "cosface": "CosFace",
-    "arcface": "ArcFace",
-    "proxy_anchor": "proxy anchor",
-    "soft_triple": "SoftTriple",
-    # of triplets
-    "triplet": "triplet margin",
-    "margin": "margin",
-}
-FAMILY = tuple(_LOSS_TITLES)[:7]
-CUSTOM_FORMULAS = ("nca", "tuplet_margin")
+# Formulas compiled on demand, of examples/custom_losses, by the name of their class.
+CUSTOM_LOSSES = {"nca": "NCALoss", "tuplet_margin": "TupletMarginLoss"}
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
+
+
+def loss_title(loss: str) -> str:
+    """What tables call a loss of dml_cuda or of CUSTOM_LOSSES."""
+    return (
+        short_name(LOSSES[loss].__name__) if loss in LOSSES else f"{short_name(CUSTOM_LOSSES[loss])}, custom"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Case:
     """One loss on one batch of ``n`` rows of ``d`` columns."""
 
     group: str
-    loss: str  # a key of _LOSS_TITLES
+    loss: str  # a key of LOSSES or CUSTOM_LOSSES
     n: int
     d: int
     epsilon: float | None = EPSILON  # the miner's margin; None takes every pair
@@ -63,7 +51,7 @@ class Case:
 
     @property
     def loss_title(self) -> str:
-        return f"{_LOSS_TITLES[self.loss]}, {'all pairs' if self.epsilon is None else 'mined'}"
+        return f"{loss_title(self.loss)}, {'all pairs' if self.epsilon is None else 'mined'}"
 
     @property
     def size(self) -> str:
@@ -124,17 +112,17 @@ class DropInCase(Case):
 
     @property
     def loss_title(self) -> str:
-        return _PART_TITLES[self.part].format(_LOSS_TITLES[self.loss])
+        return _PART_TITLES[self.part].format(loss_title(self.loss))
 
     @property
     def size(self) -> str:
         return f"{self.n}x{self.d}" if self.columns is None else f"{self.n}x{self.columns}x{self.d}"
 
 
-LOSSES = tuple(product(("multi_similarity", "circle"), (EPSILON, None)))
+TRAINED = tuple(product(("multi_similarity", "circle"), (EPSILON, None)))
 
 
-def _training_cases(shapes: dict[str, list[tuple[int, int]]], losses=LOSSES, **options) -> list[Case]:
+def _training_cases(shapes: dict[str, list[tuple[int, int]]], losses=TRAINED, **options) -> list[Case]:
     return [
         Case("train", loss, n, d, epsilon, batch, **options)
         for loss, epsilon in losses
@@ -172,7 +160,7 @@ def _family_cases() -> list[Case]:
     """Every loss over all pairs, with its default options."""
     return [
         Case("family", loss, n, d, epsilon=None, peers=FAMILY_PEERS)
-        for loss in (*FAMILY, *CUSTOM_FORMULAS)
+        for loss in (*PAIR_LOSSES, *CUSTOM_LOSSES)
         for n, d in ((512, 128), (2048, 512))
     ]
 
@@ -180,7 +168,7 @@ def _family_cases() -> list[Case]:
 def _head_peers(loss: str) -> tuple[str, ...]:
     """pytorch-metric-learning has circle loss on pairs only."""
     peers = "matmuls", "fused", "reference", "pml"
-    return peers[:3] if loss == "circle" else peers
+    return peers[:3] if loss == "circle_classifier" else peers
 
 
 def _drop_in_cases() -> list[Case]:
@@ -188,7 +176,7 @@ def _drop_in_cases() -> list[Case]:
     mining = product(("list", "count"), (512, 2048), (128, 512))
     listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
     batches = (8192, False), (65_536, True)
-    heads = ("circle", "normalized_softmax", "cosface", "arcface", "proxy_anchor")
+    heads = [loss for loss in CLASS_LOSSES if loss != "soft_triple"]
     classifier = partial(case, epsilon=None, part="classifier")
     return [
         *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
@@ -212,14 +200,14 @@ def _triplet_cases() -> list[Case]:
     small, large = (512, 128), (2048, 512)
     mined = partial(DropInCase, "triplets", "multi_similarity", peers=("fused",))
     return [
-        *(case("triplet", *small, part=part) for part in ("every", "semihard")),
-        *(case("triplet", *size, part="batch_hard") for size in (small, large)),
+        *(case("triplet_margin", *small, part=part) for part in ("every", "semihard")),
+        *(case("triplet_margin", *size, part="batch_hard") for size in (small, large)),
         case("margin", *small, part="every"),
         case("margin", *small, part="distance_weighted"),
         case("margin", *large, part="distance_weighted", once=True),
-        case("triplet", 4096, 512, part="every", peers=("fused",)),
+        case("triplet_margin", 4096, 512, part="every", peers=("fused",)),
         mined(4096, 512, part="mined"),
-        case("triplet", 512, 128, part="bank", columns=65_536, peers=("fused",)),
+        case("triplet_margin", 512, 128, part="bank", columns=65_536, peers=("fused",)),
         mined(512, 128, part="bank", columns=65_536),
     ]
 

@@ -22,7 +22,7 @@ from .cases import Case, make_batch
 from .measure import make_clock, measure, summarise
 from .peers import loss_step
 
-_CIRCLE = build.SOURCES / "formulas" / "circle.h"
+_CIRCLE = build.SOURCES / "losses" / "circle.h"
 _PARAMETERS = {"m": 0.4, "gamma": 80.0, "detach_weights": 1.0}
 
 

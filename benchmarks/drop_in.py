@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dml_cuda
 
 from .cases import DropInCase, make_batch
+from .losses import CLASS_LOSSES
 from .measure import available_bytes
 from .peers import Maker, Step, Unavailable, loss_step, pml_losses, pml_miners, require_pml
 
@@ -137,16 +138,6 @@ def _memory(classes: _Classes, case: DropInCase, embeddings: Tensor, labels: Ten
     return step
 
 
-_HEADS = {
-    "circle": "CircleClassifierLoss",
-    "normalized_softmax": "NormalizedSoftmaxLoss",
-    "cosface": "CosFaceLoss",
-    "arcface": "ArcFaceLoss",
-    "proxy_anchor": "ProxyAnchorLoss",
-    "soft_triple": "SoftTripleLoss",
-}
-
-
 def _classifier(make: Callable[..., nn.Module], case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
     """A class-level loss of ``case.columns`` classes, with the gradient of their weights."""
     head = make(case.columns, case.d)
@@ -165,18 +156,18 @@ def _classifier(make: Callable[..., nn.Module], case: DropInCase, embeddings: Te
 
 
 def _fused_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
-    return _classifier(getattr(dml_cuda, _HEADS[case.loss]), case, embeddings, labels)
+    return _classifier(CLASS_LOSSES[case.loss], case, embeddings, labels)
 
 
 def _dense_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
     """The readable PyTorch reference, which stores the matrix of rows and classes."""
-    make = partial(getattr(dml_cuda, _HEADS[case.loss]), backend="reference")
+    make = partial(CLASS_LOSSES[case.loss], backend="reference")
     return _classifier(make, case, embeddings, labels)
 
 
 def _pml_classifier(case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
     require_pml()
-    make = getattr(pml_losses, _HEADS[case.loss], None)
+    make = getattr(pml_losses, CLASS_LOSSES[case.loss].__name__, None)
     if make is None:
         raise Unavailable("pytorch-metric-learning has no such loss")
     return _classifier(make, case, embeddings, labels)

@@ -11,8 +11,9 @@ from torch import Tensor
 from dml_cuda import functional
 from examples import custom_losses
 
-from .cases import CUDA_GRAPH_LIMIT, CUSTOM_FORMULAS, ROWS_PER_CLASS, Case
+from .cases import CUDA_GRAPH_LIMIT, CUSTOM_LOSSES, ROWS_PER_CLASS, Case
 from .chunked import chunked_loss
+from .losses import PAIR_LOSSES
 from .measure import available_bytes
 
 try:
@@ -70,10 +71,9 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 def _loss(case: Case, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
     options = {"epsilon": case.epsilon, "backend": backend}
-    if case.loss in CUSTOM_FORMULAS:
+    if case.loss in CUSTOM_LOSSES:
         return getattr(custom_losses, f"{case.loss}_loss")()(**options)
-    name = {"lifted_structure": "generalized_lifted_structure"}.get(case.loss, case.loss)
-    return partial(getattr(functional, f"{name}_loss"), **options)
+    return partial(getattr(functional, f"{case.loss}_loss"), **options)
 
 
 def fused(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
@@ -115,16 +115,8 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     return loss_step(case, torch.compile(_loss(case, "reference"), dynamic=True), embeddings, labels)
 
 
-_PML_NAMES = {
-    "multi_similarity": "MultiSimilarityLoss",
-    "circle": "CircleLoss",
-    "contrastive": "ContrastiveLoss",
-    "lifted_structure": "GeneralizedLiftedStructureLoss",
-    "nt_xent": "NTXentLoss",
-    "sup_con": "SupConLoss",
-    "nca": "NCALoss",
-    "tuplet_margin": "TupletMarginLoss",
-}
+# The classes of both packages have the same names.
+_CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in PAIR_LOSSES.items()}
 _PML_OPTIONS = {
     "nca": {"softmax_scale": 8.0},  # of squared distances, 2 - 2 cos
     "tuplet_margin": {"margin": math.degrees(0.1), "scale": 64.0},
@@ -144,10 +136,11 @@ def _check_triplets(case: Case, device: torch.device) -> None:
 def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     """pytorch-metric-learning's loss, with its miner where the case mines."""
     require_pml()
-    if case.loss not in _PML_NAMES:
+    loss_class = getattr(pml_losses, _CLASS_NAMES[case.loss], None)
+    if loss_class is None:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
-    loss_fn = getattr(pml_losses, _PML_NAMES[case.loss])(**_PML_OPTIONS.get(case.loss, {}))
+    loss_fn = loss_class(**_PML_OPTIONS.get(case.loss, {}))
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

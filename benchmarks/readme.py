@@ -1,13 +1,13 @@
-"""``python -m benchmarks.readme``: from the JSON of earlier runs, a short table for the README and all tables
-for benchmarks/README.md."""
+"""``python -m benchmarks.readme``: writes the tables of earlier runs, a short one into README.md and all into
+benchmarks/README.md."""
 
 import argparse
-import json
 from itertools import groupby
 from pathlib import Path
 
 from .machine import one_line
 from .markdown import Section, markdown_table
+from .records import read_json
 from .report import (
     NOTHING,
     SPEEDUP_PEERS,
@@ -88,43 +88,37 @@ def table(record: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _times(case: dict) -> str:
-    result = case["results"].get("pml", {})
-    return result.get("skipped", NOTHING) if "median_s" not in result else duration(result["median_s"])
+# Of every kind one: the rows of the short table, by what the whole one calls them.
+_SHORT = (
+    "MultiSimilarity given its miner",
+    "Circle, all pairs",
+    "SupCon, all pairs",
+    "cross-batch memory, MultiSimilarity and miner",
+    "TripletMargin, batch-hard miner",
+    "Margin, distance-weighted miner",
+)
 
 
-def _has_peer(case: dict | None) -> bool:
-    return case is not None and "pml" in case["time_over_fused"]
+def _pairs(case: dict) -> int:
+    return case["n"] * (case.get("columns") or case["n"])
 
 
 def summary(records: list[dict]) -> str:
-    """Markdown of what a newcomer wants to know: each loss once, beside pytorch-metric-learning's."""
-    records = [
-        record
-        for record in records
-        if record["machine"]["device"] == "cpu" and any(case["group"] == "family" for case in record["cases"])
-    ]
-    cases = [case for record in records for case in record["cases"]]
-    family = [case for case in cases if case["group"] == "family" and "loaded" not in case["loss_title"]]
-    others = [
-        case
-        for case in cases
-        if (case.get("part") in ("mined", "memory") or case["group"] == "triplets") and _has_peer(case)
-    ]
-    # Of each loss the largest batch that pytorch-metric-learning can do, else the largest.
-    shown = {}
-    for case in (*family, *others):
-        if _has_peer(case) or not _has_peer(shown.get(case["loss_title"])):
-            shown[case["loss_title"]] = case
+    """Markdown of a few rows: each at the largest size that both packages were timed at, on CPUs."""
+    largest: dict[str, tuple[dict, dict]] = {}
+    for record in records:
+        for case in record["cases"] if record["machine"]["device"] == "cpu" else ():
+            title, is_measured = case["loss_title"], "pml" in case["time_over_fused"]
+            if is_measured and (title not in largest or _pairs(case) > _pairs(largest[title][0])):
+                largest[title] = case, record["machine"]
+    shown = [largest[title] for title in _SHORT if title in largest]
     rows = []
-    for case in shown.values():
-        peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in ("fused", "pml"))
-        ours = duration(case["results"]["fused"]["median_s"])
-        times = versus(case, "pml") if _has_peer(case) else NOTHING
-        rows.append([case["loss_title"], size(case), ours, _times(case), times, *map(mebibytes, peaks)])
-    machines = {one_line(record["machine"]): None for record in records}
-    header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "as fast", "MiB here", "MiB PML"]
-    where = f"Forward and backward, float32; runs on {'; and on '.join(machines)}.\n\n" if machines else ""
+    for case, _ in shown:
+        seconds = [case["results"][peer]["median_s"] for peer in ("fused", "pml")]
+        rows.append([case["loss_title"], size(case), *map(duration, seconds), versus(case, "pml")])
+    machines = dict.fromkeys(one_line(machine) for _, machine in shown)
+    where = f"Forward and backward, float32, on {'; and on '.join(machines)}.\n\n" if machines else ""
+    header = ["loss", "N x D, or N x M x D", "dml_cuda", "PML", "ratio"]
     return where + markdown_table(header, rows, left=2)
 
 
@@ -139,8 +133,8 @@ def main() -> None:
     paths = arguments.json or sorted(_RESULTS.glob("*.json"))
     if not paths:
         parser.error("no JSON yet: python -m benchmarks --out benchmarks/results")
-    records = [json.loads(path.read_text()) for path in paths]
-    # The others are from tools.kernel_times.
+    records = [read_json(path) for path in paths]
+    # The others are of tools.kernel_times.
     records = [record for record in records if "machine" in record]
     written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
     try:

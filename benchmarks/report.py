@@ -1,10 +1,8 @@
-"""The record of a run as tables on the terminal and as JSON."""
+"""The record of a run as tables on the terminal."""
 
-import json
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -18,11 +16,6 @@ SPEEDUP_PEERS = ("reference", "compiled", "pml", "chunked")
 MEMORY_PEERS = ("fused", *SPEEDUP_PEERS)
 NOTHING = "–"
 _FILE_WIDTH = 110
-
-
-def write_json(record: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def duration(seconds: float) -> str:

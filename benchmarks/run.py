@@ -13,6 +13,7 @@ from .drop_in import PARTS
 from .machine import describe
 from .measure import make_clock, measure, summarise
 from .peers import PEERS, Maker, Step, Unavailable
+from .records import ratios
 from .roofline import roofline
 from .triplets import TRIPLET_PARTS
 
@@ -35,16 +36,6 @@ def _differences(
         pairs = zip(compared, output, yardstick, strict=False)
         differences[name] = {key: _relative_difference(a, b) for key, a, b in pairs}
     return differences
-
-
-def ratios(peers: dict[str, dict]) -> dict:
-    """Ratios of medians: each peer over the bare matmuls, and each peer over the fused loss."""
-    medians = {name: record["median_s"] for name, record in peers.items() if "median_s" in record}
-
-    def over(base: str) -> dict[str, float]:
-        return {name: seconds / medians[base] for name, seconds in medians.items()} if base in medians else {}
-
-    return {"time_over_matmuls": over("matmuls"), "time_over_fused": over("fused")}
 
 
 def _detached(step: Step) -> tuple[torch.Tensor, ...]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import dml_cuda
 
 from .cases import ROWS_PER_CLASS, DropInCase, make_batch
+from .losses import LOSSES
 from .measure import available_bytes
 from .peers import Maker, Step, Unavailable, loss_step, pml_losses, pml_miners, require_pml
 
-_LOSSES = {"triplet": "TripletMarginLoss", "margin": "MarginLoss", "multi_similarity": "MultiSimilarityLoss"}
 _PML_BYTES_PER_TRIPLET = 80  # indices and numbers, about: to tell in time that memory is too small
 
 
@@ -29,7 +29,7 @@ def _miner(miners: ModuleType, case: DropInCase) -> nn.Module | None:
 def _step(
     losses: ModuleType, miners: ModuleType, case: DropInCase, embeddings: Tensor, labels: Tensor
 ) -> Step:
-    loss_fn, miner = getattr(losses, _LOSSES[case.loss])(), _miner(miners, case)
+    loss_fn, miner = getattr(losses, LOSSES[case.loss].__name__)(), _miner(miners, case)
     refs = ()
     if case.columns is not None:
         queue, queue_labels = make_batch(replace(case, n=case.columns), embeddings.device, seed=1)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.markdown import Section
 
 from .plots import draw_comparison
-from .tables import OURS, THEIRS, TIMED, TITLES, tables
+from .tables import EARLY, OURS, THEIRS, TIMED, TITLES, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -42,7 +42,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         "--losses",
         nargs="+",
         choices=TITLES,
-        default=["ms", "circle"],
+        default=["multi_similarity", "circle"],
         metavar="LOSS",
         help="as --loss there",
     )
@@ -87,9 +87,11 @@ def _summary(log: dict, skip: int = 0) -> dict:
     }
 
 
-def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict]:
-    """The runs of each loss, seed by seed, and the log of the one whose pictures are kept."""
+def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict, dict]:
+    """The runs of each loss, seed by seed; the loss curve of each's first; and the log of the one whose
+    pictures are kept."""
     runs = {name: [] for loss in arguments.losses for name in (loss, f"pml-{loss}")}
+    curves = {}
     for seed in range(arguments.seeds):
         for loss, found in runs.items():
             progress.set_postfix_str(f"{loss}, seed {seed}")
@@ -97,16 +99,23 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
             log = _run(arguments, folder / loss, loss, is_kept, seed=seed, steps=arguments.steps)
             first, last = log["evaluations"][0], log["evaluations"][-1]
             found.append(
-                {"seed": seed, "before": first, "after": last, "loss": log["loss"], **_summary(log),
-                 "embedding_size": log["arguments"]["embedding_size"],
-                 "centers_left": log.get("centers_left")}
-            )  # fmt: skip
+                {
+                    "seed": seed,
+                    "before": first,
+                    "after": last,
+                    "first_losses": log["loss"][:EARLY],
+                    **_summary(log),
+                    "embedding_size": log["arguments"]["embedding_size"],
+                    "centers_left": log.get("centers_left"),
+                }
+            )
+            curves.setdefault(loss, log["loss"])
             if is_kept:
                 kept = log
                 for name in _PICTURES:
                     shutil.copy(folder / loss / name, arguments.out / name)
             progress.update()
-    return runs, kept
+    return runs, curves, kept
 
 
 def _timed(arguments: argparse.Namespace) -> list[str]:
@@ -137,7 +146,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     arguments.out.mkdir(parents=True, exist_ok=True)
     total = 2 * (len(arguments.losses) * arguments.seeds + len(_timed(arguments)) * len(arguments.batches))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
-        runs, log = _trainings(arguments, Path(folder), progress)
+        runs, curves, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
     keys = ("steps", "batch_size", "epsilon", "embedding_size")
     record = {
@@ -149,12 +158,8 @@ def compare(arguments: argparse.Namespace) -> dict:
         "batches": batches,
     }
     (arguments.out / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    curves = {
-        title: {OURS: runs[loss][0]["loss"], THEIRS: runs[f"pml-{loss}"][0]["loss"]}
-        for loss, title in TITLES.items()
-        if loss in runs
-    }
-    draw_comparison(arguments.out / "loss_curves.png", curves)
+    panels = {TITLES[loss]: {OURS: curves[loss], THEIRS: curves[f"pml-{loss}"]} for loss in arguments.losses}
+    draw_comparison(arguments.out / "loss_curves.png", panels)
     return record
 
 

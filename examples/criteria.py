@@ -5,32 +5,18 @@ from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
 
 import dml_cuda
+from benchmarks.losses import CLASS_LOSSES, short_name
+from benchmarks.losses import LOSSES as ALL_LOSSES
 from dml_cuda.distributed import DistributedLoss
 
-_CLASSES = {
-    "ms": ("MultiSimilarityLoss", "multi-similarity"),
-    "circle": ("CircleLoss", "circle"),
-    "contrastive": ("ContrastiveLoss", "contrastive"),
-    "lifted": ("GeneralizedLiftedStructureLoss", "generalised lifted structure"),
-    "binomial": ("BinomialDevianceLoss", "binomial deviance"),
-    "ntxent": ("NTXentLoss", "NT-Xent"),
-    "supcon": ("SupConLoss", "SupCon"),
-    "triplet": ("TripletMarginLoss", "triplet margin"),
-    "margin": ("MarginLoss", "margin"),
-}
-# Those of rows and the weights of the classes trained on.
-CLASS_LEVEL = {
-    "softmax": ("NormalizedSoftmaxLoss", "normalised softmax"),
-    "cosface": ("CosFaceLoss", "CosFace"),
-    "arcface": ("ArcFaceLoss", "ArcFace"),
-    "proxyanchor": ("ProxyAnchorLoss", "proxy anchor"),
-    "softtriple": ("SoftTripleLoss", "SoftTriple"),
-}
-_ALL = _CLASSES | CLASS_LEVEL
-LOSSES = {name: f"{title}, dml_cuda" for name, (_, title) in _ALL.items()} | {
-    f"pml-{name}": f"{title}, pytorch-metric-learning"
-    for name, (of, title) in _ALL.items()
-    if hasattr(pml_losses, of)
+LOSSES = {
+    f"{prefix}{name}": f"{short_name(loss.__name__)}, {package}"
+    for name, loss in ALL_LOSSES.items()
+    for prefix, package, classes in (
+        ("", "dml_cuda", dml_cuda),
+        ("pml-", "pytorch-metric-learning", pml_losses),
+    )
+    if hasattr(classes, loss.__name__)
 }
 
 # By their name in --miner: their class, what it is called and what of the paper's it is given.
@@ -41,17 +27,25 @@ MINERS = {
     "distance_weighted": ("DistanceWeightedMiner", "distance-weighted triplets", {}),
 }
 # Where none is chosen.
-DEFAULT_MINERS = {"ms": "multi_similarity", "triplet": "semihard", "margin": "distance_weighted"}
+DEFAULT_MINERS = {
+    "multi_similarity": "multi_similarity",
+    "triplet_margin": "semihard",
+    "margin": "distance_weighted",
+}
 
 TAU = 0.2  # SoftTriple's regulariser, as in its paper; pytorch-metric-learning has none
 
 
 def make_head(name: str, classes: int, embedding_size: int) -> nn.Module:
-    """A class-level loss, one of ``CLASS_LEVEL`` or with ``pml-`` before it."""
-    kind = name.removeprefix("pml-")
-    more = {"tau": TAU} if name == "softtriple" else {}
+    """A class-level loss, one of ``CLASS_LOSSES`` or with ``pml-`` before it."""
+    more = {"tau": TAU} if name == "soft_triple" else {}
+    return _loss_class(name)(classes, embedding_size, **more)
+
+
+def _loss_class(name: str) -> type[nn.Module]:
+    """Both libraries' classes have the same names."""
     losses = pml_losses if name.startswith("pml-") else dml_cuda
-    return getattr(losses, CLASS_LEVEL[kind][0])(classes, embedding_size, **more)
+    return getattr(losses, ALL_LOSSES[name.removeprefix("pml-")].__name__)
 
 
 class _Mined(nn.Module):
@@ -93,10 +87,10 @@ def make_loss(
     is_pml = name.startswith("pml-")
     losses, miners = (pml_losses, pml_miners) if is_pml else (dml_cuda, dml_cuda)
     kind = name.removeprefix("pml-")
-    if kind in CLASS_LEVEL:
+    if kind in CLASS_LOSSES:
         loss = make_head(name, classes, embedding_size)
     else:
-        loss = getattr(losses, _CLASSES[kind][0])(**({"gamma": gamma} if kind == "circle" else {}))
+        loss = _loss_class(name)(**({"gamma": gamma} if kind == "circle" else {}))
     if distributed:
         loss = DistributedLoss(loss)
     find = None

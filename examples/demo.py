@@ -16,7 +16,8 @@ from torch import Tensor
 
 import dml_cuda
 from benchmarks.cases import quick_cases
-from benchmarks.report import print_report, write_json
+from benchmarks.records import write_json
+from benchmarks.report import print_report
 from benchmarks.run import run_cases
 from dml_cuda import functional
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .criteria import CLASS_LEVEL, DEFAULT_MINERS, LOSSES, MINERS
+from benchmarks.losses import CLASS_LOSSES, TRIPLET_LOSSES
+
+from .criteria import DEFAULT_MINERS, LOSSES, MINERS
 from .networks import NETWORKS
 
 CLASS_RATE = 10  # times the learning rate, for what a loss itself learns: the weights of classes
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     loss(
         "--loss",
         choices=LOSSES,
-        default="ms",
+        default="multi_similarity",
         help="pml-...: pytorch-metric-learning's (default: %(default)s)",
     )
     loss(
@@ -53,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="multi_similarity",
         choices=MINERS,
-        help="keep these pairs or triplets only (alone: multi_similarity; default: that of the papers of ms, "
-        "triplet and margin)",
+        help="keep these pairs or triplets only (alone: multi_similarity; default: that of the papers of "
+        "multi_similarity, triplet_margin and margin)",
     )
     loss("--no-miner", dest="miner", action="store_const", const="none", help="keep all")
     loss(
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="pair a batch with that many earlier embeddings too",
     )
     loss(
-        "--joint", choices=CLASS_LEVEL, help=f"{JOINT_WEIGHT} * the loss + this class-level loss of dml_cuda"
+        "--joint", choices=CLASS_LOSSES, help=f"{JOINT_WEIGHT} * the loss + this class-level loss of dml_cuda"
     )
 
     training = parser.add_argument_group("training").add_argument
@@ -121,7 +123,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error("--float64 and --amp: take one")
     if chosen.amp == "fp16" and chosen.device == "cpu":
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
-    if chosen.loss.removeprefix("pml-") in CLASS_LEVEL and (chosen.miner or chosen.memory or chosen.joint):
+    if chosen.loss.removeprefix("pml-") in CLASS_LOSSES and (chosen.miner or chosen.memory or chosen.joint):
         parser.error(f"--loss {chosen.loss} is class-level: without --miner, --memory and --joint")
     if chosen.memory and chosen.memory < chosen.batch_size:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
@@ -130,7 +132,7 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     chosen.miner = chosen.miner or DEFAULT_MINERS.get(chosen.loss.removeprefix("pml-"))
     if chosen.miner == "none":
         chosen.miner = None
-    of_pairs = chosen.loss not in ("triplet", "margin")
+    of_pairs = chosen.loss not in TRIPLET_LOSSES
     if chosen.distributed and chosen.miner and of_pairs != (chosen.miner == "multi_similarity"):
         parser.error(f"--distributed: --miner {chosen.miner} is not for --loss {chosen.loss}")
     if chosen.lr is None:

@@ -2,37 +2,36 @@
 
 import numpy as np
 
+from benchmarks.losses import CLASS_LOSSES, LOSSES, TRIPLET_LOSSES, short_name
 from benchmarks.machine import one_line
 from benchmarks.markdown import Section, markdown_table
 
-from .criteria import CLASS_LEVEL, TAU
+from .criteria import LOSSES as CHOICES
+from .criteria import TAU
 from .options import CLASS_RATE
 
 SECTION = Section("comparison")
 BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
+_TRIPLET_MINERS = {"triplet_margin": "semi-hard", "margin": "distance-weighted"}
+# The losses that both libraries have.
 TITLES = {
-    "ms": "MS",
-    "circle": "circle",
-    "contrastive": "contrastive",
-    "ntxent": "NT-Xent",
-    "supcon": "SupCon",
-    "triplet": "triplet, semi-hard",
-    "margin": "margin, distance-weighted",
-    "softmax": "normalised softmax",
-    "proxyanchor": "proxy anchor",
-    "softtriple": "SoftTriple",
+    name: ", ".join(
+        [short_name(loss.__name__), *([_TRIPLET_MINERS[name]] if name in _TRIPLET_MINERS else [])]
+    )
+    for name, loss in LOSSES.items()
+    if f"pml-{name}" in CHOICES
 }
-TIMED = ("ms", "circle", "triplet", "margin")  # whose steps are timed at several batch sizes
+TIMED = ("multi_similarity", "circle", *TRIPLET_LOSSES)  # whose steps are timed at several batch sizes
 # Those that do not compute the same in both libraries, seed for seed: drawn triplets; a regulariser.
-APART = ("margin", "softtriple")
+APART = ("margin", "soft_triple")
 OURS, THEIRS = "dml_cuda", "PML"
 _SCORES = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "NMI", "MAP@R")
-_EARLY = 20  # steps in which rounding has not yet grown
+EARLY = 20  # steps in which rounding has not yet grown
 
 
 def _titles(runs: dict[str, list[dict]]) -> dict[str, str]:
     """Of the losses that there are runs of."""
-    return {loss: title for loss, title in TITLES.items() if loss in runs}
+    return {loss: TITLES[loss] for loss in runs if loss in TITLES}
 
 
 def _percent(values: list[float]) -> str:
@@ -61,12 +60,12 @@ def _row(title: str, runs: list[dict], when: str) -> list[str]:
 
 def _settings(runs: dict[str, list[dict]], options: dict) -> str:
     sentences = ["Every loss has its defaults."]
-    if "ms" in runs:
-        sentences.append(f"MS is mined with epsilon {options['epsilon']}, circle takes all pairs.")
-    if any(loss in runs for loss in CLASS_LEVEL):
+    if "multi_similarity" in runs:
+        sentences.append(f"MultiSimilarity mines with epsilon {options['epsilon']}, Circle uses all pairs.")
+    if any(loss in runs for loss in CLASS_LOSSES):
         sentences.append(f"Weights of classes learn {CLASS_RATE} times as fast as the network.")
-    if "softtriple" in runs:
-        left = np.mean([run["centers_left"] for run in runs["softtriple"]])
+    if "soft_triple" in runs:
+        left = np.mean([run["centers_left"] for run in runs["soft_triple"]])
         sentences.append(
             f"SoftTriple's regulariser ({TAU}) is dml_cuda's alone; of its 10 centres a class {left:.1f} "
             "were left at the end."
@@ -95,13 +94,13 @@ def _agreement(runs: dict[str, list[dict]]) -> str:
         if loss in APART:
             continue
         ours, theirs = runs[loss], runs[f"pml-{loss}"]
-        losses = [np.array([run["loss"] for run in side]) for side in (ours, theirs)]
+        losses = [np.array([run["first_losses"] for run in side]) for side in (ours, theirs)]
         apart = np.abs(losses[0] - losses[1]) / losses[1]
         recall = [100 * np.array([run["after"]["Recall@1"] for run in side]) for side in (ours, theirs)]
         differences = ", ".join(f"{points:+.1f}" for points in recall[0] - recall[1])
         line = (
             f"- {title}: the loss differs by {_relative(apart[:, 0])} in the first step and by "
-            f"{_relative(apart[:, :_EARLY])} in the first {_EARLY}, Recall@1 at the end by {differences} "
+            f"{_relative(apart)} in the first {EARLY}, Recall@1 at the end by {differences} "
             "points"
         )
         spread = f" ({THEIRS}'s seeds spread by {recall[1].std(ddof=1):.1f})" if len(theirs) > 1 else ""
@@ -119,9 +118,9 @@ def _batches(batches: list[dict]) -> str:
     header += [f"loss's share, {side}" for side in sides]
     header += [f"peak memory, {side}" for side in sides]
     rows = []
-    for each in batches:
-        runs = (each["ours"], each["theirs"])
-        cells = [TITLES[each["loss"]], str(each["batch_size"])]
+    for batch in batches:
+        runs = (batch["ours"], batch["theirs"])
+        cells = [TITLES[batch["loss"]], str(batch["batch_size"])]
         cells += [_milliseconds(run["step_s"]) for run in runs]
         cells += [f"{runs[1]['step_s'] / runs[0]['step_s']:.1f}x"]
         cells += [_share(run) for run in runs]

@@ -1,6 +1,7 @@
-"""What every test file may rely on."""
+"""Threads, interrupts, the order of the tests and the fixtures of every test file."""
 
 import os
+import signal
 
 # Before torch is loaded. Threads that spin while they wait make a busy machine crawl; these sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,26 +17,20 @@ import torch
 
 import dml_cuda
 
-# Files that take long, the longest first: so that no process begins one when the others are done.
-LONG = (
-    "test_cuda_emulated.py",
-    "test_distributed.py",
-    "test_nvcc.py",
-    "test_blocks_emulated.py",
-    "test_custom.py",
-    "test_blocks_torch_side.py",
-    "test_train_retrieval.py",
-    "test_benchmarks.py",
-    "test_triplets_emulated.py",
-    "test_threads.py",
-    "test_fused.py",
-    "test_memory.py",
-)
+# A shell without job control starts a background command with SIGINT ignored, and its children inherit that:
+# a program under test could not be interrupted. A signal that is handled is reset to its default in a child.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+    """The files that take longest first, so that no process begins one when the others are done."""
+
+    def seconds(item):
+        marker = item.get_closest_marker("slow")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(autouse=True)

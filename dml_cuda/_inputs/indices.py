@@ -64,7 +64,7 @@ def listed_indices(
     for a, b in equal:
         if indices[a].shape != indices[b].shape:
             raise ValueError(
-                f"indices_tuple: {names[b]}: expected {indices[a].shape[0]} indices, as many as {names[a]}; "
+                f"indices_tuple: {names[b]}: expected as many indices as {names[a]}, {indices[a].shape[0]}; "
                 f"got {indices[b].shape[0]}"
             )
     if check_range:

@@ -85,7 +85,7 @@ def _make_formula(
         )
     if reference is not None:
         return type(reference.__name__, (reference,), members)
-    return type("Formulas", (CompiledFormula,), {**members, "repeats": facts["counts_pairs"]})
+    return type("Formula", (CompiledFormula,), {**members, "repeats": facts["counts_pairs"]})
 
 
 def compile_loss(

@@ -1,4 +1,4 @@
-"""The library of a formula: compiled once, kept in a cache, shared by whatever processes ask for it."""
+"""Compiles the library of a formula, once, into a cache that all processes share."""
 
 import contextlib
 import fcntl
@@ -22,11 +22,11 @@ from . import diagnostics
 from .source import Source
 
 _PACKAGE = Path(__file__).parent.parent
-# In an installed package the sources lie inside it, in a checkout beside it.
+# The sources are inside an installed package, and beside the package in a checkout.
 SOURCES = next(f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (f / "losses").is_dir())
 _OLDEST_GPU = (8, 0)
 
-# The formula among its headers. The text itself is a file of its own, so that errors name its lines.
+# Includes the formula. Its text is a separate file, so that compiler errors have its line numbers.
 _HEADER = """\
 #pragma once
 #include "losses/derivatives.h"
@@ -35,7 +35,7 @@ using namespace dml;
 namespace dml {{
 template <typename T>
 using Custom = {struct}<T>;
-static_assert(sizeof(WithDerivatives<float, Custom<float>>) > 0, "");  // what it lacks is told here, first
+static_assert(sizeof(WithDerivatives<float, Custom<float>>) > 0, "");  // reports missing members first
 inline constexpr const char* kCustomParameters = Custom<float>::kParams;
 }}  // namespace dml
 #define DML_FORMULAS(X) X(own, Custom)
@@ -43,23 +43,23 @@ inline constexpr const char* kCustomParameters = Custom<float>::kParams;
 
 
 class Target(NamedTuple):
-    """What a library is compiled for."""
+    """The hardware that a library is compiled for."""
 
     cpu: str  # the instruction set
-    gpu: tuple[str, ...]  # compute capabilities, "90"; empty without CUDA kernels
+    gpu: tuple[str, ...]  # compute capabilities such as "90"; empty without CUDA kernels
     cuda_home: str
 
 
 def _cuda_home() -> str | None:
-    found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if found is None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None:
         nvcc = shutil.which("nvcc")
-        found = str(Path(nvcc).parent.parent) if nvcc else "/usr/local/cuda"
-    return found if os.access(Path(found, "bin", "nvcc"), os.X_OK) else None
+        home = str(Path(nvcc).parent.parent) if nvcc else "/usr/local/cuda"
+    return home if os.access(Path(home, "bin", "nvcc"), os.X_OK) else None
 
 
-def target() -> Target:
-    """This machine: the instruction set in use, and its GPUs where the package and nvcc can serve them."""
+def this_machine() -> Target:
+    """The instruction set in use, and the GPUs if the package has CUDA kernels and nvcc is installed."""
     cpu = _C.cpu_instruction_set()
     if not _C.cuda_version or not torch.cuda.is_available():
         return Target(cpu, (), "")
@@ -70,14 +70,14 @@ def target() -> Target:
             "toolkit and set CUDA_HOME to it"
         )
         return Target(cpu, (), "")
-    found = {torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())}
-    gpus = tuple(f"{major}{minor}" for major, minor in sorted(found) if (major, minor) >= _OLDEST_GPU)
+    capabilities = {torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())}
+    gpus = tuple(f"{major}{minor}" for major, minor in sorted(capabilities) if (major, minor) >= _OLDEST_GPU)
     return Target(cpu, gpus, home if gpus else "")
 
 
 @cache
-def _of_the_package() -> str:
-    """A hash of what a library is made from besides the formula and the target."""
+def _package_hash() -> str:
+    """A hash of everything that a library depends on besides the formula and the target."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cpp", ".cuh", ".cu"):
@@ -87,14 +87,14 @@ def _of_the_package() -> str:
     return digest.hexdigest()
 
 
-def key(source: Source, on: Target) -> str:
-    """What a library is found by."""
-    everything = _of_the_package(), source.text, source.struct, on
+def cache_key(source: Source, target: Target) -> str:
+    """A hash of everything that a library depends on."""
+    everything = _package_hash(), source.text, source.struct, target
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:24]
 
 
 def cache_folder() -> Path:
-    """DML_CUDA_CACHE, else dml_cuda in the user's cache folder."""
+    """``DML_CUDA_CACHE``, by default ``dml_cuda`` in the user's cache folder."""
     chosen = os.environ.get("DML_CUDA_CACHE")
     if chosen:
         return Path(chosen)
@@ -107,8 +107,8 @@ _environment = threading.Lock()
 
 
 @contextlib.contextmanager
-def _tools_in_reach() -> Iterator[None]:
-    """English messages, which diagnostics reads; and a ninja that pip has put beside this Python."""
+def _build_environment() -> Iterator[None]:
+    """Sets English compiler messages, which diagnostics parses, and adds the ninja that pip installed."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     changed = {"LC_ALL": "C", "PATH": path}
     with _environment:
@@ -124,22 +124,21 @@ def _tools_in_reach() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _check_tools(on: Target) -> None:
+def _check_tools() -> None:
     from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise RuntimeError(
-            f"dml_cuda.compile_loss: no C++ compiler ({compiler}) was found; install one (Debian and "
-            f"Ubuntu: apt "
-            "install g++), or set CXX to it"
+            f"dml_cuda.compile_loss: no C++ compiler ({compiler}) was found; install one (Debian and Ubuntu: "
+            "apt install g++) or set CXX to it"
         )
     if not cpp_extension.is_ninja_available():
         raise RuntimeError("dml_cuda.compile_loss: no ninja was found; pip install ninja")
 
 
 def write_headers(source: Source, folder: Path) -> Path:
-    """What the package's sources include of a formula, into a folder; returns the formula's own file."""
+    """Writes the headers by which the package's sources include a formula; returns the formula's file."""
     formula = folder / "formula" / source.file_name
     formula.parent.mkdir()
     formula.write_text(source.text, encoding="utf-8")
@@ -148,27 +147,26 @@ def write_headers(source: Source, folder: Path) -> Path:
     return formula
 
 
-def _compile(source: Source, on: Target, folder: Path) -> Path:
-    """The library of a formula, made in an empty folder. Raises ValueError for a formula that does not
-    compile."""
+def _compile(source: Source, target: Target, folder: Path) -> Path:
+    """Compiles a library in an empty folder. Raises ValueError for a formula that does not compile."""
     from torch.utils import cpp_extension  # slow to import
 
     formula = write_headers(source, folder)
-    sources = [SOURCES / "custom" / "library.cpp", SOURCES / "cpu" / "kernels" / f"{on.cpu}.cpp"]
-    macros = ["-DDML_CUSTOM_FORMULA", f"-DDML_CUSTOM_ISA={on.cpu}"]
+    sources = [SOURCES / "custom" / "library.cpp", SOURCES / "cpu" / "kernels" / f"{target.cpu}.cpp"]
+    macros = ["-DDML_CUSTOM_FORMULA", f"-DDML_CUSTOM_ISA={target.cpu}"]
     cuda_flags = []
-    if on.gpu:
+    if target.gpu:
         cuda = SOURCES / "cuda"
         sources += sorted((cuda / "instantiations").glob("*.cu"))
         sources += [cuda / f"{name}.cu" for name in ("pairs/pair_loss", "ring/ring", "ring/rows")]
         macros += ["-DDML_WITH_CUDA"]
-        codes = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in on.gpu]
+        codes = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in target.gpu]
         hidden = ["-Xcompiler", "-fvisibility=hidden"]
         cuda_flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *codes, *hidden, *macros]
-    with _tools_in_reach():
-        _check_tools(on)
-        if on.gpu:
-            cpp_extension.CUDA_HOME = on.cuda_home
+    with _build_environment():
+        _check_tools()
+        if target.gpu:
+            cpp_extension.CUDA_HOME = target.cuda_home
         try:
             cpp_extension.load(
                 "formula",
@@ -177,63 +175,62 @@ def _compile(source: Source, on: Target, folder: Path) -> Path:
                 extra_cuda_cflags=cuda_flags,
                 extra_include_paths=[str(folder), str(SOURCES), str(SOURCES / "losses")],
                 build_directory=str(folder),
-                with_cuda=bool(on.gpu),
+                with_cuda=bool(target.gpu),
                 is_python_module=False,
             )
         except RuntimeError as error:
             log = folder.parent / "build.log"
             log.write_text(str(error), encoding="utf-8")
-            told = diagnostics.explain(str(error), str(formula), source.shown)
+            errors = diagnostics.explain(str(error), str(formula), source.title)
             raise ValueError(
-                f"source: the formula does not compile:\n{told}\nAll that the compiler said is in {log}"
+                f"source: the formula does not compile:\n{errors}\nThe compiler's whole output is in {log}"
             ) from None
-    (made,) = folder.glob("formula*.so")
-    return made
+    (library,) = folder.glob("formula*.so")
+    return library
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """While one process of the machine is inside, others wait. The lock of a process that ends is freed."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock between the processes of this machine. It is released if the process ends."""
     with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: then several may build, each apart
+        with contextlib.suppress(OSError):  # without locks several processes may build, in separate folders
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _make(source: Source, on: Target, place: Path) -> None:
-    """Compiles apart, and puts the library in its place when it is complete."""
-    for leftover in place.glob("build-*"):  # of a process that was killed
+def _build(source: Source, target: Target, entry: Path) -> None:
+    """Compiles in a temporary folder, and moves the complete library into the cache entry."""
+    for leftover in entry.glob("build-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=place) as folder:
-        made = _compile(source, on, Path(folder))
-        with open(made, "rb") as file:
+    with tempfile.TemporaryDirectory(prefix="build-", dir=entry) as folder:
+        library = _compile(source, target, Path(folder))
+        with open(library, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(made, place / "formula.so")
+        os.replace(library, entry / "formula.so")
 
 
 def load(source: Source) -> str:
-    """Makes the library of a formula if there is none yet and loads it; returns its name in the ops."""
-    on = target()
-    found = key(source, on)
-    name = f"{source.struct}@{found}"
-    place = cache_folder() / f"{source.struct}-{found}"
-    library = place / "formula.so"
+    """Loads the library of a formula, built first if it is not cached; returns its name in the ops."""
+    target = this_machine()
+    key = cache_key(source, target)
+    name = f"{source.struct}@{key}"
+    entry = cache_folder() / f"{source.struct}-{key}"
+    library = entry / "formula.so"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        entry.mkdir(parents=True, exist_ok=True)
         if not library.exists():
-            with _alone(place / "lock"):
+            with _exclusive(entry / "lock"):
                 if not library.exists():
-                    _make(source, on, place)
+                    _build(source, target, entry)
     except OSError as error:
         raise OSError(
-            f"dml_cuda.compile_loss: cannot write its cache, {place} ({error}); set DML_CUDA_CACHE to a "
-            f"folder "
-            "that can be written"
+            f"dml_cuda.compile_loss: cannot write its cache, {entry} ({error}); set DML_CUDA_CACHE to a "
+            "writable folder"
         ) from error
     try:
         _C.load_formula(str(library), name)
-    except RuntimeError:  # not a whole library, whatever has happened to it
-        with _alone(place / "lock"):
-            _make(source, on, place)
+    except RuntimeError:  # the file is damaged
+        with _exclusive(entry / "lock"):
+            _build(source, target, entry)
         _C.load_formula(str(library), name)
     return name

@@ -1,7 +1,6 @@
-"""A formula that is stated in C++ alone, as Python sees it: its formulas are ops, with their first
-derivatives.
+"""A formula that has no reference in PyTorch: its functions are ops with first derivatives.
 
-It serves what the fused kernels do not: pairs given as lists, and the reference.
+Listed pairs and ``backend="reference"`` use it; the fused kernels do not.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ def _formula_rows(a):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated: the formulas give first derivatives."""
+    """Identity of a gradient that cannot be differentiated, as the ops have first derivatives only."""
 
     @staticmethod
     def forward(ctx, grad):
@@ -36,9 +35,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise RuntimeError(
-            "a formula that is stated in C++ alone has no second derivative: give compile_loss a reference, "
-            "and pass "
-            'backend="reference"'
+            "a custom formula without a reference has no second derivative: pass a reference to "
+            'compile_loss, and use backend="reference"'
         )
 
 
@@ -84,73 +82,78 @@ register_derivative("formula_rows", _rows_backward, _rows_setup_context)
 def terms(
     formula: str, params: Sequence[float], s: Tensor, context: Tensor | None, positives: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of pairs, with their derivatives by ``s`` and by the context; all of the shape of ``s``."""
-    beside = None if context is None else context.to("cpu")
-    found = call("formula_terms", s.to("cpu"), beside, formula, list(params), positives)
-    return tuple(each.to(s.device) for each in found)
+    """The terms of pairs and their derivatives by ``s`` and by the context, all in the shape of ``s``."""
+    context = None if context is None else context.to("cpu")
+    results = call("formula_terms", s.to("cpu"), context, formula, list(params), positives)
+    return tuple(result.to(s.device) for result in results)
 
 
 def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
-    """``[6, N]`` parts 0 and 1, counts 0 and 1, derivatives by the two accumulators; from the values and
-    counts ``[N]`` of negatives and positives."""
+    """``[6, N]``: parts 0 and 1, counts 0 and 1, derivatives by the accumulators of negatives and positives.
+
+    ``gathered`` are ``[N]`` each: the accumulators of negatives and positives, then their counts.
+    """
     stacked = torch.stack(gathered)
     return call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
 
 
-def _both(first: Tensor, second: Tensor) -> Tensor:
-    """log(exp(first) + exp(second)), -inf without a gradient where both are."""
-    some = (first != -torch.inf) | (second != -torch.inf)
-    value = torch.logaddexp(torch.where(some, first, 0.0), torch.where(some, second, 0.0))
-    return torch.where(some, value, -torch.inf)
+def _logaddexp(first: Tensor, second: Tensor) -> Tensor:
+    """log(exp(first) + exp(second)), with gradient 0 where both are -inf."""
+    finite = (first != -torch.inf) | (second != -torch.inf)
+    value = torch.logaddexp(torch.where(finite, first, 0.0), torch.where(finite, second, 0.0))
+    return torch.where(finite, value, -torch.inf)
 
 
 class CompiledFormula(Formula):
-    """What ``compile_loss`` makes of a formula without a reference.
+    """The formula that ``compile_loss`` makes without a reference.
 
-    On a GPU the formulas go through the CPU, which waits for it; the fused kernels do not use them.
+    For tensors on a GPU its functions run on the CPU, which synchronises.
     """
 
     facts: ClassVar[dict[str, bool]]
 
     @classmethod
-    def _fold(cls, pairs: Pairs, found: Tensor, sums: bool) -> Tensor:
-        return pairs.sum(found) if sums else pairs.lse(found, cls.facts["plus_one"])
+    def _accumulate(cls, pairs: Pairs, terms: Tensor, sums: bool) -> Tensor:
+        return pairs.sum(terms) if sums else pairs.lse(terms, cls.facts["plus_one"])
 
     @classmethod
     def row(cls, pos: Pairs, neg: Pairs, *params: float) -> Any:
         facts = cls.facts
 
-        def of(pairs: Pairs, positives: bool, context: Tensor | None = None) -> Tensor:
+        def terms_of(pairs: Pairs, positives: bool, context: Tensor | None = None) -> Tensor:
             return terms(cls.name, params, pairs.s, context, positives)[0]
 
-        push = cls._fold(neg, of(neg, False), facts["sums_negatives"])
+        push = cls._accumulate(neg, terms_of(neg, False), facts["sums_negatives"])
         if facts["pos_in_neg"]:
-            push = _both(push, pos.lse(of(pos, False)))
+            push = _logaddexp(push, pos.lse(terms_of(pos, False)))
         context = pos.spread(push).expand(pos.s.shape) if facts["context"] else None
-        pulls = of(pos, True, context)
-        pull = cls._fold(pos, pulls, facts["sums_positives"])
+        pulls = terms_of(pos, True, context)
+        pull = cls._accumulate(pos, pulls, facts["sums_positives"])
 
-        lacks = torch.zeros_like(push, dtype=torch.bool)
+        incomplete = torch.zeros_like(push, dtype=torch.bool)
         if facts["needs_pos"]:
-            lacks = lacks | (pos.count == 0)
+            incomplete = incomplete | (pos.count == 0)
         if facts["needs_neg"]:
-            lacks = lacks | (neg.count == 0)
+            incomplete = incomplete | (neg.count == 0)
 
-        def gathered(value: Tensor, sums: bool) -> Tensor:
-            return torch.where(lacks, 0.0 if sums or facts["plus_one"] else -torch.inf, value)
+        def without_incomplete(value: Tensor, sums: bool) -> Tensor:
+            return torch.where(incomplete, 0.0 if sums or facts["plus_one"] else -torch.inf, value)
 
-        values = gathered(push, facts["sums_negatives"]), gathered(pull, facts["sums_positives"])
+        values = (
+            without_incomplete(push, facts["sums_negatives"]),
+            without_incomplete(pull, facts["sums_positives"]),
+        )
 
-        def finished(neg_count: Tensor, pos_count: Tensor) -> Tensor:
-            counts = (torch.where(lacks, 0, count).to(push.dtype) for count in (neg_count, pos_count))
+        def finish(neg_count: Tensor, pos_count: Tensor) -> Tensor:
+            counts = (torch.where(incomplete, 0, count).to(push.dtype) for count in (neg_count, pos_count))
             return rows(cls.name, params, *values, *counts)
 
-        found = finished(neg.count, pos.count)
-        losses, counts = found[:2], found[2:4].detach().long()
+        results = finish(neg.count, pos.count)
+        losses, counts = results[:2], results[2:4].detach().long()
         if facts["counts_pairs"]:
-            pushes = of(neg, False).detach() if facts["sums_negatives"] else neg.s
-            some = finished(neg.number(pushes != 0), pos.number(pulls.detach() != 0))
-            nonzero = some[2:4].detach().long()
+            pushes = terms_of(neg, False).detach() if facts["sums_negatives"] else neg.s
+            results = finish(neg.number(pushes != 0), pos.number(pulls.detach() != 0))
+            nonzero = results[2:4].detach().long()
         elif facts["two_parts"]:
             nonzero = (losses != 0).long()
         else:

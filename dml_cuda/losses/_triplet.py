@@ -1,4 +1,4 @@
-"""What the losses of triplets share: which triplets of a batch count, and how their losses are reduced."""
+"""The base of the triplet losses: which triplets of a batch count, and how their losses are reduced."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,14 +27,14 @@ _ANY = -float("inf"), float("inf")
 
 
 class TripletOptions(TypedDict, total=False):
-    """The options that the losses of triplets share; those left out are the loss's defaults.
+    """The options that the triplet losses share. Each loss documents its defaults.
 
     Attributes:
-        similarity, normalize_embeddings, backend, check_pairs: as :class:`dml_cuda.PairOptions` has them.
-        reduction: ``"mean_nonzero"`` over the terms that are not 0 (a triplet has one in
+        similarity, normalize_embeddings, backend, check_pairs: as in :class:`dml_cuda.PairOptions`.
+        reduction: ``"mean_nonzero"`` over the terms that are not 0 (a triplet has one term in
             :class:`dml_cuda.TripletMarginLoss`, two in :class:`dml_cuda.MarginLoss`), ``"mean"`` and
             ``"mean_valid"`` over all triplets that count, ``"sum"``, or ``"none"`` for each row's sum
-            ``[N]``. All but ``"none"``, which the reference computes, are fused.
+            ``[N]``. The kernels compute all but ``"none"``, which the reference computes.
     """
 
     similarity: Similarity
@@ -48,12 +48,12 @@ _NAMES = tuple(TripletOptions.__annotations__)
 
 
 class TripletCall(NamedTuple):
-    """How a loss is made of triplets, checked: what remains is the batch."""
+    """The parameters and options of a triplet loss, validated."""
 
-    term: str  # as the op has it
+    term: str  # as the op names it: "hinge", "softplus" or "margin"
     margin: float
     swap: bool
-    per_anchor: int | None  # how many triplets are drawn for each anchor; None for all of them
+    per_anchor: int | None  # how many triplets are drawn for each anchor; None for all
     options: Options
 
     @property
@@ -62,6 +62,7 @@ class TripletCall(NamedTuple):
 
 
 def check_per_anchor(value: object) -> int | None:
+    """``TripletCall.per_anchor`` of the parameter ``triplets_per_anchor``."""
     if isinstance(value, str) and value == "all":
         return None
     if isinstance(value, str):
@@ -71,16 +72,15 @@ def check_per_anchor(value: object) -> int | None:
 
 
 def triplet_options(options: Mapping[str, Any]) -> Options:
+    """Validates options and adds the defaults of triplet losses. Raises TypeError or ValueError."""
     for name in options:
-        if name not in TripletOptions.__annotations__:
-            raise TypeError(
-                f"{name}: expected one of the options {', '.join(TripletOptions.__annotations__)}"
-            )
+        if name not in _NAMES:
+            raise TypeError(f"{name}: expected one of the options {', '.join(_NAMES)}")
     return check_options(options, similarity="euclidean", reduction="mean_nonzero")
 
 
 class TripletBatch(NamedTuple):
-    """The points of a batch, and the triplets that count: by a selection, or as listed."""
+    """The rows of a batch, and the triplets that count: by a selection, or as listed."""
 
     rows: Rows
     selection: Selection | None = None
@@ -91,11 +91,11 @@ class TripletBatch(NamedTuple):
 def _by_selection(
     call: TripletCall, rows: Rows, selection: Selection, mined: Selected | None
 ) -> TripletBatch:
-    """What the kernel selects; or lists, where it lacks something."""
+    """The selection for the kernel, or its triplets if the kernel does not support it."""
     if selection.positives == "semihard" or (call.swap and selection.one_a_row):
-        found = select_one_each(rows, selection, call.similarity)
-        there = (found[1] >= 0) & (found[2] >= 0)
-        return TripletBatch(rows, listed=Triplets(*found, there))
+        triplets = select_one_each(rows, selection, call.similarity)
+        exists = (triplets[1] >= 0) & (triplets[2] >= 0)
+        return TripletBatch(rows, listed=Triplets(*triplets, exists))
     if call.swap and selection.negatives == "drawn":
         return TripletBatch(rows, listed=Triplets(*mined))
     return TripletBatch(rows, selection, None if mined is None else mined.seed)
@@ -109,8 +109,8 @@ def triplet_batch(
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
 ) -> TripletBatch:
-    """Which triplets of a batch count; raises TypeError or ValueError for one that cannot be."""
-    given = embeddings, ref_emb
+    """Validates a batch and finds which of its triplets count. Raises TypeError or ValueError."""
+    points = embeddings, ref_emb  # as mined: not promoted
     embeddings, ref_emb = same_dtype(embeddings, ref_emb)
     if indices_tuple is None:
         if labels is None:
@@ -131,8 +131,8 @@ def triplet_batch(
         selection = mined.selection if isinstance(mined, Selected) else None
         if isinstance(mined, MinedPairs) and mined.epsilon is None:
             selection = Selection()
-        same = selection is not None and (not selection.measures or mined.similarity == call.similarity)
-        if same and mined.rule_applies(*given):
+        same_rule = selection is not None and (not selection.measures or mined.similarity == call.similarity)
+        if same_rule and mined.rule_applies(*points):
             batch = (
                 embeddings,
                 mined.labels,
@@ -144,12 +144,13 @@ def triplet_batch(
             rows = Rows(*map(to_save, batch))
             return _by_selection(call, rows, selection, mined if isinstance(mined, Selected) else None)
     listed = mined is None or mined.only_lists
-    look = check_pairs or (embeddings.device.type == "cpu" and not torch.compiler.is_compiling())
-    indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=listed and look)
+    can_read = embeddings.device.type == "cpu" and not torch.compiler.is_compiling()  # without synchronising
+    check_range = listed and (check_pairs or can_read)
+    indices = listed_indices(indices_tuple, embeddings, ref_emb, check_range=check_range)
     rows = Rows(*map(to_save, (embeddings, labels, ref_emb)), None, None, None)
     if len(indices) == 3:
         return TripletBatch(rows, listed=Triplets(*indices, ascending=False))
-    if call.swap:  # which measures positives against negatives: triplet by triplet
+    if call.swap:  # needs the similarity of positive and negative, so triplets instead of pairs
         return TripletBatch(rows, listed=Triplets(*to_triplets(indices), ascending=False))
     return TripletBatch(rows, listed=indices)
 
@@ -166,42 +167,47 @@ def to_triplets(pairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each row's loss ``[N]``, float32 or float64, and counts ``[N, 2]``: how many of its terms are above 0,
-    and how many triplets it has. ``beta`` is ``[N]``."""
+    """Each row's loss ``[N]``, float32 or float64, and counts ``[N, 2]``: of terms above 0, and of triplets.
+
+    ``beta`` is ``[N]``.
+    """
     rows, selection, seed, listed = batch
     fused = use_kernel(rows.embeddings.device, call.options.backend)
-    each = call.options.reduction == "none"
+    per_row = call.options.reduction == "none"  # needs the gradient of every row
     if selection is not None:
-        how = {"term": call.term, "margin": call.margin, "beta": beta, "seed": seed, "swap": call.swap}
-        return triplet_sums(rows, selection, call.similarity, **how, fused=fused and not each)
+        options = {"term": call.term, "margin": call.margin, "beta": beta, "seed": seed, "swap": call.swap}
+        return triplet_sums(rows, selection, call.similarity, **options, fused=fused and not per_row)
     terms = Terms(call.term, call.margin, _ANY)
     points = rows.embeddings, rows.ref_emb
     if isinstance(listed, Triplets):
-        how = call.similarity, terms, beta, call.swap, fused, each
-        return listed_triplets.triplet_sums(*points, listed, *how)
+        options = call.similarity, terms, beta, call.swap, fused, per_row
+        return listed_triplets.triplet_sums(*points, listed, *options)
     return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, beta, fused)
 
 
 def divisor(counts: Tensor, reduction: str) -> Tensor | int:
-    """What a sum is divided by, from the counts ``[2]`` of all rows."""
+    """The divisor of a sum, from the counts ``[2]`` of all rows."""
     if reduction == "sum":
         return 1
     return counts[0 if reduction == "mean_nonzero" else 1].clamp(min=1)
 
 
 def reduced(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """The loss from the rows' losses ``[N]`` and counts ``[N, 2]``."""
     return sums if reduction == "none" else sums.sum() / divisor(counts.sum(0), reduction)
 
 
 def evaluate(call: TripletCall, *batch: Any) -> Tensor:
-    """The loss of a batch, whose arguments are those of :func:`triplet_batch`, without beta."""
+    """The loss of a batch, with the arguments of :func:`triplet_batch`; not for terms with beta."""
     sums, counts = row_sums(call, triplet_batch(call, *batch))
     return in_wanted_dtype(reduced(sums, counts, call.options.reduction), batch[0])
 
 
 class TripletLoss(nn.Module):
-    """What the losses of triplets share. Every parameter and option is an attribute, readable and settable,
-    checked when it is set as when the module was made."""
+    """Base class of the triplet losses.
+
+    Every parameter and option is an attribute, readable and settable, validated when set.
+    """
 
     margin: float = option()
     triplets_per_anchor: int | str = option()
@@ -218,6 +224,7 @@ class TripletLoss(nn.Module):
 
     @staticmethod
     def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
+        """Validates the parameters. Raises TypeError or ValueError."""
         raise NotImplementedError
 
     def get_option(self, name: str) -> Any:
@@ -234,11 +241,11 @@ class TripletLoss(nn.Module):
         self._values = values
 
     def row_parts(self, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :func:`row_sums`; and what else of each row ``[N]`` :meth:`whole` wants the sum of."""
+        """The results of :func:`row_sums`, and ``[N]`` values whose sum :meth:`whole` takes as ``extra``."""
         return *row_sums(self.call, batch), None
 
-    def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
-        """The loss, from the sums over all rows of what :meth:`row_parts` gives."""
+    def whole(self, total: Tensor, counts: Tensor, extra: Tensor | None) -> Tensor:
+        """The loss, from the sums of the results of :meth:`row_parts` over all rows."""
         return total / divisor(counts, self.reduction)
 
     def forward(
@@ -254,10 +261,9 @@ class TripletLoss(nn.Module):
         Args:
             embeddings: ``[N, D]``.
             labels: ``[N]`` integers; not needed with ``indices_tuple``.
-            indices_tuple: the triplets that count, or the pairs that make them, as a miner returns them.
-            ref_emb: ``[M, D]`` positives and negatives for the rows, or ``None`` for the rows themselves.
-            ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
-                ``indices_tuple``.
+            indices_tuple: the triplets that count, or pairs to combine, as a miner returns them.
+            ref_emb: ``[M, D]`` positives and negatives; ``None`` takes them from ``embeddings``.
+            ref_labels: ``[M]`` integers, required with ``ref_emb``; not needed with ``indices_tuple``.
         """
         return evaluate(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 

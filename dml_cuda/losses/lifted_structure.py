@@ -44,10 +44,10 @@ def generalized_lifted_structure_loss(
     .. math::
         L_i = \Big[\log \sum_{j \in P_i} e^{d_{ij} - m_p} + \log \sum_{j \in N_i} e^{m_n - d_{ij}}\Big]_+
 
-    where the logarithm of an empty sum is 0. With cosine or dot product the exponents are :math:`m_p - s_{ij}`
-    and :math:`s_{ij} - m_n`. Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*,
-    2017, equation 9, after Oh Song et al., *Deep Metric Learning via Lifted Structured Feature Embedding*,
-    CVPR 2016.
+    where the logarithm of an empty sum is 0. With cosine or dot product the exponents are
+    :math:`m_p - s_{ij}` and :math:`s_{ij} - m_n`. Hermans et al., *In Defense of the Triplet Loss for Person
+    Re-Identification*, 2017, equation 9, after Oh Song et al., *Deep Metric Learning via Lifted Structured
+    Feature Embedding*, CVPR 2016.
 
     Args:
         neg_margin: :math:`m_n`, added to the exponents of negatives.

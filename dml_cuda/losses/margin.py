@@ -27,6 +27,7 @@ from ._triplet import (
 
 
 def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
+    """Validates the parameters. Raises TypeError or ValueError."""
     for name in ("margin", "nu"):
         check_number(name, values[name])
     per_anchor = check_per_anchor(values["triplets_per_anchor"])
@@ -40,14 +41,14 @@ def _check_beta(beta: object) -> None:
     if not beta.is_floating_point():
         raise TypeError(f"beta: expected a number or a floating-point tensor, got {beta.dtype}")
     if beta.ndim > 1 or beta.numel() == 0:
-        raise ValueError(f"beta: expected one number, or [C] for as many classes, got {list(beta.shape)}")
+        raise ValueError(f"beta: expected one number, or [C] for C classes, got {list(beta.shape)}")
 
 
 def _check_labels(labels: Tensor | None, num_classes: int) -> None:
-    """Names the labels that are no class. A GPU would have to be waited for: there nobody looks."""
+    """Raises ValueError for labels that are not classes; on a GPU checking would synchronise."""
     if labels is None:
         raise ValueError(
-            "labels: expected the labels of the rows, which have a beta for each class; got None"
+            "labels: expected the labels of the rows, as beta has a value for each class; got None"
         )
     if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
         return
@@ -58,8 +59,8 @@ def _check_labels(labels: Tensor | None, num_classes: int) -> None:
             )
 
 
-def _of_rows(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) -> Tensor:
-    """``[N]`` in the type that is computed in."""
+def _row_betas(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) -> Tensor:
+    """Each row's beta ``[N]``, in the dtype of the computation."""
     n, dtype = embeddings.shape[0], torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     if not isinstance(beta, Tensor):
         return torch.full((n,), float(beta), dtype=dtype, device=embeddings.device)
@@ -67,22 +68,22 @@ def _of_rows(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) ->
     if beta.numel() == 1:
         return beta.view(1).expand(n)
     _check_labels(labels, len(beta))
-    # Out of range on a GPU, where nobody looks: some class.
+    # On a GPU, where labels are not checked, those out of range get the beta of another class.
     return of_rows(beta, labels.long().clamp(0, len(beta) - 1))
 
 
 def row_parts(call: TripletCall, beta: Tensor | float, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`row_sums`; and the sum of beta over each row's triplets ``[N]``."""
-    of_each = _of_rows(beta, batch.rows.labels, batch.rows.embeddings)
-    level = of_each if call.similarity.startswith("euclidean") else -of_each
+    """The results of :func:`row_sums`, and the sum of beta over each row's triplets ``[N]``."""
+    betas = _row_betas(beta, batch.rows.labels, batch.rows.embeddings)
+    level = betas if call.similarity.startswith("euclidean") else -betas
     sums, counts = row_sums(call, batch, level.contiguous())
-    return sums, counts, of_each * counts[:, 1]
+    return sums, counts, betas * counts[:, 1]
 
 
 def whole(
     call: TripletCall, beta: Tensor | float, nu: float, total: Tensor, counts: Tensor, betas: Tensor
 ) -> Tensor:
-    """The loss, from the sums over all rows of what :func:`row_parts` gives."""
+    """The loss, from the sums of the results of :func:`row_parts` over all rows."""
     reduction = call.options.reduction
     value = total / divisor(counts, reduction)
     if nu == 0 or not isinstance(beta, Tensor):
@@ -96,6 +97,7 @@ def whole(
 
 
 def evaluate(call: TripletCall, beta: Tensor | float, nu: float, *batch: Any) -> Tensor:
+    """The loss of a batch, with the arguments of :func:`triplet_batch`."""
     _check_beta(beta)
     sums, counts, betas = row_parts(call, beta, triplet_batch(call, *batch))
     if call.options.reduction != "none":
@@ -116,28 +118,28 @@ def margin_loss(
     indices_tuple: object = None,
     **options: Unpack[TripletOptions],
 ) -> Tensor:
-    r"""Margin loss: positives should be nearer than a boundary, negatives farther, each by a margin.
+    r"""Margin loss: positives inside a boundary, negatives outside it, each by a margin.
 
     .. math:: L = \operatorname{mean}_{(a, p, n)} [d_{ap} - \beta_a + m]_+ + [\beta_a - d_{an} + m]_+
 
-    Wu et al., *Sampling Matters in Deep Embedding Learning*, ICCV 2017; meant for the triplets that
-    :class:`dml_cuda.DistanceWeightedMiner` draws. The sum runs over triplets, so a pair counts once for every
-    triplet that holds it, and is divided by the number of its terms that are not 0. With cosine or dot
-    product, beta is a similarity that positives should exceed.
+    Wu et al., *Sampling Matters in Deep Embedding Learning*, ICCV 2017, where
+    :class:`dml_cuda.DistanceWeightedMiner` draws the triplets. The sum runs over triplets, so a pair counts
+    once for every triplet that contains it, and is divided by the number of terms that are not 0. With cosine
+    or dot product, beta is a similarity that positives should exceed.
 
-    As :func:`triplet_margin_loss`, nothing is listed: over all triplets a pair's term is counted as often as
-    its row has triplets that hold it.
+    As in :func:`triplet_margin_loss`, no triplets are materialised: a pair's term is multiplied by the number
+    of its row's triplets that contain it.
 
     Args:
         margin: on both sides of the boundary.
-        nu: weight of the regulariser of a ``beta`` that is a tensor: plus ``nu * beta``, or for a beta of
-            each class plus nu times the sum over triplets of their anchor's beta, divided as the loss is.
-            Not with ``reduction="none"``.
-        beta: the boundary: a number, or a tensor, one number or ``[C]``, one for each class (labels are
-            then the classes). Gradients reach a tensor.
+        nu: weight of the regulariser if ``beta`` is a tensor. It adds ``nu * beta``, or for one beta a class
+            nu times the sum of the anchors' betas over triplets, divided like the loss. Ignored with
+            ``reduction="none"``.
+        beta: the boundary: a number, or a tensor with one element or with ``[C]`` elements, one a class
+            (labels are then class indices). A tensor receives gradients.
         triplets_per_anchor: as in :func:`triplet_margin_loss`.
         embeddings, labels, ref_emb, ref_labels, indices_tuple, options: as in :func:`triplet_margin_loss`.
-            With ``[C]`` betas, labels are needed with lists of indices too.
+            With ``[C]`` betas, ``indices_tuple`` requires labels too.
 
     Returns, Raises:
         As :func:`triplet_margin_loss`.
@@ -151,9 +153,9 @@ def margin_loss(
 class MarginLoss(TripletLoss):
     """Margin loss; see :func:`dml_cuda.functional.margin_loss`.
 
-    ``learn_beta`` makes ``beta`` a parameter, ``[1]``, or ``[num_classes]`` with ``num_classes``: give the
-    optimiser ``loss_fn.parameters()`` too. It is in the ``state_dict`` then, as in pytorch-metric-learning's.
-    ``beta`` can be set: a number, for all classes.
+    ``learn_beta`` makes ``beta`` a parameter, ``[1]``, or ``[num_classes]`` with ``num_classes``: pass
+    ``loss_fn.parameters()`` to the optimiser too. The ``state_dict`` then contains it, as in
+    pytorch-metric-learning. ``beta`` can be set to a number, for all classes.
 
     >>> loss_fn, miner = MarginLoss(learn_beta=True), DistanceWeightedMiner()
     >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
@@ -201,7 +203,7 @@ class MarginLoss(TripletLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments as :meth:`TripletLoss.forward` has them."""
+        """The loss of a batch; arguments as for :meth:`TripletLoss.forward`."""
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
         return evaluate(self.call, self.beta, self._nu, *batch)
 
@@ -213,8 +215,8 @@ class MarginLoss(TripletLoss):
         _check_beta(self.beta)
         return row_parts(self.call, self.beta, batch)
 
-    def whole(self, total: Tensor, counts: Tensor, more: Tensor | None) -> Tensor:
-        return whole(self.call, self.beta, self._nu, total, counts, more)
+    def whole(self, total: Tensor, counts: Tensor, extra: Tensor | None) -> Tensor:
+        return whole(self.call, self.beta, self._nu, total, counts, extra)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, learn_beta={self.learn_beta}, num_classes={self.num_classes}"

@@ -104,8 +104,8 @@ class NormalizedSoftmaxLoss(_SoftmaxLoss):
     Attributes:
         W: ``[D, C]`` parameter, one column a class, initialised from a standard normal distribution.
 
-    Rows with a negative label are ignored. Labels >= C raise ValueError on the CPU; on the GPU, where checking
-    would synchronise, those rows are ignored.
+    Rows with a negative label are ignored. Labels >= C raise ValueError on the CPU; on the GPU, where
+    checking would synchronise, those rows are ignored.
 
     >>> head = NormalizedSoftmaxLoss(num_classes=100, embedding_size=128)
     >>> loss = head(embeddings, labels)  # labels in [0, 100)

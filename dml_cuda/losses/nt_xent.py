@@ -46,9 +46,9 @@ def nt_xent_loss(
     points, the second as ``ref_emb``); Chen et al., *A Simple Framework for Contrastive Learning of Visual
     Representations*, ICML 2020.
 
-    A pair-level loss over positive pairs: ``reduction="mean"`` and ``"mean_valid"`` average over all kept positive
-    pairs, ``"mean_nonzero"`` over those whose loss is not 0, ``"none"`` gives each row's sum over its
-    positives.
+    A pair-level loss over positive pairs: ``reduction="mean"`` and ``"mean_valid"`` average over all kept
+    positive pairs, ``"mean_nonzero"`` over those whose loss is not 0; ``"none"`` gives each row's sum over
+    its positives.
 
     Args:
         temperature: divides similarities, above 0.

@@ -66,5 +66,5 @@ class ProxyNCALoss(ClassifierLoss):
         return lists[:1] if len(lists) == 3 else lists[::2]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: the class is the argmin."""
+        """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: argmin is the class."""
         return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()

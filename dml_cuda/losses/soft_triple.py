@@ -127,8 +127,11 @@ class SoftTripleLoss(ClassifierLoss):
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:
-        """``[C]`` int64: the number of distinct centres of each class, where centres nearer than ``threshold``
-        count as one, transitively. Distances are between unit centres, from 0 to 2."""
+        """``[C]`` int64: the number of distinct centres of each class.
+
+        Centres nearer than ``threshold`` count as one, transitively. Distances are between unit centres, from
+        0 to 2.
+        """
         _check_not_negative("threshold", threshold)
         k = self.centers_per_class
         counts = []

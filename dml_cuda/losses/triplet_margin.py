@@ -13,6 +13,7 @@ from ._triplet import TripletCall, TripletLoss, TripletOptions, check_per_anchor
 
 
 def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
+    """Validates the parameters. Raises TypeError or ValueError."""
     check_number("margin", values["margin"])
     for name in ("swap", "smooth_loss"):
         check_flag(name, values[name])
@@ -34,7 +35,7 @@ def triplet_margin_loss(
     indices_tuple: object = None,
     **options: Unpack[TripletOptions],
 ) -> Tensor:
-    r"""Triplet margin loss: a positive should be nearer to its anchor than a negative, by a margin.
+    r"""Triplet margin loss: each positive nearer to its anchor than each negative, by a margin.
 
     .. math:: L = \operatorname{mean}_{(a, p, n)} [d_{ap} - d_{an} + m]_+
 
@@ -42,32 +43,30 @@ def triplet_margin_loss(
     al., *FaceNet*, CVPR 2015; Hermans et al., *In Defense of the Triplet Loss for Person Re-Identification*,
     2017, whose soft margin is ``smooth_loss=True, margin=0``.
 
-    The N P Q triplets of N rows with P positives and Q negatives each are never listed: all of them, those
-    that :class:`dml_cuda.TripletMarginMiner` leaves, and those that the other miners select cost about what
-    the pairs cost, and memory stays O(N). The numbers of triplets are exact, beyond 2^31 too.
+    The N P Q triplets of N rows with P positives and Q negatives each are not materialised. All of them,
+    those of :class:`dml_cuda.TripletMarginMiner` and those of the other miners cost about as much as the
+    pairs, in O(N) memory. Counts of triplets are exact beyond 2^31 too.
 
-    Not fused, and slower, are ``swap`` over all triplets (or over those of a ``TripletMarginMiner``), which
-    compares P Q distances in each row, and ``reduction="none"``: they are computed from blocks of rows,
-    within bounded memory. ``swap`` over listed, selected or ``triplets_per_anchor`` triplets costs what the
-    triplets cost.
+    Two cases are not fused and slower, computed from blocks of rows in bounded memory: ``swap`` over all
+    triplets (or those of a ``TripletMarginMiner``), which compares P Q distances in each row, and
+    ``reduction="none"``. ``swap`` over listed, selected or drawn triplets costs time in proportion to them.
 
     Args:
-        margin: by how much, as a distance or a difference of similarities.
-        swap: the distance from negative to positive counts instead of that from negative to anchor where it
-            is less. Between rows of ``ref_emb`` where that is given.
+        margin: m, a distance or a difference of similarities.
+        swap: replace the distance from anchor to negative by that from positive to negative if it is less.
         smooth_loss: ``log(1 + exp(d_ap - d_an + margin))`` instead of the hinge.
-        triplets_per_anchor: ``"all"``, or how many are drawn for each row, positive and negative uniformly
-            and with replacement, by torch's generator. Without ``indices_tuple`` only.
-        indices_tuple: the triplets that count, instead of all: what a miner of dml_cuda or
-            pytorch-metric-learning returns, triplets ``(anchors, positives, negatives)`` or pairs
-            ``(anchors, positives, anchors, negatives)``, of which every positive makes a triplet with every
-            negative of its anchor; for pairs that are listed a GPU is waited for.
+        triplets_per_anchor: ``"all"``, or how many triplets to draw for each row: positive and negative
+            uniformly with replacement, by torch's generator. Ignored with ``indices_tuple``.
+        indices_tuple: the triplets to use instead of all: the result of a miner of dml_cuda or
+            pytorch-metric-learning, triplets ``(anchors, positives, negatives)`` or pairs
+            ``(anchors, positives, anchors, negatives)``. Pairs are combined: every positive with every
+            negative of the same anchor, which synchronises with a GPU if they are index tensors.
         embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
         options: ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean_nonzero"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.TripletOptions`.
 
     Returns, Raises:
-        As :func:`multi_similarity_loss`. The counts that it is divided by are constants for the gradient.
+        As :func:`multi_similarity_loss`. The divisor is a constant in the gradient.
     """
     values = {
         "margin": margin,

@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: the readable truth that the kernels are tested against."""
+"""The losses in plain PyTorch, which the kernels are tested against."""
 
 from .pairs import pair_loss
 

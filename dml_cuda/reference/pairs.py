@@ -1,8 +1,8 @@
-"""The losses in plain PyTorch: the readable truth that the kernels are proved against.
+"""The pair losses in plain PyTorch, which the kernels are tested against.
 
-Every function stores the whole N x M matrix of similarities and leaves the gradient to autograd. Use
-``backend="reference"`` of the losses to check the formulas against the papers, for double backward, and on
-devices without a kernel.
+Every function materialises the N x M matrix of similarities and leaves the gradient to autograd. Use
+``backend="reference"`` of the losses to compare formulas with papers, for double backward, and on devices
+without a kernel.
 """
 
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ from torch import Tensor
 from ..losses._formula import Formula, Pairs, reduce, sums_and_counts
 
 TINY_NORM = 1e-12
-NEAR = 2.0**-8  # |x - y|^2 below this share of |x|^2 + |y|^2 is computed from the differences
-_BLOCK = 1 << 22  # elements of differences that are looked at together
+NEAR = 2.0**-8  # |x - y|^2 below this fraction of |x|^2 + |y|^2 is computed from differences
+_BLOCK = 1 << 22  # elements of differences in memory at once
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Each row over its length; a zero row, and its gradient, stays zero."""
+    """Each row divided by its L2 norm; a zero row has value and gradient 0."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     is_zero = norm <= TINY_NORM
     return torch.where(is_zero, 0.0, x / torch.where(is_zero, 1.0, norm))
 
 
 def normalizes(similarity: str) -> bool:
-    """Whether a similarity, as the ops name it, is one of unit rows."""
+    """Whether a similarity, as the ops name it, normalises rows."""
     return similarity in ("cosine", "euclidean")
 
 
 def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
-    """``[N, D]`` contiguous, float32 at least; unit rows where the similarity wants them."""
+    """``[N, D]`` contiguous, at least float32, with unit rows if the similarity normalises."""
     points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     return (unit_rows(points) if normalizes(similarity) else points).contiguous()
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether nobody can look at numbers now: under a compiler, a transform, or without any."""
+    """Whether values cannot be read: under a compiler, under a torch.func transform, or on meta."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta
 
 
 def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """``[P]`` of the pairs of ``rows`` of x and ``cols`` of y, from the differences of their coordinates."""
+    """``[P]`` squared distances of the pairs (x[rows], y[cols]), from differences of coordinates."""
     pairs, dim = len(rows), x.shape[1]
     step = max(1, dim if is_traced(x) else _BLOCK // max(pairs, 1))
     squares = x.new_zeros(pairs)
@@ -52,21 +52,26 @@ def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tenso
 
 
 def negated_root(squares: Tensor, near: Tensor, exact: Tensor) -> Tensor:
-    """-sqrt(squares), with a gradient of 0 at 0: squared distances as similarities. Where near, the value is
-    that of ``exact``, the derivative still that of ``squares``."""
+    """-sqrt(squares), with gradient 0 at 0: squared distances as similarities.
+
+    If ``near``, the value is that of ``exact`` and the derivative that of ``squares``.
+    """
     squares = torch.where(near, exact + (squares - squares.detach()), squares)
-    none = squares <= 0
-    return torch.where(none, 0.0, -torch.sqrt(torch.where(none, 1.0, squares)))
+    is_zero = squares <= 0
+    return torch.where(is_zero, 0.0, -torch.sqrt(torch.where(is_zero, 1.0, squares)))
 
 
 def _negated_distances(x: Tensor, y: Tensor) -> Tensor:
-    """``[N, M]`` -|x_i - y_j|: |x|^2 + |y|^2 - 2 x.y, of which near pairs would keep few digits: their value,
-    though not their gradient, comes from the differences of their coordinates."""
+    """``[N, M]`` -|x_i - y_j|, from |x|^2 + |y|^2 - 2 x.y.
+
+    Near pairs would lose digits to cancellation: their value, though not their gradient, is computed from
+    differences of coordinates.
+    """
     lengths = x.square().sum(1)[:, None] + y.square().sum(1)
     squares = lengths - 2 * (x @ y.T)
     with torch.no_grad():
         near = squares < NEAR * lengths
-        if is_traced(x):  # no index may depend on numbers then
+        if is_traced(x):  # no shape may depend on values
             exact = (x[:, None] - y).square().sum(2)
         else:
             rows, cols = near.nonzero(as_tuple=True)
@@ -75,20 +80,20 @@ def _negated_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def similarity_matrix(x: Tensor, y: Tensor, similarity: str) -> Tensor:
-    """``[N, M]`` similarities of points that are unit rows already where the similarity wants them."""
+    """``[N, M]`` similarities of points from :func:`full_precision`."""
     return _negated_distances(x, y) if similarity.startswith("euclidean") else x @ y.T
 
 
 def _similarities(embeddings: Tensor, ref_emb: Tensor, similarity: str) -> Tensor:
-    """``[N, M]`` similarities; a zero row has cosine, and gradient, 0."""
+    """``[N, M]`` similarities; the cosine with a zero row and its gradient are 0."""
     if normalizes(similarity):
         embeddings, ref_emb = unit_rows(embeddings), unit_rows(ref_emb)
     return similarity_matrix(embeddings, ref_emb, similarity)
 
 
 def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Masks ``[N, M]`` of positive and negative pairs; a point is no pair with itself."""
-    rows = labels.long()  # the unsigned types do not compare with the signed ones
+    """Masks ``[N, M]`` of positive and negative pairs, without the diagonal if ``ref_labels`` is None."""
+    rows = labels.long()  # unsigned and signed dtypes do not compare
     columns = rows if ref_labels is None else ref_labels.long()
     same = rows[:, None] == columns[None, :]
     positive = same.clone()
@@ -98,7 +103,7 @@ def _pairs(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The multi-similarity miner: hard positives and negatives, relative to each row's hardest other."""
+    """The multi-similarity rule: masks ``[N, M]`` of the kept positives and negatives."""
     s = s.detach()
     inf = float("inf")
     if s.shape[1] == 0:
@@ -113,13 +118,13 @@ def mine(s: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple
 
 
 def without_self(positive: Tensor, self_index: Tensor) -> Tensor:
-    """Takes from the mask ``[N, M]`` each row's pair with ``self_index`` ``[N]``, its own column (or -1)."""
+    """The mask ``[N, M]`` without each row's pair with the column ``self_index`` ``[N]`` (-1 for none)."""
     columns = torch.arange(positive.shape[1], device=positive.device)
     return positive & (columns[None, :] != self_index[:, None])
 
 
 def first_columns(mask: Tensor, num_valid_refs: Tensor) -> Tensor:
-    """Takes from the mask ``[N, M]`` the columns from ``num_valid_refs`` on."""
+    """The mask ``[N, M]`` without the columns from ``num_valid_refs`` on."""
     return mask & (torch.arange(mask.shape[1], device=mask.device) < num_valid_refs)
 
 
@@ -133,7 +138,7 @@ def listed(indices: Sequence[Tensor], n: int, m: int) -> tuple[Tensor, Tensor]:
 
 
 class MaskedPairs(Pairs):
-    """Some of all pairs: their similarities ``[N, M]`` and a mask ``[N, M]``, or how often each counts."""
+    """Pairs as a matrix: similarities ``[N, M]``, and a mask ``[N, M]`` or how often each pair counts."""
 
     def __init__(self, s: Tensor, keep: Tensor) -> None:
         self.s = s
@@ -153,10 +158,10 @@ class MaskedPairs(Pairs):
             return torch.logsumexp(logits, dim=1)
         if logits.shape[1] == 0:
             return logits.sum(1) - float("inf")
-        some = self.count > 0
-        # A row of -inf alone would give NaN gradients: give it a harmless row, then put -inf in its place.
-        value = torch.logsumexp(torch.where(some[:, None], logits, 0.0), dim=1)
-        return torch.where(some, value, float("-inf"))
+        has_pairs = self.count > 0
+        # logsumexp of a row of -inf has NaN gradients: replace the row by zeros, then its result by -inf.
+        value = torch.logsumexp(torch.where(has_pairs[:, None], logits, 0.0), dim=1)
+        return torch.where(has_pairs, value, float("-inf"))
 
     def sum(self, terms: Tensor) -> Tensor:
         terms = torch.where(self.keep, terms, 0.0)
@@ -184,15 +189,13 @@ def pair_loss(
     reduction: str = "mean",
     return_sums: bool = False,
 ) -> Tensor:
-    """The loss that a formula makes of a batch.
+    """The loss of a batch by a formula.
 
-    ``params`` are what ``formula.params`` gives. ``self_index`` ``[N]`` names for each row the row of
-    ``ref_emb``
-    that is the same point (or -1): the loss does not see that pair, mining does if ``mine_self_pair``.
-    Only the
-    first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` lists the pairs (anchors, positives,
-    anchors, negatives) instead of ``labels``. ``similarity`` is as the ops name it. With ``return_sums``
-    the result is ``[4]``: parts 0 and 1 and their counts.
+    ``params`` come from ``formula.params``. ``self_index`` ``[N]`` is for each row the index in ``ref_emb``
+    of the same point, or -1: the loss ignores that pair, and mining sees it if ``mine_self_pair``. Only the
+    first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` are the pairs (anchors, positives,
+    anchors, negatives) to use instead of ``labels``. ``similarity`` is as the ops name it. With
+    ``return_sums`` the result is ``[4]``: parts 0 and 1 and their counts.
     """
     columns = embeddings if ref_emb is None else ref_emb
     s = _similarities(embeddings, columns, similarity)

@@ -1,8 +1,8 @@
-"""The ops ``triplet_loss`` and ``select`` in plain PyTorch: the readable truth, a block of rows at a time.
+"""The ops ``triplet_loss`` and ``select`` in plain PyTorch, which the kernels are tested against.
 
-A triplet is an anchor i, a positive p and a negative n; d, the negated similarity, is its distances. What is
-computed here is written out over all triplets of a block, N P Q of them in all, and the gradient is left to
-autograd, which computes each block once more.
+A triplet is an anchor i, a positive p and a negative n; distances d are negated similarities. The loss is
+computed over all N P Q triplets, a block of rows at a time. Autograd computes the gradient and recomputes the
+blocks.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from ..losses._formula import softplus
 from .pairs import first_columns, full_precision, is_traced, similarity_matrix, without_self
 
 INF = float("inf")
-_AREA = 1 << 20  # triplets that are looked at together
+_AREA = 1 << 20  # triplets in memory at once
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -38,25 +38,25 @@ class Params(NamedTuple):
 
 
 def _signed(x: int) -> int:
-    """The int64 of the same bits."""
+    """The int64 with the same bits."""
     return (x & (2**64 - 1)) - (x >> 63 << 64)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, of int64 taken as unsigned."""
+    """The finaliser of splitmix64, on int64 interpreted as unsigned."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return x
 
 
 def uniform(seed: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
-    """A number in (0, 1), of 24 bits, for each row and number of the draw; float64."""
+    """A float64 in (0, 1) with 24 random bits for each row and draw number."""
     x = _mix(_mix(seed + _signed(_GOLDEN) * (rows + 1)) + _signed(_GOLDEN) * (draws + 1))
     return (((x >> 40) & ((1 << 24) - 1)).double() + 0.5) * 2.0**-24
 
 
 def distance_weights(d: Tensor, negative: Tensor, params: Params) -> Tensor:
-    """``[..., M]`` how likely each negative at distance d is drawn, over the likeliest of its row.
+    """``[..., M]`` weight of each negative at distance d, relative to the row's largest.
 
     One over the density of distances between points on the unit sphere, q(d) ~ d^(D - 2)
     (1 - d^2 / 4)^((D - 3) / 2), d from the cutoff on: Wu et al., ICCV 2017, section 4.
@@ -69,46 +69,46 @@ def distance_weights(d: Tensor, negative: Tensor, params: Params) -> Tensor:
     return torch.where(drawn, (logs - torch.where(drawn.any(-1, keepdim=True), most, 0.0)).exp(), 0.0)
 
 
-def _draw(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns drawn from weights ``[..., M]`` at the numbers ``[..., K]``, and whether there was one."""
+def _draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns drawn from weights ``[..., M]`` by numbers ``[..., K]`` in (0, 1), and whether any exists."""
     if weights.shape[-1] == 0:
-        return torch.zeros_like(at, dtype=torch.long), torch.zeros_like(at, dtype=torch.bool)
-    upto = weights.double().cumsum(-1)
-    total = upto[..., -1:]
-    cols = torch.searchsorted(upto, (at * total).contiguous(), right=True)
+        return torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u, dtype=torch.bool)
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[..., -1:]
+    cols = torch.searchsorted(cumulative, (u * total).contiguous(), right=True)
     return cols.clamp(max=weights.shape[-1] - 1), (total > 0).expand_as(cols)
 
 
-# --- Choices of one column
+# --- Selection of one column
 
 
-def _extreme(d: Tensor, among: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    """The column of the largest or the smallest d, the first of equal ones, and whether there was one."""
+def _extreme(d: Tensor, mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """The first column with the largest or the smallest d under a mask, and whether the mask has any."""
     if d.shape[-1] == 0:
-        none = among.any(-1)
-        return none.long(), none
+        exists = mask.any(-1)
+        return exists.long(), exists
     if largest:
-        return torch.where(among, d, -INF).argmax(-1), among.any(-1)
-    return torch.where(among, d, INF).argmin(-1), among.any(-1)
+        return torch.where(mask, d, -INF).argmax(-1), mask.any(-1)
+    return torch.where(mask, d, INF).argmin(-1), mask.any(-1)
 
 
 def _within(d: Tensor, low: float, high: float) -> Tensor:
-    """Written as "not outside", so that a NaN keeps its pair and reaches the loss."""
+    """Written as "not outside", so that the pair of a NaN is kept and the NaN reaches the loss."""
     return ~(d < low) & ~(d > high)
 
 
 def _positive(rule: str, d: Tensor, positive: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """One of a row."""
+    """Each row's hardest or easiest positive, and whether it exists."""
     return _extreme(d, positive & _within(d, params.pos_low, params.pos_high), rule == "hardest")
 
 
 def _negative(rule: str, d: Tensor, negative: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """One of a row."""
+    """Each row's hardest or easiest negative, and whether it exists."""
     return _extreme(d, negative & _within(d, params.neg_low, params.neg_high), rule == "easiest")
 
 
 def _semihard_negative(d: Tensor, negative: Tensor, d_p: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """For each d_p ``[..., K]`` the nearest negative beyond it."""
+    """For each d_p ``[..., K]`` the nearest negative beyond it, and whether it exists."""
     d = d[..., None, :]
     beyond = (negative & _within(d[..., 0, :], params.neg_low, params.neg_high))[..., None, :]
     return _extreme(d, beyond & (d > d_p[..., None]), False)
@@ -118,7 +118,7 @@ def _semihard_negative(d: Tensor, negative: Tensor, d_p: Tensor, params: Params)
 
 
 class _Batch(NamedTuple):
-    """Points as similarities are taken of them, and what of the batch says which pairs there are."""
+    """Points as :func:`similarity_matrix` expects them, and what defines the pairs."""
 
     x: Tensor  # [N, D]
     y: Tensor  # [M, D]
@@ -129,17 +129,17 @@ class _Batch(NamedTuple):
     similarity: str
 
     @classmethod
-    def of(cls, embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity):
+    def make(cls, embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity):
         x = full_precision(embeddings, similarity)
         labels = labels.long()
         if ref_emb is None:
-            own = torch.arange(x.shape[0], device=x.device)
-            return cls(x, x, labels, labels, own, num_valid_refs, similarity)
+            self_index = torch.arange(x.shape[0], device=x.device)
+            return cls(x, x, labels, labels, self_index, num_valid_refs, similarity)
         y = full_precision(ref_emb, similarity)
         return cls(x, y, labels, ref_labels.long(), self_index, num_valid_refs, similarity)
 
     def masks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``[K, M]`` the positives and the negatives of some rows."""
+        """``[K, M]`` masks of the positives and the negatives of rows ``[K]``."""
         positive = self.labels[rows, None] == self.ref_labels
         negative = ~positive
         if self.num_valid_refs is not None:
@@ -148,8 +148,8 @@ class _Batch(NamedTuple):
             positive = without_self(positive, self.self_index[rows])
         return positive, negative
 
-    def most_positives(self) -> int:
-        """Of any row; at least 1. Waits for the device."""
+    def max_positives(self) -> int:
+        """The largest number of positives of a row, at least 1; synchronises with the device."""
         if is_traced(self.x):
             return max(self.y.shape[0], 1)
         columns = self.ref_labels.sort().values
@@ -160,25 +160,25 @@ class _Batch(NamedTuple):
 
 
 def _listed_positives(positive: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """``[B, P]`` the columns of a mask ``[B, M]`` in ascending order, and which of these are there."""
-    found = torch.sort(positive, dim=1, descending=True, stable=True)
-    return found.indices[:, :most], found.values[:, :most]
+    """``[B, P]`` the columns of a mask ``[B, M]`` in ascending order, and a mask of the valid ones."""
+    listed = torch.sort(positive, dim=1, descending=True, stable=True)
+    return listed.indices[:, :most], listed.values[:, :most]
 
 
 class Terms(NamedTuple):
-    """How a triplet's loss is made of its distances."""
+    """The loss of a triplet as a function of its distances."""
 
-    kind: str  # hinge, softplus or margin, as the op has it
+    kind: str  # "hinge", "softplus" or "margin", as in the op
     margin: float
     gap: tuple[float, float]
 
     def sums(
         self, d_p: Tensor, d_n: Tensor, kept: Tensor, beta: Tensor | None, gap: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``[B]`` losses and ``[B, 2]`` counts of the triplets ``[B, P, Q]`` that are kept.
+        """Losses ``[B]`` and counts ``[B, 2]`` of the triplets in the mask ``kept`` ``[B, P, Q]``.
 
-        ``d_p`` and ``d_n`` broadcast to these; ``beta`` is ``[B]``; ``gap``, by which they are considered,
-        is ``d_n - d_p`` unless given.
+        ``d_p`` and ``d_n`` broadcast to its shape; ``beta`` is ``[B]``; ``gap``, which must lie within the
+        terms' gap, is ``d_n - d_p`` by default.
         """
         losses, active, considered = self.each(d_p, d_n, kept, beta, gap)
         counts = torch.stack([active.sum((1, 2)), considered.sum((1, 2))], dim=1)
@@ -187,10 +187,10 @@ class Terms(NamedTuple):
     def each(
         self, d_p: Tensor, d_n: Tensor, kept: Tensor, beta: Tensor | None, gap: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every triplet's loss, how many of its terms are above 0, and whether it is considered."""
+        """Every triplet's loss, how many of its terms are above 0, and whether it counts."""
         low, high = self.gap
         gap = (d_n - d_p).detach() if gap is None else gap
-        considered = kept & ~(gap <= low) & ~(gap > high)  # a NaN is
+        considered = kept & ~(gap <= low) & ~(gap > high)  # true for NaN
         if self.kind == "margin":
             beta = beta.view(-1, *(1,) * (kept.ndim - 1))
             pull, push = torch.relu(d_p - beta + self.margin), torch.relu(beta - d_n + self.margin)
@@ -204,7 +204,7 @@ class Terms(NamedTuple):
 
 
 def recomputed(function, *arguments):
-    """The function's result; for its gradient it is computed once more, so that nothing of it is kept."""
+    """The function's result, recomputed in backward so that no intermediate tensor is saved."""
     if torch.is_grad_enabled() and not is_traced(arguments[0]):
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)
@@ -226,13 +226,15 @@ def triplet_loss(
     similarity: str,
     swap: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's loss ``[N]`` and counts ``[N, 2]`` over its triplets, as the op has them; with ``swap`` the
-    nearer of anchor and positive is what a negative's distance is taken from."""
-    given = Params(*params)
-    batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
-    terms = Terms(term, given.margin, (given.gap_low, given.gap_high))
+    """Each row's loss ``[N]`` and counts ``[N, 2]`` over its triplets, as the op returns them.
+
+    With ``swap`` a negative's distance is the smaller of those to the anchor and to the positive.
+    """
+    limits = Params(*params)
+    batch = _Batch.make(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
+    terms = Terms(term, limits.margin, (limits.gap_low, limits.gap_high))
     n, m = batch.x.shape[0], batch.y.shape[0]
-    most = batch.most_positives() if positives == "all" else 1
+    most = batch.max_positives() if positives == "all" else 1
     wide = negatives in ("all", "semihard") or swap
     step = n if is_traced(batch.x) else max(1, _AREA // max(1, m * (most if wide else 1)))
     panel = max(1, _AREA // max(1, m)) if wide and not is_traced(batch.x) else max(1, most)
@@ -242,34 +244,37 @@ def triplet_loss(
         fixed = d.detach()
         positive, negative = batch.masks(rows)
         if positives == "all":
-            positive = positive & _within(fixed, given.pos_low, given.pos_high)
+            positive = positive & _within(fixed, limits.pos_low, limits.pos_high)
             p, has_p = _listed_positives(positive, most)
         else:
-            p, has_p = (each[:, None] for each in _positive(positives, fixed, positive, given))
+            p, has_p = (column[:, None] for column in _positive(positives, fixed, positive, limits))
         losses = x.new_zeros(len(rows)) if m else x.sum(1) * 0
         counts = x.new_zeros(len(rows), 2, dtype=torch.long)
         for begin in range(0, p.shape[1] if m else 0, panel):
-            some = slice(begin, begin + panel)
-            more = part(d, y, negative, p[:, some], has_p[:, some], rows, begin, beta)
-            losses, counts = losses + more[0], counts + more[1]
+            columns = slice(begin, begin + panel)
+            part_losses, part_counts = part(
+                d, y, negative, p[:, columns], has_p[:, columns], rows, begin, beta
+            )
+            losses, counts = losses + part_losses, counts + part_counts
         return losses, counts
 
     def part(d, y, negative, p, has_p, rows, begin, beta) -> tuple[Tensor, Tensor]:
-        """Of some of the positives, p ``[B, P]``."""
+        """Losses and counts of the triplets with the positives p ``[B, P]``."""
         fixed = d.detach()
         d_p = d.gather(1, p)
         if negatives == "all":
-            near = _within(fixed, given.neg_low, given.neg_high)
+            near = _within(fixed, limits.neg_low, limits.neg_high)
             n, has_n, d_n = None, (negative & near)[:, None, :], d[:, None, :]
         else:
             if negatives == "semihard":
-                n, has_n = _semihard_negative(fixed, negative, d_p.detach(), given)
+                n, has_n = _semihard_negative(fixed, negative, d_p.detach(), limits)
             elif negatives == "drawn":
                 draws = torch.arange(begin, begin + p.shape[1], device=p.device)
-                at = uniform(seed, rows[:, None], draws)
-                n, has_n = _draw(distance_weights(fixed, negative, given), at)
+                u = uniform(seed, rows[:, None], draws)
+                n, has_n = _draw(distance_weights(fixed, negative, limits), u)
             else:
-                n, has_n = (e[:, None].expand_as(p) for e in _negative(negatives, fixed, negative, given))
+                selected = _negative(negatives, fixed, negative, limits)
+                n, has_n = (column[:, None].expand_as(p) for column in selected)
             d_n, has_n, n = d.gather(1, n)[:, :, None], has_n[:, :, None], n[:, :, None]
         gap = (d_n - d_p[:, :, None]).detach()
         if swap:
@@ -279,10 +284,10 @@ def triplet_loss(
 
     losses, counts = [], []
     for rows in torch.arange(n, device=batch.x.device).split(max(1, step)):
-        some = None if beta is None else beta[rows]
-        more = recomputed(block, batch.x[rows], batch.y, some, rows)
-        losses.append(more[0])
-        counts.append(more[1])
+        row_betas = None if beta is None else beta[rows]
+        block_losses, block_counts = recomputed(block, batch.x[rows], batch.y, row_betas, rows)
+        losses.append(block_losses)
+        counts.append(block_counts)
     return torch.cat(losses), torch.cat(counts)
 
 
@@ -300,13 +305,13 @@ def select(
     positives: Tensor | None,
     similarity: str,
 ) -> tuple[Tensor, Tensor]:
-    """The column that a rule finds for each row, or each of the pairs (anchors, positives), and its
-    similarity, as the op has them. Besides, ``semihard_positive`` finds the farthest positive nearer than
-    the column that ``positives`` name."""
-    given, kind = Params(*params), rule.rpartition("_")[0]
-    cols, found = [], []
+    """The column that a rule selects for each row, or for each pair (anchors, positives), and its similarity,
+    as the op returns them. The additional rule ``semihard_positive`` selects the farthest positive that is
+    nearer than the column in ``positives``."""
+    limits, kind = Params(*params), rule.rpartition("_")[0]
+    cols, values = [], []
     with torch.no_grad():
-        batch = _Batch.of(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
+        batch = _Batch.make(embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, similarity)
         all_rows = torch.arange(batch.x.shape[0], device=batch.x.device) if anchors is None else anchors
         draws = torch.zeros_like(all_rows)
         if anchors is not None:
@@ -318,19 +323,19 @@ def select(
             d = -s
             positive, negative = batch.masks(rows)
             if rule == "semihard_negative":
-                col, there = _semihard_negative(d, negative, d.gather(1, positives[part, None]), given)
+                col, exists = _semihard_negative(d, negative, d.gather(1, positives[part, None]), limits)
             elif rule == "semihard_positive":
-                nearer = positive & _within(d, given.pos_low, given.pos_high)
-                col, there = _extreme(d, nearer & (d < d.gather(1, positives[part, None])), True)
+                nearer = positive & _within(d, limits.pos_low, limits.pos_high)
+                col, exists = _extreme(d, nearer & (d < d.gather(1, positives[part, None])), True)
             elif rule == "drawn_negative":
-                at = uniform(seed, rows, draws[part])[:, None]
-                col, there = _draw(distance_weights(d, negative, given), at)
+                u = uniform(seed, rows, draws[part])[:, None]
+                col, exists = _draw(distance_weights(d, negative, limits), u)
             elif rule.endswith("positive"):
-                col, there = _positive(kind, d, positive, given)
+                col, exists = _positive(kind, d, positive, limits)
             else:
-                col, there = _negative(kind, d, negative, given)
-            col, there = col.view(-1), there.reshape(-1)
-            cols.append(torch.where(there, col, -1))
+                col, exists = _negative(kind, d, negative, limits)
+            col, exists = col.view(-1), exists.reshape(-1)
+            cols.append(torch.where(exists, col, -1))
             value = s.gather(1, col[:, None])[:, 0] if s.shape[1] else s.new_zeros(len(rows))
-            found.append(torch.where(there, value, -INF))
-    return torch.cat(cols), torch.cat(found)
+            values.append(torch.where(exists, value, -INF))
+    return torch.cat(cols), torch.cat(values)

@@ -1,10 +1,11 @@
-"""``python docs/figures/pair_weights.py``: the figure of docs/pair_weights.md, the weight of a negative pair.
+"""``python -m docs.figures.pair_weights``: the figure of docs/pair_weights.md, the weight of a negative pair.
 
 Points are placed at chosen cosines from one anchor. Each panel varies one of the three kinds of similarity of
 the multi-similarity paper and holds the other two.
 """
 
 import argparse
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,19 +15,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-import dml_cuda
+from benchmarks.losses import PAIR_LOSSES, short_name
 from dml_cuda.functional import pair_weights
 
 EPSILON = 0.1
-LOSSES = {
-    "multi-similarity": dml_cuda.MultiSimilarityLoss,
-    "circle": dml_cuda.CircleLoss,
-    "contrastive": dml_cuda.ContrastiveLoss,
-    "binomial deviance": dml_cuda.BinomialDevianceLoss,
-    "NT-Xent": dml_cuda.NTXentLoss,
-    "SupCon": dml_cuda.SupConLoss,
-    "lifted structure": dml_cuda.GeneralizedLiftedStructureLoss,
-}
+LOSSES = {short_name(loss.__name__): loss for loss in PAIR_LOSSES.values()}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D")
 
 
@@ -63,7 +56,7 @@ def draw(path: Path) -> None:
         len(LOSSES), len(PANELS), sharex=True, sharey="row", figsize=size, layout="constrained"
     )
     similarities = torch.linspace(0, 1, 101).tolist()
-    for (name, make), colour, panels in zip(LOSSES.items(), _COLOURS, axes, strict=True):
+    for (name, make), colour, panels in zip(LOSSES.items(), cycle(_COLOURS), axes):
         for place, axis in zip(PANELS.values(), panels, strict=True):
             for epsilon, style in ((None, "-"), (EPSILON, "--")):
                 loss = make(epsilon=epsilon, reduction="sum")

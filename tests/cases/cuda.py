@@ -48,29 +48,30 @@ ARITHMETICS = [
 ]
 BY_NAME = {a.name: a for a in ARITHMETICS}
 
-MS = ("multi_similarity", (2.0, 50.0, 0.5))
-CIRCLE = ("circle", (0.4, 80.0, 1.0))
-CIRCLE_NOT_DETACHED = ("circle", (0.4, 80.0, 0.0))
-CONTRASTIVE = ("contrastive", (0.9, 0.2))
-BINOMIAL = ("binomial_deviance", (2.0, 40.0, 0.5))
-NT_XENT = ("nt_xent", (0.07,))
-SUP_CON = ("sup_con", (0.1,))
-LIFTED = ("lifted_structure", (0.2, 0.9))
+
+def formula(name, similarity="cosine"):
+    """The name of a pair loss in the ops, and parameters that suit the similarity."""
+    loss = LOSSES[name]
+    suitable = loss.on_distances if similarity.startswith("euclidean") else loss.on_cosines
+    return name, tuple(loss.params(similarity, **suitable))
+
+
+MS, CIRCLE, CONTRASTIVE, NT_XENT, SUP_CON = map(
+    formula, ("multi_similarity", "circle", "contrastive", "nt_xent", "sup_con")
+)
+CIRCLE_NOT_DETACHED = ("circle", (*CIRCLE[1][:2], 0.0))
 MARGIN_SOFTMAX = ("margin_softmax", (4.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
-PROXY_ANCHOR = ("proxy_anchor", (0.1, 4.0))
-FORMULAS = [MS, CIRCLE, CONTRASTIVE, BINOMIAL, NT_XENT, SUP_CON, LIFTED, MARGIN_SOFTMAX, PROXY_ANCHOR]
-# Levels for distances, whose similarities lie below 0.
-ON_DISTANCES = {
-    "multi_similarity": (2.0, 10.0, -1.0),
-    "circle": (0.4, 4.0, 1.0),
-    "contrastive": (-0.1, -1.2),
-    "binomial_deviance": (2.0, 10.0, -1.0),
-    "nt_xent": (0.2,),
-    "sup_con": (0.2,),
-    "lifted_structure": (-1.2, -0.1),
-    "margin_softmax": (4.0, 0.1, 1.0, 0.0),
-    "proxy_anchor": (-1.0, 4.0),
+# Those of class-level losses alone, on cosines and on distances.
+CLASS_LEVEL = {
+    "margin_softmax": (MARGIN_SOFTMAX, ("margin_softmax", (4.0, 0.1, 1.0, 0.0))),
+    "proxy_anchor": (("proxy_anchor", (0.1, 4.0)), ("proxy_anchor", (-1.0, 4.0))),
 }
+FORMULAS = [*map(formula, LOSSES), *(on_cosines for on_cosines, _ in CLASS_LEVEL.values())]
+
+
+def on_distances(name):
+    """A formula with parameters for distances, whose similarities lie below 0."""
+    return CLASS_LEVEL[name][1] if name in CLASS_LEVEL else formula(name, "euclidean")
 
 
 @dataclass
@@ -160,13 +161,13 @@ def clear_margin(case, arithmetic):
     return margin > 2e-6
 
 
-def of_similarity(formula, similarity, n, d, arithmetic, **options):
+def of_similarity(loss, similarity, n, d, arithmetic, **options):
     """A case of a formula whose parameters suit the similarity."""
-    name, _ = formula
-    turns = formula == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
+    name, _ = loss
+    turns = loss == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
     if similarity.startswith("euclidean") or turns:
-        formula = name, ON_DISTANCES[name]
-    case = make(n, d, arithmetic, loss=formula, similarity=similarity, **options)
+        loss = on_distances(name)
+    case = make(n, d, arithmetic, loss=loss, similarity=similarity, **options)
     if similarity in ("dot", "euclidean_raw"):
         case.q *= 0.25  # of order 1
         if case.r is not None:

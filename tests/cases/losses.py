@@ -18,7 +18,13 @@ class Loss:
 
     name: str
     module: type
-    other: dict  # every parameter, at another value than its default
+    defaults: dict  # every parameter, as users and pytorch-metric-learning know it
+    changed: dict  # every parameter, at another value than its default
+    similarity: str = "cosine"  # by default
+    reduction: str = "mean"  # by default
+    # Parameters that kernels are tried with on cosines and on distances, where the defaults do not suit.
+    on_cosines: dict = field(default_factory=dict)
+    on_distances: dict = field(default_factory=dict)
     smooth: dict = field(default_factory=dict)  # with which finite differences see the derivative
     wrong: dict = field(default_factory=dict)  # as the cases of test_bad_input.py
     pml: str | None = None  # its class in pytorch-metric-learning
@@ -28,16 +34,6 @@ class Loss:
     @cached_property
     def function(self):
         return getattr(functional, self.called or f"{self.name}_loss")
-
-    @property
-    def similarity(self):
-        """That of its default options."""
-        return self.module.formula.similarity
-
-    @property
-    def defaults(self):
-        """The parameters by name, at their defaults."""
-        return {name: getattr(self.module(), name) for name in self.other}
 
     def params(self, similarity="cosine", **changed):
         """The parameters as the ops take them."""
@@ -74,7 +70,9 @@ LOSSES = {
         Loss(
             "multi_similarity",
             dml_cuda.MultiSimilarityLoss,
+            {"alpha": 2.0, "beta": 50.0, "base": 0.5},
             {"alpha": 3.0, "beta": 40.0, "base": 0.3},
+            on_distances={"beta": 10.0, "base": 1.0},
             smooth={"beta": 5.0},
             wrong={**_not_positive("alpha", "beta"), **_no_number("base")},
             pml="MultiSimilarityLoss",
@@ -83,7 +81,10 @@ LOSSES = {
         Loss(
             "circle",
             dml_cuda.CircleLoss,
+            {"m": 0.4, "gamma": 80.0, "detach_weights": True},
             {"m": 0.25, "gamma": 64.0, "detach_weights": False},
+            reduction="mean_nonzero",
+            on_distances={"gamma": 4.0},
             smooth={"gamma": 4.0, "detach_weights": False},
             wrong={
                 **_not_positive("gamma"),
@@ -96,7 +97,12 @@ LOSSES = {
         Loss(
             "contrastive",
             dml_cuda.ContrastiveLoss,
+            {"pos_margin": 0.0, "neg_margin": 1.0},
             {"pos_margin": 0.2, "neg_margin": 0.7},
+            similarity="euclidean",
+            reduction="mean_nonzero",
+            on_cosines={"pos_margin": 0.9, "neg_margin": 0.2},
+            on_distances={"pos_margin": 0.1, "neg_margin": 1.2},
             wrong=_no_number("pos_margin", "neg_margin"),
             pml="ContrastiveLoss",
             cases=({}, {"pos_margin": 0.9, "neg_margin": 0.4}),
@@ -104,14 +110,18 @@ LOSSES = {
         Loss(
             "binomial_deviance",
             dml_cuda.BinomialDevianceLoss,
+            {"alpha": 2.0, "beta": 40.0, "base": 0.5},
             {"alpha": 3.0, "beta": 20.0, "base": 0.3},
+            on_distances={"beta": 10.0, "base": 1.0},
             smooth={"beta": 5.0},
             wrong={**_not_positive("alpha", "beta"), **_no_number("base")},
         ),
         Loss(
             "nt_xent",
             dml_cuda.NTXentLoss,
+            {"temperature": 0.07},
             {"temperature": 0.3},
+            on_distances={"temperature": 0.2},
             smooth={"temperature": 0.5},
             wrong=_not_positive("temperature"),
             pml="NTXentLoss",
@@ -120,7 +130,10 @@ LOSSES = {
         Loss(
             "sup_con",
             dml_cuda.SupConLoss,
+            {"temperature": 0.1},
             {"temperature": 0.3},
+            reduction="mean_nonzero",
+            on_distances={"temperature": 0.2},
             smooth={"temperature": 0.5},
             wrong=_not_positive("temperature"),
             pml="SupConLoss",
@@ -129,7 +142,11 @@ LOSSES = {
         Loss(
             "lifted_structure",
             dml_cuda.GeneralizedLiftedStructureLoss,
+            {"neg_margin": 1.0, "pos_margin": 0.0},
             {"neg_margin": 1.5, "pos_margin": 0.2},
+            similarity="euclidean",
+            on_cosines={"neg_margin": 0.2, "pos_margin": 0.9},
+            on_distances={"neg_margin": 1.2, "pos_margin": 0.1},
             wrong=_no_number("neg_margin", "pos_margin"),
             pml="GeneralizedLiftedStructureLoss",
             cases=({}, {"neg_margin": 0.5, "pos_margin": 0.3}),

@@ -18,6 +18,7 @@ from oracle.pairs import brute_force
 
 import dml_cuda
 from dml_cuda import CircleClassifierLoss, CircleLoss, MultiSimilarityMiner
+from dml_cuda._ops import soft_triple
 from dml_cuda._ops.arguments import OpOptions
 from dml_cuda.losses import proxy_anchor
 
@@ -45,6 +46,7 @@ def listed_rows(n):
 # ---- results ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("head", "options"), WITH_PML)
 @pytest.mark.parametrize(("n", "classes", "dim"), SIZES)
 def test_pmls_results(head, options, n, classes, dim):
@@ -203,7 +205,7 @@ def test_soft_triple_in_blocks(monkeypatch, n, classes, dim, per_class, tau, gam
     plain = evaluate(module, embeddings, labels)
     module.backend = wide.backend = "fused"
     for block in (1 << 19, n * per_class * 7, 1):
-        monkeypatch.setattr(dml_cuda.soft_triple, "_BLOCK", block)
+        monkeypatch.setattr(soft_triple, "_BLOCK", block)
         for f, t in zip(evaluate(wide, embeddings.double(), labels), truth, strict=True):
             torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-12)
         for f, p, t in zip(evaluate(module, embeddings, labels), plain, truth, strict=True):

@@ -8,6 +8,8 @@ from emulator.build import HERE
 
 from tools import machine_code
 
+pytestmark = pytest.mark.slow(150)
+
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
 # The arithmetics that multiply on tensor cores (csrc/cuda/common/math.cuh), as kernel names hold them.
@@ -25,11 +27,14 @@ def nvdisasm():
 
 
 @pytest.fixture(scope="module")
-def compilations():
-    """{source: future of its kernels for all architectures}, two sources at a time."""
+def compilations(request):
+    """{source: future of its kernels for all architectures} of the selected tests, two sources at a time."""
+    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernels]
     with ThreadPoolExecutor(2) as pool:
-        futures = {source: pool.submit(machine_code.analyse, source) for source in machine_code.sources()}
-        yield futures
+        yield {
+            item.callspec.params["source"]: pool.submit(machine_code.analyse, item.callspec.params["source"])
+            for item in items
+        }
         pool.shutdown(cancel_futures=True)
 
 

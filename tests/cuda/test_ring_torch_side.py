@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from cases.data import make_labels
 from cases.losses import LOSSES, SIMILARITIES
-from distributed.test_distributed import finish, start
+from distributed.processes import finish, start
 from emulator import torch_side
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dml_cuda import _C
 from dml_cuda._ops.arguments import OpOptions
+
+pytestmark = pytest.mark.slow(60)
 
 CPU = torch.ops.dml_cuda
 HERE = Path(__file__).parents[1] / "distributed"

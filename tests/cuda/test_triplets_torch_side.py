@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from cases.triplets import Case
 from emulator import torch_side
 from oracle.triplet_ops import INF, NEGATIVES, SIMILARITIES, TERMS, params
-from triplets.test_triplet_ops import Case
 
 CPU = torch.ops.dml_cuda
 

@@ -26,6 +26,8 @@ from dml_cuda.reference import pairs as reference
 from examples import custom_losses
 from tools import machine_code
 
+pytestmark = pytest.mark.slow(100)
+
 ROOT = Path(__file__).parents[2]
 NCA_TEXT = (custom_losses.HERE / "nca.h").read_text()
 TUPLET_TEXT = (custom_losses.HERE / "tuplet_margin.h").read_text()
@@ -57,7 +59,7 @@ def tuplet(cache):
 @pytest.fixture
 def circle(cache):
     """For the instruction set in use."""
-    return dml_cuda.compile_loss(build.SOURCES / "formulas" / "circle.h")
+    return dml_cuda.compile_loss(build.SOURCES / "losses" / "circle.h")
 
 
 def batch(n=60, d=16, classes=7, dtype=torch.float64):
@@ -430,8 +432,8 @@ def test_names_of_parameters():
     assert parameters("") == {}
     assert parameters("alpha, beta = 5e1") == {"alpha": None, "beta": 50.0}
     for stated, says in (
-        ("a b", "expected names"),
-        ("a, a", "each once"),
+        ("a b", "expected distinct names"),
+        ("a, a", "expected distinct names"),
         ("a = 1, b", "a default for b"),
         ("a = x", "a number for a, got 'x'"),
     ):
@@ -447,7 +449,11 @@ def test_arguments(cache, nca, circle):
         (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
         (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
         (lambda: nca(epsilon="x"), TypeError, "epsilon"),
-        (lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"), ValueError, "name: expected a name"),
+        (
+            lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"),
+            ValueError,
+            "name: expected a Python identifier",
+        ),
         (lambda: dml_cuda.compile_loss(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
     ):
         with pytest.raises(error, match=f"(?i){says}"):
@@ -465,11 +471,11 @@ def test_reference_with_other_parameters(cache):
 def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
     changed = NCA_TEXT + "// not in the cache\n"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    build._of_the_package.cache_clear()
+    build._package_hash.cache_clear()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler\).*apt install g"):
         dml_cuda.compile_loss(changed)
     monkeypatch.delenv("CXX")
-    build._of_the_package.cache_clear()
+    build._package_hash.cache_clear()
     (tmp_path / "c++").symlink_to(shutil.which("c++"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
@@ -483,14 +489,14 @@ def test_a_gpu_without_nvcc(monkeypatch):
     monkeypatch.setattr(build, "_cuda_home", lambda: None)
     monkeypatch.setattr("dml_cuda._warnings._given", set())
     with pytest.warns(UserWarning, match="found no nvcc"):
-        assert build.target().gpu == ()
+        assert build.this_machine().gpu == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.target().gpu == ()  # said once
+        assert build.this_machine().gpu == ()  # said once
     monkeypatch.setattr(build, "_cuda_home", lambda: "/usr/local/cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: [(9, 0), (7, 5), (8, 6)][k])
-    assert build.target() == ("", ("86", "90"), "/usr/local/cuda")
+    assert build.this_machine() == ("", ("86", "90"), "/usr/local/cuda")
 
 
 def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
@@ -585,7 +591,7 @@ def test_from_an_installed_package(cache, tmp_path):
         capture_output=True,
     )
     package = tmp_path / "site" / "dml_cuda"
-    assert (package / "csrc" / "formulas" / "formula.h").is_file()
+    assert (package / "csrc" / "losses" / "formula.h").is_file()
     for extension in (ROOT / "dml_cuda").glob("_C*.so"):
         shutil.copy(extension, package)
     text = f"import dml_cuda; assert dml_cuda.__file__.startswith({str(tmp_path)!r}), dml_cuda.__file__\n"
@@ -602,9 +608,9 @@ def test_cuda_kernels_compile(tmp_path):
     """The sources of the CUDA engine with one formula in the list: nothing spills."""
     source = read(custom_losses.HERE / "tuplet_margin.h")
     build.write_headers(source, tmp_path)
-    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "formulas")]
+    includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "losses")]
     flags = (*machine_code.FLAGS, "-DDML_CUSTOM_FORMULA", "-DDML_WITH_CUDA", *includes)
-    for name, least in (("kernels_f16", 10), ("block_rows", 3)):
+    for name, least in (("instantiations/f16", 10), ("ring/rows", 3)):
         kernels = machine_code.analyse(build.SOURCES / "cuda" / f"{name}.cu", "90a", flags)
         assert len(kernels) > least
         assert all(kernel.spill_bytes == 0 for kernel in kernels)

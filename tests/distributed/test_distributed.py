@@ -1,48 +1,23 @@
-"""Several processes make of a batch what one makes (distributed_checks.py); how a job ends."""
+"""Several processes make of a batch what one makes (checks.py); how a job ends."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from cases.data import make_batch
 from distributed.checks import SIZES, checks_of, close, evaluate
+from distributed.processes import finish, start
 
 import dml_cuda
 from dml_cuda.distributed import DistributedLoss
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")
+pytestmark = [
+    pytest.mark.slow(200),
+    pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed"),
+]
 
 HERE = Path(__file__).parent
-MOST_SECONDS = 240
-
-
-def start(script, size, folder):
-    """The processes of a job, each told its rank, how many they are, and a folder."""
-    environment = {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_WAIT_POLICY": "passive"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *script, str(rank), str(size), str(folder)],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes, seconds=MOST_SECONDS):
-    """``(exit code, what it wrote to stderr)`` of each; none outlives the test."""
-    try:
-        written = [process.communicate(timeout=seconds)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +43,7 @@ def test_several_processes_are_as_one(size, check, results):
         assert found.get(check, f"not reached by process {rank}: {failed}") == ""
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("mode", ["gather", "ring"])
 def test_one_process_alone(mode):
     """Without torch.distributed, or alone in it."""
@@ -98,8 +74,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["gather", "ring"])
-@pytest.mark.parametrize("end", ENDS)
+# What fails elsewhere does so between two calls, whatever their mode.
+@pytest.mark.parametrize(
+    ("end", "mode"), [("bad input", "gather"), ("bad input", "ring"), ("an exception elsewhere", "ring")]
+)
 def test_a_process_that_raises_ends_all(end, mode, tmp_path):
     wrong, message = ENDS[end]
     job = JOB.replace("MODE", mode) + wrong + "\nprint('went on', flush=True)"

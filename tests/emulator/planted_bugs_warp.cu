@@ -32,7 +32,7 @@ __global__ void shuffle(uint32_t* out) {
     words[0] = shfl_xor(value, 5);
     words[1] = shfl(value, 7);
     words[2] = uint32_t(shfl_xor(double(value) + 0.25, 16) * 4.0);
-    words[3] = uint32_t(shfl(float(own) + 0.5f, 31 - lane_id()) * 2.0f);
+    words[3] = uint32_t(shfl(float(value) + 0.5f, 31 - lane_id()) * 2.0f);
 }
 
 __global__ void vote(uint32_t* out) {

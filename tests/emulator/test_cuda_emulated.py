@@ -36,6 +36,8 @@ from oracle.pairs import ROWS
 
 import dml_cuda
 
+pytestmark = pytest.mark.slow(300)
+
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
 MERGES = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
 SMALL = {}
@@ -88,6 +90,12 @@ def test_every_kernel(path, arithmetic, m, epsilon, loss):
 
 def test_every_formula_has_its_cases():
     assert sorted(name for name, _ in FORMULAS) == sorted(library.formulas()) == sorted(ROWS)
+
+
+@pytest.mark.check
+@by_formula
+def test_one_case_of_every_formula(formula):
+    verify(of_similarity(formula, "cosine", 40, 16, F32, m=50, epsilon=0.1), F32, "small")
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])

@@ -23,6 +23,8 @@ from oracle.triplet_ops import (
     uniform,
 )
 
+pytestmark = pytest.mark.slow(60)
+
 SCHEDULES = ("round_robin", 0), ("warp_first", 0), ("warp_first", 7)
 SEED = torch.tensor([12345 - (1 << 62)])
 
@@ -191,6 +193,7 @@ def test_references(negatives):
         check(s, labels, ref_labels, "hinge", "all", negatives, params(), self_index, count)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_odd_batches(negatives):
     for n, classes in ((1, 1), (2, 1), (3, 1), (9, 1), (9, 100)):

@@ -316,6 +316,7 @@ def test_an_import_does_not_load_the_compiler():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.check
 def test_public_names():
     for name in (
         "MultiSimilarityMiner",

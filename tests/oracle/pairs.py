@@ -292,11 +292,13 @@ def brute_force(
 
     parts = len(rows[0].parts) if rows else 0
     losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
-    units = [_units(rows, k, kept, losses, "mean" if reduction == "sum" else reduction) for k in range(parts)]
+    counts = [
+        _count(rows, k, kept, losses, "mean" if reduction == "sum" else reduction) for k in range(parts)
+    ]
     if undivided is not None:
         scale = undivided
     else:
-        scale = [1.0 if reduction in ("sum", "none") else 1 / max(u, 1) for u in units]
+        scale = [1.0 if reduction in ("sum", "none") else 1 / max(u, 1) for u in counts]
     per_row = np.ones(n) if upstream is None else _numbers(upstream)
     weights = np.zeros((n, m))
     for i, (row, (positives, negatives)) in enumerate(zip(rows, places, strict=True)):
@@ -313,12 +315,12 @@ def brute_force(
         total = float(sum(losses[:, k].sum() * scale[k] for k in range(parts)))
     else:
         two = [0.0] * (2 - parts)
-        total = np.array([*losses.sum(axis=0), *two, *units, *two])
+        total = np.array([*losses.sum(axis=0), *two, *counts, *two])
     return Truth(losses.sum(axis=1), total, grad_x, None if square else grad_y, kept, weights)
 
 
-def _units(rows, k, kept, losses, reduction):
-    """How many units a mean divides part k by."""
+def _count(rows, k, kept, losses, reduction):
+    """What a mean divides part k by: a number of rows or of pairs."""
     if reduction == "none":
         return 1
     parts = [row.parts[k] for row in rows]

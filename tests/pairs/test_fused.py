@@ -12,6 +12,8 @@ from cases.data import LABELS, make_batch, make_integer_batch, make_labels, make
 from cases.losses import EVERY_LOSS, LOSSES, REDUCTIONS, SIMILARITIES, by_name
 from oracle.pairs import brute_force
 
+pytestmark = pytest.mark.slow(80)
+
 SIZES = [(2, 3), (3, 1), (31, 65), (33, 31), (127, 64), (128, 16), (129, 129), (151, 512), (257, 7)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -164,6 +166,7 @@ def test_mining_is_strict(loss, dtype, instruction_set):
     assert ties > 100, "too few pairs on their threshold"
 
 
+@pytest.mark.check
 @EVERY_LOSS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(loss, reduction):
@@ -181,10 +184,11 @@ def test_reductions(loss, reduction):
         assert_as_accurate("gradient", fused[1], same[1], truth.grad_emb)
 
 
+@pytest.mark.check
 @EVERY_LOSS
 def test_parameters_reach_the_kernel(loss):
     embeddings, labels = make_batch(60, 10)
-    for name, value in loss.other.items():
+    for name, value in loss.changed.items():
         for similarity in ("cosine", "euclidean"):
             check(loss, embeddings, labels, similarity=similarity, **{name: value})
     for parameters in loss.cases:

@@ -15,6 +15,8 @@ from cases.losses import EVERY_LOSS, LOSSES
 import dml_cuda
 from dml_cuda import functional
 
+pytestmark = pytest.mark.slow(40)
+
 ROOT = Path(__file__).parents[2]
 SHARED = {  # every shared option, at another value than its default
     "epsilon": -0.1,
@@ -27,7 +29,7 @@ SHARED = {  # every shared option, at another value than its default
 
 
 def other_options(loss):
-    return {**loss.other, **SHARED}
+    return {**loss.changed, **SHARED}
 
 
 @EVERY_LOSS
@@ -87,13 +89,20 @@ def test_margin_is_m():
 
 def schedule(loss, k):
     """Parameters of step k, and an epsilon."""
-    scaled = {name: v for name, v in loss.other.items() if name != "detach_weights"}
+    scaled = {name: v for name, v in loss.changed.items() if name != "detach_weights"}
     return {**{name: v * (1 + k / 50) for name, v in scaled.items()}, "epsilon": 0.1 + k / 100}
 
 
-@EVERY_LOSS
-@pytest.mark.parametrize(("backend", "dynamic"), [("fused", None), ("fused", True), ("reference", None)])
-def test_schedules_compile(loss, dynamic, backend):
+SCHEDULES = [(loss, backend, None) for loss in LOSSES.values() for backend in ("fused", "reference")]
+SCHEDULES.append((LOSSES["multi_similarity"], "fused", True))  # shapes are the ops' affair, no loss's
+
+
+@pytest.mark.parametrize(
+    ("loss", "backend", "dynamic"),
+    SCHEDULES,
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_schedules_compile(loss, backend, dynamic):
     """Options that change at every step, of a module and of a function: a graph or two, whole, serve all."""
     embeddings, labels = make_batch(24, 6)
     module, eager = loss.module(backend=backend), loss.function
@@ -106,7 +115,7 @@ def test_schedules_compile(loss, dynamic, backend):
     compiled = [
         torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter) for call in (module, function)
     ]
-    for k in range(10):
+    for k in range(6):
         options = schedule(loss, k)
         for name, value in options.items():
             setattr(module, name, value)
@@ -239,13 +248,14 @@ def test_training_separates_the_classes(loss):
     assert recall() == 1
 
 
+@pytest.mark.check
 def test_signatures():
     """Every parameter stands in the signature and every option in the documentation, with its default."""
     for loss in LOSSES.values():
         module = loss.module()
         for documented in (loss.function, loss.module):
             parameters = inspect.signature(documented).parameters
-            for name in loss.other:
+            for name in loss.changed:
                 assert parameters[name].default == getattr(module, name)
             assert parameters["options"].kind == inspect.Parameter.VAR_KEYWORD
         text = loss.function.__doc__
@@ -254,24 +264,20 @@ def test_signatures():
             assert f"{name}: " in dml_cuda.PairOptions.__doc__
         assert f'``similarity="{module.similarity}"``' in text
         assert f'``reduction="{module.reduction}"``' in text
-    others = {"pair_weights", "PairWeights", "triplet_margin_loss", "margin_loss"}  # test_triplet_manners.py
+    others = {
+        "pair_weights",
+        "PairWeights",
+        "triplet_margin_loss",
+        "margin_loss",
+    }  # tests/integration/test_triplet_integration.py
     assert {loss.function.__name__ for loss in LOSSES.values()} | others == set(functional.__all__)
 
 
-def test_defaults():
+@pytest.mark.check
+@EVERY_LOSS
+def test_defaults(loss):
     """As users and PML know them."""
-    defaults = {
-        "multi_similarity": {"alpha": 2.0, "beta": 50.0, "base": 0.5},
-        "circle": {"m": 0.4, "gamma": 80.0, "detach_weights": True},
-        "contrastive": {"pos_margin": 0.0, "neg_margin": 1.0},
-        "binomial_deviance": {"alpha": 2.0, "beta": 40.0, "base": 0.5},
-        "nt_xent": {"temperature": 0.07},
-        "sup_con": {"temperature": 0.1},
-    }
-    for name, expected in defaults.items():
-        assert LOSSES[name].defaults == expected
-        module = LOSSES[name].module()
-        assert module.epsilon is None
-        assert module.similarity == ("euclidean" if name == "contrastive" else "cosine")
-        nonzero = name in ("circle", "contrastive", "sup_con")
-        assert module.reduction == ("mean_nonzero" if nonzero else "mean")
+    module = loss.module()
+    assert {name: getattr(module, name) for name in loss.changed} == loss.defaults
+    assert module.epsilon is None
+    assert (module.similarity, module.reduction) == (loss.similarity, loss.reduction)

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dml_cuda import _C, functional
 from dml_cuda._ops.arguments import OpBatch, OpOptions
 
+pytestmark = pytest.mark.slow(50)
+
 OPS = torch.ops.dml_cuda
 EVERY = pytest.mark.parametrize("function", [loss.function for loss in LOSSES.values()], ids=LOSSES)
 
@@ -69,6 +71,7 @@ FORWARD_CASES = {
 }
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", FORWARD_CASES)
 def test_opcheck(name):
     torch.library.opcheck(OPS.pair_loss.default, forward_arguments(**FORWARD_CASES[name]))
@@ -384,6 +387,7 @@ def test_nothing_is_cached_without_gradient():
     assert with_tiles > without + 300 * 300 / 2 * 4
 
 
+@pytest.mark.check
 def test_the_list_of_formulas():
     """Kernels, Python and the tests know the same losses, with the same numbers of parameters."""
     assert {name: len(loss.params()) for name, loss in LOSSES.items()}.items() <= _C.formulas.items()

@@ -41,13 +41,14 @@ def compare(
     return truth
 
 
+@pytest.mark.check
 @EVERY_LOSS
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 def test_rows_and_gradients(loss, similarity, epsilon):
     for kind in LABELS:
         embeddings, labels = make_batch(23, 5, kind, torch.float64)
-        for parameters in ({}, loss.other):
+        for parameters in ({}, loss.changed):
             truth = compare(
                 loss,
                 embeddings,

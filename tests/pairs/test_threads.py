@@ -9,6 +9,8 @@ import torch
 from emulator.build import ROOT, SANITIZERS, cached, run, with_headers
 from torch.utils import cpp_extension
 
+pytestmark = pytest.mark.slow(60)
+
 HERE = Path(__file__).resolve().parent / "threads"
 SOURCES = [
     HERE / "cpu_engine.cpp",

@@ -66,6 +66,7 @@ def compare(name, embeddings, labels, epsilon, *, reducer=None, reduction=None, 
     return actual
 
 
+@pytest.mark.check
 @EVERY
 @pytest.mark.parametrize("epsilon", [None, 0.1, 0.0])
 def test_many_batches(name, epsilon):

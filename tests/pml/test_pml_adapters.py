@@ -124,6 +124,7 @@ def test_every_reducer_is_tested():
             loss(embeddings, labels)
 
 
+@pytest.mark.check
 @EVERY
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 def test_many_batches(name, epsilon, computed_by_us):
@@ -571,6 +572,7 @@ def test_copies_of_cases(case):
         assert torch.equal(other(embeddings, labels), ours(embeddings, labels))
 
 
+@pytest.mark.check
 def test_every_adapter_is_a_case():
     names = {name for name, _ in CASES.values()} | {"CircleLoss", "MultiSimilarityMiner"}
     # test_classifier.py has the class-level ones, test_triplets_pml.py those of triplets

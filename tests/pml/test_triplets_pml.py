@@ -162,6 +162,7 @@ def test_collected_statistics(miner, distance):
         assert getattr(adapter, name, 0) == expected, name
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("miner", [name for name in MINERS if name != "multi-similarity"])
 @pytest.mark.parametrize("loss", ["triplet", "smooth", "margin, classes"])
@@ -385,6 +386,7 @@ def test_triplets_drawn_for_each_anchor():
     assert means[1] == pytest.approx(means[2], rel=0.03)
 
 
+@pytest.mark.check
 def test_every_adapter_is_a_case():
     names = {case[0] for table in (LOSSES, MINERS) for case in table.values() if case is not None}
     names |= {"DistanceWeightedMiner"}

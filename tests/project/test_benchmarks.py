@@ -1,6 +1,5 @@
 """The benchmark runs end to end, and its ratios and tables follow from what it measured."""
 
-import json
 import re
 import subprocess
 import sys
@@ -16,11 +15,15 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import chunked, drop_in, readme, triplets
 from benchmarks.cases import Case, DropInCase, default_cases, make_batch, quick_cases
+from benchmarks.losses import CLASS_LOSSES
 from benchmarks.machine import describe
 from benchmarks.measure import CpuClock, plan_rounds
 from benchmarks.plot import plot
+from benchmarks.records import ratios, read_json, write_json
 from benchmarks.report import print_report
-from benchmarks.run import ratios, run_case, run_cases
+from benchmarks.run import run_case, run_cases
+
+pytestmark = pytest.mark.slow(30)
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +32,14 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path_factory) -> Path:
     """The folder that a tiny run wrote."""
     out = tmp_path_factory.mktemp("benchmarks")
-    options = ["--filter", "MS-mined/128x128/noisy/float32", "--seconds", "0.1", "--out", str(out)]
+    options = [
+        "--filter",
+        "MultiSimilarity-mined/128x128/noisy/float32",
+        "--seconds",
+        "0.1",
+        "--out",
+        str(out),
+    ]
     peers = ["--peers", "matmuls", "fused", "reference", "chunked", "pml"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *options, *peers], cwd=ROOT, capture_output=True, text=True
@@ -40,7 +50,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_record(run):
-    record = json.loads((run / "cpu.json").read_text())
+    record = read_json(run / "cpu.json")
     assert {"cpu", "cores", "threads", "torch", "dml_cuda", "python", "commit"} <= record["machine"].keys()
     (case,) = record["cases"]
     assert (case["n"], case["d"], case["dtype"], case["passes"]) == (128, 128, "float32", "forward+backward")
@@ -77,25 +87,47 @@ def test_readme_tables(run, tmp_path):
         assert page.endswith("\nafter\n")
         assert "old" not in page
     assert text.count("| 128 x 128 |") == 1
-    case = json.loads((run / "cpu.json").read_text())["cases"][0]
+    (case,) = read_json(run / "cpu.json")["cases"]
     ratio = case["time_over_matmuls"]["fused"]
     shown = float(re.search(r"\*\*([\d.]+)\*\*", text.split("| 128 x 128 |")[1])[1])
     assert shown == pytest.approx(ratio, rel=0.03)  # as rounded: two or three digits
 
 
 def test_summary():
-    """The short table: our time, the other package's or why there is none, how many times, both memories."""
+    """The short table: some losses, each at the largest size that both packages were timed at."""
     machine = describe("cpu")
-    results = {"fused": {"median_s": 0.002, "peak_bytes": 3 << 20}, "pml": {"skipped": "needs 600 GiB"}}
-    case = {"group": "family", "loss_title": "NT-Xent, all pairs", "n": 512, "d": 128, "results": results}
-    case["time_over_fused"] = {"fused": 1.0}
-    other = {**case, "loss_title": "SupCon, all pairs", "time_over_fused": {"fused": 1.0, "pml": 12.5}}
-    other["results"] = {**results, "pml": {"median_s": 0.025, "peak_bytes": 40 << 20}}
-    left_out = {**case, "group": "forward", "loss_title": "MS, mined"}
-    text = readme.summary([{"machine": machine, "cases": [case, other, left_out]}])
-    assert "| NT-Xent, all pairs | 512 x 128 | 2.00 ms | needs 600 GiB | – | 3.0 | – |" in text
-    assert "| SupCon, all pairs | 512 x 128 | 2.00 ms | 25.0 ms | 12.5x | 3.0 | 40 |" in text
-    assert "MS, mined" not in text
+    results = {"fused": {"median_s": 0.002}, "pml": {"median_s": 0.025}}
+    small = {"loss_title": "Circle, all pairs", "n": 512, "d": 128, "results": results}
+    small["time_over_fused"] = {"fused": 1.0, "pml": 12.5}
+    large = {**small, "n": 2048}
+    too_large = {**small, "n": 4096, "results": {**results, "pml": {"skipped": "needs 600 GiB"}}}
+    too_large["time_over_fused"] = {"fused": 1.0}
+    mined = {**small, "loss_title": "MultiSimilarity given its miner"}
+    left_out = {**small, "loss_title": "MultiSimilarity, mined"}
+    cases = [small, large, too_large, mined, left_out]
+    text = readme.summary([{"machine": machine, "cases": cases}])
+    assert text.count("\n| ") == 4  # with the header and its rule
+    assert "| Circle, all pairs | 2048 x 128 | 2.00 ms | 25.0 ms | 12.5x |" in text
+    assert "| MultiSimilarity given its miner | 512 x 128 | 2.00 ms | 25.0 ms | 12.5x |" in text
+
+
+def test_every_row_of_the_short_table_is_measured():
+    """And stands in README.md."""
+    titles = {case.loss_title for case in default_cases("cpu") if "pml" in case.peers}
+    assert set(readme._SHORT) <= titles
+    page = (ROOT / "README.md").read_text()
+    assert all(f"\n| {title} |" in page for title in readme._SHORT)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    results = {"matmuls": {"median_s": 0.5}, "fused": {"median_s": 1 / 3, "samples": 7}}
+    record = {"machine": {"cores": 2}, "cases": [{"name": "one", "results": results, **ratios(results)}] * 2}
+    write_json(record, tmp_path / "new" / "run.json")
+    found = read_json(tmp_path / "new" / "run.json")
+    assert found["machine"] == record["machine"]
+    assert found["cases"][0]["results"]["fused"] == {"median_s": 0.333333333, "samples": 7}
+    assert found["cases"][1]["time_over_matmuls"]["fused"] == pytest.approx(2 / 3, rel=1e-5)
+    assert len((tmp_path / "new" / "run.json").read_text().splitlines()) == 7  # a line a case
 
 
 def test_readme_without_markers():
@@ -164,7 +196,7 @@ def test_drop_in_parts_do_what_they_replace(part):
     assert max(differences.values()) < 1e-5
 
 
-@pytest.mark.parametrize("loss", ["normalized_softmax", "cosface", "arcface", "proxy_anchor", "soft_triple"])
+@pytest.mark.parametrize("loss", [name for name in CLASS_LOSSES if name != "circle_classifier"])
 def test_class_level_losses_of_both_packages_have_the_same_weights(loss):
     pytest.importorskip("pytorch_metric_learning")
     case = replace(drop_in_case("classifier"), loss=loss, peers=("fused", "pml"))

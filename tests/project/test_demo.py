@@ -1,5 +1,7 @@
 """The demo learns from real images, and writes what it says."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,10 +11,12 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from examples import data, demo
+from examples import data, demo, picture
 
 
-def test_learns_digits(tmp_path):
+def test_learns_digits(tmp_path, monkeypatch):
+    # Few steps: what t-SNE draws is looked at by nobody here.
+    monkeypatch.setattr(picture, "TSNE", partial(picture.TSNE, max_iter=250))
     options = [
         "--data",
         "digits",

@@ -9,7 +9,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")
 ]
-PAGES += [ROOT / "benchmarks/VERIFIED.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [
+    ROOT / "benchmarks/VERIFIED.md",
+    ROOT / "csrc/cuda/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OLD_WORDS = re.compile(r"\b(laws?|own_law|load_law|check_law|folds?|strips?|super.?tiles?|manners|teeth)\b")

@@ -21,9 +21,9 @@ def test_runs_and_writes_everything(tmp_path, monkeypatch):
     readme.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
     options = [
         "--losses",
-        "ms",
+        "multi_similarity",
         "circle",
-        "softtriple",
+        "soft_triple",
         "--data",
         "digits",
         "--device",
@@ -44,10 +44,10 @@ def test_runs_and_writes_everything(tmp_path, monkeypatch):
     written = tables.tables(record)
     assert readme.read_text() == f"above\n{tables.BEGIN}\n{written}\n{tables.END}\nbelow\n"
     recall = {name: 100 * runs[0]["after"]["Recall@1"] for name, runs in record["retrieval"].items()}
-    assert f"| MS, dml_cuda | 64 | {recall['ms']:.1f} |" in written
-    assert f"| circle, PML | 64 | {recall['pml-circle']:.1f} |" in written
+    assert f"| MultiSimilarity, dml_cuda | 64 | {recall['multi_similarity']:.1f} |" in written
+    assert f"| Circle, PML | 64 | {recall['pml-circle']:.1f} |" in written
     assert re.search(r"of its 10 centres a class \d+\.\d were left", written)
-    row = next(line for line in written.splitlines() if line.startswith("| circle | 16 |"))
+    row = next(line for line in written.splitlines() if line.startswith("| Circle | 16 |"))
     shares = [int(share) for share in re.findall(r"(\d+) %", row)]
     assert len(shares) == 2
     assert all(0 < share < 100 for share in shares)
@@ -64,11 +64,11 @@ def test_chosen_losses(tmp_path, monkeypatch):
     begin, end = (getattr(tables.Section("triplets"), name) for name in ("begin", "end"))
     readme.write_text(f"{begin}\n{end}\n")
     options = ["--data", "digits", "--device", "cpu", "--seeds", "1", "--steps", "3", "--batches", "16"]
-    options += ["--timed-steps", "1", "--out", str(tmp_path / "out"), "--losses", "triplet"]
+    options += ["--timed-steps", "1", "--out", str(tmp_path / "out"), "--losses", "triplet_margin"]
     compare_retrieval.main([*options, "--readme", str(readme), "--section", "triplets"])
     written = readme.read_text()
-    assert "| triplet, semi-hard, PML | 64 |" in written
-    assert "MS" not in written
+    assert "| TripletMargin, semi-hard, PML | 64 |" in written
+    assert "MultiSimilarity" not in written
 
 
 def check_spread(record):
@@ -80,8 +80,8 @@ def check_spread(record):
         )
         runs[:] = [first, second]
     written = tables.tables(record)
-    assert "| MS, dml_cuda | 64 | 81.5 ± 0.7 |" in written
-    assert "| MS, PML | 64 | 81.5 ± 2.1 |" in written
+    assert "| MultiSimilarity, dml_cuda | 64 | 81.5 ± 0.7 |" in written
+    assert "| MultiSimilarity, PML | 64 | 81.5 ± 2.1 |" in written
     assert "Recall@1 at the end by +1.0, -1.0 points (PML's seeds spread by 2.1)." in written
 
 

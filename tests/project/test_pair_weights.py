@@ -31,11 +31,11 @@ def test_by_brute_force(loss, similarity, epsilon, m):
     embeddings, labels = make_batch(40, 6, dtype=torch.float64)
     ref_emb, ref_labels = (None, None) if m is None else make_batch(m, 6, dtype=torch.float64)
     refs = {"ref_emb": ref_emb, "ref_labels": ref_labels}
-    module = loss.module(epsilon=epsilon, reduction="mean", **by_name(similarity), **loss.other)
+    module = loss.module(epsilon=epsilon, reduction="mean", **by_name(similarity), **loss.changed)
     found = pair_weights(module, embeddings, labels, **refs)
     assert isinstance(found, PairWeights)
     how = {"epsilon": epsilon, "similarity": similarity, "reduction": "mean"}
-    truth = brute_force(loss.name, embeddings, labels, **refs, **how, **loss.other)
+    truth = brute_force(loss.name, embeddings, labels, **refs, **how, **loss.changed)
     columns = labels if m is None else ref_labels
     kept, expected = torch.from_numpy(truth.kept), torch.from_numpy(truth.weights)
     same = labels[:, None] == columns

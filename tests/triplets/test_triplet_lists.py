@@ -132,7 +132,7 @@ def test_hinges_that_are_just_closed():
 
 
 def test_many_columns():
-    """So many that the rows go in several strips."""
+    """So many that the rows go in several blocks."""
     case = Case(n=40, m=300_000, count=5000, dim=3)
     case.check("hinge", tolerance=1e-9)
 

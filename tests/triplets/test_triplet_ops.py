@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases.triplets import Case, close
 from oracle.triplet_ops import (
     INF,
     INTERVALS,
@@ -18,96 +19,21 @@ from oracle.triplet_ops import (
     params,
     row_pairs,
     similarities,
-    triplet_truth,
     uniform,
 )
 
 from dml_cuda._ops.autograd import call
 from dml_cuda.reference import triplets
 
+pytestmark = pytest.mark.slow(70)
+
 OPS = torch.ops.dml_cuda
-
-
-class Case:
-    """A batch with its truth."""
-
-    def __init__(self, n=24, classes=6, dim=8, m=None, dtype=torch.float64, similarity="euclidean", seed=0):
-        random = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(n, dim, generator=random, dtype=torch.float64).to(dtype)
-        self.labels = torch.randint(0, classes, (n,), generator=random)
-        self.y = self.ref_labels = self.self_index = self.num_valid_refs = None
-        if m is not None:
-            self.y = torch.randn(m, dim, generator=random, dtype=torch.float64).to(dtype)
-            self.ref_labels = torch.randint(0, classes, (m,), generator=random)
-        self.similarity, self.dim = similarity, dim
-        self.beta = torch.rand(n, generator=random, dtype=torch.float64).to(dtype) + 0.7
-        self.seed = torch.tensor([12345 - (1 << 62)])
-
-    def points(self):
-        return self.x, self.labels, self.y, self.ref_labels, self.self_index, self.num_valid_refs
-
-    def run(self, term, positives, negatives, numbers, save=True, save_ref=True):
-        return OPS.triplet_loss(
-            *self.points(),
-            self.beta if term == "margin" else None,
-            self.seed,
-            term,
-            positives,
-            negatives,
-            numbers,
-            self.similarity,
-            save,
-            save_ref,
-        )
-
-    def truth(self, term, positives, negatives, numbers):
-        x = self.x.double().requires_grad_()
-        y = x if self.y is None else self.y.double().requires_grad_()
-        count = len(y) if self.num_valid_refs is None else int(self.num_valid_refs)
-        s = similarities(x, y[:count], self.similarity)
-        own = range(len(x)) if self.y is None else [-1] * len(x)
-        if self.self_index is not None:
-            own = self.self_index.tolist()
-        ref_labels = self.labels if self.y is None else self.ref_labels
-        sums, counts, weights, by_beta = triplet_truth(
-            -s.detach().numpy(),
-            self.labels.tolist(),
-            ref_labels.tolist()[:count],
-            own,
-            self.beta.double().tolist(),
-            int(self.seed) % (1 << 64),
-            term,
-            positives,
-            negatives,
-            numbers,
-        )
-        grads = torch.autograd.grad((s * torch.from_numpy(weights)).sum(), [x] if y is x else [x, y])
-        return sums, counts, by_beta, *grads
-
-    def check(self, term, positives, negatives, numbers, tolerance=1e-10, exact_counts=True):
-        sums, counts, *grads = self.run(term, positives, negatives, numbers)
-        true_sums, true_counts, by_beta, *true_grads = self.truth(term, positives, negatives, numbers)
-        assert sums.dtype == (torch.float64 if self.x.dtype == torch.float64 else torch.float32)
-        assert counts.dtype == torch.int64
-        if exact_counts:
-            assert counts.tolist() == true_counts.tolist()
-        close(sums, torch.from_numpy(true_sums), tolerance)
-        close(grads[0], true_grads[0], tolerance)
-        if self.y is not None:
-            close(grads[1], true_grads[1], tolerance)
-        if term == "margin":
-            close(grads[2], torch.from_numpy(by_beta), tolerance)
-
-
-def close(found, expected, tolerance):
-    assert found.shape == expected.shape
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * scale)
 
 
 # ---- against the truth ------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("positives", POSITIVES)
@@ -208,8 +134,8 @@ def test_strided():
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_strips(negatives):
-    """So many columns that the rows go in several strips, square and not, against the reference formula."""
+def test_row_blocks(negatives):
+    """So many columns that the rows go in several blocks, square and not, against the reference formula."""
     n, m = 17, 600_000  # of the rows 16 go together, and here 9 and 8
     case = Case(n=n, m=m, dim=4, classes=2000, dtype=torch.float64)
     numbers = params(dim=4)

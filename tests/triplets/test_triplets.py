@@ -74,6 +74,7 @@ def assert_is(value, expected, steps=64):
 # --- All triplets
 
 
+@pytest.mark.check
 @BACKENDS
 @EVERY_BATCH
 @pytest.mark.parametrize("term", TERMS)

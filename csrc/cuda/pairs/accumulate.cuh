@@ -9,7 +9,9 @@
 // below that digits would be lost is gathered again by one thread, relative to its own largest term.
 #pragma once
 
+#include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/partials.cuh"
+#include "cuda/pairs/row_stats.cuh"
 #include "cuda/pairs/tile_pairs.cuh"
 
 namespace dml::cuda {

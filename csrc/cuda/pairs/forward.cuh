@@ -19,7 +19,7 @@ void forward_row_blocks(const Launcher<Math>& launcher, typename Math::Acc* loss
     launcher.reduce(results, loss);
 }
 
-// The steps of forward on one tile group; where each is followed by its merge into the rows.
+// The steps of forward on one tile group, each followed by its merge into the rows.
 template <typename Math>
 struct ForwardPass {
     using T = typename Math::Value;

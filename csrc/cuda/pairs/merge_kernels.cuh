@@ -1,6 +1,7 @@
 // Merges partial results of tiles into the rows, one thread a row, in the order of the tiles.
 #pragma once
 
+#include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/partials.cuh"
 #include "cuda/pairs/row_stats.cuh"
 

@@ -12,58 +12,33 @@ struct LossSides {
     bool rows, cols;
 };
 
-// 1. In place, the similarities s [columns] of row i become dL/ds times the factor that makes column j a unit
-// row, so that they multiply the columns as they are. Returns the multiple of row i to subtract from its sum.
+// 1. Which of row i's pairs are kept, by either line; s [columns] of the others becomes 0.
+struct KeptPairs {
+    LaneSet positives, kept;
+};
 template <typename T, typename Acc>
-DML_DEVICE Acc weigh_row_block_row(const RowBlockPairs<T, Acc>& pairs, int64_t i, Acc* s,
-                                   const AnyFormula<Acc>& any_formula, const RowStats<Acc>& row_stats,
-                                   LossSides sides, const Upstream<Acc>& upstream) {
-    const Similarity kind = pairs.similarity;
+DML_DEVICE KeptPairs keep_pairs(const RowBlockPairs<T, Acc>& pairs, int64_t i, Acc* s,
+                                const RowStats<Acc>& row_stats, LossSides sides, const Bounds<Acc>& bounds) {
     const int64_t label = pairs.rows.labels[i];
-    RowWeight<Acc> row_weight;
-    if (sides.rows) row_weight = RowWeight<Acc>::load(row_stats, i, upstream);
     mark_diagonal(pairs, i, s);
     mark_self(pairs, i, s);
-    LaneSet positives, kept;  // by either line
+    KeptPairs found;
     for_each_of_lane(pairs.cols.points.rows, [&](int k, int j) {
         const bool positive = pairs.cols.labels[j] == label;
-        Acc below = row_weight.bounds.pos_below, above = row_weight.bounds.neg_above;
+        Acc below = bounds.pos_below, above = bounds.neg_above;
         if (sides.cols) {
             below = std::fmax(below, row_stats.pos_below[j]);
             above = std::fmin(above, row_stats.neg_above[j]);
         }
         const bool keep = positive ? s[j] < below : s[j] > above;
-        positives.add(k, positive);
-        kept.add(k, keep);
+        found.positives.add(k, positive);
+        found.kept.add(k, keep);
         if (!keep) s[j] = Acc(0);
     });
-    Acc along = 0;
-    any_formula.visit([&](const auto& formula) {
-        kept.for_each([&](int j) {
-            const Acc sim = s[j];
-            const bool positive = positives.has(j / kWarpSize);
-            RowWeight<Acc> line_weight = row_weight;
-            Acc w = 0;
-#pragma unroll 1
-            for (int side = 0; side < (sides.cols ? 2 : 1); ++side) {
-                if (side == 1) line_weight = RowWeight<Acc>::load(row_stats, j, upstream);
-                w += line_weight.of(formula, positive, sim);
-            }
-            s[j] = w;
-            if (w == Acc(0)) return;
-            const Acc norm = pairs.cols.norms[j];
-            if (kind.euclidean) w = by_distance(w, sim);
-            // x_i . y_j, from a distance 1 - d^2 / 2
-            const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
-            along += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;
-            s[j] = w * unit_factor(norm, kind);
-        });
-    });
-    along = warp_sum(along);
-    return kind.normalize || kind.euclidean ? along : Acc(0);
+    return found;
 }
 
-// 2. Weights sims [16, pitch] times the columns, 64 dimensions at a time; along [16] times the rows is
+// 3. Weights sims [16, pitch] times the columns, 64 dimensions at a time; along [16] times the rows is
 // subtracted.
 template <typename GradMath, typename T, typename Acc>
 DML_DEVICE void multiply_row_block(const RowBlockPairs<T, Acc>& pairs, int64_t all_rows, int64_t row0,
@@ -118,11 +93,40 @@ __global__ void __launch_bounds__(kRowBlockThreads, 1)
     const int64_t row0 = int64_t(blockIdx.x) * kRowBlockRows, left = pairs.rows.points.rows - row0;
     const int64_t rows = left < kRowBlockRows ? left : kRowBlockRows;
     row_block_similarities<Math, false>(pairs, row0, sims);
+    const Similarity kind = pairs.similarity;
 #pragma unroll 1
     for (int r = warp_id(); r < rows; r += kRowBlockWarps) {
-        const Acc multiple = weigh_row_block_row(pairs, row0 + r, sims + r * pairs.pitch, any_formula,
-                                                 row_stats, sides, upstream);
-        if (lane_id() == 0) along[r] = multiple;
+        const int64_t i = row0 + r;
+        Acc* s = sims + r * pairs.pitch;
+        RowWeight<Acc> row_weight;
+        if (sides.rows) row_weight = RowWeight<Acc>::load(row_stats, i, upstream);
+        const KeptPairs pairs_of_row = keep_pairs(pairs, i, s, row_stats, sides, row_weight.bounds);
+        // 2. In place, similarities become dL/ds times the factor that makes column j a unit row, so that
+        // they multiply the columns as they are.
+        Acc multiple = 0;  // of row i, to subtract from its sum
+        any_formula.visit([&](const auto& formula) {
+            pairs_of_row.kept.for_each([&](int j) {
+                const Acc sim = s[j];
+                const bool positive = pairs_of_row.positives.has(j / kWarpSize);
+                RowWeight<Acc> line_weight = row_weight;
+                Acc w = 0;
+#pragma unroll 1
+                for (int side = 0; side < (sides.cols ? 2 : 1); ++side) {
+                    if (side == 1) line_weight = RowWeight<Acc>::load(row_stats, j, upstream);
+                    w += line_weight.of(formula, positive, sim);
+                }
+                s[j] = w;
+                if (w == Acc(0)) return;
+                const Acc norm = pairs.cols.norms[j];
+                if (kind.euclidean) w = by_distance(w, sim);
+                // x_i . y_j, from a distance 1 - d^2 / 2
+                const Acc cosine = !kind.euclidean ? sim : Acc(1) - sim * sim / Acc(2);
+                multiple += kind.normalize ? (norm == Acc(0) ? Acc(0) : w * cosine) : w;
+                s[j] = w * unit_factor(norm, kind);
+            });
+        });
+        multiple = warp_sum(multiple);
+        if (lane_id() == 0) along[r] = kind.normalize || kind.euclidean ? multiple : Acc(0);
     }
     // The pipeline's first barrier comes before any thread reads the weights, unless there is no slice.
     block_sync();

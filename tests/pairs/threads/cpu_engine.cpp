@@ -136,12 +136,15 @@ void race() {
 
 void run() {
     set_instruction_set("baseline");
+    // Which task writes what depends on the batch and on mining, not on the formula: two of the four ways for
+    // every formula, all four for the first.
+    const std::optional<double> all_pairs, mined = 0.1;
     for (const FormulaInfo& formula : kFormulas) {
-        for (const auto epsilon : {std::optional<double>(), std::optional<double>(0.1)}) {
-            check_formula<float>(formula, 200, 0, 24, epsilon);
-            check_formula<float>(formula, 150, 230, 24, epsilon);
-        }
+        check_formula<float>(formula, 200, 0, 24, mined);
+        check_formula<float>(formula, 150, 230, 24, all_pairs);
     }
+    check_formula<float>(kFormulas[0], 200, 0, 24, all_pairs);
+    check_formula<float>(kFormulas[0], 150, 230, 24, mined);
     check_formula<double>(kFormulas[0], 600, 0, 40, 0.1);
     check_lists(300, 20, 40000);
     check_triplets(200, 0, 24);
