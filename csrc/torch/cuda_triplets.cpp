@@ -1,4 +1,4 @@
-// The ops on triplets on CUDA tensors: a strip of rows against all columns at a time. The products of points,
+// The ops on triplets on CUDA tensors: a block of rows against all columns at a time. The products of points,
 // and of weights with points, are PyTorch's matrix products, float32 as precisely as the user has set it;
 // what lies between them are the kernels of cuda/triplets.cu. Nothing here waits for the device.
 #include <ATen/Functions.h>
@@ -19,8 +19,8 @@ namespace {
 
 using at::Tensor;
 
-// Memory of the similarities of a strip.
-constexpr int64_t kStripBytes = int64_t(64) << 20;
+// Memory of the similarities of a row block.
+constexpr int64_t kRowBlockBytes = int64_t(64) << 20;
 
 // One side's points as they are compared: unit rows, or as they come, in the type computed in.
 struct Side {
@@ -89,9 +89,9 @@ class Similarities {
 
     // Calls visit(first row, similarities [rows, m], the kernels' view of them, their workspace).
     template <typename T, typename Visit>
-    void for_each_strip(const Visit& visit) const {
+    void for_each_row_block(const Visit& visit) const {
         if (n == 0 || m == 0) return;
-        const int64_t most = std::clamp<int64_t>(kStripBytes / (m * int64_t(sizeof(T))), 1, n);
+        const int64_t most = std::clamp<int64_t>(kRowBlockBytes / (m * int64_t(sizeof(T))), 1, n);
         const Tensor memory = at::empty({most, m}, rows.rows.options());
         const Tensor workspace =
             at::empty({triplet_workspace_bytes<T>(most, m)}, rows.rows.options().dtype(at::kByte));
@@ -103,23 +103,23 @@ class Similarities {
             Tensor s = memory.narrow(0, 0, count);
             const Tensor x = rows.rows.narrow(0, first, count);
             at::mm_out(s, x, cols.rows.t());
-            const TripletRowBlock<T> strip = {s.data_ptr<T>(),
-                                              count,
-                                              m,
-                                              m,
-                                              first,
-                                              pointer(members_),
-                                              pointer(begin_),
-                                              pointer(end_),
-                                              pointer(own_),
-                                              square,
-                                              pointer(num_valid_refs_)};
+            const TripletRowBlock<T> row_block = {s.data_ptr<T>(),
+                                                  count,
+                                                  m,
+                                                  m,
+                                                  first,
+                                                  pointer(members_),
+                                                  pointer(begin_),
+                                                  pointer(end_),
+                                                  pointer(own_),
+                                                  square,
+                                                  pointer(num_valid_refs_)};
             if (how.euclidean) {
-                make_distances(strip, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
+                make_distances(row_block, x.const_data_ptr<T>(), rows.squares.const_data_ptr<T>() + first,
                                cols.rows.const_data_ptr<T>(), cols.squares.const_data_ptr<T>(),
                                rows.rows.size(1), c10::cuda::getCurrentCUDAStream());
             }
-            visit(first, s, strip, workspace.data_ptr());
+            visit(first, s, row_block, workspace.data_ptr());
         }
     }
 
@@ -158,19 +158,20 @@ LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, co
     const bool sum_weights = save && of.how.euclidean && !of.how.normalize;
     Tensor row_weights = at::zeros({sum_weights ? of.n : 0}, options);
     Tensor col_weights = of.square ? row_weights : at::zeros({sum_weights && for_refs ? of.m : 0}, options);
-    of.for_each_strip<T>([&](int64_t first, const Tensor& s, const TripletRowBlock<T>& strip,
-                             void* workspace) {
-        triplet_rows(strip, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr, sums.data_ptr<T>(),
-                     counts.data_ptr<int64_t>(), grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr,
-                     workspace, c10::cuda::getCurrentCUDAStream());
-        if (!save) return;
-        const int64_t count = s.size(0);
-        by_rows.narrow(0, first, count).addmm_(s, of.cols.rows);
-        if (of.square || for_refs) by_cols.addmm_(s.t(), of.rows.rows.narrow(0, first, count));
-        if (!sum_weights) return;
-        row_weights.narrow(0, first, count).add_(s.sum(1));
-        if (of.square || for_refs) col_weights.add_(s.sum(0));
-    });
+    of.for_each_row_block<T>(
+        [&](int64_t first, const Tensor& s, const TripletRowBlock<T>& row_block, void* workspace) {
+            triplet_rows(row_block, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr,
+                         sums.data_ptr<T>(), counts.data_ptr<int64_t>(),
+                         grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr, workspace,
+                         c10::cuda::getCurrentCUDAStream());
+            if (!save) return;
+            const int64_t count = s.size(0);
+            by_rows.narrow(0, first, count).addmm_(s, of.cols.rows);
+            if (of.square || for_refs) by_cols.addmm_(s.t(), of.rows.rows.narrow(0, first, count));
+            if (!sum_weights) return;
+            row_weights.narrow(0, first, count).add_(s.sum(1));
+            if (of.square || for_refs) col_weights.add_(s.sum(0));
+        });
     const Tensor poison = of.poison();
     sums.add_(poison);
     if (!save) return {sums, counts, none(), none(), none()};
@@ -203,10 +204,11 @@ LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, cons
 template <typename T>
 void select_of(const Similarities& of, const TripletRules& rules, const SelectedPairs& pairs, Tensor& column,
                Tensor& similarity) {
-    of.for_each_strip<T>([&](int64_t, const Tensor&, const TripletRowBlock<T>& strip, void* workspace) {
-        select_rows(strip, rules, pairs, column.data_ptr<int64_t>(), similarity.data_ptr<T>(), workspace,
-                    c10::cuda::getCurrentCUDAStream());
-    });
+    of.for_each_row_block<T>(
+        [&](int64_t, const Tensor&, const TripletRowBlock<T>& row_block, void* workspace) {
+            select_rows(row_block, rules, pairs, column.data_ptr<int64_t>(), similarity.data_ptr<T>(),
+                        workspace, c10::cuda::getCurrentCUDAStream());
+        });
 }
 
 // Anchors that do not ascend, or lie outside, find nothing: looking would wait for the device.

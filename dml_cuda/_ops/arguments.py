@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._inputs.options import Options
 from .constant_result import constant_result
 
 
@@ -48,6 +49,11 @@ class OpOptions(NamedTuple):
             epsilon=None if self.epsilon is None else 0.0,
             dynamic_params=torch.stack([zero + value for value in values]),
         )
+
+
+def op_options(formula: str, params: list[float], options: Options) -> OpOptions:
+    """The public options as the ops take them."""
+    return OpOptions(formula, params, options.epsilon, options.measure, options.reduction)
 
 
 @constant_result  # a graph multiplies as was set when it was made, forward and backward alike

@@ -86,7 +86,10 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     """The loss of a batch in the dtype that its embeddings ask for. ``is_valid``: it was validated."""
     # 1. Eager fast path, in C++: it checks what it takes, and returns None for unusual inputs.
     if batch.indices is None and call.options.backend != "reference" and not torch.compiler.is_compiling():
-        loss = _C.fast_pair_loss(*_mining_of(batch, call.op_options), *batch[:6])
+        options = call.op_options
+        if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
+            options = _with_mining_of(batch, options)
+        loss = _C.fast_pair_loss(*options, *batch[:6])
         if loss is not None:
             return loss
     # 2. The other ways, with a valid batch.
@@ -119,7 +122,7 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
     return value if value.dtype == wanted else value.to(wanted)
 
 
-def _mining_of(batch: Batch, options: OpOptions) -> OpOptions:
+def _with_mining_of(batch: Batch, options: OpOptions) -> OpOptions:
     """The options with the mining rule of a batch, which may be that of a miner."""
     if batch.epsilon == options.epsilon and batch.mine_self_pair:
         return options
@@ -137,7 +140,7 @@ def _op_batch(batch: Batch) -> tuple[Any, ...]:
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:
     needs_grad = batch.embeddings.requires_grad or (batch.ref_emb is not None and batch.ref_emb.requires_grad)
-    options = _mining_of(batch, call.op_options)._replace(
+    options = _with_mining_of(batch, call.op_options)._replace(
         precision=precision_for(batch.embeddings),
         save_for_backward=needs_grad and torch.is_grad_enabled(),
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .._inputs.options import NAMES, PairOptions, check_options
-from .._ops.arguments import OpOptions
+from .._ops.arguments import op_options
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import Formula
 
@@ -16,10 +16,8 @@ def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mappin
     for name, check in formula.parameters.items():
         check(name, values[name])
     checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
-    params, measure = formula.params(values, checked.measure), checked.measure
-    return Call(
-        formula, checked, OpOptions(formula.name, params, checked.epsilon, measure, checked.reduction)
-    )
+    params = formula.params(values, checked.measure)
+    return Call(formula, checked, op_options(formula.name, params, checked))
 
 
 def pair_loss(

@@ -24,7 +24,7 @@ def toolkit_headers() -> Path | None:
 def test_syntax_and_types():
     folders = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit_headers())]
     command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
-    command += [f"-isystem{folder}" for folder in folders]
+    command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{folder}" for folder in folders)]
     done = subprocess.run(
         [*command, str(ROOT / "csrc" / "torch" / "unity" / "on_cuda.cpp")], capture_output=True, text=True
     )
