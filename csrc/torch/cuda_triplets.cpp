@@ -57,7 +57,7 @@ struct Side {
     }
 };
 
-// What the ops have in common: both sides, and the strips of their similarities.
+// What the ops have in common: both sides, and blocks of rows of their similarities.
 class Similarities {
    public:
     Similarities(const TripletPoints& of, at::ScalarType type)
