@@ -1,13 +1,8 @@
 """What a formula is: a loss as a function of the similarities of each row's kept pairs.
 
 Each file of ``dml_cuda.losses`` states one, as ``csrc/losses`` does for the kernels. A formula sees its
-<<<<<<< HEAD
 pairs only through :class:`Pairs`, so the same few lines serve a matrix with masks (``reference/pairs.py``)
 and pairs given as lists (``_ops/listed_pairs.py``).
-=======
-pairs only through :class:`Pairs`, so the same lines serve a matrix with masks (``reference/pairs.py``) and
-pairs given as lists (``_ops/listed_pairs.py``).
->>>>>>> ops
 """
 
 from abc import ABC, abstractmethod
