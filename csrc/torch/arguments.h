@@ -91,8 +91,7 @@ class OwnedOptions {
     PairOptions options_;
 };
 
-// ---- between an op's flat argument list and the structs
-// -------------------------------------------------------
+// ---- between an op's flat argument list and the structs ----------------------------------------------------
 
 // FlatOp<f>::call takes the fields of a batch and of the options one by one, as the dispatcher calls an op,
 // and hands them to f(const Call&, rest...), f(const PairBatch&, rest...) or f(const PairOptions&, rest...).

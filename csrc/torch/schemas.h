@@ -27,9 +27,9 @@ inline std::string pair_loss_backward() {
 // row's own column. The rows' running numbers go from call to call in a state, in a layout of each device's
 // own.
 //   pair_block_turn      makes the state (stage "start"), or turns it to the next stage
-//   pair_block           adds a block in a stage, and tells what it found there (which tiles may have a
-//   gradient) pair_block_rows      losses [4, N]: the rows' parts 0 and 1 and their counts; weights: for
-//   backward pair_block_backward  the gradients by the rows and by one block
+//   pair_block           adds a block in a stage, and returns which of its tiles may have a gradient
+//   pair_block_rows      losses [4, N]: the rows' parts 0 and 1 and their counts; weights: for backward
+//   pair_block_backward  the gradients by the rows and by one block
 inline std::string pair_block_turn() {
     return with_options("pair_block_turn",
                         ", Tensor? state, Tensor pairs, str stage, bool is_double) -> Tensor state");
@@ -49,7 +49,6 @@ inline std::string pair_block_backward() {
 }
 
 // Triplets of an anchor with a positive and a negative, without listing them.
-// clang-format off
 //   beta       [N], of the term margin
 //   seed       int64 [1], of a draw
 //   term       hinge | softplus | margin
@@ -59,7 +58,6 @@ inline std::string pair_block_backward() {
 //              (core/triplets.h)
 //   sums       [N] a row's terms, summed; counts [N, 2] its terms that are not 0, its triplets
 //   grad_*     the gradient of sums.sum(), in the type of sums; [0] where not saved or absent
-// clang-format on
 inline std::string triplet_loss() {
     return std::string("triplet_loss(") + PairBatch::kSchema +
            ", Tensor? beta, Tensor? seed, str term, str positives, str negatives, float[] params, "

@@ -31,13 +31,11 @@ Int tile_count_of(const Int& n, const Int& m, bool square) {
 
 constexpr int64_t kStatsPerRow = 6;
 
-// clang-format off
 // The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
 //   stats  T      RowStats
 //   plan   int32  Plan
 //   kept   uint8  for each tile, whether any of its pairs may have a gradient
 //   tiles  T      the similarities of the first `cached` tiles
-// clang-format on
 template <typename Int>
 struct Layout {
     Int plan, kept, tiles, cached, bytes;
