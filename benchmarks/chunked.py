@@ -35,8 +35,8 @@ def _kept_pairs(unit: Tensor, labels: Tensor, rows: slice, epsilon: float | None
 
 
 def _row_losses(loss: str, s: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    formula, params, *_ = _MODULES[loss].call
-    return formula.row(MaskedPairs(s, positive), MaskedPairs(s, negative), *params)
+    call = _MODULES[loss].call
+    return call.formula.row(MaskedPairs(s, positive), MaskedPairs(s, negative), *call.params)
 
 
 class _RowLosses(torch.autograd.Function):

@@ -88,7 +88,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     if batch.indices is None and call.options.backend != "reference" and not torch.compiler.is_compiling():
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
-            options = _with_mining_of(batch, options)
+            options = options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
         loss = _C.fast_pair_loss(*options, *batch[:6])
         if loss is not None:
             return loss
@@ -122,13 +122,6 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
     return value if value.dtype == wanted else value.to(wanted)
 
 
-def _with_mining_of(batch: Batch, options: OpOptions) -> OpOptions:
-    """The options with the mining rule of a batch, which may be that of a miner."""
-    if batch.epsilon == options.epsilon and batch.mine_self_pair:
-        return options
-    return options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
-
-
 def _op_batch(batch: Batch) -> tuple[Any, ...]:
     """``OpBatch`` with the labels in int64."""
     embeddings, labels, ref_emb, ref_labels, *places = batch[:6]
@@ -140,7 +133,10 @@ def _op_batch(batch: Batch) -> tuple[Any, ...]:
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:
     needs_grad = batch.embeddings.requires_grad or (batch.ref_emb is not None and batch.ref_emb.requires_grad)
-    options = _with_mining_of(batch, call.op_options)._replace(
+    # The batch may have a miner's rule. Not compared with the call's: that would compile a graph per epsilon.
+    options = call.op_options._replace(
+        epsilon=batch.epsilon,
+        mine_self_pair=batch.mine_self_pair,
         precision=precision_for(batch.embeddings),
         save_for_backward=needs_grad and torch.is_grad_enabled(),
     )

@@ -166,8 +166,8 @@ def test_awkward_sizes(arithmetic, n, d, counts):
 def test_lines_that_are_shared(n, count):
     """By nine blocks of the gradient's launch, each with a part of the 18 tiles."""
     case = columns(n, F32, (count,), d=9, epsilon=0.1)
-    e, *_ = verify(case, F32, (count,), tile_group=0, wide_blocks=-1)
-    alone = engine(case, F32, (count,), tile_group=0, wide_blocks=0)
+    e, *_ = verify(case, F32, (count,), tile_group=-1, wide_blocks=-1)
+    alone = engine(case, F32, (count,), tile_group=-1, wide_blocks=0)
     assert e.sizes(e.blocks[0])[2] - alone.sizes(alone.blocks[0])[2] == 8 * 128 * 9 * 4
 
 
@@ -336,10 +336,9 @@ def test_sizes_are_as_said():
     def sizes(n, m, dtype=torch.float32, similarity="cosine", d=64):
         x = torch.empty(0, d, dtype=dtype)
         labels = torch.empty(0, dtype=torch.long)
-        e = Blocks(x, labels, [], similarity=similarity, tile_group=0, wide_blocks=-1)
+        e = Blocks(x, labels, [], similarity=similarity, tile_group=-1, wide_blocks=-1)
         arguments = e.arguments((x, labels, None))
-        arguments.row_count, arguments.block_count = n, m
-        arguments.row_stride = arguments.block_stride = d
+        arguments.batch.embeddings.count, arguments.batch.ref_emb.count = n, m
         e.arguments = lambda block=None: arguments
         return e.sizes()
 

@@ -6,6 +6,8 @@ from cases.accuracy import evaluate
 from cases.data import make_batch
 from cases.losses import EVERY_LOSS, LOSSES
 
+from dml_cuda._ops.arguments import OpBatch, OpOptions
+
 OPS = torch.ops.dml_cuda
 
 
@@ -45,10 +47,13 @@ def test_backward_skips_tiles_of_satisfied_hinges(levels, visited):
     """levels: below which a positive, above which a negative has a hinge other than 0. All pairs are kept."""
     embeddings, labels = make_batch(100, 8)
     same = (labels[:, None] == labels).sum(1)
-    pairs, formula = torch.stack([same, 100 - same]), ("contrastive", list(levels))
-    state = OPS.pair_block_turn(None, pairs, *formula, None, "start", False)
-    block, options = (embeddings, labels, None), (None, "cosine", "mean", "both")
-    _, found = OPS.pair_block(state, embeddings, labels, *block, *formula, *options)
+    pairs, options = (
+        torch.stack([same, 100 - same]),
+        OpOptions("contrastive", list(levels), mine_self_pair=False),
+    )
+    state = OPS.pair_block_turn(*options, None, pairs, "start", False)
+    batch = OpBatch(embeddings, labels, embeddings, labels, None, None)
+    _, found = OPS.pair_block(*batch, *options, state, "both")
     assert found.bool().any() == visited
 
 

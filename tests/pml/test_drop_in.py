@@ -334,10 +334,10 @@ def test_what_a_foreign_loss_is_given():
         for memory in others:
             torch.testing.assert_close(memory(embeddings, labels), expected)
     assert seen == [16, 16, 32, 32]
-    assert dml_cuda.memory._takes_rules(torch.compile(dml_cuda.CircleLoss()))
-    assert dml_cuda.memory._takes_rules(dml_cuda.pml.CircleLoss())
+    assert dml_cuda.memory._applies_rules(torch.compile(dml_cuda.CircleLoss()))
+    assert dml_cuda.memory._applies_rules(dml_cuda.pml.CircleLoss())
     other = dml_cuda.pml.MultiSimilarityLoss(distance=distances.SNRDistance())
-    assert not dml_cuda.memory._takes_rules(other)
+    assert not dml_cuda.memory._applies_rules(other)
 
 
 @pytest.mark.parametrize(

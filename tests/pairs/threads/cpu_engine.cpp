@@ -64,12 +64,12 @@ void check_formula(const FormulaInfo& formula, int64_t n, int64_t m, int64_t dim
         self_index = at::arange(n);
     }
     const std::vector<double> params(formula.params, 0.5);
-    const Call call{embeddings, labels,  ref_emb,  ref_labels, self_index, num_valid_refs, formula.name,
-                    params,     epsilon, "cosine", "mean",     true,       true,           true};
+    const Call call{{embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs},
+                    {formula.name, params, epsilon, "cosine", "mean", true, false, "ieee", true, {}}};
     check(std::string(formula.name) + (epsilon ? " mined" : ""), [&] {
         const auto [loss, saved] = forward<T>(call);
         const Tensor one = at::ones({}, loss.options());
-        const auto [grad_emb, grad_ref] = backward<T>(call, {one, saved, true, m > 0});
+        const auto [grad_emb, grad_ref] = backward<T>(call, one, saved, true, m > 0);
         return m > 0 ? Tensors{loss, grad_emb, grad_ref} : Tensors{loss, grad_emb};
     });
 }
@@ -100,7 +100,7 @@ void check_triplets(int64_t n, int64_t m, int64_t dim) {
              {std::pair("all", "all"), {"hardest", "hardest"}, {"all", "semihard"}, {"all", "drawn"}}) {
             check(std::string("triplets: ") + term + ", " + positives + " and " + negatives, [&] {
                 const auto [sums, counts, grad_emb, grad_ref, grad_beta] =
-                    triplet_loss(embeddings, labels, ref_emb, ref_labels, none, none,
+                    triplet_loss({embeddings, labels, ref_emb, ref_labels, none, none},
                                  std::string_view(term) == "margin" ? beta : none, seed, term, positives,
                                  negatives, params, "euclidean", true, m > 0);
                 return Tensors{sums, counts, grad_emb, grad_ref, grad_beta};
@@ -118,7 +118,7 @@ void check_triplets(int64_t n, int64_t m, int64_t dim) {
         });
     }
     check("select", [&] {
-        const auto [column, similarity] = select(embeddings, labels, ref_emb, ref_labels, none, none, seed,
+        const auto [column, similarity] = select({embeddings, labels, ref_emb, ref_labels, none, none}, seed,
                                                  "hardest_negative", params, none, none, "cosine");
         return Tensors{column, similarity};
     });
