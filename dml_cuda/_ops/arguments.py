@@ -51,9 +51,9 @@ class OpOptions(NamedTuple):
         )
 
 
-def op_options(formula: str, params: list[float], options: Options) -> OpOptions:
-    """The public options as the ops take them."""
-    return OpOptions(formula, params, options.epsilon, options.measure, options.reduction)
+def op_options(formula: str, params: list[float], similarity: str, options: Options) -> OpOptions:
+    """The public options as the ops take them; ``similarity`` is ``options.measure``."""
+    return OpOptions(formula, params, options.epsilon, similarity, options.reduction)
 
 
 @constant_result  # a graph multiplies as was set when it was made, forward and backward alike

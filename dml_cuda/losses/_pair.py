@@ -11,13 +11,19 @@ from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import Formula
 
 
-def make_call(formula: type[Formula], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
+def make_call(
+    formula: type[Formula],
+    values: Mapping[str, Any],
+    options: Mapping[str, Any],
+    dynamic_params: bool = False,
+) -> Call:
     """Raises TypeError or ValueError for a parameter or an option that cannot be."""
     for name, check in formula.parameters.items():
         check(name, values[name])
     checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
-    params = formula.params(values, checked.measure)
-    return Call(formula, checked, op_options(formula.name, params, checked))
+    similarity = checked.measure
+    params = formula.params(values, similarity)
+    return Call(formula, checked, op_options(formula.name, params, similarity, checked), dynamic_params)
 
 
 def pair_loss(
@@ -31,7 +37,7 @@ def pair_loss(
     ref_labels: Tensor | None,
 ) -> Tensor:
     """The loss as a function: a formula with its parameters by name, applied to a batch."""
-    call = make_call(formula, values, options)._replace(dynamic_params=True)
+    call = make_call(formula, values, options, dynamic_params=True)
     return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
@@ -80,7 +86,7 @@ class FormulaModule(nn.Module):
         else:
             values = {**values, name: value}
         # An option that was set may be set again at every step: no graph should be compiled for each value.
-        self.call = make_call(self.formula, values, options)._replace(dynamic_params=True)
+        self.call = make_call(self.formula, values, options, dynamic_params=True)
         self._values = values
 
     def extra_repr(self) -> str:
