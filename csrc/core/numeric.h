@@ -112,6 +112,12 @@ DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
+// The angle whose sine and cosine are in the ratio y : x.
+template <typename T>
+DML_INLINE T angle(T y, T x) {
+    return std::atan2(y, x);
+}
+
 // The square root. Dual numbers take its derivative at 0 as 0.
 template <typename T>
 DML_INLINE T root(T x) {

@@ -15,6 +15,8 @@ struct Dual {
     T value, derivative;
 
     DML_INLINE Dual(T value = T(0), T derivative = T(0)) : value(value), derivative(derivative) {}
+    template <typename U>
+    DML_INLINE explicit Dual(Dual<U> x) : value(T(x.value)), derivative(T(x.derivative)) {}
 
     friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.derivative}; }
     friend DML_INLINE Dual operator+(Dual a, Dual b) {
@@ -39,11 +41,14 @@ struct Dual {
     friend DML_INLINE Dual operator*(Dual a, T b) { return {a.value * b, a.derivative * b}; }
     friend DML_INLINE Dual operator*(T a, Dual b) { return {a * b.value, a * b.derivative}; }
     friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.derivative / b}; }
+    friend DML_INLINE Dual operator/(T a, Dual b) { return Dual(a) / b; }
 
     friend DML_INLINE bool operator<(Dual a, Dual b) { return a.value < b.value; }
     friend DML_INLINE bool operator>(Dual a, Dual b) { return a.value > b.value; }
     friend DML_INLINE bool operator<=(Dual a, Dual b) { return a.value <= b.value; }
     friend DML_INLINE bool operator>=(Dual a, Dual b) { return a.value >= b.value; }
+    friend DML_INLINE bool operator==(Dual a, Dual b) { return a.value == b.value; }
+    friend DML_INLINE bool operator!=(Dual a, Dual b) { return a.value != b.value; }
 };
 
 // Plain<T> and Plain<Dual<T>> are T.
@@ -128,6 +133,13 @@ DML_INLINE Dual<T> sigmoid(Dual<T> x) {
 template <typename T>
 DML_INLINE Dual<T> softplus(Dual<T> x) {
     return {softplus(x.value), sigmoid(x.value) * x.derivative};
+}
+
+// The angle whose sine and cosine are in the ratio y : x.
+template <typename T>
+DML_INLINE Dual<T> angle(Dual<T> y, Dual<T> x) {
+    const T square = x.value * x.value + y.value * y.value;
+    return {angle(y.value, x.value), (x.value * y.derivative - y.value * x.derivative) / square};
 }
 
 template <typename T>

@@ -17,12 +17,12 @@ struct MarginSoftmax : FormulaDefaults {
 
     T scale, margin, cosine, sine, shift;
 
-    DML_INLINE explicit MarginSoftmax(const double* params)
+    DML_INLINE explicit MarginSoftmax(Params<T> params)
         : scale(T(params[0])),
           margin(T(params[1])),
           cosine(T(params[2])),
           sine(T(params[3])),
-          shift(sine * std::atan2(sine, cosine)) {}
+          shift(sine * angle(sine, cosine)) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

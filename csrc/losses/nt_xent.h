@@ -19,7 +19,7 @@ struct NTXent : FormulaDefaults {
 
     T inverse;
 
-    DML_INLINE explicit NTXent(const double* params) : inverse(T(1.0 / params[0])) {}
+    DML_INLINE explicit NTXent(Params<T> params) : inverse(T(1.0 / params[0])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

@@ -35,9 +35,10 @@ ForwardResult dispatch_pair_loss(const Call& call) {
     return call_op(op, call);
 }
 
-bool needs_gradient(const at::Tensor& embeddings, const OptionalTensor& ref_emb) {
+bool needs_gradient(const Call& call) {
+    const auto wants = [](const OptionalTensor& x) { return x && x->requires_grad(); };
     return at::GradMode::is_enabled() &&
-           (embeddings.requires_grad() || (ref_emb && ref_emb->requires_grad()));
+           (call.embeddings.requires_grad() || wants(call.ref_emb) || wants(call.dynamic_params));
 }
 
 bool has_tangent(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
@@ -50,9 +51,9 @@ ForwardResult forward_below(const Call& call) {
 }
 
 BackwardResult dispatch_backward(const Call& call, const Tensor& grad_loss, const Tensor& saved,
-                                 bool need_emb, bool need_ref) {
+                                 bool need_emb, bool need_ref, bool need_params) {
     static const auto op = find_op<FlatOp<&dispatch_backward>>("dml_cuda::pair_loss_backward");
-    return call_op(op, call, grad_loss, saved, need_emb, need_ref);
+    return call_op(op, call, grad_loss, saved, need_emb, need_ref, need_params);
 }
 
 // Torch's pointers to nodes are shared_ptr, and of its own kind in newer versions.
@@ -77,23 +78,24 @@ struct SecondDerivativeNode final : torch::autograd::Node {
 };
 
 BackwardResult pair_loss_backward(const Call& call, const Tensor& grad_loss, const Tensor& saved,
-                                  bool need_emb, bool need_ref) {
-    const Tensor refs = call.ref_emb.value_or(Tensor());
-    const bool has_graph = torch::autograd::compute_requires_grad(grad_loss, call.embeddings, refs);
+                                  bool need_emb, bool need_ref, bool need_params) {
+    const Tensor refs = call.ref_emb.value_or(Tensor()), params = call.dynamic_params.value_or(Tensor());
+    const bool has_graph = torch::autograd::compute_requires_grad(grad_loss, call.embeddings, refs, params);
     NodePointer node;
     if (has_graph) {
         node = make_node<SecondDerivativeNode>();
-        node->set_next_edges(torch::autograd::collect_next_edges(grad_loss, call.embeddings, refs));
+        node->set_next_edges(torch::autograd::collect_next_edges(grad_loss, call.embeddings, refs, params));
     }
-    const auto [grad_emb, grad_ref] = [&] {
+    const BackwardResult grads = [&] {
         const at::AutoDispatchBelowADInplaceOrView below;
-        return dispatch_backward(call, grad_loss, saved, need_emb, need_ref);
+        return dispatch_backward(call, grad_loss, saved, need_emb, need_ref, need_params);
     }();
     if (has_graph) {
-        torch::autograd::set_history(grad_emb, node);
-        torch::autograd::set_history(grad_ref, node);
+        torch::autograd::set_history(std::get<0>(grads), node);
+        torch::autograd::set_history(std::get<1>(grads), node);
+        torch::autograd::set_history(std::get<2>(grads), node);
     }
-    return {grad_emb, grad_ref};
+    return grads;
 }
 
 // A node as those of torch's own functions, without the maps and lists that torch::autograd::Function keeps,
@@ -116,7 +118,7 @@ struct PairLossNode final : torch::autograd::Node {
 
     variable_list apply(variable_list&& grads) override {
         const std::lock_guard<std::mutex> lock(mutex_);  // of threads that go backward through one graph
-        variable_list result(2);
+        variable_list result(3);
         if (!grads[0].defined()) return result;
         const auto optional = [](const SavedVariable& x) {
             const Tensor tensor = x.unpack();
@@ -127,10 +129,13 @@ struct PairLossNode final : torch::autograd::Node {
                              self_index = optional(self_index_), num_valid_refs = optional(num_valid_refs_);
         const Call call = {{embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs},
                            options_->with(optional(dynamic_params_))};
-        const bool need_emb = task_should_compute_output(0), need_ref = task_should_compute_output(1);
-        const auto [grad_emb, grad_ref] = dispatch_backward(call, grads[0], saved, need_emb, need_ref);
+        const bool need_emb = task_should_compute_output(0), need_ref = task_should_compute_output(1),
+                   need_params = task_should_compute_output(2);
+        const auto [grad_emb, grad_ref, grad_params] =
+            dispatch_backward(call, grads[0], saved, need_emb, need_ref, need_params);
         if (need_emb) result[0] = grad_emb;
         if (need_ref) result[1] = grad_ref;
+        if (need_params) result[2] = grad_params;
         return result;
     }
 
@@ -148,15 +153,15 @@ struct PairLossNode final : torch::autograd::Node {
 };
 
 ForwardResult pair_loss(const Call& call) {
-    const bool with_refs = call.ref_emb.has_value();
     TORCH_CHECK_NOT_IMPLEMENTED(
-        !has_tangent(call.embeddings) && !(with_refs && has_tangent(*call.ref_emb)),
+        !has_tangent(call.embeddings) && !(call.ref_emb && has_tangent(*call.ref_emb)) &&
+            !(call.dynamic_params && has_tangent(*call.dynamic_params)),
         "the fused losses of dml_cuda have no forward-mode derivative: differentiate in reverse, or pass "
         "backend=\"reference\"");
-    if (!needs_gradient(call.embeddings, call.ref_emb)) return forward_below(call);
+    if (!needs_gradient(call)) return forward_below(call);
     const auto node = make_node<PairLossNode>();
-    node->set_next_edges(
-        torch::autograd::collect_next_edges(call.embeddings, with_refs ? *call.ref_emb : Tensor()));
+    node->set_next_edges(torch::autograd::collect_next_edges(call.embeddings, call.ref_emb.value_or(Tensor()),
+                                                             call.dynamic_params.value_or(Tensor())));
     const auto [loss, saved] = forward_below(call);
     node->keep(call, saved);
     torch::autograd::set_history(loss, node);

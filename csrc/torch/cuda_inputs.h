@@ -63,6 +63,11 @@ struct Inputs {
     }
 };
 
+// Parameters that learn take the reference on CUDA (dml_cuda/_ops/evaluate.py).
+inline void check_no_param_gradient(bool need_params) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!need_params, "need_params: the CUDA kernels have no gradient of parameters");
+}
+
 inline Tensor bytes(int64_t count, const Tensor& like) {
     return at::empty({count}, like.options().dtype(at::kByte));
 }

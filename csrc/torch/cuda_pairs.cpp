@@ -30,8 +30,9 @@ ForwardResult pair_loss(const Call& c) {
 }
 
 BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const Tensor& saved, bool need_emb,
-                                  bool need_ref) {
+                                  bool need_ref, bool need_params) {
     check_inputs(c);
+    check_no_param_gradient(need_params);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
@@ -48,7 +49,7 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
     engine.backward(in.task, c.save_for_backward, saved.data_ptr(), upstream.const_data_ptr(),
                     data_or_null(grad_emb), data_or_null(grad_ref), workspace.data_ptr(),
                     c10::cuda::getCurrentCUDAStream());
-    return {grad_emb, grad_ref};
+    return {grad_emb, grad_ref, at::empty({0}, at::kDouble)};
 }
 
 // ---- pairs given as lists ----------------------------------------------------------------------------

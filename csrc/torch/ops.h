@@ -18,8 +18,8 @@
 
 namespace dml {
 
-using ForwardResult = std::tuple<at::Tensor, at::Tensor>;   // loss, saved
-using BackwardResult = std::tuple<at::Tensor, at::Tensor>;  // grad_emb, grad_ref
+using ForwardResult = std::tuple<at::Tensor, at::Tensor>;               // loss, saved
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // grad_emb, grad_ref, grad_params
 
 // ---- names ------------------------------------------------------------------------------------------------
 

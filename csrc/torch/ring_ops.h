@@ -14,6 +14,9 @@ inline void check_block(const Call& c) {
     check_inputs(c);
 }
 
+// The gradients of the rows, of the block and of dynamic_params.
+using BlockGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
 inline void check_pair_counts(const at::Tensor& pairs) {
     TORCH_CHECK_VALUE(pairs.dim() == 2 && pairs.size(0) == 2 && pairs.scalar_type() == at::kLong,
                       "pairs: expected int64 of shape [2, N], got ", pairs.scalar_type(), " ", pairs.sizes());

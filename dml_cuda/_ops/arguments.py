@@ -25,7 +25,7 @@ class OpOptions(NamedTuple):
     """A formula and its options."""
 
     formula: str
-    params: list[float]
+    params: list[float | Tensor]
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
@@ -35,13 +35,19 @@ class OpOptions(NamedTuple):
     save_for_backward: bool = False
     dynamic_params: Tensor | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter is a tensor."""
+        return any(isinstance(value, Tensor) for value in self.params)
+
     def with_dynamic_params(self) -> "OpOptions":
-        """The same with the numbers in a tensor on the CPU, which a compiled graph reads when it runs.
+        """The same with the numbers in a tensor on the CPU: the op gives its gradient, and a compiled graph
+        reads it when it runs.
 
         A graph fixes the float arguments of an op: a margin that follows a schedule would compile a graph for
         each value.
         """
-        # Summed and stacked, not torch.tensor(values), which needs numbers that the compiler knows.
+        # Summed and stacked: torch.tensor(values) needs numbers that the compiler knows, and has no gradient.
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         values = *self.params, 0.0 if self.epsilon is None else self.epsilon
         return self._replace(
@@ -51,7 +57,7 @@ class OpOptions(NamedTuple):
         )
 
 
-def op_options(formula: str, params: list[float], similarity: str, options: Options) -> OpOptions:
+def op_options(formula: str, params: list[float | Tensor], similarity: str, options: Options) -> OpOptions:
     """The public options as the ops take them; ``similarity`` is ``options.measure``."""
     return OpOptions(formula, params, options.epsilon, similarity, options.reduction)
 

@@ -1,5 +1,6 @@
 """From a batch to its loss: one ladder, read top to bottom in :func:`evaluate` and :func:`compute`."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,10 @@ class Call(NamedTuple):
     options: Options
     op_options: OpOptions  # the same as the ops take them
     dynamic_params: bool = False  # whether parameters may change from call to call
+    learns: bool = False  # whether a parameter is a tensor
 
     @property
-    def params(self) -> list[float]:
+    def params(self) -> list[float | Tensor]:
         """The parameters as ``formula.row`` and the kernels take them."""
         return self.op_options.params
 
@@ -35,6 +37,11 @@ class Call(NamedTuple):
     def similarity(self) -> str:
         """As the ops name it."""
         return self.op_options.similarity
+
+    def with_values(self, values: Mapping[str, float | Tensor]) -> "Call":
+        """The same with other values of the parameters, which were checked."""
+        params = self.formula.params(values, self.similarity)
+        return self._replace(op_options=self.op_options._replace(params=params))
 
     def with_reduction(self, reduction: str) -> "Call":
         return self._replace(
@@ -85,10 +92,17 @@ def evaluate_arguments(
 def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     """The loss of a batch in the dtype that its embeddings ask for. ``is_valid``: it was validated."""
     # 1. Eager fast path, in C++: it checks what it takes, and returns None for unusual inputs.
-    if batch.indices is None and call.options.backend != "reference" and not torch.compiler.is_compiling():
+    if (
+        batch.indices is None
+        and call.options.backend != "reference"
+        and not torch.compiler.is_compiling()
+        and not (call.learns and batch.embeddings.device.type != "cpu")
+    ):
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
             options = options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
+        if call.learns:
+            options = options.with_dynamic_params()
         loss = _C.fast_pair_loss(*options, *batch[:6])
         if loss is not None:
             return loss
@@ -100,7 +114,8 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    fused = use_kernel(batch.embeddings.device, call.options.backend, call.formula.on_cuda)
+    on_cuda = call.formula.on_cuda and not call.learns  # the CUDA kernels have no gradient of parameters
+    fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
@@ -132,7 +147,8 @@ def _op_batch(batch: Batch) -> tuple[Any, ...]:
 
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:
-    needs_grad = batch.embeddings.requires_grad or (batch.ref_emb is not None and batch.ref_emb.requires_grad)
+    sources = batch.embeddings, batch.ref_emb, *call.params
+    needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in sources)
     # The batch may have a miner's rule. Not compared with the call's: that would compile a graph per epsilon.
     options = call.op_options._replace(
         epsilon=batch.epsilon,
@@ -141,7 +157,8 @@ def _op_options(call: Call, batch: Batch) -> OpOptions:
         save_for_backward=needs_grad and torch.is_grad_enabled(),
     )
     # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
-    if torch.compiler.is_compiling() and (call.dynamic_params or batch.embeddings.device.type == "cpu"):
+    changes = call.dynamic_params or batch.embeddings.device.type == "cpu"
+    if call.learns or (changes and torch.compiler.is_compiling()):
         return options.with_dynamic_params()
     return options
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
+from .._inputs.traced import is_traced
 from ..losses._formula import Formula, Pairs, reduce
-from ..reference.pairs import NEAR, full_precision, is_traced, negated_root, squared_distances
+from ..reference.pairs import NEAR, full_precision, negated_root, squared_distances
 from .autograd import call
 
 

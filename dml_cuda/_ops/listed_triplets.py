@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
-from ..reference.pairs import full_precision, is_traced, similarity_matrix
+from .._inputs.traced import is_traced
+from ..reference.pairs import full_precision, similarity_matrix
 from ..reference.triplets import Terms, recomputed
 from .autograd import call
 from .devices import has_kernel

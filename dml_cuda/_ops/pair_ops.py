@@ -16,9 +16,18 @@ def _pair_loss(a):
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
 
 
+def _grad_params(a):
+    size = a.dynamic_params.shape if a.need_params else (0,)
+    return torch.empty(size, dtype=torch.float64, device="cpu")
+
+
 @fake_kernel("pair_loss_backward")
 def _pair_loss_backward(a):
-    return like_if(a.need_emb, a.embeddings, a.embeddings), like_if(a.need_ref, a.ref_emb, a.embeddings)
+    return (
+        like_if(a.need_emb, a.embeddings, a.embeddings),
+        like_if(a.need_ref, a.ref_emb, a.embeddings),
+        _grad_params(a),
+    )
 
 
 @fake_kernel("pair_block_turn")
@@ -48,4 +57,8 @@ def _pair_block_rows(a):
 
 @fake_kernel("pair_block_backward")
 def _pair_block_backward(a):
-    return like_if(a.need_emb, a.embeddings, a.weights), like_if(a.need_ref, a.ref_emb, a.weights)
+    return (
+        like_if(a.need_emb, a.embeddings, a.weights),
+        like_if(a.need_ref, a.ref_emb, a.weights),
+        _grad_params(a),
+    )

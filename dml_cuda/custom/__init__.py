@@ -48,14 +48,14 @@ class CustomLoss(PairLoss):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickles the source, as the class is not an attribute of any module."""
-        arguments = {**self._values, **self.call.options._asdict()}
-        state = {name: value for name, value in self.__dict__.items() if name not in ("call", "_values")}
-        return _rebuild, (self.origin, arguments, self.call.dynamic_params), state
+        arguments = {**self.values, **self._call.options._asdict()}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_call", "_values")}
+        return _rebuild, (self.origin, arguments, self._call.dynamic_params), state
 
 
 def _rebuild(origin: Origin, arguments: Mapping[str, Any], dynamic_params: bool) -> CustomLoss:
     loss = compile_loss(origin.text, origin.reference, name=origin.name)(**arguments)
-    loss.call = loss.call._replace(dynamic_params=dynamic_params)
+    loss._call = loss._call._replace(dynamic_params=dynamic_params)
     return loss
 
 

@@ -312,7 +312,7 @@ def _cases() -> Iterator[_Case]:
 
 def _evaluate(loss: PairLoss, case: _Case, **options: Any) -> tuple[Tensor, Tensor]:
     """The loss and its gradient."""
-    call = make_call(loss.formula, loss._values, {**loss.call.options._asdict(), **options})
+    call = make_call(loss.formula, loss.values, {**loss.call.options._asdict(), **options})
     x = case.embeddings.detach().clone().requires_grad_()
     value = evaluate_arguments(call, x, case.labels, None, case.ref_emb, case.ref_labels)
     (grad,) = torch.autograd.grad(value.sum(), x)

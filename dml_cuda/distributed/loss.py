@@ -335,7 +335,8 @@ def _check_same(words: dict[str, list[int]]) -> None:
 def _words(share: _Share) -> dict[str, int]:
     call, batch = share.call, share.batch
     refs = 0 if batch.ref_emb is None else batch.ref_emb.shape[0]
-    options = call.formula.name, call.params, call.similarity, call.options.reduction, batch.epsilon
+    params = ["learned" if isinstance(value, Tensor) else value for value in call.params]
+    options = call.formula.name, params, call.similarity, call.options.reduction, batch.epsilon
     columns = refs if share.whole else None
     return {
         **_points(batch.embeddings),

@@ -118,10 +118,13 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``."""
+    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``.
+
+    ``dynamic_params`` are those of the options, as an argument of their own because they may learn.
+    """
 
     @staticmethod
-    def forward(ctx, embeddings, refs, labels, blocks, options):
+    def forward(ctx, embeddings, refs, dynamic_params, labels, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
         is_double = embeddings.dtype == torch.float64
         state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
@@ -135,19 +138,22 @@ class _PairLoss(torch.autograd.Function):
                     del found[owner]
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
+        has_nan = losses[:2].sum().isnan()
         ctx.save_for_backward(
-            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
+            embeddings, dynamic_params, labels, weights, has_nan, blocks.own, *found.values()
         )
         # Its own block is among the saved tensors, and must not be held twice.
-        ctx.blocks, ctx.owners, ctx.options = blocks._replace(own=None), list(found), options
+        ctx.blocks, ctx.owners = blocks._replace(own=None), list(found)
+        ctx.options = options._replace(dynamic_params=None)
         ctx.is_square = refs is None
         return losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
 
     @staticmethod
     def backward(ctx, grad):
-        embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
+        embeddings, dynamic_params, labels, weights, has_nan, own, *kept = ctx.saved_tensors
         blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
-        options, ring = ctx.options, blocks.ring
+        options, ring = ctx.options._replace(dynamic_params=dynamic_params), blocks.ring
+        need_params, grad_params = ctx.needs_input_grad[2], None
         rows = embeddings.shape[0]
         grad_parts = (grad[:2, None] if options.return_sums else grad).expand(2, rows)
         grad_parts = grad_parts.to(weights.dtype).contiguous()
@@ -155,10 +161,12 @@ class _PairLoss(torch.autograd.Function):
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
         arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
         for owner, batch in blocks.around(embeddings, labels):
-            by_rows, by_block = _OPS.pair_block_backward(
-                *batch, *options, grad_parts, weights, kept[owner], True, True
+            is_own = owner == ring.processes.rank  # the first
+            by_rows, by_block, by_params = _OPS.pair_block_backward(
+                *batch, *options, grad_parts, weights, kept[owner], True, True, need_params, is_own
             )
             grad_rows += by_rows
+            grad_params = by_params if is_own else grad_params + by_params
             transfer.wait()  # for the gradient of this block from the processes before
             arriving[: len(by_block)] += by_block.add_(nan)
             arriving, transfer = ring.pass_on(arriving, _GRADIENT)
@@ -166,9 +174,10 @@ class _PairLoss(torch.autograd.Function):
         home = arriving[: blocks.counts[ring.processes.rank]]
         grad_rows += nan
         dtype = embeddings.dtype
+        grad_params = grad_params + nan if need_params else None
         if ctx.is_square:
-            return grad_rows.add_(home).to(dtype), *(None,) * 4
-        return grad_rows.to(dtype), home.to(dtype), *(None,) * 3
+            return grad_rows.add_(home).to(dtype), None, grad_params, *(None,) * 3
+        return grad_rows.to(dtype), home.to(dtype), grad_params, *(None,) * 3
 
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:
@@ -188,4 +197,7 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     options: OpOptions = call.op_options._replace(
         epsilon=batch.epsilon, mine_self_pair=False, precision=precision_for(batch.embeddings)
     )
-    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, options)
+    if call.learns:
+        options = options.with_dynamic_params()
+    points = batch.embeddings, batch.ref_emb
+    return _PairLoss.apply(*points, options.dynamic_params, batch.labels, blocks, options)

@@ -8,10 +8,10 @@ from typing_extensions import TypedDict
 
 from .._inputs import autocast as _autocast
 from .._inputs.checks import Backend, Reduction, check_batch, check_count
+from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate_arguments
-from ..reference.pairs import is_traced
 from ._formula import reduce
-from ._pair import FormulaModule
+from ._pair import FormulaModule, described
 
 
 class ClassifierOptions(TypedDict, total=False):
@@ -148,6 +148,5 @@ class ClassifierLoss(FormulaModule):
         return nn.functional.normalize(embeddings, dim=1) @ rows.T
 
     def extra_repr(self) -> str:
-        values = {"num_classes": self.num_classes, "embedding_size": self.embedding_size, **self._values}
-        values |= {"reduction": self.reduction, "backend": self.backend}
-        return ", ".join(f"{name}={value!r}" for name, value in values.items())
+        values = {"num_classes": self.num_classes, "embedding_size": self.embedding_size, **self.values}
+        return described(values | {"reduction": self.reduction, "backend": self.backend})

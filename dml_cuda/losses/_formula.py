@@ -57,6 +57,11 @@ class Pairs(ABC):
         return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
 
 
+def number(value: float | Tensor) -> float | Tensor:
+    """A parameter that does not learn as a Python float."""
+    return value if isinstance(value, Tensor) else float(value)
+
+
 class Formula:
     """A loss. Never instantiated: its parameters are arguments of :meth:`row`.
 
@@ -80,13 +85,13 @@ class Formula:
     on_cuda: ClassVar[bool] = True
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
-        """The parameters as :meth:`row` and the kernels take them."""
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        """The parameters as :meth:`row` and the kernels take them; those that learn are tensors."""
         negated = cls.levels if similarity.startswith("euclidean") else ()
-        return [float(-values[name] if name in negated else values[name]) for name in cls.parameters]
+        return [number(-values[name] if name in negated else values[name]) for name in cls.parameters]
 
     @staticmethod
-    def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
+    def row(pos: Pairs, neg: Pairs, *params: float | Tensor) -> Tensor | tuple[Part, ...]:
         """The rows' losses ``[N]``, or parts that count pairs.
 
         Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.

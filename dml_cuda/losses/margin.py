@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_count, check_flag, check_number
 from .._inputs.options import Options
+from .._inputs.traced import is_traced
 from .._ops.evaluate import in_wanted_dtype
 from .._ops.listed_pairs import of_rows
-from ..reference.pairs import is_traced
 from ._pair import option
 from ._triplet import (
     TripletBatch,

@@ -10,8 +10,9 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.batch import make_batch
 from .._inputs.checks import check_above_zero, check_number
+from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate
-from ..reference.pairs import MaskedPairs, is_traced, unit_rows
+from ..reference.pairs import MaskedPairs, unit_rows
 from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
 from ._formula import Formula, Pairs, Part, reduce, softplus
 from ._pair import option

@@ -19,7 +19,7 @@ class ProxyNCA(MarginSoftmax):
     parameters: ClassVar = {"softmax_scale": check_above_zero}
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
         return [2.0 * values["softmax_scale"], 0.0, 1.0, 0.0]
 
 

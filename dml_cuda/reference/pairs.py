@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._inputs.traced import is_traced
 from ..losses._formula import Formula, Pairs, reduce, sums_and_counts
 
 TINY_NORM = 1e-12
@@ -33,11 +34,6 @@ def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
     """``[N, D]`` contiguous, at least float32, with unit rows if the similarity normalises."""
     points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     return (unit_rows(points) if normalizes(similarity) else points).contiguous()
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether values cannot be read: under a compiler, under a torch.func transform, or on meta."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta
 
 
 def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

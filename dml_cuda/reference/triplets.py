@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._inputs.traced import is_traced
 from ..losses._formula import softplus
-from .pairs import first_columns, full_precision, is_traced, similarity_matrix, without_self
+from .pairs import first_columns, full_precision, similarity_matrix, without_self
 
 INF = float("inf")
 _AREA = 1 << 20  # triplets in memory at once

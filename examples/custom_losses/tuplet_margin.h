@@ -9,7 +9,7 @@ struct TupletMargin : FormulaDefaults {
 
     T scale, cosine, sine;
 
-    DML_INLINE explicit TupletMargin(const double* params)
+    DML_INLINE explicit TupletMargin(Params<T> params)
         : scale(T(params[0])), cosine(T(std::cos(params[1]))), sine(T(std::sin(params[1]))) {}
 
     template <typename S>

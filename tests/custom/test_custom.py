@@ -326,7 +326,7 @@ struct Wrong : FormulaDefaults {
     static constexpr const char* kParams = "which";
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
     T which;
-    DML_INLINE explicit Wrong(const double* params) : which(T(params[0])) {}
+    DML_INLINE explicit Wrong(Params<T> params) : which(T(params[0])) {}
     static DML_INLINE T half(T x) { return x / T(2); }
     static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.derivative}; }
 

@@ -93,11 +93,15 @@ struct TileKernels {
     // Merges the parts of n lines into their accumulators: (a, b) and (part_a, part_b) as in LineParts.
     void (*merge)(Accumulator, int n, const T* part_a, const T* part_b, T* a, T* b);
     // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; divided by |x - y|
-    // where euclidean. Returns the number of non-zeros.
-    int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
-                       T* weights);
+    // where euclidean. Returns the number of non-zeros. by_params: null, or [kMaxParams] where the derivatives
+    // of the sum over the sides of the tile's terms, each times dL/dterm, are added.
+    int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&, T* weights,
+                       double* by_params);
     // The loss of a row from its accumulators. pos_context: the sum of d pos_term / d context over positives.
     RowDerivatives<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
+    // Adds the derivatives of the row's loss by the parameters, for constant accumulators, times the upstream
+    // gradient of its parts.
+    void (*row_by_params)(const double* params, const Gathered<T>&, const T upstream[2], double* by_params);
     // Terms and derivatives of n pairs of one kind (formula_ops.cpp). context [n]: read with positives.
     void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
                   T* derivative, T* by_context);

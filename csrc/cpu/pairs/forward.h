@@ -11,7 +11,10 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "cpu/pairs/batch.h"
@@ -117,8 +120,10 @@ class Forward {
         const RowStats<T>& stats = batch_.row_stats;
         const RowOutcome<T> row(kernels_, batch_.params, mining_.on, reduction_, passes_.accumulators, i,
                                 batch_.positives(i), batch_.negatives(i), finite);
-        stats.neg_value[i] = row.neg_value;
-        stats.pos_value[i] = row.pos_value;
+        stats.neg_value[i] = row.gathered.neg;
+        stats.pos_value[i] = row.gathered.pos;
+        stats.neg_count[i] = row.gathered.neg_count;
+        stats.pos_count[i] = row.gathered.pos_count;
         stats.d_neg[i] = row.loss.d_neg;
         stats.d_pos[i] = row.loss.d_pos;
         if (row_losses) row_losses[batch_.plan.row_order[i]] = row.loss.part[0] + row.loss.part[1];
@@ -162,9 +167,11 @@ ForwardResult forward(const Call& call) {
     Forward<T> pass(batch, problem);
     // With windows, points are packed during the passes: one that is not finite may show only then, and what
     // was accumulated before is not used.
-    if (batch.rows.finite && batch.cols.finite) pass.accumulate();
-    const bool finite = batch.rows.finite && batch.cols.finite;
-    const Total total = pass.finish(finite, per_row ? out : nullptr);
+    const bool params_finite = std::all_of(std::begin(problem.params), std::end(problem.params),
+                                           [](double value) { return std::isfinite(value); });
+    const auto finite = [&] { return params_finite && batch.rows.finite && batch.cols.finite; };
+    if (finite()) pass.accumulate();
+    const Total total = pass.finish(finite(), per_row ? out : nullptr);
 
     // 3. The reduction.
     const RowStats<T>& stats = batch.row_stats;

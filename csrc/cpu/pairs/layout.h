@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/sizes.h"
+#include "losses/formula.h"
 
 namespace dml::cpu {
 
@@ -29,7 +30,7 @@ Int tile_count_of(const Int& n, const Int& m, bool square) {
     return tile_count((n + side - Int(1)) / side, (m + side - Int(1)) / side, square);
 }
 
-constexpr int64_t kStatsPerRow = 6;
+constexpr int64_t kStatsPerRow = 8;
 
 // The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
 //   stats  T      RowStats
@@ -54,12 +55,13 @@ struct Layout {
     }
 };
 
-// The row stats: bounds of the kept pairs, values of the accumulators, and derivatives of the row's loss.
+// The row stats: bounds of the kept pairs, values and counts of the accumulators, and derivatives of the row's
+// loss.
 template <typename T>
 struct RowStats {
-    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N]
-    T* scale;                                                          // [2] 1 / count of each part
-    T* poisoned;                                                       // [1] whether the loss is NaN
+    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos, *neg_count, *pos_count;  // [N]
+    T* scale;     // [2] 1 / count of each part
+    T* poisoned;  // [1] whether the loss is NaN
 
     RowStats(T* data, int64_t n)
         : neg_above(data),
@@ -68,8 +70,13 @@ struct RowStats {
           pos_value(data + 3 * n),
           d_neg(data + 4 * n),
           d_pos(data + 5 * n),
-          scale(data + 6 * n),
-          poisoned(data + 6 * n + 2) {}
+          neg_count(data + 6 * n),
+          pos_count(data + 7 * n),
+          scale(data + 8 * n),
+          poisoned(data + 8 * n + 2) {}
+
+    T* numbers() const { return neg_above; }  // [kStatsPerRow, N]
+    Gathered<T> gathered(int64_t i) const { return {neg_value[i], pos_value[i], neg_count[i], pos_count[i]}; }
 };
 
 // Numbers of a row in the state of a ring (ring.cpp): those of RowAccumulators and RowStats, and one more.

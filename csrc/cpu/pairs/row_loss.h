@@ -11,7 +11,8 @@ namespace dml::cpu {
 template <typename T>
 struct RowOutcome {
     RowDerivatives<T> loss;
-    T neg_value, pos_value, count[2];
+    Gathered<T> gathered;
+    T count[2];
     bool poisoned;  // the loss is NaN, because a point is not finite
 
     // positives, negatives: how many pairs the row has, kept or not.
@@ -19,12 +20,11 @@ struct RowOutcome {
                const RowAccumulators<T>& accumulators, int64_t i, int64_t positives, int64_t negatives,
                bool finite) {
         // 1. The loss.
-        Gathered<T> row;
-        row.neg = neg_value = accumulators.neg_value(formula, i);
-        row.pos = pos_value = accumulators.pos_value(formula, i);
-        if (formula.neg == Accumulator::kSum) row.neg_count = accumulators.neg_a[i];
-        if (formula.pos == Accumulator::kSum) row.pos_count = accumulators.pos_a[i];
-        loss = formula.row(params, row, accumulators.pos_context[i]);
+        gathered.neg = accumulators.neg_value(formula, i);
+        gathered.pos = accumulators.pos_value(formula, i);
+        if (formula.neg == Accumulator::kSum) gathered.neg_count = accumulators.neg_a[i];
+        if (formula.pos == Accumulator::kSum) gathered.pos_count = accumulators.pos_a[i];
+        loss = formula.row(params, gathered, accumulators.pos_context[i]);
         poisoned = !finite && row_has_loss(formula.needed, mining, positives > 0, negatives > 0);
         if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
 
