@@ -14,10 +14,13 @@ from . import distributed, functional, reference
 from ._inputs.options import PairOptions
 from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
+from .losses._two_towers import TowerOptions
 from .losses.binomial_deviance import BinomialDevianceLoss
 from .losses.circle import CircleLoss
 from .losses.circle_classifier import CircleClassifierLoss
+from .losses.clip import CLIPLoss
 from .losses.contrastive import ContrastiveLoss
+from .losses.info_nce import InfoNCELoss
 from .losses.lifted_structure import GeneralizedLiftedStructureLoss
 from .losses.margin import MarginLoss
 from .losses.margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
@@ -25,6 +28,7 @@ from .losses.multi_similarity import MultiSimilarityLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.proxy_anchor import ProxyAnchorLoss
 from .losses.proxy_nca import ProxyNCALoss
+from .losses.siglip import SigLIPLoss
 from .losses.soft_triple import SoftTripleLoss
 from .losses.sup_con import SupConLoss
 from .losses.triplet_margin import TripletMarginLoss
@@ -47,6 +51,7 @@ __all__ = [
     "BatchEasyHardMiner",
     "BatchHardMiner",
     "BinomialDevianceLoss",
+    "CLIPLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
@@ -54,6 +59,7 @@ __all__ = [
     "CrossBatchMemory",
     "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
+    "InfoNCELoss",
     "MarginLoss",
     "MinedPairs",
     "MinedTriplets",
@@ -67,8 +73,10 @@ __all__ = [
     "ProxyAnchorLoss",
     "ProxyNCALoss",
     "SelectedPairs",
+    "SigLIPLoss",
     "SoftTripleLoss",
     "SupConLoss",
+    "TowerOptions",
     "TripletMarginLoss",
     "TripletMarginMiner",
     "TripletOptions",

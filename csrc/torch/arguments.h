@@ -22,13 +22,17 @@ struct PairBatch {
     const OptionalTensor& ref_labels;      // [M] int64
     const OptionalTensor& self_index;      // [N] int64, the row of ref_emb that is the same point, or -1
     const OptionalTensor& num_valid_refs;  // one int64: only so many of the first rows of ref_emb take part
+    const OptionalTensor& row_weights;  // [N], or [N + M] with both_directions: factors of the rows' losses
 
     static constexpr char kSchema[] =
         "Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_index, "
-        "Tensor? num_valid_refs";
-    using Values = std::tuple<const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
-    Values values() const { return {embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs}; }
+        "Tensor? num_valid_refs, Tensor? row_weights";
+    using Values =
+        std::tuple<const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
+    Values values() const {
+        return {embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, row_weights};
+    }
 };
 
 struct PairOptions {
@@ -38,7 +42,9 @@ struct PairOptions {
     std::string_view similarity;    // cosine | dot | euclidean | euclidean_raw (of rows as they come)
     std::string_view reduction;     // mean | mean_nonzero | mean_valid | sum | none
     bool mine_self_pair;            // whether mining sees the pair of a row with its self_index
-    bool return_sums;            // the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    bool return_sums;  // the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    bool
+        both_directions;  // the rows of ref_emb have losses too, over the rows of embeddings: rows N to N + M
     std::string_view precision;  // how CUDA multiplies float32: ieee | tf32
     bool save_for_backward;      // whether similarities may be kept for backward
     // float64 on the CPU: params, then epsilon, in place of those above. A compiled graph reads it when it
@@ -48,12 +54,14 @@ struct PairOptions {
 
     static constexpr char kSchema[] =
         "str formula, float[] params, float? epsilon, str similarity, str reduction, bool mine_self_pair, "
-        "bool return_sums, str precision, bool save_for_backward, Tensor? dynamic_params";
-    using Values = std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
-                              c10::string_view, bool, bool, c10::string_view, bool, const OptionalTensor&>;
+        "bool return_sums, bool both_directions, str precision, bool save_for_backward, Tensor? "
+        "dynamic_params";
+    using Values =
+        std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
+                   c10::string_view, bool, bool, bool, c10::string_view, bool, const OptionalTensor&>;
     Values values() const {
-        return {formula,        params,      epsilon,   similarity,        reduction,
-                mine_self_pair, return_sums, precision, save_for_backward, dynamic_params};
+        return {formula,     params,          epsilon,   similarity,        reduction,     mine_self_pair,
+                return_sums, both_directions, precision, save_for_backward, dynamic_params};
     }
 };
 

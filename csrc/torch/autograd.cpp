@@ -111,6 +111,7 @@ struct PairLossNode final : torch::autograd::Node {
         ref_labels_ = SavedVariable(call.ref_labels, false);
         self_index_ = SavedVariable(call.self_index, false);
         num_valid_refs_ = SavedVariable(call.num_valid_refs, false);
+        row_weights_ = SavedVariable(call.row_weights, false);
         dynamic_params_ = SavedVariable(call.dynamic_params, false);
         saved_ = SavedVariable(saved, false);
         options_.emplace(call);
@@ -126,8 +127,9 @@ struct PairLossNode final : torch::autograd::Node {
         };
         const Tensor embeddings = embeddings_.unpack(), labels = labels_.unpack(), saved = saved_.unpack();
         const OptionalTensor ref_emb = optional(ref_emb_), ref_labels = optional(ref_labels_),
-                             self_index = optional(self_index_), num_valid_refs = optional(num_valid_refs_);
-        const Call call = {{embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs},
+                             self_index = optional(self_index_), num_valid_refs = optional(num_valid_refs_),
+                             row_weights = optional(row_weights_);
+        const Call call = {{embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, row_weights},
                            options_->with(optional(dynamic_params_))};
         const bool need_emb = task_should_compute_output(0), need_ref = task_should_compute_output(1),
                    need_params = task_should_compute_output(2);
@@ -142,13 +144,13 @@ struct PairLossNode final : torch::autograd::Node {
     void release_variables() override {
         const std::lock_guard<std::mutex> lock(mutex_);
         for (SavedVariable* x : {&embeddings_, &labels_, &ref_emb_, &ref_labels_, &self_index_,
-                                 &num_valid_refs_, &dynamic_params_, &saved_})
+                                 &num_valid_refs_, &row_weights_, &dynamic_params_, &saved_})
             x->reset_data();
     }
 
    private:
-    SavedVariable embeddings_, labels_, ref_emb_, ref_labels_, self_index_, num_valid_refs_, dynamic_params_,
-        saved_;
+    SavedVariable embeddings_, labels_, ref_emb_, ref_labels_, self_index_, num_valid_refs_, row_weights_,
+        dynamic_params_, saved_;
     std::optional<OwnedOptions> options_;
 };
 

@@ -17,6 +17,7 @@ using at::Tensor;
 
 ForwardResult pair_loss(const Call& c) {
     check_inputs(c);
+    check_one_direction(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
@@ -32,6 +33,7 @@ ForwardResult pair_loss(const Call& c) {
 BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const Tensor& saved, bool need_emb,
                                   bool need_ref, bool need_params) {
     check_inputs(c);
+    check_one_direction(c);
     check_no_param_gradient(need_params);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);

@@ -60,10 +60,11 @@ bool has_cuda_kernels(std::string_view formula) {
 // are found out here.
 py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::handle labels,
                           py::handle ref_emb, py::handle ref_labels, py::handle self_index,
-                          py::handle num_valid_refs) {
-    OptionalTensor x, y, r, ry, self, count;
+                          py::handle num_valid_refs, py::handle row_weights) {
+    OptionalTensor x, y, r, ry, self, count, weights;
     if (is_watched() || !unpack(embeddings, x) || !unpack(labels, y) || !unpack(ref_emb, r) ||
-        !unpack(ref_labels, ry) || !unpack(self_index, self) || !unpack(num_valid_refs, count)) {
+        !unpack(ref_labels, ry) || !unpack(self_index, self) || !unpack(num_valid_refs, count) ||
+        !unpack(row_weights, weights)) {
         return py::none();
     }
     if (!x || !y || !are_points(*x) || !are_labels(*y, *x)) return py::none();
@@ -76,7 +77,7 @@ py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::h
     Tensor loss;
     {
         const py::gil_scoped_release without_gil;
-        Call call{{*x, *y, r, ry, self, count}, given};
+        Call call{{*x, *y, r, ry, self, count, weights}, given};
         call.save_for_backward = needs_gradient(call);
         if (x->is_cuda() && x->scalar_type() == at::kFloat) call.precision = cuda_precision();
         loss = std::get<0>(dispatch_pair_loss(call));

@@ -11,6 +11,8 @@ inline void check_block(const Call& c) {
     TORCH_CHECK_VALUE(c.ref_emb, "ref_emb: expected a block of columns");
     TORCH_CHECK_VALUE(!c.num_valid_refs, "num_valid_refs: expected none with a block of columns");
     TORCH_CHECK_VALUE(!c.mine_self_pair, "mine_self_pair: expected false with a block of columns");
+    TORCH_CHECK_VALUE(!c.both_directions && !c.row_weights,
+                      "both_directions, row_weights: expected neither with a block of columns");
     check_inputs(c);
 }
 

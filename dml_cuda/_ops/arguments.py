@@ -19,6 +19,7 @@ class OpBatch(NamedTuple):
     ref_labels: Tensor | None  # [M] int64
     self_index: Tensor | None  # [N] int64, the row of ref_emb that is the same point, or -1
     num_valid_refs: Tensor | None  # one int64: only so many of the first rows of ref_emb take part
+    row_weights: Tensor | None = None  # [N], or [N + M] with both_directions: factors of the rows' losses
 
 
 class OpOptions(NamedTuple):
@@ -31,6 +32,7 @@ class OpOptions(NamedTuple):
     reduction: str = "mean"
     mine_self_pair: bool = True
     return_sums: bool = False  # the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    both_directions: bool = False  # the rows of ref_emb have losses too: rows N to N + M
     precision: str = "ieee"  # how CUDA multiplies float32: ieee or tf32
     save_for_backward: bool = False
     dynamic_params: Tensor | None = None

@@ -49,6 +49,9 @@ class Call(NamedTuple):
             op_options=self.op_options._replace(reduction=reduction),
         )
 
+    def with_both_directions(self) -> "Call":
+        return self._replace(op_options=self.op_options._replace(both_directions=True))
+
     def with_sums(self, return_sums: bool) -> "Call":
         return self._replace(op_options=self.op_options._replace(return_sums=return_sums))
 
@@ -60,6 +63,7 @@ def validate(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Batch:
     """The batch as the options of a call ask for it. Raises TypeError or ValueError for an invalid one."""
     return make_batch(
@@ -71,6 +75,7 @@ def validate(
         epsilon=call.options.epsilon,
         similarity=call.similarity,
         check_pairs=call.options.check_pairs,
+        row_weights=row_weights,
     )
 
 
@@ -81,11 +86,13 @@ def evaluate_arguments(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch as a user passes it."""
-    if indices_tuple is not None:
-        return evaluate(call, validate(call, embeddings, labels, indices_tuple, ref_emb, ref_labels))
-    batch = Batch(embeddings, labels, ref_emb, ref_labels, None, None, call.op_options.epsilon)
+    if indices_tuple is not None or row_weights is not None:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
+        return evaluate(call, validate(call, *arguments))
+    batch = Batch(embeddings, labels, ref_emb, ref_labels, epsilon=call.op_options.epsilon)
     return evaluate(call, batch, is_valid=False)
 
 
@@ -96,14 +103,14 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
         batch.indices is None
         and call.options.backend != "reference"
         and not torch.compiler.is_compiling()
-        and not (call.learns and batch.embeddings.device.type != "cpu")
+        and (batch.embeddings.device.type == "cpu" or not needs_cpu_kernel(call, batch))
     ):
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
             options = options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
         if call.learns:
             options = options.with_dynamic_params()
-        loss = _C.fast_pair_loss(*options, *batch[:6])
+        loss = _C.fast_pair_loss(*options, *batch[:7])
         if loss is not None:
             return loss
     # 2. The other ways, with a valid batch.
@@ -114,7 +121,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    on_cuda = call.formula.on_cuda and not call.learns  # the CUDA kernels have no gradient of parameters
+    on_cuda = call.formula.on_cuda and not needs_cpu_kernel(call, batch)
     fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
     if fused and batch.indices is None:
@@ -122,11 +129,15 @@ def compute(call: Call, batch: Batch) -> Tensor:
     # 4. Pairs given as lists.
     if fused:
         sides = batch.embeddings, batch.ref_emb, batch.indices
-        return listed_pairs.pair_loss(
-            call.formula, call.params, *sides, call.similarity, call.op_options.reduction
-        )
+        how = call.similarity, call.op_options.reduction, batch.row_weights
+        return listed_pairs.pair_loss(call.formula, call.params, *sides, *how)
     # 5. The reference in plain PyTorch.
     return _reference(call, batch)
+
+
+def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
+    """Whether a call asks for what the CUDA kernels do not have yet."""
+    return call.learns or call.op_options.both_directions or batch.row_weights is not None
 
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
@@ -139,7 +150,7 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
 
 def _op_batch(batch: Batch) -> tuple[Any, ...]:
     """``OpBatch`` with the labels in int64."""
-    embeddings, labels, ref_emb, ref_labels, *places = batch[:6]
+    embeddings, labels, ref_emb, ref_labels, *places = batch[:7]
     labels, ref_labels = (
         x if x is None or x.dtype == torch.int64 else x.long() for x in (labels, ref_labels)
     )
@@ -169,7 +180,7 @@ def _reference(call: Call, batch: Batch) -> Tensor:
     for name in ("embeddings", "ref_emb"):
         points = arguments[name]
         arguments[name] = points if points is None or points.dtype == torch.float64 else points.float()
-    for name in ("similarity", "reduction", "return_sums"):
+    for name in ("similarity", "reduction", "return_sums", "both_directions"):
         arguments[name] = getattr(call.op_options, name)
     with _autocast.off(batch.embeddings.device):  # which would round the similarities
         return reference.pair_loss(call.formula, call.params, **arguments)

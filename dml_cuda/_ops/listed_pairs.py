@@ -111,10 +111,11 @@ def reduced_loss(
     found: tuple[Tensor, Tensor],
     pairs: tuple[SortedPairs, SortedPairs],
     reduction: str,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss from what ``measured_pairs`` gives."""
     pos, neg = (ListedPairs(s, each, formula.repeats) for s, each in zip(found, pairs, strict=True))
-    return reduce(formula.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction)
+    return reduce(formula.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction, row_weights)
 
 
 def pair_loss(
@@ -125,8 +126,9 @@ def pair_loss(
     indices: Sequence[Tensor],
     similarity: str,
     reduction: str,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of the listed pairs, float32 or float64."""
     with _autocast.off(embeddings.device):
         found, pairs = measured_pairs(embeddings, ref_emb, indices, similarity)
-        return reduced_loss(formula, params, found, pairs, reduction)
+        return reduced_loss(formula, params, found, pairs, reduction, row_weights)

@@ -11,8 +11,10 @@ def _pair_loss(a):
     n, dim = a.embeddings.shape
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
-    size = _C.saved_bytes(device, n, m, dim, a.ref_emb is None, dtype.itemsize, a.save_for_backward)
-    shape = (n,) if a.reduction == "none" else (4,) if a.return_sums else ()
+    shape = n, m, dim, a.ref_emb is None, a.both_directions
+    size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward)
+    lines = n + m if a.both_directions else n
+    shape = (lines,) if a.reduction == "none" else (4,) if a.return_sums else ()
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
 
 

@@ -6,7 +6,7 @@ and pairs given as lists (``_ops/listed_pairs.py``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -106,35 +106,59 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
 
 
+Losses = Tensor | tuple[Part, ...]  # what Formula.row returns
+
+
+def joined(losses: Sequence[Losses]) -> Losses:
+    """The losses of several sets of rows as those of one."""
+    if len(losses) == 1:
+        return losses[0]
+    if isinstance(losses[0], Tensor):
+        return torch.cat(losses)
+    return tuple(Part(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*losses, strict=True))
+
+
+def _weighted(losses: Losses, row_weights: Tensor | None) -> Losses:
+    if row_weights is None:
+        return losses
+    if isinstance(losses, Tensor):
+        return losses * row_weights.to(losses.dtype)
+    return tuple(part._replace(losses=_weighted(part.losses, row_weights)) for part in losses)
+
+
 def _totals(
-    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str
+    losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | int]]:
-    """The sum of each part, and of its counts."""
+    """The sum of each part, and of its counts, which weights do not change."""
+    weighted = _weighted(losses, row_weights)
     if not isinstance(losses, Tensor):
         counts = [(part.nonzero if reduction == "mean_nonzero" else part.counts).sum() for part in losses]
-        return [part.losses.sum() for part in losses], counts
+        return [part.losses.sum() for part in weighted], counts
     if reduction == "mean_nonzero":
-        return [losses.sum()], [(losses != 0).sum()]
-    return [losses.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
+        return [weighted.sum()], [(losses != 0).sum()]
+    return [weighted.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
 
 
-def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+def reduce(losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None = None) -> Tensor:
     """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the rows
-    with a kept pair."""
+    with a kept pair, ``row_weights`` ``[N]`` multiply their losses."""
     if reduction == "none":
-        return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
+        weighted = _weighted(losses, row_weights)
+        return weighted if isinstance(weighted, Tensor) else sum(part.losses for part in weighted)
     if reduction == "sum":
-        return reduce(losses, valid, "none").sum()
-    parts, counts = _totals(losses, valid, reduction)
+        return reduce(losses, valid, "none", row_weights).sum()
+    parts, counts = _totals(losses, valid, reduction, row_weights)
     return sum(
         part / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         for part, count in zip(parts, counts, strict=True)
     )
 
 
-def sums_and_counts(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+def sums_and_counts(
+    losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None = None
+) -> Tensor:
     """``[4]``: parts 0 and 1 and their counts, as the op gives them with ``return_sums``."""
-    parts, counts = _totals(losses, valid, reduction)
+    parts, counts = _totals(losses, valid, reduction, row_weights)
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
     return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])

@@ -42,10 +42,11 @@ def pair_loss(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss as a function: a formula with its parameters by name, applied to a batch."""
     call = make_call(formula, values, options, dynamic_params=True)
-    return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights)
 
 
 class _Option:
@@ -151,6 +152,7 @@ class PairLoss(FormulaModule):
         indices_tuple: object = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -161,8 +163,11 @@ class PairLoss(FormulaModule):
             ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
             ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
                 ``indices_tuple``.
+            row_weights: ``[N]`` factors of the rows' losses; of every pair of a row, where a loss averages
+                over pairs. What a mean divides by stays as it is.
         """
-        return evaluate_arguments(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
+        return evaluate_arguments(self.call, *batch)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward

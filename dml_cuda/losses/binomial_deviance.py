@@ -34,6 +34,7 @@ def binomial_deviance_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Binomial deviance loss.
@@ -51,7 +52,8 @@ def binomial_deviance_loss(
         alpha: weight of positives, above 0.
         beta: weight of negatives, above 0.
         base: the similarity subtracted in both terms; with ``similarity="euclidean"`` a distance.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -59,7 +61,7 @@ def binomial_deviance_loss(
         As :func:`multi_similarity_loss`.
     """
     values = {"alpha": alpha, "beta": beta, "base": base}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(BinomialDeviance, values, options, *batch)
 
 

@@ -37,6 +37,7 @@ def circle_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Circle loss on pairs, with multi-similarity mining when ``epsilon`` is given.
@@ -57,7 +58,8 @@ def circle_loss(
         gamma: the scale of the logits, above 0.
         detach_weights: treat the weights :math:`[\cdot]_+` as constants in the gradient, as the paper does.
             ``False`` gives the derivative of the value.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
             ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -65,7 +67,7 @@ def circle_loss(
         As :func:`multi_similarity_loss`.
     """
     values = {"m": m, "gamma": gamma, "detach_weights": detach_weights}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(Circle, values, options, *batch)
 
 

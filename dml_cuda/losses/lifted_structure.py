@@ -35,6 +35,7 @@ def generalized_lifted_structure_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Generalised lifted structure loss, on distances :math:`d`.
@@ -52,7 +53,8 @@ def generalized_lifted_structure_loss(
     Args:
         neg_margin: :math:`m_n`, added to the exponents of negatives.
         pos_margin: :math:`m_p`, subtracted from the exponents of positives.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -60,7 +62,7 @@ def generalized_lifted_structure_loss(
         As :func:`multi_similarity_loss`.
     """
     values = {"neg_margin": neg_margin, "pos_margin": pos_margin}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(LiftedStructure, values, options, *batch)
 
 

@@ -35,6 +35,7 @@ def multi_similarity_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Multi-similarity loss, with its hard-pair mining when ``epsilon`` is given.
@@ -77,7 +78,7 @@ def multi_similarity_loss(
         RuntimeError: ``backend="fused"`` on a device without a kernel.
     """
     values = {"alpha": alpha, "beta": beta, "base": base}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(MultiSimilarity, values, options, *batch)
 
 

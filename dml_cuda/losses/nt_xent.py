@@ -33,6 +33,7 @@ def nt_xent_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Normalised temperature-scaled cross entropy of each positive pair against its row's negatives.
@@ -53,7 +54,7 @@ def nt_xent_loss(
     Args:
         temperature: divides similarities, above 0.
         indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
-        embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, row_weights: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -61,7 +62,7 @@ def nt_xent_loss(
         As :func:`multi_similarity_loss`.
     """
     values = {"temperature": temperature}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(NTXent, values, options, *batch)
 
 

@@ -36,6 +36,7 @@ def sup_con_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Supervised contrastive loss.
@@ -52,7 +53,8 @@ def sup_con_loss(
 
     Args:
         temperature: divides similarities, above 0.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
             ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
@@ -60,7 +62,7 @@ def sup_con_loss(
         As :func:`multi_similarity_loss`.
     """
     values = {"temperature": temperature}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(SupCon, values, options, *batch)
 
 

@@ -26,12 +26,13 @@ struct Tile {
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
     const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
     const int32_t* self_col;   // [N] the column that is the same point as row i, or -1; null: no such pairs
-    bool both_sides;           // by symmetry, the tile serves its columns as rows too
+    bool both_sides;           // the tile serves its columns as rows too
+    int64_t col_line0;         // index of the first column among the lines that have a loss
 };
 
 enum class Kinds : int { kNegatives = 1, kPositives = 2, kBoth = 3 };
 
-// What forward knows of every row so far. Separate arrays, because the columns of a tile read them as
+// What forward knows of every line so far: of every row, and of columns that have a loss too. Separate arrays, because the columns of a tile read them as
 // vectors.
 template <typename T>
 struct RowStates {

@@ -142,7 +142,7 @@ struct KindWeights {
 
     DML_INLINE KindWeights(const Tile<T>& tile, const WeightLines<T>& all)
         : rows(from(all, tile.row0)),
-          cols(from(all, tile.col0)),
+          cols(from(all, tile.col_line0)),
           shared(rows, kShares ? tile.rows : 0, cols, kShares ? tile.cols : 0) {}
 
    private:

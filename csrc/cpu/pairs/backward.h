@@ -29,12 +29,16 @@ constexpr int64_t kSquareWeightBytes = int64_t(16) << 20, kWeightBytes = int64_t
 // The upstream gradient of the two parts of each row's loss.
 template <typename T>
 struct Upstream {
-    const T *pos, *neg;    // of the part that positives enter, and of the one that negatives enter
-    const int32_t* order;  // [N] of the numbers; null: one number for all rows
+    const T *pos, *neg;  // of the part that positives enter, and of the one that negatives enter
+    bool per_row;        // one number for each row, in the order of the embeddings, or one for all
     T pos_scale, neg_scale;
+    const T* row_weights;  // in the order of the embeddings, or null
 
-    T of_pos(int64_t i) const { return order ? pos[order[i]] * pos_scale : *pos * pos_scale; }
-    T of_neg(int64_t i) const { return order ? neg[order[i]] * neg_scale : *neg * neg_scale; }
+    T of_pos(int64_t row) const { return weighted(pos[per_row ? row : 0] * pos_scale, row); }
+    T of_neg(int64_t row) const { return weighted(neg[per_row ? row : 0] * neg_scale, row); }
+
+   private:
+    T weighted(T value, int64_t row) const { return row_weights ? row_weights[row] * value : value; }
 };
 
 template <typename T>
@@ -47,7 +51,7 @@ class BackwardPass {
           upstream_(upstream),
           by_params_(by_params),
           width_(batch.rows.padded_width()),
-          derivatives_(2 * batch.n),
+          derivatives_(2 * batch.lines),
           weights_(batch, row_weights(), by_params != nullptr),
           grad_rows_(batch.rows, grad_emb),
           grad_cols_(batch.cols, grad_ref) {}
@@ -103,23 +107,24 @@ class BackwardPass {
     // The rows' derivatives, times the upstream gradient.
     RowWeights<T> row_weights() {
         const RowStats<T>& stats = batch_.row_stats;
-        T *d_neg = derivatives_.data(), *d_pos = d_neg + batch_.n;
-        for_pieces(batch_.n, kRowPiece, batch_.n * 4, [&](int64_t begin, int64_t end) {
+        T *d_neg = derivatives_.data(), *d_pos = d_neg + batch_.lines;
+        for_pieces(batch_.lines, kRowPiece, batch_.lines * 4, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                d_neg[i] = upstream_.of_neg(i) * stats.d_neg[i];
-                d_pos[i] = upstream_.of_pos(i) * stats.d_pos[i];
+                d_neg[i] = upstream_.of_neg(batch_.origin(i)) * stats.d_neg[i];
+                d_pos[i] = upstream_.of_pos(batch_.origin(i)) * stats.d_pos[i];
             }
         });
         return {stats.neg_above, stats.pos_below, stats.neg_value, stats.pos_value, d_neg, d_pos};
     }
 
     void add_rows_by_params() {
-        const int64_t pieces = (batch_.n + kRowPiece - 1) / kRowPiece;
+        const int64_t pieces = (batch_.lines + kRowPiece - 1) / kRowPiece;
         std::vector<std::array<double, kMaxParams>> sums(pieces);
-        for_tasks(pieces, batch_.n * 64, [&](int64_t k) {
-            const int64_t end = std::min(batch_.n, (k + 1) * kRowPiece);
+        for_tasks(pieces, batch_.lines * 64, [&](int64_t k) {
+            const int64_t end = std::min(batch_.lines, (k + 1) * kRowPiece);
             for (int64_t i = k * kRowPiece; i < end; ++i) {
-                const T parts[2] = {upstream_.of_pos(i), upstream_.of_neg(i)};
+                const int64_t row = batch_.origin(i);
+                const T parts[2] = {upstream_.of_pos(row), upstream_.of_neg(row)};
                 batch_.kernels.row_by_params(batch_.params, batch_.row_stats.gathered(i), parts,
                                              sums[k].data());
             }
@@ -133,7 +138,7 @@ class BackwardPass {
     const Upstream<T> upstream_;
     double* const by_params_;
     const int64_t width_;         // of points and their gradients
-    std::vector<T> derivatives_;  // [2, N]
+    std::vector<T> derivatives_;  // [2, lines]
     WeightTiles<T> weights_;
     GradientSums<T> grad_rows_, grad_cols_;
 };
@@ -166,13 +171,14 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     const Problem problem = describe(call);
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
-    const Layout<int64_t> layout(n, refs.capacity, problem.square, sizeof(T), call.save_for_backward);
+    const Shape<int64_t> shape = {n, refs.capacity, problem.square, problem.both_directions};
+    const Layout<int64_t> layout(shape, sizeof(T), call.save_for_backward);
     check_backward(call, grad_loss, saved_bytes, layout.bytes);
     auto* saved = saved_bytes.data_ptr<uint8_t>();
     need_ref = need_ref && call.ref_emb.has_value();
     ParamGradient grad_params(call, need_params);
     const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
-    if (*RowStats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
+    if (*RowStats<T>(reinterpret_cast<T*>(saved), shape.lines()).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
         return {need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none(),
@@ -186,10 +192,11 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     const T* g = upstream.const_data_ptr<T>();
     const int last = batch.kernels.parts - 1;
     const T* scale = batch.row_stats.scale;
-    const Upstream<T> of_rows = problem.reduction == Reduction::kNone
-                                    ? Upstream<T>{g, g, batch.plan.row_order, T(1), T(1)}
-                                : problem.return_sums ? Upstream<T>{g, g + last, nullptr, T(1), T(1)}
-                                                      : Upstream<T>{g, g, nullptr, scale[0], scale[last]};
+    const Tensor weights = row_weights<T>(call);
+    const T* w = weights.defined() ? weights.const_data_ptr<T>() : nullptr;
+    const Upstream<T> of_rows = problem.reduction == Reduction::kNone ? Upstream<T>{g, g, true, 1, 1, w}
+                                : problem.return_sums ? Upstream<T>{g, g + last, false, 1, 1, w}
+                                                      : Upstream<T>{g, g, false, scale[0], scale[last], w};
 
     // 3. The gradients.
     const auto like = [](const Tensor& points) { return at::empty(points.sizes(), points.options()); };

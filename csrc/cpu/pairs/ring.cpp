@@ -80,7 +80,7 @@ struct Block {
     Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
-          layout(call.embeddings.size(0), call.ref_emb->size(0), false, sizeof(T), false),
+          layout({call.embeddings.size(0), call.ref_emb->size(0), false, false}, sizeof(T), false),
           memory(prepare(call)),
           batch(call, refs, problem, layout, memory.data_ptr<uint8_t>(), once) {}
 
@@ -92,7 +92,7 @@ struct Block {
         Tensor bytes = at::zeros({layout.bytes}, call.embeddings.options().dtype(at::kByte));
         const Tensor rows = call.labels.contiguous(), cols = call.ref_labels->contiguous();
         make_plan(rows.const_data_ptr<int64_t>(), rows.size(0), cols.const_data_ptr<int64_t>(), cols.size(0),
-                  false, reinterpret_cast<int32_t*>(bytes.data_ptr<uint8_t>() + layout.plan));
+                  false, false, reinterpret_cast<int32_t*>(bytes.data_ptr<uint8_t>() + layout.plan));
         return bytes;
     }
 };
@@ -281,7 +281,7 @@ BlockGradients block_backward(const Call& call, const Tensor& grad_parts, const 
             for (int64_t k = 0; k < kStatsPerRow; ++k)
                 batch.row_stats.numbers()[k * n + i] = from[k * n + batch.plan.row_order[i]];
         });
-        const Upstream<T> upstream_of{up, up + (batch.kernels.parts - 1) * n, batch.plan.row_order, 1, 1};
+        const Upstream<T> upstream_of{up, up + (batch.kernels.parts - 1) * n, true, 1, 1, nullptr};
         const auto like = [&](bool wanted, const Tensor& points) {
             return wanted ? at::zeros(points.sizes(), points.options().dtype(type)) : Tensor();
         };

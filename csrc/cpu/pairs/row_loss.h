@@ -48,9 +48,9 @@ struct Total {
     bool poisoned = false;
 
     template <typename T>
-    void add(const RowOutcome<T>& row) {
+    void add(const RowOutcome<T>& row, T weight) {
         for (int k = 0; k < 2; ++k) {
-            part[k] += row.loss.part[k];
+            part[k] += weight * row.loss.part[k];
             count[k] += row.count[k];
         }
         poisoned = poisoned || row.poisoned;

@@ -30,7 +30,7 @@ class WeightTiles {
     // Computes the weights of tile k of the wave.
     void make(const TileAt& at, int64_t k) {
         Tile<T> tile = batch_.tile(at, true);
-        tile.both_sides = batch_.square;  // W + W^T, for the diagonal tiles too
+        tile.both_sides = batch_.both_sides;  // W + W^T, for the diagonal tiles of a square too
         const int64_t pairs = int64_t(tile.rows) * tile.cols;
         double* by_params = learns_ ? by_params_[k].data() : nullptr;
         const int64_t count = batch_.kernels.weights(tile, batch_.params, batch_.similarity.euclidean, rows_,
