@@ -115,10 +115,10 @@ def compute(call: Call, batch: Batch) -> Tensor:
 
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
-    """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
+    """A loss in the dtype that the embeddings ask for: theirs; under autocast float32 at least."""
     if value.dtype == embeddings.dtype == torch.float32:
         return value
-    wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
+    wanted = _autocast.result_dtype(embeddings)
     return value if value.dtype == wanted else value.to(wanted)
 
 

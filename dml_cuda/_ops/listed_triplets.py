@@ -82,8 +82,9 @@ class _Points:
             return self._matrix
         if self.fused:
             n, m = x.shape[0], self.y.shape[0]
-            rows = torch.arange(n, device=x.device)[:, None].expand(n, m).flatten()
-            cols = torch.arange(m, device=x.device).expand(n, m).flatten()
+            # Copies: of one row or column, flatten gives a view with a stride of 0.
+            rows = torch.arange(n, device=x.device)[:, None].expand(n, m).contiguous().flatten()
+            cols = torch.arange(m, device=x.device).expand(n, m).contiguous().flatten()
             every = self._listed(x, rows, cols)
         else:
             every = -similarity_matrix(x, self.y, self.similarity).flatten()

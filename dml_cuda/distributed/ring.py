@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _C
 from .._inputs.batch import Batch
 from .._ops.arguments import OpBatch, OpOptions, precision_for
+from .._ops.autograd import first_derivative
 from .._ops.devices import has_kernel
 from .._ops.evaluate import Call
 from .processes import Processes, padded, total
@@ -136,7 +137,7 @@ class _PairLoss(torch.autograd.Function):
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
         ctx.save_for_backward(
-            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
+            embeddings, refs, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
         )
         # Its own block is among the saved tensors, and must not be held twice.
         ctx.blocks, ctx.owners, ctx.options = blocks._replace(own=None), list(found), options
@@ -145,7 +146,14 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _PairLoss._gradients(ctx, grad, *saved)
+        grads = [first_derivative(x, grad, *saved[:2]) for x in grads]
+        return *grads, *(None,) * (5 - len(grads))
+
+    @staticmethod
+    def _gradients(ctx, grad, embeddings, refs, labels, weights, has_nan, own, *kept):
         blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
         options, ring = ctx.options, blocks.ring
         rows = embeddings.shape[0]
@@ -165,10 +173,8 @@ class _PairLoss(torch.autograd.Function):
         transfer.wait()
         home = arriving[: blocks.counts[ring.processes.rank]]
         grad_rows += nan
-        dtype = embeddings.dtype
-        if ctx.is_square:
-            return grad_rows.add_(home).to(dtype), *(None,) * 4
-        return grad_rows.to(dtype), home.to(dtype), *(None,) * 3
+        grads = (grad_rows.add_(home),) if ctx.is_square else (grad_rows, home)
+        return [x.to(embeddings.dtype) for x in grads]
 
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:

@@ -52,9 +52,12 @@ class Pairs(ABC):
         """``[N]``, 0 for a row without pairs."""
         return self.sum(terms) / self.count.clamp(min=1)
 
-    def each(self, losses: Tensor) -> Part:
-        """A part of the loss in which every pair counts for itself."""
-        return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
+    def each(self, losses: Tensor, nonzero: Tensor | None = None) -> Part:
+        """A part of the loss in which every pair counts for itself; ``nonzero`` marks the pairs that
+        ``"mean_nonzero"`` counts, by default those whose loss is not 0."""
+        return Part(
+            self.sum(losses), self.count, self.number(losses.detach() != 0 if nonzero is None else nonzero)
+        )
 
 
 class Formula:
@@ -68,6 +71,8 @@ class Formula:
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
+        log_one_plus: whether the loss (of a pair, or of a row) is ``log(1 + x)``, which ``"mean_nonzero"``
+            counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
     """
 
@@ -77,6 +82,7 @@ class Formula:
     similarity: ClassVar[str] = "cosine"
     reduction: ClassVar[str] = "mean"
     repeats: ClassVar[bool] = False
+    log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
 
     @classmethod
@@ -84,6 +90,12 @@ class Formula:
         """The parameters as :meth:`row` and the kernels take them."""
         negated = cls.levels if similarity.startswith("euclidean") else ()
         return [float(-values[name] if name in negated else values[name]) for name in cls.parameters]
+
+    @classmethod
+    def is_nonzero(cls, losses: Tensor) -> Tensor:
+        """Which losses ``"mean_nonzero"`` counts."""
+        losses = losses.detach()
+        return ~vanishes(losses) if cls.log_one_plus else losses != 0
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
@@ -94,6 +106,12 @@ class Formula:
         raise NotImplementedError
 
 
+def vanishes(x: Tensor) -> Tensor:
+    """Whether ``x = log(1 + y)`` is 0 where it is computed from ``1 + y`` in its dtype, as that is 1 for tiny
+    y."""
+    return x <= torch.finfo(x.dtype).eps / 2
+
+
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     """log(1 + exp(x)), accurate to the last digits; 0, without a gradient, outside ``where``."""
     if where is None:
@@ -102,34 +120,41 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def _totals(
-    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str
+    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str, nonzero: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | int]]:
     """The sum of each part, and of its counts."""
     if not isinstance(losses, Tensor):
         counts = [(part.nonzero if reduction == "mean_nonzero" else part.counts).sum() for part in losses]
         return [part.losses.sum() for part in losses], counts
     if reduction == "mean_nonzero":
-        return [losses.sum()], [(losses != 0).sum()]
+        return [losses.sum()], [(losses != 0 if nonzero is None else nonzero).sum()]
     return [losses.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
 
 
-def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the rows
-    with a kept pair."""
+def reduce(
+    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str, nonzero: Tensor | None = None
+) -> Tensor:
+    """One number, or one for each row, from what :meth:`Formula.row` gives.
+
+    ``valid`` ``[N]`` marks rows with a kept pair, ``nonzero`` ``[N]`` those that ``"mean_nonzero"`` counts,
+    by default those whose loss is not 0.
+    """
     if reduction == "none":
         return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
     if reduction == "sum":
         return reduce(losses, valid, "none").sum()
-    parts, counts = _totals(losses, valid, reduction)
+    parts, counts = _totals(losses, valid, reduction, nonzero)
     return sum(
         part / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         for part, count in zip(parts, counts, strict=True)
     )
 
 
-def sums_and_counts(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+def sums_and_counts(
+    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str, nonzero: Tensor | None = None
+) -> Tensor:
     """``[4]``: parts 0 and 1 and their counts, as the op gives them with ``return_sums``."""
-    parts, counts = _totals(losses, valid, reduction)
+    parts, counts = _totals(losses, valid, reduction, nonzero)
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
     return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])

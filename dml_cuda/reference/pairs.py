@@ -215,4 +215,5 @@ def pair_loss(
             positive = without_self(positive, self_index)
     pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
     losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
-    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction)
+    nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
+    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction, nonzero)

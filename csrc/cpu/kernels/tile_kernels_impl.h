@@ -45,11 +45,25 @@ void terms(const double* params, bool positives, int64_t n, const T* s, const T*
 
 template <typename T, typename Formula>
 TileKernels<T> make_kernels() {
-    return {distances<T>,        min_positives<T>,   accumulate<T, Formula>, merge<T>,
-            weights<T, Formula>, row<T, Formula>,    terms<T, Formula>,      compress<T>,
-            add_product<T>,      Formula::kNeg,      Formula::kPos,          Formula::kPlusOne,
-            Formula::kContext,   Formula::kPosInNeg, Formula::kHinge,        Formula::needed_pairs(),
-            Formula::kCount,     Formula::kParts};
+    return {distances<T>,
+            min_positives<T>,
+            accumulate<T, Formula>,
+            merge<T>,
+            weights<T, Formula>,
+            row<T, Formula>,
+            terms<T, Formula>,
+            compress<T>,
+            add_product<T>,
+            Formula::kNeg,
+            Formula::kPos,
+            Formula::kPlusOne,
+            Formula::kContext,
+            Formula::kPosInNeg,
+            Formula::kHinge,
+            Formula::kLogOnePlus,
+            Formula::needed_pairs(),
+            Formula::kCount,
+            Formula::kParts};
 }
 
 template <typename T>

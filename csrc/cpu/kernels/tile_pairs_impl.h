@@ -51,6 +51,7 @@ struct Negatives {
     DML_INLINE T term(T s, T) const { return formula.neg_term(s); }
     DML_INLINE T derivative(T s, T) const { return formula.neg_derivative(s); }
     DML_INLINE T context(T, T) const { return T(0); }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 template <typename T, typename Formula>
@@ -72,6 +73,7 @@ struct Positives {
         if constexpr (kContext) return formula.pos_context(s, ctx);
         return T(0);
     }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 // Positives as members of the negatives' accumulator (kPosInNeg).
