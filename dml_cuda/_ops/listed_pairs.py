@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
-from ..losses._formula import Formula, Pairs, reduce, vanishes
+from ..losses._formula import Formula, Pairs, log_one_plus, reduce
 from ..reference.pairs import NEAR, full_precision, is_traced, negated_root, squared_distances
 from .autograd import call
 
@@ -80,9 +80,7 @@ class ListedPairs(Pairs):
         if self.repeated is not None:
             logits = torch.where(self.repeated, float("-inf"), logits)
         value = call("segment_logsumexp", logits, self.offsets, plus_one)
-        if plus_one and self.rounds:  # the value, not its gradient
-            value = torch.where(vanishes(value), value - value.detach(), value)
-        return value
+        return log_one_plus(value) if plus_one and self.rounds else value
 
     def sum(self, terms: Tensor) -> Tensor:
         if self.repeated is not None:

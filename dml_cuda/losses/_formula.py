@@ -112,6 +112,11 @@ def vanishes(x: Tensor) -> Tensor:
     return x <= torch.finfo(x.dtype).eps / 2
 
 
+def log_one_plus(x: Tensor) -> Tensor:
+    """``x = log(1 + y)`` as computed from ``1 + y``: 0 where that is 1. The gradient stays."""
+    return torch.where(vanishes(x), x - x.detach(), x)
+
+
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     """log(1 + exp(x)), accurate to the last digits; 0, without a gradient, outside ``where``."""
     if where is None:

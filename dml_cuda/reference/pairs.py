@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses._formula import Formula, Pairs, reduce, sums_and_counts
+from ..losses._formula import Formula, Pairs, log_one_plus, reduce, softplus, sums_and_counts
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this fraction of |x|^2 + |y|^2 is computed from differences
@@ -154,8 +154,10 @@ class MaskedPairs(Pairs):
             logits = logits + torch.log(self.times.clamp(min=1).to(logits.dtype))
         logits = torch.where(self.keep, logits, float("-inf"))
         if plus_one:
-            logits = torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1)
-            return torch.logsumexp(logits, dim=1)
+            return log_one_plus(softplus(self._lse(logits)))
+        return self._lse(logits)
+
+    def _lse(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 0:
             return logits.sum(1) - float("inf")
         has_pairs = self.count > 0

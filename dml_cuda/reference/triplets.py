@@ -280,7 +280,7 @@ def triplet_loss(
             d_n, has_n, n = d.gather(1, n)[:, :, None], has_n[:, :, None], n[:, :, None]
         gap = (d_n - d_p[:, :, None]).detach()
         if swap:
-            between = -similarity_matrix(y[p.flatten()], y, similarity).view(*p.shape, -1)
+            between = -similarity_matrix(y[p.flatten()], y, similarity).view(*p.shape, y.shape[0])
             d_n = torch.minimum(d_n, between if n is None else between.gather(2, n))
         return terms.sums(d_p[:, :, None], d_n, has_p[:, :, None] & has_n, beta, gap)
 

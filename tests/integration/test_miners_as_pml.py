@@ -24,7 +24,9 @@ def test_counters(name):
     if name != "DistanceWeightedMiner":  # draws
         twin = getattr(theirs, name)()
         twin(torch.randn(12, 4), torch.arange(12) // 3)
-        assert [bool(getattr(twin, counter, 0)) for counter in COUNTERS] == [bool(count) for count in expected]
+        assert [bool(getattr(twin, counter, 0)) for counter in COUNTERS] == [
+            bool(count) for count in expected
+        ]
 
 
 @pytest.mark.parametrize("name", NAMES)

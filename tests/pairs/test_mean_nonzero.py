@@ -35,9 +35,9 @@ BATCHES = {"sparse": sparse_batch, "separated": separated_batch}
 ON_BATCH = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 # Settings with which the rows of the separated batch are so easy that float32 and float64 count differently.
 EASY = {
-    "multi_similarity": {"alpha": 40.0, "base": 0.45},
+    "multi_similarity": {"alpha": 40.0},
     "circle": {"gamma": 1500.0},
-    "binomial_deviance": {"alpha": 250.0, "beta": 250.0},
+    "binomial_deviance": {"alpha": 400.0, "beta": 400.0},
     "nt_xent": {"temperature": 0.035},
     "sup_con": {"temperature": 0.035},
 }
@@ -73,7 +73,7 @@ def test_kernel_and_reference(loss, dtype, batch, easy, reduction):
 @pytest.mark.parametrize("easy", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "sum"])
 def test_kernel_and_pml(loss, dtype, batch, easy, reduction):
-    pml = pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+    pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
     from pytorch_metric_learning import losses, reducers
 
     if loss.pml is None:
@@ -83,8 +83,14 @@ def test_kernel_and_pml(loss, dtype, batch, easy, reduction):
     reducer = {"mean": "MeanReducer", "mean_nonzero": "AvgNonZeroReducer", "sum": "SumReducer"}[reduction]
     expected = getattr(losses, loss.pml)(**options, reducer=getattr(reducers, reducer)())(x, labels)
     found = loss.module(**options, reduction=reduction)(x, labels)
-    torch.testing.assert_close(found, expected, rtol=5e-5 if dtype == torch.float32 else 1e-9, atol=2e-7)
-    assert pml.__version__
+    # Its NT-Xent takes the logarithm of a ratio near 1: an error of one rounding a pair.
+    scale = len(x) if reduction == "sum" else 1
+    close = (
+        {"rtol": 5e-5, "atol": 2e-7 * scale}
+        if dtype == torch.float32
+        else {"rtol": 1e-9, "atol": 1e-14 * scale}
+    )
+    torch.testing.assert_close(found, expected, **close)
 
 
 def test_the_reported_batch():
