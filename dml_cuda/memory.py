@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._inputs.checks import check_batch, check_count
-from ._inputs.indices import listed_pairs
+from ._inputs.indices import index_lists, listed_pairs
 from .distributed import DistributedLoss
 from .losses._pair import PairLoss
 from .losses._triplet import TripletLoss, to_triplets
@@ -178,7 +178,7 @@ class CrossBatchMemory(nn.Module):
         ref_emb, ref_labels = self.embedding_memory[:filled].clone(), self.label_memory[:filled].clone()
         pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, slots)
         if indices_tuple is not None:
-            pairs, extra = tuple(pairs), tuple(indices_tuple)
+            pairs, extra = tuple(pairs), index_lists(indices_tuple)
             extra_pairs = listed_pairs(extra, embeddings, ref_emb, check_range=False)
             if len(pairs) == 3:
                 as_listed = (*extra_pairs[:2], extra_pairs[3])

@@ -131,10 +131,22 @@ DML_INLINE T sigmoid(T x) {
     return x < T(0) ? e * share : share;
 }
 
-// log(1 + exp(x)), without overflow for large x and without cancellation for small.
+// Below it exp(x) is 0 in this type.
+template <typename T>
+inline constexpr T kExpUnderflow = sizeof(T) == 8 ? T(-745.13) : T(-103.97);
+
+// log(1 + exp(x)), without overflow for large x and without cancellation for small. 0 exactly where exp(x) is.
 template <typename T>
 DML_INLINE T softplus(T x) {
-    return relu(x) + log1p_fast(exp_fast(x < T(0) ? x : -x));
+    const T below = x < T(0) ? x : -x;
+    const T e = exp_fast(below);
+    return relu(x) + log1p_fast(below < kExpUnderflow<T> ? T(0) : e);
+}
+
+// Whether x = log(1 + y) is 0 where it is computed from 1 + y in this type, as that is 1 for tiny y.
+template <typename T>
+DML_INLINE bool vanishes(T x) {
+    return x <= std::numeric_limits<T>::epsilon() / 2;
 }
 
 }  // namespace dml

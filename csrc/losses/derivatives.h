@@ -72,6 +72,7 @@ struct RowDerivatives {
     T part[2] = {T(0), T(0)};
     T d_neg = T(0), d_pos = T(0);  // of the last part by the negatives', of part 0 by the positives'
     T count[2] = {T(1), T(1)};
+    bool nonzero[2] = {false, false};  // whether "mean_nonzero" counts the part
 };
 
 template <typename T, typename Formula>
@@ -80,6 +81,11 @@ struct WithDerivatives : Formula {
 
     static DML_INLINE constexpr NeededPairs needed_pairs() {
         return {Formula::kNeedsPos, Formula::kNeedsNeg};
+    }
+
+    // Whether "mean_nonzero" counts a loss, or in a loss of pairs a pair's term.
+    static DML_INLINE bool is_nonzero(T loss) {
+        return Formula::kLogOnePlus ? !vanishes(loss) : loss != T(0);
     }
 
     DML_INLINE explicit WithDerivatives(const double* params) : Formula(Params<T>{params}) {}
@@ -111,6 +117,7 @@ struct WithDerivatives : Formula {
         result.d_pos = by_pos.part[0].derivative;
         result.d_neg = by_neg.part[Formula::kParts - 1].derivative;
         if constexpr (Formula::kContext) result.d_neg += result.d_pos * pos_context;
+        set_nonzero(g, result);
         return result;
     }
 
@@ -128,6 +135,22 @@ struct WithDerivatives : Formula {
         } else {
             return Formula::pos_term(s);
         }
+    }
+    // From log-sum-exps as they are where 1 + sum is computed in this type.
+    DML_INLINE void set_nonzero(const Gathered<T>& g, RowDerivatives<T>& result) const {
+        T part[2] = {result.part[0], result.part[1]};
+        if constexpr (Formula::kPlusOne) {
+            const auto rounded = [](Accumulator accumulator, T value) {
+                return accumulator == Accumulator::kLogSumExp && vanishes(value) ? T(0) : value;
+            };
+            const Gathered<T> as_computed = {rounded(Formula::kNeg, g.neg), rounded(Formula::kPos, g.pos),
+                                             g.neg_count, g.pos_count};
+            const RowLoss<Dual<T>> loss = Formula::row(dual(as_computed, T(0), T(0)));
+            part[0] = loss.part[0].value;
+            part[1] = loss.part[1].value;
+        }
+        result.nonzero[0] = is_nonzero(part[0]);
+        result.nonzero[1] = is_nonzero(part[1]);
     }
     static DML_INLINE Gathered<Dual<T>> dual(const Gathered<T>& g, T by_neg, T by_pos) {
         return {Dual<T>(g.neg, by_neg), Dual<T>(g.pos, by_pos), g.neg_count, g.pos_count};

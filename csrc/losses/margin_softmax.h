@@ -13,6 +13,7 @@ namespace dml {
 template <typename T>
 struct MarginSoftmax : FormulaDefaults {
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "scale, margin, cosine, sine";
 
     T scale, margin, cosine, sine, shift;

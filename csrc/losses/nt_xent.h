@@ -15,6 +15,7 @@ struct NTXent : FormulaDefaults {
     static constexpr bool kContext = true;
     static constexpr bool kNeedsPos = true;
     static constexpr Count kCount = Count::kPairs;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "temperature";
 
     T inverse;

@@ -10,6 +10,7 @@ namespace dml {
 template <typename T>
 struct ProxyAnchor : FormulaDefaults {
     static constexpr int kParts = 2;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "margin, alpha";
 
     T margin, alpha;

@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace dml {
@@ -69,34 +71,34 @@ struct Call : PairBatch, PairOptions {};
 
 // A copy of options that owns what they refer to; but not dynamic_params, which autograd keeps.
 class OwnedOptions {
-   public:
-    explicit OwnedOptions(const PairOptions& from)
-        : formula_(from.formula),
-          similarity_(from.similarity),
-          reduction_(from.reduction),
-          precision_(from.precision),
-          params_(from.params.vec()),
-          options_(from) {
-        options_.formula = formula_;
-        options_.similarity = similarity_;
-        options_.reduction = reduction_;
-        options_.precision = precision_;
-        options_.params = params_;
-        options_.dynamic_params.reset();
+    template <typename T>
+    static std::decay_t<T> own(const T& x) {
+        return x;
     }
-    OwnedOptions(const OwnedOptions&) = delete;
-    OwnedOptions& operator=(const OwnedOptions&) = delete;
+    static std::string own(std::string_view x) { return std::string(x); }
+    static std::vector<double> own(at::ArrayRef<double> x) { return x.vec(); }
+    template <typename... Values>
+    static auto own_each(const std::tuple<Values...>&)
+        -> std::tuple<decltype(own(std::declval<Values>()))...>;
 
+   public:
+    using Fields = decltype(own_each(std::declval<PairOptions::Values>()));
+
+    explicit OwnedOptions(Fields fields) : fields_(std::move(fields)) {}
+    explicit OwnedOptions(PairOptions from) {
+        from.dynamic_params.reset();
+        fields_ = std::apply([](const auto&... x) { return Fields(own(x)...); }, from.values());
+    }
+
+    const Fields& fields() const { return fields_; }
     PairOptions with(const OptionalTensor& dynamic_params) const {
-        PairOptions options = options_;
+        PairOptions options = std::apply([](const auto&... x) { return PairOptions{x...}; }, fields_);
         options.dynamic_params = dynamic_params;
         return options;
     }
 
    private:
-    const std::string formula_, similarity_, reduction_, precision_;
-    const std::vector<double> params_;
-    PairOptions options_;
+    Fields fields_;
 };
 
 // ---- between an op's flat argument list and the structs ----------------------------------------------------

@@ -81,9 +81,9 @@ py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::h
         call.save_for_backward = needs_gradient(call);
         if (x->is_cuda() && x->scalar_type() == at::kFloat) call.precision = cuda_precision();
         loss = std::get<0>(dispatch_pair_loss(call));
-        const auto wanted =
-            at::autocast::is_autocast_enabled(x->device().type()) ? at::kFloat : x->scalar_type();
-        if (loss.scalar_type() != wanted) loss = loss.to(wanted);
+        // The op returns float32, or float64 of float64.
+        if (loss.scalar_type() != x->scalar_type() && !at::autocast::is_autocast_enabled(x->device().type()))
+            loss = loss.to(x->scalar_type());
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(loss));
 }

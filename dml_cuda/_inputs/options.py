@@ -37,7 +37,7 @@ class PairOptions(TypedDict, total=False):
             ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all ``[N]``. Pair-level
             losses (their documentation says so) average over kept pairs instead: ``"mean"`` and
             ``"mean_valid"`` over all, ``"mean_nonzero"`` over those whose loss is not 0; ``"none"`` gives
-            each row's sum over its pairs.
+            each row's sum over its pairs. A loss ``log(1 + x)`` counts as 0 where ``1 + x`` rounds to 1.
         backend: ``"auto"`` (the default) uses the fused kernel if the device has one; ``"fused"`` raises
             RuntimeError otherwise; ``"reference"`` runs the plain PyTorch implementation, which has second
             derivatives.

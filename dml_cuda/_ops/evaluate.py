@@ -141,10 +141,10 @@ def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
 
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
-    """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
+    """A loss in the dtype that the embeddings ask for: theirs; under autocast float32 at least."""
     if value.dtype == embeddings.dtype == torch.float32:
         return value
-    wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
+    wanted = _autocast.result_dtype(embeddings)
     return value if value.dtype == wanted else value.to(wanted)
 
 

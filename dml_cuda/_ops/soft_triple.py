@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
-from ..reference.pairs import TINY_NORM
+from ..reference.pairs import TINY_NORM, unit_rows
+from .autograd import no_second_derivative
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
 # is busy for longer than the host with launching them.
@@ -121,7 +122,12 @@ def soft_triple(
             apart += block.distances()[0].sum()
     total = most + sums.log()
     known = (labels >= 0) & (labels < classes)
-    return torch.where(known, total - own, 0.0), total, apart * _spread_scale(classes, per_class)
+    # most - own first: it is 0 for an easy row, whose loss log(1 + x) is then as accurate as x.
+    return (
+        torch.where(known, (most - own) + sums.log(), 0.0),
+        total,
+        apart * _spread_scale(classes, per_class),
+    )
 
 
 @soft_triple.register_fake
@@ -177,6 +183,9 @@ def _(grad_losses, grad_apart, embeddings, centers, labels, total, per_class, la
     return torch.empty_like(embeddings), torch.empty_like(centers)
 
 
+soft_triple_backward.register_autograd(no_second_derivative)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.arguments = inputs[3:]
@@ -204,7 +213,7 @@ def dense(
 ) -> tuple[Tensor, Tensor]:
     """Losses and spread as :func:`soft_triple` has them, in plain PyTorch on the whole matrix."""
     dtype = _wide(embeddings.dtype)
-    x, w = (_unit(points.to(dtype))[0] for points in (embeddings, centers))
+    x, w = (unit_rows(points.to(dtype)) for points in (embeddings, centers))
     losses = _losses(x @ w.T, labels, per_class, la, gamma, margin)
     apart = x.new_zeros(())
     if spread and per_class > 1:
@@ -223,7 +232,7 @@ def _losses(
     logits = la * similarities(cosines, per_class, gamma)
     own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     logits = torch.where(own, logits - la * margin, logits)
-    losses = torch.logsumexp(logits, 1) - torch.where(own, logits, 0.0).sum(1)
+    losses = torch.logsumexp(logits - torch.where(own, logits, 0.0).sum(1, keepdim=True), 1)
     return torch.where(own.any(1), losses, 0.0)
 
 

@@ -75,6 +75,7 @@ def _make_formula(
     """The formula named ``op`` in the ops, as a class."""
     facts = _C.formula_facts(op)[1]
     members: dict[str, Any] = {"name": op, "on_cuda": facts["cuda"], "facts": facts}
+    members["log_one_plus"] = facts["log_one_plus"]
     checks = getattr(reference, "parameters", None)
     if checks is None:
         members["parameters"] = dict.fromkeys(defaults, check_number)

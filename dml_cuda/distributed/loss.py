@@ -27,6 +27,7 @@ MODES = ("gather", "ring")
 
 # What must be the same on every process, as the words of Processes.agree, and how to say that it is not.
 _SAME = {
+    "mode": "mode: expected the same on every process",
     "options": "loss: expected the same loss with the same options on every process",
     "dtype": "embeddings: expected one dtype on every process",
     "columns": "embeddings: expected as many columns on every process",
@@ -256,7 +257,7 @@ class DistributedLoss(nn.Module):
             share = prepare()
             if self.mode == "ring" and not (share.whole or share.proxies):
                 ring.check(share.call, share.batch)
-            return share, _words(share)
+            return share, {**_words(share), "mode": MODES.index(self.mode)}
 
         share, words = processes.agree(share_and_words)
         _check_same(words)

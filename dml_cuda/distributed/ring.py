@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _C
 from .._inputs.batch import Batch
 from .._ops.arguments import OpBatch, OpOptions, precision_for
+from .._ops.autograd import first_derivative
 from .._ops.devices import has_kernel
 from .._ops.evaluate import Call
 from .processes import Processes, padded, total
@@ -140,7 +141,7 @@ class _PairLoss(torch.autograd.Function):
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
         has_nan = losses[:2].sum().isnan()
         ctx.save_for_backward(
-            embeddings, dynamic_params, labels, weights, has_nan, blocks.own, *found.values()
+            embeddings, refs, dynamic_params, labels, weights, has_nan, blocks.own, *found.values()
         )
         # Its own block is among the saved tensors, and must not be held twice.
         ctx.blocks, ctx.owners = blocks._replace(own=None), list(found)
@@ -150,7 +151,14 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        embeddings, dynamic_params, labels, weights, has_nan, own, *kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _PairLoss._gradients(ctx, grad, *saved)
+        grads = [None if x is None else first_derivative(x, grad, *saved[:3]) for x in grads]
+        return *grads, *(None,) * 3
+
+    @staticmethod
+    def _gradients(ctx, grad, embeddings, refs, dynamic_params, labels, weights, has_nan, own, *kept):
         blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
         options, ring = ctx.options._replace(dynamic_params=dynamic_params), blocks.ring
         need_params, grad_params = ctx.needs_input_grad[2], None
@@ -173,11 +181,12 @@ class _PairLoss(torch.autograd.Function):
         transfer.wait()
         home = arriving[: blocks.counts[ring.processes.rank]]
         grad_rows += nan
-        dtype = embeddings.dtype
-        grad_params = grad_params + nan if need_params else None
+        by_refs = None
         if ctx.is_square:
-            return grad_rows.add_(home).to(dtype), None, grad_params, *(None,) * 3
-        return grad_rows.to(dtype), home.to(dtype), grad_params, *(None,) * 3
+            grad_rows.add_(home)
+        else:
+            by_refs = home.to(embeddings.dtype)
+        return grad_rows.to(embeddings.dtype), by_refs, grad_params + nan if need_params else None
 
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:

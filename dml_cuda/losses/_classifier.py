@@ -8,6 +8,7 @@ from typing_extensions import TypedDict
 
 from .._inputs import autocast as _autocast
 from .._inputs.checks import Backend, Reduction, check_batch, check_count
+from .._inputs.indices import index_lists
 from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import reduce
@@ -115,14 +116,15 @@ class ClassifierLoss(FormulaModule):
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
         """The index tensors that count for the weights of rows."""
-        return tuple(indices_tuple)
+        return index_lists(indices_tuple)
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
         """As :meth:`losses`, with each row weighted by how often it is listed."""
         call = self.call.with_reduction("none")
         losses = self.losses(call, embeddings, labels)
-        losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
-        return reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction)
+        weights = row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
+        nonzero = self.formula.is_nonzero(losses) & (weights > 0)
+        return reduce(losses * weights, torch.ones_like(nonzero), self.reduction, nonzero)
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: object = None) -> Tensor:
         """The loss of a batch.

@@ -52,9 +52,12 @@ class Pairs(ABC):
         """``[N]``, 0 for a row without pairs."""
         return self.sum(terms) / self.count.clamp(min=1)
 
-    def each(self, losses: Tensor) -> Part:
-        """A part of the loss in which every pair counts for itself."""
-        return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
+    def each(self, losses: Tensor, nonzero: Tensor | None = None) -> Part:
+        """A part of the loss in which every pair counts for itself; ``nonzero`` marks the pairs that
+        ``"mean_nonzero"`` counts, by default those whose loss is not 0."""
+        return Part(
+            self.sum(losses), self.count, self.number(losses.detach() != 0 if nonzero is None else nonzero)
+        )
 
 
 def number(value: float | Tensor) -> float | Tensor:
@@ -73,6 +76,8 @@ class Formula:
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
+        log_one_plus: whether the loss (of a pair, or of a row) is ``log(1 + x)``, which ``"mean_nonzero"``
+            counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
     """
 
@@ -82,6 +87,7 @@ class Formula:
     similarity: ClassVar[str] = "cosine"
     reduction: ClassVar[str] = "mean"
     repeats: ClassVar[bool] = False
+    log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
 
     @classmethod
@@ -90,6 +96,12 @@ class Formula:
         negated = cls.levels if similarity.startswith("euclidean") else ()
         return [number(-values[name] if name in negated else values[name]) for name in cls.parameters]
 
+    @classmethod
+    def is_nonzero(cls, losses: Tensor) -> Tensor:
+        """Which losses ``"mean_nonzero"`` counts."""
+        losses = losses.detach()
+        return ~vanishes(losses) if cls.log_one_plus else losses != 0
+
     @staticmethod
     def row(pos: Pairs, neg: Pairs, *params: float | Tensor) -> Tensor | tuple[Part, ...]:
         """The rows' losses ``[N]``, or parts that count pairs.
@@ -97,6 +109,17 @@ class Formula:
         Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.
         """
         raise NotImplementedError
+
+
+def vanishes(x: Tensor) -> Tensor:
+    """Whether ``x = log(1 + y)`` is 0 where it is computed from ``1 + y`` in its dtype, as that is 1 for tiny
+    y."""
+    return x <= torch.finfo(x.dtype).eps / 2
+
+
+def log_one_plus(x: Tensor) -> Tensor:
+    """``x = log(1 + y)`` as computed from ``1 + y``: 0 where that is 1. The gradient stays."""
+    return torch.where(vanishes(x), x - x.detach(), x)
 
 
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
@@ -127,7 +150,7 @@ def _weighted(losses: Losses, row_weights: Tensor | None) -> Losses:
 
 
 def _totals(
-    losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None
+    losses: Losses, valid: Tensor, reduction: str, nonzero: Tensor | None, row_weights: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | int]]:
     """The sum of each part, and of its counts, which weights do not change."""
     weighted = _weighted(losses, row_weights)
@@ -135,19 +158,28 @@ def _totals(
         counts = [(part.nonzero if reduction == "mean_nonzero" else part.counts).sum() for part in losses]
         return [part.losses.sum() for part in weighted], counts
     if reduction == "mean_nonzero":
-        return [weighted.sum()], [(losses != 0).sum()]
+        return [weighted.sum()], [(losses != 0 if nonzero is None else nonzero).sum()]
     return [weighted.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
 
 
-def reduce(losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None = None) -> Tensor:
-    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the rows
-    with a kept pair, ``row_weights`` ``[N]`` multiply their losses."""
+def reduce(
+    losses: Losses,
+    valid: Tensor,
+    reduction: str,
+    nonzero: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """One number, or one for each row, from what :meth:`Formula.row` gives.
+
+    ``valid`` ``[N]`` marks rows with a kept pair, ``nonzero`` ``[N]`` those that ``"mean_nonzero"`` counts,
+    by default those whose loss is not 0. ``row_weights`` ``[N]`` multiply the losses.
+    """
     if reduction == "none":
         weighted = _weighted(losses, row_weights)
         return weighted if isinstance(weighted, Tensor) else sum(part.losses for part in weighted)
     if reduction == "sum":
-        return reduce(losses, valid, "none", row_weights).sum()
-    parts, counts = _totals(losses, valid, reduction, row_weights)
+        return reduce(losses, valid, "none", row_weights=row_weights).sum()
+    parts, counts = _totals(losses, valid, reduction, nonzero, row_weights)
     return sum(
         part / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         for part, count in zip(parts, counts, strict=True)
@@ -155,10 +187,14 @@ def reduce(losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | 
 
 
 def sums_and_counts(
-    losses: Losses, valid: Tensor, reduction: str, row_weights: Tensor | None = None
+    losses: Losses,
+    valid: Tensor,
+    reduction: str,
+    nonzero: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """``[4]``: parts 0 and 1 and their counts, as the op gives them with ``return_sums``."""
-    parts, counts = _totals(losses, valid, reduction, row_weights)
+    parts, counts = _totals(losses, valid, reduction, nonzero, row_weights)
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
     return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])

@@ -22,6 +22,7 @@ class MarginSoftmax(Formula):
     """
 
     name = "margin_softmax"
+    log_one_plus = True
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, scale: float, margin: float, cosine: float, sine: float) -> Tensor:

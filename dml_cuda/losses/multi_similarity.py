@@ -69,8 +69,8 @@ def multi_similarity_loss(
             ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
 
     Returns:
-        A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (float32 under
-        autocast), differentiable once with respect to ``embeddings`` and ``ref_emb``. A batch without
+        A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (under autocast
+        float32 at least), differentiable once with respect to ``embeddings`` and ``ref_emb``. A batch without
         pairs gives 0 with a zero gradient; NaN or infinite embeddings give NaN.
 
     Raises:

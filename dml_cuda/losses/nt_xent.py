@@ -15,6 +15,7 @@ class NTXent(Formula):
     """Sohn, NeurIPS 2016; van den Oord et al., 2018; Chen et al., ICML 2020."""
 
     name = "nt_xent"
+    log_one_plus = True
     parameters: ClassVar = {"temperature": check_above_zero}
     repeats = True
 
@@ -22,7 +23,8 @@ class NTXent(Formula):
     def row(pos: Pairs, neg: Pairs, temperature: float) -> tuple[Part, ...]:
         push = neg.lse(neg.s / temperature)
         has_negatives = pos.spread(neg.count > 0)
-        return (pos.each(softplus(pos.spread(push) - pos.s / temperature, where=has_negatives)),)
+        losses = softplus(pos.spread(push) - pos.s / temperature, where=has_negatives)
+        return (pos.each(losses, NTXent.is_nonzero(losses)),)
 
 
 def nt_xent_loss(

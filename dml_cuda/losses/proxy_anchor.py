@@ -24,6 +24,7 @@ class ProxyAnchor(Formula):
     """Kim et al., CVPR 2020, equation 4: the rows are the proxies."""
 
     name = "proxy_anchor"
+    log_one_plus = True
     parameters: ClassVar = {"margin": check_number, "alpha": check_above_zero}
 
     @staticmethod
@@ -35,8 +36,8 @@ class ProxyAnchor(Formula):
         push = softplus(neg.lse(alpha * (neg.s + margin) + bias), where=neg.count > 0)
         with_positives = (pos.count > 0).long()
         return (
-            Part(pull, with_positives, (pull.detach() != 0).long()),
-            Part(push, torch.ones_like(with_positives), (push.detach() != 0).long()),
+            Part(pull, with_positives, ProxyAnchor.is_nonzero(pull).long()),
+            Part(push, torch.ones_like(with_positives), ProxyAnchor.is_nonzero(push).long()),
         )
 
 
@@ -134,7 +135,7 @@ class ProxyAnchorLoss(ClassifierLoss):
                 for blocks_of_part in zip(*parts, strict=True)
             )
             value = reduce(whole, whole[0].counts > 0, self.reduction)
-        return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
+        return value.to(_autocast.result_dtype(embeddings))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` cosines with the proxies."""

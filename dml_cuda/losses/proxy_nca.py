@@ -62,9 +62,12 @@ class ProxyNCALoss(ClassifierLoss):
         return self.proxies
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
-        lists = tuple(indices_tuple)
+        lists = super().listed(indices_tuple)
         return lists[:1] if len(lists) == 3 else lists[::2]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: argmin is the class."""
-        return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()
+        # Not cdist, which chooses its way by the number of rows: torch.export would fix that number.
+        x, proxies = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.proxies))
+        lengths = x.square().sum(1, keepdim=True) + proxies.square().sum(1)
+        return (lengths - 2 * x @ proxies.T).clamp(min=0)

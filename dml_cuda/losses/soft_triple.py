@@ -112,7 +112,7 @@ class SoftTripleLoss(ClassifierLoss):
             if indices_tuple is not None:
                 losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
             value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction) + regulariser
-        return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
+        return value.to(_autocast.result_dtype(embeddings))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` similarities to the classes."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._inputs.traced import is_traced
-from ..losses._formula import Formula, Pairs, joined, reduce, sums_and_counts
+from ..losses._formula import Formula, Pairs, joined, log_one_plus, reduce, softplus, sums_and_counts
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this fraction of |x|^2 + |y|^2 is computed from differences
@@ -150,8 +150,10 @@ class MaskedPairs(Pairs):
             logits = logits + torch.log(self.times.clamp(min=1).to(logits.dtype))
         logits = torch.where(self.keep, logits, float("-inf"))
         if plus_one:
-            logits = torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1)
-            return torch.logsumexp(logits, dim=1)
+            return log_one_plus(softplus(self._lse(logits)))
+        return self._lse(logits)
+
+    def _lse(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 0:
             return logits.sum(1) - float("inf")
         has_pairs = self.count > 0
@@ -221,4 +223,5 @@ def pair_loss(
         pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
         found.append((formula.row(pos, neg, *params), (pos.count + neg.count) > 0))
     losses, valid = joined([losses for losses, _ in found]), torch.cat([valid for _, valid in found])
-    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction, row_weights)
+    nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
+    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction, nonzero, row_weights)

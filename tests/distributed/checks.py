@@ -234,6 +234,19 @@ def second_derivatives_of_the_reference():
     close(found / len(rows) ** 2, share(expected, rows), "second derivative", 1e-10)
 
 
+def second_derivatives_of_the_kernels(mode):
+    """There are none: an error says so on every process, where a gradient penalty would do nothing."""
+    rows = UNEVEN[dist.get_world_size()]
+    embeddings, labels = (share(x, rows) for x in whole_batch(rows))
+    columns = share(whole_batch(rows, seed=1)[0], rows)
+    for refs in ({}, {"ref_emb": columns.requires_grad_(), "ref_labels": labels}):
+        leaf = embeddings.clone().requires_grad_()
+        loss = DistributedLoss(MultiSimilarityLoss(), mode=mode)(leaf, labels, **refs)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        penalty = gradient.square().sum()
+        raised(partial(torch.autograd.grad, penalty, leaf), RuntimeError, "no second derivative")
+
+
 def miners(mode):
     """The rule of a miner: of the loss, of the wrapper, and as its result."""
     rows = UNEVEN[dist.get_world_size()]
@@ -677,6 +690,9 @@ def what_must_be_the_same(mode):
     raised(lambda: module(embeddings[:, 1:] if last else embeddings, labels), ValueError, "columns")
     raised(lambda: module(embeddings, labels, **(columns if last else {})), ValueError, "ref_emb")
     raised(without_graph, ValueError, "no_grad")
+    modes = dict(zip(MODES, reversed(MODES), strict=True))
+    another = DistributedLoss(MultiSimilarityLoss(), mode=modes[mode])
+    raised(lambda: (another if last else module)(embeddings, labels), ValueError, "mode", "same on every")
     bank = CrossBatchMemory(module, DIM, 64)
     mask = {"enqueue_mask": labels == 0}
     raised(lambda: bank(embeddings, labels, **(mask if last else {})), ValueError, "enqueue_mask")
@@ -717,6 +733,7 @@ def _table():
             other_columns,
             short_types,
             one_label_each,
+            second_derivatives_of_the_kernels,
             miners,
             repeatable,
             infinite,

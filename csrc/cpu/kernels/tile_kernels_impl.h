@@ -73,6 +73,7 @@ TileKernels<T> make_kernels() {
             Formula::kContext,
             Formula::kPosInNeg,
             Formula::kHinge,
+            Formula::kLogOnePlus,
             Formula::needed_pairs(),
             Formula::kCount,
             Formula::kParts};

@@ -55,6 +55,7 @@ struct Negatives {
     DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
         return by_param.neg_term(s);
     }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 template <typename T, typename Formula>
@@ -80,6 +81,7 @@ struct Positives {
     DML_INLINE T by_param(const ByParam& by_param, T s, T ctx) const {
         return by_param.pos_term(s, ctx);
     }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 // Positives as members of the negatives' accumulator (kPosInNeg).

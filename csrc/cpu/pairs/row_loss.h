@@ -26,7 +26,10 @@ struct RowOutcome {
         if (formula.pos == Accumulator::kSum) gathered.pos_count = accumulators.pos_a[i];
         loss = formula.row(params, gathered, accumulators.pos_context[i]);
         poisoned = !finite && row_has_loss(formula.needed, mining, positives > 0, negatives > 0);
-        if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+        if (poisoned) {
+            loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+            loss.nonzero[0] = true;
+        }
 
         // 2. What a mean divides by.
         const bool kept_pos = formula.pos == Accumulator::kSum ? accumulators.pos_a[i] > T(0)
@@ -36,7 +39,7 @@ struct RowOutcome {
         for (int k = 0; k < 2; ++k) {
             count[k] = loss.count[k];
             if (formula.count != Count::kRows) continue;
-            if (reduction == Reduction::kMeanNonzero) count[k] = loss.part[k] != T(0);
+            if (reduction == Reduction::kMeanNonzero) count[k] = loss.nonzero[k];
             if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = any_kept;
         }
     }

@@ -7,7 +7,7 @@
 namespace dml::cuda {
 
 // One accumulator over pairs, by a warp.
-template <Accumulator kAccumulator, typename Acc, typename Term>
+template <typename Formula, Accumulator kAccumulator, typename Acc, typename Term>
 DML_DEVICE Running<kAccumulator, Acc> gather_row(const LaneSet& kept, const Term& term, Acc zero_counts) {
     Running<kAccumulator, Acc> accumulator;
     if constexpr (kAccumulator == Accumulator::kLogSumExp) {
@@ -20,7 +20,7 @@ DML_DEVICE Running<kAccumulator, Acc> gather_row(const LaneSet& kept, const Term
     } else {
         kept.for_each([&](int j) {
             const Acc t = term(j);
-            accumulator.a += t != Acc(0) ? Acc(1) : zero_counts;
+            accumulator.a += Formula::is_nonzero(t) ? Acc(1) : zero_counts;
             accumulator.b += t;
         });
         accumulator.a = warp_sum(accumulator.a);
@@ -72,8 +72,8 @@ DML_DEVICE void gather_and_finish(const RowBlockPairs<T, Acc>& pairs, int64_t i,
                                                   : mined.kept.bits & ~mined.positives.bits};
     const Acc zero_counts = count_zeros ? Acc(1) : kZeroCounts<Acc>;
     Gathering<Formula, Acc> row;
-    row.neg =
-        gather_row<Formula::kNeg, Acc>(negatives, [&](int j) { return formula.neg_term(s[j]); }, zero_counts);
+    row.neg = gather_row<Formula, Formula::kNeg, Acc>(
+        negatives, [&](int j) { return formula.neg_term(s[j]); }, zero_counts);
     Acc context = 0;
     if constexpr (Formula::kContext) {
         context = row.neg.value(Formula::kPlusOne);
@@ -82,7 +82,7 @@ DML_DEVICE void gather_and_finish(const RowBlockPairs<T, Acc>& pairs, int64_t i,
         row.neg.a = context;
         row.neg.b = warp_sum(derivative);
     }
-    row.pos = gather_row<Formula::kPos, Acc>(
+    row.pos = gather_row<Formula, Formula::kPos, Acc>(
         positives, [&](int j) { return formula.pos_term(s[j], context); }, zero_counts);
     if (lane_id() != 0) return;
     results.store(i, finish_row(row_stats, i, formula, row, mined.bounds, mining, mined.had_both,

@@ -195,6 +195,7 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
     if (!has_loss) {
         bounds = Bounds<Acc>::none();
         loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = g.neg = g.pos = Acc(0);
+        loss.nonzero[0] = loss.nonzero[1] = false;
     }
     const bool eligible = mining ? had_both : has_loss;
     row_stats.neg_above[i] = bounds.neg_above;
@@ -215,7 +216,7 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
         result.part[k] = loss.part[k];
         Acc count = loss.count[k];
         if constexpr (Formula::kCount == Count::kRows) {
-            if (results.reduction == Reduction::kMeanNonzero) count = Acc(loss.part[k] != Acc(0));
+            if (results.reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
             if (results.reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
         }
         result.count[k] = count;
