@@ -1,6 +1,7 @@
 """The options that all pair losses share: declared, documented and checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from typing_extensions import TypedDict
@@ -82,11 +83,36 @@ def measure(similarity: str, normalize_embeddings: bool | None) -> str:
     return "cosine" if normalize_embeddings else "dot"
 
 
-def check_options(options: Mapping[str, object], *, similarity: str, reduction: str) -> Options:
-    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+# Arguments of pytorch-metric-learning's classes that those of dml_cuda do not have.
+_OF_PML = frozenset(
+    ("distance", "embedding_regularizer", "reducer", "weight_regularizer", "weight_init_func")
+)
+
+
+def unknown_argument(name: str, known: Sequence[str]) -> TypeError:
+    """The error for a keyword argument that is not among ``known``."""
+    if name in _OF_PML:
+        return TypeError(
+            f"{name}: expected one of {', '.join(known)}; pytorch-metric-learning's {name} works with the "
+            "class of the same name in dml_cuda.pml"
+        )
+    similar = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return TypeError(f"{name}: expected one of {', '.join(known)}{hint}")
+
+
+def check_names(options: Mapping[str, object], names: Sequence[str], parameters: Iterable[str] = ()) -> None:
+    """Raises TypeError for an option that is none; ``parameters`` are those of the loss."""
     for name in options:
-        if name not in NAMES:
-            raise TypeError(f"{name}: expected one of the options {', '.join(NAMES)}")
+        if name not in names:
+            raise unknown_argument(name, (*parameters, *names))
+
+
+def check_options(
+    options: Mapping[str, object], *, similarity: str, reduction: str, parameters: Iterable[str] = ()
+) -> Options:
+    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+    check_names(options, NAMES, parameters)
     checked = Options(
         options.get("epsilon"),
         options.get("similarity", similarity),

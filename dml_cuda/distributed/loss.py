@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -226,6 +227,7 @@ class DistributedLoss(nn.Module):
                 raise ValueError(f"{name}: expected None with a class-level loss on several processes")
         head = self.loss
         labels = head.check(embeddings, labels)
+        embeddings, columns = head.promoted(embeddings)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
         if isinstance(head, SoftTripleLoss):  # makes its own columns
             return _Share(head.call, make_batch(embeddings, labels, *(None,) * 3, **rule), whole=True)
@@ -234,7 +236,7 @@ class DistributedLoss(nn.Module):
             return _Share(
                 head.call, make_batch(embeddings[known], labels[known], *(None,) * 3, **rule), proxies=True
             )
-        batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
+        batch = make_batch(embeddings, labels, None, columns, head.classes(), **rule)
         return _Share(head.call, batch, whole=True)
 
     def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
@@ -274,9 +276,12 @@ class DistributedLoss(nn.Module):
         if isinstance(self.loss, SoftTripleLoss):
             value, added = self.loss.row_losses(batch.embeddings, batch.labels)
             if is_reduced:
-                value = sums_and_counts(value, torch.ones_like(value, dtype=torch.bool), reduction)
+                value = sums_and_counts(value, self.loss.known(batch.labels), reduction)
         elif share.whole:
             value = compute(call, batch)
+            if reduction == "mean_valid" and isinstance(self.loss, ClassifierLoss):
+                known = self.loss.known(batch.labels).sum().to(value)  # in place of the rows with a pair
+                value = torch.cat([value[:2], known[None], value[3:]])
         elif share.proxies:
             value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
         elif self.mode == "ring":
@@ -286,6 +291,14 @@ class DistributedLoss(nn.Module):
         if is_reduced:
             value = _divide(Sum.apply(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
+
+    def __deepcopy__(self, memo: dict) -> "DistributedLoss":
+        """A copy for the same processes, whose group cannot be copied."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        state = {name: value for name, value in self.__dict__.items() if name != "group"}
+        copy.__dict__.update(deepcopy(state, memo), group=self.group)
+        return copy
 
     def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:
         """The rows of all processes, without a gradient, of the tensors that ``check`` returns or raises an

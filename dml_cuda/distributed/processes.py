@@ -139,9 +139,12 @@ class GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, own, processes, rows):
-        ctx.where = processes, rows
+    def forward(own, processes, rows):
         return processes.gather_rows(own, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.where = inputs[1:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -152,9 +155,12 @@ class SumToOwners(torch.autograd.Function):
     """The gradient of :class:`GatherRows`, and it of this."""
 
     @staticmethod
-    def forward(ctx, everyone, processes, rows):
-        ctx.where = processes, rows
+    def forward(everyone, processes, rows):
         return processes.sum_to_owners(everyone, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.where = inputs[1:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -165,9 +171,12 @@ class Sum(torch.autograd.Function):
     """:meth:`Processes.sum`, whose gradient is of the same kind."""
 
     @staticmethod
-    def forward(ctx, own, processes):
-        ctx.processes = processes
+    def forward(own, processes):
         return processes.sum(own)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.processes = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):

@@ -118,10 +118,11 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``."""
+    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``. The
+    other results are for backward: of the rows, and what was found in the block of each process."""
 
     @staticmethod
-    def forward(ctx, embeddings, refs, labels, blocks, options):
+    def forward(embeddings, refs, labels, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
         is_double = embeddings.dtype == torch.float64
         state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
@@ -135,18 +136,23 @@ class _PairLoss(torch.autograd.Function):
                     del found[owner]
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
-        ctx.save_for_backward(
-            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
-        )
-        # Its own block is among the saved tensors, and must not be held twice.
-        ctx.blocks, ctx.owners, ctx.options = blocks._replace(own=None), list(found), options
-        ctx.is_square = refs is None
-        return losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        value = losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        return value, weights, losses[:2].sum().isnan(), *(found[owner] for owner in range(len(found)))
 
     @staticmethod
-    def backward(ctx, grad):
-        embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
-        blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
+    def setup_context(ctx, inputs, output):
+        embeddings, refs, labels, blocks, options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embeddings, labels, blocks.own, *output[1:])
+        # Its own block is among the saved tensors, and must not be held twice.
+        ctx.blocks, ctx.options = blocks._replace(own=None), options
+        ctx.is_square = refs is None
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        embeddings, labels, own, weights, has_nan, *kept = ctx.saved_tensors
+        blocks = ctx.blocks._replace(own=own)
         options, ring = ctx.options, blocks.ring
         rows = embeddings.shape[0]
         grad_parts = (grad[:2, None] if options.return_sums else grad).expand(2, rows)
@@ -188,4 +194,4 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     options: OpOptions = call.op_options._replace(
         epsilon=batch.epsilon, mine_self_pair=False, precision=precision_for(batch.embeddings)
     )
-    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, options)
+    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, options)[0]

@@ -20,7 +20,8 @@ def make_call(
     """Raises TypeError or ValueError for a parameter or an option that cannot be."""
     for name, check in formula.parameters.items():
         check(name, values[name])
-    checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
+    defaults = {"similarity": formula.similarity, "reduction": formula.reduction}
+    checked = check_options(options, **defaults, parameters=formula.parameters)
     similarity = checked.measure
     params = formula.params(values, similarity)
     return Call(formula, checked, op_options(formula.name, params, similarity, checked), dynamic_params)

@@ -12,6 +12,7 @@ from .._inputs.options import Options
 from .._ops.evaluate import in_wanted_dtype
 from .._ops.listed_pairs import of_rows
 from ..reference.pairs import is_traced
+from ._described import described_by
 from ._pair import option
 from ._triplet import (
     TripletBatch,
@@ -144,12 +145,12 @@ def margin_loss(
     Returns, Raises:
         As :func:`triplet_margin_loss`.
     """
-    call = make_call(
-        {"margin": margin, "nu": nu, "triplets_per_anchor": triplets_per_anchor}, triplet_options(options)
-    )
+    values = {"margin": margin, "nu": nu, "triplets_per_anchor": triplets_per_anchor}
+    call = make_call(values, triplet_options(options, (*values, "beta")))
     return evaluate(call, beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
+@described_by(margin_loss)
 class MarginLoss(TripletLoss):
     """Margin loss; see :func:`dml_cuda.functional.margin_loss`.
 

@@ -45,6 +45,8 @@ class ProxyNCALoss(ClassifierLoss):
 
     formula = ProxyNCA
     weight = "proxies"
+    by_columns = False
+    proxies: nn.Parameter
     softmax_scale: float = option()
 
     def __init__(
@@ -55,11 +57,7 @@ class ProxyNCALoss(ClassifierLoss):
         **options: Unpack[ClassifierOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, options, softmax_scale=softmax_scale)
-        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
-        nn.init.normal_(self.proxies)
-
-    def rows(self) -> Tensor:
-        return self.proxies
+        self.add_weight()
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
         lists = tuple(indices_tuple)
@@ -67,4 +65,4 @@ class ProxyNCALoss(ClassifierLoss):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: argmin is the class."""
-        return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()
+        return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in self.promoted(embeddings))).square()

@@ -17,6 +17,7 @@
 #include "cpu/pairs/gradient_pieces.h"
 #include "cpu/pairs/gradient_sums.h"
 #include "cpu/pairs/weight_tiles.h"
+#include "torch/columns.h"
 
 namespace dml::cpu {
 
@@ -97,7 +98,9 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
     if (*RowStats<T>(reinterpret_cast<T*>(saved), n).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
+        const auto fill = [&](const Tensor& points) {
+            return laid_out_as(points, at::full(points.sizes(), nan, points.options()));
+        };
         return {need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none()};
     }
     Batch<T> batch(call, refs, problem, layout, saved, true);
@@ -130,9 +133,8 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
                                 d_pos};
 
     // 3. The gradients.
-    const auto like = [](const Tensor& points) { return at::empty(points.sizes(), points.options()); };
-    const Tensor grad_emb = need_emb ? like(call.embeddings) : Tensor();
-    const Tensor grad_ref = need_ref ? like(*call.ref_emb) : Tensor();
+    const Tensor grad_emb = need_emb ? empty_gradient(call.embeddings, batch.rows.by_columns()) : Tensor();
+    const Tensor grad_ref = need_ref ? empty_gradient(*call.ref_emb, batch.cols.by_columns()) : Tensor();
     if (need_ref) grad_ref.narrow(0, batch.m, grad_ref.size(0) - batch.m).zero_();  // not valid
     if (batch.tiles.count() == 0) {
         if (need_emb) grad_emb.zero_();
@@ -140,7 +142,8 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     } else if (need_emb || need_ref) {
         BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
     }
-    return {need_emb ? grad_emb : none(), need_ref ? grad_ref : none()};
+    return {need_emb ? laid_out_as(call.embeddings, grad_emb) : none(),
+            need_ref ? laid_out_as(*call.ref_emb, grad_ref) : none()};
 }
 
 }  // namespace dml::cpu
