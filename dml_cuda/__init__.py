@@ -11,7 +11,7 @@ except ImportError as error:
     if all(path.suffix == ".pyi" for path in _folder.glob("_C*")):
         raise ImportError(
             f"{_folder} has no compiled extension: it is the source of dml_cuda, which Python finds before "
-            f'an installed dml_cuda. Build it in place, pip install --no-build-isolation -e "{_folder.parent}", '
+            f'an installed one. Build it in place, pip install --no-build-isolation -e "{_folder.parent}", '
             "or start Python in another folder."
         ) from error
     raise ImportError(

@@ -1,8 +1,10 @@
 """The options that all pair losses share: declared, documented and checked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -106,6 +108,21 @@ def check_names(options: Mapping[str, object], names: Sequence[str], parameters:
     for name in options:
         if name not in names:
             raise unknown_argument(name, (*parameters, *names))
+
+
+def with_known_names(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that names an argument which it does not have as :func:`unknown_argument` does."""
+    parameters = inspect.signature(init).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return init
+
+    @wraps(init)
+    def checked(self: object, *arguments: Any, **keywords: Any) -> None:
+        check_names(keywords, names)
+        init(self, *arguments, **keywords)
+
+    return checked
 
 
 def check_options(

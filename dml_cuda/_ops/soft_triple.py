@@ -13,7 +13,7 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
 from ..reference.pairs import TINY_NORM
-from .autograd import call, register_derivative
+from .autograd import call, no_second_derivative, register_derivative
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
 # is busy for longer than the host with launching them.
@@ -188,11 +188,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_losses, _, grad_apart):
     with _autocast.off(grad_losses.device):  # which would round the products
-        grads = soft_triple_backward(grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
+        grads = call("soft_triple_backward", grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
     return *grads, *(None,) * 6
 
 
 register_derivative("soft_triple", _backward, _setup_context)
+register_derivative("soft_triple_backward", no_second_derivative)
 
 
 def row_losses(*arguments) -> tuple[Tensor, Tensor, Tensor]:

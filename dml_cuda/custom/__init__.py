@@ -40,7 +40,7 @@ class CustomLoss(PairLoss):
     signature: ClassVar[inspect.Signature]  # of the parameters
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        check_names(keywords, NAMES, self.signature.parameters)
+        check_names(keywords, (*self.signature.parameters, *NAMES))
         options = {name: keywords.pop(name) for name in NAMES if name in keywords}
         try:
             bound = self.signature.bind(*arguments, **keywords)

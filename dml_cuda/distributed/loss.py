@@ -85,10 +85,6 @@ class DistributedLoss(nn.Module):
     >>> loss = loss_fn(network(images), labels)  # network: DistributedDataParallel
     """
 
-    def __new__(cls, *_, **__) -> "DistributedLoss":
-        _leave_uncompiled()
-        return super().__new__(cls)
-
     def __init__(
         self,
         loss: nn.Module,
@@ -98,6 +94,7 @@ class DistributedLoss(nn.Module):
         miner: MultiSimilarityMiner | None = None,
     ) -> None:
         super().__init__()
+        _leave_uncompiled()
         if not (isinstance(loss, PairLoss | TripletLoss) or _is_class_level(loss)):
             raise TypeError(
                 "loss: expected a loss of pairs, of triplets or of classes of dml_cuda, got "
@@ -291,6 +288,10 @@ class DistributedLoss(nn.Module):
         if is_reduced:
             value = _divide(Sum.apply(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
+
+    def __setstate__(self, state: dict) -> None:
+        _leave_uncompiled()
+        super().__setstate__(state)
 
     def __deepcopy__(self, memo: dict) -> "DistributedLoss":
         """A copy for the same processes, whose group cannot be copied."""

@@ -44,7 +44,7 @@ class TripletOptions(TypedDict, total=False):
     check_pairs: bool
 
 
-_NAMES = tuple(TripletOptions.__annotations__)
+TRIPLET_NAMES = tuple(TripletOptions.__annotations__)
 
 
 class TripletCall(NamedTuple):
@@ -74,7 +74,7 @@ def check_per_anchor(value: object) -> int | None:
 def triplet_options(options: Mapping[str, Any], parameters: Iterable[str] = ()) -> Options:
     """Validates options and adds the defaults of triplet losses. ``parameters`` are the loss's own names, for
     the message. Raises TypeError or ValueError."""
-    check_names(options, _NAMES, parameters)
+    check_names(options, TRIPLET_NAMES, parameters)
     return check_options(options, similarity="euclidean", reduction="mean_nonzero")
 
 
@@ -234,7 +234,7 @@ class TripletLoss(nn.Module):
         if name in values:
             values = {**values, name: value}
         else:
-            known = {key: getattr(options, key) for key in _NAMES}
+            known = {key: getattr(options, key) for key in TRIPLET_NAMES}
             options = triplet_options({**known, name: value})
         self.call = self.make_call(values, options)
         self._values = values
@@ -270,5 +270,5 @@ class TripletLoss(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        names = (*self._values, *_NAMES)
+        names = (*self._values, *TRIPLET_NAMES)
         return ", ".join(f"{name}={self.get_option(name)!r}" for name in names)

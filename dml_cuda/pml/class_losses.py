@@ -87,7 +87,9 @@ class _FusedClassifier:
                 warn_unsupported(self, call)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        self.cast_types(embeddings.dtype, embeddings.device)
+        weight = getattr(self, self._weight)
+        if (weight.dtype, weight.device) != (embeddings.dtype, embeddings.device):
+            self.cast_types(embeddings.dtype, embeddings.device)  # in place, which torch.func refuses
         check_classes(labels, self._num_classes())
         loss_dict = self._loss_dict(call, embeddings, labels, indices_tuple)
         self.add_weight_regularization_to_loss_dict(loss_dict, self._class_weights())

@@ -687,7 +687,7 @@ def test_a_library_that_was_cut_short(cache, tmp_path):
         assert len(library.read_bytes()) == len(whole)
 
 
-@pytest.mark.parametrize("folder", ["~/formulas", "it's \"quoted\"", "$HOME and: more", "späce"])
+@pytest.mark.parametrize("folder", ["~/formulas", 'it\'s "quoted"', "$HOME and: more", "späce"])
 def test_a_cache_at_an_unusual_path(cache, tmp_path, folder):
     home = tmp_path / "home"
     home.mkdir()
