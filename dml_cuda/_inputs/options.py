@@ -93,14 +93,11 @@ _OF_PML = frozenset(
 
 def unknown_argument(name: str, known: Sequence[str]) -> TypeError:
     """The error for a keyword argument that is not among ``known``."""
-    if name in _OF_PML:
-        return TypeError(
-            f"{name}: expected one of {', '.join(known)}; pytorch-metric-learning's {name} works with the "
-            "class of the same name in dml_cuda.pml"
-        )
     similar = get_close_matches(name, known, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    return TypeError(f"{name}: expected one of {', '.join(known)}{hint}")
+    if name in _OF_PML:
+        hint = f"; the class of the same name in dml_cuda.pml takes pytorch-metric-learning's {name}"
+    return TypeError(f"{name}: expected one of the parameters or options {', '.join(known)}{hint}")
 
 
 def check_names(options: Mapping[str, object], names: Sequence[str], parameters: Iterable[str] = ()) -> None:

@@ -515,7 +515,7 @@ def test_names_of_parameters():
 def test_arguments(cache, nca, circle):
     for make, error, says in (
         (lambda: circle(m=0.4), TypeError, r"circle\(m, gamma, detach_weights\).*'gamma'"),
-        (lambda: nca(sale=1.0), TypeError, r"^sale: expected one of scale, .*did you mean scale\?"),
+        (lambda: nca(sale=1.0), TypeError, r"^sale: expected one of .*options scale, .*did you mean scale\?"),
         (lambda: nca(1.0, 2.0), TypeError, "too many positional"),
         (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
         (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),

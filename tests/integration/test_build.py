@@ -250,8 +250,9 @@ def test_a_checkout_before_the_installed_package(tmp_path):
     package.mkdir()
     for source in (*(ROOT / "dml_cuda").glob("*.py"), ROOT / "dml_cuda" / "_C.pyi"):
         (package / source.name).write_text(source.read_text())
+    no_finders = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]"
     run = subprocess.run(
-        [sys.executable, "-c", "import dml_cuda"],
+        [sys.executable, "-c", f"{no_finders}; import dml_cuda"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
