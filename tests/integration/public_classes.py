@@ -1,7 +1,8 @@
 """The table of public classes: how each is made, and called as a module of embeddings and labels.
 
-The tests of this folder run every one of them through every tool. A public class without an entry fails
-``test_every_public_class_is_here``.
+The tests of this folder run every one of them through every tool. A class is in the table by being public:
+its base says how it is made. One that no rule can make needs an entry of ``SPECIAL``; without it
+``test_every_public_class_can_be_made`` fails.
 """
 
 import inspect
@@ -12,6 +13,10 @@ from torch import nn
 
 import dml_cuda
 from dml_cuda import distributed
+from dml_cuda.losses._classifier import ClassifierLoss
+from dml_cuda.losses._pair import PairLoss
+from dml_cuda.losses._triplet import TripletLoss
+from dml_cuda.miners.triplets import SelectingMiner
 
 try:
     from dml_cuda import pml
@@ -33,32 +38,6 @@ class WithMiner(nn.Module):
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
-def _heads(package):
-    """The class-level losses of a package."""
-    names = "ArcFace", "CosFace", "NormalizedSoftmax", "ProxyAnchor", "ProxyNCA", "SoftTriple"
-    makers = [getattr(package, f"{name}Loss") for name in names]
-    makers += [package.CircleClassifierLoss] if hasattr(package, "CircleClassifierLoss") else []
-    return {make: lambda make=make: make(CLASSES, DIM) for make in makers}
-
-
-def _losses(package):
-    """The losses of pairs and triplets of a package, with their defaults."""
-    names = "Circle", "Contrastive", "GeneralizedLiftedStructure", "MultiSimilarity", "NTXent", "SupCon"
-    makers = [getattr(package, f"{name}Loss") for name in (*names, "TripletMargin")]
-    makers += [package.BinomialDevianceLoss] if hasattr(package, "BinomialDevianceLoss") else []
-    learnt = {package.MarginLoss: lambda: package.MarginLoss(learn_beta=True, num_classes=CLASSES)}
-    return {**{make: make for make in makers}, **learnt}
-
-
-def _miners(package):
-    """The miners of a package, each with a loss that takes what it finds."""
-    of_triplets = "BatchEasyHard", "BatchHard", "DistanceWeighted", "TripletMargin"
-    makers = {getattr(package, f"{name}Miner"): package.TripletMarginLoss for name in of_triplets}
-    makers |= {package.MultiSimilarityMiner: package.MultiSimilarityLoss}
-    makers |= {package.PairMarginMiner: package.ContrastiveLoss}
-    return {make: lambda make=make, loss=loss: WithMiner(loss(), make()) for make, loss in makers.items()}
-
-
 def _custom():
     return dml_cuda.compile_loss(ROOT / "examples" / "custom_losses" / "nca.h")(scale=8.0)
 
@@ -73,15 +52,56 @@ def _distributed():
     return distributed.DistributedLoss(dml_cuda.MultiSimilarityLoss(epsilon=0.1))
 
 
-MAKERS = {
-    **_heads(dml_cuda),
-    **_losses(dml_cuda),
-    **_miners(dml_cuda),
+# Classes that no rule of maker_of covers, or that are to be made otherwise.
+SPECIAL = {
     dml_cuda.CrossBatchMemory: _memory,
-    distributed.DistributedLoss: _distributed,
     dml_cuda.custom.CustomLoss: _custom,
-    **({} if pml is None else {**_heads(pml), **_losses(pml), **_miners(pml)}),
+    distributed.DistributedLoss: _distributed,
+    dml_cuda.MarginLoss: lambda: dml_cuda.MarginLoss(learn_beta=True, num_classes=CLASSES),
 }
+# The bases of the classes: losses, which need no argument; heads; miners of triplets and of pairs.
+LOSS_BASES, HEAD_BASES, TRIPLET_BASES, PAIR_BASES = [
+    [PairLoss, TripletLoss],
+    [ClassifierLoss],
+    [SelectingMiner],
+    [dml_cuda.MultiSimilarityMiner, dml_cuda.PairMarginMiner],
+]
+if pml is not None:
+    SPECIAL[pml.MarginLoss] = lambda: pml.MarginLoss(learn_beta=True, num_classes=CLASSES)
+    LOSS_BASES += [pml.pair_losses._Fused, pml.triplet_losses._FusedTriplets]
+    HEAD_BASES += [pml.class_losses._FusedClassifier]
+    TRIPLET_BASES += [pml.miners._Lazy]
+    PAIR_BASES += [pml.MultiSimilarityMiner, pml.PairMarginMiner]
+
+
+def maker_of(cls):
+    """What makes a module of embeddings and labels with the class; None for an unknown kind of class."""
+    if cls in SPECIAL:
+        return SPECIAL[cls]
+    if issubclass(cls, tuple(LOSS_BASES)):
+        return cls
+    if issubclass(cls, tuple(HEAD_BASES)):
+        return lambda: cls(CLASSES, DIM)
+    package = pml if cls.__module__.startswith("dml_cuda.pml") else dml_cuda
+    if issubclass(cls, tuple(PAIR_BASES)):
+        return lambda: WithMiner(package.ContrastiveLoss(), cls())
+    if issubclass(cls, tuple(TRIPLET_BASES)):
+        return lambda: WithMiner(package.TripletMarginLoss(), cls())
+    return None
+
+
+def public_classes():
+    """The modules that the package makes public, found by their names alone."""
+    packages = [dml_cuda, distributed, dml_cuda.custom]
+    packages += [getattr(dml_cuda, name) for name in ("losses", "miners") if name in dml_cuda.__all__]
+    packages += [] if pml is None else [pml]
+    names = {(package, name) for package in packages for name in getattr(package, "__all__", ())}
+    found = {getattr(package, name) for package, name in names}
+    modules = {x for x in found if inspect.isclass(x) and issubclass(x, nn.Module)}
+    return sorted(modules, key=lambda cls: (cls.__module__, cls.__name__))
+
+
+MAKERS = {cls: maker_of(cls) for cls in public_classes()}
 # The same classes with other ways through the package.
 MORE = {
     "DistributedLoss-ring": lambda: distributed.DistributedLoss(dml_cuda.CircleLoss(), mode="ring"),
@@ -99,22 +119,12 @@ MORE = {
 }
 
 
-def public_classes():
-    """The modules that the package makes public, found by their names alone."""
-    packages = [dml_cuda, distributed, dml_cuda.custom]
-    packages += [getattr(dml_cuda, name) for name in ("losses", "miners") if name in dml_cuda.__all__]
-    packages += [] if pml is None else [pml]
-    names = {(package, name) for package in packages for name in getattr(package, "__all__", ())}
-    found = {getattr(package, name) for package, name in names}
-    return {x for x in found if inspect.isclass(x) and issubclass(x, nn.Module)}
-
-
 def name_of(cls):
     return f"pml.{cls.__name__}" if cls.__module__.startswith("dml_cuda.pml") else cls.__name__
 
 
-SUBJECTS = {**{name_of(cls): make for cls, make in MAKERS.items()}, **MORE}
-HEADS = {name_of(cls): make for cls, make in _heads(dml_cuda).items()}
+SUBJECTS = {**{name_of(cls): make for cls, make in MAKERS.items() if make is not None}, **MORE}
+HEADS = {name_of(cls): make for cls, make in MAKERS.items() if issubclass(cls, ClassifierLoss)}
 
 
 def make(name):

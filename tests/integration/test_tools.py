@@ -21,7 +21,6 @@ from integration.public_classes import (
     make,
     make_batch,
     name_of,
-    public_classes,
     step,
 )
 from torch import nn
@@ -52,9 +51,10 @@ def assert_same(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.check
-def test_every_public_class_is_here():
-    missing = {name_of(cls) for cls in public_classes()} - {name_of(cls) for cls in MAKERS}
-    assert not missing, f"add {missing} to tests/integration/public_classes.py"
+def test_every_public_class_can_be_made():
+    unknown = [name_of(cls) for cls, maker in MAKERS.items() if maker is None]
+    assert not unknown, f"add {unknown} to SPECIAL in tests/integration/public_classes.py"
+    assert len(MAKERS) > 40
 
 
 # ---- parameters ------------------------------------------------------------------------------------------
