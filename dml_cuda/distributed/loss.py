@@ -22,7 +22,7 @@ from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets
-from .processes import GatherRows, Processes, Sum, total
+from .processes import Processes, gathered, summed, total
 
 MODES = ("gather", "ring")
 
@@ -239,7 +239,7 @@ class DistributedLoss(nn.Module):
     def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
         """This process's share of the proxies as rows, and the points of all processes as columns."""
         batch = batch._replace(
-            ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+            ref_emb=gathered(batch.embeddings, processes, rows),
             ref_labels=processes.gather_rows(batch.labels, rows),
         )
         proxies, classes = (
@@ -281,12 +281,12 @@ class DistributedLoss(nn.Module):
                 value = torch.cat([value[:2], known[None], value[3:]])
         elif share.proxies:
             value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
-        elif self.mode == "ring":
+        elif self.mode == "ring" and not torch.jit.is_tracing():  # of one process, which needs no ring
             value = ring.compute(call, batch, processes, words["rows"], words["refs"])
         else:
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
         if is_reduced:
-            value = _divide(Sum.apply(value.double(), processes), reduction)
+            value = _divide(summed(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
 
     def __setstate__(self, state: dict) -> None:
@@ -366,12 +366,12 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
     """The batch with the columns of all processes, and for each row which of them it is itself."""
     if batch.ref_emb is not None:
         return batch._replace(
-            ref_emb=GatherRows.apply(batch.ref_emb, processes, refs),
+            ref_emb=gathered(batch.ref_emb, processes, refs),
             ref_labels=processes.gather_rows(batch.ref_labels.long(), refs),
         )
     first, device = total(rows, processes.rank), batch.labels.device
     return batch._replace(
-        ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+        ref_emb=gathered(batch.embeddings, processes, rows),
         ref_labels=processes.gather_rows(batch.labels, rows),
         self_index=torch.arange(first, first + rows[processes.rank], device=device),
         mine_self_pair=False,

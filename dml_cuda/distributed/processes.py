@@ -38,6 +38,11 @@ class Processes:
         self.rank = dist.get_rank(group) if there else 0
         if self.rank < 0:
             raise ValueError("group: expected a group that this process belongs to")
+        if self.size > 1 and torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record what several processes tell each other: trace the loss inside "
+                "of DistributedLoss"
+            )
 
     def _word_device(self) -> torch.device:
         """Where a few numbers travel: without waiting for a GPU where the group has a backend for CPUs."""
@@ -181,3 +186,13 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return Sum.apply(grad, ctx.processes), None
+
+
+def gathered(own: Tensor, processes: Processes, rows: Sequence[int]) -> Tensor:
+    """:class:`GatherRows`, which is nothing where there is one process."""
+    return own if processes.size == 1 else GatherRows.apply(own, processes, rows)
+
+
+def summed(own: Tensor, processes: Processes) -> Tensor:
+    """:class:`Sum`, which is nothing where there is one process."""
+    return own if processes.size == 1 else Sum.apply(own, processes)
