@@ -1,13 +1,23 @@
 """Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
+from pathlib import Path
+
 import torch  # first: _C needs its libraries
 
 try:
     from . import _C
 except ImportError as error:
+    _folder = Path(__file__).parent
+    if all(path.suffix == ".pyi" for path in _folder.glob("_C*")):
+        raise ImportError(
+            f"{_folder} has no compiled extension: it is the source of dml_cuda, which Python finds before "
+            f'an installed one. Build it in place, pip install --no-build-isolation -e "{_folder.parent}", '
+            "or start Python in another folder."
+        ) from error
     raise ImportError(
         f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
-        f"installed torch {torch.__version__}: pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"installed torch {torch.__version__}: in a clone of dml_cuda, "
+        "pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
 from . import distributed, functional, reference
@@ -87,6 +97,11 @@ __all__ = [
     "functional",
     "reference",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that imports leave here."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def build_info() -> dict:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "core/portable.h"
 
@@ -107,6 +108,30 @@ DML_INLINE T log_fast(T x) {
 #endif
 }
 
+// The logarithm, also of 0 (-inf), of infinity, and of negative numbers (NaN).
+template <typename T>
+DML_INLINE T log(T x) {
+#if defined(__CUDA_ARCH__)
+    return std::log(x);
+#else
+    using Limits = std::numeric_limits<T>;
+    const T finite = x > Limits::max() ? x : log_fast(x);
+    const T not_positive = x == T(0) ? -Limits::infinity() : Limits::quiet_NaN();
+    return x > T(0) ? finite : not_positive;
+#endif
+}
+
+// Not vectorised: write a product for a small whole power.
+template <typename T>
+DML_INLINE T pow(T x, std::common_type_t<T> power) {
+    return std::pow(x, power);
+}
+
+template <typename T>
+DML_INLINE T abs(T x) {
+    return x < T(0) ? -x : x;
+}
+
 template <typename T>
 DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
@@ -118,10 +143,14 @@ DML_INLINE T angle(T y, T x) {
     return std::atan2(y, x);
 }
 
-// The square root. Dual numbers take its derivative at 0 as 0.
+// The square root, by two names. Dual numbers take its derivative at 0 as 0.
 template <typename T>
 DML_INLINE T root(T x) {
     return std::sqrt(x);
+}
+template <typename T>
+DML_INLINE T sqrt(T x) {
+    return root(x);
 }
 
 template <typename T>

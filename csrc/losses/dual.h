@@ -43,6 +43,19 @@ struct Dual {
     friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.derivative / b}; }
     friend DML_INLINE Dual operator/(T a, Dual b) { return Dual(a) / b; }
 
+    friend DML_INLINE Dual pow(Dual x, T power) {
+        const T slope = power == T(0) ? T(0) : power * dml::pow(x.value, power - T(1));
+        return {dml::pow(x.value, power), slope * x.derivative};
+    }
+    friend DML_INLINE Dual pow(T x, Dual power) {
+        const T y = dml::pow(x, power.value);
+        return {y, x > T(0) ? y * dml::log(x) * power.derivative : T(0)};
+    }
+    friend DML_INLINE Dual pow(Dual x, Dual power) {
+        const Dual of_x = pow(x, power.value), of_power = pow(x.value, power);
+        return {of_x.value, of_x.derivative + of_power.derivative};
+    }
+
     friend DML_INLINE bool operator<(Dual a, Dual b) { return a.value < b.value; }
     friend DML_INLINE bool operator>(Dual a, Dual b) { return a.value > b.value; }
     friend DML_INLINE bool operator<=(Dual a, Dual b) { return a.value <= b.value; }
@@ -117,6 +130,18 @@ template <typename T>
 DML_INLINE Dual<T> exp_fast(Dual<T> x) {
     const T e = exp_fast(x.value);
     return {e, e * x.derivative};
+}
+
+template <typename T>
+DML_INLINE Dual<T> log(Dual<T> x) {
+    return {log(x.value), x.derivative / x.value};
+}
+
+// The derivative at 0 is 0.
+template <typename T>
+DML_INLINE Dual<T> abs(Dual<T> x) {
+    const T sign = x.value > T(0) ? T(1) : x.value < T(0) ? T(-1) : T(0);
+    return {abs(x.value), sign * x.derivative};
 }
 
 template <typename T>

@@ -21,8 +21,8 @@
 // Each function is a template over the type of number, T or Dual<T> (dual.h). derivatives.h calls it with
 // dual numbers, so a formula states no derivative; constant(x) marks what the gradient treats as constant.
 // For the derivatives by a parameter that learns, T itself is a type of dual numbers.
-// Use the functions of core/numeric.h (exp_fast, softplus, relu, root) and rounded_product for the product in
-// a logit.
+// Use the functions of core/numeric.h (exp_fast, log, pow, abs, sqrt, softplus, relu) and rounded_product for
+// the product in a logit.
 //
 // Among the pairs of one kind, the largest logit must be at the smallest or at the largest similarity: the
 // CUDA kernels look only there for the maximum.

@@ -155,9 +155,9 @@ struct PairLossNode final : torch::autograd::Node {
 
     // `saved`, the op's second result, is no output of the node, as it has no gradient.
     void keep(const Call& call, const Tensor& saved) {
-        const KeptTensors kept = {call.embeddings, call.labels,         call.ref_emb,     call.ref_labels,
-                                  call.self_index, call.num_valid_refs, call.row_weights, call.dynamic_params,
-                                  saved};
+        const KeptTensors kept = {call.embeddings,  call.labels,         call.ref_emb,
+                                  call.ref_labels,  call.self_index,     call.num_valid_refs,
+                                  call.row_weights, call.dynamic_params, saved};
         for (int k = 0; k < kKept; ++k) kept_[k] = SavedVariable(kept[k], false);
         options_.emplace(call);
     }

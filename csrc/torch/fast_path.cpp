@@ -8,6 +8,7 @@
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "custom/registry.h"
 #include "torch/autograd.h"
@@ -39,10 +40,13 @@ bool are_labels(const Tensor& labels, const Tensor& points) {
            labels.device() == points.device();
 }
 
-// Whether a mode sees calls of Python functions, or a transform of torch.func is active.
+// Whether a mode sees calls of Python functions, a transform of torch.func is active, or torch.jit.trace
+// records the ops that Python calls.
 bool is_watched() {
-    return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has(
-                                                          c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+    return at::impl::torch_function_mode_enabled() ||
+           c10::impl::tls_local_dispatch_key_set().included_.has(
+               c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+           torch::jit::tracer::isTracing();
 }
 
 bool has_cuda_kernels(std::string_view formula) {

@@ -15,10 +15,11 @@ def is_on(device: torch.device) -> bool:
     return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
 
 
-def result_dtype(embeddings: Tensor) -> torch.dtype:
-    """The dtype of a loss of these: theirs; under autocast float32 at least."""
-    is_wide = embeddings.dtype in (torch.float32, torch.float64)
-    return embeddings.dtype if is_wide or not is_on(embeddings.device) else torch.float32
+def result_dtype(embeddings: Tensor, wide: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a loss of these: theirs, or ``wide``; under autocast float32 at least."""
+    dtype = embeddings.dtype if wide is None else wide
+    is_wide = dtype in (torch.float32, torch.float64)
+    return dtype if is_wide or not is_on(embeddings.device) else torch.float32
 
 
 def off(device: torch.device) -> AbstractContextManager:

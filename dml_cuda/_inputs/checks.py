@@ -47,6 +47,8 @@ def check_number(name: str, value: object) -> None:
     """A finite number. Uses comparisons, which torch.compile can trace for symbolic numbers."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(value, int | float):  # NumPy compares its shorter types in their own range
+        value = float(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 

@@ -1,7 +1,10 @@
 """The options that all pair losses share: declared, documented and checked."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -82,11 +85,48 @@ def measure(similarity: str, normalize_embeddings: bool | None) -> str:
     return "cosine" if normalize_embeddings else "dot"
 
 
-def check_options(options: Mapping[str, object], *, similarity: str, reduction: str) -> Options:
-    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+# Arguments of pytorch-metric-learning's classes that those of dml_cuda do not have.
+_OF_PML = frozenset(
+    ("distance", "embedding_regularizer", "reducer", "weight_regularizer", "weight_init_func")
+)
+
+
+def unknown_argument(name: str, known: Sequence[str]) -> TypeError:
+    """The error for a keyword argument that is not among ``known``."""
+    similar = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    if name in _OF_PML:
+        hint = f"; the class of the same name in dml_cuda.pml takes pytorch-metric-learning's {name}"
+    return TypeError(f"{name}: expected one of the parameters or options {', '.join(known)}{hint}")
+
+
+def check_names(options: Mapping[str, object], names: Sequence[str], parameters: Iterable[str] = ()) -> None:
+    """Raises TypeError for an option that is none; ``parameters`` are those of the loss."""
     for name in options:
-        if name not in NAMES:
-            raise TypeError(f"{name}: expected one of the options {', '.join(NAMES)}")
+        if name not in names:
+            raise unknown_argument(name, (*parameters, *names))
+
+
+def with_known_names(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that names an argument which it does not have as :func:`unknown_argument` does."""
+    parameters = inspect.signature(init).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return init
+
+    @wraps(init)
+    def checked(self: object, *arguments: Any, **keywords: Any) -> None:
+        check_names(keywords, names)
+        init(self, *arguments, **keywords)
+
+    return checked
+
+
+def check_options(
+    options: Mapping[str, object], *, similarity: str, reduction: str, parameters: Iterable[str] = ()
+) -> Options:
+    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+    check_names(options, NAMES, parameters)
     checked = Options(
         options.get("epsilon"),
         options.get("similarity", similarity),

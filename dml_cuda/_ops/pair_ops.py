@@ -3,7 +3,7 @@
 import torch
 
 from .. import _C
-from .fake import computed_dtype, fake_kernel, like_if
+from .fake import computed_dtype, fake_kernel, gradient_if, like_if
 
 
 @fake_kernel("pair_loss")
@@ -25,11 +25,9 @@ def _grad_params(a):
 
 @fake_kernel("pair_loss_backward")
 def _pair_loss_backward(a):
-    return (
-        like_if(a.need_emb, a.embeddings, a.embeddings),
-        like_if(a.need_ref, a.ref_emb, a.embeddings),
-        _grad_params(a),
-    )
+    needs = (a.need_emb, a.embeddings), (a.need_ref, a.ref_emb)
+    gradients = (gradient_if(needed, points, a.embeddings) for needed, points in needs)
+    return *gradients, _grad_params(a)
 
 
 @fake_kernel("pair_block_turn")

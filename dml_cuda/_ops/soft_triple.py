@@ -13,7 +13,7 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
 from ..reference.pairs import TINY_NORM, unit_rows
-from .autograd import no_second_derivative
+from .autograd import call, no_second_derivative, register_derivative
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
 # is busy for longer than the host with launching them.
@@ -49,7 +49,9 @@ class _Block:
 
     def __init__(self, centers: Tensor, start: int, stop: int, per_class: int, dtype: torch.dtype) -> None:
         self.start, self.stop, self.per_class = start, stop, per_class
-        rows = centers[start * per_class : stop * per_class].to(dtype).view(-1, per_class, centers.shape[1])
+        # As rows: the centres may be the columns of a matrix.
+        rows = centers[start * per_class : stop * per_class].to(dtype).contiguous()
+        rows = rows.view(-1, per_class, centers.shape[1])
         unit, self.inverse = _unit(rows.transpose(0, 1))
         self.unit = unit.contiguous()  # [K, classes, D]
         self.flat = self.unit.flatten(0, 1)
@@ -174,7 +176,7 @@ def soft_triple_backward(
             both = by_distance + by_distance.mT  # d d_st / d w_s = -w_t / d_st, but for what is along w_s
             gradient -= (both @ block.unit.transpose(0, 1)).transpose(0, 1)
         rows = _through_norm(gradient, block.unit, block.inverse).transpose(0, 1)
-        grad_centers[start * per_class : stop * per_class].view_as(rows).copy_(rows)
+        grad_centers[start * per_class : stop * per_class] = rows.flatten(0, 1)
     return _through_norm(grad_x, x, inverse).to(embeddings.dtype), grad_centers
 
 
@@ -194,11 +196,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_losses, _, grad_apart):
     with _autocast.off(grad_losses.device):  # which would round the products
-        grads = soft_triple_backward(grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
+        grads = call("soft_triple_backward", grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
     return *grads, *(None,) * 6
 
 
-soft_triple.register_autograd(_backward, setup_context=_setup_context)
+register_derivative("soft_triple", _backward, _setup_context)
+register_derivative("soft_triple_backward", no_second_derivative)
+
+
+def row_losses(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, under the transforms of torch.func too."""
+    return call("soft_triple", *arguments)
 
 
 def dense(

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets
-from .processes import GatherRows, Processes, Sum, total
+from .processes import Processes, gathered, summed, total
 
 MODES = ("gather", "ring")
 
@@ -85,10 +86,6 @@ class DistributedLoss(nn.Module):
     >>> loss = loss_fn(network(images), labels)  # network: DistributedDataParallel
     """
 
-    def __new__(cls, *_, **__) -> "DistributedLoss":
-        _leave_uncompiled()
-        return super().__new__(cls)
-
     def __init__(
         self,
         loss: nn.Module,
@@ -98,6 +95,7 @@ class DistributedLoss(nn.Module):
         miner: MultiSimilarityMiner | None = None,
     ) -> None:
         super().__init__()
+        _leave_uncompiled()
         if not (isinstance(loss, PairLoss | TripletLoss) or _is_class_level(loss)):
             raise TypeError(
                 "loss: expected a loss of pairs, of triplets or of classes of dml_cuda, got "
@@ -227,6 +225,7 @@ class DistributedLoss(nn.Module):
                 raise ValueError(f"{name}: expected None with a class-level loss on several processes")
         head = self.loss
         labels = head.check(embeddings, labels)
+        embeddings, columns = head.promoted(embeddings)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
         if isinstance(head, SoftTripleLoss):  # makes its own columns
             return _Share(head.call, make_batch(embeddings, labels, *(None,) * 3, **rule), whole=True)
@@ -235,13 +234,13 @@ class DistributedLoss(nn.Module):
             return _Share(
                 head.call, make_batch(embeddings[known], labels[known], *(None,) * 3, **rule), proxies=True
             )
-        batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
+        batch = make_batch(embeddings, labels, None, columns, head.classes(), **rule)
         return _Share(head.call, batch, whole=True)
 
     def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
         """This process's share of the proxies as rows, and the points of all processes as columns."""
         batch = batch._replace(
-            ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+            ref_emb=gathered(batch.embeddings, processes, rows),
             ref_labels=processes.gather_rows(batch.labels, rows),
         )
         proxies, classes = (
@@ -275,18 +274,33 @@ class DistributedLoss(nn.Module):
         if isinstance(self.loss, SoftTripleLoss):
             value, added = self.loss.row_losses(batch.embeddings, batch.labels)
             if is_reduced:
-                value = sums_and_counts(value, torch.ones_like(value, dtype=torch.bool), reduction)
+                value = sums_and_counts(value, self.loss.known(batch.labels), reduction)
         elif share.whole:
             value = compute(call, batch)
+            if reduction == "mean_valid" and isinstance(self.loss, ClassifierLoss):
+                known = self.loss.known(batch.labels).sum().to(value)  # in place of the rows with a pair
+                value = torch.cat([value[:2], known[None], value[3:]])
         elif share.proxies:
             value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
-        elif self.mode == "ring":
+        elif self.mode == "ring" and not torch.jit.is_tracing():  # of one process, which needs no ring
             value = ring.compute(call, batch, processes, words["rows"], words["refs"])
         else:
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
         if is_reduced:
-            value = _divide(Sum.apply(value.double(), processes), reduction)
+            value = _divide(summed(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
+
+    def __setstate__(self, state: dict) -> None:
+        _leave_uncompiled()
+        super().__setstate__(state)
+
+    def __deepcopy__(self, memo: dict) -> "DistributedLoss":
+        """A copy for the same processes, whose group cannot be copied."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        state = {name: value for name, value in self.__dict__.items() if name != "group"}
+        copy.__dict__.update(deepcopy(state, memo), group=self.group)
+        return copy
 
     def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:
         """The rows of all processes, without a gradient, of the tensors that ``check`` returns or raises an
@@ -354,12 +368,12 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
     """The batch with the columns of all processes, and for each row which of them it is itself."""
     if batch.ref_emb is not None:
         return batch._replace(
-            ref_emb=GatherRows.apply(batch.ref_emb, processes, refs),
+            ref_emb=gathered(batch.ref_emb, processes, refs),
             ref_labels=processes.gather_rows(batch.ref_labels.long(), refs),
         )
     first, device = total(rows, processes.rank), batch.labels.device
     return batch._replace(
-        ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+        ref_emb=gathered(batch.embeddings, processes, rows),
         ref_labels=processes.gather_rows(batch.labels, rows),
         self_index=torch.arange(first, first + rows[processes.rank], device=device),
         mine_self_pair=False,

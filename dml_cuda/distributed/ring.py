@@ -119,13 +119,14 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``.
+    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``. The
+    other results are for backward: of the rows, and what was found in the block of each process.
 
     ``dynamic_params`` are those of the options, as an argument of their own because they may learn.
     """
 
     @staticmethod
-    def forward(ctx, embeddings, refs, dynamic_params, labels, blocks, options):
+    def forward(embeddings, refs, dynamic_params, labels, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
         is_double = embeddings.dtype == torch.float64
         state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
@@ -139,18 +140,21 @@ class _PairLoss(torch.autograd.Function):
                     del found[owner]
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
-        has_nan = losses[:2].sum().isnan()
-        ctx.save_for_backward(
-            embeddings, refs, dynamic_params, labels, weights, has_nan, blocks.own, *found.values()
-        )
-        # Its own block is among the saved tensors, and must not be held twice.
-        ctx.blocks, ctx.owners = blocks._replace(own=None), list(found)
-        ctx.options = options._replace(dynamic_params=None)
-        ctx.is_square = refs is None
-        return losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        value = losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        return value, weights, losses[:2].sum().isnan(), *(found[owner] for owner in range(len(found)))
 
     @staticmethod
-    def backward(ctx, grad):
+    def setup_context(ctx, inputs, output):
+        embeddings, refs, dynamic_params, labels, blocks, options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embeddings, refs, dynamic_params, labels, blocks.own, *output[1:])
+        # Its own block is among the saved tensors, and must not be held twice.
+        ctx.blocks, ctx.options = blocks._replace(own=None), options._replace(dynamic_params=None)
+        ctx.is_square = refs is None
+
+    @staticmethod
+    def backward(ctx, grad, *_):
         saved = ctx.saved_tensors
         with torch.no_grad():
             grads = _PairLoss._gradients(ctx, grad, *saved)
@@ -158,8 +162,8 @@ class _PairLoss(torch.autograd.Function):
         return *grads, *(None,) * 3
 
     @staticmethod
-    def _gradients(ctx, grad, embeddings, refs, dynamic_params, labels, weights, has_nan, own, *kept):
-        blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
+    def _gradients(ctx, grad, embeddings, refs, dynamic_params, labels, own, weights, has_nan, *kept):
+        blocks = ctx.blocks._replace(own=own)
         options, ring = ctx.options._replace(dynamic_params=dynamic_params), blocks.ring
         need_params, grad_params = ctx.needs_input_grad[2], None
         rows = embeddings.shape[0]
@@ -209,4 +213,4 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     if call.learns:
         options = options.with_dynamic_params()
     points = batch.embeddings, batch.ref_emb
-    return _PairLoss.apply(*points, options.dynamic_params, batch.labels, blocks, options)
+    return _PairLoss.apply(*points, options.dynamic_params, batch.labels, blocks, options)[0]

@@ -27,7 +27,8 @@ def make_call(
 ) -> Call:
     """Raises TypeError or ValueError for a parameter or an option that cannot be."""
     check_parameters(formula, values)
-    checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
+    defaults = {"similarity": formula.similarity, "reduction": formula.reduction}
+    checked = check_options(options, **defaults, parameters=formula.parameters)
     similarity = checked.measure
     as_op = op_options(formula.name, formula.params(values, similarity), similarity, checked)
     return Call(formula, checked, as_op, dynamic_params, as_op.learns)

@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -65,6 +66,7 @@ def binomial_deviance_loss(
     return pair_loss(BinomialDeviance, values, options, *batch)
 
 
+@described_by(binomial_deviance_loss)
 class BinomialDevianceLoss(PairLoss):
     """Binomial deviance loss; see :func:`dml_cuda.functional.binomial_deviance_loss`.
 

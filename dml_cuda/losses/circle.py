@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_flag, check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -98,8 +99,11 @@ class NamedMargin:
         self.m = margin
 
 
+@described_by(circle_loss)
 class CircleLoss(NamedMargin, PairLoss):
-    """Circle loss on pairs; see :func:`dml_cuda.functional.circle_loss`. ``margin`` is the same as ``m``.
+    """Circle loss on pairs; see :func:`dml_cuda.functional.circle_loss`.
+
+    ``margin`` is the same as ``m``.
 
     >>> loss_fn = CircleLoss(m=0.4, gamma=80)
     >>> loss = loss_fn(embeddings, labels)

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, Part
 from ._pair import PairLoss, option, pair_loss
 
@@ -69,6 +70,7 @@ def contrastive_loss(
     return pair_loss(Contrastive, values, options, *batch)
 
 
+@described_by(contrastive_loss)
 class ContrastiveLoss(PairLoss):
     """Contrastive loss; see :func:`dml_cuda.functional.contrastive_loss`.
 

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -66,6 +67,7 @@ def generalized_lifted_structure_loss(
     return pair_loss(LiftedStructure, values, options, *batch)
 
 
+@described_by(generalized_lifted_structure_loss)
 class GeneralizedLiftedStructureLoss(PairLoss):
     """Generalised lifted structure loss; see :func:`dml_cuda.functional.generalized_lifted_structure_loss`.
 

@@ -84,10 +84,11 @@ class ArcFace(MarginSoftmax):
 
 class _SoftmaxLoss(ClassifierLoss):
     weight = "W"
+    W: nn.Parameter
 
     def __init__(self, num_classes: int, embedding_size: int, options: ClassifierOptions, **values: float):
         super().__init__(num_classes, embedding_size, options, **values)
-        self.add_columns(self.num_classes, nn.init.normal_)
+        self.add_weight()
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` scaled cosines with the weights of the classes, without margin; for inference."""

@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -82,6 +83,7 @@ def multi_similarity_loss(
     return pair_loss(MultiSimilarity, values, options, *batch)
 
 
+@described_by(multi_similarity_loss)
 class MultiSimilarityLoss(PairLoss):
     """Multi-similarity loss; see :func:`dml_cuda.functional.multi_similarity_loss`.
 

@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, Part, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -68,6 +69,7 @@ def nt_xent_loss(
     return pair_loss(NTXent, values, options, *batch)
 
 
+@described_by(nt_xent_loss)
 class NTXentLoss(PairLoss):
     """NT-Xent loss, InfoNCE; see :func:`dml_cuda.functional.nt_xent_loss`.
 

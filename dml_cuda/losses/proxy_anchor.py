@@ -79,6 +79,8 @@ class ProxyAnchorLoss(ClassifierLoss):
 
     formula = ProxyAnchor
     weight = "proxies"
+    by_columns = False
+    proxies: nn.Parameter
     margin: float = option()
     alpha: float = option()
 
@@ -91,16 +93,17 @@ class ProxyAnchorLoss(ClassifierLoss):
         **options: Unpack[ClassifierOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, options, margin=margin, alpha=alpha)
-        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
-        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+        self.add_weight()
 
-    def rows(self) -> Tensor:
-        return self.proxies
+    def reset_parameters(self) -> None:
+        """Draws the proxies anew, as pytorch-metric-learning does."""
+        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 
     def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if bool((labels < 0).any()):
             embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
-        return self.proxies, self.classes(), embeddings, labels
+        embeddings, proxies = self.promoted(embeddings)
+        return proxies, self.classes(), embeddings, labels
 
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         count = None
@@ -111,19 +114,21 @@ class ProxyAnchorLoss(ClassifierLoss):
             ignored = labels < 0
             order = ignored.byte().argsort(stable=True)
             embeddings, labels, count = embeddings[order], labels[order], (~ignored).sum()
-        points = self.proxies, self.classes(), None, embeddings, labels
+        embeddings, proxies = self.promoted(embeddings)
+        points = proxies, self.classes(), None, embeddings, labels
         options = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
         return evaluate(call, make_batch(*points, **options)._replace(num_valid_refs=count))
 
     def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
         labels = labels.long()
         with _autocast.off(embeddings.device):
+            embeddings, all_proxies = self.promoted(embeddings)
             wide = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
             bias = row_weights(self.listed(indices_tuple), embeddings).to(wide) - 1
             x, params = embeddings.to(wide), self.call.params
             # Blocks of proxies, recomputed in backward, so that the C x N matrix is not materialised.
             step = max(1, _BLOCK // max(1, len(labels)))
-            blocks = zip(self.proxies.split(step), self.classes().split(step), strict=True)
+            blocks = zip(all_proxies.split(step), self.classes().split(step), strict=True)
             parts = [
                 checkpoint(
                     _biased_parts, proxies.to(wide), classes, x, labels, bias, params, use_reentrant=False

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -45,6 +44,8 @@ class ProxyNCALoss(ClassifierLoss):
 
     formula = ProxyNCA
     weight = "proxies"
+    by_columns = False
+    proxies: nn.Parameter
     softmax_scale: float = option()
 
     def __init__(
@@ -55,11 +56,7 @@ class ProxyNCALoss(ClassifierLoss):
         **options: Unpack[ClassifierOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, options, softmax_scale=softmax_scale)
-        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
-        nn.init.normal_(self.proxies)
-
-    def rows(self) -> Tensor:
-        return self.proxies
+        self.add_weight()
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
         lists = super().listed(indices_tuple)
@@ -68,6 +65,6 @@ class ProxyNCALoss(ClassifierLoss):
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: argmin is the class."""
         # Not cdist, which chooses its way by the number of rows: torch.export would fix that number.
-        x, proxies = (nn.functional.normalize(points, dim=1) for points in (embeddings, self.proxies))
+        x, proxies = (nn.functional.normalize(points, dim=1) for points in self.promoted(embeddings))
         lengths = x.square().sum(1, keepdim=True) + proxies.square().sum(1)
         return (lengths - 2 * x @ proxies.T).clamp(min=0)

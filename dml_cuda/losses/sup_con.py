@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -66,6 +67,7 @@ def sup_con_loss(
     return pair_loss(SupCon, values, options, *batch)
 
 
+@described_by(sup_con_loss)
 class SupConLoss(PairLoss):
     """Supervised contrastive loss; see :func:`dml_cuda.functional.sup_con_loss`.
 

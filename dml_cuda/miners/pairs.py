@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from .._inputs.checks import SIMILARITIES, Similarity, check_choice, check_flag, check_number
-from .._inputs.options import measure
+from .._inputs.options import measure, with_known_names
 from ..losses._pair import option
 from .mined import Mined, version
 from .mined_pairs import MinedPairs, PairCounts, mined_pairs
@@ -93,6 +93,11 @@ class Miner(nn.Module):
     kind: ClassVar[type[Mined]]  # what it returns
     stats: ClassVar[tuple[str, ...]] = ()  # attributes that collect_stats sets
     checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}  # of the options, by name
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__init__" in vars(cls):
+            cls.__init__ = with_known_names(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

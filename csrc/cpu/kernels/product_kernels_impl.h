@@ -186,6 +186,14 @@ void add_weighted(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& 
 }
 
 template <typename T>
+void transpose(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    const int64_t vectors = rows / kLanes<T>;
+    transpose_panel(vectors, cols, from, from_stride, to, to_stride);
+    for (int64_t i = vectors * kLanes<T>; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+template <typename T>
 double square(int64_t n, const T* x) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -215,7 +223,7 @@ void across(int64_t n, const T* g, T along, const T* x, T factor, T* out) {
 
 template <typename T>
 const ProductKernels<T>& tile_products() {
-    static const ProductKernels<T> table = {similarities<T>, add_weighted<T>, square<T>,
+    static const ProductKernels<T> table = {similarities<T>, add_weighted<T>, transpose<T>, square<T>,
                                             scale<T>,        row_dot<T>,      across<T>};
     return table;
 }

@@ -9,6 +9,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include "cpu/pairs/gradient_pieces.h"
 #include "cpu/pairs/gradient_sums.h"
 #include "cpu/pairs/weight_tiles.h"
+#include "torch/columns.h"
 
 namespace dml::cpu {
 
@@ -180,9 +182,11 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     const auto none = [&] { return at::empty({0}, call.embeddings.options()); };
     if (*RowStats<T>(reinterpret_cast<T*>(saved), shape.lines()).poisoned != T(0)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        const auto fill = [&](const Tensor& like) { return at::full(like.sizes(), nan, like.options()); };
+        const auto fill = [&](const Tensor& points) {
+            return laid_out_as(points, at::full(points.sizes(), nan, points.options()));
+        };
         return {need_emb ? fill(call.embeddings) : none(), need_ref ? fill(*call.ref_emb) : none(),
-                fill(grad_params.tensor())};
+                at::full_like(grad_params.tensor(), nan)};
     }
     Batch<T> batch(call, refs, problem, layout, saved, true);
 
@@ -199,16 +203,16 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
                                                       : Upstream<T>{g, g, false, scale[0], scale[last], w};
 
     // 3. The gradients.
-    const auto like = [](const Tensor& points) { return at::empty(points.sizes(), points.options()); };
-    const Tensor grad_emb = need_emb ? like(call.embeddings) : Tensor();
-    const Tensor grad_ref = need_ref ? like(*call.ref_emb) : Tensor();
+    const Tensor grad_emb = need_emb ? empty_gradient(call.embeddings, batch.rows.by_columns()) : Tensor();
+    const Tensor grad_ref = need_ref ? empty_gradient(*call.ref_emb, batch.cols.by_columns()) : Tensor();
     if (need_ref) grad_ref.narrow(0, batch.m, grad_ref.size(0) - batch.m).zero_();  // not valid
     if (batch.tiles.count() == 0) {
         if (need_emb) grad_emb.zero_();
         if (need_ref) grad_ref.zero_();
     }
     BackwardPass<T>(batch, of_rows, grad_emb, grad_ref, grad_params.sums()).run(true);
-    return {need_emb ? grad_emb : none(), need_ref ? grad_ref : none(), grad_params.tensor()};
+    return {need_emb ? laid_out_as(call.embeddings, grad_emb) : none(),
+            need_ref ? laid_out_as(*call.ref_emb, grad_ref) : none(), grad_params.tensor()};
 }
 
 }  // namespace dml::cpu
