@@ -8,8 +8,9 @@ from torch import Tensor
 from ..miners.mined import Mined
 from ..miners.mined_pairs import MinedPairs
 from . import autocast as _autocast
-from .checks import check_batch, check_points, check_row_weights
+from .checks import check_batch, check_points
 from .indices import listed_pairs
+from .row_weights import check_row_weights
 
 
 class Batch(NamedTuple):

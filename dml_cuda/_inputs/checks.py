@@ -139,22 +139,3 @@ def check_batch(
     if ref_labels.device != embeddings.device:
         ref_labels = ref_labels.to(embeddings.device)
     return labels, ref_labels
-
-
-def check_row_weights(weights: object, embeddings: object) -> None:
-    """Factors of the rows' losses: numbers that need no gradient."""
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"row_weights: expected a floating-point tensor of shape [rows], got {got}")
-    if isinstance(embeddings, Tensor) and embeddings.ndim == 2:
-        if weights.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"row_weights: expected shape [{embeddings.shape[0]}], one number for each row; got "
-                f"{list(weights.shape)}"
-            )
-        if weights.device != embeddings.device:
-            raise ValueError(f"row_weights: expected on {embeddings.device}, got on {weights.device}")
-    if weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "row_weights: expected without a gradient, which the losses do not give; detach them"
-        )

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from .checks import (
@@ -19,6 +20,7 @@ from .checks import (
     check_flag,
     check_number,
 )
+from .row_weights import check_factors
 
 
 class PairOptions(TypedDict, total=False):
@@ -47,6 +49,8 @@ class PairOptions(TypedDict, total=False):
         check_pairs: also check listed pairs on a GPU, which synchronises (without it an index out of range
             gives NaN there), and compare the labels of mined pairs with those of the batch. ``False`` by
             default.
+        class_weights: ``[C]`` factors of the rows' losses by their label, which is then a class in [0, C); as
+            ``row_weights=class_weights[labels]`` in every call. ``None`` by default.
     """
 
     epsilon: float | None
@@ -55,6 +59,7 @@ class PairOptions(TypedDict, total=False):
     reduction: Reduction
     backend: Backend
     check_pairs: bool
+    class_weights: Tensor | None
 
 
 NAMES = tuple(PairOptions.__annotations__)
@@ -69,6 +74,7 @@ class Options(NamedTuple):
     reduction: str
     backend: str
     check_pairs: bool
+    class_weights: Tensor | None = None
 
     @property
     def measure(self) -> str:
@@ -134,6 +140,7 @@ def check_options(
         options.get("reduction", reduction),
         options.get("backend", "auto"),
         options.get("check_pairs", False),
+        options.get("class_weights"),
     )
     if checked.epsilon is not None:
         check_number("epsilon", checked.epsilon)
@@ -143,4 +150,6 @@ def check_options(
     check_choice("reduction", checked.reduction, REDUCTIONS)
     check_choice("backend", checked.backend, BACKENDS)
     check_flag("check_pairs", checked.check_pairs)
+    if checked.class_weights is not None:
+        check_factors("class_weights", checked.class_weights, "[C]")
     return checked

@@ -10,6 +10,7 @@ from .. import _C
 from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
 from .._inputs.options import Options
+from .._inputs.row_weights import weights_of_rows
 from ..losses._formula import Formula
 from ..reference import pairs as reference
 from . import listed_pairs
@@ -66,6 +67,8 @@ def validate(
     row_weights: Tensor | None = None,
 ) -> Batch:
     """The batch as the options of a call ask for it. Raises TypeError or ValueError for an invalid one."""
+    classes = call.options.class_weights
+    row_weights = weights_of_rows(classes, labels, row_weights, ignore_negative=False)
     return make_batch(
         embeddings,
         labels,
@@ -89,7 +92,8 @@ def evaluate_arguments(
     row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch as a user passes it."""
-    if indices_tuple is not None or row_weights is not None:
+    is_plain = indices_tuple is None and row_weights is None and call.options.class_weights is None
+    if not is_plain:
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
         return evaluate(call, validate(call, *arguments))
     batch = Batch(embeddings, labels, ref_emb, ref_labels, epsilon=call.op_options.epsilon)

@@ -126,7 +126,7 @@ class _PairLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(embeddings, refs, dynamic_params, labels, blocks, options):
+    def forward(embeddings, refs, dynamic_params, labels, row_weights, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
         is_double = embeddings.dtype == torch.float64
         state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
@@ -140,15 +140,17 @@ class _PairLoss(torch.autograd.Function):
                     del found[owner]
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
+        if row_weights is not None:
+            losses[:2] *= row_weights
         value = losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
         return value, weights, losses[:2].sum().isnan(), *(found[owner] for owner in range(len(found)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        embeddings, refs, dynamic_params, labels, blocks, options = inputs
+        embeddings, refs, dynamic_params, labels, row_weights, blocks, options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(embeddings, refs, dynamic_params, labels, blocks.own, *output[1:])
+        ctx.save_for_backward(embeddings, refs, dynamic_params, labels, row_weights, blocks.own, *output[1:])
         # Its own block is among the saved tensors, and must not be held twice.
         ctx.blocks, ctx.options = blocks._replace(own=None), options._replace(dynamic_params=None)
         ctx.is_square = refs is None
@@ -159,16 +161,20 @@ class _PairLoss(torch.autograd.Function):
         with torch.no_grad():
             grads = _PairLoss._gradients(ctx, grad, *saved)
         grads = [None if x is None else first_derivative(x, grad, *saved[:3]) for x in grads]
-        return *grads, *(None,) * 3
+        return *grads, *(None,) * 4
 
     @staticmethod
-    def _gradients(ctx, grad, embeddings, refs, dynamic_params, labels, own, weights, has_nan, *kept):
+    def _gradients(
+        ctx, grad, embeddings, refs, dynamic_params, labels, row_weights, own, weights, has_nan, *kept
+    ):
         blocks = ctx.blocks._replace(own=own)
         options, ring = ctx.options._replace(dynamic_params=dynamic_params), blocks.ring
         need_params, grad_params = ctx.needs_input_grad[2], None
         rows = embeddings.shape[0]
         grad_parts = (grad[:2, None] if options.return_sums else grad).expand(2, rows)
         grad_parts = grad_parts.to(weights.dtype).contiguous()
+        if row_weights is not None:
+            grad_parts = grad_parts * row_weights.to(weights.dtype)
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
         arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
@@ -212,5 +218,6 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     )
     if call.learns:
         options = options.with_dynamic_params()
+    rows = batch.labels, batch.row_weights
     points = batch.embeddings, batch.ref_emb
-    return _PairLoss.apply(*points, options.dynamic_params, batch.labels, blocks, options)[0]
+    return _PairLoss.apply(*points, options.dynamic_params, *rows, blocks, options)[0]

@@ -9,21 +9,23 @@ from typing_extensions import TypedDict
 from .._inputs.checks import FLOATS, Backend, Reduction, check_batch, check_count
 from .._inputs.indices import index_lists
 from .._inputs.options import check_names
+from .._inputs.row_weights import check_row_weights, weights_of_rows
 from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import reduce
-from ._pair import FormulaModule, described
+from ._pair import FormulaModule, described, option
 
 
 class ClassifierOptions(TypedDict, total=False):
     """The options that the class-level losses share; their defaults are ``"mean"`` and ``"auto"``.
 
     Attributes:
-        reduction, backend: as in :class:`dml_cuda.PairOptions`.
+        reduction, backend, class_weights: as in :class:`dml_cuda.PairOptions`.
     """
 
     reduction: Reduction
     backend: Backend
+    class_weights: Tensor | None
 
 
 def check_classes(labels: Tensor, num_classes: int) -> None:
@@ -40,7 +42,7 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
     )
 
 
-def row_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+def listing_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
     """``[N]`` how often each row is listed, relative to the most listed row; 1 if no row is listed."""
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
@@ -62,6 +64,7 @@ class ClassifierLoss(FormulaModule):
     the result, and each gets its gradient in its own.
     """
 
+    class_weights: Tensor | None = option()
     weight: ClassVar[str]  # the name of the parameter, as in pytorch-metric-learning
     by_columns: ClassVar[bool] = True  # whether the parameter is [D, C], and not [C, D]
 
@@ -160,13 +163,16 @@ class ClassifierLoss(FormulaModule):
         """The index tensors that count for the weights of rows."""
         return index_lists(indices_tuple)
 
-    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
-        """As :meth:`losses`, with each row weighted by how often it is listed."""
-        call = self.call.with_reduction("none")
-        losses = self.losses(call, embeddings, labels)
-        weights = row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
-        nonzero = self.formula.is_nonzero(losses) & (weights > 0)
-        return reduce(losses * weights, self.known(labels), self.reduction, nonzero)
+    def weighted(
+        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
+        """As :meth:`losses`, with each row weighted by how often it is listed, and by a factor ``[N]``."""
+        losses = self.losses(self.call.with_reduction("none"), embeddings, labels)
+        nonzero = self.formula.is_nonzero(losses)
+        if listing is not None:
+            nonzero = nonzero & (listing > 0)
+            losses = losses * listing.to(losses.dtype)
+        return reduce(losses, self.known(labels), self.reduction, nonzero, factors)
 
     def forward(
         self,
@@ -175,6 +181,7 @@ class ClassifierLoss(FormulaModule):
         indices_tuple: object = None,
         ref_emb: None = None,
         ref_labels: None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -185,6 +192,7 @@ class ClassifierLoss(FormulaModule):
                 with every class: as in pytorch-metric-learning's classification losses, each row's loss is
                 weighted by how often the row is listed, relative to the most listed row (1 if no row is).
             ref_emb, ref_labels: ``None``, for callers that pass the arguments of every loss.
+            row_weights: ``[N]`` factors of the rows' losses. What a mean divides by stays as it is.
         """
         for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
             if value is not None:
@@ -193,9 +201,17 @@ class ClassifierLoss(FormulaModule):
                     f"{type(value).__name__}"
                 )
         labels = self.check(embeddings, labels)
-        if indices_tuple is None:
+        factors = self.factors(embeddings, labels, row_weights)
+        if indices_tuple is None and factors is None:
             return self.losses(self.call, embeddings, labels)
-        return self.weighted(embeddings, labels, indices_tuple)
+        listing = None if indices_tuple is None else listing_weights(self.listed(indices_tuple), embeddings)
+        return self.weighted(embeddings, labels, listing, factors)
+
+    def factors(self, embeddings: Tensor, labels: Tensor, row_weights: Tensor | None) -> Tensor | None:
+        """``[N]`` the factors of the rows' losses, if there are any."""
+        if row_weights is not None:
+            check_row_weights(row_weights, embeddings)
+        return weights_of_rows(self.class_weights, labels, row_weights, ignore_negative=True)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward

@@ -70,8 +70,13 @@ def option() -> Any:
 
 def described(options: Mapping[str, Any]) -> str:
     """Options by name, as ``repr`` of a module shows them."""
-    shown = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in options.items()}
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def shown(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        return f"tensor of {len(value)}" if value.ndim else repr(value.tolist())
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
 
 class FormulaModule(nn.Module):
@@ -145,6 +150,7 @@ class PairLoss(FormulaModule):
     similarity: str = option()
     normalize_embeddings: bool | None = option()
     check_pairs: bool = option()
+    class_weights: Tensor | None = option()
 
     def forward(
         self,

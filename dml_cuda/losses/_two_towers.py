@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import Backend, Reduction, Similarity
-from .._ops.evaluate import Call, evaluate
+from .._ops.evaluate import evaluate
 from ._pair import FormulaModule, option
 
 
@@ -101,8 +101,3 @@ class TwoTowerLoss(FormulaModule):
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward
-
-
-def call_of(module: TwoTowerLoss) -> Call:
-    """The call as the engine takes it."""
-    return module.call.with_both_directions() if module.both_directions else module.call

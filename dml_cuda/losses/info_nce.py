@@ -1,5 +1,6 @@
 """InfoNCE with tensors of queries, positives and negatives instead of labels."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -7,15 +8,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._inputs import autocast as _autocast
-from .._inputs.batch import make_batch
+from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_above_zero, check_choice, check_flag
-from .._ops.evaluate import compute, in_wanted_dtype
+from .._inputs.row_weights import check_row_weights
+from .._ops.evaluate import Call, compute, in_wanted_dtype
 from ..reference.pairs import full_precision, negated_root
 from ._formula import Formula, Pairs, reduce, softplus
 from ._pair import FormulaModule, option
 from ._two_towers import TowerOptions, check_same_rows, check_tower_options
 
 NegativeMode = Literal["unpaired", "paired"]
+# [N] the log-sum-exp of queries against columns, which are the positives (True) or negatives.
+Against = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class NegativesLSE(Formula):
@@ -36,6 +40,14 @@ def _similarities(x: Tensor, y: Tensor, similarity: str) -> Tensor:
         squares = (x[:, None] - y).square().sum(2)
         return negated_root(squares, torch.zeros_like(squares, dtype=torch.bool), squares)
     return (x[:, None] * y).sum(2)
+
+
+def lse_batch(call: Call, query: Tensor, rows: Tensor, columns: Tensor, are_positives: bool) -> Batch:
+    """Queries with the numbers ``rows`` against columns: the positives of the same numbers, which count for
+    nothing in their own row, or negatives of all."""
+    numbers = rows if are_positives else torch.full(columns.shape[:1], -1, device=query.device)
+    rule = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
+    return make_batch(query, rows, None, columns, numbers, **rule)
 
 
 class InfoNCELoss(FormulaModule):
@@ -87,7 +99,10 @@ class InfoNCELoss(FormulaModule):
         super().__init__({"reduction": "mean", **options}, temperature=temperature)
         self.negative_mode, self.in_batch_negatives = negative_mode, in_batch_negatives
 
-    def _check(self, query: Tensor, positive: Tensor, negatives: Tensor | None) -> None:
+    def check(
+        self, query: Tensor, positive: Tensor, negatives: Tensor | None, row_weights: Tensor | None
+    ) -> None:
+        """Raises TypeError or ValueError for a batch that cannot be."""
         for name, points in (("query", query), ("positive", positive)):
             if not isinstance(points, Tensor) or points.ndim != 2:
                 got = list(points.shape) if isinstance(points, Tensor) else type(points).__name__
@@ -97,6 +112,8 @@ class InfoNCELoss(FormulaModule):
         check_same_rows(query, positive, ("query", "positive"))
         if positive.shape[1] != query.shape[1]:
             raise ValueError(f"positive: expected {query.shape[1]} columns, got {positive.shape[1]}")
+        if row_weights is not None:
+            check_row_weights(row_weights, query)
         if negatives is None:
             return
         n, dim = query.shape
@@ -114,12 +131,29 @@ class InfoNCELoss(FormulaModule):
                 f"{list(negatives.shape)}"
             )
 
-    def _against(self, query: Tensor, columns: Tensor, numbers: Tensor) -> Tensor:
-        """``[N]`` the log-sum-exp over the columns whose number differs from the row's."""
-        call = self.call.with_reduction("none")
-        rule = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
-        rows = torch.arange(query.shape[0], device=query.device)
-        return compute(call, make_batch(query, rows, None, columns, numbers, **rule))
+    def row_losses(
+        self, query: Tensor, positive: Tensor, negatives: Tensor | None, against: Against
+    ) -> Tensor:
+        """``[N]`` the losses of a checked batch, float32 or float64."""
+        call = self.call
+        (temperature,) = call.params
+        in_batch = negatives is None if self.in_batch_negatives is None else self.in_batch_negatives
+        found = []
+        if in_batch:
+            found.append(against(query, positive, True))
+        if negatives is not None and self.negative_mode == "unpaired":
+            found.append(against(query, negatives, False))
+        with _autocast.off(query.device):
+            if negatives is not None and self.negative_mode == "paired":
+                own = _similarities(query, negatives, call.similarity)
+                found.append(torch.logsumexp(own / temperature, 1))
+            pull = _similarities(query, positive[:, None], call.similarity)[:, 0]
+            push = torch.stack(found).logsumexp(0) if found else torch.full_like(pull, -torch.inf)
+            return softplus(push - pull / temperature, where=push != -torch.inf)
+
+    def lse_call(self) -> Call:
+        """The call for the log-sum-exp of each row."""
+        return self.call.with_reduction("none")
 
     def forward(
         self,
@@ -135,26 +169,15 @@ class InfoNCELoss(FormulaModule):
             negatives: ``[M, D]`` or, with ``negative_mode="paired"``, ``[N, K, D]``.
             row_weights: ``[N]`` factors of the queries' losses; a mean still divides by N.
         """
-        self._check(query, positive, negatives)
-        call, n = self.call, query.shape[0]
-        (temperature,) = call.params
-        in_batch = negatives is None if self.in_batch_negatives is None else self.in_batch_negatives
-        found = []
-        if in_batch:
-            found.append(self._against(query, positive, torch.arange(n, device=query.device)))
-        if negatives is not None and self.negative_mode == "unpaired":
-            none_equal = torch.full(negatives.shape[:1], -1, device=query.device)
-            found.append(self._against(query, negatives, none_equal))
-        with _autocast.off(query.device):
-            if negatives is not None and self.negative_mode == "paired":
-                own = _similarities(query, negatives, call.similarity)
-                found.append(torch.logsumexp(own / temperature, 1))
-            pull = _similarities(query, positive[:, None], call.similarity)[:, 0]
-            push = torch.stack(found).logsumexp(0) if found else torch.full_like(pull, -torch.inf)
-            some = push > -torch.inf
-            losses = softplus(push - pull / temperature, where=some)
-            value = reduce(losses, torch.ones_like(some), self.reduction, row_weights)
-        return in_wanted_dtype(value, query)
+        self.check(query, positive, negatives, row_weights)
+        call, rows = self.lse_call(), torch.arange(query.shape[0], device=query.device)
+
+        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor:
+            return compute(call, lse_batch(call, points, rows, columns, are_positives))
+
+        losses = self.row_losses(query, positive, negatives, against)
+        valid = torch.ones_like(losses, dtype=torch.bool)
+        return in_wanted_dtype(reduce(losses, valid, self.reduction, row_weights=row_weights), query)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward

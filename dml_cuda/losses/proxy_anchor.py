@@ -1,6 +1,6 @@
 """Proxy anchor loss."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .._inputs.checks import check_above_zero, check_number
 from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate
 from ..reference.pairs import MaskedPairs, unit_rows
-from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ._classifier import ClassifierLoss, ClassifierOptions
 from ._formula import Formula, Pairs, Part, reduce, softplus
 from ._pair import option
 
@@ -119,12 +119,19 @@ class ProxyAnchorLoss(ClassifierLoss):
         options = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
         return evaluate(call, make_batch(*points, **options)._replace(num_valid_refs=count))
 
-    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
+    def factors(self, embeddings: Tensor, labels: Tensor, row_weights: Tensor | None) -> None:
+        for name, value in (("row_weights", row_weights), ("class_weights", self.class_weights)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, as the losses are those of proxies, not of rows")
+
+    def weighted(
+        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
         labels = labels.long()
         with _autocast.off(embeddings.device):
             embeddings, all_proxies = self.promoted(embeddings)
             wide = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
-            bias = row_weights(self.listed(indices_tuple), embeddings).to(wide) - 1
+            bias = listing.to(wide) - 1
             x, params = embeddings.to(wide), self.call.params
             # Blocks of proxies, recomputed in backward, so that the C x N matrix is not materialised.
             step = max(1, _BLOCK // max(1, len(labels)))

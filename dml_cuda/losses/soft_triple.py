@@ -1,7 +1,7 @@
 """SoftTriple loss."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
 from .._ops.evaluate import Call
-from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ._classifier import ClassifierLoss, ClassifierOptions
 from ._formula import Formula, reduce
 from ._pair import option
 
@@ -113,17 +113,16 @@ class SoftTripleLoss(ClassifierLoss):
         return losses, tau * regulariser if tau > 0 else 0.0
 
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self._reduced(embeddings, labels, None)
+        return self.weighted(embeddings, labels, None, None)
 
-    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
-        return self._reduced(embeddings, labels, row_weights(self.listed(indices_tuple), embeddings))
-
-    def _reduced(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def weighted(
+        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
         losses, regulariser = self.row_losses(embeddings, labels)
         with _autocast.off(embeddings.device):
-            if weights is not None:
-                losses = losses * weights.to(losses.dtype)
-            value = reduce(losses, self.known(labels), self.reduction) + regulariser
+            if listing is not None:
+                losses = losses * listing.to(losses.dtype)
+            value = reduce(losses, self.known(labels), self.reduction, row_weights=factors) + regulariser
         return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
