@@ -92,7 +92,7 @@ def train(name: str, plain: bool, steps: int, seed: int = 0) -> dict[str, list[f
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        log["loss"].append(float(value))
+        log["loss"].append(value.item())
         log["scale"].append(scale_of(loss))
         if step % 20 == 0 or step == steps - 1:
             for key, recall in zip(

@@ -50,6 +50,9 @@ class Call(NamedTuple):
             op_options=self.op_options._replace(reduction=reduction),
         )
 
+    def without_class_weights(self) -> "Call":
+        return self._replace(options=self.options._replace(class_weights=None))
+
     def with_both_directions(self) -> "Call":
         return self._replace(op_options=self.op_options._replace(both_directions=True))
 

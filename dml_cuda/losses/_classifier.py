@@ -167,7 +167,8 @@ class ClassifierLoss(FormulaModule):
         self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
     ) -> Tensor:
         """As :meth:`losses`, with each row weighted by how often it is listed, and by a factor ``[N]``."""
-        losses = self.losses(self.call.with_reduction("none"), embeddings, labels)
+        call = self.call.with_reduction("none").without_class_weights()  # those are among the factors
+        losses = self.losses(call, embeddings, labels)
         nonzero = self.formula.is_nonzero(losses)
         if listing is not None:
             nonzero = nonzero & (listing > 0)

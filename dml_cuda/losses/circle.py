@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._inputs.checks import check_above_zero, check_flag, check_number
+from .._inputs.checks import check_above_zero, check_flag, check_number, check_parameter
 from .._inputs.options import PairOptions
 from ._described import described_by
 from ._formula import Formula, Pairs, softplus
@@ -76,8 +76,8 @@ def margin_or_m(m: float, margin: float | None, default: float) -> float:
     """``m``, which version 3 of pytorch-metric-learning calls ``margin``."""
     if margin is None:
         return m
-    check_number("margin", margin)
-    if m != default:
+    check_parameter("margin", margin, check_number)
+    if m is not default and m != default:
         raise ValueError(
             f"margin: expected only one of m and margin, which are the same; got m={m} and margin={margin}"
         )
@@ -95,7 +95,7 @@ class NamedMargin:
 
     @margin.setter
     def margin(self, margin: float) -> None:
-        check_number("margin", margin)
+        check_parameter("margin", margin, check_number)
         self.m = margin
 
 

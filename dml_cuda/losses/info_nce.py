@@ -148,8 +148,11 @@ class InfoNCELoss(FormulaModule):
                 own = _similarities(query, negatives, call.similarity)
                 found.append(torch.logsumexp(own / temperature, 1))
             pull = _similarities(query, positive[:, None], call.similarity)[:, 0]
-            push = torch.stack(found).logsumexp(0) if found else torch.full_like(pull, -torch.inf)
-            return softplus(push - pull / temperature, where=push != -torch.inf)
+            push = torch.stack([torch.full_like(pull, -torch.inf), *found])
+            some = (push != -torch.inf).any(0)
+            # logsumexp of -inf alone has a NaN gradient.
+            push = torch.where(some, push, 0.0).logsumexp(0)
+            return softplus(push - pull / temperature, where=some)
 
     def lse_call(self) -> Call:
         """The call for the log-sum-exp of each row."""

@@ -10,10 +10,10 @@ def test_as_plain_pytorch(name):
     ours, plain = (two_towers.train(name, is_plain, 60) for is_plain in (False, True))
     assert ours["loss"] == pytest.approx(plain["loss"], rel=2e-3)
     assert ours["scale"] == pytest.approx(plain["scale"], rel=1e-3)
-    assert ours["loss"][-1] < 0.6 * ours["loss"][0]
+    assert ours["loss"][-1] < 0.8 * ours["loss"][0]
     assert ours["scale"][-1] != ours["scale"][0]
     for key in two_towers.RECALLS:
-        assert ours[key][-1] > 5 * ours[key][0]
+        assert ours[key][-1] > 3 * ours[key][0]
 
 
 def test_draws(tmp_path, capsys):

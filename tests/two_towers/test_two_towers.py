@@ -81,7 +81,7 @@ def test_dtypes(name, dtype):
     formula, values = FORMULAS[name]
     a, b = towers(200, dtype=dtype)
     got = found(getattr(dml_cuda, name)(**values)(a, b), a, b)
-    truth = found(formula(*(x.detach().double().requires_grad_() for x in (a, b)), **values).mean())[0]
+    truth = formula(a.detach().double(), b.detach().double(), **values).mean()
     assert got[0].dtype == dtype
     assert got[1].dtype == dtype
     step = torch.finfo(dtype).eps
@@ -166,7 +166,7 @@ def test_bad_input(name):
         loss(a, b[:5])
     with pytest.raises(TypeError, match="b: expected a floating-point tensor"):
         loss(a, [1])
-    with pytest.raises(ValueError, match=r"row_weights: expected shape \[6\]"):
+    with pytest.raises(ValueError, match="row_weights: expected 6 numbers"):
         loss(a, b, row_weights=torch.ones(5))
     with pytest.raises(ValueError, match="reduction: expected one of mean, sum, none; got 'mean_valid'"):
         getattr(dml_cuda, name)(reduction="mean_valid")
@@ -181,15 +181,15 @@ def test_bad_input(name):
 
 def info_nce(query, positive, negatives, temperature, paired, in_batch):
     q, p = F.normalize(query, dim=1), F.normalize(positive, dim=1)
-    logits = [(q * p).sum(1, keepdim=True)]
+    logits = [(q * p).sum(1, keepdim=True) / temperature]
     if in_batch:
-        others = (q @ p.T).masked_fill(torch.eye(len(q), dtype=torch.bool), -math.inf)
-        logits.append(others)
+        own = torch.eye(len(q), dtype=torch.bool)
+        logits.append((q @ p.T / temperature).masked_fill(own, -math.inf))
     if negatives is not None:
         n = F.normalize(negatives, dim=-1)
-        logits.append(torch.einsum("nd,nkd->nk", q, n) if paired else q @ n.T)
-    logits = torch.cat(logits, 1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none")
+        logits.append((torch.einsum("nd,nkd->nk", q, n) if paired else q @ n.T) / temperature)
+    target = torch.zeros(len(q), dtype=torch.long)
+    return F.cross_entropy(torch.cat(logits, 1), target, reduction="none")
 
 
 @pytest.mark.check
