@@ -35,6 +35,19 @@ struct SharedExponential {
 // ---- the weights of one kind of pair, in a range of row i -------------------------------------------------
 // kAdd: added to out, else written. The coefficients of the pairs, dL/dterm, go to the sums for parameters.
 
+// From the coefficients of both sides: the weights, and what the parameters do to the terms.
+template <typename T, bool kAdd, typename Kind, typename Sums>
+DML_INLINE void range_learning_weights(const Kind& kind, const T* s, int64_t begin, int64_t end,
+                                       const T* coefficient, T* out, const Sums& sums) {
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+        // No 0 * inf where s is -inf.
+        const T w = coefficient[j] != T(0) ? coefficient[j] * kind.derivative(s[j], T(0)) : T(0);
+        out[j] = kAdd ? out[j] + w : w;
+    }
+    sums.add(kind, s, coefficient, begin, end, [](int64_t) { return T(0); });
+}
+
 // Sums: d derivative(s), with each side's context where the formula has one.
 template <typename T, bool kBothSides, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
@@ -42,32 +55,42 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
                                   const Sums& sums) {
     const T bound = row.bound[i], d = row.d[i];
     const T context = Kind::kContext ? row.context[i] : T(0);
-    // Of the row, of the column; without a context of both.
-    alignas(64) T row_coefficient[Sums::kLearns ? kMostSide : 1],
-        col_coefficient[Sums::kLearns ? kMostSide : 1];
+    if constexpr (Sums::kLearns && !Kind::kContext) {
+        alignas(64) T coefficient[kMostSide];
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
+            if constexpr (kBothSides) coefficient[j] += kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+        }
+        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        return;
+    }
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
         const T row_d = kind.kept(s[j], bound) ? d : T(0);
         T total = T(0);
         if constexpr (Kind::kContext) {
             total = row_d != T(0) ? row_d * kind.derivative(s[j], context) : T(0);
-            if constexpr (Sums::kLearns) row_coefficient[j] = row_d;
             if constexpr (kBothSides) {
                 const T col_d = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
                 total += col_d != T(0) ? col_d * kind.derivative(s[j], col.context[j]) : T(0);
-                if constexpr (Sums::kLearns) col_coefficient[j] = col_d;
             }
         } else {
             total = row_d;
             if constexpr (kBothSides) total += kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
-            if constexpr (Sums::kLearns) row_coefficient[j] = total;
             total = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
         }
         out[j] = kAdd ? out[j] + total : total;
     }
-    if constexpr (Sums::kLearns) {
+    if constexpr (Sums::kLearns && Kind::kContext) {  // each side's terms are its own
+        alignas(64) T row_coefficient[kMostSide], col_coefficient[kMostSide];
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            row_coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
+            if constexpr (kBothSides) col_coefficient[j] = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+        }
         sums.add(kind, s, row_coefficient, begin, end, [&](int64_t) { return context; });
-        if constexpr (Kind::kContext && kBothSides)
+        if constexpr (kBothSides)
             sums.add(kind, s, col_coefficient, begin, end, [&](int64_t j) { return col.context[j]; });
     }
 }
@@ -81,6 +104,16 @@ DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin
     range_terms(kind, s, begin, end, terms);
     const T bound = row.bound[i], offset = shared.offset, factor = shared.rows[i];
     const T* factors = shared.cols;
+    if constexpr (Sums::kLearns) {
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            T total = kind.kept(s[j], bound) ? factor : T(0);
+            total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
+            coefficient[j] = total != T(0) ? total * exp_fast(terms[j] - offset) : T(0);
+        }
+        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        return;
+    }
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
         T total = kind.kept(s[j], bound) ? factor : T(0);
@@ -88,10 +121,7 @@ DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin
         // No 0 * inf where s is -inf.
         const T w = total != T(0) ? total * exp_fast(terms[j] - offset) * kind.derivative(s[j], T(0)) : T(0);
         out[j] = kAdd ? out[j] + w : w;
-        if constexpr (Sums::kLearns)
-            coefficient[j] = total != T(0) ? total * exp_fast(terms[j] - offset) : T(0);
     }
-    if constexpr (Sums::kLearns) sums.add(kind, s, coefficient, begin, end, [](int64_t) { return T(0); });
 }
 
 // Log-sum-exps, an exponential for each side.
@@ -110,11 +140,14 @@ DML_INLINE void range_lse_weights(const Kind& kind, const T* s, int64_t begin, i
             const T col_term = col.d[j] * exp_fast(terms[j] - col.value[j]);
             total += kind.kept(s[j], col.bound[j]) ? col_term : T(0);
         }
-        const T w = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
-        out[j] = kAdd ? out[j] + w : w;
-        if constexpr (Sums::kLearns) coefficient[j] = total;  // 0 where not kept, whatever the term
+        if constexpr (Sums::kLearns) {
+            coefficient[j] = total;
+        } else {
+            const T w = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
+            out[j] = kAdd ? out[j] + w : w;
+        }
     }
-    if constexpr (Sums::kLearns) sums.add(kind, s, coefficient, begin, end, [](int64_t) { return T(0); });
+    if constexpr (Sums::kLearns) range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
 }
 
 template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind, typename Sums>
@@ -183,12 +216,12 @@ int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, 
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.pitch;
         // 1. Negatives: writes the whole row, 0 for positives and the self pair.
-        neg.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
+        neg.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
             range_weights<T, Formula::kNeg, kBothSides, false>(neg, s, begin, end, i, of_neg.rows,
                                                                of_neg.cols, of_neg.shared, line, sums);
         });
         // 2. Positives, and their share as members of the negatives' accumulator.
-        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
+        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
             range_weights<T, Formula::kPos, kBothSides, false>(pos, s, begin, end, i, of_pos.rows,
                                                                of_pos.cols, of_pos.shared, line, sums);
             if constexpr (Formula::kPosInNeg) {
@@ -206,11 +239,14 @@ template <typename T, typename Formula>
 int64_t weights(const Tile<T>& tile, const double* params, bool euclidean, const RowWeights<T>& rows, T* out,
                 double* by_params) {
     const Formula formula(params);
-    const auto run = [&](const auto& sums) {
+    if (by_params) {
+        const ParamSums<T, Formula> sums(params, by_params);
         return tile.both_sides ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out, sums)
                                : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out, sums);
-    };
-    return by_params ? run(ParamSums<T, Formula>(params, by_params)) : run(NoParamSums{});
+    }
+    return tile.both_sides
+               ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out, NoParamSums{})
+               : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out, NoParamSums{});
 }
 
 }  // namespace dml::cpu::DML_ISA
