@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
-from ..reference.pairs import TINY_NORM, unit_rows
+from ..reference.pairs import TINY_NORM
 from .autograd import call, no_second_derivative, register_derivative
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
@@ -29,9 +29,10 @@ def _blocks(x: Tensor, classes: int, per_class: int) -> list[tuple[int, int]]:
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows, and 1 / their length: 0 for a row of zeros."""
+    """Unit rows, and 1 / their length: 0, with a gradient of 0, for a row of zeros."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = torch.where(length > TINY_NORM, 1 / length, 0.0)
+    is_zero = length <= TINY_NORM
+    inverse = torch.where(is_zero, 0.0, 1 / torch.where(is_zero, 1.0, length))
     return x * inverse, inverse
 
 
@@ -124,12 +125,7 @@ def soft_triple(
             apart += block.distances()[0].sum()
     total = most + sums.log()
     known = (labels >= 0) & (labels < classes)
-    # most - own first: it is 0 for an easy row, whose loss log(1 + x) is then as accurate as x.
-    return (
-        torch.where(known, (most - own) + sums.log(), 0.0),
-        total,
-        apart * _spread_scale(classes, per_class),
-    )
+    return torch.where(known, total - own, 0.0), total, apart * _spread_scale(classes, per_class)
 
 
 @soft_triple.register_fake
@@ -221,7 +217,7 @@ def dense(
 ) -> tuple[Tensor, Tensor]:
     """Losses and spread as :func:`soft_triple` has them, in plain PyTorch on the whole matrix."""
     dtype = _wide(embeddings.dtype)
-    x, w = (unit_rows(points.to(dtype)) for points in (embeddings, centers))
+    x, w = (_unit(points.to(dtype))[0] for points in (embeddings, centers))
     losses = _losses(x @ w.T, labels, per_class, la, gamma, margin)
     apart = x.new_zeros(())
     if spread and per_class > 1:
@@ -240,7 +236,7 @@ def _losses(
     logits = la * similarities(cosines, per_class, gamma)
     own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     logits = torch.where(own, logits - la * margin, logits)
-    losses = torch.logsumexp(logits - torch.where(own, logits, 0.0).sum(1, keepdim=True), 1)
+    losses = torch.logsumexp(logits, 1) - torch.where(own, logits, 0.0).sum(1)
     return torch.where(own.any(1), losses, 0.0)
 
 

@@ -76,3 +76,13 @@ def test_proxy_nca_logits_are_squared_distances():
     expected = torch.cdist(*unit, compute_mode="donot_use_mm_for_euclid_dist").square()
     torch.testing.assert_close(head.get_logits(x), expected, rtol=1e-9, atol=1e-12)
     assert (head.get_logits(x) >= 0).all()
+
+
+@EVERY_HEAD
+def test_second_derivatives_are_refused(head):
+    """In the package's own words: a gradient penalty must not do nothing."""
+    module = head.make(5, 4)
+    x = torch.randn(6, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module(x, torch.arange(6) % 5), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="the fused losses of dml_cuda have no second derivative"):
+        gradient.square().sum().backward()

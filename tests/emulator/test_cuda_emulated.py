@@ -145,6 +145,33 @@ def test_parts_and_counts_before_they_are_divided(formula, path, reduction):
     check(case, F64, value, grads)
 
 
+EASY = [
+    ("multi_similarity", (40.0, 50.0, 0.5)),
+    ("nt_xent", (0.035,)),
+    ("circle", (0.4, 1500.0, 1.0)),
+    ("margin_softmax", (32.0, 0.0, 1.0, 0.0)),
+    ("proxy_anchor", (0.1, 48.0)),
+]
+
+
+@pytest.mark.parametrize("loss", EASY, ids=[name for name, _ in EASY])
+@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("arithmetic", [F32, F64], ids=str)
+def test_losses_that_round_to_zero(loss, path, arithmetic):
+    """Orthogonal classes: "mean_nonzero" counts as the CPU's kernels do in the same dtype."""
+    labels = torch.arange(16).repeat_interleave(torch.arange(16) % 4 + 1)
+    noise = torch.randn(len(labels), 16, generator=torch.Generator().manual_seed(2))
+    x = (torch.eye(16)[labels] + 0.05 * noise).to(arithmetic.dtype)
+    case = Case(x, labels, loss=loss, reduction="mean_nonzero", return_sums=True)
+    parts = slice(2, 4 if loss[0] == "proxy_anchor" else 3)
+    counts = engine(case, arithmetic, path).forward()[parts]
+    options = (*loss, None, "cosine", "mean_nonzero", True, True, "ieee", False, None)
+    expected = torch.ops.dml_cuda.pair_loss(x, labels, *[None] * 4, *options)[0][parts]
+    assert counts.tolist() == expected.tolist()
+    if arithmetic is F32:
+        assert min(expected) < len(labels)  # some are 0
+
+
 @pytest.mark.parametrize("mine_self_pair", [True, False])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @by_path

@@ -15,8 +15,7 @@ import torch
 class Part:
     """A sum that is averaged on its own. A unit is the row, or, where ``pairs`` is given, a pair.
 
-    Where the losses are logarithms log(1 + x), they are 0 if 1 + x is 1 in the dtype of the batch: of the pairs,
-    or all of the row's.
+    Losses that are logarithms log(1 + x), of pairs or of the row, count as 0 where 1 + x is 1 in its dtype.
     """
 
     loss: float
