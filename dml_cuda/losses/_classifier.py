@@ -105,9 +105,17 @@ class ClassifierLoss(FormulaModule):
         wide = self.wide_dtype(embeddings)
         return embeddings.to(wide), self.rows().to(wide)
 
-    def check(self, embeddings: object, labels: object) -> Tensor:
+    def check(
+        self, embeddings: object, labels: object, ref_emb: object = None, ref_labels: object = None
+    ) -> Tensor:
         """Validates a batch; returns its labels on the device of the embeddings. Raises TypeError or
         ValueError."""
+        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None, as a class-level loss compares rows with its {self.weight}; got "
+                    f"{type(value).__name__}"
+                )
         labels, _ = check_batch(embeddings, labels, None, None)
         self._check_weight()
         name, weight = self.weight, getattr(self, self.weight)
@@ -184,13 +192,7 @@ class ClassifierLoss(FormulaModule):
                 weighted by how often the row is listed, relative to the most listed row (1 if no row is).
             ref_emb, ref_labels: ``None``, for callers that pass the arguments of every loss.
         """
-        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected None, as a class-level loss compares rows with its {self.weight}; got "
-                    f"{type(value).__name__}"
-                )
-        labels = self.check(embeddings, labels)
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
         if indices_tuple is None:
             return self.losses(self.call, embeddings, labels)
         return self.weighted(embeddings, labels, indices_tuple)

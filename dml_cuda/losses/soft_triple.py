@@ -10,7 +10,6 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
-from .._ops.evaluate import Call
 from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
 from ._formula import Formula, reduce
 from ._pair import option
@@ -112,17 +111,19 @@ class SoftTripleLoss(ClassifierLoss):
             losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
         return losses, tau * regulariser if tau > 0 else 0.0
 
-    def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self._reduced(embeddings, labels, None)
-
-    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
-        return self._reduced(embeddings, labels, row_weights(self.listed(indices_tuple), embeddings))
-
-    def _reduced(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Any = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+    ) -> Tensor:
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
         losses, regulariser = self.row_losses(embeddings, labels)
         with _autocast.off(embeddings.device):
-            if weights is not None:
-                losses = losses * weights.to(losses.dtype)
+            if indices_tuple is not None:
+                losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
             value = reduce(losses, self.known(labels), self.reduction) + regulariser
         return value if _autocast.is_on(embeddings.device) else value.to(self.wide_dtype(embeddings))
 
