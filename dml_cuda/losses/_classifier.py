@@ -109,9 +109,17 @@ class ClassifierLoss(FormulaModule):
         wide = self.wide_dtype(embeddings)
         return embeddings.to(wide), self.rows().to(wide)
 
-    def check(self, embeddings: object, labels: object) -> Tensor:
+    def check(
+        self, embeddings: object, labels: object, ref_emb: object = None, ref_labels: object = None
+    ) -> Tensor:
         """Validates a batch; returns its labels on the device of the embeddings. Raises TypeError or
         ValueError."""
+        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None, as a class-level loss compares rows with its {self.weight}; got "
+                    f"{type(value).__name__}"
+                )
         labels, _ = check_batch(embeddings, labels, None, None)
         self._check_weight()
         name, weight = self.weight, getattr(self, self.weight)
@@ -195,13 +203,7 @@ class ClassifierLoss(FormulaModule):
             ref_emb, ref_labels: ``None``, for callers that pass the arguments of every loss.
             row_weights: ``[N]`` factors of the rows' losses. What a mean divides by stays as it is.
         """
-        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected None, as a class-level loss compares rows with its {self.weight}; got "
-                    f"{type(value).__name__}"
-                )
-        labels = self.check(embeddings, labels)
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
         factors = self.factors(embeddings, labels, row_weights)
         if indices_tuple is None and factors is None:
             return self.losses(self.call, embeddings, labels)

@@ -10,8 +10,7 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
-from .._ops.evaluate import Call
-from ._classifier import ClassifierLoss, ClassifierOptions
+from ._classifier import ClassifierLoss, ClassifierOptions, listing_weights
 from ._formula import Formula, reduce
 from ._pair import option
 
@@ -112,15 +111,21 @@ class SoftTripleLoss(ClassifierLoss):
             losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
         return losses, tau * regulariser if tau > 0 else 0.0
 
-    def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self.weighted(embeddings, labels, None, None)
-
-    def weighted(
-        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Any = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
+        factors = self.factors(embeddings, labels, row_weights)
         losses, regulariser = self.row_losses(embeddings, labels)
         with _autocast.off(embeddings.device):
-            if listing is not None:
+            if indices_tuple is not None:
+                listing = listing_weights(self.listed(indices_tuple), embeddings)
                 losses = losses * listing.to(losses.dtype)
             value = reduce(losses, self.known(labels), self.reduction, row_weights=factors) + regulariser
         return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))

@@ -394,7 +394,7 @@ struct Functions : FormulaDefaults {
     }
     template <typename S>
     DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
-        return log(T(1) + g.neg) + sqrt(T(9) + abs(g.pos));
+        return log(T(1) + g.neg) + sqrt(T(9) + abs(g.pos)) - T(3);
     }
 };
 """
@@ -406,7 +406,7 @@ class Functions(Formula):
         s, both = 2 + neg.s, (pos.count > 0) & (neg.count > 0)
         push = neg.sum(s**power + s**2 + 2**neg.s + s ** (1 + neg.s**2))
         pull = pos.sum(torch.log(2 + pos.s) + pos.s.abs() + torch.sqrt(3 - pos.s))
-        return torch.where(both, torch.log(1 + push) + torch.sqrt(9 + pull.abs()), 0.0)
+        return torch.where(both, torch.log(1 + push) + torch.sqrt(9 + pull.abs()) - 3, 0.0)
 
 
 def test_functions_of_dual_numbers(cache, instruction_set):

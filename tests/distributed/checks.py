@@ -658,7 +658,7 @@ def bad_input_on_one(mode):
         (lambda: module(embeddings, None), ValueError, ("labels",)),
         (lambda: module(embeddings, labels, (labels,) * 3), ValueError, ("indices_tuple", "lists")),
         (lambda: bank(embeddings[:, 1:], labels), ValueError, ("embedding_size=7",)),
-        (lambda: head(embeddings.float(), labels), TypeError, ("embeddings", "W")),
+        (lambda: head(embeddings, labels + 9), ValueError, ("labels", "num_classes=9")),
         (
             lambda: of_triplets(embeddings, labels, (labels,) * 3),
             ValueError,
@@ -668,7 +668,9 @@ def bad_input_on_one(mode):
         if rank() == last:
             raised(bad, error, *words)
         else:
-            right = {"embedding_size=7": bank, "W": head, "lists cannot": of_triplets}.get(words[-1], module)
+            right = {"embedding_size=7": bank, "num_classes=9": head, "lists cannot": of_triplets}.get(
+                words[-1], module
+            )
             raised(partial(right, embeddings, labels), RuntimeError, f"process {last} of {last + 1}", *words)
     assert module(embeddings, labels).isfinite()  # and they go on
 

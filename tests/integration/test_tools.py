@@ -156,13 +156,11 @@ dist.destroy_process_group()
 """
 
 
-def test_fully_shard(tmp_path):
+def test_fully_shard(tmp_path, monkeypatch):
     from distributed.two_ranks import run_two_ranks
 
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)
-        run_two_ranks(FULLY_SHARD, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    run_two_ranks(FULLY_SHARD, tmp_path)
 
 
 @EVERY
@@ -301,6 +299,43 @@ def test_functional_call(name):
     points = parameters, embeddings, dict(module.named_buffers())
     of_parameters, gradient = torch.func.grad(value, argnums=(0, 1))(*points)
     assert_same([expected[0], gradient, *of_parameters.values()], expected)
+
+
+# One process of two, each with half of the rows.
+FUNC_OF_TWO = """
+import sys
+
+import torch
+import torch.distributed as dist
+from integration.public_classes import SUBJECTS, make, make_batch
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+embeddings, labels = (x[rank::2].contiguous() for x in make_batch())
+for name in SUBJECTS:
+    if not name.startswith("DistributedLoss"):
+        continue
+    module = make(name)
+    leaf = embeddings.clone().requires_grad_()
+    expected = torch.autograd.grad(module(leaf, labels), [leaf, *module.parameters()])
+
+    def value(x, parameters):
+        return torch.func.functional_call(module, parameters, (x, labels))
+
+    points = embeddings, {key: p.detach() for key, p in module.named_parameters()}
+    gradient, of_parameters = torch.func.grad(value, argnums=(0, 1))(*points)
+    for found, true in zip((gradient, *of_parameters.values()), expected):
+        assert true.abs().max() > 0, name
+        torch.testing.assert_close(found, true)
+dist.destroy_process_group()
+"""
+
+
+def test_func_grad_of_two_processes(tmp_path, monkeypatch):
+    from distributed.two_ranks import run_two_ranks
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    run_two_ranks(FUNC_OF_TWO, tmp_path)
 
 
 @EVERY
