@@ -137,6 +137,16 @@ DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
+// Of a parameter, in a constructor: not vectorised.
+template <typename T>
+DML_INLINE T cos(T x) {
+    return std::cos(x);
+}
+template <typename T>
+DML_INLINE T sin(T x) {
+    return std::sin(x);
+}
+
 // The angle whose sine and cosine are in the ratio y : x.
 template <typename T>
 DML_INLINE T angle(T y, T x) {

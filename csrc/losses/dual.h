@@ -160,6 +160,15 @@ DML_INLINE Dual<T> softplus(Dual<T> x) {
     return {softplus(x.value), sigmoid(x.value) * x.derivative};
 }
 
+template <typename T>
+DML_INLINE Dual<T> cos(Dual<T> x) {
+    return {cos(x.value), -sin(x.value) * x.derivative};
+}
+template <typename T>
+DML_INLINE Dual<T> sin(Dual<T> x) {
+    return {sin(x.value), cos(x.value) * x.derivative};
+}
+
 // The angle whose sine and cosine are in the ratio y : x.
 template <typename T>
 DML_INLINE Dual<T> angle(Dual<T> y, Dual<T> x) {

@@ -105,7 +105,8 @@ class SoftTripleLoss(ClassifierLoss):
         """The losses ``[N]`` of a validated batch, float32 or float64, and the regulariser of the batch."""
         la, gamma, margin, tau = self.call.params
         embeddings, centers = self.promoted(embeddings)
-        run = soft_triple.dense if self.backend == "reference" else soft_triple.row_losses
+        dense = self.backend == "reference" or self.call.learns  # the blocks have no gradient of parameters
+        run = soft_triple.dense if dense else soft_triple.row_losses
         options = self.centers_per_class, la, gamma, margin, tau > 0
         with _autocast.off(embeddings.device):
             losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)

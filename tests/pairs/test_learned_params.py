@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases.data import make_batch, make_labels
+from cases.heads import EVERY_HEAD, make_rows
 from cases.losses import EVERY_LOSS, LOSSES
 from torch import nn
 
@@ -270,3 +271,39 @@ def test_opcheck():
     options = OpOptions("circle", [], 0.1, "cosine", "mean", save_for_backward=True, dynamic_params=params)
     batch = OpBatch(embeddings.requires_grad_(), labels, None, None, None, None)
     torch.library.opcheck(torch.ops.dml_cuda.pair_loss.default, (*batch, *options))
+
+
+# ---- class-level losses ------------------------------------------------------------------------------------
+
+HEAD_VALUES = {
+    "NormalizedSoftmaxLoss": {"temperature": 0.2},
+    "CosFaceLoss": {"margin": 0.2, "scale": 8.0},
+    "ArcFaceLoss": {"margin": 20.0, "scale": 8.0},
+    "ProxyAnchorLoss": {"margin": 0.1, "alpha": 8.0},
+    "ProxyNCALoss": {"softmax_scale": 2.0},
+    "SoftTripleLoss": {"la": 8.0, "gamma": 0.2, "margin": 0.05},
+    "CircleClassifierLoss": {"m": 0.25, "gamma": 8.0},
+}
+
+
+@pytest.mark.check
+@EVERY_HEAD
+def test_heads(head):
+    both = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        values = {
+            name: nn.Parameter(torch.tensor(value, dtype=torch.float64))
+            for name, value in HEAD_VALUES[head.name].items()
+        }
+        module = head.make(7, 12, backend=backend, **values).double()
+        assert {*values} < {name for name, _ in module.named_parameters()}
+        embeddings, labels = make_rows(module, 40, 3.0)
+        loss = module(embeddings.double(), labels)
+        both.append([loss.detach(), *torch.autograd.grad(loss, [*module.parameters()])])
+        fixed = head.make(7, 12, backend=backend, **HEAD_VALUES[head.name]).double()
+        fixed.load_state_dict(module.state_dict(), strict=False)
+        torch.testing.assert_close(fixed(embeddings.double(), labels), loss, rtol=1e-12, atol=0)
+    for got, expected in zip(*both, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    assert all(gradient.abs().max() > 1e-6 for gradient in both[0][1:])
