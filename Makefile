@@ -1,5 +1,6 @@
-# `make check` answers within 90 seconds once built, `make test` runs every test, `make demo` shows what it is
-# for. All set up .venv first; nothing else is needed but Python 3.10+ with venv and a C++ compiler.
+# `make check` answers within 90 seconds once built, `make test` runs every test within ten minutes, and `make
+# test-all` every case of them; `make demo` shows what it is for. All set up .venv first; nothing else is needed
+# but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -7,7 +8,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples check test bench readme lint format ptxas gpu-check clean
+.PHONY: demo data examples check test test-all bench readme lint format ptxas gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
@@ -28,8 +29,12 @@ examples: $(VENV)/built
 check: lint $(VENV)/built
 	$(PYTEST) --dist worksteal -m check
 
-# The rest of the tests after those of `make check`.
+# After the tests of `make check`, every test with the cases that show every value of its parameters.
 test: check
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "not check"
+
+# Every case of every test: values in all combinations, all sanitizers, every architecture of every kernel.
+test-all: check
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check"
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.

@@ -361,6 +361,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     check(case, arithmetic, cached_loss, cached_grads)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
