@@ -1,15 +1,8 @@
 """Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
-import torch  # first: _C needs its libraries
+from ._extension import _C  # first: it explains why the extension cannot be loaded
 
-try:
-    from . import _C
-except ImportError as error:
-    raise ImportError(
-        f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
-        f"installed torch {torch.__version__}: pip install --no-build-isolation --force-reinstall --no-deps ."
-    ) from error
-
+# isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
 from .custom import check_loss, compile_loss
