@@ -7,7 +7,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples check test bench readme lint format ptxas gpu-check clean
+.PHONY: demo data examples check test wheel docs recipes browser release bench readme lint format ptxas gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
@@ -30,7 +30,31 @@ check: lint $(VENV)/built
 
 # The rest of the tests after those of `make check`.
 test: check
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check and not release"
+
+# What a release has besides the package, and its tests; about eight minutes on two cores.
+release: wheel docs recipes browser
+	$(PY) -m pytest -m release tests/release
+
+# For the torch in .venv: dist/dml_cuda-VERSION+torchX.YKERNELS-*.whl, and the sdist.
+wheel: $(VENV)/ready
+	$(PY) -m tools.wheel
+
+# The site in build/site. A warning, such as a broken link, is an error.
+docs: $(VENV)/built $(VENV)/docs
+	rm -rf build/site
+	$(PY) -m sphinx -c docs/site -d build/site-cache -W --keep-going -q . build/site
+	@echo "build/site/index.html"
+
+# The packages that examples/recipes train with.
+recipes: $(VENV)/recipes
+
+# The Chromium that tests of the site use, where apt is there.
+browser:
+	@if ! command -v chromium >/dev/null; then \
+	  run=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$run apt-get update -q && $$run apt-get install -q -y --no-install-recommends chromium; \
+	fi
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
@@ -58,12 +82,16 @@ gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(PARTS)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info dml_cuda/*.so
+	rm -rf $(VENV) build dist out *.egg-info dml_cuda/*.so
 
 $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(PY) -m compileall -q -j 0 -x '/tests?/|testing/_internal/' $(VENV)/lib >/dev/null || true  # as pip does, but on one core
+	touch $@
+
+$(VENV)/docs $(VENV)/recipes: $(VENV)/%: requirements-%.txt $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r $<
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)

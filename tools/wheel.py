@@ -1,7 +1,7 @@
 """``make wheel``, or ``python -m tools.wheel``: a wheel for the installed torch, in dist/.
 
-Builds an sdist, builds the wheel from that sdist, and repairs it with auditwheel: a manylinux tag, stripped, without
-torch's libraries, which the user's torch brings.
+Builds an sdist, builds the wheel from that sdist, and repairs it with auditwheel: a manylinux tag, stripped,
+without torch's libraries, which the user's torch brings.
 """
 
 import argparse

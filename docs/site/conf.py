@@ -50,6 +50,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_param = napoleon_use_rtype = False  # several names may share a description
 napoleon_custom_sections = [("Returns, Raises", "returns_style")]
 copybutton_prompt_text = r">>> |\$ "
 copybutton_prompt_is_regexp = True

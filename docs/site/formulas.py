@@ -1,4 +1,4 @@
-"""Formulas as MathML, made while the site is built: the pages need no script and no server of fonts for them."""
+"""Formulas as MathML, made while the site is built: the pages need no script and no network for them."""
 
 from docutils import nodes
 from latex2mathml.converter import convert

@@ -1,4 +1,4 @@
-"""References to a name of the package, wherever it is defined, lead to where its public name is documented."""
+"""References to a name of the package, wherever it is defined, lead to the public name's documentation."""
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -9,6 +9,7 @@ MODULES = ("dml_cuda", "dml_cuda.functional", "dml_cuda.custom", "dml_cuda.distr
 # Not documented here: torch, Python, and the pytorch-metric-learning that dml_cuda.pml subclasses.
 FOREIGN = ("torch", "typing", "typing_extensions", "collections", "os", "numpy", "pytorch_metric_learning")
 FOREIGN_NAMES = {"Tensor", "nn.Module"}
+INTERNAL = ("dml_cuda._", "dml_cuda.losses.", "dml_cuda.miners.")  # of annotations; no docstring spells them
 
 
 def resolve(
@@ -25,7 +26,7 @@ def resolve(
         if f"{module}.{name}" in domain.objects:
             arguments = (env, node["refdoc"], app.builder, "obj", f"{module}.{name}", node, content)
             return domain.resolve_xref(*arguments)
-    return None
+    return content if target.startswith(INTERNAL) else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
