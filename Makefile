@@ -47,7 +47,12 @@ docs: $(VENV)/built $(VENV)/docs
 	@echo "build/site/index.html"
 
 # The packages that examples/recipes train with.
-recipes: $(VENV)/recipes
+recipes: $(VENV)/recipes $(VENV)/timm
+
+# PyPI's torchvision, which timm imports, does not load beside a CPU build of torch, and other packages import a
+# torchvision that they find: the two are kept beside.
+$(VENV)/timm: $(VENV)/recipes
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ timm torchvision==0.28.0
 
 # The Chromium that tests of the site use, where apt is there.
 browser:

@@ -8,12 +8,13 @@ from torch.utils.data import TensorDataset
 from dml_cuda.pml import MultiSimilarityLoss, MultiSimilarityMiner
 
 
-def main() -> float:
+def main() -> list[float]:
     labels = torch.arange(320) % 10
-    images = torch.randn(10, 64)[labels] + 0.3 * torch.randn(320, 64)
+    images = torch.randn(10, 64)[labels] + 2.0 * torch.randn(320, 64)
     network = torch.nn.Linear(64, 32)
+    losses = []
     trainer = MetricLossOnly(
-        models={"trunk": network},
+        models={"trunk": network, "embedder": torch.nn.Identity()},
         optimizers={"trunk_optimizer": torch.optim.AdamW(network.parameters(), lr=1e-2)},
         batch_size=64,
         loss_funcs={"metric_loss": MultiSimilarityLoss()},
@@ -21,10 +22,12 @@ def main() -> float:
         dataset=TensorDataset(images, labels),
         sampler=MPerClassSampler(labels, m=8, batch_size=64, length_before_new_iter=320),
         dataloader_num_workers=0,
+        end_of_iteration_hook=lambda trainer: losses.append(trainer.losses["total_loss"].item()),
     )
     trainer.train(num_epochs=4)
-    return float(trainer.losses["total_loss"])
+    return losses
 
 
 if __name__ == "__main__":
-    print(f"loss {main():.3f}")
+    losses = main()
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -43,7 +43,7 @@ def untrained(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=[trunk, Pooling(32)], device="cpu")
 
 
-def main() -> float:
+def main() -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         model = untrained(Path(folder))
         pairs = [
@@ -51,10 +51,19 @@ def main() -> float:
         ]
         questions, answers = zip(*pairs, strict=True)
         data = Dataset.from_dict({"question": questions * 8, "answer": answers * 8})
-        arguments = Arguments(folder, num_train_epochs=10, per_device_train_batch_size=3, learning_rate=5e-3)
+        arguments = Arguments(
+            folder,
+            num_train_epochs=10,
+            per_device_train_batch_size=3,
+            learning_rate=5e-3,
+            logging_steps=8,
+            save_strategy="no",
+        )
         trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=PairsLoss(model))
-        return trainer.train().training_loss
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":
-    print(f"loss {main():.3f}")
+    losses = main()
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

@@ -6,7 +6,7 @@ import torch
 import dml_cuda
 
 
-def main() -> float:
+def main() -> list[float]:
     trunk = timm.create_model(
         "resnet18", pretrained=False, num_classes=0
     )  # pretrained=True for your training
@@ -15,15 +15,18 @@ def main() -> float:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 
     classes = torch.randn(4, 3, 64, 64)
+    losses = []
     for _ in range(8):
         labels = torch.arange(4).repeat_interleave(4)  # 4 classes, 4 images each
-        images = classes[labels] + 0.3 * torch.randn(16, 3, 64, 64)
+        images = classes[labels] + torch.randn(16, 3, 64, 64)
         loss = loss_fn(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss.detach())
+        losses.append(loss.item())
+    return losses
 
 
 if __name__ == "__main__":
-    print(f"loss {main():.3f}")
+    losses = main()
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.release
 
 ROOT = Path(__file__).parents[2]
+BESIDE = Path(sys.prefix, "timm")  # timm and torchvision, where `make recipes` puts them
 PACKAGES = {
     "accelerate_loop": "accelerate",
     "lightning_module": "lightning",
@@ -18,30 +20,33 @@ PACKAGES = {
     "sentence_transformer": "sentence_transformers",
     "timm_backbone": "timm",
 }
-# PyPI's torchvision is built for a torch with CUDA: beside another its operators do not load, so it cannot be
-# imported. timm needs none of them; the one that the import asks for is declared.
-PREPARE = """
+# PyPI's torchvision is built for a torch with CUDA: beside another its operators do not load, and it cannot be
+# imported. timm needs none of them; those that the import asks for are declared.
+RUN = """
 import runpy, sys, torch
 try:
     import torchvision
-except RuntimeError:
-    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[module]
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 except ImportError:
     pass
+except RuntimeError:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for name in ("nms", "qnms"):
+        torch.library.define("torchvision::" + name, "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 torch.manual_seed(0)
 runpy.run_module(sys.argv[1], run_name="__main__")
 """
 
 
-def loss_of(*command: str) -> float:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+def losses_of(*command: str, path: str = "") -> tuple[float, float]:
+    """The first and the last loss that a recipe prints."""
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     result = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return float(result.stdout.split("loss ")[-1].split()[0])
+    first, last = re.findall(r"loss (\S+) -> (\S+)", result.stdout)[-1]
+    return float(first), float(last)
 
 
 def test_every_recipe_is_tried():
@@ -50,6 +55,16 @@ def test_every_recipe_is_tried():
 
 @pytest.mark.parametrize("recipe", PACKAGES)
 def test_recipe(recipe):
-    if importlib.util.find_spec(PACKAGES[recipe]) is None:
+    path = str(BESIDE) if recipe == "timm_backbone" else ""
+    if not (importlib.util.find_spec(PACKAGES[recipe]) or Path(path, PACKAGES[recipe]).is_dir()):
         pytest.skip(f"{PACKAGES[recipe]} is not installed")
-    assert 0 < loss_of("-c", PREPARE, f"examples.recipes.{recipe}") < UNTRAINED[recipe]
+    first, last = losses_of("-c", RUN, f"examples.recipes.{recipe}", path=path)
+    assert 0 < last < 0.8 * first
+
+
+def test_accelerate_on_two_processes():
+    pytest.importorskip("accelerate")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    first, last = losses_of(*launch, *options, "-m", "examples.recipes.accelerate_loop")
+    assert 0 < last < 0.8 * first
