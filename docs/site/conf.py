@@ -57,6 +57,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = f"dml_cuda {version}"
+html_favicon = "static/favicon.svg"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False

@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 def drop_folder_links(app: Sphinx, page: nodes.document) -> None:
     folder = Path(page["source"]).parent
     for link in list(page.findall(pending_xref)):
-        if link.get("refdomain") != "py" and (folder / link["reftarget"]).is_dir():
+        if link.get("refdomain") is None and (folder / link["reftarget"]).is_dir():
             link.replace_self(link.children)
 
 
