@@ -156,13 +156,18 @@ def link_flags() -> list[str]:
     return []
 
 
+IS_BUILT = "sdist" not in sys.argv  # sources fit every torch
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
 def full_version() -> str:
     """The version with what the kernels are built for, as in 0.2.0+torch2.13cpu or 0.2.0+torch2.13cu130."""
-    if "sdist" in sys.argv:  # sources fit every torch
-        return VERSION
-    major, minor = torch.__version__.split(".")[:2]
     kernels = "cu" + torch.version.cuda.replace(".", "") if CUDA else "cpu"
-    return f"{VERSION}+torch{major}.{minor}{kernels}"
+    return f"{VERSION}+torch{MINOR}{kernels}" if IS_BUILT else VERSION
+
+
+def dependencies() -> list[str]:
+    return [f"torch=={MINOR}.*" if IS_BUILT else "torch>=2.11", "numpy"]
 
 
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
@@ -253,4 +258,9 @@ class BuildPy(build_py):
 
 CUDA = wants_cuda()
 COMMANDS = {"build_ext": BuildExtension, "build_py": BuildPy}
-setup(version=full_version(), ext_modules=[extension(CUDA)], cmdclass=COMMANDS)
+setup(
+    version=full_version(),
+    install_requires=dependencies(),
+    ext_modules=[extension(CUDA)],
+    cmdclass=COMMANDS,
+)

@@ -20,8 +20,8 @@ PACKAGES = {
     "sentence_transformer": "sentence_transformers",
     "timm_backbone": "timm",
 }
-# PyPI's torchvision is built for a torch with CUDA: beside another its operators do not load, and it cannot be
-# imported. timm needs none of them; those that the import asks for are declared.
+# PyPI's torchvision is built for a torch with CUDA: beside another its operators do not load, which fails the
+# import. timm needs none of them; those that the import asks for are declared.
 RUN = """
 import runpy, sys, torch
 try:
@@ -32,7 +32,7 @@ except RuntimeError:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     for name in ("nms", "qnms"):
-        torch.library.define("torchvision::" + name, "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        torch.library.define("torchvision::" + name, "(Tensor boxes, Tensor scores, float x) -> Tensor")
 torch.manual_seed(0)
 runpy.run_module(sys.argv[1], run_name="__main__")
 """

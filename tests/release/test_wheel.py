@@ -102,6 +102,7 @@ def test_content(wheel):
         text = archive.read(metadata).decode()
     assert f"Version: {wheel.name.split('-')[1]}\n" in text
     assert "License-Expression: MIT\n" in text
+    assert f"Requires-Dist: torch=={'.'.join(torch.__version__.split('.')[:2])}.*\n" in text
     for name in ("py.typed", "_C.pyi", "csrc/losses/formula.h", "csrc/custom/library.cpp"):
         assert f"dml_cuda/{name}" in names
     sources = {f"dml_cuda/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*")}
