@@ -58,7 +58,7 @@ $(VENV)/timm: $(VENV)/recipes
 browser:
 	@if ! command -v chromium >/dev/null; then \
 	  run=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	  $$run apt-get update -q && $$run apt-get install -q -y --no-install-recommends chromium; \
+	  $$run apt-get update -q && $$run apt-get install -q -y --no-install-recommends chromium fonts-dejavu-core; \
 	fi
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
