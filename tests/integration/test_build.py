@@ -112,6 +112,14 @@ def test_dependency_on_torch(tmp_path, command, torch_wanted):
     assert f"torch{torch_wanted}" in (tmp_path / "dml_cuda.egg-info/requires.txt").read_text().split()
 
 
+def test_one_version():
+    """In the citation and at the top of the changelog too."""
+    version = dml_cuda.__version__.partition("+")[0]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog[changelog.index("\n## ") :].startswith(f"\n## {version} ")
+
+
 def test_torch_missing(tmp_path):
     says = "PyTorch is not importable", "an environment", "Install torch first", "--no-build-isolation"
     assert_fails(run_setup(tmp_path, modules=NO_TORCH), *says)

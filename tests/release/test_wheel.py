@@ -171,13 +171,17 @@ def test_compile_loss_from_the_wheel(python, tmp_path):
 
 
 def test_import_is_quick(python, tmp_path):
-    reports = []
-    for _ in range(5):
+    """Beyond torch's own import. The quickest of some runs: others may use the machine."""
+    quickest = float("inf")
+    for _ in range(10):
         result = run(python, IMPORT, tmp_path)
         assert result.returncode == 0, result.stderr
-        reports.append(json.loads(result.stdout))
-    assert reports[0]["dynamo"] == []
-    assert min(report["seconds"] for report in reports) <= 0.060
+        report = json.loads(result.stdout)
+        assert report["dynamo"] == []
+        quickest = min(quickest, report["seconds"])
+        if quickest <= 0.060:
+            break
+    assert quickest <= 0.060
 
 
 def test_another_torch(python, tmp_path):
