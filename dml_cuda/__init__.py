@@ -1,25 +1,8 @@
 """Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
-from pathlib import Path
+from ._extension import _C  # first: it explains why the extension cannot be loaded
 
-import torch  # first: _C needs its libraries
-
-try:
-    from . import _C
-except ImportError as error:
-    _folder = Path(__file__).parent
-    if all(path.suffix == ".pyi" for path in _folder.glob("_C*")):
-        raise ImportError(
-            f"{_folder} has no compiled extension: it is the source of dml_cuda, which Python finds before "
-            f'an installed one. Build it in place, pip install --no-build-isolation -e "{_folder.parent}", '
-            "or start Python in another folder."
-        ) from error
-    raise ImportError(
-        f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
-        f"installed torch {torch.__version__}: in a clone of dml_cuda, "
-        "pip install --no-build-isolation --force-reinstall --no-deps ."
-    ) from error
-
+# isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
 from .custom import check_loss, compile_loss

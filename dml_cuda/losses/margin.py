@@ -209,7 +209,7 @@ class MarginLoss(TripletLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments as for :meth:`TripletLoss.forward`."""
+        """The loss of a batch; arguments as for :meth:`dml_cuda.TripletMarginLoss.forward`."""
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
         return evaluate(self.call, self.beta, self._nu, *batch)
 

@@ -143,7 +143,7 @@ class CosFaceLoss(_SoftmaxLoss):
     Args:
         margin: on the cosine.
         scale: above 0.
-        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
+        num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.
     """
 
     formula = CosFace
@@ -177,7 +177,7 @@ class ArcFaceLoss(_SoftmaxLoss):
         margin: on the angle, in degrees from 0 to 180. The attribute is in degrees too, whereas
             pytorch-metric-learning's is in radians.
         scale: above 0.
-        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
+        num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.
 
     The gradient at an angle of 0 is 0.
     """

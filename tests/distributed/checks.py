@@ -268,7 +268,9 @@ def learned_parameters(mode):
         loss = LOSSES[name]
 
         def made(loss=loss):
-            values = {key: torch.tensor(float(loss.defaults[key]), dtype=torch.float64) for key in loss.learnable}
+            values = {
+                key: torch.tensor(float(loss.defaults[key]), dtype=torch.float64) for key in loss.learnable
+            }
             return loss.module(**{key: torch.nn.Parameter(value) for key, value in values.items()})
 
         whole, part = made(), made()
@@ -276,9 +278,7 @@ def learned_parameters(mode):
         truth = whole(x, labels, row_weights=weights)
         expected = gradients_of_one = torch.autograd.grad(truth, [x, *whole.parameters()])
         own = share(embeddings, rows).clone().requires_grad_()
-        value = DistributedLoss(part, mode=mode)(
-            own, share(labels, rows), row_weights=share(weights, rows)
-        )
+        value = DistributedLoss(part, mode=mode)(own, share(labels, rows), row_weights=share(weights, rows))
         close(value.detach(), truth.detach(), name)
         found = gradients(value, [own, *part.parameters()])
         close(found[0], share(expected[0], rows), name)

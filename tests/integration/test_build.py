@@ -94,11 +94,41 @@ def test_build_info():
 def test_version(tmp_path):
     run = run_setup(tmp_path, modules=CUDA_TORCH)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == dml_cuda.__version__
+    assert run.stdout.strip() == dml_cuda.__version__.partition("+")[0] + "+torch2.99cpu"
+
+
+def test_version_with_cuda_kernels(tmp_path):
+    run = run_setup(tmp_path, **toolkit(tmp_path))
+    assert run.stdout.split()[-1] == dml_cuda.__version__.partition("+")[0] + "+torch2.99cu130"
+
+
+@pytest.mark.parametrize(("command", "torch_wanted"), [("sdist", ">=2.11"), ("egg_info", "==2.99.*")])
+def test_dependency_on_torch(tmp_path, command, torch_wanted):
+    """What is built needs the torch that it was built for; sources fit all."""
+    options = ["-d", str(tmp_path)] if command == "sdist" else []
+    run = run_setup(
+        tmp_path,
+        "egg_info",
+        "-e",
+        str(tmp_path),
+        *([command, *options] if options else []),
+        modules=CUDA_TORCH,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"torch{torch_wanted}" in (tmp_path / "dml_cuda.egg-info/requires.txt").read_text().split()
+
+
+def test_one_version():
+    """In the citation and at the top of the changelog too."""
+    version = dml_cuda.__version__.partition("+")[0]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog[changelog.index("\n## ") :].startswith(f"\n## {version} ")
 
 
 def test_torch_missing(tmp_path):
-    assert_fails(run_setup(tmp_path, modules=NO_TORCH), "PyTorch is not importable", "Install torch first")
+    says = "PyTorch is not importable", "an environment", "Install torch first", "--no-build-isolation"
+    assert_fails(run_setup(tmp_path, modules=NO_TORCH), *says)
 
 
 def test_unknown_choice(tmp_path):
