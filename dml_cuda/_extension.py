@@ -24,9 +24,9 @@ def _cannot_load(cause: object) -> ImportError:
     folder = Path(__file__).parent
     if all(path.suffix == ".pyi" for path in folder.glob("_C*")):
         return ImportError(
-            f"{folder} has no compiled extension: it is the source of dml_cuda, which Python finds before an "
-            f'installed one. Build it in place, pip install --no-build-isolation -e "{folder.parent}", or start '
-            "Python in another folder."
+            f"{folder} has no compiled extension: it is the source of dml_cuda, which Python finds before "
+            f'an installed one. Build it in place, pip install --no-build-isolation -e "{folder.parent}", '
+            "or start Python in another folder."
         )
     installed = _installed_version()
     kernels = "cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else "cpu"

@@ -1,7 +1,7 @@
 """SoftTriple loss."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn

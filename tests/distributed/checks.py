@@ -268,21 +268,19 @@ def learned_parameters(mode):
         loss = LOSSES[name]
 
         def made(loss=loss):
-            values = {
-                key: torch.tensor(float(loss.defaults[key]), dtype=torch.float64) for key in loss.learnable
-            }
+            values = {key: torch.tensor(float(loss.defaults[key])).double() for key in loss.learnable}
             return loss.module(**{key: torch.nn.Parameter(value) for key, value in values.items()})
 
         whole, part = made(), made()
         x = embeddings.clone().requires_grad_()
         truth = whole(x, labels, row_weights=weights)
-        expected = gradients_of_one = torch.autograd.grad(truth, [x, *whole.parameters()])
+        expected = torch.autograd.grad(truth, [x, *whole.parameters()])
         own = share(embeddings, rows).clone().requires_grad_()
         value = DistributedLoss(part, mode=mode)(own, share(labels, rows), row_weights=share(weights, rows))
         close(value.detach(), truth.detach(), name)
         found = gradients(value, [own, *part.parameters()])
         close(found[0], share(expected[0], rows), name)
-        for gradient, one in zip(found[1:], gradients_of_one[1:], strict=True):
+        for gradient, one in zip(found[1:], expected[1:], strict=True):
             close(total(gradient), one, f"{name}: a parameter")
 
 
@@ -824,6 +822,8 @@ def _table():
             bad_input_on_one,
             what_must_be_the_same,
             what_is_refused_everywhere,
+            learned_parameters,
+            two_towers,
         ):
             checks[f"{mode}: {check.__name__}"] = partial(check, mode)
     for name, head in heads.HEADS.items():
