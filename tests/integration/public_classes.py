@@ -16,6 +16,7 @@ from dml_cuda import distributed
 from dml_cuda.losses._classifier import ClassifierLoss
 from dml_cuda.losses._pair import PairLoss
 from dml_cuda.losses._triplet import TripletLoss
+from dml_cuda.losses._two_towers import TwoTowerLoss
 from dml_cuda.miners.triplets import SelectingMiner
 
 try:
@@ -36,6 +37,26 @@ class WithMiner(nn.Module):
 
     def forward(self, embeddings, labels):
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+class OfTwoTowers(nn.Module):
+    """A loss of embeddings and what another network makes of them."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, embeddings, labels):
+        other = embeddings.flip(1) + 2 * embeddings
+        return self.loss(embeddings, other, labels) if self.takes_labels else self.loss(embeddings, other)
+
+    @property
+    def takes_labels(self):
+        return isinstance(self.loss, TwoTowerLoss)
+
+
+def learned(value):
+    return nn.Parameter(torch.tensor(value))
 
 
 def _custom():
@@ -80,6 +101,8 @@ def maker_of(cls):
         return SPECIAL[cls]
     if issubclass(cls, tuple(LOSS_BASES)):
         return cls
+    if issubclass(cls, TwoTowerLoss | dml_cuda.InfoNCELoss):
+        return lambda: OfTwoTowers(cls())
     if issubclass(cls, tuple(HEAD_BASES)):
         return lambda: cls(CLASSES, DIM)
     package = pml if cls.__module__.startswith("dml_cuda.pml") else dml_cuda
@@ -116,6 +139,14 @@ MORE = {
     "MultiSimilarityLoss-mined": lambda: dml_cuda.MultiSimilarityLoss(epsilon=0.1),
     "TripletMarginLoss-smooth": lambda: dml_cuda.TripletMarginLoss(smooth_loss=True),
     "MarginLoss-fixed": dml_cuda.MarginLoss,
+    "MultiSimilarityLoss-learned": lambda: dml_cuda.MultiSimilarityLoss(learned(2.0), learned(40.0)),
+    "ArcFaceLoss-learned": lambda: dml_cuda.ArcFaceLoss(CLASSES, DIM, scale=learned(16.0)),
+    "CLIPLoss-learned": lambda: OfTwoTowers(dml_cuda.CLIPLoss(learned(0.2))),
+    "SigLIPLoss-learned": lambda: OfTwoTowers(dml_cuda.SigLIPLoss(learned(5.0), learned(-3.0))),
+    "InfoNCELoss-learned": lambda: OfTwoTowers(dml_cuda.InfoNCELoss(learned(0.2))),
+    "DistributedLoss-ring-learned": lambda: distributed.DistributedLoss(
+        dml_cuda.NTXentLoss(learned(0.2)), mode="ring"
+    ),
 }
 
 
