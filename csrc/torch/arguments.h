@@ -24,17 +24,13 @@ struct PairBatch {
     const OptionalTensor& ref_labels;      // [M] int64
     const OptionalTensor& self_index;      // [N] int64, the row of ref_emb that is the same point, or -1
     const OptionalTensor& num_valid_refs;  // one int64: only so many of the first rows of ref_emb take part
-    const OptionalTensor& row_weights;  // [N], or [N + M] with both_directions: factors of the rows' losses
 
     static constexpr char kSchema[] =
         "Tensor embeddings, Tensor labels, Tensor? ref_emb, Tensor? ref_labels, Tensor? self_index, "
-        "Tensor? num_valid_refs, Tensor? row_weights";
-    using Values =
-        std::tuple<const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
-    Values values() const {
-        return {embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, row_weights};
-    }
+        "Tensor? num_valid_refs";
+    using Values = std::tuple<const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
+    Values values() const { return {embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs}; }
 };
 
 struct PairOptions {
@@ -67,7 +63,12 @@ struct PairOptions {
     }
 };
 
-struct Call : PairBatch, PairOptions {};
+struct Call : PairBatch, PairOptions {
+    // [N], or [N + M] with both_directions: factors of the rows' losses. Between batch and options in the ops.
+    const OptionalTensor& row_weights;
+
+    static constexpr char kRowWeightsSchema[] = "Tensor? row_weights";
+};
 
 // A copy of options that owns what they refer to; but not dynamic_params, which autograd keeps.
 class OwnedOptions {
@@ -111,8 +112,8 @@ struct FlatOp;
 
 template <auto function, typename Result, typename... Rest, typename... Batch, typename... Options>
 struct FlatOp<function, Result (*)(const Call&, Rest...), std::tuple<Batch...>, std::tuple<Options...>> {
-    static Result call(Batch... batch, Options... options, Rest... rest) {
-        return function(Call{{batch...}, {options...}}, rest...);
+    static Result call(Batch... batch, const OptionalTensor& row_weights, Options... options, Rest... rest) {
+        return function(Call{{batch...}, {options...}, row_weights}, rest...);
     }
 };
 
@@ -148,8 +149,10 @@ struct PythonOp<function, Result (*)(const PairOptions&, Rest...), std::tuple<Op
 // Calls an op, as found in the dispatcher, with a call and the op's other arguments.
 template <typename Op, typename... Rest>
 auto call_op(const Op& op, const Call& call, const Rest&... rest) {
-    return std::apply([&](const auto&... arguments) { return op.call(arguments..., rest...); },
-                      std::tuple_cat(call.PairBatch::values(), call.PairOptions::values()));
+    return std::apply(
+        [&](const auto&... arguments) { return op.call(arguments..., rest...); },
+        std::tuple_cat(call.PairBatch::values(), std::tuple<const OptionalTensor&>(call.row_weights),
+                       call.PairOptions::values()));
 }
 
 }  // namespace dml

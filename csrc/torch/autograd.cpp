@@ -126,8 +126,9 @@ variable_list gradients(const variable_list& grads, const KeptTensors& kept, con
     variable_list result(3);
     if (!grads[0].defined()) return result;
     const Call call = {{*kept[kEmbeddings], *kept[kLabels], kept[kRefEmb], kept[kRefLabels], kept[kSelfIndex],
-                        kept[kNumValidRefs], kept[kRowWeights]},
-                       options.with(kept[kDynamicParams])};
+                        kept[kNumValidRefs]},
+                       options.with(kept[kDynamicParams]),
+                       kept[kRowWeights]};
     const auto [grad_emb, grad_ref, grad_params] =
         dispatch_backward(call, grads[0], *kept[kSaved], need_emb, need_ref, need_params);
     if (need_emb) result[0] = grad_emb;

@@ -81,7 +81,7 @@ py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::h
     Tensor loss;
     {
         const py::gil_scoped_release without_gil;
-        Call call{{*x, *y, r, ry, self, count, weights}, given};
+        Call call{{*x, *y, r, ry, self, count}, given, weights};
         call.save_for_backward = needs_gradient(call);
         if (x->is_cuda() && x->scalar_type() == at::kFloat) call.precision = cuda_precision();
         loss = std::get<0>(dispatch_pair_loss(call));

@@ -12,7 +12,8 @@ inline std::string with_options(const std::string& name, const std::string& rest
     return name + "(" + PairOptions::kSchema + rest;
 }
 inline std::string with_batch(const std::string& name, const std::string& rest) {
-    return name + "(" + PairBatch::kSchema + ", " + PairOptions::kSchema + rest;
+    return name + "(" + PairBatch::kSchema + ", " + Call::kRowWeightsSchema + ", " + PairOptions::kSchema +
+           rest;
 }
 
 // The loss of a batch, and its gradient. Absent gradients are [0]; grad_params is that of dynamic_params.
