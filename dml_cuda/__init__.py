@@ -80,14 +80,6 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports what compiles custom losses on first use: most programs compile none."""
-    if name not in ("custom", "check_loss", "compile_loss"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(".custom", __name__)
-    return module if name == "custom" else getattr(module, name)
-
-
 def build_info() -> dict:
     """The versions that this installation was built with, and its kernels.
 
@@ -105,3 +97,11 @@ def build_info() -> dict:
         "cuda": cuda,
         "cpu": {"available": _C.cpu_instruction_sets(), "in_use": _C.cpu_instruction_set()},
     }
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what compiles custom losses on first use: most programs compile none."""
+    if name not in ("custom", "check_loss", "compile_loss"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(".custom", __name__)
+    return module if name == "custom" else getattr(module, name)
