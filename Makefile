@@ -49,7 +49,7 @@ wheel: $(VENV)/ready
 # The site in build/site. A warning, such as a broken link, is an error.
 docs: $(VENV)/built $(VENV)/docs
 	rm -rf build/site
-	$(PY) -m sphinx -c docs/site -d build/site-cache -W --keep-going -q . build/site
+	$(PY) -m sphinx -c docs/site -E -d build/site-cache -W --keep-going -q . build/site
 	@echo "build/site/index.html"
 
 # The packages that examples/recipes train with.

@@ -1,11 +1,13 @@
 """Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._extension import _C  # first: it explains why the extension cannot be loaded
 
 # isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
-from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
 from .losses._two_towers import TowerOptions
 from .losses.binomial_deviance import BinomialDevianceLoss
@@ -36,6 +38,10 @@ from .miners.triplets import (
     PairMarginMiner,
     TripletMarginMiner,
 )
+
+if TYPE_CHECKING:
+    from . import custom as custom
+    from .custom import check_loss, compile_loss
 
 __version__: str = _C.version
 
@@ -104,3 +110,11 @@ def build_info() -> dict:
         "cuda": cuda,
         "cpu": {"available": _C.cpu_instruction_sets(), "in_use": _C.cpu_instruction_set()},
     }
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what compiles custom losses on first use: most programs compile none."""
+    if name not in ("custom", "check_loss", "compile_loss"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(".custom", __name__)
+    return module if name == "custom" else getattr(module, name)

@@ -63,7 +63,10 @@ def page(browser, address):
         "console", lambda message: message.type in ("error", "warning") and problems.append(message.text)
     )
     opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    opened.on(  # the next page aborts what the one before still loads
+        "requestfailed",
+        lambda request: request.failure == "net::ERR_ABORTED" or problems.append(f"failed: {request.url}"),
+    )
     opened.on(
         "response",
         lambda response: response.status >= 400 and problems.append(f"{response.status}: {response.url}"),

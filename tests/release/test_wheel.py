@@ -192,7 +192,7 @@ def test_another_torch(python, tmp_path):
     assert message.startswith(f"ImportError: the compiled extension of dml_cuda {dml_cuda.__version__}")
     assert f"it was built for torch {torch.__version__}" in message
     public = dml_cuda.__version__.partition("+")[0]
-    assert f"install the wheel dml_cuda-{public}+torch2.99cu999, or build it" in message
+    assert f"install the wheel dml_cuda-{public}+torch2.99cu999, or build it: in a clone" in message
     assert "pip install --no-build-isolation" in message
 
 
