@@ -34,7 +34,7 @@ class SigLIPLoss(TwoTowerLoss):
 
     Args:
         scale, bias: of the logits. The paper lets both learn, from 10 and -10, the scale by its logarithm:
-            pass ``nn.Parameter`` tensors, or ``log_scale.exp()`` through :func:`dml_cuda.functional`.
+            pass ``nn.Parameter`` tensors, or ``log_scale.exp()`` through ``dml_cuda.functional``.
         options: ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``, ``backend``; see
             :class:`dml_cuda.TowerOptions`.
 

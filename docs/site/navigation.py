@@ -10,6 +10,7 @@ MENU = {
         "Start": ["docs/install", "docs/choosing", "examples/recipes/README", "docs/from_pml"],
         "Guide": [
             "docs/losses",
+            "docs/two_towers",
             "docs/miners",
             "docs/memory",
             "docs/heads",
