@@ -54,7 +54,8 @@ def multi_similarity_loss(
         embeddings: ``[N, D]`` float16, bfloat16, float32 or float64, any strides, normalised or not.
         labels: ``[N]``, any integer dtype. Two rows with equal labels are a positive pair, all others
             negative; a row is not paired with itself. Not needed with ``indices_tuple``.
-        alpha: weight of positives, above 0.
+        alpha: weight of positives, above 0. As every parameter of a loss, a number, or a tensor of one
+            number, such as an ``nn.Parameter``, that learns.
         beta: weight of negatives, above 0.
         base: the similarity (lambda in the paper) subtracted in both terms; with
             ``similarity="euclidean"`` a distance.
@@ -66,8 +67,9 @@ def multi_similarity_loss(
             triplets ``(anchors, positives, negatives)``, int64 or int32. Anchors index ``embeddings``, the
             rest ``ref_emb`` if it is given. A pair that is listed twice counts once. A result of
             :class:`dml_cuda.MultiSimilarityMiner` for the same embeddings is never materialised.
+        row_weights: ``[N]`` factors of the rows' losses; what a mean divides by stays as it is.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
 
     Returns:
         A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (under autocast
