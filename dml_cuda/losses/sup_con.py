@@ -57,7 +57,8 @@ def sup_con_loss(
         embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
             :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
