@@ -8,10 +8,10 @@ from .fake import computed_dtype, fake_kernel, like_if
 
 @fake_kernel("pair_loss")
 def _pair_loss(a):
-    n, dim = a.embeddings.shape
+    n = a.embeddings.shape[0]
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
-    size = _C.saved_bytes(device, n, m, dim, a.ref_emb is None, dtype.itemsize, a.save_for_backward)
+    size = _C.saved_bytes(device, n, m, a.ref_emb is None, dtype.itemsize, a.save_for_backward)
     shape = (n,) if a.reduction == "none" else (4,) if a.return_sums else ()
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
 
