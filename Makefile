@@ -88,9 +88,10 @@ format: $(VENV)/ready
 ptxas: $(VENV)/ready
 	$(PY) -m tools.machine_code
 
-# Builds, tests, sanitises and benchmarks on the GPU of this machine, with a Python whose torch sees it.
+# Builds, tests, sanitises and benchmarks on the GPU of this machine, with a Python whose torch sees it. For a
+# quarter of an hour: make gpu-check MINUTES=15. Some parts only: make gpu-check PARTS="driver tests".
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(PARTS)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(PARTS) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info dml_cuda/*.so

@@ -8,10 +8,10 @@ from .fake import computed_dtype, fake_kernel, gradient_if, like_if
 
 @fake_kernel("pair_loss")
 def _pair_loss(a):
-    n, dim = a.embeddings.shape
+    n = a.embeddings.shape[0]
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
-    shape = n, m, dim, a.ref_emb is None, a.both_directions
+    shape = n, m, a.ref_emb is None, a.both_directions
     size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward)
     lines = n + m if a.both_directions else n
     shape = (lines,) if a.reduction == "none" else (4,) if a.return_sums else ()

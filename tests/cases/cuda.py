@@ -196,21 +196,6 @@ def make_from_refs(n, d, arithmetic, *, m, some=False, seed=0, **options):
             return case
 
 
-def couples(n, arithmetic):
-    """n rows in classes of two, and parameters with which a row's loss tells the similarity of its couple
-    and nothing else: the negatives' exponentials are 0."""
-    g = torch.Generator().manual_seed(0)
-    points = torch.randn(n, 77, generator=g).to(arithmetic.dtype)
-    labels = torch.randperm(n, generator=g) % (n // 2)
-    return Case(points, labels, loss=("multi_similarity", (2.0, 1000.0, 1.5)), reduction="none")
-
-
-def partners(labels):
-    """The other row of each row's couple."""
-    same = labels[:, None] == labels[None, :]
-    return same.fill_diagonal_(False).int().argmax(1)
-
-
 def relative_error(x, truth):
     norm = truth.norm().item()
     return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)

@@ -31,7 +31,8 @@ struct Options {
 };
 
 struct TuningOptions {  // negative: the default
-    int64_t row_block_limit, tile_group, cache_bytes, sum_bytes, wide_blocks, line_blocks, split_slots;
+    int64_t matrix_bytes, small_tile_pairs, long_row, whole_line, gradient_blocks, tile_group, cache_bytes,
+        sum_bytes, wide_blocks, line_blocks, split_slots;
 };
 
 struct Arguments {
@@ -66,7 +67,11 @@ inline dml::cuda::Task task_of(const Arguments& a) {
         if (value >= 0) field = static_cast<std::decay_t<decltype(field)>>(value);
     };
     const TuningOptions& t = a.tuning;
-    set(task.tuning.row_block_limit, t.row_block_limit);
+    set(task.tuning.matrix_bytes, t.matrix_bytes);
+    set(task.tuning.small_tile_pairs, t.small_tile_pairs);
+    set(task.tuning.long_row, t.long_row);
+    set(task.tuning.whole_line, t.whole_line);
+    set(task.tuning.gradient_blocks, t.gradient_blocks);
     set(task.tuning.tile_group, t.tile_group);
     set(task.tuning.cache_bytes, t.cache_bytes);
     set(task.tuning.sum_bytes, t.sum_bytes);

@@ -34,12 +34,25 @@ SANITIZERS = {
 }
 
 
-def build(sources, *, sanitizer="address", defines=()):
+def with_change(header, old, new):
+    """A folder with a copy of a header of csrc in which `old`, which stands there once, is `new`: with a bug
+    planted. Among the folders given to ``build`` it hides the original."""
+    text = (ROOT / "csrc" / header).read_text()
+    assert text.count(old) == 1, f"{header} has {old!r} {text.count(old)} times"
+    text = text.replace(old, new)
+    folder = CACHE / f"overlay-{hashlib.sha256((header + text).encode()).hexdigest()[:20]}"
+    target = folder / header
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+    return folder
+
+
+def build(sources, *, sanitizer="address", defines=(), folders=()):
     """Compiles .cu and .cpp sources, links them with the emulator and returns the program's path."""
     sanitize = SANITIZERS[sanitizer]
     # With AddressSanitizer's checks in it, code is optimised for twice as long as it then runs.
     optimize = "-Og" if sanitizer == "address" else "-O1"
-    common = [*COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
+    common = [*(f"-I{folder}" for folder in folders), *COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
     kernel_flags = [*common, optimize, *sanitize]
     objects = [_compile(source, [*common, "-O3"]) for source in RUNTIME]
     objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]

@@ -101,7 +101,11 @@ class Options(ctypes.Structure):
 
 class Tuning(ctypes.Structure):
     _fields_ = integers(
-        "row_block_limit",
+        "matrix_bytes",
+        "small_tile_pairs",
+        "long_row",
+        "whole_line",
+        "gradient_blocks",
         "tile_group",
         "cache_bytes",
         "sum_bytes",

@@ -58,19 +58,29 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
 // formulas: all kinds of them; where two arithmetics differ is seen with two of them.
 template <typename Math>
 void run_all(Scalar scalar, bool formulas) {
+    const Tuning matrix;
+    Tuning large_matrix, large, cached;
+    large_matrix.small_tile_pairs = large_matrix.long_row = large_matrix.whole_line = 0;
+    large_matrix.gradient_blocks = 6;
+    large.matrix_bytes = cached.matrix_bytes = 0;
+    large.tile_group = cached.tile_group = 2;
     // One tile of sums: where they are apart, gradients come in groups.
-    const Tuning small = {}, large = {0, 2, 0, 0, 0}, cached = {0, 2, 1 << 30};
+    large.cache_bytes = large.sum_bytes = large.wide_blocks = 0;
+    cached.cache_bytes = 1 << 30;
     const Similarity cosine, raw = {true, false};
     run<Math>(scalar, 300, 0, 8, 8, FormulaId::multi_similarity, cosine, large);
-    run<Math>(scalar, 37, 70, 24, 32, FormulaId::multi_similarity, cosine, small);
-    run<Math>(scalar, 37, 0, 21, 21, FormulaId::circle, cosine, small);
+    run<Math>(scalar, 37, 70, 24, 32, FormulaId::multi_similarity, cosine, matrix);
+    run<Math>(scalar, 37, 0, 21, 21, FormulaId::circle, cosine, matrix);
+    run<Math>(scalar, 140, 0, 136, 136, FormulaId::multi_similarity, cosine, large_matrix);
+    run<Math>(scalar, 37, 140, 21, 21, FormulaId::circle, cosine, large_matrix);
     run<Math>(scalar, 140, 270, 21, 23, FormulaId::circle, cosine, cached);
     if (!formulas) return;
     run<Math>(scalar, 140, 0, 8, 8, FormulaId::contrastive, raw, large);
     run<Math>(scalar, 140, 150, 8, 8, FormulaId::contrastive, raw, cached);
     run<Math>(scalar, 140, 0, 8, 8, FormulaId::binomial_deviance, cosine, cached);
     run<Math>(scalar, 260, 0, 8, 8, FormulaId::nt_xent, cosine, large);
-    run<Math>(scalar, 37, 70, 8, 8, FormulaId::nt_xent, cosine, small);
+    run<Math>(scalar, 37, 70, 8, 8, FormulaId::nt_xent, cosine, matrix);
+    run<Math>(scalar, 70, 90, 8, 8, FormulaId::contrastive, raw, large_matrix);
     run<Math>(scalar, 140, 150, 72, 72, FormulaId::sup_con, cosine, large);
 }
 

@@ -21,11 +21,9 @@ from cases.cuda import (
     Arithmetic,
     Case,
     check,
-    couples,
     make,
     make_from_refs,
     of_similarity,
-    partners,
     relative_error,
     surrounded,
 )
@@ -39,13 +37,16 @@ import dml_cuda
 pytestmark = pytest.mark.slow(300)
 
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
-MERGES = ROOT / "csrc" / "cuda" / "instantiations" / "merge.cu"
-SMALL = {}
+ROW_KERNELS = [ROOT / "csrc" / "cuda" / "instantiations" / f"{name}.cu" for name in ("merge", "matrix_rows")]
+# MATRIX is what small batches take; LARGE_MATRIX multiplies large tiles, has a block for each row, and cuts
+# gradients into panels and parts. Both leave similarities in a matrix; the others visit tiles.
+MATRIX = {}
+LARGE_MATRIX = {"small_tile_pairs": 0, "long_row": 0, "whole_line": 0, "gradient_blocks": 6}
 # LARGE computes every tile again and has wide panels past 64 dimensions; CACHED has narrow panels and lines
 # shared among thread blocks.
-LARGE = {"row_block_limit": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
-CACHED = {"row_block_limit": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
-PATHS = {"small": SMALL, "large": LARGE, "cached": CACHED}
+LARGE = {"matrix_bytes": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
+CACHED = {"matrix_bytes": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
+PATHS = {"matrix": MATRIX, "large_matrix": LARGE_MATRIX, "large": LARGE, "cached": CACHED}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
 by_path = pytest.mark.parametrize("path", PATHS)
@@ -55,7 +56,7 @@ by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 
 
-def engine(case, arithmetic, path="small", tuning=(), **options):
+def engine(case, arithmetic, path="matrix", tuning=(), **options):
     loss, params = case.loss
     return library.Engine(
         case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs,
@@ -65,7 +66,7 @@ def engine(case, arithmetic, path="small", tuning=(), **options):
     )  # fmt: skip
 
 
-def run(case, arithmetic, path="small", needs=(True, True), **options):
+def run(case, arithmetic, path="matrix", needs=(True, True), **options):
     e = engine(case, arithmetic, path, **options)
     loss = e.forward()
     upstream = case.upstream if torch.is_tensor(case.upstream) else torch.tensor([float(case.upstream)])
@@ -80,10 +81,10 @@ def verify(case, arithmetic, path, **options):
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("m", [None, 150], ids=["square", "rect"])
 @by_arithmetic
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 def test_every_kernel(path, arithmetic, m, epsilon, loss):
     """Each path, arithmetic, loss, shape of the matrix, with and without mining."""
-    n = 70 if path == "small" else 260  # 3 or 5 tiles a side: several tile groups, the last one partial
+    n = 70 if path == "matrix" else 260  # 3 or 5 tiles a side: several tile groups, the last one partial
     schedule = SCHEDULES[(n + (m or 0) + len(arithmetic.name)) % 4]
     verify(make(n, 33, arithmetic, m=m, epsilon=epsilon, loss=loss), arithmetic, path, schedule=schedule)
 
@@ -95,7 +96,7 @@ def test_every_formula_has_its_cases():
 @pytest.mark.check
 @by_formula
 def test_one_case_of_every_formula(formula):
-    verify(of_similarity(formula, "cosine", 40, 16, F32, m=50, epsilon=0.1), F32, "small")
+    verify(of_similarity(formula, "cosine", 40, 16, F32, m=50, epsilon=0.1), F32, "matrix")
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
@@ -104,7 +105,7 @@ def test_one_case_of_every_formula(formula):
 @by_path
 @by_formula
 def test_every_formula(formula, path, similarity, m, epsilon):
-    n = 60 if path == "small" else 140
+    n = 60 if path == "matrix" else 140
     verify(of_similarity(formula, similarity, n, 16, F64, m=m, epsilon=epsilon), F64, path)
     if path != "cached" and m is not None:  # square ones are below, in every arithmetic
         verify(of_similarity(formula, similarity, n, 16, F32, m=m, epsilon=epsilon), F32, path)
@@ -114,17 +115,17 @@ def test_every_formula(formula, path, similarity, m, epsilon):
 @pytest.mark.parametrize(
     "arithmetic", [a for a in ARITHMETICS if a.dtype != torch.float64], ids=lambda a: a.name
 )
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 @by_formula
 def test_every_formula_in_every_arithmetic(formula, path, arithmetic, similarity):
     verify(
-        of_similarity(formula, similarity, 70 if path == "small" else 140, 24, arithmetic), arithmetic, path
+        of_similarity(formula, similarity, 70 if path == "matrix" else 140, 24, arithmetic), arithmetic, path
     )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 @by_formula
 def test_reductions_of_every_formula(formula, path, epsilon, reduction):
     upstream = torch.randn(140, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
@@ -135,7 +136,7 @@ def test_reductions_of_every_formula(formula, path, epsilon, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum"])
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 @by_formula
 def test_parts_and_counts_before_they_are_divided(formula, path, reduction):
     case = make(140, 12, F64, m=60, classes=40, loss=formula, reduction=reduction)
@@ -190,7 +191,7 @@ RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)
 
 @pytest.mark.parametrize(("n", "d", "m"), [*((n, d, None) for n, d in SQUARES), *RECTANGLES])
 @pytest.mark.parametrize("arithmetic", [F64, F32, F16, BF16], ids=lambda a: a.name)
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 def test_awkward_sizes(path, arithmetic, n, d, m):
     # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
     verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
@@ -206,7 +207,7 @@ def test_awkward_sizes(path, arithmetic, n, d, m):
         *[(40, 0, 8), (40, 8, 24), (8, 16, 8), (72, 0, 8), (136, 8, 0)],  # used as they are
     ],
 )
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 def test_strides_and_alignment(path, d, offset, gap, arithmetic):
     for amid in (torch.nan, LARGE_NUMBER):
         case = make(70, d, arithmetic, m=40, offset=offset, gap=gap, epsilon=0.1, amid=amid)
@@ -234,7 +235,7 @@ def test_only_rows_that_are_not_aligned_are_packed(dtype, m):
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
 @pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 @by_loss
 def test_reductions(loss, path, m, reduction):
     upstream = torch.randn(150, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
@@ -253,7 +254,7 @@ def test_reductions(loss, path, m, reduction):
 @by_path
 @by_loss
 def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some, epsilon, reduction):
-    n, m = (50, 70) if path == "small" else (140, 290)
+    n, m = (50, 70) if path == "matrix" else (140, 290)
     if epsilon is None and reduction == "mean":
         n, m = m, n
     case = make_from_refs(n, 20, arithmetic, m=m, some=some, epsilon=epsilon, loss=loss, reduction=reduction)
@@ -264,7 +265,7 @@ def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some,
 @by_path
 def test_a_row_whose_copy_among_the_references_is_an_older_one(path, epsilon):
     """A pair of equal points has no gradient; this one has, and must be left out all the same."""
-    n, m = (30, 50) if path == "small" else (70, 140)
+    n, m = (30, 50) if path == "matrix" else (70, 140)
     case = make_from_refs(n, 12, F64, m=m, loss=MS)
     case.epsilon = epsilon
     case.r.add_(torch.randn(m, 12, generator=torch.Generator().manual_seed(1)))
@@ -276,7 +277,7 @@ def test_a_row_whose_copy_among_the_references_is_an_older_one(path, epsilon):
 @by_path
 def test_the_first_references_only(path, arithmetic, count):
     """The others may hold anything: a queue that is being filled."""
-    n, m = (50, 180) if path == "small" else (140, 290)
+    n, m = (50, 180) if path == "matrix" else (140, 290)
     for epsilon, loss in ((0.1, MS), (None, CIRCLE)):
         case = make_from_refs(n, 20, arithmetic, m=m, some=True, loss=loss, reduction="mean_valid")
         case.epsilon, case.num_valid_refs = epsilon, torch.tensor(count)
@@ -309,7 +310,7 @@ def test_dot_products(loss, path):
     verify(case, F64, path)
 
 
-@pytest.mark.parametrize("path", ["small", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 def test_only_the_gradients_asked_for(path):
     case = make(140, 20, F32, m=150, epsilon=0.1)
     loss, (grad_q, none) = run(case, F32, path, needs=(True, False))
@@ -337,15 +338,6 @@ def test_the_same_bits_in_any_order(path, arithmetic):
     check(case, arithmetic, first[0], (first[1], None))
 
 
-@by_arithmetic
-def test_row_blocks_see_one_similarity_from_both_sides(arithmetic):
-    """Both rows of a couple compute it, each in its own row block: mining relies on equal bits."""
-    case = couples(80, arithmetic)
-    loss = engine(case, arithmetic).forward()
-    assert loss.unique().numel() > 30
-    assert torch.equal(loss, loss[partners(case.labels)])
-
-
 @pytest.mark.parametrize("arithmetic", [F32, BF16, F64], ids=lambda a: a.name)
 @pytest.mark.parametrize("m", [None, 150], ids=["square", "rect"])
 @pytest.mark.parametrize("d", [40, 130])
@@ -367,7 +359,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
 )
 @pytest.mark.parametrize(
-    "sources", [("pair_loss_sanitized.cpp", MERGES), ("listed_pairs_sanitized.cpp", PAIRS)]
+    "sources", [("pair_loss_sanitized.cpp", *ROW_KERNELS), ("listed_pairs_sanitized.cpp", PAIRS)]
 )
 def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
@@ -590,7 +582,7 @@ def test_very_long_and_short_rows(path, arithmetic, scale):
 def test_dot_products_that_overflow_are_not_finite():
     case = make(40, 12, F32, similarity="dot")
     case.q[3] = 1e20
-    loss, grads = run(case, F32, "small")
+    loss, grads = run(case, F32, "matrix")
     assert loss.isnan()
     assert grads[0].isnan().all()
 
@@ -720,7 +712,7 @@ def test_blocks_that_share_a_line(tuning, blocks, d, parts, transposed):
         case = make(n, d, arithmetic, m=m, epsilon=epsilon, classes=40, spread=0.4)
         # Where registers leave one block a multiprocessor, half as many share.
         lines = blocks if arithmetic is BF16 else 2 * blocks
-        path = {"row_block_limit": 0, "cache_bytes": 0, "line_blocks": lines, **tuning}
+        path = {"matrix_bytes": 0, "cache_bytes": 0, "line_blocks": lines, **tuning}
         e = engine(case, arithmetic, tuning=path)
         launches = e.launches()
         assert [grid[2] for name, grid, *_ in launches if "add_gradients" in name] == [parts]
@@ -752,7 +744,7 @@ def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
         e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, d, m is None, itemsize, save)
+        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, m is None, itemsize, save)
         assert told == e.ask_sizes()[0], (n, m, d)
 
 

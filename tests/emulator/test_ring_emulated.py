@@ -232,7 +232,7 @@ def test_one_block_is_the_whole_engine():
             _, losses, (by_rows, by_blocks) = verify(case, F32, (290,))
             whole = library.Engine(
                 case.q, case.labels, case.r, case.ref_labels, loss=loss[0], params=loss[1], epsilon=epsilon,
-                reduction="none", tuning={"row_block_limit": 0, "tile_group": 2, "cache_bytes": 0},
+                reduction="none", tuning={"matrix_bytes": 0, "tile_group": 2, "cache_bytes": 0},
             )  # fmt: skip
             assert torch.equal(whole.forward(), losses[:2].sum(0))
             one_part = torch.equal(losses[1], torch.zeros_like(losses[1]))
@@ -296,7 +296,7 @@ def test_tiles_in_which_no_row_has_a_derivative(square):
     settled = ("lifted_structure", (10.0, -10.0))
     if square:
         e = library.Engine(
-            q, labels, loss=settled[0], params=settled[1], tuning={"row_block_limit": 0, "cache_bytes": 0}
+            q, labels, loss=settled[0], params=settled[1], tuning={"matrix_bytes": 0, "cache_bytes": 0}
         )
         assert e.forward() == 0
         assert not e.backward()[0].any()

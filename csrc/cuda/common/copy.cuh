@@ -82,6 +82,12 @@ class RowSlices {
         for_each(shared,
                  [&](T* to, const T* from) { cp_async<16>(to, inside ? from + k : from, inside ? 16 : 0); });
     }
+    // Starts the slice from column k on, of a matrix whose rows are whole 16-byte chunks; past the last column
+    // undefined.
+    DML_DEVICE void start_at(T* shared, const Matrix<T>& m, int64_t k) {
+        const int64_t col = k + Chunks::col() < m.cols ? k : -int64_t(Chunks::col());
+        for_each(shared, [&](T* to, const T* from) { cp_async<16>(to, from + col); });
+    }
     // Starts the next one.
     DML_DEVICE void start_next(T* shared) {
         for_each(shared, [](T* to, const T*& from) {

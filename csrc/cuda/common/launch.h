@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/common/opt_in.h"
 #include "cuda/common/primitives.cuh"
 
 #if !defined(DML_CUDA_ON_HOST)
@@ -65,9 +66,13 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared_bytes > 48 * 1024) {  // above this a kernel must opt in, on each device
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)),
-              "the kernel needs more shared memory than the device has");
+        int device = 0;
+        check(cudaGetDevice(&device), "no current device");
+        opted_in().ensure(reinterpret_cast<const void*>(kernel), device, shared_bytes, [&] {
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)),
+                  "the kernel needs more shared memory than the device has");
+        });
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;

@@ -28,23 +28,14 @@ struct AcrossK {  // one row for each k
     const T* data;
     DML_DEVICE const T* at(int i, int k) const { return data + k * Pitch + i; }
 };
-template <typename T>
-struct ResidentAlongK {  // like AlongK, with a pitch known at run time
-    using Value = T;
-    static constexpr bool kAlongK = true;
-    const T* data;
-    int pitch;
-    DML_DEVICE const T* at(int i, int k) const { return data + i * pitch + k; }
-};
 
-// The tile of a block, and how its warps share it. Symmetric: the product of (a, b) has the same bits as
-// that of (b, a), for kernels that compute a similarity from both sides. Across: B's rows run across k.
-template <int Rows, int Cols, int WarpRows, int WarpCols, bool Symmetric, bool Across>
+// The tile of a block, and how its warps share it. Across: B's rows run across k.
+template <int Rows, int Cols, int WarpRows, int WarpCols, bool Across>
 struct Shape {
     static constexpr int kRows = Rows, kCols = Cols;
     static constexpr int kWarpRows = WarpRows, kWarpCols = WarpCols;
     static constexpr int kThreads = WarpRows * WarpCols * kWarpSize;
-    static constexpr bool kSymmetric = Symmetric, kAcross = Across;
+    static constexpr bool kAcross = Across;
 };
 
 // ---- plain multiply-adds ----------------------------------------------------------------------------
@@ -94,18 +85,10 @@ struct HalfMath {
     template <typename View>
     static DML_DEVICE void load(A& a, const View& view, int row, int k) {
         const int lane = lane_id();
-        if constexpr (sizeof(typename View::Value) == 4) {  // weights of a row block, rounded here
-            const int g = lane / 4, t = lane % 4;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int at_row = row + g + 8 * (i & 1), at_k = k + 2 * t + 8 * (i / 2);
-                const auto x = *reinterpret_cast<const Vector<float, 2>*>(view.at(at_row, at_k));
-                a.r[i] = pack2<T>(x.value[0], x.value[1]);
-            }
-        } else if constexpr (View::kAlongK) {
+        static_assert(sizeof(typename View::Value) == 2, "ldmatrix moves 16-bit elements");
+        if constexpr (View::kAlongK) {
             ldmatrix_x4(a.r, view.at(row + lane % 16, k + 8 * (lane / 16)));
         } else {
-            static_assert(sizeof(typename View::Value) == 2, "ldmatrix moves 16-bit elements");
             ldmatrix_x4_trans(a.r, view.at(row + 8 * (lane / 8 % 2), k + lane % 8 + 8 * (lane / 16)));
         }
     }
@@ -127,10 +110,7 @@ struct HalfMath {
             ldmatrix_x2_trans(b[0].r, view.at(col, k + lane % 16));
         }
     }
-    template <bool Symmetric>
-    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
-        mma<T>(acc, a.r, b.r);
-    }
+    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) { mma<T>(acc, a.r, b.r); }
 };
 
 // Floats (or float16, which tf32 holds exactly, with an exponent to spare) on tf32 units. With Split each
@@ -215,24 +195,16 @@ struct Tf32Math {
             for (int i = 0; i < 2; ++i) set(b[0], 0, i, __uint_as_float(x[i]));
         }
     }
-    // Small products first; for symmetry, neither of big * small and small * big comes before the other.
-    template <bool Symmetric>
+    // Small products first.
     static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
         if constexpr (!Split) {
             mma<Tf32>(acc, a.big[0], b.big[0]);
         } else {
-            float step[4], mirrored[4];
+            float step[4];
             mma_from_zero(step, a.small[0], b.big[0]);
             mma<Tf32>(step, a.small[1], b.big[1]);
-            if constexpr (Symmetric) {
-                mma_from_zero(mirrored, a.big[0], b.small[0]);
-                mma<Tf32>(mirrored, a.big[1], b.small[1]);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) step[e] += mirrored[e];
-            } else {
-                mma<Tf32>(step, a.big[0], b.small[0]);
-                mma<Tf32>(step, a.big[1], b.small[1]);
-            }
+            mma<Tf32>(step, a.big[0], b.small[0]);
+            mma<Tf32>(step, a.big[1], b.small[1]);
             mma<Tf32>(step, a.big[0], b.big[0]);
             mma<Tf32>(step, a.big[1], b.big[1]);
 #pragma unroll
@@ -281,7 +253,7 @@ struct Product<Math, Shape, true> {
                 for (int n = 0; n < kAtOnce; ++n) {
 #pragma unroll
                     for (int i = 0; i < kRowTiles; ++i) {
-                        Math::template multiply<Shape::kSymmetric>(acc[i][j + n], a[i], b[n]);
+                        Math::multiply(acc[i][j + n], a[i], b[n]);
                     }
                 }
             }

@@ -117,29 +117,25 @@ DML_DEVICE void cp_async_wait() {
 DML_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+                 : "r"(shared_address(row)));
 }
 
 DML_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
+                 : "r"(shared_address(row)));
 }
 
 DML_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+                 : "r"(shared_address(row)));
 }
 
 DML_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
+                 : "r"(shared_address(row)));
 }
 
 // acc += A B for a 16 x 8 tile, T in __half, __nv_bfloat16, Tf32.
@@ -207,6 +203,14 @@ DML_DEVICE float exp2_approx(float x) {
 
 // Integers only: floating-point sums must not depend on the order of threads.
 DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { atomicAdd(sum, value); }
+
+// The number of tickets drawn before. What the block did before its barrier comes before this one, and what
+// the blocks of those tickets did comes before what follows it.
+DML_DEVICE unsigned take_ticket(unsigned* tickets) {
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(tickets) : "memory");
+    return before;
+}
 
 // ---- between the lanes of a warp --------------------------------------------------------------
 

@@ -1,24 +1,10 @@
-// Backward's launches: row blocks for small batches; for large ones tile groups of weights, each multiplied
-// by the points before the next.
+// Backward's launches on tiles: tile groups of weights, each multiplied by the points before the next.
 #pragma once
 
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
-#include "cuda/pairs/row_block_backward.cuh"
 
 namespace dml::cuda {
-
-// grad [rows, dim] of one side.
-template <typename Math>
-void backward_row_blocks(const Launcher<Math>& launcher, bool of_queries, const typename Math::Acc* grad_loss,
-                         typename Math::Value* grad) {
-    using Acc = typename Math::Acc;
-    const auto pairs = launcher.row_blocks(of_queries);
-    const LossSides sides = {of_queries, launcher.p.square || !of_queries};
-    launch(row_block_backward<Math, typename GradMathOf<Math>::Type>, launcher.row_block_grid(pairs),
-           dim3(kRowBlockThreads), launcher.row_block_bytes(pairs), launcher.stream, pairs,
-           AnyFormula<Acc>(launcher.p), launcher.arrays.row_stats, sides, launcher.upstream(grad_loss), grad);
-}
 
 // Some tiles' rows on one side, and the sum of their gradient.
 template <typename Acc>

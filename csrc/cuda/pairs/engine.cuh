@@ -1,6 +1,7 @@
 // One engine for each arithmetic: sizes, forward and backward. Instantiated in instantiations/*.cu.
 #pragma once
 
+#include "cuda/matrix/engine.cuh"
 #include "cuda/pairs/aligned_rows.cuh"
 #include "cuda/pairs/backward.cuh"
 #include "cuda/pairs/forward.cuh"
@@ -19,19 +20,35 @@ struct Engine {
                          void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
 };
 
+// Which path a batch takes: the matrix path, or tiles.
+template <typename Math>
+bool takes_matrix(const Task& task) {
+    const Problem& p = task.problem;
+    return uses_matrix(p.queries.count, p.refs.count, sizeof(typename Math::Acc), task.tuning.matrix_bytes) !=
+           0;
+}
+
 template <typename Math>
 int64_t Engine<Math>::saved_bytes(const Task& task, bool save_for_backward) {
+    const Problem& p = task.problem;
+    if (takes_matrix<Math>(task))
+        return MatrixSizes<int64_t>(p.queries.count, p.refs.count, p.square, sizeof(typename Math::Acc))
+            .bytes;
     return SavedLayout<Math>{task, save_for_backward}.bytes();
 }
 
 template <typename Math>
 int64_t Engine<Math>::forward_workspace_bytes(const Task& task) {
-    return packed_bytes<typename Math::Value>(task.problem) + TilePolicy<Math>::forward_workspace_bytes(task);
+    return packed_bytes<typename Math::Value>(task.problem) +
+           (takes_matrix<Math>(task) ? MatrixEngine<Math>{task}.forward_workspace_bytes()
+                                     : TilePolicy<Math>::forward_workspace_bytes(task));
 }
 
 template <typename Math>
 int64_t Engine<Math>::backward_workspace_bytes(const Task& task) {
-    return packed_bytes<typename Math::Value>(task.problem) + GradientPolicy<Math>::workspace_bytes(task);
+    return packed_bytes<typename Math::Value>(task.problem) +
+           (takes_matrix<Math>(task) ? MatrixEngine<Math>{task}.backward_workspace_bytes()
+                                     : GradientPolicy<Math>::workspace_bytes(task));
 }
 
 template <typename Math>
@@ -39,14 +56,14 @@ void Engine<Math>::forward(const Task& task, bool save_for_backward, void* saved
                            cudaStream_t stream) {
     auto* bytes = static_cast<unsigned char*>(workspace);
     const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, stream);
+    auto* result = static_cast<typename Math::Acc*>(loss);
+    if (takes_matrix<Math>(task)) {
+        MatrixEngine<Math>{aligned}.forward(save_for_backward, saved, result, bytes, stream);
+        return;
+    }
     const SavedLayout<Math> layout = {aligned, save_for_backward};
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
-    auto* result = static_cast<typename Math::Acc*>(loss);
-    if (TilePolicy<Math>::uses_row_blocks(task)) {
-        forward_row_blocks(launcher, result, bytes);
-    } else {
-        forward_tiles(launcher, result, bytes);
-    }
+    forward_tiles(launcher, result, bytes);
 }
 
 template <typename Math>
@@ -55,16 +72,15 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     using T = typename Math::Value;
     auto* bytes = static_cast<unsigned char*>(workspace);
     const Task aligned = with_aligned_rows<T>(task, bytes, stream);
-    const SavedLayout<Math> layout = {aligned, saved_for_backward};
-    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
     const auto* upstream = static_cast<const typename Math::Acc*>(grad_loss);
     T *queries = static_cast<T*>(grad_queries), *refs = static_cast<T*>(grad_refs);
-    if (TilePolicy<Math>::uses_row_blocks(task)) {
-        if (queries) backward_row_blocks(launcher, true, upstream, queries);
-        if (refs) backward_row_blocks(launcher, false, upstream, refs);
-    } else if (queries || refs) {
-        backward_tiles(launcher, upstream, queries, refs, bytes);
+    if (takes_matrix<Math>(task)) {
+        MatrixEngine<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, stream);
+        return;
     }
+    const SavedLayout<Math> layout = {aligned, saved_for_backward};
+    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
+    if (queries || refs) backward_tiles(launcher, upstream, queries, refs, bytes);
 }
 
 }  // namespace dml::cuda

@@ -1,23 +1,10 @@
-// Forward's launches: row blocks for small batches, passes over tiles for large ones.
+// Forward's launches on tiles: passes over tile groups.
 #pragma once
 
 #include "cuda/pairs/accumulate.cuh"
 #include "cuda/pairs/launcher.cuh"
-#include "cuda/pairs/row_block_forward.cuh"
 
 namespace dml::cuda {
-
-template <typename Math>
-void forward_row_blocks(const Launcher<Math>& launcher, typename Math::Acc* loss, void* workspace) {
-    using Acc = typename Math::Acc;
-    const Problem& p = launcher.p;
-    const auto pairs = launcher.row_blocks(true);
-    const Results<Acc> results = launcher.results(workspace, loss);
-    launch(row_block_forward<Math>, launcher.row_block_grid(pairs), dim3(kRowBlockThreads),
-           launcher.row_block_bytes(pairs), launcher.stream, pairs, AnyFormula<Acc>(p), p.mining,
-           launcher.count_zeros(), launcher.arrays.row_stats, results);
-    launcher.reduce(results, loss);
-}
 
 // The steps of forward on one tile group, each followed by its merge into the rows.
 template <typename Math>

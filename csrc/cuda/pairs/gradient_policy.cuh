@@ -131,7 +131,6 @@ struct GradientPolicy : TilePolicy<Math> {
 
     // Weights of a tile group, gradients of parts of its lines, sums of 16-bit gradients, sums of weights.
     static int64_t workspace_bytes(const Task& task) {
-        if (TilePolicy<Math>::uses_row_blocks(task)) return 0;
         const Problem& p = task.problem;
         int64_t numbers = 0;
         if (sums_weights(p))

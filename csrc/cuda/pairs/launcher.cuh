@@ -60,18 +60,6 @@ struct Launcher {
         }
     }
 
-    RowBlockPairs<T, Acc> row_blocks(bool of_queries) const {
-        const Rows<T, Acc> rows = of_queries ? queries() : refs(), cols = of_queries ? refs() : queries();
-        const int pitch = int(RowBlockLayout<T, Acc>::pitch(cols.points.rows));
-        return {rows, cols, p.square, of_queries, p.self_index, p.mine_self_pair, p.similarity, pitch};
-    }
-    static dim3 row_block_grid(const RowBlockPairs<T, Acc>& pairs) {
-        return dim3(unsigned((pairs.rows.points.rows + kRowBlockRows - 1) / kRowBlockRows));
-    }
-    static size_t row_block_bytes(const RowBlockPairs<T, Acc>& pairs) {
-        return RowBlockLayout<T, Acc>::bytes(pairs.cols.points.rows);
-    }
-
     // Whether a term of 0 counts.
     bool count_zeros() const {
         return !(formula_facts(p.formula).counts_pairs && p.reduction == Reduction::kMeanNonzero);

@@ -20,13 +20,17 @@ enum class Precision { kFull, kTf32 };
 
 // Thresholds between paths. Tests lower them to reach every path with few points.
 struct Tuning {
-    int64_t row_block_limit = kRowBlockMaxCols;  // rows and columns up to which row blocks serve
-    int tile_group = 32;                // a tile group has the area of a square with so many tiles an edge
-    int64_t cache_bytes = kCacheBytes;  // similarities kept from forward for backward
-    int64_t sum_bytes = 48ll << 20;     // float32 sums of 16-bit gradients, where there is room for as much
-    int64_t wide_blocks = 128;          // thread blocks from which on a gradient is cut into wide panels
-    int64_t line_blocks = 512;          // thread blocks that share the long lines of a gradient
-    int64_t split_slots = 2;            // tiles of a line worth a thread block of their own in the gradient
+    int64_t matrix_bytes = kMatrixBytes;  // similarities up to which the matrix path serves
+    int64_t small_tile_pairs = 1 << 19;   // pairs up to which it multiplies small tiles
+    int64_t long_row = 2048;              // columns beyond which a block has a row
+    int64_t whole_line = 1024;            // rows and columns up to which its gradient is one launch
+    int64_t gradient_blocks = 128;        // blocks that a gradient is cut into beyond
+    int tile_group = 32;                  // a tile group has the area of a square with so many tiles an edge
+    int64_t cache_bytes = kCacheBytes;    // similarities kept from forward for backward
+    int64_t sum_bytes = 48ll << 20;       // float32 sums of 16-bit gradients, where there is room for as much
+    int64_t wide_blocks = 128;            // thread blocks from which on a gradient is cut into wide panels
+    int64_t line_blocks = 512;            // thread blocks that share the long lines of a gradient
+    int64_t split_slots = 2;              // tiles of a line worth a thread block of their own in the gradient
 };
 
 struct Task {

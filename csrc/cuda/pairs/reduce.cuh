@@ -25,21 +25,13 @@ struct Division {
     int parts;
 };
 
-// result: [1], or [4] undivided, or [rows] without a reduction, already written. If any point is not finite,
-// every row that has the pairs it needs becomes NaN, and so does every gradient; if no row has, all stays 0.
+// By one block, whose threads bring what else they found in r. shared: [warps]. result: [1], or [4] undivided,
+// or [rows] without a reduction, already written. If any point is not finite, every row that has the pairs it
+// needs becomes NaN, and so does every gradient; if no row has, all stays 0.
 template <typename Acc>
-__global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
-                   int64_t refs, const int64_t* num_valid_refs, Division division, Acc* result) {
-    Acc* shared = shared_array<Acc>(0, kWarpSize);
-    RowResult<Acc> r;
-    // References matter by their norms only, and not at all without rows.
-    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(num_valid_refs, refs);
-#pragma unroll 8
-    for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
-        r.not_finite += Acc(!is_finite(ref_norms[j]));
-        r.very_long += Acc(is_very_long(ref_norms[j]));
-    }
+DML_DEVICE void reduce_slots(RowResult<Acc> r, const RowStats<Acc>& row_stats, int64_t rows,
+                             const Results<Acc>& results, const Division& division, Acc* shared,
+                             Acc* result) {
 #pragma unroll 4
     for (int64_t slot = threadIdx.x; slot < results.slots; slot += blockDim.x) {
         const auto at = [&](int number) { return results.data[number * results.slots + slot]; };
@@ -81,6 +73,21 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
     row_stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
     row_stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);
     if (division.divide && !results.rows) result[0] = loss;
+}
+
+template <typename Acc>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
+                   int64_t refs, const int64_t* num_valid_refs, Division division, Acc* result) {
+    RowResult<Acc> r;
+    // References matter by their norms only, and not at all without rows.
+    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(num_valid_refs, refs);
+#pragma unroll 8
+    for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
+        r.not_finite += Acc(!is_finite(ref_norms[j]));
+        r.very_long += Acc(is_very_long(ref_norms[j]));
+    }
+    reduce_slots(r, row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
 }
 
 inline constexpr size_t kReduceSharedBytes = kWarpSize * sizeof(double);

@@ -149,6 +149,17 @@ template <typename Acc>
 struct RowResult {
     Acc part[2] = {Acc(0), Acc(0)}, count[2] = {Acc(0), Acc(0)};
     Acc eligible = Acc(0), not_finite = Acc(0), very_long = Acc(0);  // rows
+
+    DML_DEVICE void add(const RowResult& more) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            part[k] += more.part[k];
+            count[k] += more.count[k];
+        }
+        eligible += more.eligible;
+        not_finite += more.not_finite;
+        very_long += more.very_long;
+    }
 };
 inline constexpr int kResultNumbers = 7;
 
@@ -168,13 +179,24 @@ struct Results {
     }
 };
 
-// From a row's accumulators to its loss, its final row stats and what it adds to the result. had_both:
-// whether it had pairs of both kinds before mining; without mining every pair was kept, and the accumulators
-// tell.
+// A row's loss, what backward needs of it, and what it adds to the result.
+template <typename Acc>
+struct FinishedRow {
+    Bounds<Acc> bounds;
+    Acc neg, pos;  // values of the accumulators
+    RowDerivatives<Acc> loss;
+    bool eligible;
+    RowResult<Acc> result;
+
+    DML_DEVICE Acc total() const { return loss.part[0] + loss.part[1]; }
+};
+
+// From a row's accumulators. had_both: whether it had pairs of both kinds before mining; without mining every
+// pair was kept, and the accumulators tell.
 template <typename Formula, typename Acc>
-DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, const Formula& formula,
-                                     const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
-                                     bool had_both, Acc norm, const Results<Acc>& results) {
+DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering<Formula, Acc>& row,
+                                         Bounds<Acc> bounds, bool mining, bool had_both, Acc norm,
+                                         Reduction reduction) {
     Gathered<Acc> g;
     Acc pos_context = Acc(0);
     bool any_neg = row.neg.any();
@@ -191,24 +213,16 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
 
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
     const bool has_loss = row_has_loss(Formula::needed_pairs(), false, any_pos, any_neg);  // of kept pairs
-    RowDerivatives<Acc> loss = formula.row(g, pos_context);
+    FinishedRow<Acc> finished = {
+        bounds, g.neg, g.pos, formula.row(g, pos_context), mining ? had_both : has_loss, {}};
+    RowDerivatives<Acc>& loss = finished.loss;
     if (!has_loss) {
-        bounds = Bounds<Acc>::none();
-        loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = g.neg = g.pos = Acc(0);
+        finished.bounds = Bounds<Acc>::none();
+        loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = finished.neg = finished.pos = Acc(0);
         loss.nonzero[0] = loss.nonzero[1] = false;
     }
-    const bool eligible = mining ? had_both : has_loss;
-    row_stats.neg_above[i] = bounds.neg_above;
-    row_stats.pos_below[i] = bounds.pos_below;
-    row_stats.neg[i] = g.neg;
-    row_stats.pos[i] = g.pos;
-    row_stats.d_neg[i] = loss.d_neg;
-    row_stats.d_pos[i] = loss.d_pos;
-    row_stats.flags[i] = eligible ? kEligible : uint8_t(0);
-    if (results.rows) results.rows[i] = loss.part[0] + loss.part[1];
-
-    RowResult<Acc> result;
-    result.eligible = Acc(eligible);
+    RowResult<Acc>& result = finished.result;
+    result.eligible = Acc(finished.eligible);
     result.not_finite = Acc(!is_finite(norm));
     result.very_long = Acc(is_very_long(norm));
 #pragma unroll
@@ -216,12 +230,30 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
         result.part[k] = loss.part[k];
         Acc count = loss.count[k];
         if constexpr (Formula::kCount == Count::kRows) {
-            if (results.reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
-            if (results.reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
+            if (reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
+            if (reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
         }
         result.count[k] = count;
     }
-    return result;
+    return finished;
+}
+
+// The same, stored in the row's stats.
+template <typename Formula, typename Acc>
+DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, const Formula& formula,
+                                     const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
+                                     bool had_both, Acc norm, const Results<Acc>& results) {
+    const FinishedRow<Acc> finished =
+        conclude_row(formula, row, bounds, mining, had_both, norm, results.reduction);
+    row_stats.neg_above[i] = finished.bounds.neg_above;
+    row_stats.pos_below[i] = finished.bounds.pos_below;
+    row_stats.neg[i] = finished.neg;
+    row_stats.pos[i] = finished.pos;
+    row_stats.d_neg[i] = finished.loss.d_neg;
+    row_stats.d_pos[i] = finished.loss.d_pos;
+    row_stats.flags[i] = finished.eligible ? kEligible : uint8_t(0);
+    if (results.rows) results.rows[i] = finished.total();
+    return finished.result;
 }
 
 }  // namespace dml::cuda

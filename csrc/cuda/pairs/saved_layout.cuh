@@ -1,4 +1,4 @@
-// Where forward leaves what backward needs: numbers, the tiles' similarities if they are cached, then flags.
+// Tiles: where forward leaves what backward needs: numbers, the tiles' similarities if they are cached, then flags.
 #pragma once
 
 #include "cuda/pairs/tile_policy.cuh"
@@ -21,23 +21,16 @@ struct SavedLayout {
     const Task& task;
     bool saves;  // whether a backward may follow
 
-    SavedSizes<int64_t> sizes() const {
+    TileSizes<int64_t> sizes() const {
         const Problem& p = task.problem;
-        return {p.queries.count,
-                p.refs.count,
-                p.dim,
-                p.square,
-                sizeof(Acc),
-                saves,
-                task.tuning.row_block_limit,
-                task.tuning.cache_bytes};
+        return {p.queries.count, p.refs.count, p.square, sizeof(Acc), saves, task.tuning.cache_bytes};
     }
     int64_t bytes() const { return sizes().bytes; }
 
     SavedArrays<Acc> arrays(unsigned char* saved) const {
         const Problem& p = task.problem;
         const int64_t n = p.queries.count;
-        const SavedSizes<int64_t> at = sizes();
+        const TileSizes<int64_t> at = sizes();
         Acc* header = reinterpret_cast<Acc*>(saved);
         Acc* a = header + kHeader;
         Acc* norms = a + kStatsPerRow * n;

@@ -42,7 +42,7 @@ struct TileTraits {
     using Acc = typename Math::Acc;
     // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
     static constexpr int kTile = Math::kTensorCores ? 128 : 64;
-    using TileShape = Shape<kTile, kTile, 2, 4, false, false>;
+    using TileShape = Shape<kTile, kTile, 2, 4, false>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 3;
     static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice

@@ -1,11 +1,11 @@
-// Which path a batch takes, how tiles form groups, and what is cached. From sizes and the type alone, as
+// How tiles form groups, and what is cached. From sizes and the type alone, as
 // shapes must be under torch.compile.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda/pairs/partials.cuh"
-#include "cuda/pairs/row_block.cuh"
+#include "cuda/pairs/row_stats.cuh"
 #include "cuda/pairs/tile_group.cuh"
 
 namespace dml::cuda {
@@ -42,12 +42,6 @@ struct TilePolicy {
     static constexpr int kTile = TileTraits<Math>::kTile;
     static_assert(kTile == tile_side(sizeof(Acc)), "the sizes of what is saved follow from the tiles");
 
-    // Small batches take row blocks; so do batches without rows or columns, which have no tile.
-    static bool uses_row_blocks(const Task& task) {
-        const Problem& p = task.problem;
-        return uses_tiles(p.queries.count, p.refs.count, p.dim, task.tuning.row_block_limit) == 0;
-    }
-
     static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
     static int64_t count_tiles(const Problem& p) {
         return tile_count_of(p.queries.count, p.refs.count, p.square, sizeof(Acc));
@@ -56,9 +50,7 @@ struct TilePolicy {
         return count_tiles(p) * kTile * kTile * int64_t(sizeof(Acc));
     }
     // Whether forward keeps all similarities.
-    static bool caches(const Task& task) {
-        return !uses_row_blocks(task) && similarity_bytes(task.problem) <= task.tuning.cache_bytes;
-    }
+    static bool caches(const Task& task) { return similarity_bytes(task.problem) <= task.tuning.cache_bytes; }
     // Whether each tile has a kept flag.
     static bool has_kept(const Problem& p) { return knows_kept(count_tiles(p)) != 0; }
     // Whether each tile's extremes are stored: they tell which tiles mining emptied.
@@ -84,21 +76,17 @@ struct TilePolicy {
         return group_shape(task.problem, std::min(task.tuning.tile_group, kMaxTileGroup));
     }
 
-    // Slots of row results before they are reduced: one a row of a row block, one a warp of a merge.
+    // Slots of row results before they are reduced: one a warp of a merge.
     static int64_t result_slots(const Task& task) {
-        const int64_t n = task.problem.queries.count;
-        return uses_row_blocks(task) ? n : (n + kWarpSize - 1) / kWarpSize;
+        return (task.problem.queries.count + kWarpSize - 1) / kWarpSize;
     }
     static int64_t results_size(const Task& task) { return kResultNumbers * result_slots(task); }
 
     // Forward's workspace: row results, partial results of a tile group, the tiles' extremes.
     static int64_t forward_workspace_bytes(const Task& task) {
-        int64_t numbers = results_size(task);
-        if (!uses_row_blocks(task)) {
-            numbers += partials_size(forward_shape(task).tiles(), kTile, task.problem.square);
-            if (task.problem.mining.on && has_extremes(task.problem))
-                numbers += 2 * count_tiles(task.problem);
-        }
+        int64_t numbers =
+            results_size(task) + partials_size(forward_shape(task).tiles(), kTile, task.problem.square);
+        if (task.problem.mining.on && has_extremes(task.problem)) numbers += 2 * count_tiles(task.problem);
         return numbers * int64_t(sizeof(Acc));
     }
 };

@@ -66,7 +66,7 @@ struct BlockEngine {
 
 // The task on tiles, without a cache.
 inline Task in_tiles(Task task) {
-    task.tuning.row_block_limit = 0;
+    task.tuning.matrix_bytes = 0;
     task.tuning.cache_bytes = 0;
     return task;
 }

@@ -1,0 +1,169 @@
+// The launches of the matrix path, and its workspaces: two kernels forward; one backward up to 128 dimensions,
+// two beyond.
+#pragma once
+
+#include "cuda/common/launch.h"
+#include "cuda/matrix/gradient.cuh"
+#include "cuda/matrix/rows.h"
+#include "cuda/matrix/similarities.cuh"
+
+namespace dml::cuda {
+
+template <typename Math>
+struct MatrixEngine {
+    using T = typename Math::Value;
+    using Acc = typename Math::Acc;
+    using GradMath = typename GradMathOf<Math>::Type;
+    // Gradients of the accumulating type are summed in place.
+    static constexpr bool kInPlace = std::is_same_v<T, Acc>;
+    static constexpr int64_t kSumBudget = 28ll << 20;  // bytes of gradients of parts, of all sides
+    const Task& task;                                  // with aligned rows
+    const Problem& p = task.problem;
+
+    Rows<T, Acc> rows(const Points& side, Acc* norms, const int64_t* used) const {
+        return {{static_cast<const T*>(side.data), side.stride, side.count, p.dim}, side.labels, norms, used};
+    }
+    Rows<T, Acc> queries(const SavedMatrix<Acc>& saved) const {
+        return rows(p.queries, saved.query_norms, nullptr);
+    }
+    Rows<T, Acc> refs(const SavedMatrix<Acc>& saved) const {
+        return p.square ? queries(saved) : rows(p.refs, saved.ref_norms, p.num_valid_refs);
+    }
+
+    // ---- forward ------------------------------------------------------------------------------------------
+
+    int64_t forward_workspace_bytes() const { return RowsWorkspace<Acc>(p).bytes(); }
+
+    void forward(bool has_backward, void* saved_bytes, Acc* loss, void* workspace,
+                 cudaStream_t stream) const {
+        const SavedMatrix<Acc> saved(p, saved_bytes);
+        const RowsWorkspace<Acc> space(p, workspace);
+        if (p.queries.count * p.refs.count > task.tuning.small_tile_pairs) {
+            multiply<true>(saved, space.ticket, stream);
+        } else {
+            multiply<false>(saved, space.ticket, stream);
+        }
+        launch_rows(task, saved, has_backward, space, loss, stream);
+    }
+    template <bool kLarge>
+    void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+        using Traits = SimilarityTraits<Math, kLarge>;
+        const auto tiles = [](int64_t count, int size) {
+            return std::max<int64_t>((count + size - 1) / size, 1);
+        };
+        const SimilarityTask<T, Acc> of = {queries(saved), refs(saved), p.square,
+                                           p.similarity,   saved,       ticket};
+        launch(similarities<Math, kLarge>,
+               dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
+               dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+    }
+
+    // ---- backward -----------------------------------------------------------------------------------------
+
+    // How a side's gradient is cut: so many rows in a launch, and so many parts of the line they sum over.
+    struct Cut {
+        int64_t rows;
+        int parts;
+
+        int64_t sums() const { return rows * (parts - (kInPlace ? 1 : 0)); }  // rows of sums in the workspace
+    };
+    // Whether one launch does all.
+    bool is_whole() const {
+        return p.dim <= kGradientCols && std::max(p.queries.count, p.refs.count) <= task.tuning.whole_line;
+    }
+    // As many parts as give each multiprocessor a block, if so many sums fit.
+    Cut cut(bool of_queries) const {
+        const int64_t rows = (of_queries ? p.queries : p.refs).count,
+                      line = (of_queries ? p.refs : p.queries).count;
+        constexpr int64_t kRows = MatrixGradientTraits<GradMath, false>::kRows;
+        const int64_t panels = (p.dim + kGradientCols - 1) / kGradientCols;
+        const int64_t blocks = std::max<int64_t>((rows + kRows - 1) / kRows * panels, 1);
+        const int64_t most = std::max<int64_t>((line + kChunk - 1) / kChunk / 2, 1);
+        const int64_t fit =
+            kSumBudget / (p.square ? 1 : 2) / std::max<int64_t>(p.dim * int64_t(sizeof(Acc)), 1);
+        const int64_t room = fit / std::max<int64_t>(rows, 1) + (kInPlace ? 1 : 0);
+        const int64_t parts = std::min({(task.tuning.gradient_blocks + blocks - 1) / blocks, most, room});
+        if (parts >= 1) return {rows, int(parts)};
+        return {std::min(rows, std::max(fit / kRows, int64_t(1)) * kRows), 1};
+    }
+    bool sums_weights() const { return p.similarity.euclidean && !p.similarity.normalize; }
+    int64_t numbers(const Cut& of) const {
+        return of.sums() * p.dim + (sums_weights() ? of.rows * of.parts : 0);
+    }
+    int64_t backward_workspace_bytes() const {
+        if (is_whole()) return 0;
+        return (numbers(cut(true)) + (p.square ? 0 : numbers(cut(false)))) * int64_t(sizeof(Acc));
+    }
+
+    void backward(void* saved_bytes, const Acc* grad_loss, T* grad_queries, T* grad_refs, void* workspace,
+                  cudaStream_t stream) const {
+        const SavedMatrix<Acc> saved(p, saved_bytes);
+        const auto facts = formula_facts(p.formula);
+        MatrixGradientTask<T, Acc> both = {
+            {}, {}, saved, p.similarity, {grad_loss, p.reduction, !p.return_sums, facts.parts - 1}};
+        both.sides[0] = {queries(saved), refs(saved), true,    p.square,    0, p.queries.count, 1,
+                         nullptr,        nullptr,     nullptr, grad_queries};
+        both.sides[1] = {refs(saved), queries(saved), false,   true,    0,        p.refs.count,
+                         1,           nullptr,        nullptr, nullptr, grad_refs};
+        const bool wanted[2] = {grad_queries != nullptr, grad_refs != nullptr};
+        if (is_whole()) {
+            add<true>(both, wanted, stream);
+            return;
+        }
+        Acc* numbers_of[2] = {static_cast<Acc*>(workspace),
+                              static_cast<Acc*>(workspace) + numbers(cut(true))};
+        const bool fit = cut(true).rows == p.queries.count && (p.square || cut(false).rows == p.refs.count);
+        for (int group = 0; group < (fit ? 1 : 2); ++group) {
+            const bool now[2] = {wanted[0] && (fit || group == 0), wanted[1] && (fit || group == 1)};
+            int64_t rest = 1;
+            for (int64_t begin = 0; rest > 0;) {
+                rest = 0;
+                MatrixGradientTask<T, Acc> of = both;
+                for (int k = 0; k < 2; ++k) {
+                    if (!now[k]) continue;
+                    const Cut here = cut(k == 0);
+                    GradientSide<T, Acc>& side = of.sides[k];
+                    side.begin = begin;
+                    side.end = std::min(begin + here.rows, both.sides[k].end);
+                    side.parts = here.parts;
+                    side.others = numbers_of[k];
+                    side.weight_sums = numbers_of[k] + here.sums() * p.dim;
+                    if constexpr (kInPlace) {
+                        side.first = side.grad + begin * p.dim;
+                    } else {
+                        side.first = side.others;
+                        side.others += (side.end - begin) * p.dim;
+                    }
+                    rest = both.sides[k].end - side.end;
+                    begin = rest > 0 ? side.end : begin;
+                }
+                add<false>(of, now, stream);
+            }
+        }
+    }
+
+    // One group of rows of each side that is wanted.
+    template <bool kWhole>
+    void add(MatrixGradientTask<T, Acc>& of, const bool (&wanted)[2], cudaStream_t stream) const {
+        using Traits = MatrixGradientTraits<GradMath, kWhole>;
+        int parts = 1;
+        const auto divide = [&](int64_t rows_of_block) {
+            for (int k = 0; k < 2; ++k) {
+                const GradientSide<T, Acc>& side = of.sides[k];
+                const int64_t blocks = (side.end - side.begin + rows_of_block - 1) / rows_of_block;
+                of.blocks[k] = wanted[k] ? unsigned(blocks) : 0;
+                if (wanted[k]) parts = std::max(parts, side.parts);
+            }
+            return of.blocks[0] + of.blocks[1];
+        };
+        const unsigned blocks = divide(Traits::kRows);
+        const unsigned panels = unsigned((p.dim + Traits::kCols - 1) / Traits::kCols);
+        launch(matrix_gradient<GradMath, kWhole>, dim3(blocks, panels, unsigned(parts)),
+               dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+        if (kWhole) return;
+        launch(finish_matrix_gradient<T, Acc>, dim3(divide(kFinishThreads / kWarpSize)), dim3(kFinishThreads),
+               0, stream, of);
+    }
+};
+
+}  // namespace dml::cuda

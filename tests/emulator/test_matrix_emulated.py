@@ -1,0 +1,167 @@
+"""The matrix path on the emulator: its launches, its memory, and that planted bugs are seen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emulator import library
+from emulator.build import COMMON, HERE, ROOT, _compile, build, cached, run, with_change
+
+pytestmark = pytest.mark.slow(150)
+
+SOURCES = [HERE / "matrix_planted_bugs.cpp", ROOT / "csrc" / "cuda" / "instantiations" / "matrix_rows.cu"]
+
+
+def engine_of_sizes(n, m=None, d=128, dtype=torch.float32, **options):
+    """An engine without data; m is None where square."""
+    e = library.Engine(torch.empty(0, d, dtype=dtype), torch.empty(0, dtype=torch.int64), **options)
+    batch = e.arguments.batch
+    batch.embeddings.count, batch.ref_emb.count, batch.square = n, n if m is None else m, m is None
+    return e
+
+
+def build_with(change=None, defines=(), **options):
+    """The program that shows bugs, with one planted: (header, old text, new text)."""
+    folders = [HERE / "one_formula", *([with_change(*change)] if change else [])]
+    return build(SOURCES, defines=["DML_CUSTOM_FORMULA", *defines], folders=folders, **options)
+
+
+def launched(e, **wanted):
+    kernels = "similarities", "finish_matrix_rows", "finish_matrix_gradient", "matrix_gradient"
+    return [next(k for k in kernels if k in name) for name, *_ in e.launches(**wanted)]
+
+
+FORWARD = ["similarities", "finish_matrix_rows"]
+ONE, TWO = ["matrix_gradient"], ["matrix_gradient", "finish_matrix_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "backward"),
+    [
+        *[(d, torch.float32, ONE) for d in (4, 64, 128)],
+        *[(d, torch.float32, TWO) for d in (132, 512, 2048)],
+        *[(128, dtype, ONE) for dtype in (torch.float64, torch.float16, torch.bfloat16)],
+        *[(512, dtype, TWO) for dtype in (torch.float64, torch.float16, torch.bfloat16)],
+    ],
+)
+def test_two_launches_forward_and_one_or_two_back(d, dtype, backward):
+    """For every batch of up to 1024 rows, also against other rows with both gradients."""
+    for n in range(1, 1025, 1 if d in (128, 512) and dtype == torch.float32 else 31):
+        assert launched(engine_of_sizes(n, d=d, dtype=dtype)) == FORWARD + backward
+        if n % 31 == 1:
+            assert launched(engine_of_sizes(n, 1025 - n, d, dtype)) == FORWARD + backward
+
+
+def test_the_matrix_path_serves_up_to_32_mib():
+    for n, m, dtype in (
+        (2896, None, torch.float32),
+        (512, 16_384, torch.bfloat16),
+        (2048, None, torch.float64),
+    ):
+        e = engine_of_sizes(n, m, dtype=dtype)
+        assert launched(e)[:2] == FORWARD
+        assert 32 << 20 >= n * (m or n) * (8 if dtype == torch.float64 else 4) > 31 << 20
+        assert e.ask_sizes()[0] <= 34 << 20  # saved
+        more = engine_of_sizes(n + 1, m and m + 1, dtype=dtype)
+        assert not any("matrix" in name for name, *_ in more.launches())
+
+
+@pytest.fixture(scope="module")
+def right():
+    done = run(build_with(), schedule="warp_first", seed=1)
+    assert done.returncode == 0, done.stderr.decode()
+    values = np.frombuffer(done.stdout, np.float32)
+    assert np.isfinite(values[: 1 + 192 * 8]).all()
+    assert values[0] > 0
+    return done.stdout
+
+
+ROWS, GRADIENT = "cuda/matrix/rows.cuh", "cuda/matrix/gradient.cuh"
+BUGS = {
+    "counter_not_zeroed": (
+        "cuda/matrix/similarities.cuh",
+        "if (blockIdx.x == 0 && threadIdx.x == 0) *task.ticket = 0;",
+        "",
+    ),
+    "derivatives_of_the_wrong_side": (
+        GRADIENT,
+        "const Acc u = across[k * Traits::kAcrossPitch + r];",
+        "const Acc u = along[r * Traits::kPitch + k];",
+    ),
+    "chunk_skipped_that_its_rows_occupy": (GRADIENT, "task.saved.is_occupied(i, chunk)", "false"),
+    "chunk_skipped_that_the_line_occupies": (
+        GRADIENT,
+        "task.saved.is_occupied(j, row0 / kChunk)",
+        "false",
+    ),
+    "columns_that_are_not_valid": (
+        ROWS,
+        "used = rows_in_use(task.num_valid_refs, task.refs)",
+        "used = task.refs",
+    ),
+    "weights_read_before_the_barrier": (
+        GRADIENT,
+        "                block_sync();\n                product.template add",
+        "                product.template add",
+    ),
+    "results_reduced_one_block_early": (
+        ROWS,
+        "take_ticket(task.ticket) + 1 == gridDim.x",
+        "take_ticket(task.ticket) + 2 == gridDim.x",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_changes_the_result(bug, right):
+    program = build_with(BUGS[bug], sanitizer="none")
+    done = run(program, schedule="warp_first", seed=1)
+    assert done.returncode != 0 or done.stdout != right
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {},
+        {"defines": ["DML_EMULATOR_TICKET_ORDER=__ATOMIC_RELAXED"]},
+        {
+            "change": (
+                ROWS,
+                "    block_sync();\n    if (threadIdx.x == 0) *last",
+                "    if (threadIdx.x == 0) *last",
+            )
+        },
+    ],
+    ids=["right", "ticket_without_fence", "ticket_before_the_barrier"],
+)
+def test_the_ticket_orders_memory(planted):
+    """Between blocks nothing else does: ThreadSanitizer sees the reduction race without it."""
+    program = build_with(sanitizer="thread", **planted)
+    done = run(program, schedule="warp_first", seed=1)
+    assert (b"ThreadSanitizer: data race" in done.stderr) == bool(planted), done.stderr.decode()[:3000]
+
+
+def test_a_kernel_opts_in_once_on_each_device():
+    """And again for more shared memory, or after a refusal; what was granted is never taken back."""
+    done = run(build([HERE / "opt_in.cpp"], sanitizer="none"))
+    asked = [tuple(map(int, line.split())) for line in done.stdout.decode().splitlines()]
+    assert asked == [(0, 0, 60), (0, 0, 70), (0, 1, 60), (1, 0, 60), (1, 1, 90), (1, 1, 90)]
+
+
+def test_the_stand_alone_driver():
+    """What a GPU runs first (tools/bench_kernels.cu), on the emulator: every formula by the matrix path
+    against tiles in float64; times and constants only run."""
+    driver = _compile(ROOT / "tools" / "bench_kernels.cu", [*COMMON, "-O1"])
+    library.load()
+    engine = Path(library.load()._name)
+    program = cached([driver, engine], ["g++", "-rdynamic", str(driver), str(engine)], suffix="")
+    done = run(program)
+    assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()[-2000:]
+    lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    checked = [line for line in lines if "check" in line]
+    assert {line["check"] for line in checked} == set(library.formulas())
+    assert all(line["good"] for line in checked)
+    assert sum("times" in line for line in lines) == 6
+    assert sum("constant" in line for line in lines) == 8
