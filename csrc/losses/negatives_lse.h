@@ -4,11 +4,12 @@
 
 namespace dml {
 
-// log sum exp(s / temperature) over a row's negatives, -inf without any: what losses against negatives of their
-// own are made of (InfoNCE). Positives count for nothing.
+// log sum exp(s / temperature) over a row's negatives, 0 without any: what losses against negatives of their own
+// are made of (InfoNCE). Positives count for nothing.
 template <typename T>
 struct NegativesLSE : FormulaDefaults {
     static constexpr Accumulator kPos = Accumulator::kSum;
+    static constexpr bool kNeedsNeg = true;
     static constexpr const char* kParams = "temperature";
 
     T inverse;

@@ -207,9 +207,11 @@ class DistributedLoss(nn.Module):
         rows, refs = words["rows"], words["refs"]
         numbers = total(rows, processes.rank) + torch.arange(query.shape[0], device=query.device)
 
-        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor:
-            batch = lse_batch(call, points, numbers, columns, are_positives)
+        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor | None:
             counts = rows if are_positives else refs
+            if sum(counts) <= are_positives:
+                return None
+            batch = lse_batch(call, points, numbers, columns, are_positives)
             if self.mode == "ring":
                 return ring.compute(call, batch, processes, rows, counts)
             return compute(call, _with_all_columns(batch, processes, rows, counts))

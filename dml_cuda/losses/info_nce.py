@@ -18,19 +18,19 @@ from ._pair import FormulaModule, option
 from ._two_towers import TowerOptions, check_same_rows, check_tower_options
 
 NegativeMode = Literal["unpaired", "paired"]
-# [N] the log-sum-exp of queries against columns, which are the positives (True) or negatives.
-Against = Callable[[Tensor, Tensor, bool], Tensor]
+# [N] the log-sum-exp of queries against columns, the positives of others (True) or negatives; None without any.
+Against = Callable[[Tensor, Tensor, bool], Tensor | None]
 
 
 class NegativesLSE(Formula):
-    """log sum exp(s / temperature) over a row's negatives."""
+    """log sum exp(s / temperature) over a row's negatives, 0 without any."""
 
     name = "negatives_lse"
     parameters: ClassVar = {"temperature": check_above_zero}
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, temperature: float) -> Tensor:
-        return neg.lse(neg.s / temperature)
+        return torch.where(neg.count > 0, neg.lse(neg.s / temperature), 0.0)
 
 
 def _similarities(x: Tensor, y: Tensor, similarity: str) -> Tensor:
@@ -146,13 +146,13 @@ class InfoNCELoss(FormulaModule):
         with _autocast.off(query.device):
             if negatives is not None and self.negative_mode == "paired":
                 own = _similarities(query, negatives, call.similarity)
-                found.append(torch.logsumexp(own / temperature, 1))
+                found.append(torch.logsumexp(own / temperature, 1) if own.shape[1] else None)
             pull = _similarities(query, positive[:, None], call.similarity)[:, 0]
-            push = torch.stack([torch.full_like(pull, -torch.inf), *found])
-            some = (push != -torch.inf).any(0)
-            # logsumexp of -inf alone has a NaN gradient.
-            push = torch.where(some, push, 0.0).logsumexp(0)
-            return softplus(push - pull / temperature, where=some)
+            found = [value for value in found if value is not None]
+            if not found:
+                return 0.0 * pull
+            push = found[0] if len(found) == 1 else torch.stack(found).logsumexp(0)
+            return softplus(push - pull / temperature)
 
     def lse_call(self) -> Call:
         """The call for the log-sum-exp of each row."""
@@ -175,7 +175,9 @@ class InfoNCELoss(FormulaModule):
         self.check(query, positive, negatives, row_weights)
         call, rows = self.lse_call(), torch.arange(query.shape[0], device=query.device)
 
-        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor:
+        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor | None:
+            if len(columns) <= are_positives:  # its own positive is no negative
+                return None
             return compute(call, lse_batch(call, points, rows, columns, are_positives))
 
         losses = self.row_losses(query, positive, negatives, against)

@@ -61,17 +61,19 @@ MS, CIRCLE, CONTRASTIVE, NT_XENT, SUP_CON = map(
 )
 CIRCLE_NOT_DETACHED = ("circle", (*CIRCLE[1][:2], 0.0))
 MARGIN_SOFTMAX = ("margin_softmax", (4.0, 0.1, 0.9553364891256061, 0.29552020666133955))  # an angle of 0.3
-# Those of class-level losses alone, on cosines and on distances.
-CLASS_LEVEL = {
+# Those that are no pair losses, on cosines and on distances.
+OTHERS = {
     "margin_softmax": (MARGIN_SOFTMAX, ("margin_softmax", (4.0, 0.1, 1.0, 0.0))),
     "proxy_anchor": (("proxy_anchor", (0.1, 4.0)), ("proxy_anchor", (-1.0, 4.0))),
+    "siglip": (("siglip", (4.0, -2.0)), ("siglip", (2.0, 2.0))),
+    "negatives_lse": (("negatives_lse", (0.2,)), ("negatives_lse", (0.5,))),
 }
-FORMULAS = [*map(formula, LOSSES), *(on_cosines for on_cosines, _ in CLASS_LEVEL.values())]
+FORMULAS = [*map(formula, LOSSES), *(on_cosines for on_cosines, _ in OTHERS.values())]
 
 
 def on_distances(name):
     """A formula with parameters for distances, whose similarities lie below 0."""
-    return CLASS_LEVEL[name][1] if name in CLASS_LEVEL else formula(name, "euclidean")
+    return OTHERS[name][1] if name in OTHERS else formula(name, "euclidean")
 
 
 @dataclass

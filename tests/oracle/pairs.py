@@ -168,6 +168,19 @@ def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
     return Row(parts, -alpha * pos_shares, alpha * neg_shares)
 
 
+def siglip(pos, neg, scale=10.0, bias=-10.0):
+    pull, push = -(scale * pos + bias), scale * neg + bias
+    loss = softplus(pull).sum() + softplus(push).sum()
+    return Row([Part(loss)], -scale * sigmoid(pull), scale * sigmoid(push))
+
+
+def negatives_lse(pos, neg, temperature=0.07):
+    if len(neg) == 0:
+        return Row([Part(0.0)], 0 * pos, 0 * neg)
+    value, shares = log_sum_exp(neg / temperature)
+    return Row([Part(value)], 0 * pos, shares / temperature)
+
+
 ROWS = {
     "multi_similarity": multi_similarity,
     "circle": circle,
@@ -178,6 +191,8 @@ ROWS = {
     "lifted_structure": lifted_structure,
     "margin_softmax": margin_softmax,
     "proxy_anchor": proxy_anchor,
+    "siglip": siglip,
+    "negatives_lse": negatives_lse,
 }
 MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
 REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
