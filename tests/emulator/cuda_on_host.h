@@ -156,13 +156,9 @@ DML_DEVICE float exp2_approx(float x) {
 
 DML_DEVICE void atomic_add(int32_t* sum, int32_t value) { __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
 
-// Release and acquire, as on the device: ThreadSanitizer sees no other order between blocks. A planted bug
-// takes it away.
-#if !defined(DML_EMULATOR_TICKET_ORDER)
-#define DML_EMULATOR_TICKET_ORDER __ATOMIC_ACQ_REL
-#endif
+// Release and acquire, as on the device.
 DML_DEVICE unsigned take_ticket(unsigned* tickets) {
-    return __atomic_fetch_add(tickets, 1u, DML_EMULATOR_TICKET_ORDER);
+    return __atomic_fetch_add(tickets, 1u, __ATOMIC_ACQ_REL);
 }
 
 // ---- between the lanes of a warp --------------------------------------------------------------
