@@ -18,7 +18,7 @@ from ._pair import FormulaModule, option
 from ._two_towers import TowerOptions, check_same_rows, check_tower_options
 
 NegativeMode = Literal["unpaired", "paired"]
-# [N] the log-sum-exp of queries against columns, the positives of others (True) or negatives; None without any.
+# [N] the log-sum-exp of queries against columns, others' positives (True) or negatives; None without any.
 Against = Callable[[Tensor, Tensor, bool], Tensor | None]
 
 
