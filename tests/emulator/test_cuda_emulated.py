@@ -157,7 +157,7 @@ EASY = [
 
 
 @pytest.mark.parametrize("loss", EASY, ids=[name for name, _ in EASY])
-@pytest.mark.parametrize("path", ["matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
 @pytest.mark.parametrize("arithmetic", [F32, F64], ids=str)
 def test_losses_that_round_to_zero(loss, path, arithmetic):
     """Orthogonal classes: "mean_nonzero" counts as the CPU's kernels do in the same dtype."""
@@ -745,7 +745,7 @@ def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
         e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, m is None, itemsize, save)
+        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, m is None, False, itemsize, save)
         assert told == e.ask_sizes()[0], (n, m, d)
 
 
