@@ -1,5 +1,6 @@
-# `make check` answers within 90 seconds once built, `make test` runs every test, `make demo` shows what it is
-# for. All set up .venv first; nothing else is needed but Python 3.10+ with venv and a C++ compiler.
+# `make check` answers within 90 seconds once built, `make test` runs every test within ten minutes, and `make
+# test-all` every case of them; `make demo` shows what it is for. All set up .venv first; nothing else is needed
+# but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -7,7 +8,8 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples check test bench readme lint format ptxas gpu-check clean
+.PHONY: demo data examples check test test-all wheel docs recipes browser release bench readme lint format ptxas \
+  gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
@@ -28,9 +30,42 @@ examples: $(VENV)/built
 check: lint $(VENV)/built
 	$(PYTEST) --dist worksteal -m check
 
-# The rest of the tests after those of `make check`.
+# After the tests of `make check`, every test with the cases that show every value of its parameters.
 test: check
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "not check and not release"
+
+# Every case of every test: values in all combinations, all sanitizers, every architecture of every kernel.
+test-all: check
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check and not release"
+
+# What a release has besides the package, and its tests; about eight minutes on two cores.
+release: wheel docs recipes browser
+	$(PY) -m pytest -m release tests/release
+
+# For the torch in .venv: dist/dml_cuda-VERSION+torchX.YKERNELS-*.whl, and the sdist.
+wheel: $(VENV)/ready
+	$(PY) -m tools.wheel
+
+# The site in build/site. A warning, such as a broken link, is an error.
+docs: $(VENV)/built $(VENV)/docs
+	rm -rf build/site
+	$(PY) -m sphinx -c docs/site -E -d build/site-cache -W --keep-going -q . build/site
+	@echo "build/site/index.html"
+
+# The packages that examples/recipes train with.
+recipes: $(VENV)/recipes $(VENV)/timm
+
+# PyPI's torchvision, which timm imports, does not load beside a CPU build of torch, and other packages import a
+# torchvision that they find: the two are kept beside.
+$(VENV)/timm: $(VENV)/recipes
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ timm torchvision==0.28.0
+
+# The Chromium that tests of the site use, where apt is there.
+browser:
+	@if ! command -v chromium >/dev/null; then \
+	  run=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$run apt-get update -q && $$run apt-get install -q -y --no-install-recommends chromium fonts-dejavu-core; \
+	fi
 
 # Half an hour on two cores; `readme` then writes the table of the README from its JSON.
 bench: $(VENV)/built
@@ -59,12 +94,16 @@ gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(PARTS) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
-	rm -rf $(VENV) build out *.egg-info dml_cuda/*.so
+	rm -rf $(VENV) build dist out *.egg-info dml_cuda/*.so
 
 $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(PY) -m compileall -q -j 0 -x '/tests?/|testing/_internal/' $(VENV)/lib >/dev/null || true  # as pip does, but on one core
+	touch $@
+
+$(VENV)/docs $(VENV)/recipes: $(VENV)/%: requirements-%.txt $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r $<
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)

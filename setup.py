@@ -16,7 +16,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
 def fail(problem: str, cure: str) -> None:
@@ -29,7 +29,9 @@ try:
 except ImportError:
     fail(
         "PyTorch is not importable in the environment that builds it.",
-        "Install torch first, then: pip install --no-build-isolation .",
+        "The kernels must be built against the torch that will load them, but pip builds in an environment\n"
+        "  of its own, without torch. Install torch first, and switch build isolation off:\n"
+        "  pip install ninja pybind11 'setuptools>=77' && pip install --no-build-isolation .",
     )
 
 
@@ -154,6 +156,20 @@ def link_flags() -> list[str]:
     return []
 
 
+IS_BUILT = "sdist" not in sys.argv  # sources fit every torch
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def full_version() -> str:
+    """The version with what the kernels are built for, as in 0.2.0+torch2.13cpu or 0.2.0+torch2.13cu130."""
+    kernels = "cu" + torch.version.cuda.replace(".", "") if CUDA else "cpu"
+    return f"{VERSION}+torch{MINOR}{kernels}" if IS_BUILT else VERSION
+
+
+def dependencies() -> list[str]:
+    return [f"torch=={MINOR}.*" if IS_BUILT else "torch>=2.11", "numpy"]
+
+
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
 # must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
 FRONT_ENDS = (80, 100, 120)
@@ -190,7 +206,7 @@ def extension(cuda: bool):
         "-Wall",
     ]
     macros = [
-        ("DML_VERSION", f'"{VERSION}"'),
+        ("DML_VERSION", f'"{full_version()}"'),
         ("DML_TORCH_VERSION", f'"{torch.__version__}"'),
         ("DML_COMPILE_FLAGS", f'"{" ".join(flags)}"'),  # for formulas that are compiled on demand
     ]
@@ -242,4 +258,9 @@ class BuildPy(build_py):
 
 CUDA = wants_cuda()
 COMMANDS = {"build_ext": BuildExtension, "build_py": BuildPy}
-setup(version=VERSION, ext_modules=[extension(CUDA)], cmdclass=COMMANDS)
+setup(
+    version=full_version(),
+    install_requires=dependencies(),
+    ext_modules=[extension(CUDA)],
+    cmdclass=COMMANDS,
+)

@@ -1,23 +1,21 @@
 """Deep-metric-learning losses as fused kernels: forward and backward without the N x N matrix."""
 
-import torch  # first: _C needs its libraries
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    from . import _C
-except ImportError as error:
-    raise ImportError(
-        f"the compiled extension of dml_cuda cannot be loaded ({error}). It must be built against the "
-        f"installed torch {torch.__version__}: pip install --no-build-isolation --force-reinstall --no-deps ."
-    ) from error
+from ._extension import _C  # first: it explains why the extension cannot be loaded
 
+# isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
-from .custom import check_loss, compile_loss
 from .losses._triplet import TripletOptions
+from .losses._two_towers import TowerOptions
 from .losses.binomial_deviance import BinomialDevianceLoss
 from .losses.circle import CircleLoss
 from .losses.circle_classifier import CircleClassifierLoss
+from .losses.clip import CLIPLoss
 from .losses.contrastive import ContrastiveLoss
+from .losses.info_nce import InfoNCELoss
 from .losses.lifted_structure import GeneralizedLiftedStructureLoss
 from .losses.margin import MarginLoss
 from .losses.margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
@@ -25,6 +23,7 @@ from .losses.multi_similarity import MultiSimilarityLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.proxy_anchor import ProxyAnchorLoss
 from .losses.proxy_nca import ProxyNCALoss
+from .losses.siglip import SigLIPLoss
 from .losses.soft_triple import SoftTripleLoss
 from .losses.sup_con import SupConLoss
 from .losses.triplet_margin import TripletMarginLoss
@@ -40,6 +39,10 @@ from .miners.triplets import (
     TripletMarginMiner,
 )
 
+if TYPE_CHECKING:
+    from . import custom as custom
+    from .custom import check_loss, compile_loss
+
 __version__: str = _C.version
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "BatchEasyHardMiner",
     "BatchHardMiner",
     "BinomialDevianceLoss",
+    "CLIPLoss",
     "CircleClassifierLoss",
     "CircleLoss",
     "ContrastiveLoss",
@@ -54,6 +58,7 @@ __all__ = [
     "CrossBatchMemory",
     "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
+    "InfoNCELoss",
     "MarginLoss",
     "MinedPairs",
     "MinedTriplets",
@@ -67,8 +72,10 @@ __all__ = [
     "ProxyAnchorLoss",
     "ProxyNCALoss",
     "SelectedPairs",
+    "SigLIPLoss",
     "SoftTripleLoss",
     "SupConLoss",
+    "TowerOptions",
     "TripletMarginLoss",
     "TripletMarginMiner",
     "TripletOptions",
@@ -79,6 +86,11 @@ __all__ = [
     "functional",
     "reference",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that imports leave here."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def build_info() -> dict:
@@ -98,3 +110,11 @@ def build_info() -> dict:
         "cuda": cuda,
         "cpu": {"available": _C.cpu_instruction_sets(), "in_use": _C.cpu_instruction_set()},
     }
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what compiles custom losses on first use: most programs compile none."""
+    if name not in ("custom", "check_loss", "compile_loss"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(".custom", __name__)
+    return module if name == "custom" else getattr(module, name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._inputs.checks import check_batch, check_count
-from ._inputs.indices import listed_pairs
+from ._inputs.indices import index_lists, listed_pairs
 from .distributed import DistributedLoss
 from .losses._pair import PairLoss
 from .losses._triplet import TripletLoss, to_triplets
@@ -88,6 +88,7 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("label_memory", torch.zeros(memory_size, dtype=torch.long))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self._leave_inference_mode()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss" and not callable(value):
@@ -109,6 +110,15 @@ class CrossBatchMemory(nn.Module):
             self.embedding_memory = self.embedding_memory.new_zeros(self.memory_size, size)
             self.reset_queue()
 
+    def _leave_inference_mode(self) -> None:
+        """Replaces buffers that were made in inference mode: later training steps write to the queue."""
+        if torch.compiler.is_compiling():
+            return
+        with torch.inference_mode(False):
+            for name, buffer in self._buffers.items():
+                if buffer.is_inference():
+                    setattr(self, name, buffer.clone())
+
     @property
     def memory_size(self) -> int:
         return self.embedding_memory.shape[0]
@@ -116,6 +126,7 @@ class CrossBatchMemory(nn.Module):
     @memory_size.setter
     def memory_size(self, size: int) -> None:
         check_count("memory_size", size)
+        self._leave_inference_mode()
         kept = min(int(self.count), size)
         latest = (self.position - kept + torch.arange(kept, device=self.position.device)) % self.memory_size
         for name in ("embedding_memory", "label_memory"):
@@ -125,9 +136,11 @@ class CrossBatchMemory(nn.Module):
             setattr(self, name, new)
         self.count.fill_(kept)
         self.position.fill_(kept % size)
+        self._leave_inference_mode()
 
     def reset_queue(self) -> None:
         """Empties the queue."""
+        self._leave_inference_mode()
         for buffer in (self.embedding_memory, self.label_memory, self.position, self.count):
             buffer.zero_()
 
@@ -178,7 +191,7 @@ class CrossBatchMemory(nn.Module):
         ref_emb, ref_labels = self.embedding_memory[:filled].clone(), self.label_memory[:filled].clone()
         pairs = self._pairs(embeddings, labels, ref_emb, ref_labels, slots)
         if indices_tuple is not None:
-            pairs, extra = tuple(pairs), tuple(indices_tuple)
+            pairs, extra = tuple(pairs), index_lists(indices_tuple)
             extra_pairs = listed_pairs(extra, embeddings, ref_emb, check_range=False)
             if len(pairs) == 3:
                 as_listed = (*extra_pairs[:2], extra_pairs[3])
@@ -219,6 +232,7 @@ class CrossBatchMemory(nn.Module):
         raise ValueError(f"miner: expected None as the loss mines by its epsilon={epsilon}, got {kind}")
 
     def _move_to(self, embeddings: Tensor) -> None:
+        self._leave_inference_mode()
         device, dtype = embeddings.device, embeddings.dtype
         if self.embedding_memory.dtype != dtype or self.embedding_memory.device != device:
             with torch.inference_mode(False):  # later training steps write to the queue
@@ -227,6 +241,7 @@ class CrossBatchMemory(nn.Module):
                 self.position, self.count = self.position.to(device), self.count.to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        self._leave_inference_mode()
         queue = state_dict.get(prefix + "embedding_memory")
         if queue is not None and queue.dtype != self.embedding_memory.dtype:
             self.embedding_memory = self.embedding_memory.to(queue.dtype)
@@ -236,6 +251,7 @@ class CrossBatchMemory(nn.Module):
             state_dict[prefix + "count"] = count
             state_dict[prefix + "position"] = count % len(queue)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._leave_inference_mode()
 
     def _check_mask(self, mask: Tensor, embeddings: Tensor, indices_tuple: object) -> None:
         if indices_tuple is not None:

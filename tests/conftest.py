@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import defaultdict
 
 # Before torch is loaded. Threads that spin while they wait make a busy machine crawl; these sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from covering import covering
 
 import dml_cuda
 
@@ -23,13 +25,36 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--brief",
+        action="store_true",
+        help="of each test only the cases that show every value of every parameter, and no test marked whole",
+    )
+
+
+def stand_for_all(items):
+    """The items of ``--brief``."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("whole") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        values = [item.callspec._idlist if hasattr(item, "callspec") else () for item in same]
+        yield from (same[k] for k in covering([tuple(ids) for ids in values]) or range(len(same)))
+
+
+def pytest_collection_modifyitems(config, items):
     """The files that take longest first, so that no process begins one when the others are done."""
 
     def seconds(item):
         marker = item.get_closest_marker("slow")
         return marker.args[0] if marker else 0
 
+    if config.getoption("--brief"):
+        chosen = set(stand_for_all(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     items.sort(key=seconds, reverse=True)
 
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "core/portable.h"
 
@@ -107,15 +108,59 @@ DML_INLINE T log_fast(T x) {
 #endif
 }
 
+// The logarithm, also of 0 (-inf), of infinity, and of negative numbers (NaN).
+template <typename T>
+DML_INLINE T log(T x) {
+#if defined(__CUDA_ARCH__)
+    return std::log(x);
+#else
+    using Limits = std::numeric_limits<T>;
+    const T finite = x > Limits::max() ? x : log_fast(x);
+    const T not_positive = x == T(0) ? -Limits::infinity() : Limits::quiet_NaN();
+    return x > T(0) ? finite : not_positive;
+#endif
+}
+
+// Not vectorised: write a product for a small whole power.
+template <typename T>
+DML_INLINE T pow(T x, std::common_type_t<T> power) {
+    return std::pow(x, power);
+}
+
+template <typename T>
+DML_INLINE T abs(T x) {
+    return x < T(0) ? -x : x;
+}
+
 template <typename T>
 DML_INLINE T relu(T x) {
     return x > T(0) ? x : T(0);
 }
 
-// The square root. Dual numbers take its derivative at 0 as 0.
+// Of a parameter, in a constructor: not vectorised.
+template <typename T>
+DML_INLINE T cos(T x) {
+    return std::cos(x);
+}
+template <typename T>
+DML_INLINE T sin(T x) {
+    return std::sin(x);
+}
+
+// The angle whose sine and cosine are in the ratio y : x.
+template <typename T>
+DML_INLINE T angle(T y, T x) {
+    return std::atan2(y, x);
+}
+
+// The square root, by two names. Dual numbers take its derivative at 0 as 0.
 template <typename T>
 DML_INLINE T root(T x) {
     return std::sqrt(x);
+}
+template <typename T>
+DML_INLINE T sqrt(T x) {
+    return root(x);
 }
 
 template <typename T>
@@ -125,10 +170,22 @@ DML_INLINE T sigmoid(T x) {
     return x < T(0) ? e * share : share;
 }
 
-// log(1 + exp(x)), without overflow for large x and without cancellation for small.
+// Below it exp(x) is 0 in this type.
+template <typename T>
+inline constexpr T kExpUnderflow = sizeof(T) == 8 ? T(-745.13) : T(-103.97);
+
+// log(1 + exp(x)), without overflow for large x and without cancellation for small. 0 exactly where exp(x) is.
 template <typename T>
 DML_INLINE T softplus(T x) {
-    return relu(x) + log1p_fast(exp_fast(x < T(0) ? x : -x));
+    const T below = x < T(0) ? x : -x;
+    const T e = exp_fast(below);
+    return relu(x) + log1p_fast(below < kExpUnderflow<T> ? T(0) : e);
+}
+
+// Whether x = log(1 + y) is 0 where it is computed from 1 + y in this type, as that is 1 for tiny y.
+template <typename T>
+DML_INLINE bool vanishes(T x) {
+    return x <= std::numeric_limits<T>::epsilon() / 2;
 }
 
 }  // namespace dml

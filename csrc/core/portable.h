@@ -9,6 +9,10 @@
 #define DML_INLINE inline __attribute__((always_inline))
 #endif
 
+// After the parameters of a lambda, on the host: out of line it would lack the instruction set of the function
+// that it stands in.
+#define DML_INLINE_LAMBDA __attribute__((always_inline))
+
 // Before a __host__ __device__ function that calls its argument, which may be of either side.
 #if defined(__CUDACC__)
 #define DML_CALLS_EITHER _Pragma("nv_exec_check_disable")

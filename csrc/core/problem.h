@@ -44,7 +44,8 @@ struct Problem {
     Similarity similarity;
     Mining mining;
     Reduction reduction = Reduction::kMean;
-    bool return_sums = false;  // the result is [parts 0 and 1, counts 0 and 1], not yet divided
+    bool both_directions = false;  // columns have losses too, over the rows
+    bool return_sums = false;      // the result is [parts 0 and 1, counts 0 and 1], not yet divided
 };
 
 }  // namespace dml

@@ -55,10 +55,8 @@ struct HingeTerm {
 template <typename T>
 struct SoftplusTerm {
     static constexpr bool kSearchable = false;
-    // Below it log(1 + exp(v)) is 0 in this type.
-    static constexpr T kLeast = sizeof(T) == 8 ? T(-745.13) : T(-103.97);
     static DML_INLINE bool counts(T violation) { return violation == violation; }
-    static DML_INLINE bool nonzero(T violation) { return violation > kLeast; }
+    static DML_INLINE bool nonzero(T violation) { return violation > kExpUnderflow<T>; }
     static DML_INLINE T value(T violation) { return softplus(violation); }
     static DML_INLINE T derivative(T violation) { return sigmoid(violation); }
 };

@@ -13,7 +13,7 @@ struct BinomialDeviance : FormulaDefaults {
 
     T alpha, beta, base;
 
-    DML_INLINE explicit BinomialDeviance(const double* params)
+    DML_INLINE explicit BinomialDeviance(Params<T> params)
         : alpha(T(params[0])), beta(T(params[1])), base(T(params[2])) {}
 
     template <typename S>

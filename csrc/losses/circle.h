@@ -13,16 +13,16 @@ struct Circle : FormulaDefaults {
 
     T m, gamma, moving;
 
-    DML_INLINE explicit Circle(const double* params)
+    DML_INLINE explicit Circle(Params<T> params)
         : m(T(params[0])), gamma(T(params[1])), moving(params[2] != 0.0 ? T(0) : T(1)) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {
-        return rounded_product(gamma * weight(s + m), s - m);
+        return rounded_product(gamma * relu(in_weight(s) + m), s - m);
     }
     template <typename S>
     DML_INLINE S pos_term(S s) const {
-        return rounded_product(-gamma * weight(T(1) + m - s), s - (T(1) - m));
+        return rounded_product(-gamma * relu(T(1) + m - in_weight(s)), s - (T(1) - m));
     }
     template <typename S>
     DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
@@ -30,10 +30,11 @@ struct Circle : FormulaDefaults {
     }
 
    private:
-    // Held constant in the gradient, as the paper does, where detach_weights is not 0.
+    // The similarity as the weights see it: constant in the gradient, as in the paper, where detach_weights
+    // is not 0.
     template <typename S>
-    DML_INLINE S weight(S distance) const {
-        return with_share_of_derivative(relu(distance), moving);
+    DML_INLINE S in_weight(S s) const {
+        return with_share_of_derivative(s, moving);
     }
 };
 

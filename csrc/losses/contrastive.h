@@ -17,8 +17,7 @@ struct Contrastive : FormulaDefaults {
 
     T pos_level, neg_level;
 
-    DML_INLINE explicit Contrastive(const double* params)
-        : pos_level(T(params[0])), neg_level(T(params[1])) {}
+    DML_INLINE explicit Contrastive(Params<T> params) : pos_level(T(params[0])), neg_level(T(params[1])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

@@ -40,8 +40,8 @@ struct Complete {
         NamesParams<Formula, T>::value,
         "the formula: lacks its parameters, static constexpr const char* kParams = \"alpha, beta\";");
     static_assert(FewParams<Formula, T>::value, "the formula: kParams names more than 8 parameters");
-    static_assert(std::is_constructible_v<Formula, const double*>,
-                  "the formula: lacks a constructor from its parameters, NAME(const double* params)");
+    static_assert(std::is_constructible_v<Formula, Params<T>>,
+                  "the formula: lacks a constructor from its parameters, NAME(Params<T> params)");
     static_assert(HasNegTerm<Formula, T>::value,
                   "the formula: lacks a member template <typename S> S neg_term(S s) const");
     static_assert(Formula::kContext || HasPosTerm<Formula, T>::value,
@@ -64,7 +64,7 @@ struct Complete {
     static constexpr bool kYes = true;
 };
 
-// ---- derivatives ------------------------------------------------------------------------------------------
+// ---- derivatives by similarities --------------------------------------------------------------------------
 
 // A row's loss, and its derivatives with respect to the values of the accumulators.
 template <typename T>
@@ -72,6 +72,7 @@ struct RowDerivatives {
     T part[2] = {T(0), T(0)};
     T d_neg = T(0), d_pos = T(0);  // of the last part by the negatives', of part 0 by the positives'
     T count[2] = {T(1), T(1)};
+    bool nonzero[2] = {false, false};  // whether "mean_nonzero" counts the part
 };
 
 template <typename T, typename Formula>
@@ -82,7 +83,12 @@ struct WithDerivatives : Formula {
         return {Formula::kNeedsPos, Formula::kNeedsNeg};
     }
 
-    DML_INLINE explicit WithDerivatives(const double* params) : Formula(params) {}
+    // Whether "mean_nonzero" counts a loss, or in a loss of pairs a pair's term.
+    static DML_INLINE bool is_nonzero(T loss) {
+        return Formula::kLogOnePlus ? !vanishes(loss) : loss != T(0);
+    }
+
+    DML_INLINE explicit WithDerivatives(const double* params) : Formula(Params<T>{params}) {}
 
     DML_INLINE T neg_derivative(T s) const { return derivative_of(Formula::neg_term(Dual<T>(s, T(1)))); }
     DML_INLINE T pos_term(T s, T ctx) const { return any_pos_term(s, ctx); }
@@ -98,7 +104,7 @@ struct WithDerivatives : Formula {
     // pos_context: the sum of pos_context(s, ctx) over the row's positives.
     DML_INLINE RowDerivatives<T> row(const Gathered<T>& g, T pos_context) const {
         RowDerivatives<T> result;
-        if (!needed_pairs().present(may_have_pos(g), may_have_neg(g))) {
+        if (!may_have_loss(g)) {
             if (Formula::kCount == Count::kPairs) result.count[0] = result.count[1] = T(0);
             return result;
         }
@@ -111,7 +117,14 @@ struct WithDerivatives : Formula {
         result.d_pos = by_pos.part[0].derivative;
         result.d_neg = by_neg.part[Formula::kParts - 1].derivative;
         if constexpr (Formula::kContext) result.d_neg += result.d_pos * pos_context;
+        set_nonzero(g, result);
         return result;
+    }
+
+    // False where the values show that no pair was kept: they are -inf, for log-sum-exps of one kind without
+    // the 1.
+    static DML_INLINE bool may_have_loss(const Gathered<T>& g) {
+        return needed_pairs().present(may_have_pos(g), may_have_neg(g));
     }
 
    private:
@@ -123,11 +136,25 @@ struct WithDerivatives : Formula {
             return Formula::pos_term(s);
         }
     }
+    // From log-sum-exps as they are where 1 + sum is computed in this type.
+    DML_INLINE void set_nonzero(const Gathered<T>& g, RowDerivatives<T>& result) const {
+        T part[2] = {result.part[0], result.part[1]};
+        if constexpr (Formula::kPlusOne) {
+            const auto rounded = [](Accumulator accumulator, T value) {
+                return accumulator == Accumulator::kLogSumExp && vanishes(value) ? T(0) : value;
+            };
+            const Gathered<T> as_computed = {rounded(Formula::kNeg, g.neg), rounded(Formula::kPos, g.pos),
+                                             g.neg_count, g.pos_count};
+            const RowLoss<Dual<T>> loss = Formula::row(dual(as_computed, T(0), T(0)));
+            part[0] = loss.part[0].value;
+            part[1] = loss.part[1].value;
+        }
+        result.nonzero[0] = is_nonzero(part[0]);
+        result.nonzero[1] = is_nonzero(part[1]);
+    }
     static DML_INLINE Gathered<Dual<T>> dual(const Gathered<T>& g, T by_neg, T by_pos) {
         return {Dual<T>(g.neg, by_neg), Dual<T>(g.pos, by_pos), g.neg_count, g.pos_count};
     }
-    // False where the value shows that no pair was kept: it is -inf, for log-sum-exps of one kind without
-    // the 1.
     static DML_INLINE bool may_have_neg(const Gathered<T>& g) {
         constexpr bool kShows =
             Formula::kNeg == Accumulator::kLogSumExp && !Formula::kPlusOne && !Formula::kPosInNeg;
@@ -137,6 +164,46 @@ struct WithDerivatives : Formula {
         constexpr bool kShows = Formula::kPos == Accumulator::kLogSumExp && !Formula::kPlusOne;
         return !(kShows && is_empty(g.pos));
     }
+};
+
+// ---- derivatives by parameters ----------------------------------------------------------------------------
+
+// The template that a formula is an instance of.
+template <typename Formula>
+struct FormulaTemplate;
+template <template <typename> class Formula, typename T>
+struct FormulaTemplate<Formula<T>> {
+    template <typename Number>
+    using Of = Formula<Number>;
+};
+template <typename T, typename Formula>
+struct FormulaTemplate<WithDerivatives<T, Formula>> : FormulaTemplate<Formula> {};
+
+// The derivatives of a formula's functions by one of its parameters.
+template <typename T, typename Formula>
+class ByParam {
+   public:
+    DML_INLINE ByParam(const double* params, int k) : formula_(Params<Dual<T>>{params, k}) {}
+
+    DML_INLINE T neg_term(T s) const { return derivative_of(formula_.neg_term(Dual<T>(s))); }
+    // For a constant context: what moves it comes by way of the negatives' accumulator.
+    DML_INLINE T pos_term(T s, T ctx) const {
+        if constexpr (Formula::kContext) {
+            return derivative_of(formula_.pos_term(Dual<T>(s), Dual<T>(ctx)));
+        } else {
+            return derivative_of(formula_.pos_term(Dual<T>(s)));
+        }
+    }
+    // Of the parts of a row's loss, for constant accumulators.
+    DML_INLINE void row(const Gathered<T>& g, T part[2]) const {
+        const RowLoss<Dual<T>> loss =
+            formula_.row(Gathered<Dual<T>>{Dual<T>(g.neg), Dual<T>(g.pos), g.neg_count, g.pos_count});
+        for (int p = 0; p < 2; ++p) part[p] = loss.part[p].derivative;
+    }
+
+   private:
+    using DualFormula = typename FormulaTemplate<Formula>::template Of<Dual<T>>;
+    DualFormula formula_;
 };
 
 }  // namespace dml

@@ -15,6 +15,8 @@ struct Dual {
     T value, derivative;
 
     DML_INLINE Dual(T value = T(0), T derivative = T(0)) : value(value), derivative(derivative) {}
+    template <typename U>
+    DML_INLINE explicit Dual(Dual<U> x) : value(T(x.value)), derivative(T(x.derivative)) {}
 
     friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.derivative}; }
     friend DML_INLINE Dual operator+(Dual a, Dual b) {
@@ -39,11 +41,27 @@ struct Dual {
     friend DML_INLINE Dual operator*(Dual a, T b) { return {a.value * b, a.derivative * b}; }
     friend DML_INLINE Dual operator*(T a, Dual b) { return {a * b.value, a * b.derivative}; }
     friend DML_INLINE Dual operator/(Dual a, T b) { return {a.value / b, a.derivative / b}; }
+    friend DML_INLINE Dual operator/(T a, Dual b) { return Dual(a) / b; }
+
+    friend DML_INLINE Dual pow(Dual x, T power) {
+        const T slope = power == T(0) ? T(0) : power * dml::pow(x.value, power - T(1));
+        return {dml::pow(x.value, power), slope * x.derivative};
+    }
+    friend DML_INLINE Dual pow(T x, Dual power) {
+        const T y = dml::pow(x, power.value);
+        return {y, x > T(0) ? y * dml::log(x) * power.derivative : T(0)};
+    }
+    friend DML_INLINE Dual pow(Dual x, Dual power) {
+        const Dual of_x = pow(x, power.value), of_power = pow(x.value, power);
+        return {of_x.value, of_x.derivative + of_power.derivative};
+    }
 
     friend DML_INLINE bool operator<(Dual a, Dual b) { return a.value < b.value; }
     friend DML_INLINE bool operator>(Dual a, Dual b) { return a.value > b.value; }
     friend DML_INLINE bool operator<=(Dual a, Dual b) { return a.value <= b.value; }
     friend DML_INLINE bool operator>=(Dual a, Dual b) { return a.value >= b.value; }
+    friend DML_INLINE bool operator==(Dual a, Dual b) { return a.value == b.value; }
+    friend DML_INLINE bool operator!=(Dual a, Dual b) { return a.value != b.value; }
 };
 
 // Plain<T> and Plain<Dual<T>> are T.
@@ -115,6 +133,18 @@ DML_INLINE Dual<T> exp_fast(Dual<T> x) {
 }
 
 template <typename T>
+DML_INLINE Dual<T> log(Dual<T> x) {
+    return {log(x.value), x.derivative / x.value};
+}
+
+// The derivative at 0 is 0.
+template <typename T>
+DML_INLINE Dual<T> abs(Dual<T> x) {
+    const T sign = x.value > T(0) ? T(1) : x.value < T(0) ? T(-1) : T(0);
+    return {abs(x.value), sign * x.derivative};
+}
+
+template <typename T>
 DML_INLINE Dual<T> relu(Dual<T> x) {
     return {relu(x.value), x.value > T(0) ? x.derivative : T(0)};
 }
@@ -128,6 +158,22 @@ DML_INLINE Dual<T> sigmoid(Dual<T> x) {
 template <typename T>
 DML_INLINE Dual<T> softplus(Dual<T> x) {
     return {softplus(x.value), sigmoid(x.value) * x.derivative};
+}
+
+template <typename T>
+DML_INLINE Dual<T> cos(Dual<T> x) {
+    return {cos(x.value), -sin(x.value) * x.derivative};
+}
+template <typename T>
+DML_INLINE Dual<T> sin(Dual<T> x) {
+    return {sin(x.value), cos(x.value) * x.derivative};
+}
+
+// The angle whose sine and cosine are in the ratio y : x.
+template <typename T>
+DML_INLINE Dual<T> angle(Dual<T> y, Dual<T> x) {
+    const T square = x.value * x.value + y.value * y.value;
+    return {angle(y.value, x.value), (x.value * y.derivative - y.value * x.derivative) / square};
 }
 
 template <typename T>

@@ -11,7 +11,7 @@
 // A formula is a struct template over the scalar type T. It derives from FormulaDefaults and has
 //
 //   kParams                   "alpha, beta": the parameters' names, in the constructor's order
-//   Name(const double*)       the constructor from the parameters
+//   Name(Params<T>)           the constructor from the parameters
 //   neg_term(s)               the term of a negative with similarity s
 //   pos_term(s)               the term of a positive with similarity s
 //   pos_term(s, ctx)          the same with kContext, where ctx is the value of the row's negative
@@ -20,8 +20,9 @@
 //
 // Each function is a template over the type of number, T or Dual<T> (dual.h). derivatives.h calls it with
 // dual numbers, so a formula states no derivative; constant(x) marks what the gradient treats as constant.
-// Use the functions of core/numeric.h (exp_fast, softplus, relu, root) and rounded_product for the product in
-// a logit.
+// For the derivatives by a parameter that learns, T itself is a type of dual numbers.
+// Use the functions of core/numeric.h (exp_fast, log, pow, abs, sqrt, softplus, relu) and rounded_product for
+// the product in a logit.
 //
 // Among the pairs of one kind, the largest logit must be at the smallest or at the largest similarity: the
 // CUDA kernels look only there for the maximum.
@@ -34,6 +35,7 @@
 #include "core/numeric.h"
 #include "core/portable.h"
 #include "losses/dual.h"
+#include "losses/params.h"
 
 namespace dml {
 
@@ -79,14 +81,16 @@ struct FormulaDefaults {
     // Where a summand is 0, so is its derivative: backward skips tiles of such pairs.
     static constexpr bool kHinge = false;
 
+    // The loss (of a pair, or of a row) is log(1 + x). "mean_nonzero" counts it as 0 where 1 + x is 1 in the type,
+    // as the implementations that compute it so do. Log-sum-exps with kPlusOne are counted likewise without it.
+    static constexpr bool kLogOnePlus = false;
+
     // A row without positives, without negatives, has no loss.
     static constexpr bool kNeedsPos = false, kNeedsNeg = false;
 
     static constexpr Count kCount = Count::kRows;
     static constexpr int kParts = 1;
 };
-
-inline constexpr int kMaxParams = 8;
 
 // The number of names in "a, b, c".
 constexpr int count_names(std::string_view names) {

@@ -12,7 +12,7 @@ struct LiftedStructure : FormulaDefaults {
 
     T neg_level, pos_level;
 
-    DML_INLINE explicit LiftedStructure(const double* params)
+    DML_INLINE explicit LiftedStructure(Params<T> params)
         : neg_level(T(params[0])), pos_level(T(params[1])) {}
 
     template <typename S>

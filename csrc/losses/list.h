@@ -17,8 +17,10 @@
 #include "losses/lifted_structure.h"
 #include "losses/margin_softmax.h"
 #include "losses/multi_similarity.h"
+#include "losses/negatives_lse.h"
 #include "losses/nt_xent.h"
 #include "losses/proxy_anchor.h"
+#include "losses/siglip.h"
 #include "losses/sup_con.h"
 
 //  X(name of the formula in ops, its struct)
@@ -31,7 +33,9 @@
     X(sup_con, SupCon)                     \
     X(lifted_structure, LiftedStructure)   \
     X(margin_softmax, MarginSoftmax)       \
-    X(proxy_anchor, ProxyAnchor)
+    X(proxy_anchor, ProxyAnchor)           \
+    X(siglip, SigLIP)                      \
+    X(negatives_lse, NegativesLSE)
 
 #endif
 

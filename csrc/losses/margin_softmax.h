@@ -13,16 +13,17 @@ namespace dml {
 template <typename T>
 struct MarginSoftmax : FormulaDefaults {
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "scale, margin, cosine, sine";
 
     T scale, margin, cosine, sine, shift;
 
-    DML_INLINE explicit MarginSoftmax(const double* params)
+    DML_INLINE explicit MarginSoftmax(Params<T> params)
         : scale(T(params[0])),
           margin(T(params[1])),
           cosine(T(params[2])),
           sine(T(params[3])),
-          shift(sine * std::atan2(sine, cosine)) {}
+          shift(sine * angle(sine, cosine)) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

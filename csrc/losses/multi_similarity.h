@@ -12,7 +12,7 @@ struct MultiSimilarity : FormulaDefaults {
 
     T alpha, beta, base;
 
-    DML_INLINE explicit MultiSimilarity(const double* params)
+    DML_INLINE explicit MultiSimilarity(Params<T> params)
         : alpha(T(params[0])), beta(T(params[1])), base(T(params[2])) {}
 
     template <typename S>

@@ -15,11 +15,12 @@ struct NTXent : FormulaDefaults {
     static constexpr bool kContext = true;
     static constexpr bool kNeedsPos = true;
     static constexpr Count kCount = Count::kPairs;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "temperature";
 
     T inverse;
 
-    DML_INLINE explicit NTXent(const double* params) : inverse(T(1.0 / params[0])) {}
+    DML_INLINE explicit NTXent(Params<T> params) : inverse(T(1.0 / params[0])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

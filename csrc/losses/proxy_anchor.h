@@ -10,11 +10,12 @@ namespace dml {
 template <typename T>
 struct ProxyAnchor : FormulaDefaults {
     static constexpr int kParts = 2;
+    static constexpr bool kLogOnePlus = true;
     static constexpr const char* kParams = "margin, alpha";
 
     T margin, alpha;
 
-    DML_INLINE explicit ProxyAnchor(const double* params) : margin(T(params[0])), alpha(T(params[1])) {}
+    DML_INLINE explicit ProxyAnchor(Params<T> params) : margin(T(params[0])), alpha(T(params[1])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {
@@ -28,7 +29,8 @@ struct ProxyAnchor : FormulaDefaults {
     template <typename S>
     DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
         const bool any_pos = !is_empty(g.pos), any_neg = !is_empty(g.neg);
-        return {any_pos ? softplus(g.pos) : S(0), T(any_pos), any_neg ? softplus(g.neg) : S(0), T(1)};
+        return {any_pos ? softplus(g.pos) : S(0), Plain<S>(any_pos), any_neg ? softplus(g.neg) : S(0),
+                Plain<S>(1)};
     }
 };
 

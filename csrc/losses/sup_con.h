@@ -15,7 +15,7 @@ struct SupCon : FormulaDefaults {
 
     T inverse;
 
-    DML_INLINE explicit SupCon(const double* params) : inverse(T(1.0 / params[0])) {}
+    DML_INLINE explicit SupCon(Params<T> params) : inverse(T(1.0 / params[0])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace dml {
@@ -38,7 +40,9 @@ struct PairOptions {
     std::string_view similarity;    // cosine | dot | euclidean | euclidean_raw (of rows as they come)
     std::string_view reduction;     // mean | mean_nonzero | mean_valid | sum | none
     bool mine_self_pair;            // whether mining sees the pair of a row with its self_index
-    bool return_sums;            // the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    bool return_sums;  // the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    bool
+        both_directions;  // the rows of ref_emb have losses too, over the rows of embeddings: rows N to N + M
     std::string_view precision;  // how CUDA multiplies float32: ieee | tf32
     bool save_for_backward;      // whether similarities may be kept for backward
     // float64 on the CPU: params, then epsilon, in place of those above. A compiled graph reads it when it
@@ -48,47 +52,54 @@ struct PairOptions {
 
     static constexpr char kSchema[] =
         "str formula, float[] params, float? epsilon, str similarity, str reduction, bool mine_self_pair, "
-        "bool return_sums, str precision, bool save_for_backward, Tensor? dynamic_params";
-    using Values = std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
-                              c10::string_view, bool, bool, c10::string_view, bool, const OptionalTensor&>;
+        "bool return_sums, bool both_directions, str precision, bool save_for_backward, Tensor? "
+        "dynamic_params";
+    using Values =
+        std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
+                   c10::string_view, bool, bool, bool, c10::string_view, bool, const OptionalTensor&>;
     Values values() const {
-        return {formula,        params,      epsilon,   similarity,        reduction,
-                mine_self_pair, return_sums, precision, save_for_backward, dynamic_params};
+        return {formula,     params,          epsilon,   similarity,        reduction,     mine_self_pair,
+                return_sums, both_directions, precision, save_for_backward, dynamic_params};
     }
 };
 
-struct Call : PairBatch, PairOptions {};
+struct Call : PairBatch, PairOptions {
+    // [N], or [N + M] with both_directions: factors of the rows' losses. Between batch and options in the ops.
+    const OptionalTensor& row_weights;
+
+    static constexpr char kRowWeightsSchema[] = "Tensor? row_weights";
+};
 
 // A copy of options that owns what they refer to; but not dynamic_params, which autograd keeps.
 class OwnedOptions {
-   public:
-    explicit OwnedOptions(const PairOptions& from)
-        : formula_(from.formula),
-          similarity_(from.similarity),
-          reduction_(from.reduction),
-          precision_(from.precision),
-          params_(from.params.vec()),
-          options_(from) {
-        options_.formula = formula_;
-        options_.similarity = similarity_;
-        options_.reduction = reduction_;
-        options_.precision = precision_;
-        options_.params = params_;
-        options_.dynamic_params.reset();
+    template <typename T>
+    static std::decay_t<T> own(const T& x) {
+        return x;
     }
-    OwnedOptions(const OwnedOptions&) = delete;
-    OwnedOptions& operator=(const OwnedOptions&) = delete;
+    static std::string own(std::string_view x) { return std::string(x); }
+    static std::vector<double> own(at::ArrayRef<double> x) { return x.vec(); }
+    template <typename... Values>
+    static auto own_each(const std::tuple<Values...>&)
+        -> std::tuple<decltype(own(std::declval<Values>()))...>;
 
+   public:
+    using Fields = decltype(own_each(std::declval<PairOptions::Values>()));
+
+    explicit OwnedOptions(Fields fields) : fields_(std::move(fields)) {}
+    explicit OwnedOptions(PairOptions from) {
+        from.dynamic_params.reset();
+        fields_ = std::apply([](const auto&... x) { return Fields(own(x)...); }, from.values());
+    }
+
+    const Fields& fields() const { return fields_; }
     PairOptions with(const OptionalTensor& dynamic_params) const {
-        PairOptions options = options_;
+        PairOptions options = std::apply([](const auto&... x) { return PairOptions{x...}; }, fields_);
         options.dynamic_params = dynamic_params;
         return options;
     }
 
    private:
-    const std::string formula_, similarity_, reduction_, precision_;
-    const std::vector<double> params_;
-    PairOptions options_;
+    Fields fields_;
 };
 
 // ---- between an op's flat argument list and the structs ----------------------------------------------------
@@ -101,8 +112,8 @@ struct FlatOp;
 
 template <auto function, typename Result, typename... Rest, typename... Batch, typename... Options>
 struct FlatOp<function, Result (*)(const Call&, Rest...), std::tuple<Batch...>, std::tuple<Options...>> {
-    static Result call(Batch... batch, Options... options, Rest... rest) {
-        return function(Call{{batch...}, {options...}}, rest...);
+    static Result call(Batch... batch, const OptionalTensor& row_weights, Options... options, Rest... rest) {
+        return function(Call{{batch...}, {options...}, row_weights}, rest...);
     }
 };
 
@@ -138,8 +149,10 @@ struct PythonOp<function, Result (*)(const PairOptions&, Rest...), std::tuple<Op
 // Calls an op, as found in the dispatcher, with a call and the op's other arguments.
 template <typename Op, typename... Rest>
 auto call_op(const Op& op, const Call& call, const Rest&... rest) {
-    return std::apply([&](const auto&... arguments) { return op.call(arguments..., rest...); },
-                      std::tuple_cat(call.PairBatch::values(), call.PairOptions::values()));
+    return std::apply(
+        [&](const auto&... arguments) { return op.call(arguments..., rest...); },
+        std::tuple_cat(call.PairBatch::values(), std::tuple<const OptionalTensor&>(call.row_weights),
+                       call.PairOptions::values()));
 }
 
 }  // namespace dml

@@ -8,8 +8,8 @@ namespace dml {
 // The op through the dispatcher, so that autograd, autocast and transforms see the call.
 ForwardResult dispatch_pair_loss(const Call& call);
 
-// Whether the loss needs a graph to embeddings or ref_emb.
-bool needs_gradient(const at::Tensor& embeddings, const OptionalTensor& ref_emb);
+// Whether the loss needs a graph to the points or the parameters.
+bool needs_gradient(const Call& call);
 
 // Whether x carries a tangent of forward-mode differentiation.
 bool has_tangent(const at::Tensor& x);

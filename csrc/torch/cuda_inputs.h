@@ -63,6 +63,15 @@ struct Inputs {
     }
 };
 
+// What the CUDA kernels do not have; dml_cuda/_ops/evaluate.py goes other ways.
+inline void check_no_param_gradient(bool need_params) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!need_params, "need_params: the CUDA kernels have no gradient of parameters");
+}
+inline void check_one_direction(const Call& c) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!c.both_directions, "both_directions: the CUDA kernels know one");
+    TORCH_CHECK_NOT_IMPLEMENTED(!c.row_weights, "row_weights: the CUDA kernels have none");
+}
+
 inline Tensor bytes(int64_t count, const Tensor& like) {
     return at::empty({count}, like.options().dtype(at::kByte));
 }

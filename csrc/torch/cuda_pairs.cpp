@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cuda/indexed/listed_pairs.h"
+#include "torch/columns.h"
 #include "torch/cuda_inputs.h"
 #include "torch/listed_ops.h"
 
@@ -17,6 +18,7 @@ using at::Tensor;
 
 ForwardResult pair_loss(const Call& c) {
     check_inputs(c);
+    check_one_direction(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
@@ -30,8 +32,10 @@ ForwardResult pair_loss(const Call& c) {
 }
 
 BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const Tensor& saved, bool need_emb,
-                                  bool need_ref) {
+                                  bool need_ref, bool need_params) {
     check_inputs(c);
+    check_one_direction(c);
+    check_no_param_gradient(need_params);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
@@ -48,7 +52,9 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
     engine.backward(in.task, c.save_for_backward, saved.data_ptr(), upstream.const_data_ptr(),
                     data_or_null(grad_emb), data_or_null(grad_ref), workspace.data_ptr(),
                     c10::cuda::getCurrentCUDAStream());
-    return {grad_emb, grad_ref};
+    return {need_emb ? laid_out_as(c.embeddings, grad_emb) : grad_emb,
+            need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref,
+            at::empty({0}, at::kDouble)};
 }
 
 // ---- pairs given as lists ----------------------------------------------------------------------------

@@ -150,9 +150,10 @@ std::tuple<Tensor, Tensor> finish(const PairOptions& options, const Tensor& stat
 }
 
 // grad_parts [2, N]: the gradient by each row's parts. The results are in the type computed in.
-std::tuple<Tensor, Tensor> backward_of_block(const Call& call, const Tensor& grad_parts,
-                                             const Tensor& weights, const Tensor& kept, bool need_emb,
-                                             bool need_ref) {
+BlockGradients backward_of_block(const Call& call, const Tensor& grad_parts, const Tensor& weights,
+                                 const Tensor& kept, bool need_emb, bool need_ref, bool need_params,
+                                 bool /*by_rows*/) {
+    check_no_param_gradient(need_params);
     const Tensor& embeddings = call.embeddings;
     const c10::cuda::CUDAGuard guard(embeddings.device());
     const BlockInputs block(call);
@@ -173,8 +174,10 @@ std::tuple<Tensor, Tensor> backward_of_block(const Call& call, const Tensor& gra
         if (!wanted) return at::empty({0}, options);
         return block.empty() ? at::zeros(like.sizes(), options) : at::empty(like.sizes(), options);
     };
+    const Tensor none = at::empty({0}, at::kDouble);
     Tensor grad_emb = gradient(need_emb, embeddings), grad_ref = gradient(need_ref, *call.ref_emb);
-    if (block.empty() || embeddings.size(1) == 0 || !(need_emb || need_ref)) return {grad_emb, grad_ref};
+    if (block.empty() || embeddings.size(1) == 0 || !(need_emb || need_ref))
+        return {grad_emb, grad_ref, none};
     const Tensor upstream = grad_parts.contiguous();
     const Tensor workspace = bytes(sizes.backward_workspace, embeddings);
     const auto data_or_null = [](bool wanted, const Tensor& x) { return wanted ? x.data_ptr() : nullptr; };
@@ -182,7 +185,7 @@ std::tuple<Tensor, Tensor> backward_of_block(const Call& call, const Tensor& gra
                           sizes.kept > 0 ? kept.const_data_ptr() : nullptr, data_or_null(need_emb, grad_emb),
                           data_or_null(need_ref, grad_ref), workspace.data_ptr(),
                           c10::cuda::getCurrentCUDAStream());
-    return {grad_emb, grad_ref};
+    return {grad_emb, grad_ref, none};
 }
 
 }  // namespace

@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> select(const PairBatch& batch, const OptionalTensor& 
     const int64_t count = anchors ? rows.numel() : of.n;
     Tensor column = at::full({count}, -1, of.rows.rows.options().dtype(at::kLong));
     Tensor similarity = at::full({count}, -infinity<double>(), of.rows.rows.options());
-    const SelectedPairs pairs = {anchors ? rows.const_data_ptr<int64_t>() : nullptr,
+    const SelectedPairs pairs = {anchors.has_value(), anchors ? rows.const_data_ptr<int64_t>() : nullptr,
                                  anchors ? asked.const_data_ptr<int64_t>() : nullptr, count, rule.positive};
     const auto run = type_of(embeddings) == at::kDouble ? select_of<double> : select_of<float>;
     run(of, rules, pairs, column, similarity);

@@ -8,6 +8,7 @@
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "custom/registry.h"
 #include "torch/autograd.h"
@@ -39,10 +40,13 @@ bool are_labels(const Tensor& labels, const Tensor& points) {
            labels.device() == points.device();
 }
 
-// Whether a mode sees calls of Python functions, or a transform of torch.func is active.
+// Whether a mode sees calls of Python functions, a transform of torch.func is active, or torch.jit.trace
+// records the ops that Python calls.
 bool is_watched() {
-    return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has(
-                                                          c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+    return at::impl::torch_function_mode_enabled() ||
+           c10::impl::tls_local_dispatch_key_set().included_.has(
+               c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+           torch::jit::tracer::isTracing();
 }
 
 bool has_cuda_kernels(std::string_view formula) {
@@ -60,10 +64,11 @@ bool has_cuda_kernels(std::string_view formula) {
 // are found out here.
 py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::handle labels,
                           py::handle ref_emb, py::handle ref_labels, py::handle self_index,
-                          py::handle num_valid_refs) {
-    OptionalTensor x, y, r, ry, self, count;
+                          py::handle num_valid_refs, py::handle row_weights) {
+    OptionalTensor x, y, r, ry, self, count, weights;
     if (is_watched() || !unpack(embeddings, x) || !unpack(labels, y) || !unpack(ref_emb, r) ||
-        !unpack(ref_labels, ry) || !unpack(self_index, self) || !unpack(num_valid_refs, count)) {
+        !unpack(ref_labels, ry) || !unpack(self_index, self) || !unpack(num_valid_refs, count) ||
+        !unpack(row_weights, weights)) {
         return py::none();
     }
     if (!x || !y || !are_points(*x) || !are_labels(*y, *x)) return py::none();
@@ -76,13 +81,13 @@ py::object fast_pair_loss(const PairOptions& given, py::handle embeddings, py::h
     Tensor loss;
     {
         const py::gil_scoped_release without_gil;
-        Call call{{*x, *y, r, ry, self, count}, given};
-        call.save_for_backward = needs_gradient(*x, r);
+        Call call{{*x, *y, r, ry, self, count}, given, weights};
+        call.save_for_backward = needs_gradient(call);
         if (x->is_cuda() && x->scalar_type() == at::kFloat) call.precision = cuda_precision();
         loss = std::get<0>(dispatch_pair_loss(call));
-        const auto wanted =
-            at::autocast::is_autocast_enabled(x->device().type()) ? at::kFloat : x->scalar_type();
-        if (loss.scalar_type() != wanted) loss = loss.to(wanted);
+        // The op returns float32, or float64 of float64.
+        if (loss.scalar_type() != x->scalar_type() && !at::autocast::is_autocast_enabled(x->device().type()))
+            loss = loss.to(x->scalar_type());
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(loss));
 }

@@ -18,8 +18,8 @@
 
 namespace dml {
 
-using ForwardResult = std::tuple<at::Tensor, at::Tensor>;   // loss, saved
-using BackwardResult = std::tuple<at::Tensor, at::Tensor>;  // grad_emb, grad_ref
+using ForwardResult = std::tuple<at::Tensor, at::Tensor>;               // loss, saved
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // grad_emb, grad_ref, grad_params
 
 // ---- names ------------------------------------------------------------------------------------------------
 
@@ -113,15 +113,30 @@ inline void check_batch(const PairBatch& c) {
     check_index(c.num_valid_refs, 1, "num_valid_refs");
 }
 
+// How many rows have a loss.
+inline int64_t loss_rows(const Call& c) {
+    return c.embeddings.size(0) + (c.both_directions ? c.ref_emb->size(0) : 0);
+}
+
 inline void check_inputs(const Call& c) {
     check_batch(c);
     TORCH_CHECK_VALUE(!c.return_sums || c.reduction != "none",
                       "return_sums: expected a reduction other than none");
+    TORCH_CHECK_VALUE(!c.both_directions || (c.ref_emb && !c.self_index && !c.num_valid_refs),
+                      "both_directions: expected ref_emb, and neither self_index nor num_valid_refs");
+    if (!c.row_weights) return;
+    const at::Tensor& weights = *c.row_weights;
+    TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == loss_rows(c), "row_weights: expected ",
+                      loss_rows(c), " numbers, got shape ", weights.sizes());
+    TORCH_CHECK_TYPE(weights.is_floating_point(), "row_weights: expected floating-point numbers, got ",
+                     weights.scalar_type());
+    TORCH_CHECK_VALUE(weights.device() == c.embeddings.device(), "row_weights: on ", weights.device(),
+                      ", but embeddings on ", c.embeddings.device());
 }
 
 // The elements of the result.
 inline int64_t loss_numel(const Call& c) {
-    return c.reduction == "none" ? c.embeddings.size(0) : c.return_sums ? 4 : 1;
+    return c.reduction == "none" ? loss_rows(c) : c.return_sums ? 4 : 1;
 }
 
 // `saved` must have the bytes that forward made.
@@ -161,6 +176,7 @@ inline Problem describe(const PairOptions& o) {
     p.reduction = parse_reduction(o.reduction);
     p.mine_self_pair = o.mine_self_pair;
     p.return_sums = o.return_sums;
+    p.both_directions = o.both_directions;
     return p;
 }
 

@@ -12,15 +12,16 @@ inline std::string with_options(const std::string& name, const std::string& rest
     return name + "(" + PairOptions::kSchema + rest;
 }
 inline std::string with_batch(const std::string& name, const std::string& rest) {
-    return name + "(" + PairBatch::kSchema + ", " + PairOptions::kSchema + rest;
+    return name + "(" + PairBatch::kSchema + ", " + Call::kRowWeightsSchema + ", " + PairOptions::kSchema +
+           rest;
 }
 
-// The loss of a batch, and its gradient.
+// The loss of a batch, and its gradient. Absent gradients are [0]; grad_params is that of dynamic_params.
 inline std::string pair_loss() { return with_batch("pair_loss", ") -> (Tensor loss, Tensor saved)"); }
 inline std::string pair_loss_backward() {
     return with_batch("pair_loss_backward",
-                      ", Tensor grad_loss, Tensor saved, bool need_emb, bool need_ref) -> "
-                      "(Tensor grad_emb, Tensor grad_ref)");
+                      ", Tensor grad_loss, Tensor saved, bool need_emb, bool need_ref, bool need_params) -> "
+                      "(Tensor grad_emb, Tensor grad_ref, Tensor grad_params)");
 }
 
 // The same for a ring of processes: one block of columns a call, as ref_emb, in which self_index names each
@@ -29,7 +30,8 @@ inline std::string pair_loss_backward() {
 //   pair_block_turn      makes the state (stage "start"), or turns it to the next stage
 //   pair_block           adds a block in a stage, and returns which of its tiles may have a gradient
 //   pair_block_rows      losses [4, N]: the rows' parts 0 and 1 and their counts; weights: for backward
-//   pair_block_backward  the gradients by the rows and by one block
+//   pair_block_backward  the gradients by the rows, by one block, and by dynamic_params: of the block's terms,
+//                        and, with by_rows, of what the rows' losses make of them
 inline std::string pair_block_turn() {
     return with_options("pair_block_turn",
                         ", Tensor? state, Tensor pairs, str stage, bool is_double) -> Tensor state");
@@ -44,8 +46,9 @@ inline std::string pair_block_rows() {
 }
 inline std::string pair_block_backward() {
     return with_batch("pair_block_backward",
-                      ", Tensor grad_parts, Tensor weights, Tensor kept, bool need_emb, bool need_ref) -> "
-                      "(Tensor grad_emb, Tensor grad_ref)");
+                      ", Tensor grad_parts, Tensor weights, Tensor kept, bool need_emb, bool need_ref, "
+                      "bool need_params, bool by_rows) -> "
+                      "(Tensor grad_emb, Tensor grad_ref, Tensor grad_params)");
 }
 
 // Triplets of an anchor with a positive and a negative, without listing them.

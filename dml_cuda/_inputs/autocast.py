@@ -1,8 +1,9 @@
-"""Autocast: the losses compute in full precision and return float32."""
+"""Autocast: the losses compute in full precision and return float32, or float64 of float64."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 # Evaluated at import: torch.compile of PyTorch 2.11 cannot trace is_autocast_available.
 _DEVICES = frozenset(
@@ -12,6 +13,13 @@ _DEVICES = frozenset(
 
 def is_on(device: torch.device) -> bool:
     return device.type in _DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def result_dtype(embeddings: Tensor, wide: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a loss of these: theirs, or ``wide``; under autocast float32 at least."""
+    dtype = embeddings.dtype if wide is None else wide
+    is_wide = dtype in (torch.float32, torch.float64)
+    return dtype if is_wide or not is_on(embeddings.device) else torch.float32
 
 
 def off(device: torch.device) -> AbstractContextManager:

@@ -10,6 +10,7 @@ from ..miners.mined_pairs import MinedPairs
 from . import autocast as _autocast
 from .checks import check_batch, check_points
 from .indices import listed_pairs
+from .row_weights import check_row_weights
 
 
 class Batch(NamedTuple):
@@ -21,6 +22,7 @@ class Batch(NamedTuple):
     ref_labels: Tensor | None = None  # [M]
     self_index: Tensor | None = None  # [N] int64, as in reference.pair_loss
     num_valid_refs: Tensor | None = None  # int64 scalar
+    row_weights: Tensor | None = None  # [N] factors of the rows' losses
     epsilon: float | None = None
     mine_self_pair: bool = True
     indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # listed pairs, instead of labels
@@ -79,8 +81,22 @@ def make_batch(
     epsilon: float | None,
     similarity: str,
     check_pairs: bool,
+    row_weights: Tensor | None = None,
 ) -> Batch:
     """Validates a batch and finds which of its pairs count. Raises TypeError or ValueError."""
+    if row_weights is not None:
+        check_row_weights(row_weights, embeddings)
+        batch = make_batch(
+            embeddings,
+            labels,
+            indices_tuple,
+            ref_emb,
+            ref_labels,
+            epsilon=epsilon,
+            similarity=similarity,
+            check_pairs=check_pairs,
+        )
+        return batch._replace(row_weights=to_save(row_weights))
     points = embeddings, ref_emb  # as mined: not promoted
     if ref_emb is not None:
         embeddings, ref_emb = same_dtype(embeddings, ref_emb)

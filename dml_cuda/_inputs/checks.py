@@ -1,6 +1,7 @@
 """Argument checks. Every error names the argument, what was expected and what was passed."""
 
 import sys
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Literal, get_args
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast as _autocast
+from .traced import is_traced
 
 Similarity = Literal["cosine", "dot", "euclidean"]
 Reduction = Literal["mean", "mean_nonzero", "mean_valid", "sum", "none"]
@@ -45,6 +47,8 @@ def check_number(name: str, value: object) -> None:
     """A finite number. Uses comparisons, which torch.compile can trace for symbolic numbers."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(value, int | float):  # NumPy compares its shorter types in their own range
+        value = float(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
@@ -53,6 +57,20 @@ def check_above_zero(name: str, value: object) -> None:
     check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def check_parameter(name: str, value: object, check: Callable[[str, object], None]) -> None:
+    """A parameter of a loss: a number, or a tensor with one, whose value is checked where it can be known
+    without waiting for a device."""
+    if not isinstance(value, Tensor) or check is check_flag:
+        check(name, value)
+        return
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.ndim:
+        raise ValueError(f"{name}: expected one number, a tensor of shape [], got {list(value.shape)}")
+    if value.device.type == "cpu" and not is_traced(value):
+        check(name, value.item())
 
 
 def check_count(name: str, value: object) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NAMES = ("pos_anchors", "positives", "neg_anchors", "negatives")
+TRIPLET_NAMES = ("anchors", "positives", "negatives")
 
 
 def _check_list(name: str, index: object) -> None:
@@ -36,6 +38,24 @@ def _check_kinds(indices: tuple[Tensor, ...], columns: int) -> None:
         )
 
 
+def index_lists(indices_tuple: object) -> tuple[Tensor, ...]:
+    """The 3 or 4 lists of ``indices_tuple``, NumPy arrays as tensors. Raises TypeError or ValueError."""
+    expected = "indices_tuple: expected a tuple of 4 index tensors (pairs) or 3 (triplets)"
+    if isinstance(indices_tuple, Tensor | np.ndarray):  # which unpacks into its rows
+        kind, shape = type(indices_tuple).__name__, list(indices_tuple.shape)
+        hint = "; pass its columns, tuple(x.T)" if shape[1:] in ([3], [4]) else ""
+        raise TypeError(f"{expected}, got one {kind} of shape {shape}{hint}")
+    if not isinstance(indices_tuple, Sequence | Iterable):
+        raise TypeError(f"{expected}, got {type(indices_tuple).__name__}")
+    lists = tuple(indices_tuple)
+    if len(lists) not in (3, 4):
+        raise ValueError(f"indices_tuple: expected 4 index tensors (pairs) or 3 (triplets), got {len(lists)}")
+    lists = tuple(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in lists)
+    for name, index in zip(TRIPLET_NAMES if len(lists) == 3 else NAMES, lists, strict=True):
+        _check_list(name, index)
+    return lists
+
+
 def listed_indices(
     indices_tuple: object, embeddings: Tensor, ref_emb: Tensor | None, *, check_range: bool
 ) -> tuple[Tensor, ...]:
@@ -43,24 +63,8 @@ def listed_indices(
 
     ``check_range`` raises ValueError for an index out of range; it synchronises with a GPU.
     """
-    if not isinstance(indices_tuple, Sequence | Iterable):
-        raise TypeError(
-            "indices_tuple: expected a tuple of 4 index tensors (pairs) or 3 (triplets), got "
-            f"{type(indices_tuple).__name__}"
-        )
-    indices = tuple(indices_tuple)
-    if len(indices) == 3:
-        names = ("anchors", "positives", "negatives")
-        equal = (0, 1), (0, 2)
-    elif len(indices) == 4:
-        names = NAMES
-        equal = (0, 1), (2, 3)
-    else:
-        raise ValueError(
-            f"indices_tuple: expected 4 index tensors (pairs) or 3 (triplets), got {len(indices)}"
-        )
-    for name, index in zip(names, indices, strict=True):
-        _check_list(name, index)
+    indices = index_lists(indices_tuple)
+    names, equal = (TRIPLET_NAMES, ((0, 1), (0, 2))) if len(indices) == 3 else (NAMES, ((0, 1), (2, 3)))
     for a, b in equal:
         if indices[a].shape != indices[b].shape:
             raise ValueError(

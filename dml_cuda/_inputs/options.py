@@ -1,8 +1,12 @@
 """The options that all pair losses share: declared, documented and checked."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from .checks import (
@@ -16,6 +20,7 @@ from .checks import (
     check_flag,
     check_number,
 )
+from .row_weights import check_factors
 
 
 class PairOptions(TypedDict, total=False):
@@ -37,13 +42,15 @@ class PairOptions(TypedDict, total=False):
             ``"mean_valid"`` over rows with a kept pair, ``"sum"``, or ``"none"`` for all ``[N]``. Pair-level
             losses (their documentation says so) average over kept pairs instead: ``"mean"`` and
             ``"mean_valid"`` over all, ``"mean_nonzero"`` over those whose loss is not 0; ``"none"`` gives
-            each row's sum over its pairs.
+            each row's sum over its pairs. A loss ``log(1 + x)`` counts as 0 where ``1 + x`` rounds to 1.
         backend: ``"auto"`` (the default) uses the fused kernel if the device has one; ``"fused"`` raises
             RuntimeError otherwise; ``"reference"`` runs the plain PyTorch implementation, which has second
             derivatives.
         check_pairs: also check listed pairs on a GPU, which synchronises (without it an index out of range
             gives NaN there), and compare the labels of mined pairs with those of the batch. ``False`` by
             default.
+        class_weights: ``[C]`` factors of the rows' losses by their label, which is then a class in [0, C); as
+            ``row_weights=class_weights[labels]`` in every call. ``None`` by default.
     """
 
     epsilon: float | None
@@ -52,6 +59,7 @@ class PairOptions(TypedDict, total=False):
     reduction: Reduction
     backend: Backend
     check_pairs: bool
+    class_weights: Tensor | None
 
 
 NAMES = tuple(PairOptions.__annotations__)
@@ -66,6 +74,7 @@ class Options(NamedTuple):
     reduction: str
     backend: str
     check_pairs: bool
+    class_weights: Tensor | None = None
 
     @property
     def measure(self) -> str:
@@ -82,11 +91,48 @@ def measure(similarity: str, normalize_embeddings: bool | None) -> str:
     return "cosine" if normalize_embeddings else "dot"
 
 
-def check_options(options: Mapping[str, object], *, similarity: str, reduction: str) -> Options:
-    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+# Arguments of pytorch-metric-learning's classes that those of dml_cuda do not have.
+_OF_PML = frozenset(
+    ("distance", "embedding_regularizer", "reducer", "weight_regularizer", "weight_init_func")
+)
+
+
+def unknown_argument(name: str, known: Sequence[str]) -> TypeError:
+    """The error for a keyword argument that is not among ``known``."""
+    similar = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    if name in _OF_PML:
+        hint = f"; the class of the same name in dml_cuda.pml takes pytorch-metric-learning's {name}"
+    return TypeError(f"{name}: expected one of the parameters or options {', '.join(known)}{hint}")
+
+
+def check_names(options: Mapping[str, object], names: Sequence[str], parameters: Iterable[str] = ()) -> None:
+    """Raises TypeError for an option that is none; ``parameters`` are those of the loss."""
     for name in options:
-        if name not in NAMES:
-            raise TypeError(f"{name}: expected one of the options {', '.join(NAMES)}")
+        if name not in names:
+            raise unknown_argument(name, (*parameters, *names))
+
+
+def with_known_names(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that names an argument which it does not have as :func:`unknown_argument` does."""
+    parameters = inspect.signature(init).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return init
+
+    @wraps(init)
+    def checked(self: object, *arguments: Any, **keywords: Any) -> None:
+        check_names(keywords, names)
+        init(self, *arguments, **keywords)
+
+    return checked
+
+
+def check_options(
+    options: Mapping[str, object], *, similarity: str, reduction: str, parameters: Iterable[str] = ()
+) -> Options:
+    """Validates options and adds a loss's defaults. Raises TypeError or ValueError."""
+    check_names(options, NAMES, parameters)
     checked = Options(
         options.get("epsilon"),
         options.get("similarity", similarity),
@@ -94,6 +140,7 @@ def check_options(options: Mapping[str, object], *, similarity: str, reduction: 
         options.get("reduction", reduction),
         options.get("backend", "auto"),
         options.get("check_pairs", False),
+        options.get("class_weights"),
     )
     if checked.epsilon is not None:
         check_number("epsilon", checked.epsilon)
@@ -103,4 +150,6 @@ def check_options(options: Mapping[str, object], *, similarity: str, reduction: 
     check_choice("reduction", checked.reduction, REDUCTIONS)
     check_choice("backend", checked.backend, BACKENDS)
     check_flag("check_pairs", checked.check_pairs)
+    if checked.class_weights is not None:
+        check_factors("class_weights", checked.class_weights, "[C]")
     return checked

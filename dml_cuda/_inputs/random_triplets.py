@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._ops.listed_triplets import Triplets
-from .._ops.triplets import Rows
+from .._ops.triplets import Rows, show_nonfinite
 
 
 def random_triplets(rows: Rows, per_anchor: int) -> Triplets:
@@ -48,5 +48,5 @@ def random_triplets(rows: Rows, per_anchor: int) -> Triplets:
     q = draw(negatives)
     q = torch.where(q >= begin[:, None], q + (end - begin)[:, None], q)
     exists = ((positives > 0) & (negatives > 0)).repeat_interleave(per_anchor, output_size=n * per_anchor)
-    p, q = (order[ranks.flatten().clamp(0, m - 1)] for ranks in (p, q))
+    p, q = (show_nonfinite(rows, order[ranks.flatten().clamp(0, m - 1)]) for ranks in (p, q))
     return Triplets(anchors, p, q, exists)

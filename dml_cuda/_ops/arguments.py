@@ -19,29 +19,37 @@ class OpBatch(NamedTuple):
     ref_labels: Tensor | None  # [M] int64
     self_index: Tensor | None  # [N] int64, the row of ref_emb that is the same point, or -1
     num_valid_refs: Tensor | None  # one int64: only so many of the first rows of ref_emb take part
+    row_weights: Tensor | None = None  # [N], or [N + M] with both_directions: factors of the rows' losses
 
 
 class OpOptions(NamedTuple):
     """A formula and its options."""
 
     formula: str
-    params: list[float]
+    params: list[float | Tensor]
     epsilon: float | None = None
     similarity: str = "cosine"
     reduction: str = "mean"
     mine_self_pair: bool = True
     return_sums: bool = False  # the loss is [part 0, part 1, count 0, count 1], for the caller to divide
+    both_directions: bool = False  # the rows of ref_emb have losses too: rows N to N + M
     precision: str = "ieee"  # how CUDA multiplies float32: ieee or tf32
     save_for_backward: bool = False
     dynamic_params: Tensor | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter is a tensor."""
+        return any(isinstance(value, Tensor) for value in self.params)
+
     def with_dynamic_params(self) -> "OpOptions":
-        """The same with the numbers in a tensor on the CPU, which a compiled graph reads when it runs.
+        """The same with the numbers in a tensor on the CPU: the op gives its gradient, and a compiled graph
+        reads it when it runs.
 
         A graph fixes the float arguments of an op: a margin that follows a schedule would compile a graph for
         each value.
         """
-        # Summed and stacked, not torch.tensor(values), which needs numbers that the compiler knows.
+        # Summed and stacked: torch.tensor(values) needs numbers that the compiler knows, and has no gradient.
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         values = *self.params, 0.0 if self.epsilon is None else self.epsilon
         return self._replace(
@@ -51,7 +59,7 @@ class OpOptions(NamedTuple):
         )
 
 
-def op_options(formula: str, params: list[float], similarity: str, options: Options) -> OpOptions:
+def op_options(formula: str, params: list[float | Tensor], similarity: str, options: Options) -> OpOptions:
     """The public options as the ops take them; ``similarity`` is ``options.measure``."""
     return OpOptions(formula, params, options.epsilon, similarity, options.reduction)
 

@@ -6,6 +6,7 @@ The derivative of pair_loss is not among them: csrc/torch/autograd.cpp holds it,
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401  loading it registers torch.ops.dml_cuda
@@ -32,6 +33,25 @@ def no_second_derivative(ctx, *_):
         "the fused losses of dml_cuda have no second derivative: "
         'pass backend="reference" to differentiate their gradient'
     )
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient by some points, as it is; it cannot be differentiated by them again."""
+
+    @staticmethod
+    def forward(gradient, *points):
+        return gradient.clone()
+
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(no_second_derivative)
+
+
+def first_derivative(gradient: Tensor, *points: Tensor | None) -> Tensor:
+    """A gradient that a backward pass returns: differentiating it by ``points`` is an error that says why."""
+    # Without a graph of the gradient there is no second derivative to be refused.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _FirstDerivative.apply(gradient, *points)
+    return gradient
 
 
 def save_nothing(ctx, inputs, output) -> None:

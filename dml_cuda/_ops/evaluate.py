@@ -1,5 +1,6 @@
 """From a batch to its loss: one ladder, read top to bottom in :func:`evaluate` and :func:`compute`."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from .. import _C
 from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
 from .._inputs.options import Options
+from .._inputs.row_weights import weights_of_rows
 from ..losses._formula import Formula
 from ..reference import pairs as reference
 from . import listed_pairs
@@ -25,9 +27,10 @@ class Call(NamedTuple):
     options: Options
     op_options: OpOptions  # the same as the ops take them
     dynamic_params: bool = False  # whether parameters may change from call to call
+    learns: bool = False  # whether a parameter is a tensor
 
     @property
-    def params(self) -> list[float]:
+    def params(self) -> list[float | Tensor]:
         """The parameters as ``formula.row`` and the kernels take them."""
         return self.op_options.params
 
@@ -36,11 +39,22 @@ class Call(NamedTuple):
         """As the ops name it."""
         return self.op_options.similarity
 
+    def with_values(self, values: Mapping[str, float | Tensor]) -> "Call":
+        """The same with other values of the parameters, which were checked."""
+        params = self.formula.params(values, self.similarity)
+        return self._replace(op_options=self.op_options._replace(params=params))
+
     def with_reduction(self, reduction: str) -> "Call":
         return self._replace(
             options=self.options._replace(reduction=reduction),
             op_options=self.op_options._replace(reduction=reduction),
         )
+
+    def without_class_weights(self) -> "Call":
+        return self._replace(options=self.options._replace(class_weights=None))
+
+    def with_both_directions(self) -> "Call":
+        return self._replace(op_options=self.op_options._replace(both_directions=True))
 
     def with_sums(self, return_sums: bool) -> "Call":
         return self._replace(op_options=self.op_options._replace(return_sums=return_sums))
@@ -53,8 +67,11 @@ def validate(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Batch:
     """The batch as the options of a call ask for it. Raises TypeError or ValueError for an invalid one."""
+    classes = call.options.class_weights
+    row_weights = weights_of_rows(classes, labels, row_weights, ignore_negative=False)
     return make_batch(
         embeddings,
         labels,
@@ -64,6 +81,7 @@ def validate(
         epsilon=call.options.epsilon,
         similarity=call.similarity,
         check_pairs=call.options.check_pairs,
+        row_weights=row_weights,
     )
 
 
@@ -74,22 +92,32 @@ def evaluate_arguments(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch as a user passes it."""
-    if indices_tuple is not None:
-        return evaluate(call, validate(call, embeddings, labels, indices_tuple, ref_emb, ref_labels))
-    batch = Batch(embeddings, labels, ref_emb, ref_labels, None, None, call.op_options.epsilon)
+    is_plain = indices_tuple is None and row_weights is None and call.options.class_weights is None
+    if not is_plain:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
+        return evaluate(call, validate(call, *arguments))
+    batch = Batch(embeddings, labels, ref_emb, ref_labels, epsilon=call.op_options.epsilon)
     return evaluate(call, batch, is_valid=False)
 
 
 def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     """The loss of a batch in the dtype that its embeddings ask for. ``is_valid``: it was validated."""
     # 1. Eager fast path, in C++: it checks what it takes, and returns None for unusual inputs.
-    if batch.indices is None and call.options.backend != "reference" and not torch.compiler.is_compiling():
+    if (
+        batch.indices is None
+        and call.options.backend != "reference"
+        and not torch.compiler.is_compiling()
+        and (batch.embeddings.device.type == "cpu" or not needs_cpu_kernel(call, batch))
+    ):
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
             options = options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
-        loss = _C.fast_pair_loss(*options, *batch[:6])
+        if call.learns:
+            options = options.with_dynamic_params()
+        loss = _C.fast_pair_loss(*options, *batch[:7])
         if loss is not None:
             return loss
     # 2. The other ways, with a valid batch.
@@ -100,31 +128,36 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    fused = use_kernel(batch.embeddings.device, call.options.backend, call.formula.on_cuda)
+    on_cuda = call.formula.on_cuda and not needs_cpu_kernel(call, batch)
+    fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
     # 4. Pairs given as lists.
     if fused:
         sides = batch.embeddings, batch.ref_emb, batch.indices
-        return listed_pairs.pair_loss(
-            call.formula, call.params, *sides, call.similarity, call.op_options.reduction
-        )
+        how = call.similarity, call.op_options.reduction, batch.row_weights
+        return listed_pairs.pair_loss(call.formula, call.params, *sides, *how)
     # 5. The reference in plain PyTorch.
     return _reference(call, batch)
 
 
+def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
+    """Whether a call asks for what the CUDA kernels do not have yet."""
+    return call.learns or call.op_options.both_directions or batch.row_weights is not None
+
+
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
-    """A loss in the dtype that the embeddings ask for: theirs, float32 under autocast."""
+    """A loss in the dtype that the embeddings ask for: theirs; under autocast float32 at least."""
     if value.dtype == embeddings.dtype == torch.float32:
         return value
-    wanted = torch.float32 if _autocast.is_on(embeddings.device) else embeddings.dtype
+    wanted = _autocast.result_dtype(embeddings)
     return value if value.dtype == wanted else value.to(wanted)
 
 
 def _op_batch(batch: Batch) -> tuple[Any, ...]:
     """``OpBatch`` with the labels in int64."""
-    embeddings, labels, ref_emb, ref_labels, *places = batch[:6]
+    embeddings, labels, ref_emb, ref_labels, *places = batch[:7]
     labels, ref_labels = (
         x if x is None or x.dtype == torch.int64 else x.long() for x in (labels, ref_labels)
     )
@@ -132,7 +165,8 @@ def _op_batch(batch: Batch) -> tuple[Any, ...]:
 
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:
-    needs_grad = batch.embeddings.requires_grad or (batch.ref_emb is not None and batch.ref_emb.requires_grad)
+    sources = batch.embeddings, batch.ref_emb, *call.params
+    needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in sources)
     # The batch may have a miner's rule. Not compared with the call's: that would compile a graph per epsilon.
     options = call.op_options._replace(
         epsilon=batch.epsilon,
@@ -141,7 +175,8 @@ def _op_options(call: Call, batch: Batch) -> OpOptions:
         save_for_backward=needs_grad and torch.is_grad_enabled(),
     )
     # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
-    if torch.compiler.is_compiling() and (call.dynamic_params or batch.embeddings.device.type == "cpu"):
+    changes = call.dynamic_params or batch.embeddings.device.type == "cpu"
+    if call.learns or (changes and torch.compiler.is_compiling()):
         return options.with_dynamic_params()
     return options
 
@@ -152,7 +187,7 @@ def _reference(call: Call, batch: Batch) -> Tensor:
     for name in ("embeddings", "ref_emb"):
         points = arguments[name]
         arguments[name] = points if points is None or points.dtype == torch.float64 else points.float()
-    for name in ("similarity", "reduction", "return_sums"):
+    for name in ("similarity", "reduction", "return_sums", "both_directions"):
         arguments[name] = getattr(call.op_options, name)
     with _autocast.off(batch.embeddings.device):  # which would round the similarities
         return reference.pair_loss(call.formula, call.params, **arguments)

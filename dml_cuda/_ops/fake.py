@@ -31,6 +31,20 @@ def computed_dtype(points: Tensor) -> torch.dtype:
     return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
+def has_columns(points: Tensor) -> bool:
+    """Whether points ``[N, D]`` are the columns of a matrix with contiguous rows, as csrc/torch/columns.h
+    says."""
+    (rows, dim), (row, column) = points.shape, points.stride()
+    return rows > 1 and dim > 1 and row == 1 and column >= rows
+
+
+def gradient_if(needed: bool, points: Tensor | None, source: Tensor) -> Tensor:
+    """A gradient of ``points``, in columns where they are, or ``[0]`` where none is needed."""
+    if needed and points is not None and has_columns(points):
+        return source.new_empty(points.shape[::-1]).T
+    return like_if(needed, points, source)
+
+
 def like_if(needed: bool, points: Tensor | None, source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient of ``points`` where it is needed, else ``[0]``, as the ops return it."""
     shape = points.shape if needed and points is not None else (0,)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
-from ..losses._formula import Formula, Pairs, reduce
-from ..reference.pairs import NEAR, full_precision, is_traced, negated_root, squared_distances
+from .._inputs.traced import is_traced
+from ..losses._formula import Formula, Pairs, log_one_plus, reduce
+from ..reference.pairs import NEAR, full_precision, negated_root, squared_distances
 from .autograd import call
 
 
@@ -65,9 +66,10 @@ def similarities(x: Tensor, y: Tensor, pairs: SortedPairs, similarity: str) -> T
 
 class ListedPairs(Pairs):
     """Pairs of one kind and their similarities ``[P]``; a repetition counts only where the formula says
-    so."""
+    so. ``rounds``: log(1 + sum) is 0 where 1 + sum is 1 in the dtype, as for the reference."""
 
-    def __init__(self, s: Tensor, pairs: SortedPairs, repeats: bool) -> None:
+    def __init__(self, s: Tensor, pairs: SortedPairs, repeats: bool, rounds: bool = False) -> None:
+        self.rounds = rounds
         self.s, self.rows, self.offsets = s, pairs.rows, pairs.offsets
         self.repeated = None if repeats else ~pairs.fresh
         self.count = self.number(torch.ones_like(pairs.fresh))
@@ -78,7 +80,8 @@ class ListedPairs(Pairs):
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
         if self.repeated is not None:
             logits = torch.where(self.repeated, float("-inf"), logits)
-        return call("segment_logsumexp", logits, self.offsets, plus_one)
+        value = call("segment_logsumexp", logits, self.offsets, plus_one)
+        return log_one_plus(value) if plus_one and self.rounds else value
 
     def sum(self, terms: Tensor) -> Tensor:
         if self.repeated is not None:
@@ -110,10 +113,14 @@ def reduced_loss(
     found: tuple[Tensor, Tensor],
     pairs: tuple[SortedPairs, SortedPairs],
     reduction: str,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss from what ``measured_pairs`` gives."""
-    pos, neg = (ListedPairs(s, each, formula.repeats) for s, each in zip(found, pairs, strict=True))
-    return reduce(formula.row(pos, neg, *params), (pos.count + neg.count) > 0, reduction)
+    rounds = reduction == "mean_nonzero"
+    pos, neg = (ListedPairs(s, each, formula.repeats, rounds) for s, each in zip(found, pairs, strict=True))
+    losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
+    nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
+    return reduce(losses, valid, reduction, nonzero, row_weights)
 
 
 def pair_loss(
@@ -124,8 +131,9 @@ def pair_loss(
     indices: Sequence[Tensor],
     similarity: str,
     reduction: str,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of the listed pairs, float32 or float64."""
     with _autocast.off(embeddings.device):
         found, pairs = measured_pairs(embeddings, ref_emb, indices, similarity)
-        return reduced_loss(formula, params, found, pairs, reduction)
+        return reduced_loss(formula, params, found, pairs, reduction, row_weights)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
-from ..reference.pairs import full_precision, is_traced, similarity_matrix
+from .._inputs.traced import is_traced
+from ..reference.pairs import full_precision, similarity_matrix
 from ..reference.triplets import Terms, recomputed
 from .autograd import call
 from .devices import has_kernel
@@ -82,8 +83,9 @@ class _Points:
             return self._matrix
         if self.fused:
             n, m = x.shape[0], self.y.shape[0]
-            rows = torch.arange(n, device=x.device)[:, None].expand(n, m).flatten()
-            cols = torch.arange(m, device=x.device).expand(n, m).flatten()
+            # Copies: of one row or column, flatten gives a view with a stride of 0.
+            rows = torch.arange(n, device=x.device)[:, None].expand(n, m).contiguous().flatten()
+            cols = torch.arange(m, device=x.device).expand(n, m).contiguous().flatten()
             every = self._listed(x, rows, cols)
         else:
             every = -similarity_matrix(x, self.y, self.similarity).flatten()
@@ -135,17 +137,18 @@ def triplet_sums(
     with _autocast.off(embeddings.device):
         points = _Points(embeddings, ref_emb, similarity, fused)
         anchors, positives, negatives, there, _ = _in_order(listed)
+        n = embeddings.shape[0]
+        if there is not None and len(points.y) == 0:  # no column that an absent triplet could name
+            return points.x.sum(1) * 0 + points.y.sum() * 0, anchors.new_zeros(n, 2)
         if there is None:
             there = torch.ones_like(anchors, dtype=torch.bool)
         else:  # what does not count must still be some pair
             positives, negatives = (torch.where(there, index, 0) for index in (positives, negatives))
-            there = there & (points.y.shape[0] > 0)
         d_p, d_n = (points.distances(points.x, anchors, cols) for cols in (positives, negatives))
         if swap:
             rows, order = torch.sort(positives, stable=True)
             between = points.distances(points.y, rows, negatives[order])
             d_n = torch.minimum(d_n, torch.empty_like(between).index_copy(0, order, between))
-        n = embeddings.shape[0]
         rows = anchors.clamp(0, max(n - 1, 0))
         losses, active, considered = terms.each(
             d_p, d_n, there, None if beta is None else of_rows(beta, rows)

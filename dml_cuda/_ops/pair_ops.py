@@ -3,7 +3,7 @@
 import torch
 
 from .. import _C
-from .fake import computed_dtype, fake_kernel, like_if
+from .fake import computed_dtype, fake_kernel, gradient_if, like_if
 
 
 @fake_kernel("pair_loss")
@@ -11,14 +11,23 @@ def _pair_loss(a):
     n = a.embeddings.shape[0]
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
-    size = _C.saved_bytes(device, n, m, a.ref_emb is None, dtype.itemsize, a.save_for_backward)
-    shape = (n,) if a.reduction == "none" else (4,) if a.return_sums else ()
+    shape = n, m, a.ref_emb is None, a.both_directions
+    size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward)
+    lines = n + m if a.both_directions else n
+    shape = (lines,) if a.reduction == "none" else (4,) if a.return_sums else ()
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
+
+
+def _grad_params(a):
+    size = a.dynamic_params.shape if a.need_params else (0,)
+    return torch.empty(size, dtype=torch.float64, device="cpu")
 
 
 @fake_kernel("pair_loss_backward")
 def _pair_loss_backward(a):
-    return like_if(a.need_emb, a.embeddings, a.embeddings), like_if(a.need_ref, a.ref_emb, a.embeddings)
+    needs = (a.need_emb, a.embeddings), (a.need_ref, a.ref_emb)
+    gradients = (gradient_if(needed, points, a.embeddings) for needed, points in needs)
+    return *gradients, _grad_params(a)
 
 
 @fake_kernel("pair_block_turn")
@@ -48,4 +57,8 @@ def _pair_block_rows(a):
 
 @fake_kernel("pair_block_backward")
 def _pair_block_backward(a):
-    return like_if(a.need_emb, a.embeddings, a.weights), like_if(a.need_ref, a.ref_emb, a.weights)
+    return (
+        like_if(a.need_emb, a.embeddings, a.weights),
+        like_if(a.need_ref, a.ref_emb, a.weights),
+        _grad_params(a),
+    )

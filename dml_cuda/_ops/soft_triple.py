@@ -13,6 +13,7 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
 from ..reference.pairs import TINY_NORM
+from .autograd import call, no_second_derivative, register_derivative
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
 # is busy for longer than the host with launching them.
@@ -28,9 +29,10 @@ def _blocks(x: Tensor, classes: int, per_class: int) -> list[tuple[int, int]]:
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows, and 1 / their length: 0 for a row of zeros."""
+    """Unit rows, and 1 / their length: 0, with a gradient of 0, for a row of zeros."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = torch.where(length > TINY_NORM, 1 / length, 0.0)
+    is_zero = length <= TINY_NORM
+    inverse = torch.where(is_zero, 0.0, 1 / torch.where(is_zero, 1.0, length))
     return x * inverse, inverse
 
 
@@ -48,7 +50,9 @@ class _Block:
 
     def __init__(self, centers: Tensor, start: int, stop: int, per_class: int, dtype: torch.dtype) -> None:
         self.start, self.stop, self.per_class = start, stop, per_class
-        rows = centers[start * per_class : stop * per_class].to(dtype).view(-1, per_class, centers.shape[1])
+        # As rows: the centres may be the columns of a matrix.
+        rows = centers[start * per_class : stop * per_class].to(dtype).contiguous()
+        rows = rows.view(-1, per_class, centers.shape[1])
         unit, self.inverse = _unit(rows.transpose(0, 1))
         self.unit = unit.contiguous()  # [K, classes, D]
         self.flat = self.unit.flatten(0, 1)
@@ -168,13 +172,16 @@ def soft_triple_backward(
             both = by_distance + by_distance.mT  # d d_st / d w_s = -w_t / d_st, but for what is along w_s
             gradient -= (both @ block.unit.transpose(0, 1)).transpose(0, 1)
         rows = _through_norm(gradient, block.unit, block.inverse).transpose(0, 1)
-        grad_centers[start * per_class : stop * per_class].view_as(rows).copy_(rows)
+        grad_centers[start * per_class : stop * per_class] = rows.flatten(0, 1)
     return _through_norm(grad_x, x, inverse).to(embeddings.dtype), grad_centers
 
 
 @soft_triple_backward.register_fake
 def _(grad_losses, grad_apart, embeddings, centers, labels, total, per_class, la, gamma, margin, spread):
     return torch.empty_like(embeddings), torch.empty_like(centers)
+
+
+soft_triple_backward.register_autograd(no_second_derivative)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -185,11 +192,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_losses, _, grad_apart):
     with _autocast.off(grad_losses.device):  # which would round the products
-        grads = soft_triple_backward(grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
+        grads = call("soft_triple_backward", grad_losses, grad_apart, *ctx.saved_tensors, *ctx.arguments)
     return *grads, *(None,) * 6
 
 
-soft_triple.register_autograd(_backward, setup_context=_setup_context)
+register_derivative("soft_triple", _backward, _setup_context)
+register_derivative("soft_triple_backward", no_second_derivative)
+
+
+def row_losses(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, under the transforms of torch.func too."""
+    return call("soft_triple", *arguments)
 
 
 def dense(

@@ -2,7 +2,7 @@
 
 import torch
 
-from .autograd import no_second_derivative, register_derivative
+from .autograd import first_derivative, register_derivative
 from .fake import computed_dtype, fake_kernel, like_if
 
 
@@ -24,17 +24,6 @@ def _select(a):
     count = a.embeddings.shape[0] if a.anchors is None else a.anchors.shape[0]
     column = a.embeddings.new_empty(count, dtype=torch.int64)
     return column, a.embeddings.new_empty(count, dtype=computed_dtype(a.embeddings))
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """A gradient by some points, as it is; it cannot be differentiated by them again."""
-
-    @staticmethod
-    def forward(gradient, *points):
-        return gradient.clone()
-
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = staticmethod(no_second_derivative)
 
 
 def _register(name: str) -> None:
@@ -62,7 +51,8 @@ def _register(name: str) -> None:
                 "triplet_loss: its rows cannot be weighted apart, as the forward pass made the gradient of "
                 'their sum; pass backend="reference" to weight them',
             )
-        gradients, given = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved_tensors = ctx.saved_tensors  # unpacked once: what hooks and checkpoints keep may be there once
+        gradients, given = saved_tensors[:3], saved_tensors[3:]
         for k, (place, gradient, dtype, saved) in enumerate(
             zip(points, gradients, ctx.dtypes, ctx.saved, strict=True)
         ):
@@ -72,10 +62,7 @@ def _register(name: str) -> None:
                 raise RuntimeError(
                     f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
                 )
-            result[place] = (gradient * grad[:1].sum()).to(dtype)
-            # Without a graph of the gradient there is no second derivative to be refused.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                result[place] = _FirstDerivative.apply(result[place], *given)
+            result[place] = first_derivative((gradient * grad[:1].sum()).to(dtype), *given)
         return tuple(result)
 
     register_derivative(name, backward, setup_context)

@@ -78,6 +78,25 @@ class Rows(NamedTuple):
         return Rows(embeddings, labels, ref_emb, ref_labels, *own)
 
 
+def show_nonfinite(rows: Rows, cols: Tensor) -> Tensor:
+    """The columns chosen for rows or pairs; or, where a point of the batch is not finite, for all of them one
+    whose similarity is NaN, so that no choice hides it from a loss. Waits for nothing."""
+
+    def nonfinite(points: Tensor) -> Tensor:
+        return ~points.detach().isfinite().all(1)
+
+    columns = nonfinite(rows.columns)
+    if rows.num_valid_refs is not None:  # what does not take part may hold anything
+        columns = columns & (torch.arange(len(columns), device=columns.device) < rows.num_valid_refs)
+    any_nonfinite = (
+        columns.any() if rows.ref_emb is None else columns.any() | nonfinite(rows.embeddings).any()
+    )
+    if len(columns) == 0:
+        return cols
+    first = columns.byte().argmax()  # column 0 where only a row is not finite: its similarities are all NaN
+    return torch.where(any_nonfinite, first, cols)
+
+
 def select(
     rule: str,
     rows: Rows,
@@ -95,7 +114,13 @@ def select(
     op = torch.ops.dml_cuda.select.default if fused else triplets.select
     params = selection.params(0.0, rows.embeddings.shape[1])
     with torch.no_grad(), _autocast.off(rows.embeddings.device):
-        return op(*rows, seed, rule, params, anchors, positives, similarity)[0]
+        columns, found = op(*rows, seed, rule, params, anchors, positives, similarity)
+        can_look = columns.device.type == "cpu" and not triplets.is_traced(found)
+        if (
+            fused and can_look and not found.isnan().any()
+        ):  # the kernels' answer to a batch that is not finite
+            return columns
+        return show_nonfinite(rows, columns)
 
 
 def select_one_each(rows: Rows, selection: Selection, similarity: str) -> tuple[Tensor, Tensor, Tensor]:

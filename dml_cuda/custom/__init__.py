@@ -5,16 +5,18 @@
 """
 
 import inspect
+import keyword
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from .. import _C
 from .._inputs.checks import check_number
-from .._inputs.options import NAMES
+from .._inputs.options import NAMES, check_names, check_options
 from ..losses._formula import Formula, Pairs, Part, softplus
 from ..losses._pair import PairLoss, option
+from ..losses.multi_similarity import MultiSimilarityLoss
 from . import build
 from .check import check_loss
 from .formula import CompiledFormula
@@ -35,9 +37,10 @@ class CustomLoss(PairLoss):
     """Base class of what :func:`compile_loss` returns: a module, made with its parameters and options."""
 
     origin: ClassVar[Origin]
-    signature: ClassVar[inspect.Signature]
+    signature: ClassVar[inspect.Signature]  # of the parameters
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        check_names(keywords, (*self.signature.parameters, *NAMES))
         options = {name: keywords.pop(name) for name in NAMES if name in keywords}
         try:
             bound = self.signature.bind(*arguments, **keywords)
@@ -48,14 +51,14 @@ class CustomLoss(PairLoss):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickles the source, as the class is not an attribute of any module."""
-        arguments = {**self._values, **self.call.options._asdict()}
-        state = {name: value for name, value in self.__dict__.items() if name not in ("call", "_values")}
-        return _rebuild, (self.origin, arguments, self.call.dynamic_params), state
+        arguments = {**self.values, **self._call.options._asdict()}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_call", "_values")}
+        return _rebuild, (self.origin, arguments, self._call.dynamic_params), state
 
 
 def _rebuild(origin: Origin, arguments: Mapping[str, Any], dynamic_params: bool) -> CustomLoss:
     loss = compile_loss(origin.text, origin.reference, name=origin.name)(**arguments)
-    loss.call = loss.call._replace(dynamic_params=dynamic_params)
+    loss._call = loss._call._replace(dynamic_params=dynamic_params)
     return loss
 
 
@@ -69,12 +72,48 @@ def _signature(defaults: Mapping[str, float | None]) -> inspect.Signature:
     )
 
 
+def _constructor(defaults: Mapping[str, float | None], formula: type[Formula]) -> Callable[..., None]:
+    """``CustomLoss.__init__`` with the signature of a loss: its parameters and the options."""
+
+    def __init__(self: CustomLoss, *arguments: Any, **keywords: Any) -> None:
+        CustomLoss.__init__(self, *arguments, **keywords)
+
+    kind = inspect.Parameter
+    checked = check_options({}, similarity=formula.similarity, reduction=formula.reduction)
+    options = [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in checked._asdict().items()]
+    own = kind("self", kind.POSITIONAL_OR_KEYWORD)
+    __init__.__signature__ = inspect.Signature([own, *_signature(defaults).parameters.values(), *options])
+    return __init__
+
+
+@cache
+def _taken_names() -> dict[str, str]:
+    """The names that a parameter cannot have, and what has them."""
+    attributes = {*dir(CustomLoss), *vars(MultiSimilarityLoss())}
+    return {
+        **dict.fromkeys(attributes, "an attribute of every loss"),
+        **dict.fromkeys(inspect.signature(CustomLoss.forward).parameters, "an argument of every loss"),
+        **dict.fromkeys(NAMES, "an option of every loss"),
+        **dict.fromkeys(keyword.kwlist, "a Python keyword"),
+    }
+
+
+def _check_parameters(names: Iterable[str]) -> None:
+    """Raises ValueError for a parameter that could not be set by its name."""
+    for name in names:
+        if name in _taken_names():
+            raise ValueError(
+                f"kParams: expected another name than {name} for a parameter: it is {_taken_names()[name]}"
+            )
+
+
 def _make_formula(
     op: str, defaults: Mapping[str, float | None], reference: type[Formula] | None
 ) -> type[Formula]:
     """The formula named ``op`` in the ops, as a class."""
     facts = _C.formula_facts(op)[1]
     members: dict[str, Any] = {"name": op, "on_cuda": facts["cuda"], "facts": facts}
+    members["log_one_plus"] = facts["log_one_plus"]
     checks = getattr(reference, "parameters", None)
     if checks is None:
         members["parameters"] = dict.fromkeys(defaults, check_number)
@@ -130,6 +169,8 @@ def compile_loss(
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"name: expected a Python identifier, got {name!r}")
     read_source = read(source)
+    if read_source.declaration is not None:  # before the compiler runs; _make_loss checks what was compiled
+        _check_parameters(parameters(read_source.declaration))
     op = build.load(read_source)
     return _make_loss(op, read_source.text, reference, name or read_source.struct)
 
@@ -137,6 +178,7 @@ def compile_loss(
 @cache
 def _make_loss(op: str, text: str, reference: type[Formula] | None, title: str) -> type[CustomLoss]:
     defaults = parameters(_C.formula_facts(op)[0])
+    _check_parameters(defaults)
     formula = _make_formula(op, defaults, reference)
     members: dict[str, Any] = {name: option() for name in defaults}
     members |= {
@@ -144,5 +186,6 @@ def _make_loss(op: str, text: str, reference: type[Formula] | None, title: str) 
         "formula": formula,
         "origin": Origin(text, reference, title),
         "signature": _signature(defaults),
+        "__init__": _constructor(defaults, formula),
     }
     return type(title, (CustomLoss,), members)

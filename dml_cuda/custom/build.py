@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sysconfig
 import tempfile
@@ -25,6 +26,7 @@ _PACKAGE = Path(__file__).parent.parent
 # The sources are inside an installed package, and beside the package in a checkout.
 SOURCES = next(f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (f / "losses").is_dir())
 _OLDEST_GPU = (8, 0)
+_PLAIN_PATH = re.compile(r"[\w/.,@+=-]+", re.ASCII)
 
 # Includes the formula. Its text is a separate file, so that compiler errors have its line numbers.
 _HEADER = """\
@@ -97,7 +99,7 @@ def cache_folder() -> Path:
     """``DML_CUDA_CACHE``, by default ``dml_cuda`` in the user's cache folder."""
     chosen = os.environ.get("DML_CUDA_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml_cuda"
 
 
@@ -147,8 +149,9 @@ def write_headers(source: Source, folder: Path) -> Path:
     return formula
 
 
-def _compile(source: Source, target: Target, folder: Path) -> Path:
-    """Compiles a library in an empty folder. Raises ValueError for a formula that does not compile."""
+def _compile(source: Source, target: Target, folder: Path, log: Path) -> Path:
+    """Compiles a library in an empty folder. Raises ValueError for a formula that does not compile; what the
+    compiler said is then in ``log``."""
     from torch.utils import cpp_extension  # slow to import
 
     formula = write_headers(source, folder)
@@ -179,7 +182,6 @@ def _compile(source: Source, target: Target, folder: Path) -> Path:
                 is_python_module=False,
             )
         except RuntimeError as error:
-            log = folder.parent / "build.log"
             log.write_text(str(error), encoding="utf-8")
             errors = diagnostics.explain(str(error), str(formula), source.title)
             raise ValueError(
@@ -198,15 +200,35 @@ def _exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(source: Source, target: Target, entry: Path) -> None:
-    """Compiles in a temporary folder, and moves the complete library into the cache entry."""
+def _digest(library: bytes) -> str:
+    return hashlib.sha256(library).hexdigest()[:16]
+
+
+def _find_library(entry: Path) -> Path | None:
+    """The whole library of a cache entry. Its name has the hash of its content: a library that was cut short
+    must not be loaded, as the process would crash where the rest is missing."""
+    for library in entry.glob("formula-*.so"):
+        if library.stem == f"formula-{_digest(library.read_bytes())}":
+            return library
+    return None
+
+
+def _build(source: Source, target: Target, entry: Path) -> Path:
+    """Compiles in a temporary folder; the complete library is renamed into the cache entry."""
     for leftover in entry.glob("build-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=entry) as folder:
-        library = _compile(source, target, Path(folder))
-        with open(library, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(library, entry / "formula.so")
+    for damaged in entry.glob("formula-*.so"):
+        damaged.unlink()
+    # Compilers and ninja do not take every path: where the cache has another, they work beside it.
+    place = entry if _PLAIN_PATH.fullmatch(str(entry)) else None
+    with tempfile.TemporaryDirectory(prefix="build-", dir=place) as folder:
+        content = _compile(source, target, Path(folder), entry / "build.log").read_bytes()
+    library = entry / f"formula-{_digest(content)}.so"
+    written = library.with_suffix(".new")
+    with open(written, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    return written.replace(library)
 
 
 def load(source: Source) -> str:
@@ -215,22 +237,16 @@ def load(source: Source) -> str:
     key = cache_key(source, target)
     name = f"{source.struct}@{key}"
     entry = cache_folder() / f"{source.struct}-{key}"
-    library = entry / "formula.so"
     try:
         entry.mkdir(parents=True, exist_ok=True)
-        if not library.exists():
+        library = _find_library(entry)
+        if library is None:
             with _exclusive(entry / "lock"):
-                if not library.exists():
-                    _build(source, target, entry)
+                library = _find_library(entry) or _build(source, target, entry)
     except OSError as error:
         raise OSError(
             f"dml_cuda.compile_loss: cannot write its cache, {entry} ({error}); set DML_CUDA_CACHE to a "
             "writable folder"
         ) from error
-    try:
-        _C.load_formula(str(library), name)
-    except RuntimeError:  # the file is damaged
-        with _exclusive(entry / "lock"):
-            _build(source, target, entry)
-        _C.load_formula(str(library), name)
+    _C.load_formula(str(library), name)
     return name

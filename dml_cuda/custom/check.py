@@ -14,6 +14,7 @@ from ..losses._pair import PairLoss, make_call
 from ..reference.pairs import MaskedPairs
 from . import formula as formula_ops
 from .formula import CompiledFormula
+from .source import holds_constants
 
 _STEP = 1e-6
 _CLOSE = 1e-9  # tolerance of a maximum in float64
@@ -104,8 +105,11 @@ def _check_finite(functions: _Functions, errors: list[str]) -> None:
                     k = _first(~torch.isfinite(numbers))
                     if k is not None:
                         number = str(dtype).removeprefix("torch.")
+                        empty = context == -math.inf
+                        guard = "; a row without negatives: guard it with is_empty" if empty else ""
                         errors.append(
-                            f"{name}: its {what} is {float(numbers[k])} {_place(s, k, context)} in {number}"
+                            f"{name}: its {what} is {float(numbers[k])} {_place(s, k, context)} in "
+                            f"{number}{guard}"
                         )
                         break
                 else:
@@ -312,7 +316,7 @@ def _cases() -> Iterator[_Case]:
 
 def _evaluate(loss: PairLoss, case: _Case, **options: Any) -> tuple[Tensor, Tensor]:
     """The loss and its gradient."""
-    call = make_call(loss.formula, loss._values, {**loss.call.options._asdict(), **options})
+    call = make_call(loss.formula, loss.values, {**loss.call.options._asdict(), **options})
     x = case.embeddings.detach().clone().requires_grad_()
     value = evaluate_arguments(call, x, case.labels, None, case.ref_emb, case.ref_labels)
     (grad,) = torch.autograd.grad(value.sum(), x)
@@ -411,7 +415,7 @@ def check_loss(formula: PairLoss | type[PairLoss]) -> None:
     origin = getattr(loss, "origin", None)
     text = origin.text if origin else ""
     # A reference defines the gradient; without one, finite differences do, unless a weight is constant.
-    differentiates = not (has_reference or "constant(" in text or "with_share_of_derivative(" in text)
+    differentiates = not (has_reference or holds_constants(text))
     _check_finite(functions, errors)
     if not errors:
         if differentiates:

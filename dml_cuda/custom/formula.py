@@ -152,10 +152,10 @@ class CompiledFormula(Formula):
         losses, counts = results[:2], results[2:4].detach().long()
         if facts["counts_pairs"]:
             pushes = terms_of(neg, False).detach() if facts["sums_negatives"] else neg.s
-            results = finish(neg.number(pushes != 0), pos.number(pulls.detach() != 0))
+            results = finish(neg.number(cls.is_nonzero(pushes)), pos.number(cls.is_nonzero(pulls)))
             nonzero = results[2:4].detach().long()
         elif facts["two_parts"]:
-            nonzero = (losses != 0).long()
+            nonzero = cls.is_nonzero(losses).long()
         else:
             return losses[0]
         count = 2 if facts["two_parts"] else 1

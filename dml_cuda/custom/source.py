@@ -11,6 +11,9 @@ _STRUCT = re.compile(
     r":\s*(?:public\s+)?(?:::)?(?:dml::)?FormulaDefaults\b"
 )
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_PARAMETERS = re.compile(r'\bkParams\s*=\s*((?:"[^"\\\n]*"\s*)+);')
+_STRING = re.compile(r'"([^"]*)"')
+_HELD_CONSTANT = re.compile(r"\b(?:constant|with_share_of_derivative)\s*\(")
 
 
 class Source(NamedTuple):
@@ -24,6 +27,21 @@ class Source(NamedTuple):
     def file_name(self) -> str:
         return Path(self.title).name
 
+    @property
+    def declaration(self) -> str | None:
+        """What kParams says, or None if it is not a plain string."""
+        found = _PARAMETERS.search(_without_comments(self.text))
+        return None if found is None else "".join(_STRING.findall(found[1]))
+
+
+def _without_comments(text: str) -> str:
+    return _COMMENT.sub(" ", text)
+
+
+def holds_constants(text: str) -> bool:
+    """Whether a formula treats something as constant in its gradient."""
+    return _HELD_CONSTANT.search(_without_comments(text)) is not None
+
 
 def read(source: object) -> Source:
     """Reads a formula from a path or a string. Raises TypeError, ValueError or OSError."""
@@ -36,7 +54,7 @@ def read(source: object) -> Source:
         if not path.is_file():
             raise FileNotFoundError(f"source: expected a file with the formula, got {str(path)!r}")
         text, title = path.read_text(encoding="utf-8"), str(path)
-    structs = _STRUCT.findall(_COMMENT.sub(" ", text))
+    structs = _STRUCT.findall(_without_comments(text))
     if len(structs) != 1:
         which = f"got {len(structs)} ({', '.join(structs)})" if structs else "got none"
         raise ValueError(

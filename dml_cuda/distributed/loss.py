@@ -2,8 +2,9 @@
 
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,20 +14,24 @@ from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
 from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
 from ..losses._classifier import ClassifierLoss
-from ..losses._formula import sums_and_counts
+from ..losses._formula import reduce, sums_and_counts
 from ..losses._pair import PairLoss
 from ..losses._triplet import TripletLoss
+from ..losses._two_towers import TwoTowerLoss
+from ..losses.info_nce import InfoNCELoss, lse_batch
 from ..losses.proxy_anchor import ProxyAnchorLoss
 from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets
-from .processes import GatherRows, Processes, Sum, total
+from .processes import Processes, gathered, summed, total
 
 MODES = ("gather", "ring")
+_TOWERS = TwoTowerLoss | InfoNCELoss  # losses of pairs that are given row by row
 
 # What must be the same on every process, as the words of Processes.agree, and how to say that it is not.
 _SAME = {
+    "mode": "mode: expected the same on every process",
     "options": "loss: expected the same loss with the same options on every process",
     "dtype": "embeddings: expected one dtype on every process",
     "columns": "embeddings: expected as many columns on every process",
@@ -43,6 +48,7 @@ class _Share(NamedTuple):
     call: Call
     batch: Batch
     whole: bool = False  # whether its columns are all columns, the same on every process
+    numbered: bool = False  # whether labels are the rows' numbers, to be counted over all processes
     proxies: bool = False  # whether the points of all processes are the columns of the proxies, not the rows
 
 
@@ -84,10 +90,6 @@ class DistributedLoss(nn.Module):
     >>> loss = loss_fn(network(images), labels)  # network: DistributedDataParallel
     """
 
-    def __new__(cls, *_, **__) -> "DistributedLoss":
-        _leave_uncompiled()
-        return super().__new__(cls)
-
     def __init__(
         self,
         loss: nn.Module,
@@ -97,9 +99,10 @@ class DistributedLoss(nn.Module):
         miner: MultiSimilarityMiner | None = None,
     ) -> None:
         super().__init__()
-        if not (isinstance(loss, PairLoss | TripletLoss) or _is_class_level(loss)):
+        _leave_uncompiled()
+        if not (isinstance(loss, PairLoss | TripletLoss | _TOWERS) or _is_class_level(loss)):
             raise TypeError(
-                "loss: expected a loss of pairs, of triplets or of classes of dml_cuda, got "
+                "loss: expected a loss of pairs, triplets, classes or two towers of dml_cuda, got "
                 f"{type(loss).__name__}"
             )
         known = Miner if isinstance(loss, TripletLoss) else MultiSimilarityMiner
@@ -108,8 +111,8 @@ class DistributedLoss(nn.Module):
                 f"miner: expected {'a miner' if known is Miner else 'MultiSimilarityMiner'} of dml_cuda or "
                 f"None, got {type(miner).__name__}"
             )
-        if miner is not None and isinstance(loss, ClassifierLoss):
-            raise ValueError("miner: expected None with a class-level loss")
+        if miner is not None and isinstance(loss, ClassifierLoss | _TOWERS):
+            raise ValueError("miner: expected None with a loss of classes or of two towers")
         if isinstance(loss, ProxyAnchorLoss) and loss.reduction == "none":
             raise ValueError('loss: expected a reduction of ProxyAnchorLoss other than "none"')
         check_choice("mode", mode, MODES)
@@ -118,15 +121,8 @@ class DistributedLoss(nn.Module):
         self.mode = mode
         self.miner = miner
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: object = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of the whole batch.
+    def forward(self, *batch: Any, **named: Any) -> Tensor:
+        """The loss of the whole batch. The arguments are those of the loss:
 
         Args:
             embeddings: ``[N_p, D]``, this process's rows.
@@ -136,14 +132,95 @@ class DistributedLoss(nn.Module):
             ref_emb: ``[M_p, D]``, this process's share of other columns to pair the rows of all processes
                 with; ``None`` pairs the rows among themselves.
             ref_labels: ``[M_p]`` integers, given exactly when ``ref_emb`` is.
+            row_weights: ``[N_p]`` factors of these rows' losses.
+
+        For a loss of two towers ``(a, b, labels=None, row_weights=None)``: pairs are matched by their place
+        in the whole batch, and need no labels. For InfoNCELoss ``(query, positive, negatives=None,
+        row_weights=None)``: the negatives of all processes, unless they are paired, are those of every query.
         """
+        if isinstance(self.loss, TwoTowerLoss):
+            return self._towers(*batch, **named)
+        if isinstance(self.loss, InfoNCELoss):
+            return self._queries(*batch, **named)
+        return self._rows(*batch, **named)
+
+    def _rows(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: object = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
         if isinstance(self.loss, ClassifierLoss):
             refused = indices_tuple, ref_emb, ref_labels
-            return self._compute(lambda: self._rows_and_classes(embeddings, labels, refused))
+            return self._compute(lambda: self._rows_and_classes(embeddings, labels, refused, row_weights))
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
         if isinstance(self.loss, TripletLoss):
+            if row_weights is not None:
+                raise ValueError("row_weights: expected None with a loss of triplets")
             return self._triplets(*batch)
-        return self._compute(lambda: _Share(*self._pairs(*batch)))
+        return self._compute(lambda: _Share(*self._pairs(*batch, row_weights)))
+
+    def _towers(
+        self, a: Tensor, b: Tensor, labels: Tensor | None = None, row_weights: Tensor | None = None
+    ) -> Tensor:
+        loss = self.loss
+        prepare = lambda: _Share(loss.call, loss.batch(a, b, labels, row_weights), numbered=labels is None)  # noqa: E731
+        return loss.halves(self._compute(prepare)) if loss.both_directions else self._compute(prepare)
+
+    def _queries(
+        self,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        loss, processes = self.loss, Processes(self.group)
+        shared = negatives is not None and loss.negative_mode == "unpaired"
+
+        def share_and_words():
+            loss.check(query, positive, negatives, row_weights)
+            call = loss.lse_call()
+            if self.mode == "ring":
+                ring.check(call, Batch(query, None, positive))
+            how = loss.negative_mode, loss.in_batch_negatives, loss.reduction
+            return call, {
+                **_points(query),
+                "mode": MODES.index(self.mode),
+                "refs": negatives.shape[0] if shared else 0,
+                "references": negatives is not None,
+                "graph": torch.is_grad_enabled(),
+                "emb_grad": query.requires_grad or positive.requires_grad,
+                "ref_grad": shared and negatives.requires_grad,
+                "options": _digest(call, *how),
+            }
+
+        call, words = processes.agree(share_and_words)
+        _check_same(words)
+        # Where one process wants a gradient all must take part in making it.
+        query, positive, negatives = (
+            x if x is None or x.requires_grad or not any(words[wanted]) else x.detach().requires_grad_()
+            for x, wanted in ((query, "emb_grad"), (positive, "emb_grad"), (negatives, "ref_grad"))
+        )
+        rows, refs = words["rows"], words["refs"]
+        numbers = total(rows, processes.rank) + torch.arange(query.shape[0], device=query.device)
+
+        def against(points: Tensor, columns: Tensor, are_positives: bool) -> Tensor:
+            batch = lse_batch(call, points, numbers, columns, are_positives)
+            counts = rows if are_positives else refs
+            if self.mode == "ring":
+                return ring.compute(call, batch, processes, rows, counts)
+            return compute(call, _with_all_columns(batch, processes, rows, counts))
+
+        losses = loss.row_losses(query, positive, negatives, against)
+        if row_weights is not None:
+            losses = losses * row_weights.to(losses.dtype)
+        if loss.reduction == "none":
+            return in_wanted_dtype(losses, query)
+        value = summed(losses.double().sum(), processes)
+        return in_wanted_dtype(value if loss.reduction == "sum" else value / max(sum(rows), 1), query)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward
@@ -161,7 +238,9 @@ class DistributedLoss(nn.Module):
             return self._triplets(*batch, whole=True)
         return self._compute(lambda: _Share(*self._pairs(*batch), whole=True))
 
-    def _pairs(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> tuple[Call, Batch]:
+    def _pairs(
+        self, embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights=None
+    ) -> tuple[Call, Batch]:
         call = self.loss.call
         epsilon = call.options.epsilon
         if indices_tuple is not None and not isinstance(indices_tuple, MinedPairs):
@@ -179,7 +258,7 @@ class DistributedLoss(nn.Module):
                 )
             epsilon = self.miner.epsilon
         mined = call._replace(options=call.options._replace(epsilon=epsilon))
-        batch = validate(mined, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = validate(mined, embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights)
         if batch.indices is not None:
             raise ValueError(
                 "indices_tuple: expected pairs mined from these very embeddings, by the similarity of the "
@@ -220,27 +299,32 @@ class DistributedLoss(nn.Module):
         _check_same(words)
         return triplets.compute(loss, batch, processes, words, whole)
 
-    def _rows_and_classes(self, embeddings: Tensor, labels: Tensor, refused: tuple) -> _Share:
+    def _rows_and_classes(
+        self, embeddings: Tensor, labels: Tensor, refused: tuple, row_weights: Tensor | None
+    ) -> _Share:
         for name, value in zip(("indices_tuple", "ref_emb", "ref_labels"), refused, strict=True):
             if value is not None:
                 raise ValueError(f"{name}: expected None with a class-level loss on several processes")
         head = self.loss
         labels = head.check(embeddings, labels)
+        factors = head.factors(embeddings, labels, row_weights)
+        embeddings, columns = head.promoted(embeddings)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
         if isinstance(head, SoftTripleLoss):  # makes its own columns
-            return _Share(head.call, make_batch(embeddings, labels, *(None,) * 3, **rule), whole=True)
+            batch = make_batch(embeddings, labels, *(None,) * 3, row_weights=factors, **rule)
+            return _Share(head.call, batch, whole=True)
         if isinstance(head, ProxyAnchorLoss):
             known = labels >= 0  # the others are left out, as negatives too
             return _Share(
                 head.call, make_batch(embeddings[known], labels[known], *(None,) * 3, **rule), proxies=True
             )
-        batch = make_batch(embeddings, labels, None, head.rows(), head.classes(), **rule)
+        batch = make_batch(embeddings, labels, None, columns, head.classes(), row_weights=factors, **rule)
         return _Share(head.call, batch, whole=True)
 
     def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
         """This process's share of the proxies as rows, and the points of all processes as columns."""
         batch = batch._replace(
-            ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+            ref_emb=gathered(batch.embeddings, processes, rows),
             ref_labels=processes.gather_rows(batch.labels, rows),
         )
         proxies, classes = (
@@ -256,7 +340,7 @@ class DistributedLoss(nn.Module):
             share = prepare()
             if self.mode == "ring" and not (share.whole or share.proxies):
                 ring.check(share.call, share.batch)
-            return share, _words(share)
+            return share, {**_words(share), "mode": MODES.index(self.mode)}
 
         share, words = processes.agree(share_and_words)
         _check_same(words)
@@ -273,19 +357,55 @@ class DistributedLoss(nn.Module):
         added: Tensor | float = 0.0
         if isinstance(self.loss, SoftTripleLoss):
             value, added = self.loss.row_losses(batch.embeddings, batch.labels)
-            if is_reduced:
-                value = sums_and_counts(value, torch.ones_like(value, dtype=torch.bool), reduction)
+            known = self.loss.known(batch.labels)
+            how = sums_and_counts if is_reduced else reduce
+            value = how(value, known, reduction, row_weights=batch.row_weights)
         elif share.whole:
             value = compute(call, batch)
+            if reduction == "mean_valid" and isinstance(self.loss, ClassifierLoss):
+                known = self.loss.known(batch.labels).sum().to(value)  # in place of the rows with a pair
+                value = torch.cat([value[:2], known[None], value[3:]])
         elif share.proxies:
             value = compute(call, self._proxies_and_columns(batch, processes, words["rows"]))
-        elif self.mode == "ring":
+        elif isinstance(self.loss, TwoTowerLoss):
+            value = self._directions(call, batch, share.numbered, processes, words["rows"])
+        elif self.mode == "ring" and not torch.jit.is_tracing():  # of one process, which needs no ring
             value = ring.compute(call, batch, processes, words["rows"], words["refs"])
         else:
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
         if is_reduced:
-            value = _divide(Sum.apply(value.double(), processes), reduction)
+            value = _divide(summed(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
+
+    def _directions(
+        self, call: Call, batch: Batch, numbered: bool, processes: Processes, rows: list[int]
+    ) -> Tensor:
+        """The losses of this process's rows of one tower over all rows of the other, or of both towers."""
+        if numbered:  # by their place in the whole batch
+            numbers = batch.labels + total(rows, processes.rank)
+            batch = batch._replace(labels=numbers, ref_labels=numbers)
+        directions = [batch]
+        if self.loss.both_directions:
+            directions.append(batch._replace(embeddings=batch.ref_emb, ref_emb=batch.embeddings))
+        found = [
+            ring.compute(call, one, processes, rows, rows)
+            if self.mode == "ring"
+            else compute(call, _with_all_columns(one, processes, rows, rows))
+            for one in directions
+        ]
+        return sum(found) if call.op_options.return_sums else torch.cat(found)
+
+    def __setstate__(self, state: dict) -> None:
+        _leave_uncompiled()
+        super().__setstate__(state)
+
+    def __deepcopy__(self, memo: dict) -> "DistributedLoss":
+        """A copy for the same processes, whose group cannot be copied."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        state = {name: value for name, value in self.__dict__.items() if name != "group"}
+        copy.__dict__.update(deepcopy(state, memo), group=self.group)
+        return copy
 
     def gather(self, check: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], slice]:
         """The rows of all processes, without a gradient, of the tensors that ``check`` returns or raises an
@@ -332,10 +452,16 @@ def _check_same(words: dict[str, list[int]]) -> None:
             raise ValueError(f"{message}; they differ")
 
 
+def _digest(call: Call, *more: object) -> int:
+    """A number that tells options from others; parameters that learn may differ for a while."""
+    params = ["learned" if isinstance(value, Tensor) else value for value in call.params]
+    options = call.formula.name, params, call.similarity, call.options.reduction, *more
+    return zlib.crc32(repr(options).encode())
+
+
 def _words(share: _Share) -> dict[str, int]:
     call, batch = share.call, share.batch
     refs = 0 if batch.ref_emb is None else batch.ref_emb.shape[0]
-    options = call.formula.name, call.params, call.similarity, call.options.reduction, batch.epsilon
     columns = refs if share.whole else None
     return {
         **_points(batch.embeddings),
@@ -344,7 +470,7 @@ def _words(share: _Share) -> dict[str, int]:
         "graph": torch.is_grad_enabled(),
         "emb_grad": batch.embeddings.requires_grad,
         "ref_grad": batch.ref_emb is not None and batch.ref_emb.requires_grad,
-        "options": zlib.crc32(repr((*options, columns)).encode()),
+        "options": _digest(call, batch.epsilon, columns),
     }
 
 
@@ -352,12 +478,12 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
     """The batch with the columns of all processes, and for each row which of them it is itself."""
     if batch.ref_emb is not None:
         return batch._replace(
-            ref_emb=GatherRows.apply(batch.ref_emb, processes, refs),
+            ref_emb=gathered(batch.ref_emb, processes, refs),
             ref_labels=processes.gather_rows(batch.ref_labels.long(), refs),
         )
     first, device = total(rows, processes.rank), batch.labels.device
     return batch._replace(
-        ref_emb=GatherRows.apply(batch.embeddings, processes, rows),
+        ref_emb=gathered(batch.embeddings, processes, rows),
         ref_labels=processes.gather_rows(batch.labels, rows),
         self_index=torch.arange(first, first + rows[processes.rank], device=device),
         mine_self_pair=False,

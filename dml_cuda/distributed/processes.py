@@ -38,6 +38,11 @@ class Processes:
         self.rank = dist.get_rank(group) if there else 0
         if self.rank < 0:
             raise ValueError("group: expected a group that this process belongs to")
+        if self.size > 1 and torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record what several processes tell each other: trace the loss inside "
+                "of DistributedLoss"
+            )
 
     def _word_device(self) -> torch.device:
         """Where a few numbers travel: without waiting for a GPU where the group has a backend for CPUs."""
@@ -139,9 +144,12 @@ class GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, own, processes, rows):
-        ctx.where = processes, rows
+    def forward(own, processes, rows):
         return processes.gather_rows(own, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.where = inputs[1:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -152,9 +160,12 @@ class SumToOwners(torch.autograd.Function):
     """The gradient of :class:`GatherRows`, and it of this."""
 
     @staticmethod
-    def forward(ctx, everyone, processes, rows):
-        ctx.where = processes, rows
+    def forward(everyone, processes, rows):
         return processes.sum_to_owners(everyone, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.where = inputs[1:]
 
     @staticmethod
     def backward(ctx, grad):
@@ -165,10 +176,23 @@ class Sum(torch.autograd.Function):
     """:meth:`Processes.sum`, whose gradient is of the same kind."""
 
     @staticmethod
-    def forward(ctx, own, processes):
-        ctx.processes = processes
+    def forward(own, processes):
         return processes.sum(own)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.processes = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
         return Sum.apply(grad, ctx.processes), None
+
+
+def gathered(own: Tensor, processes: Processes, rows: Sequence[int]) -> Tensor:
+    """:class:`GatherRows`, which is nothing where there is one process."""
+    return own if processes.size == 1 else GatherRows.apply(own, processes, rows)
+
+
+def summed(own: Tensor, processes: Processes) -> Tensor:
+    """:class:`Sum`, which is nothing where there is one process."""
+    return own if processes.size == 1 else Sum.apply(own, processes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _C
 from .._inputs.batch import Batch
 from .._ops.arguments import OpBatch, OpOptions, precision_for
+from .._ops.autograd import first_derivative
 from .._ops.devices import has_kernel
 from .._ops.evaluate import Call
 from .processes import Processes, padded, total
@@ -118,10 +119,14 @@ def _counts_of_pairs(labels: Tensor, blocks: _Blocks) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``."""
+    """``[4]`` parts and counts of this process's rows; or, with reduction "none", their losses ``[N]``. The
+    other results are for backward: of the rows, and what was found in the block of each process.
+
+    ``dynamic_params`` are those of the options, as an argument of their own because they may learn.
+    """
 
     @staticmethod
-    def forward(ctx, embeddings, refs, labels, blocks, options):
+    def forward(embeddings, refs, dynamic_params, labels, row_weights, blocks, options):
         pairs = _counts_of_pairs(labels, blocks)
         is_double = embeddings.dtype == torch.float64
         state = _OPS.pair_block_turn(*options, None, pairs, "start", is_double)
@@ -135,40 +140,63 @@ class _PairLoss(torch.autograd.Function):
                     del found[owner]
             state = _OPS.pair_block_turn(*options, state, pairs, stage, is_double)
         losses, weights = _OPS.pair_block_rows(*options, state, pairs)
-        ctx.save_for_backward(
-            embeddings, labels, weights, losses[:2].sum().isnan(), blocks.own, *found.values()
-        )
-        # Its own block is among the saved tensors, and must not be held twice.
-        ctx.blocks, ctx.owners, ctx.options = blocks._replace(own=None), list(found), options
-        ctx.is_square = refs is None
-        return losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        if row_weights is not None:
+            losses[:2] *= row_weights
+        value = losses.double().sum(1).to(losses.dtype) if options.return_sums else losses[:2].sum(0)
+        return value, weights, losses[:2].sum().isnan(), *(found[owner] for owner in range(len(found)))
 
     @staticmethod
-    def backward(ctx, grad):
-        embeddings, labels, weights, has_nan, own, *kept = ctx.saved_tensors
-        blocks, kept = ctx.blocks._replace(own=own), dict(zip(ctx.owners, kept, strict=True))
-        options, ring = ctx.options, blocks.ring
+    def setup_context(ctx, inputs, output):
+        embeddings, refs, dynamic_params, labels, row_weights, blocks, options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embeddings, refs, dynamic_params, labels, row_weights, blocks.own, *output[1:])
+        # Its own block is among the saved tensors, and must not be held twice.
+        ctx.blocks, ctx.options = blocks._replace(own=None), options._replace(dynamic_params=None)
+        ctx.is_square = refs is None
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _PairLoss._gradients(ctx, grad, *saved)
+        grads = [None if x is None else first_derivative(x, grad, *saved[:3]) for x in grads]
+        return *grads, *(None,) * 4
+
+    @staticmethod
+    def _gradients(
+        ctx, grad, embeddings, refs, dynamic_params, labels, row_weights, own, weights, has_nan, *kept
+    ):
+        blocks = ctx.blocks._replace(own=own)
+        options, ring = ctx.options._replace(dynamic_params=dynamic_params), blocks.ring
+        need_params, grad_params = ctx.needs_input_grad[2], None
         rows = embeddings.shape[0]
         grad_parts = (grad[:2, None] if options.return_sums else grad).expand(2, rows)
         grad_parts = grad_parts.to(weights.dtype).contiguous()
+        if row_weights is not None:
+            grad_parts = grad_parts * row_weights.to(weights.dtype)
         nan = torch.where(has_nan, float("nan"), 0.0).to(weights.dtype)
         grad_rows = torch.zeros_like(embeddings, dtype=weights.dtype)
         arriving, transfer = torch.zeros_like(own, dtype=weights.dtype), _Transfer()
         for owner, batch in blocks.around(embeddings, labels):
-            by_rows, by_block = _OPS.pair_block_backward(
-                *batch, *options, grad_parts, weights, kept[owner], True, True
+            is_own = owner == ring.processes.rank  # the first
+            by_rows, by_block, by_params = _OPS.pair_block_backward(
+                *batch, *options, grad_parts, weights, kept[owner], True, True, need_params, is_own
             )
             grad_rows += by_rows
+            grad_params = by_params if is_own else grad_params + by_params
             transfer.wait()  # for the gradient of this block from the processes before
             arriving[: len(by_block)] += by_block.add_(nan)
             arriving, transfer = ring.pass_on(arriving, _GRADIENT)
         transfer.wait()
         home = arriving[: blocks.counts[ring.processes.rank]]
         grad_rows += nan
-        dtype = embeddings.dtype
+        by_refs = None
         if ctx.is_square:
-            return grad_rows.add_(home).to(dtype), *(None,) * 4
-        return grad_rows.to(dtype), home.to(dtype), *(None,) * 3
+            grad_rows.add_(home)
+        else:
+            by_refs = home.to(embeddings.dtype)
+        return grad_rows.to(embeddings.dtype), by_refs, grad_params + nan if need_params else None
 
 
 def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], refs: list[int]) -> Tensor:
@@ -188,4 +216,8 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
     options: OpOptions = call.op_options._replace(
         epsilon=batch.epsilon, mine_self_pair=False, precision=precision_for(batch.embeddings)
     )
-    return _PairLoss.apply(batch.embeddings, batch.ref_emb, batch.labels, blocks, options)
+    if call.learns:
+        options = options.with_dynamic_params()
+    rows = batch.labels, batch.row_weights
+    points = batch.embeddings, batch.ref_emb
+    return _PairLoss.apply(*points, options.dynamic_params, *rows, blocks, options)[0]

@@ -7,7 +7,7 @@ from .._ops.evaluate import in_wanted_dtype
 from .._ops.triplets import Rows
 from ..losses._triplet import TripletBatch, TripletLoss, triplet_batch
 from ..miners.mined import Mined
-from .processes import GatherRows, Processes, Sum, total
+from .processes import Processes, gathered, summed, total
 
 # What csrc/core/triplets.h adds to a seed for each row.
 _ROW = 0x9E3779B97F4A7C15
@@ -50,12 +50,12 @@ def _with_all_columns(rows: Rows, processes: Processes, words: dict[str, list[in
     count, device = words["rows"], rows.labels.device
     if rows.ref_emb is not None:
         return rows._replace(
-            ref_emb=GatherRows.apply(rows.ref_emb, processes, words["refs"]),
+            ref_emb=gathered(rows.ref_emb, processes, words["refs"]),
             ref_labels=processes.gather_rows(rows.ref_labels.long(), words["refs"]),
         )
     first = total(count, processes.rank)
     return rows._replace(
-        ref_emb=GatherRows.apply(rows.embeddings, processes, count),
+        ref_emb=gathered(rows.embeddings, processes, count),
         ref_labels=processes.gather_rows(rows.labels.long(), count),
         self_index=torch.arange(first, first + count[processes.rank], device=device),
     )
@@ -81,6 +81,6 @@ def compute(
     if loss.reduction == "none":
         return in_wanted_dtype(sums, embeddings)
     parts = [sums.double().sum(), *([] if more is None else [more.double().sum()])]
-    totals = Sum.apply(torch.stack(parts), processes)
+    totals = summed(torch.stack(parts), processes)
     value = loss.whole(totals[0], processes.sum(counts.sum(0)), None if more is None else totals[1])
     return in_wanted_dtype(value, embeddings)

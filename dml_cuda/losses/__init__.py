@@ -1,5 +1,27 @@
 """The losses, one a file: its formula, its function and its module.
 
-It imports nothing: ``dml_cuda`` lists the modules and ``dml_cuda.functional`` the functions. So ``reference``
-and ``miners``, which the losses need, can import ``_formula`` and ``_pair`` from here.
+It imports none of them: so ``reference`` and ``miners``, which the losses need, can import ``_formula`` and
+``_pair`` from here.
 """
+
+from .._exports import lazy_exports
+
+__all__ = [
+    "ArcFaceLoss",
+    "BinomialDevianceLoss",
+    "CircleClassifierLoss",
+    "CircleLoss",
+    "ContrastiveLoss",
+    "CosFaceLoss",
+    "GeneralizedLiftedStructureLoss",
+    "MarginLoss",
+    "MultiSimilarityLoss",
+    "NTXentLoss",
+    "NormalizedSoftmaxLoss",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "SoftTripleLoss",
+    "SupConLoss",
+    "TripletMarginLoss",
+]
+__getattr__, __dir__ = lazy_exports(__name__, __all__)

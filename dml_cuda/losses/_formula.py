@@ -6,7 +6,7 @@ and pairs given as lists (``_ops/listed_pairs.py``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,9 +52,17 @@ class Pairs(ABC):
         """``[N]``, 0 for a row without pairs."""
         return self.sum(terms) / self.count.clamp(min=1)
 
-    def each(self, losses: Tensor) -> Part:
-        """A part of the loss in which every pair counts for itself."""
-        return Part(self.sum(losses), self.count, self.number(losses.detach() != 0))
+    def each(self, losses: Tensor, nonzero: Tensor | None = None) -> Part:
+        """A part of the loss in which every pair counts for itself; ``nonzero`` marks the pairs that
+        ``"mean_nonzero"`` counts, by default those whose loss is not 0."""
+        return Part(
+            self.sum(losses), self.count, self.number(losses.detach() != 0 if nonzero is None else nonzero)
+        )
+
+
+def number(value: float | Tensor) -> float | Tensor:
+    """A parameter that does not learn as a Python float."""
+    return value if isinstance(value, Tensor) else float(value)
 
 
 class Formula:
@@ -68,6 +76,8 @@ class Formula:
             them negated, as similarities are negated distances.
         similarity, reduction: what the options of these names are by default.
         repeats: whether a pair that is listed twice counts twice.
+        log_one_plus: whether the loss (of a pair, or of a row) is ``log(1 + x)``, which ``"mean_nonzero"``
+            counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
     """
 
@@ -77,21 +87,39 @@ class Formula:
     similarity: ClassVar[str] = "cosine"
     reduction: ClassVar[str] = "mean"
     repeats: ClassVar[bool] = False
+    log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
-        """The parameters as :meth:`row` and the kernels take them."""
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        """The parameters as :meth:`row` and the kernels take them; those that learn are tensors."""
         negated = cls.levels if similarity.startswith("euclidean") else ()
-        return [float(-values[name] if name in negated else values[name]) for name in cls.parameters]
+        return [number(-values[name] if name in negated else values[name]) for name in cls.parameters]
+
+    @classmethod
+    def is_nonzero(cls, losses: Tensor) -> Tensor:
+        """Which losses ``"mean_nonzero"`` counts."""
+        losses = losses.detach()
+        return ~vanishes(losses) if cls.log_one_plus else losses != 0
 
     @staticmethod
-    def row(pos: Pairs, neg: Pairs, *params: float) -> Tensor | tuple[Part, ...]:
+    def row(pos: Pairs, neg: Pairs, *params: float | Tensor) -> Tensor | tuple[Part, ...]:
         """The rows' losses ``[N]``, or parts that count pairs.
 
         Write ``-(s - margin)`` for ``margin - s``, which torch.compile compiles again for every margin.
         """
         raise NotImplementedError
+
+
+def vanishes(x: Tensor) -> Tensor:
+    """Whether ``x = log(1 + y)`` is 0 where it is computed from ``1 + y`` in its dtype, as that is 1 for tiny
+    y."""
+    return x <= torch.finfo(x.dtype).eps / 2
+
+
+def log_one_plus(x: Tensor) -> Tensor:
+    """``x = log(1 + y)`` as computed from ``1 + y``: 0 where that is 1. The gradient stays."""
+    return torch.where(vanishes(x), x - x.detach(), x)
 
 
 def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
@@ -101,35 +129,72 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
 
 
+Losses = Tensor | tuple[Part, ...]  # what Formula.row returns
+
+
+def joined(losses: Sequence[Losses]) -> Losses:
+    """The losses of several sets of rows as those of one."""
+    if len(losses) == 1:
+        return losses[0]
+    if isinstance(losses[0], Tensor):
+        return torch.cat(losses)
+    return tuple(Part(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*losses, strict=True))
+
+
+def _weighted(losses: Losses, row_weights: Tensor | None) -> Losses:
+    if row_weights is None:
+        return losses
+    if isinstance(losses, Tensor):
+        return losses * row_weights.to(losses.dtype)
+    return tuple(part._replace(losses=_weighted(part.losses, row_weights)) for part in losses)
+
+
 def _totals(
-    losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str
+    losses: Losses, valid: Tensor, reduction: str, nonzero: Tensor | None, row_weights: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | int]]:
-    """The sum of each part, and of its counts."""
+    """The sum of each part, and of its counts, which weights do not change."""
+    weighted = _weighted(losses, row_weights)
     if not isinstance(losses, Tensor):
         counts = [(part.nonzero if reduction == "mean_nonzero" else part.counts).sum() for part in losses]
-        return [part.losses.sum() for part in losses], counts
+        return [part.losses.sum() for part in weighted], counts
     if reduction == "mean_nonzero":
-        return [losses.sum()], [(losses != 0).sum()]
-    return [losses.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
+        return [weighted.sum()], [(losses != 0 if nonzero is None else nonzero).sum()]
+    return [weighted.sum()], [valid.sum() if reduction == "mean_valid" else len(losses)]
 
 
-def reduce(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
-    """One number, or one for each row, from what :meth:`Formula.row` gives; ``valid`` ``[N]`` marks the rows
-    with a kept pair."""
+def reduce(
+    losses: Losses,
+    valid: Tensor,
+    reduction: str,
+    nonzero: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """One number, or one for each row, from what :meth:`Formula.row` gives.
+
+    ``valid`` ``[N]`` marks rows with a kept pair, ``nonzero`` ``[N]`` those that ``"mean_nonzero"`` counts,
+    by default those whose loss is not 0. ``row_weights`` ``[N]`` multiply the losses.
+    """
     if reduction == "none":
-        return losses if isinstance(losses, Tensor) else sum(part.losses for part in losses)
+        weighted = _weighted(losses, row_weights)
+        return weighted if isinstance(weighted, Tensor) else sum(part.losses for part in weighted)
     if reduction == "sum":
-        return reduce(losses, valid, "none").sum()
-    parts, counts = _totals(losses, valid, reduction)
+        return reduce(losses, valid, "none", row_weights=row_weights).sum()
+    parts, counts = _totals(losses, valid, reduction, nonzero, row_weights)
     return sum(
         part / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         for part, count in zip(parts, counts, strict=True)
     )
 
 
-def sums_and_counts(losses: Tensor | tuple[Part, ...], valid: Tensor, reduction: str) -> Tensor:
+def sums_and_counts(
+    losses: Losses,
+    valid: Tensor,
+    reduction: str,
+    nonzero: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
     """``[4]``: parts 0 and 1 and their counts, as the op gives them with ``return_sums``."""
-    parts, counts = _totals(losses, valid, reduction)
+    parts, counts = _totals(losses, valid, reduction, nonzero, row_weights)
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
     return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])

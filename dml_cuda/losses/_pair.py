@@ -3,12 +3,20 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from .._inputs.checks import check_parameter
 from .._inputs.options import NAMES, PairOptions, check_options
 from .._ops.arguments import op_options
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import Formula
+
+
+def check_parameters(formula: type[Formula], values: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for one that cannot be, where that can be known."""
+    for name, check in formula.parameters.items():
+        check_parameter(name, values[name], check)
 
 
 def make_call(
@@ -18,12 +26,12 @@ def make_call(
     dynamic_params: bool = False,
 ) -> Call:
     """Raises TypeError or ValueError for a parameter or an option that cannot be."""
-    for name, check in formula.parameters.items():
-        check(name, values[name])
-    checked = check_options(options, similarity=formula.similarity, reduction=formula.reduction)
+    check_parameters(formula, values)
+    defaults = {"similarity": formula.similarity, "reduction": formula.reduction}
+    checked = check_options(options, **defaults, parameters=formula.parameters)
     similarity = checked.measure
-    params = formula.params(values, similarity)
-    return Call(formula, checked, op_options(formula.name, params, similarity, checked), dynamic_params)
+    as_op = op_options(formula.name, formula.params(values, similarity), similarity, checked)
+    return Call(formula, checked, as_op, dynamic_params, as_op.learns)
 
 
 def pair_loss(
@@ -35,10 +43,11 @@ def pair_loss(
     indices_tuple: object,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss as a function: a formula with its parameters by name, applied to a batch."""
     call = make_call(formula, values, options, dynamic_params=True)
-    return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights)
 
 
 class _Option:
@@ -59,11 +68,22 @@ def option() -> Any:
     return _Option()
 
 
+def described(options: Mapping[str, Any]) -> str:
+    """Options by name, as ``repr`` of a module shows them."""
+
+    def shown(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        return f"tensor of {len(value)}" if value.ndim else repr(value.tolist())
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
+
+
 class FormulaModule(nn.Module):
     """A formula with its parameters and options as a module.
 
-    Every parameter and option is an attribute, readable and settable, and checked when it is set. ``call``
-    holds them as the ops take them.
+    Every parameter and option is an attribute, readable and settable, and checked when it is set. A parameter
+    of the formula that learns is one of the module's too. ``call`` holds them as the ops take them.
     """
 
     formula: ClassVar[type[Formula]]
@@ -73,25 +93,54 @@ class FormulaModule(nn.Module):
 
     def __init__(self, options: Mapping[str, Any], **values: Any) -> None:
         super().__init__()
-        self._values = values
-        self.call = make_call(self.formula, values, options)
+        self._values: dict[str, Any] = {}
+        self._set(values, options, dynamic_params=False)
+
+    def _set(self, values: Mapping[str, Any], options: Mapping[str, Any], dynamic_params: bool) -> None:
+        with torch.no_grad():  # it only remembers which parameters learn
+            self._call = make_call(self.formula, values, options, dynamic_params=dynamic_params)
+        for name, value in values.items():
+            learns = isinstance(value, nn.Parameter)
+            self._values[name] = None if learns else value
+            if learns:
+                self._parameters[name] = value
+            else:
+                self._parameters.pop(name, None)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters of the formula by name."""
+        learned = self._parameters
+        return {name: learned.get(name, value) for name, value in self._values.items()}
+
+    @property
+    def call(self) -> Call:
+        if not self._call.learns:
+            return self._call
+        check_parameters(self.formula, self.values)
+        return self._call.with_values(self.values)
 
     def get_option(self, name: str) -> Any:
-        return getattr(self.call.options, name) if name in NAMES else self._values[name]
+        return getattr(self._call.options, name) if name in NAMES else self.values[name]
 
     def set_option(self, name: str, value: object) -> None:
-        values, options = self._values, self.call.options._asdict()
+        values, options = self.values, self._call.options._asdict()
         if name in NAMES:
-            options = {**options, name: value}
+            options[name] = value
         else:
-            values = {**values, name: value}
+            values[name] = value
         # An option that was set may be set again at every step: no graph should be compiled for each value.
-        self.call = make_call(self.formula, values, options, dynamic_params=True)
-        self._values = values
+        self._set(values, options, dynamic_params=True)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # nn.Module would not leave a Parameter, nor what replaces one, to a property of the class.
+        if isinstance(getattr(type(self), name, None), _Option | property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        options = self._values | self.call.options._asdict()
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return described(self.values | self._call.options._asdict())
 
 
 class PairLoss(FormulaModule):
@@ -101,6 +150,7 @@ class PairLoss(FormulaModule):
     similarity: str = option()
     normalize_embeddings: bool | None = option()
     check_pairs: bool = option()
+    class_weights: Tensor | None = option()
 
     def forward(
         self,
@@ -109,6 +159,7 @@ class PairLoss(FormulaModule):
         indices_tuple: object = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -119,8 +170,11 @@ class PairLoss(FormulaModule):
             ref_emb: ``[M, D]`` to pair the rows with, or ``None`` for the rows themselves.
             ref_labels: ``[M]`` integers, given exactly when ``ref_emb`` is; not needed with
                 ``indices_tuple``.
+            row_weights: ``[N]`` factors of the rows' losses; of every pair of a row, where a loss averages
+                over pairs. What a mean divides by stays as it is.
         """
-        return evaluate_arguments(self.call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
+        return evaluate_arguments(self.call, *batch)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
         __call__ = forward

@@ -1,6 +1,6 @@
 """The base of the triplet losses: which triplets of a batch count, and how their losses are reduced."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from .._inputs.batch import check_mined, same_dtype, to_save
 from .._inputs.checks import Backend, Reduction, Similarity, check_batch, check_count, check_points
 from .._inputs.indices import listed_indices
-from .._inputs.options import Options, check_options
+from .._inputs.options import Options, check_names, check_options
 from .._inputs.random_triplets import random_triplets
 from .._ops import listed_triplets
 from .._ops.devices import use_kernel
@@ -44,7 +44,7 @@ class TripletOptions(TypedDict, total=False):
     check_pairs: bool
 
 
-_NAMES = tuple(TripletOptions.__annotations__)
+TRIPLET_NAMES = tuple(TripletOptions.__annotations__)
 
 
 class TripletCall(NamedTuple):
@@ -71,11 +71,10 @@ def check_per_anchor(value: object) -> int | None:
     return int(value)
 
 
-def triplet_options(options: Mapping[str, Any]) -> Options:
-    """Validates options and adds the defaults of triplet losses. Raises TypeError or ValueError."""
-    for name in options:
-        if name not in _NAMES:
-            raise TypeError(f"{name}: expected one of the options {', '.join(_NAMES)}")
+def triplet_options(options: Mapping[str, Any], parameters: Iterable[str] = ()) -> Options:
+    """Validates options and adds the defaults of triplet losses. ``parameters`` are the loss's own names, for
+    the message. Raises TypeError or ValueError."""
+    check_names(options, TRIPLET_NAMES, parameters)
     return check_options(options, similarity="euclidean", reduction="mean_nonzero")
 
 
@@ -220,7 +219,7 @@ class TripletLoss(nn.Module):
     def __init__(self, options: TripletOptions, **values: Any) -> None:
         super().__init__()
         self._values = values
-        self.call = self.make_call(values, triplet_options(options))
+        self.call = self.make_call(values, triplet_options(options, values))
 
     @staticmethod
     def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
@@ -235,7 +234,7 @@ class TripletLoss(nn.Module):
         if name in values:
             values = {**values, name: value}
         else:
-            known = {key: getattr(options, key) for key in _NAMES}
+            known = {key: getattr(options, key) for key in TRIPLET_NAMES}
             options = triplet_options({**known, name: value})
         self.call = self.make_call(values, options)
         self._values = values
@@ -271,5 +270,5 @@ class TripletLoss(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        names = (*self._values, *_NAMES)
+        names = (*self._values, *TRIPLET_NAMES)
         return ", ".join(f"{name}={self.get_option(name)!r}" for name in names)

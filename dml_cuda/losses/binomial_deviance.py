@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -34,6 +35,7 @@ def binomial_deviance_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Binomial deviance loss.
@@ -51,18 +53,20 @@ def binomial_deviance_loss(
         alpha: weight of positives, above 0.
         beta: weight of negatives, above 0.
         base: the similarity subtracted in both terms; with ``similarity="euclidean"`` a distance.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"alpha": alpha, "beta": beta, "base": base}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(BinomialDeviance, values, options, *batch)
 
 
+@described_by(binomial_deviance_loss)
 class BinomialDevianceLoss(PairLoss):
     """Binomial deviance loss; see :func:`dml_cuda.functional.binomial_deviance_loss`.
 

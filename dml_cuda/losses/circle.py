@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._inputs.checks import check_above_zero, check_flag, check_number
+from .._inputs.checks import check_above_zero, check_flag, check_number, check_parameter
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -37,6 +38,7 @@ def circle_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Circle loss on pairs, with multi-similarity mining when ``epsilon`` is given.
@@ -57,15 +59,17 @@ def circle_loss(
         gamma: the scale of the logits, above 0.
         detach_weights: treat the weights :math:`[\cdot]_+` as constants in the gradient, as the paper does.
             ``False`` gives the derivative of the value.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"m": m, "gamma": gamma, "detach_weights": detach_weights}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(Circle, values, options, *batch)
 
 
@@ -73,8 +77,8 @@ def margin_or_m(m: float, margin: float | None, default: float) -> float:
     """``m``, which version 3 of pytorch-metric-learning calls ``margin``."""
     if margin is None:
         return m
-    check_number("margin", margin)
-    if m != default:
+    check_parameter("margin", margin, check_number)
+    if m is not default and m != default:
         raise ValueError(
             f"margin: expected only one of m and margin, which are the same; got m={m} and margin={margin}"
         )
@@ -92,12 +96,15 @@ class NamedMargin:
 
     @margin.setter
     def margin(self, margin: float) -> None:
-        check_number("margin", margin)
+        check_parameter("margin", margin, check_number)
         self.m = margin
 
 
+@described_by(circle_loss)
 class CircleLoss(NamedMargin, PairLoss):
-    """Circle loss on pairs; see :func:`dml_cuda.functional.circle_loss`. ``margin`` is the same as ``m``.
+    """Circle loss on pairs; see :func:`dml_cuda.functional.circle_loss`.
+
+    ``margin`` is the same as ``m``.
 
     >>> loss_fn = CircleLoss(m=0.4, gamma=80)
     >>> loss = loss_fn(embeddings, labels)

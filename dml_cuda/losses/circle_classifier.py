@@ -41,6 +41,7 @@ class CircleClassifierLoss(NamedMargin, ClassifierLoss):
 
     formula = Circle
     weight = "W"
+    W: nn.Parameter
     m: float = option()
     gamma: float = option()
     detach_weights: bool = option()
@@ -58,7 +59,7 @@ class CircleClassifierLoss(NamedMargin, ClassifierLoss):
     ) -> None:
         values: dict[str, Any] = {"m": margin_or_m(m, margin, 0.25), "gamma": gamma}
         super().__init__(num_classes, embedding_size, options, **values, detach_weights=detach_weights)
-        self.add_columns(self.num_classes, nn.init.normal_)
+        self.add_weight()
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` gamma times the cosine with each class's weight, for inference."""

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, Part
 from ._pair import PairLoss, option, pair_loss
 
@@ -35,6 +36,7 @@ def contrastive_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Contrastive loss: hinges on the distances :math:`d` of positives and of negatives.
@@ -56,18 +58,20 @@ def contrastive_loss(
         pos_margin: positive pairs beyond this distance, or below this similarity, have a loss.
         neg_margin: negative pairs within this distance, or above this similarity, have a loss.
         indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
-        embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, row_weights: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"pos_margin": pos_margin, "neg_margin": neg_margin}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(Contrastive, values, options, *batch)
 
 
+@described_by(contrastive_loss)
 class ContrastiveLoss(PairLoss):
     """Contrastive loss; see :func:`dml_cuda.functional.contrastive_loss`.
 

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -35,6 +36,7 @@ def generalized_lifted_structure_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Generalised lifted structure loss, on distances :math:`d`.
@@ -52,18 +54,20 @@ def generalized_lifted_structure_loss(
     Args:
         neg_margin: :math:`m_n`, added to the exponents of negatives.
         pos_margin: :math:`m_p`, subtracted from the exponents of positives.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"neg_margin": neg_margin, "pos_margin": pos_margin}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(LiftedStructure, values, options, *batch)
 
 
+@described_by(generalized_lifted_structure_loss)
 class GeneralizedLiftedStructureLoss(PairLoss):
     """Generalised lifted structure loss; see :func:`dml_cuda.functional.generalized_lifted_structure_loss`.
 

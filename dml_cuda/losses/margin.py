@@ -1,19 +1,21 @@
 """Margin loss."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .._inputs.checks import check_count, check_flag, check_number
-from .._inputs.options import Options
+from .._inputs.options import Options, check_names
+from .._inputs.traced import is_traced
 from .._ops.evaluate import in_wanted_dtype
 from .._ops.listed_pairs import of_rows
-from ..reference.pairs import is_traced
+from ._described import described_by
 from ._pair import option
 from ._triplet import (
+    TRIPLET_NAMES,
     TripletBatch,
     TripletCall,
     TripletLoss,
@@ -138,18 +140,20 @@ def margin_loss(
         beta: the boundary: a number, or a tensor with one element or with ``[C]`` elements, one a class
             (labels are then class indices). A tensor receives gradients.
         triplets_per_anchor: as in :func:`triplet_margin_loss`.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple, options: as in :func:`triplet_margin_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`triplet_margin_loss`.
             With ``[C]`` betas, ``indices_tuple`` requires labels too.
+        options: ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean_nonzero"``,
+            ``backend``, ``check_pairs``; see :class:`dml_cuda.TripletOptions`.
 
     Returns, Raises:
         As :func:`triplet_margin_loss`.
     """
-    call = make_call(
-        {"margin": margin, "nu": nu, "triplets_per_anchor": triplets_per_anchor}, triplet_options(options)
-    )
+    values = {"margin": margin, "nu": nu, "triplets_per_anchor": triplets_per_anchor}
+    call = make_call(values, triplet_options(options, (*values, "beta")))
     return evaluate(call, beta, nu, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
+@described_by(margin_loss)
 class MarginLoss(TripletLoss):
     """Margin loss; see :func:`dml_cuda.functional.margin_loss`.
 
@@ -164,6 +168,7 @@ class MarginLoss(TripletLoss):
     make_call = staticmethod(make_call)
     nu: float = option()
     beta: Tensor
+    own_names: ClassVar = ("margin", "nu", "beta", "triplets_per_anchor", "learn_beta", "num_classes")
 
     def __init__(
         self,
@@ -175,6 +180,7 @@ class MarginLoss(TripletLoss):
         num_classes: int | None = None,
         **options: Unpack[TripletOptions],
     ) -> None:
+        check_names(options, TRIPLET_NAMES, self.own_names)
         super().__init__(options, margin=margin, nu=nu, triplets_per_anchor=triplets_per_anchor)
         check_number("beta", beta)
         check_flag("learn_beta", learn_beta)
@@ -203,7 +209,7 @@ class MarginLoss(TripletLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments as for :meth:`TripletLoss.forward`."""
+        """The loss of a batch; arguments as for :meth:`dml_cuda.TripletMarginLoss.forward`."""
         batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
         return evaluate(self.call, self.beta, self._nu, *batch)
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from ._classifier import ClassifierLoss, ClassifierOptions
-from ._formula import Formula, Pairs, softplus
+from ._formula import Formula, Pairs, number, softplus
 from ._pair import option
 
 
@@ -22,18 +22,20 @@ class MarginSoftmax(Formula):
     """
 
     name = "margin_softmax"
+    log_one_plus = True
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, scale: float, margin: float, cosine: float, sine: float) -> Tensor:
         s = pos.s
-        if sine == 0:
+        if not isinstance(sine, Tensor) and sine == 0:
             turned = cosine * s
         else:
             square = torch.relu((1 - s) * (1 + s))
             has_root = square > 0
             root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
             # Beyond theta = pi - angle, cos(theta + angle) would increase again.
-            shift = math.atan2(sine, cosine) * sine
+            atan2 = torch.atan2 if isinstance(sine, Tensor) else math.atan2
+            shift = atan2(sine, cosine) * sine
             turned = torch.where(s >= -cosine, cosine * s - sine * root, s - shift)
         both = (pos.count > 0) & (neg.count > 0)
         return softplus(pos.lse(-scale * (turned - margin)) + neg.lse(scale * neg.s), where=both)
@@ -45,7 +47,7 @@ class NormalizedSoftmax(MarginSoftmax):
     parameters: ClassVar = {"temperature": check_above_zero}
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
         return [1.0 / values["temperature"], 0.0, 1.0, 0.0]
 
 
@@ -55,8 +57,8 @@ class CosFace(MarginSoftmax):
     parameters: ClassVar = {"margin": check_number, "scale": check_above_zero}
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
-        return [float(values["scale"]), float(values["margin"]), 1.0, 0.0]
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        return [number(values["scale"]), number(values["margin"]), 1.0, 0.0]
 
 
 def _check_degrees(name: str, value: object) -> None:
@@ -71,17 +73,22 @@ class ArcFace(MarginSoftmax):
     parameters: ClassVar = {"margin": _check_degrees, "scale": check_above_zero}
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
-        angle = math.radians(values["margin"])
-        return [float(values["scale"]), 0.0, math.cos(angle), math.sin(angle)]
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        margin = values["margin"]
+        if isinstance(margin, Tensor):
+            angle = margin.deg2rad()
+            return [number(values["scale"]), 0.0, angle.cos(), angle.sin()]
+        angle = math.radians(margin)
+        return [number(values["scale"]), 0.0, math.cos(angle), math.sin(angle)]
 
 
 class _SoftmaxLoss(ClassifierLoss):
     weight = "W"
+    W: nn.Parameter
 
     def __init__(self, num_classes: int, embedding_size: int, options: ClassifierOptions, **values: float):
         super().__init__(num_classes, embedding_size, options, **values)
-        self.add_columns(self.num_classes, nn.init.normal_)
+        self.add_weight()
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` scaled cosines with the weights of the classes, without margin; for inference."""
@@ -136,7 +143,7 @@ class CosFaceLoss(_SoftmaxLoss):
     Args:
         margin: on the cosine.
         scale: above 0.
-        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
+        num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.
     """
 
     formula = CosFace
@@ -170,7 +177,7 @@ class ArcFaceLoss(_SoftmaxLoss):
         margin: on the angle, in degrees from 0 to 180. The attribute is in degrees too, whereas
             pytorch-metric-learning's is in radians.
         scale: above 0.
-        num_classes, embedding_size, options, and the attribute ``W``: as for :class:`NormalizedSoftmaxLoss`.
+        num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.
 
     The gradient at an angle of 0 is 0.
     """

@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -35,6 +36,7 @@ def multi_similarity_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Multi-similarity loss, with its hard-pair mining when ``epsilon`` is given.
@@ -52,7 +54,8 @@ def multi_similarity_loss(
         embeddings: ``[N, D]`` float16, bfloat16, float32 or float64, any strides, normalised or not.
         labels: ``[N]``, any integer dtype. Two rows with equal labels are a positive pair, all others
             negative; a row is not paired with itself. Not needed with ``indices_tuple``.
-        alpha: weight of positives, above 0.
+        alpha: weight of positives, above 0. As every parameter of a loss, a number, or a tensor of one
+            number, such as an ``nn.Parameter``, that learns.
         beta: weight of negatives, above 0.
         base: the similarity (lambda in the paper) subtracted in both terms; with
             ``similarity="euclidean"`` a distance.
@@ -64,12 +67,13 @@ def multi_similarity_loss(
             triplets ``(anchors, positives, negatives)``, int64 or int32. Anchors index ``embeddings``, the
             rest ``ref_emb`` if it is given. A pair that is listed twice counts once. A result of
             :class:`dml_cuda.MultiSimilarityMiner` for the same embeddings is never materialised.
+        row_weights: ``[N]`` factors of the rows' losses; what a mean divides by stays as it is.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
 
     Returns:
-        A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (float32 under
-        autocast), differentiable once with respect to ``embeddings`` and ``ref_emb``. A batch without
+        A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (under autocast
+        float32 at least), differentiable once with respect to ``embeddings`` and ``ref_emb``. A batch without
         pairs gives 0 with a zero gradient; NaN or infinite embeddings give NaN.
 
     Raises:
@@ -77,10 +81,11 @@ def multi_similarity_loss(
         RuntimeError: ``backend="fused"`` on a device without a kernel.
     """
     values = {"alpha": alpha, "beta": beta, "base": base}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(MultiSimilarity, values, options, *batch)
 
 
+@described_by(multi_similarity_loss)
 class MultiSimilarityLoss(PairLoss):
     """Multi-similarity loss; see :func:`dml_cuda.functional.multi_similarity_loss`.
 

@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs, Part, softplus
 from ._pair import PairLoss, option, pair_loss
 
@@ -15,6 +16,7 @@ class NTXent(Formula):
     """Sohn, NeurIPS 2016; van den Oord et al., 2018; Chen et al., ICML 2020."""
 
     name = "nt_xent"
+    log_one_plus = True
     parameters: ClassVar = {"temperature": check_above_zero}
     repeats = True
 
@@ -22,7 +24,8 @@ class NTXent(Formula):
     def row(pos: Pairs, neg: Pairs, temperature: float) -> tuple[Part, ...]:
         push = neg.lse(neg.s / temperature)
         has_negatives = pos.spread(neg.count > 0)
-        return (pos.each(softplus(pos.spread(push) - pos.s / temperature, where=has_negatives)),)
+        losses = softplus(pos.spread(push) - pos.s / temperature, where=has_negatives)
+        return (pos.each(losses, NTXent.is_nonzero(losses)),)
 
 
 def nt_xent_loss(
@@ -33,6 +36,7 @@ def nt_xent_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Normalised temperature-scaled cross entropy of each positive pair against its row's negatives.
@@ -53,18 +57,19 @@ def nt_xent_loss(
     Args:
         temperature: divides similarities, above 0.
         indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
-        embeddings, labels, ref_emb, ref_labels: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, row_weights: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"temperature": temperature}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(NTXent, values, options, *batch)
 
 
+@described_by(nt_xent_loss)
 class NTXentLoss(PairLoss):
     """NT-Xent loss, InfoNCE; see :func:`dml_cuda.functional.nt_xent_loss`.
 

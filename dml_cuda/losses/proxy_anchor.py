@@ -1,6 +1,6 @@
 """Proxy anchor loss."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.batch import make_batch
 from .._inputs.checks import check_above_zero, check_number
+from .._inputs.traced import is_traced
 from .._ops.evaluate import Call, evaluate
-from ..reference.pairs import MaskedPairs, is_traced, unit_rows
-from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ..reference.pairs import MaskedPairs, unit_rows
+from ._classifier import ClassifierLoss, ClassifierOptions
 from ._formula import Formula, Pairs, Part, reduce, softplus
 from ._pair import option
 
@@ -23,6 +24,7 @@ class ProxyAnchor(Formula):
     """Kim et al., CVPR 2020, equation 4: the rows are the proxies."""
 
     name = "proxy_anchor"
+    log_one_plus = True
     parameters: ClassVar = {"margin": check_number, "alpha": check_above_zero}
 
     @staticmethod
@@ -34,8 +36,8 @@ class ProxyAnchor(Formula):
         push = softplus(neg.lse(alpha * (neg.s + margin) + bias), where=neg.count > 0)
         with_positives = (pos.count > 0).long()
         return (
-            Part(pull, with_positives, (pull.detach() != 0).long()),
-            Part(push, torch.ones_like(with_positives), (push.detach() != 0).long()),
+            Part(pull, with_positives, ProxyAnchor.is_nonzero(pull).long()),
+            Part(push, torch.ones_like(with_positives), ProxyAnchor.is_nonzero(push).long()),
         )
 
 
@@ -77,6 +79,8 @@ class ProxyAnchorLoss(ClassifierLoss):
 
     formula = ProxyAnchor
     weight = "proxies"
+    by_columns = False
+    proxies: nn.Parameter
     margin: float = option()
     alpha: float = option()
 
@@ -89,16 +93,17 @@ class ProxyAnchorLoss(ClassifierLoss):
         **options: Unpack[ClassifierOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, options, margin=margin, alpha=alpha)
-        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
-        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+        self.add_weight()
 
-    def rows(self) -> Tensor:
-        return self.proxies
+    def reset_parameters(self) -> None:
+        """Draws the proxies anew, as pytorch-metric-learning does."""
+        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 
     def pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if bool((labels < 0).any()):
             embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
-        return self.proxies, self.classes(), embeddings, labels
+        embeddings, proxies = self.promoted(embeddings)
+        return proxies, self.classes(), embeddings, labels
 
     def losses(self, call: Call, embeddings: Tensor, labels: Tensor) -> Tensor:
         count = None
@@ -109,19 +114,28 @@ class ProxyAnchorLoss(ClassifierLoss):
             ignored = labels < 0
             order = ignored.byte().argsort(stable=True)
             embeddings, labels, count = embeddings[order], labels[order], (~ignored).sum()
-        points = self.proxies, self.classes(), None, embeddings, labels
+        embeddings, proxies = self.promoted(embeddings)
+        points = proxies, self.classes(), None, embeddings, labels
         options = {"epsilon": None, "similarity": call.similarity, "check_pairs": False}
         return evaluate(call, make_batch(*points, **options)._replace(num_valid_refs=count))
 
-    def weighted(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
+    def factors(self, embeddings: Tensor, labels: Tensor, row_weights: Tensor | None) -> None:
+        for name, value in (("row_weights", row_weights), ("class_weights", self.class_weights)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, as the losses are those of proxies, not of rows")
+
+    def weighted(
+        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
         labels = labels.long()
         with _autocast.off(embeddings.device):
+            embeddings, all_proxies = self.promoted(embeddings)
             wide = embeddings.dtype if embeddings.dtype == torch.float64 else torch.float32
-            bias = row_weights(self.listed(indices_tuple), embeddings).to(wide) - 1
+            bias = listing.to(wide) - 1
             x, params = embeddings.to(wide), self.call.params
             # Blocks of proxies, recomputed in backward, so that the C x N matrix is not materialised.
             step = max(1, _BLOCK // max(1, len(labels)))
-            blocks = zip(self.proxies.split(step), self.classes().split(step), strict=True)
+            blocks = zip(all_proxies.split(step), self.classes().split(step), strict=True)
             parts = [
                 checkpoint(
                     _biased_parts, proxies.to(wide), classes, x, labels, bias, params, use_reentrant=False
@@ -133,7 +147,7 @@ class ProxyAnchorLoss(ClassifierLoss):
                 for blocks_of_part in zip(*parts, strict=True)
             )
             value = reduce(whole, whole[0].counts > 0, self.reduction)
-        return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
+        return value.to(_autocast.result_dtype(embeddings))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` cosines with the proxies."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -19,7 +18,7 @@ class ProxyNCA(MarginSoftmax):
     parameters: ClassVar = {"softmax_scale": check_above_zero}
 
     @classmethod
-    def params(cls, values: Mapping[str, float], similarity: str) -> list[float]:
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
         return [2.0 * values["softmax_scale"], 0.0, 1.0, 0.0]
 
 
@@ -45,6 +44,8 @@ class ProxyNCALoss(ClassifierLoss):
 
     formula = ProxyNCA
     weight = "proxies"
+    by_columns = False
+    proxies: nn.Parameter
     softmax_scale: float = option()
 
     def __init__(
@@ -55,16 +56,15 @@ class ProxyNCALoss(ClassifierLoss):
         **options: Unpack[ClassifierOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, options, softmax_scale=softmax_scale)
-        self.proxies = nn.Parameter(torch.empty(self.num_classes, self.embedding_size))
-        nn.init.normal_(self.proxies)
-
-    def rows(self) -> Tensor:
-        return self.proxies
+        self.add_weight()
 
     def listed(self, indices_tuple: Any) -> tuple[Tensor, ...]:
-        lists = tuple(indices_tuple)
+        lists = super().listed(indices_tuple)
         return lists[:1] if len(lists) == 3 else lists[::2]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` squared distances to the proxies, as in pytorch-metric-learning: argmin is the class."""
-        return torch.cdist(*(nn.functional.normalize(x, dim=1) for x in (embeddings, self.proxies))).square()
+        # Not cdist, which chooses its way by the number of rows: torch.export would fix that number.
+        x, proxies = (nn.functional.normalize(points, dim=1) for points in self.promoted(embeddings))
+        lengths = x.square().sum(1, keepdim=True) + proxies.square().sum(1)
+        return (lengths - 2 * x @ proxies.T).clamp(min=0)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
-from ._classifier import ClassifierLoss, ClassifierOptions, row_weights
+from ._classifier import ClassifierLoss, ClassifierOptions, listing_weights
 from ._formula import Formula, reduce
 from ._pair import option
 
@@ -71,6 +71,7 @@ class SoftTripleLoss(ClassifierLoss):
 
     formula = SoftTriple
     weight = "fc"
+    fc: nn.Parameter
     la: float = option()
     gamma: float = option()
     margin: float = option()
@@ -91,28 +92,44 @@ class SoftTripleLoss(ClassifierLoss):
         super().__init__(num_classes, embedding_size, options, **values)
         check_count("centers_per_class", centers_per_class)
         self.centers_per_class = int(centers_per_class)
-        columns = self.num_classes * self.centers_per_class
-        self.add_columns(columns, nn.init.kaiming_uniform_, a=math.sqrt(5))
+        self.add_weight()
+
+    def num_columns(self) -> int:
+        return self.num_classes * self.centers_per_class
+
+    def reset_parameters(self) -> None:
+        """Draws the centres anew, as pytorch-metric-learning does."""
+        nn.init.kaiming_uniform_(self.fc, a=math.sqrt(5))
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
         """The losses ``[N]`` of a validated batch, float32 or float64, and the regulariser of the batch."""
-        centers, (la, gamma, margin, tau) = self.rows(), self.call.params
-        if embeddings.dtype != centers.dtype:  # under autocast
-            wide = torch.promote_types(embeddings.dtype, centers.dtype)
-            embeddings, centers = embeddings.to(wide), centers.to(wide)
-        run = soft_triple.dense if self.backend == "reference" else soft_triple.soft_triple
+        la, gamma, margin, tau = self.call.params
+        embeddings, centers = self.promoted(embeddings)
+        dense = self.backend == "reference" or self.call.learns  # the blocks have no gradient of parameters
+        run = soft_triple.dense if dense else soft_triple.row_losses
         options = self.centers_per_class, la, gamma, margin, tau > 0
         with _autocast.off(embeddings.device):
             losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
         return losses, tau * regulariser if tau > 0 else 0.0
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
-        losses, regulariser = self.row_losses(embeddings, self.check(embeddings, labels))
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Any = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
+        factors = self.factors(embeddings, labels, row_weights)
+        losses, regulariser = self.row_losses(embeddings, labels)
         with _autocast.off(embeddings.device):
             if indices_tuple is not None:
-                losses = losses * row_weights(self.listed(indices_tuple), embeddings).to(losses.dtype)
-            value = reduce(losses, torch.ones_like(losses, dtype=torch.bool), self.reduction) + regulariser
-        return value if _autocast.is_on(embeddings.device) else value.to(embeddings.dtype)
+                listing = listing_weights(self.listed(indices_tuple), embeddings)
+                losses = losses * listing.to(losses.dtype)
+            value = reduce(losses, self.known(labels), self.reduction, row_weights=factors) + regulariser
+        return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` similarities to the classes."""
@@ -121,7 +138,7 @@ class SoftTripleLoss(ClassifierLoss):
     def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The fields of :class:`dml_cuda.functional.PairWeights` for rows and centres."""
         labels, (la, gamma, margin, _) = self.check(embeddings, labels).long(), self.call.params
-        points = embeddings, self.rows(), labels, self.centers_per_class
+        points = *self.promoted(embeddings), labels, self.centers_per_class
         with torch.inference_mode(False), _autocast.off(embeddings.device):
             return soft_triple.weights(*points, la, gamma, margin, self.reduction)
 

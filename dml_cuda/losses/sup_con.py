@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero
 from .._inputs.options import PairOptions
+from ._described import described_by
 from ._formula import Formula, Pairs
 from ._pair import PairLoss, option, pair_loss
 
@@ -36,6 +37,7 @@ def sup_con_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     indices_tuple: object = None,
+    row_weights: Tensor | None = None,
     **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Supervised contrastive loss.
@@ -52,18 +54,21 @@ def sup_con_loss(
 
     Args:
         temperature: divides similarities, above 0.
-        embeddings, labels, ref_emb, ref_labels, indices_tuple: as in :func:`multi_similarity_loss`.
+        embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
+            :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``; see :class:`dml_cuda.PairOptions`.
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.
     """
     values = {"temperature": temperature}
-    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+    batch = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
     return pair_loss(SupCon, values, options, *batch)
 
 
+@described_by(sup_con_loss)
 class SupConLoss(PairLoss):
     """Supervised contrastive loss; see :func:`dml_cuda.functional.sup_con_loss`.
 

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_flag, check_number
 from .._inputs.options import Options
+from ._described import described_by
 from ._pair import option
 from ._triplet import TripletCall, TripletLoss, TripletOptions, check_per_anchor, evaluate, triplet_options
 
@@ -74,10 +75,11 @@ def triplet_margin_loss(
         "smooth_loss": smooth_loss,
         "triplets_per_anchor": triplets_per_anchor,
     }
-    call = make_call(values, triplet_options(options))
+    call = make_call(values, triplet_options(options, values))
     return evaluate(call, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
+@described_by(triplet_margin_loss)
 class TripletMarginLoss(TripletLoss):
     """Triplet margin loss; see :func:`dml_cuda.functional.triplet_margin_loss`.
 

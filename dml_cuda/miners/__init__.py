@@ -1,1 +1,17 @@
-"""Miners, and what they return. ``dml_cuda`` exports the public classes."""
+"""Miners, and what they return."""
+
+from .._exports import lazy_exports
+
+__all__ = [
+    "BatchEasyHardMiner",
+    "BatchHardMiner",
+    "DistanceWeightedMiner",
+    "MinedPairs",
+    "MinedTriplets",
+    "MultiSimilarityMiner",
+    "PairCounts",
+    "PairMarginMiner",
+    "SelectedPairs",
+    "TripletMarginMiner",
+]
+__getattr__, __dir__ = lazy_exports(__name__, __all__)

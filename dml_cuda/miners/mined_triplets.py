@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._inputs.indices import NAMES
 from .._ops.triplets import ANY, Rows, Selection, select, select_one_each, triplet_sums
+from ..reference.triplets import within
 from .mined import IndexBuffer, Mined
 
 _BLOCK = 1 << 22  # triplets tested together
@@ -64,7 +65,7 @@ class Selected(Mined):
         for begin, s, positive, negative in self.blocks(measured=measured):
             mask = negative if kind else self.without_self_pairs(begin, positive)
             if s is not None:
-                mask = mask & (-s >= low) & (-s <= high)
+                mask = mask & within(-s, low, high)
             rows, cols = mask.nonzero(as_tuple=True)
             buffers[0].append(rows + begin)
             buffers[1].append(cols)
@@ -126,7 +127,8 @@ class MinedTriplets(Selected):
             for part in torch.arange(len(rows), device=rows.device).split(step):
                 row, col = rows[part], cols[part]
                 gap = s[row, col][:, None] - s[row]
-                pair, n = (negative[row] & (gap > low) & (gap <= high)).nonzero(as_tuple=True)
+                # Written as "not outside", so that a NaN is kept and reaches the loss.
+                pair, n = (negative[row] & ~(gap <= low) & ~(gap > high)).nonzero(as_tuple=True)
                 for buffer, index in zip(buffers, (row[pair] + begin, col[pair], n), strict=True):
                     buffer.append(index)
         return tuple(buffer.view().clone() for buffer in buffers)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from .._inputs.checks import SIMILARITIES, Similarity, check_choice, check_flag, check_number
-from .._inputs.options import measure
+from .._inputs.options import measure, with_known_names
 from ..losses._pair import option
 from .mined import Mined, version
 from .mined_pairs import MinedPairs, PairCounts, mined_pairs
@@ -88,15 +88,29 @@ class Miner(nn.Module):
 
     similarity: Similarity = option()
     normalize_embeddings: bool | None = option()
+    collect_stats: bool = option()
 
+    kind: ClassVar[type[Mined]]  # what it returns
+    stats: ClassVar[tuple[str, ...]] = ()  # attributes that collect_stats sets
     checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}  # of the options, by name
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__init__" in vars(cls):
+            cls.__init__ = with_known_names(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._options: dict[str, Any] = {}
         self._last: LastBatch | None = None
+        self._collected: dict[str, float] = {}
         for name, value in options.items():
             self.set_option(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).stats:
+            return self.__dict__.get("_collected", {}).get(name, 0)
+        return super().__getattr__(name)
 
     def get_option(self, name: str) -> Any:
         return self._options[name]
@@ -107,6 +121,8 @@ class Miner(nn.Module):
         elif name == "normalize_embeddings":
             if value is not None:
                 check_flag(name, value)
+        elif name == "collect_stats":
+            check_flag(name, value)
         else:
             self.checks[name](name, value)
         self._options = {**self._options, name: value}
@@ -126,6 +142,10 @@ class Miner(nn.Module):
     ) -> Mined:
         raise NotImplementedError
 
+    def _compute_stats(self, mined: Any) -> Mapping[str, float]:
+        """The values of ``stats`` for a batch."""
+        return {}
+
     def mine(
         self,
         embeddings: Tensor,
@@ -137,6 +157,8 @@ class Miner(nn.Module):
         """As :meth:`forward`, with the first ``num_valid_refs`` rows of ``ref_emb``."""
         batch = embeddings, labels, ref_emb, ref_labels
         mined = self._find(*batch, num_valid_refs)
+        if self.collect_stats:
+            self._collected = dict(self._compute_stats(mined))
         self._last = None if torch.compiler.is_exporting() else LastBatch(mined, *batch)
         return mined
 
@@ -157,8 +179,27 @@ class Miner(nn.Module):
         """
         return self.mine(embeddings, labels, ref_emb, ref_labels)
 
-    def _counted(self, kind: int) -> int:
-        return 0 if self._last is None else self._last.counts()[kind]
+    def _counted(self, lists: int, position: int) -> int:
+        """The count at ``position`` of a miner that returns so many lists; 0 for the others."""
+        has_it = self._last is not None and len(self.kind.names) == lists
+        return self._last.counts()[position] if has_it else 0
+
+    @property
+    def num_pos_pairs(self) -> int:
+        """The number of positive pairs kept in the last batch, 0 if triplets were; synchronises with the
+        device."""
+        return self._counted(4, 0)
+
+    @property
+    def num_neg_pairs(self) -> int:
+        """The number of negative pairs kept in the last batch, 0 if triplets were; synchronises with the
+        device."""
+        return self._counted(4, 1)
+
+    @property
+    def num_triplets(self) -> int:
+        """The number of triplets kept in the last batch, 0 if pairs were; synchronises with the device."""
+        return self._counted(3, 0)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # copies and pickles do not hold the batch
@@ -185,6 +226,7 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
             that of pytorch-metric-learning's miner with ``LpDistance``.
         normalize_embeddings: as for the losses; ``None`` is the default of the similarity.
         pair_counts: also return how many pairs each row keeps.
+        collect_stats: accepted as pytorch-metric-learning's miner does, which collects none.
 
     All are attributes too, readable and settable.
 
@@ -196,6 +238,7 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
     epsilon: float = option()
     pair_counts: bool = option()
 
+    kind = MinedPairs
     checks: ClassVar = {"epsilon": check_number, "pair_counts": check_flag}
 
     @overload
@@ -206,6 +249,7 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
         similarity: Similarity = ...,
         normalize_embeddings: bool | None = ...,
         pair_counts: Literal[False] = ...,
+        collect_stats: bool = ...,
     ) -> None: ...
 
     @overload
@@ -216,6 +260,7 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
         similarity: Similarity = ...,
         normalize_embeddings: bool | None = ...,
         pair_counts: Literal[True],
+        collect_stats: bool = ...,
     ) -> None: ...
 
     def __init__(
@@ -225,9 +270,10 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
         similarity: Similarity = "cosine",
         normalize_embeddings: bool | None = None,
         pair_counts: bool = False,
+        collect_stats: bool = False,
     ) -> None:
         options = {"epsilon": epsilon, "similarity": similarity, "normalize_embeddings": normalize_embeddings}
-        super().__init__(**options, pair_counts=pair_counts)
+        super().__init__(**options, pair_counts=pair_counts, collect_stats=collect_stats)
 
     def forward(
         self,
@@ -264,16 +310,6 @@ class MultiSimilarityMiner(Miner, Generic[_Result]):
     def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> MinedPairs:
         rule = {"epsilon": self.epsilon, "similarity": self.measure, "num_valid_refs": num_valid_refs}
         return mined_pairs(embeddings, labels, ref_emb, ref_labels, **rule)
-
-    @property
-    def num_pos_pairs(self) -> int:
-        """The number of positive pairs kept in the last batch; synchronises with the device."""
-        return self._counted(0)
-
-    @property
-    def num_neg_pairs(self) -> int:
-        """The number of negative pairs kept in the last batch; synchronises with the device."""
-        return self._counted(1)
 
     def extra_repr(self) -> str:
         shown = ("epsilon", "similarity", "normalize_embeddings")

@@ -33,7 +33,7 @@ def extremes(mined: Selected) -> dict[str, float]:
 
 def _sums(mined: Selected) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[N]`` float64 each: a row's number of positives and of negatives, and the sums of their distances."""
-    parts = []
+    parts = [[mined.embeddings.new_zeros(0, dtype=torch.float64)] * 4]  # of no rows
     for begin, s, positive, negative in mined.blocks(measured=True):
         masks = mined.without_self_pairs(begin, positive), negative
         d = _in_units(-s, mined).double()

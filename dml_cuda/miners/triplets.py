@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._inputs.checks import Similarity, check_batch, check_choice, check_flag, check_number
+from .._inputs.checks import Similarity, check_batch, check_choice, check_number
 from .._ops.constant_result import constant_result
 from .._ops.triplets import ANY, INF, Selection
 from ..losses._pair import option
@@ -105,26 +105,7 @@ def fresh_seed(device: torch.device) -> Tensor:
 class SelectingMiner(Miner):
     """Base class of the miners whose rule is a :class:`Selection`."""
 
-    collect_stats: bool = option()
-
-    kind: ClassVar[type[Selected]] = MinedTriplets  # what it returns
-    stats: ClassVar[tuple[str, ...]] = ()  # attributes that collect_stats sets
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._collected: dict[str, float] = {}
-
-    def set_option(self, name: str, value: Any) -> None:
-        if name == "collect_stats":
-            check_flag(name, value)
-            self._options = {**self._options, name: value}
-        else:
-            super().set_option(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in type(self).stats:
-            return self.__dict__.get("_collected", {}).get(name, 0)
-        return super().__getattr__(name)
+    kind: ClassVar[type[Selected]] = MinedTriplets
 
     def selection(self, embeddings: Tensor) -> Selection:
         """The rule by the current options."""
@@ -134,9 +115,6 @@ class SelectingMiner(Miner):
         """The seed of the draws, for a rule that draws."""
         return None
 
-    def _compute_stats(self, mined: Selected) -> Mapping[str, float]:
-        return {}
-
     def _find(self, embeddings, labels, ref_emb, ref_labels, num_valid_refs) -> Selected:
         labels, ref_labels = check_batch(embeddings, labels, ref_emb, ref_labels)
         rule = {
@@ -145,18 +123,10 @@ class SelectingMiner(Miner):
             "num_valid_refs": num_valid_refs,
         }
         batch = embeddings, labels, ref_emb, ref_labels
-        mined = self.kind(*batch, selection=self.selection(embeddings), **rule)
-        if self.collect_stats:
-            self._collected = dict(self._compute_stats(mined))
-        return mined
+        return self.kind(*batch, selection=self.selection(embeddings), **rule)
 
 
 class _TripletMiner(SelectingMiner):
-    @property
-    def num_triplets(self) -> int:
-        """The number of triplets selected in the last batch; synchronises with the device."""
-        return self._counted(0)
-
     if TYPE_CHECKING:  # nn.Module's gives Any
 
         def __call__(
@@ -170,16 +140,6 @@ class _TripletMiner(SelectingMiner):
 
 class _PairMiner(SelectingMiner):
     kind = SelectedPairs
-
-    @property
-    def num_pos_pairs(self) -> int:
-        """The number of positive pairs selected in the last batch; synchronises with the device."""
-        return self._counted(0)
-
-    @property
-    def num_neg_pairs(self) -> int:
-        """The number of negative pairs selected in the last batch; synchronises with the device."""
-        return self._counted(1)
 
     if TYPE_CHECKING:  # nn.Module's gives Any
 
@@ -404,6 +364,7 @@ class DistanceWeightedMiner(_TripletMiner):
     Args:
         cutoff: nearer negatives get the weight at this distance, which bounds the variance of gradients.
         nonzero_loss_cutoff: negatives from this distance on are not drawn, as their loss would be 0.
+        collect_stats: accepted as pytorch-metric-learning's miner does, which collects none.
 
     Returns :class:`dml_cuda.MinedTriplets`. Distances are between unit rows. pytorch-metric-learning also
     draws the positives, with replacement, as many for each row as its class has members; here every positive
@@ -415,9 +376,12 @@ class DistanceWeightedMiner(_TripletMiner):
 
     checks: ClassVar = {"cutoff": check_number, "nonzero_loss_cutoff": check_number}
 
-    def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4) -> None:
+    def __init__(
+        self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, *, collect_stats: bool = False
+    ) -> None:
         rule = {"cutoff": cutoff, "nonzero_loss_cutoff": nonzero_loss_cutoff}
-        super().__init__(**rule, similarity="euclidean", normalize_embeddings=True, collect_stats=False)
+        shared = {"similarity": "euclidean", "normalize_embeddings": True}
+        super().__init__(**rule, **shared, collect_stats=collect_stats)
 
     def set_option(self, name: str, value: Any) -> None:
         if name in ("similarity", "normalize_embeddings") and value not in ("euclidean", True):
@@ -432,12 +396,3 @@ class DistanceWeightedMiner(_TripletMiner):
 
     def extra_repr(self) -> str:
         return f"cutoff={self.cutoff}, nonzero_loss_cutoff={self.nonzero_loss_cutoff}"
-
-
-__all__ = [
-    "BatchEasyHardMiner",
-    "BatchHardMiner",
-    "DistanceWeightedMiner",
-    "PairMarginMiner",
-    "TripletMarginMiner",
-]

@@ -28,11 +28,7 @@ from ..losses.soft_triple import SoftTriple
 
 
 class _FusedClassifier:
-    """Replaces the computation of a class-level loss.
-
-    Weights ``[D, C]`` are stored so that their transpose is contiguous, as the kernels read one class after
-    the other. Their shape and the state dict stay.
-    """
+    """Replaces the computation of a class-level loss."""
 
     _formula: ClassVar[type[Formula]]
     _weight: ClassVar[str] = "W"
@@ -46,12 +42,6 @@ class _FusedClassifier:
         "nca_computation",
         "add_weight_regularization_to_loss_dict",
     )  # an override of one of these changes what the library computes
-
-    def __init__(self, *arguments, **options) -> None:
-        super().__init__(*arguments, **options)
-        if self._weight != "proxies":
-            weight = getattr(self, self._weight)
-            weight.data = weight.data.T.contiguous().T
 
     def _class_weights(self) -> Tensor:
         """``[C, D]``; ``[C K, D]`` for the centres of SoftTriple."""
@@ -97,7 +87,9 @@ class _FusedClassifier:
                 warn_unsupported(self, call)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        self.cast_types(embeddings.dtype, embeddings.device)
+        weight = getattr(self, self._weight)
+        if (weight.dtype, weight.device) != (embeddings.dtype, embeddings.device):
+            self.cast_types(embeddings.dtype, embeddings.device)  # in place, which torch.func refuses
         check_classes(labels, self._num_classes())
         loss_dict = self._loss_dict(call, embeddings, labels, indices_tuple)
         self.add_weight_regularization_to_loss_dict(loss_dict, self._class_weights())
@@ -193,5 +185,5 @@ class SoftTripleLoss(_FusedClassifier, losses.SoftTripleLoss):
     def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
         la, gamma, margin, _ = call.params
         batch = embeddings, self._class_weights(), labels.long()
-        value, *_ = soft_triple.soft_triple(*batch, self.centers_per_class, la, gamma, margin, False)
+        value, *_ = soft_triple.row_losses(*batch, self.centers_per_class, la, gamma, margin, False)
         return value.to(embeddings.dtype)

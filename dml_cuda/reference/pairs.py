@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses._formula import Formula, Pairs, reduce, sums_and_counts
+from .._inputs.traced import is_traced
+from ..losses._formula import Formula, Pairs, joined, log_one_plus, reduce, softplus, sums_and_counts
 
 TINY_NORM = 1e-12
 NEAR = 2.0**-8  # |x - y|^2 below this fraction of |x|^2 + |y|^2 is computed from differences
@@ -33,11 +34,6 @@ def full_precision(embeddings: Tensor, similarity: str) -> Tensor:
     """``[N, D]`` contiguous, at least float32, with unit rows if the similarity normalises."""
     points = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     return (unit_rows(points) if normalizes(similarity) else points).contiguous()
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether values cannot be read: under a compiler, under a torch.func transform, or on meta."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta
 
 
 def squared_distances(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -154,8 +150,10 @@ class MaskedPairs(Pairs):
             logits = logits + torch.log(self.times.clamp(min=1).to(logits.dtype))
         logits = torch.where(self.keep, logits, float("-inf"))
         if plus_one:
-            logits = torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1)
-            return torch.logsumexp(logits, dim=1)
+            return log_one_plus(softplus(self._lse(logits)))
+        return self._lse(logits)
+
+    def _lse(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 0:
             return logits.sum(1) - float("inf")
         has_pairs = self.count > 0
@@ -188,6 +186,8 @@ def pair_loss(
     similarity: str = "cosine",
     reduction: str = "mean",
     return_sums: bool = False,
+    both_directions: bool = False,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch by a formula.
 
@@ -195,7 +195,9 @@ def pair_loss(
     of the same point, or -1: the loss ignores that pair, and mining sees it if ``mine_self_pair``. Only the
     first ``num_valid_refs`` rows of ``ref_emb`` take part. ``indices`` are the pairs (anchors, positives,
     anchors, negatives) to use instead of ``labels``. ``similarity`` is as the ops name it. With
-    ``return_sums`` the result is ``[4]``: parts 0 and 1 and their counts.
+    ``return_sums`` the result is ``[4]``: parts 0 and 1 and their counts. With ``both_directions`` the rows
+    of ``ref_emb`` have losses over those of ``embeddings`` too, as rows N to N + M. ``row_weights`` multiply
+    the losses of the rows.
     """
     columns = embeddings if ref_emb is None else ref_emb
     s = _similarities(embeddings, columns, similarity)
@@ -209,10 +211,17 @@ def pair_loss(
             positive, negative = (first_columns(mask, num_valid_refs) for mask in (positive, negative))
         if self_index is not None and not mine_self_pair:
             positive, negative = (without_self(mask, self_index) for mask in (positive, negative))
-        if epsilon is not None:
+    directions = [(s, positive, negative)]
+    if both_directions:
+        directions.append((s.T, positive.T, negative.T))
+    found = []
+    for s, positive, negative in directions:
+        if epsilon is not None and indices is None:
             positive, negative = mine(s, positive, negative, epsilon)
-        if self_index is not None:
+        if self_index is not None and indices is None:
             positive = without_self(positive, self_index)
-    pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
-    losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
-    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction)
+        pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
+        found.append((formula.row(pos, neg, *params), (pos.count + neg.count) > 0))
+    losses, valid = joined([losses for losses, _ in found]), torch.cat([valid for _, valid in found])
+    nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
+    return (sums_and_counts if return_sums else reduce)(losses, valid, reduction, nonzero, row_weights)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._inputs.traced import is_traced
 from ..losses._formula import softplus
-from .pairs import first_columns, full_precision, is_traced, similarity_matrix, without_self
+from .pairs import first_columns, full_precision, similarity_matrix, without_self
 
 INF = float("inf")
 _AREA = 1 << 20  # triplets in memory at once
@@ -66,7 +67,9 @@ def distance_weights(d: Tensor, negative: Tensor, params: Params) -> Tensor:
     drawn = negative & logs.isfinite() & (d < params.nonzero_loss_cutoff)
     logs = torch.where(drawn, logs, -INF)
     most = logs.amax(-1, keepdim=True) if logs.shape[-1] else logs.sum(-1, keepdim=True)
-    return torch.where(drawn, (logs - torch.where(drawn.any(-1, keepdim=True), most, 0.0)).exp(), 0.0)
+    weights = torch.where(drawn, (logs - torch.where(drawn.any(-1, keepdim=True), most, 0.0)).exp(), 0.0)
+    unknown = negative & d.isnan()  # drawn instead of the others, so that a NaN reaches the loss
+    return torch.where(unknown.any(-1, keepdim=True), unknown.to(weights.dtype), weights)
 
 
 def _draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,26 +95,26 @@ def _extreme(d: Tensor, mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
     return torch.where(mask, d, INF).argmin(-1), mask.any(-1)
 
 
-def _within(d: Tensor, low: float, high: float) -> Tensor:
+def within(d: Tensor, low: float, high: float) -> Tensor:
     """Written as "not outside", so that the pair of a NaN is kept and the NaN reaches the loss."""
     return ~(d < low) & ~(d > high)
 
 
 def _positive(rule: str, d: Tensor, positive: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """Each row's hardest or easiest positive, and whether it exists."""
-    return _extreme(d, positive & _within(d, params.pos_low, params.pos_high), rule == "hardest")
+    return _extreme(d, positive & within(d, params.pos_low, params.pos_high), rule == "hardest")
 
 
 def _negative(rule: str, d: Tensor, negative: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """Each row's hardest or easiest negative, and whether it exists."""
-    return _extreme(d, negative & _within(d, params.neg_low, params.neg_high), rule == "easiest")
+    return _extreme(d, negative & within(d, params.neg_low, params.neg_high), rule == "easiest")
 
 
 def _semihard_negative(d: Tensor, negative: Tensor, d_p: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """For each d_p ``[..., K]`` the nearest negative beyond it, and whether it exists."""
     d = d[..., None, :]
-    beyond = (negative & _within(d[..., 0, :], params.neg_low, params.neg_high))[..., None, :]
-    return _extreme(d, beyond & (d > d_p[..., None]), False)
+    beyond = (negative & within(d[..., 0, :], params.neg_low, params.neg_high))[..., None, :]
+    return _extreme(d, beyond & ~(d <= d_p[..., None]), False)  # true for NaN
 
 
 # --- Blocks of rows
@@ -244,7 +247,7 @@ def triplet_loss(
         fixed = d.detach()
         positive, negative = batch.masks(rows)
         if positives == "all":
-            positive = positive & _within(fixed, limits.pos_low, limits.pos_high)
+            positive = positive & within(fixed, limits.pos_low, limits.pos_high)
             p, has_p = _listed_positives(positive, most)
         else:
             p, has_p = (column[:, None] for column in _positive(positives, fixed, positive, limits))
@@ -263,7 +266,7 @@ def triplet_loss(
         fixed = d.detach()
         d_p = d.gather(1, p)
         if negatives == "all":
-            near = _within(fixed, limits.neg_low, limits.neg_high)
+            near = within(fixed, limits.neg_low, limits.neg_high)
             n, has_n, d_n = None, (negative & near)[:, None, :], d[:, None, :]
         else:
             if negatives == "semihard":
@@ -278,7 +281,7 @@ def triplet_loss(
             d_n, has_n, n = d.gather(1, n)[:, :, None], has_n[:, :, None], n[:, :, None]
         gap = (d_n - d_p[:, :, None]).detach()
         if swap:
-            between = -similarity_matrix(y[p.flatten()], y, similarity).view(*p.shape, -1)
+            between = -similarity_matrix(y[p.flatten()], y, similarity).view(*p.shape, y.shape[0])
             d_n = torch.minimum(d_n, between if n is None else between.gather(2, n))
         return terms.sums(d_p[:, :, None], d_n, has_p[:, :, None] & has_n, beta, gap)
 
@@ -325,8 +328,8 @@ def select(
             if rule == "semihard_negative":
                 col, exists = _semihard_negative(d, negative, d.gather(1, positives[part, None]), limits)
             elif rule == "semihard_positive":
-                nearer = positive & _within(d, limits.pos_low, limits.pos_high)
-                col, exists = _extreme(d, nearer & (d < d.gather(1, positives[part, None])), True)
+                nearer = positive & within(d, limits.pos_low, limits.pos_high)
+                col, exists = _extreme(d, nearer & ~(d >= d.gather(1, positives[part, None])), True)
             elif rule == "drawn_negative":
                 u = uniform(seed, rows, draws[part])[:, None]
                 col, exists = _draw(distance_weights(d, negative, limits), u)

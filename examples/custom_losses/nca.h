@@ -7,7 +7,7 @@ struct NCA : FormulaDefaults {
 
     T scale;
 
-    DML_INLINE explicit NCA(const double* params) : scale(T(params[0])) {}
+    DML_INLINE explicit NCA(Params<T> params) : scale(T(params[0])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

@@ -9,8 +9,8 @@ struct TupletMargin : FormulaDefaults {
 
     T scale, cosine, sine;
 
-    DML_INLINE explicit TupletMargin(const double* params)
-        : scale(T(params[0])), cosine(T(std::cos(params[1]))), sine(T(std::sin(params[1]))) {}
+    DML_INLINE explicit TupletMargin(Params<T> params)
+        : scale(T(params[0])), cosine(T(cos(params[1]))), sine(T(sin(params[1]))) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

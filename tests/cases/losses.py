@@ -35,6 +35,11 @@ class Loss:
     def function(self):
         return getattr(functional, self.called or f"{self.name}_loss")
 
+    @cached_property
+    def learnable(self):
+        """The parameters that may learn: numbers."""
+        return [name for name, value in self.defaults.items() if not isinstance(value, bool)]
+
     def params(self, similarity="cosine", **changed):
         """The parameters as the ops take them."""
         return self.module.formula.params({**self.defaults, **changed}, similarity)
@@ -57,7 +62,9 @@ def _no_number(*names):
             f"{name} infinite": ({name: INF}, ValueError, [name, "finite", "inf"]),
             f"{name} NaN": ({name: NAN}, ValueError, [name, "finite", "nan"]),
             f"{name} string": ({name: "0.5"}, TypeError, [name, "number", "str"]),
-            f"{name} tensor": ({name: torch.tensor(2.0)}, TypeError, [name, "number", "Tensor"]),
+            f"{name} of integers": ({name: torch.tensor(2)}, TypeError, [name, "floating", "int64"]),
+            f"{name} of two": ({name: torch.ones(2)}, ValueError, [name, "one number", "[2]"]),
+            f"{name} NaN tensor": ({name: torch.tensor(NAN)}, ValueError, [name, "finite", "nan"]),
             f"{name} None": ({name: None}, TypeError, [name, "number", "NoneType"]),
             f"{name} beyond float": ({name: 10**400}, ValueError, [name, "finite", "1"]),
         }

@@ -80,3 +80,17 @@ def test_select(on_host, similarity):
         check(on_host.select(*arguments), CPU.select(*arguments), 1e-10)
     arguments = *case.points(), None, "hardest_negative", params(), None, None, similarity
     check(on_host.select(*arguments), CPU.select(*arguments), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "rule", ["hardest_positive", "easiest_negative", "semihard_negative", "drawn_negative"]
+)
+def test_select_for_no_pair(on_host, rule):
+    """The pointer of an empty list is null, which must not stand for "one for each row"."""
+    case = Case(n=30)
+    nothing = torch.empty(0, dtype=torch.long)
+    assert nothing.data_ptr() == 0
+    arguments = *case.points(), case.seed, rule, params(), nothing, nothing, "euclidean"
+    for ops in (on_host, CPU):
+        columns, similarities = ops.select(*arguments)
+        assert columns.shape == similarities.shape == (0,)

@@ -1,6 +1,7 @@
 """Formulas of one's own: from a struct to a loss, what it says when something is wrong, and the cache."""
 
 import copy
+import inspect
 import os
 import pickle
 import re
@@ -326,7 +327,7 @@ struct Wrong : FormulaDefaults {
     static constexpr const char* kParams = "which";
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
     T which;
-    DML_INLINE explicit Wrong(const double* params) : which(T(params[0])) {}
+    DML_INLINE explicit Wrong(Params<T> params) : which(T(params[0])) {}
     static DML_INLINE T half(T x) { return x / T(2); }
     static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.derivative}; }
 
@@ -357,6 +358,76 @@ struct Wrong : FormulaDefaults {
     ):
         with pytest.raises(ValueError, match=says):
             dml_cuda.check_loss(wrong(which=float(which)))
+
+
+def test_a_comment_turns_no_check_off(cache):
+    """The derivative is wrong, and a comment speaks of constant(x)."""
+    wrong = NCA_TEXT.replace(
+        "        return rounded_product(scale, s);",
+        "        return half(s);  // not constant(s), /* nor with_share_of_derivative(s) */",
+        1,
+    ).replace(
+        "    T scale;",
+        "    T scale;\n    static DML_INLINE T half(T x) { return x / T(2); }\n"
+        "    static DML_INLINE Dual<T> half(Dual<T> x) { return {x.value / T(2), x.derivative}; }",
+    )
+    with pytest.raises(ValueError, match=r"neg_term: its derivative is 1 .*finite differences say 0\.5"):
+        dml_cuda.check_loss(dml_cuda.compile_loss(wrong))
+
+
+FUNCTIONS = """
+template <typename T>
+struct Functions : FormulaDefaults {
+    static constexpr const char* kParams = "power = 1.5";
+    static constexpr Accumulator kNeg = Accumulator::kSum, kPos = Accumulator::kSum;
+    static constexpr bool kNeedsPos = true, kNeedsNeg = true;
+    T power;
+    DML_INLINE explicit Functions(const double* params) : power(T(params[0])) {}
+
+    template <typename S>
+    DML_INLINE S neg_term(S s) const {
+        return pow(T(2) + s, power) + pow(T(2) + s, 2) + pow(T(2), s) + pow(T(2) + s, T(1) + s * s);
+    }
+    template <typename S>
+    DML_INLINE S pos_term(S s) const {
+        return log(T(2) + s) + abs(s) + sqrt(T(3) - s);
+    }
+    template <typename S>
+    DML_INLINE RowLoss<S> row(const Gathered<S>& g) const {
+        return log(T(1) + g.neg) + sqrt(T(9) + abs(g.pos)) - T(3);
+    }
+};
+"""
+
+
+class Functions(Formula):
+    @staticmethod
+    def row(pos, neg, power):
+        s, both = 2 + neg.s, (pos.count > 0) & (neg.count > 0)
+        push = neg.sum(s**power + s**2 + 2**neg.s + s ** (1 + neg.s**2))
+        pull = pos.sum(torch.log(2 + pos.s) + pos.s.abs() + torch.sqrt(3 - pos.s))
+        return torch.where(both, torch.log(1 + push) + torch.sqrt(9 + pull.abs()) - 3, 0.0)
+
+
+def test_functions_of_dual_numbers(cache, instruction_set):
+    """log, pow, abs and sqrt, with their derivatives, in both precisions."""
+    bare, stated = dml_cuda.compile_loss(FUNCTIONS), dml_cuda.compile_loss(FUNCTIONS, Functions)
+    for power in (1.5, 0.0, 1.0, -2.0):
+        dml_cuda.check_loss(bare(power=power))
+        dml_cuda.check_loss(stated(power=power))
+    x, y = batch(dtype=torch.float32)
+    truth = with_gradient(stated(backend="reference"), x.detach().double().requires_grad_(), y)
+    assert_same(with_gradient(bare(), x, y), truth, 1e-6)
+
+
+UNGUARDED = TUPLET_TEXT.replace("is_empty(lse) ? decltype(z)(T(0)) : softplus(z)", "z * z")
+
+
+def test_an_unguarded_context_is_explained(cache):
+    """As docs/custom_loss.md does: a row without negatives has the context -inf."""
+    assert UNGUARDED != TUPLET_TEXT
+    with pytest.raises(ValueError, match=r"context = -inf.*without negatives: guard it with is_empty"):
+        dml_cuda.check_loss(dml_cuda.compile_loss(UNGUARDED))
 
 
 def test_check_loss_of_something_else():
@@ -444,7 +515,7 @@ def test_names_of_parameters():
 def test_arguments(cache, nca, circle):
     for make, error, says in (
         (lambda: circle(m=0.4), TypeError, r"circle\(m, gamma, detach_weights\).*'gamma'"),
-        (lambda: nca(sale=1.0), TypeError, r"NCA\(scale=16\.0\).*'sale'"),
+        (lambda: nca(sale=1.0), TypeError, r"^sale: expected one of .*options scale, .*did you mean scale\?"),
         (lambda: nca(1.0, 2.0), TypeError, "too many positional"),
         (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
         (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
@@ -458,6 +529,41 @@ def test_arguments(cache, nca, circle):
     ):
         with pytest.raises(error, match=f"(?i){says}"):
             make()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("epsilon", "an option"),
+        ("reduction", "an option"),
+        ("forward", "an attribute"),
+        ("training", "an attribute"),
+        ("call", "an attribute"),
+        ("_values", "an attribute"),
+        ("embeddings", "an argument"),
+        ("self", "an argument"),
+        ("lambda", "a Python keyword"),
+        ("None", "a Python keyword"),
+    ],
+)
+def test_names_that_a_parameter_cannot_have(name, what, monkeypatch):
+    """Refused before anything is compiled."""
+    monkeypatch.setattr(build, "load", lambda source: pytest.fail("it was compiled"))
+    for declaration in (f'"{name} = 16"', f'"scale = 16, "\n        "{name} = 2"'):
+        text = NCA_TEXT.replace('"scale = 16"', declaration)
+        with pytest.raises(ValueError, match=rf"kParams: expected another name than {name} .*{what}"):
+            dml_cuda.compile_loss(text)
+
+
+def test_signature(nca, tuplet):
+    shown = inspect.signature(nca)
+    assert list(shown.parameters)[:2] == ["scale", "epsilon"]
+    assert shown.parameters["scale"].default == 16.0
+    options = {name: p.default for name, p in shown.parameters.items() if p.kind == p.KEYWORD_ONLY}
+    loss = nca(**options)
+    assert {name: getattr(loss, name) for name in options} == options
+    assert list(inspect.signature(tuplet).parameters)[:2] == ["scale", "margin"]
+    assert list(inspect.signature(loss.forward).parameters)[:2] == ["embeddings", "labels"]
 
 
 def test_reference_with_other_parameters(cache):
@@ -536,7 +642,7 @@ def finish(process):
 
 def test_cached_loads_compile_nothing(cache, nca):
     def libraries():
-        return {path: path.stat().st_mtime_ns for path in cache.rglob("formula.so")}
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("formula-*.so")}
 
     before = libraries()
     finish(start_process(custom_losses.HERE / "nca.h"))
@@ -556,19 +662,43 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert list(folder.glob("NCA-*/build-*"))
-    assert not list(folder.glob("NCA-*/formula.so"))
+    assert not list(folder.glob("NCA-*/formula-*.so"))
 
     both = [start_process(changed, DML_CUDA_CACHE=str(folder)) for _ in range(2)]
     first, second = (finish(process) for process in both)
     assert first == second
     (place,) = folder.iterdir()
-    assert sorted(path.name for path in place.iterdir()) == ["formula.so", "lock"]
+    library, lock = sorted(place.iterdir())
+    assert re.fullmatch(r"formula-[0-9a-f]{16}\.so", library.name)
+    assert lock.name == "lock"
 
-    library = place / "formula.so"
-    whole = library.read_bytes()
-    library.write_bytes(b"not a library")
-    assert finish(start_process(changed, DML_CUDA_CACHE=str(folder))) == first
-    assert len(library.read_bytes()) == len(whole)
+
+def test_a_library_that_was_cut_short(cache, tmp_path):
+    """It is built again; loaded, it would kill the process with SIGBUS."""
+    changed = tmp_path / "nca.h"
+    changed.write_text(NCA_TEXT + "// to be cut\n")
+    expected = finish(start_process(changed, DML_CUDA_CACHE=str(tmp_path / "cache")))
+    for length in (-1, 5000):
+        (library,) = (tmp_path / "cache").rglob("*.so")
+        whole = library.read_bytes()
+        library.write_bytes(whole[:length])
+        assert finish(start_process(changed, DML_CUDA_CACHE=str(tmp_path / "cache"))) == expected
+        (library,) = (tmp_path / "cache").rglob("*.so")
+        assert len(library.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("folder", ["~/formulas", 'it\'s "quoted"', "$HOME and: more", "späce"])
+def test_a_cache_at_an_unusual_path(cache, tmp_path, folder):
+    home = tmp_path / "home"
+    home.mkdir()
+    changed = tmp_path / "nca.h"
+    changed.write_text(NCA_TEXT + "// elsewhere\n")
+    chosen = folder if folder.startswith("~") else str(tmp_path / folder)
+    finish(start_process(changed, DML_CUDA_CACHE=chosen, HOME=str(home), cwd=tmp_path))
+    place = home / folder[2:] if folder.startswith("~") else Path(chosen)
+    (entry,) = place.iterdir()
+    assert [path.suffix for path in sorted(entry.iterdir())] == [".so", ""]
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_library_of_other_sources(cache, tmp_path):

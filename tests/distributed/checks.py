@@ -234,6 +234,92 @@ def second_derivatives_of_the_reference():
     close(found / len(rows) ** 2, share(expected, rows), "second derivative", 1e-10)
 
 
+def second_derivatives_of_the_kernels(mode):
+    """There are none: an error says so on every process, where a gradient penalty would do nothing."""
+    rows = UNEVEN[dist.get_world_size()]
+    embeddings, labels = (share(x, rows) for x in whole_batch(rows))
+    columns = share(whole_batch(rows, seed=1)[0], rows)
+    for refs in ({}, {"ref_emb": columns.requires_grad_(), "ref_labels": labels}):
+        leaf = embeddings.clone().requires_grad_()
+        loss = DistributedLoss(MultiSimilarityLoss(), mode=mode)(leaf, labels, **refs)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        penalty = gradient.square().sum()
+        raised(partial(torch.autograd.grad, penalty, leaf), RuntimeError, "no second derivative")
+
+
+def gradients(value, leaves):
+    """Of the sum of the processes' values, as the average of them makes it that of one."""
+    found = torch.autograd.grad(value, leaves, torch.ones_like(value))
+    return [gradient / (dist.get_world_size() if value.ndim == 0 else 1) for gradient in found]
+
+
+def total(gradient):
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient
+
+
+def learned_parameters(mode):
+    """Summed over the processes, their gradients are those of one process; factors of rows beside them."""
+    rows = layouts()[0]
+    embeddings, labels = whole_batch(rows)
+    weights = torch.rand(len(labels), dtype=torch.float64)
+    for name in FEW_FORMULAS:
+        loss = LOSSES[name]
+
+        def made(loss=loss):
+            values = {key: torch.tensor(float(loss.defaults[key])).double() for key in loss.learnable}
+            return loss.module(**{key: torch.nn.Parameter(value) for key, value in values.items()})
+
+        whole, part = made(), made()
+        x = embeddings.clone().requires_grad_()
+        truth = whole(x, labels, row_weights=weights)
+        expected = torch.autograd.grad(truth, [x, *whole.parameters()])
+        own = share(embeddings, rows).clone().requires_grad_()
+        value = DistributedLoss(part, mode=mode)(own, share(labels, rows), row_weights=share(weights, rows))
+        close(value.detach(), truth.detach(), name)
+        found = gradients(value, [own, *part.parameters()])
+        close(found[0], share(expected[0], rows), name)
+        for gradient, one in zip(found[1:], expected[1:], strict=True):
+            close(total(gradient), one, f"{name}: a parameter")
+
+
+def two_towers(mode):
+    """Pairs are matched by their place in the whole batch."""
+    rows = layouts()[0]
+    a, _ = whole_batch(rows, seed=1)
+    b, labels = whole_batch(rows, seed=2)
+    negatives, own_negatives = torch.randn(2 * len(a), DIM).double(), torch.randn(len(a), 3, DIM).double()
+    twice = [2 * n for n in rows]
+    for reduction in ("mean", "sum", "none"):
+        losses = {
+            "CLIP": (dml_cuda.CLIPLoss(reduction=reduction), {}),
+            "CLIP, labels": (dml_cuda.CLIPLoss(reduction=reduction), {"labels": (labels, rows)}),
+            "SigLIP": (dml_cuda.SigLIPLoss(reduction=reduction), {}),
+            "InfoNCE": (dml_cuda.InfoNCELoss(reduction=reduction), {}),
+            "InfoNCE, negatives": (
+                dml_cuda.InfoNCELoss(in_batch_negatives=True, reduction=reduction),
+                {"negatives": (negatives, twice)},
+            ),
+            "InfoNCE, paired": (
+                dml_cuda.InfoNCELoss(negative_mode="paired", reduction=reduction),
+                {"negatives": (own_negatives, rows)},
+            ),
+        }
+        for name, (loss, more) in losses.items():
+            x, y = (points.clone().requires_grad_() for points in (a, b))
+            truth = loss(x, y, **{key: value for key, (value, _) in more.items()})
+            expected = torch.autograd.grad(truth, [x, y], torch.ones_like(truth))
+            own = [share(points, rows).clone().requires_grad_() for points in (a, b)]
+            value = DistributedLoss(loss, mode=mode)(
+                *own, **{key: share(whole, sizes) for key, (whole, sizes) in more.items()}
+            )
+            wanted = truth.detach() if truth.ndim == 0 else share(truth.detach(), rows)
+            close(value.detach(), wanted, f"{name}, {reduction}")
+            for gradient, one in zip(gradients(value, own), expected, strict=True):
+                close(gradient, share(one, rows), f"{name}, {reduction}: gradient")
+
+
 def miners(mode):
     """The rule of a miner: of the loss, of the wrapper, and as its result."""
     rows = UNEVEN[dist.get_world_size()]
@@ -645,7 +731,7 @@ def bad_input_on_one(mode):
         (lambda: module(embeddings, None), ValueError, ("labels",)),
         (lambda: module(embeddings, labels, (labels,) * 3), ValueError, ("indices_tuple", "lists")),
         (lambda: bank(embeddings[:, 1:], labels), ValueError, ("embedding_size=7",)),
-        (lambda: head(embeddings.float(), labels), TypeError, ("embeddings", "W")),
+        (lambda: head(embeddings, labels + 9), ValueError, ("labels", "num_classes=9")),
         (
             lambda: of_triplets(embeddings, labels, (labels,) * 3),
             ValueError,
@@ -655,7 +741,9 @@ def bad_input_on_one(mode):
         if rank() == last:
             raised(bad, error, *words)
         else:
-            right = {"embedding_size=7": bank, "W": head, "lists cannot": of_triplets}.get(words[-1], module)
+            right = {"embedding_size=7": bank, "num_classes=9": head, "lists cannot": of_triplets}.get(
+                words[-1], module
+            )
             raised(partial(right, embeddings, labels), RuntimeError, f"process {last} of {last + 1}", *words)
     assert module(embeddings, labels).isfinite()  # and they go on
 
@@ -677,6 +765,9 @@ def what_must_be_the_same(mode):
     raised(lambda: module(embeddings[:, 1:] if last else embeddings, labels), ValueError, "columns")
     raised(lambda: module(embeddings, labels, **(columns if last else {})), ValueError, "ref_emb")
     raised(without_graph, ValueError, "no_grad")
+    modes = dict(zip(MODES, reversed(MODES), strict=True))
+    another = DistributedLoss(MultiSimilarityLoss(), mode=modes[mode])
+    raised(lambda: (another if last else module)(embeddings, labels), ValueError, "mode", "same on every")
     bank = CrossBatchMemory(module, DIM, 64)
     mask = {"enqueue_mask": labels == 0}
     raised(lambda: bank(embeddings, labels, **(mask if last else {})), ValueError, "enqueue_mask")
@@ -717,6 +808,7 @@ def _table():
             other_columns,
             short_types,
             one_label_each,
+            second_derivatives_of_the_kernels,
             miners,
             repeatable,
             infinite,
@@ -730,6 +822,8 @@ def _table():
             bad_input_on_one,
             what_must_be_the_same,
             what_is_refused_everywhere,
+            learned_parameters,
+            two_towers,
         ):
             checks[f"{mode}: {check.__name__}"] = partial(check, mode)
     for name, head in heads.HEADS.items():

@@ -36,7 +36,15 @@ def results(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("size", "check"), [(size, check) for size in SIZES for check in checks_of(size)])
+# Two processes show every check; more of them are a job of minutes.
+@pytest.mark.parametrize(
+    ("size", "check"),
+    [
+        pytest.param(size, check, marks=[pytest.mark.whole] if size > 2 else [])
+        for size in SIZES
+        for check in checks_of(size)
+    ],
+)
 def test_several_processes_are_as_one(size, check, results):
     for rank, found in enumerate(results(size)):
         failed = next((text for text in found.values() if text), "")

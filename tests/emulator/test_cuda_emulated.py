@@ -146,6 +146,33 @@ def test_parts_and_counts_before_they_are_divided(formula, path, reduction):
     check(case, F64, value, grads)
 
 
+EASY = [
+    ("multi_similarity", (40.0, 50.0, 0.5)),
+    ("nt_xent", (0.035,)),
+    ("circle", (0.4, 1500.0, 1.0)),
+    ("margin_softmax", (32.0, 0.0, 1.0, 0.0)),
+    ("proxy_anchor", (0.1, 48.0)),
+]
+
+
+@pytest.mark.parametrize("loss", EASY, ids=[name for name, _ in EASY])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("arithmetic", [F32, F64], ids=str)
+def test_losses_that_round_to_zero(loss, path, arithmetic):
+    """Orthogonal classes: "mean_nonzero" counts as the CPU's kernels do in the same dtype."""
+    labels = torch.arange(16).repeat_interleave(torch.arange(16) % 4 + 1)
+    noise = torch.randn(len(labels), 16, generator=torch.Generator().manual_seed(2))
+    x = (torch.eye(16)[labels] + 0.05 * noise).to(arithmetic.dtype)
+    case = Case(x, labels, loss=loss, reduction="mean_nonzero", return_sums=True)
+    parts = slice(2, 4 if loss[0] == "proxy_anchor" else 3)
+    counts = engine(case, arithmetic, path).forward()[parts]
+    options = (*loss, None, "cosine", "mean_nonzero", True, True, False, "ieee", False, None)
+    expected = torch.ops.dml_cuda.pair_loss(x, labels, *[None] * 5, *options)[0][parts]
+    assert counts.tolist() == expected.tolist()
+    if arithmetic is F32:
+        assert min(expected) < len(labels)  # some are 0
+
+
 @pytest.mark.parametrize("mine_self_pair", [True, False])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @by_path
@@ -326,6 +353,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
     check(case, arithmetic, cached_loss, cached_grads)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
@@ -716,7 +744,7 @@ def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
         e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, m is None, itemsize, save)
+        told = dml_cuda._C.saved_bytes("cuda", n, n if m is None else m, m is None, False, itemsize, save)
         assert told == e.ask_sizes()[0], (n, m, d)
 
 

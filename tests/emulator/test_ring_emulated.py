@@ -376,6 +376,7 @@ def test_stages_of_another_formula_are_refused():
             e.add(stage, (case.r, case.ref_labels, None), state, None, None)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],

@@ -390,6 +390,7 @@ def test_more_distances_than_warps():
 # ---- the sanitizers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
     [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],

@@ -105,9 +105,10 @@ int dml_select_rows(const Arguments* a, int64_t wide, int64_t* columns, void* si
         with_type(wide, [&](auto number) {
             using T = decltype(number);
             Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
-            select_rows(row_block_of<T>(*a), rules_of(*a),
-                        {a->anchors, a->anchors_positives, a->pairs, a->of_positives != 0}, columns,
-                        static_cast<T*>(similarities), workspace.data(), nullptr);
+            select_rows(
+                row_block_of<T>(*a), rules_of(*a),
+                {a->anchors != nullptr, a->anchors, a->anchors_positives, a->pairs, a->of_positives != 0},
+                columns, static_cast<T*>(similarities), workspace.data(), nullptr);
             workspace.check();
         });
     });

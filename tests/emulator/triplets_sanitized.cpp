@@ -46,8 +46,8 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
                  nullptr);
     if (negatives == Selection::kAll) return;
     for (int64_t k = 0; k < n * n; ++k) s[k] = -T(0.3) - T((k * 7919) % 101) / T(90);
-    select_rows(row_block, rules, {anchors.data(), positives.data(), n, false}, columns.data(), found.data(),
-                workspace.get(), nullptr);
+    select_rows(row_block, rules, {true, anchors.data(), positives.data(), n, false}, columns.data(),
+                found.data(), workspace.get(), nullptr);
 }
 
 }  // namespace

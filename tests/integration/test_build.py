@@ -1,12 +1,18 @@
 """The build: what it reports, and what it says when something it needs is missing."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import pip._vendor.tomli as tomllib
 
 import dml_cuda
 from tools import machine_code
@@ -88,11 +94,41 @@ def test_build_info():
 def test_version(tmp_path):
     run = run_setup(tmp_path, modules=CUDA_TORCH)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == dml_cuda.__version__
+    assert run.stdout.strip() == dml_cuda.__version__.partition("+")[0] + "+torch2.99cpu"
+
+
+def test_version_with_cuda_kernels(tmp_path):
+    run = run_setup(tmp_path, **toolkit(tmp_path))
+    assert run.stdout.split()[-1] == dml_cuda.__version__.partition("+")[0] + "+torch2.99cu130"
+
+
+@pytest.mark.parametrize(("command", "torch_wanted"), [("sdist", ">=2.11"), ("egg_info", "==2.99.*")])
+def test_dependency_on_torch(tmp_path, command, torch_wanted):
+    """What is built needs the torch that it was built for; sources fit all."""
+    options = ["-d", str(tmp_path)] if command == "sdist" else []
+    run = run_setup(
+        tmp_path,
+        "egg_info",
+        "-e",
+        str(tmp_path),
+        *([command, *options] if options else []),
+        modules=CUDA_TORCH,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"torch{torch_wanted}" in (tmp_path / "dml_cuda.egg-info/requires.txt").read_text().split()
+
+
+def test_one_version():
+    """In the citation and at the top of the changelog too."""
+    version = dml_cuda.__version__.partition("+")[0]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog[changelog.index("\n## ") :].startswith(f"\n## {version} ")
 
 
 def test_torch_missing(tmp_path):
-    assert_fails(run_setup(tmp_path, modules=NO_TORCH), "PyTorch is not importable", "Install torch first")
+    says = "PyTorch is not importable", "an environment", "Install torch first", "--no-build-isolation"
+    assert_fails(run_setup(tmp_path, modules=NO_TORCH), *says)
 
 
 def test_unknown_choice(tmp_path):
@@ -236,3 +272,37 @@ def test_extension_that_does_not_fit_torch(tmp_path):
     assert "undefined symbol" in message
     assert torch.__version__ in message
     assert "pip install --no-build-isolation" in message
+
+
+def test_a_checkout_before_the_installed_package(tmp_path):
+    """Without an extension in the folder of the package, a rebuild elsewhere would not help."""
+    package = tmp_path / "dml_cuda"
+    package.mkdir()
+    for source in (*(ROOT / "dml_cuda").glob("*.py"), ROOT / "dml_cuda" / "_C.pyi"):
+        (package / source.name).write_text(source.read_text())
+    no_finders = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{no_finders}; import dml_cuda"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert run.returncode != 0
+    message = run.stderr.strip().splitlines()[-1]
+    assert f"{package} has no compiled extension" in message
+    assert f'pip install --no-build-isolation -e "{tmp_path}"' in message
+    assert "start Python in another folder" in message
+
+
+def test_the_install_block_of_the_readme(tmp_path):
+    """It installs what the build requires, in place, and its last line runs in the clone."""
+    requirements, install, check = (ROOT / "README.md").read_text().split("```")[1].strip().splitlines()
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert requirements.startswith("pip install torch ")
+    assert set(shlex.split(requirements)[3:]) == set(required)
+    assert install == "pip install --no-build-isolation -e ."
+    _, *arguments = shlex.split(check)
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert dml_cuda.__version__ in run.stdout

@@ -8,15 +8,20 @@ import inspect
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass
 class Part:
-    """A sum that is averaged on its own. A unit is the row, or, where ``pairs`` is given, a pair."""
+    """A sum that is averaged on its own. A unit is the row, or, where ``pairs`` is given, a pair.
+
+    Losses that are logarithms log(1 + x), of pairs or of the row, count as 0 where 1 + x is 1 in its dtype.
+    """
 
     loss: float
     pairs: int | None = None
-    nonzero: int | None = None  # of the pairs
+    nonzero: int | None = None  # of the pairs, where they are no logarithms
+    logarithms: np.ndarray | None = None
 
 
 @dataclass
@@ -64,7 +69,8 @@ def sigmoid(x):
 def multi_similarity(pos, neg, alpha=2.0, beta=50.0, base=0.5):
     pull, pos_shares = _log_one_plus(-alpha * (pos - base))
     push, neg_shares = _log_one_plus(beta * (neg - base))
-    return Row([Part(pull / alpha + push / beta)], -pos_shares, neg_shares)
+    part = Part(pull / alpha + push / beta, logarithms=np.array([pull, push]))
+    return Row([part], -pos_shares, neg_shares)
 
 
 def _log_one_plus(logits):
@@ -112,7 +118,7 @@ def nt_xent(pos, neg, temperature=0.07):
     others, shares = log_sum_exp(neg / temperature)
     logits = others - pos / temperature
     losses, wrong = softplus(logits), sigmoid(logits)
-    part = Part(losses.sum(), len(pos), np.count_nonzero(losses != 0))
+    part = Part(losses.sum(), len(pos), logarithms=losses)
     return Row([part], -wrong / temperature, wrong.sum() * shares / temperature)
 
 
@@ -144,16 +150,21 @@ def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
     derivative = np.where(falls, cosine + sine * across, 1.0)
     pull, pos_shares = log_sum_exp(-scale * psi)
     push, neg_shares = log_sum_exp(scale * neg)
-    wrong = sigmoid(pull + push)
+    loss, wrong = softplus(pull + push), sigmoid(pull + push)
     return Row(
-        [Part(softplus(pull + push))], -scale * wrong * pos_shares * derivative, scale * wrong * neg_shares
+        [Part(loss, logarithms=np.array([loss]))],
+        -scale * wrong * pos_shares * derivative,
+        scale * wrong * neg_shares,
     )
 
 
 def proxy_anchor(pos, neg, margin=0.1, alpha=32.0):
     pull, pos_shares = _log_one_plus(-alpha * (pos - margin))
     push, neg_shares = _log_one_plus(alpha * (neg + margin))
-    parts = [Part(pull, int(len(pos) > 0), int(pull != 0)), Part(push, 1, int(push != 0))]
+    parts = [
+        Part(pull, int(len(pos) > 0), logarithms=np.array([pull])),
+        Part(push, 1, logarithms=np.array([push])),
+    ]
     return Row(parts, -alpha * pos_shares, alpha * neg_shares)
 
 
@@ -293,7 +304,7 @@ def brute_force(
     parts = len(rows[0].parts) if rows else 0
     losses = np.array([[part.loss for part in row.parts] for row in rows]).reshape(n, parts)
     counted = "mean" if reduction == "sum" else reduction
-    counts = [_count(rows, k, kept, losses, counted) for k in range(parts)]
+    counts = [_count(rows, k, kept, losses, counted, embeddings.dtype) for k in range(parts)]
     if undivided is not None:
         scale = undivided
     else:
@@ -318,11 +329,18 @@ def brute_force(
     return Truth(losses.sum(axis=1), total, grad_x, None if square else grad_y, kept, weights)
 
 
-def _count(rows, k, kept, losses, reduction):
+def _count(rows, k, kept, losses, reduction, dtype):
     """What a mean divides part k by: a number of rows or of pairs."""
     if reduction == "none":
         return 1
     parts = [row.parts[k] for row in rows]
+    if reduction == "mean_nonzero" and any(part.logarithms is not None for part in parts):
+        computed = np.float64 if dtype == torch.float64 else np.float32
+        found = [() if part.logarithms is None else part.logarithms for part in parts]
+        counts = [
+            np.count_nonzero(1 + np.expm1(logs).astype(computed) != 1) for logs in map(np.asarray, found)
+        ]
+        return sum(counts if parts[0].pairs is not None else np.minimum(counts, 1))
     if parts[0].pairs is not None:
         return sum(part.nonzero if reduction == "mean_nonzero" else part.pairs for part in parts)
     if reduction == "mean":

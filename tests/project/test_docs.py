@@ -12,7 +12,8 @@ PAGES = [
 PAGES += [
     ROOT / "benchmarks/VERIFIED.md",
     ROOT / "csrc/cuda/README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/recipes/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

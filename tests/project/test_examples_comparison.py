@@ -14,6 +14,7 @@ pytest.importorskip("tqdm")
 from examples import compare_retrieval, tables, train_retrieval
 
 
+@pytest.mark.whole
 def test_runs_and_writes_everything(tmp_path, monkeypatch):
     """All in this process."""
     monkeypatch.setattr(compare_retrieval, "_train", train_retrieval.main)

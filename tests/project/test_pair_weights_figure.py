@@ -36,6 +36,7 @@ def falls(values: list[float]) -> bool:
     return all(a > b for a, b in pairwise(values))
 
 
+@pytest.mark.whole
 def test_draws(tmp_path):
     path = tmp_path / "new" / "figure.png"
     subprocess.run(

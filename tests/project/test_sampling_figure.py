@@ -15,6 +15,7 @@ from docs.figures.sampling import STRATEGIES, distances, trained, untrained
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.whole
 def test_draws(tmp_path):
     path = tmp_path / "new" / "figure.png"
     subprocess.run([sys.executable, "docs/figures/sampling.py", "--out", str(path)], cwd=ROOT, check=True)

@@ -62,7 +62,7 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
     // 1. Negatives.
     if (negatives) {
         const Lines<T> rows = negative_lines(states, tile.row0, parts.rows),
-                       cols = negative_lines(states, tile.col0, parts.cols);
+                       cols = negative_lines(states, tile.col_line0, parts.cols);
         found |= accumulate_kind<T, Formula::kNeg, kBothSides>(tile, Negatives<T, Formula>{formula},
                                                                count_nonzero, rows, cols);
         if constexpr (Formula::kNeg == Accumulator::kSum) {
@@ -78,13 +78,13 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
     found |= accumulate_kind<T, Formula::kPos, kBothSides>(
         tile, Positives<T, Formula>{formula}, count_nonzero,
         positive_lines<T, Formula>(states, tile.row0, parts.rows),
-        positive_lines<T, Formula>(states, tile.col0, parts.cols));
+        positive_lines<T, Formula>(states, tile.col_line0, parts.cols));
 
     // 3. Positives as members of the negatives' accumulator.
     if constexpr (Formula::kPosInNeg) {
         LineParts<T> row_parts, col_parts;
         const Lines<T> rows = positive_lines<T, Formula>(states, tile.row0, row_parts),
-                       cols = positive_lines<T, Formula>(states, tile.col0, col_parts);
+                       cols = positive_lines<T, Formula>(states, tile.col_line0, col_parts);
         accumulate_lse<T, JoiningPositives<T, Formula>, kBothSides>(tile, {{formula}}, rows, cols);
         join_negatives(rows, negatives, parts.rows, tile.rows);
         if (kBothSides) join_negatives(cols, negatives, parts.cols, tile.cols);

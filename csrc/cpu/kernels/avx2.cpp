@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "core/numeric.h"
 #include "cpu/kernels/listed_kernels.h"

@@ -1,6 +1,7 @@
 // The CPU kernels for the baseline instruction set.
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "core/numeric.h"
 #include "cpu/kernels/listed_kernels.h"

@@ -26,6 +26,9 @@ struct ProductKernels {
     // of 16. w is contiguous along one of its dimensions.
     void (*add)(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& w, const T* x, int64_t x_stride,
                 T* out, int64_t out_stride);
+    // to[j * to_stride + i] = from[i * from_stride + j] for i below rows and j below cols.
+    void (*transpose)(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to,
+                      int64_t to_stride);
     // For rows of n numbers: the sum of squares; x *= factor; <x, y>; out = (g - along * x) * factor.
     double (*square)(int64_t n, const T* x);
     void (*scale)(int64_t n, T factor, T* x);

@@ -185,6 +185,26 @@ void add_weighted(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& 
     }
 }
 
+// It prefetches the next cache line of each row, as rows of a large matrix lie too far apart for the hardware
+// to prefetch them all.
+template <typename T>
+void transpose(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    constexpr int64_t kSide = kLanes<T>;
+    const int64_t whole_rows = rows / kSide * kSide, whole_cols = cols / kSide * kSide;
+    for (int64_t i = 0; i < whole_rows; i += kSide) {
+        for (int64_t j = 0; j < whole_cols; j += kSide) {
+            const T* square = from + i * from_stride + j;
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < kSide; ++k) __builtin_prefetch(square + k * from_stride + kLine<T>);
+            transpose_square(square, from_stride, to + j * to_stride + i, to_stride);
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j)
+            to[j * to_stride + i] = from[i * from_stride + j];
+    }
+}
+
 template <typename T>
 double square(int64_t n, const T* x) {
     double sum = 0;
@@ -215,7 +235,7 @@ void across(int64_t n, const T* g, T along, const T* x, T factor, T* out) {
 
 template <typename T>
 const ProductKernels<T>& tile_products() {
-    static const ProductKernels<T> table = {similarities<T>, add_weighted<T>, square<T>,
+    static const ProductKernels<T> table = {similarities<T>, add_weighted<T>, transpose<T>, square<T>,
                                             scale<T>,        row_dot<T>,      across<T>};
     return table;
 }

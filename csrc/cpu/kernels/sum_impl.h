@@ -9,7 +9,7 @@ DML_INLINE bool any_nonzero(const T* x, int n) {
     return any;
 }
 
-// count_nonzero: pairs whose term is 0 do not count.
+// count_nonzero: pairs whose term counts as 0 do not count.
 template <typename T, typename Kind, bool kBothSides>
 Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, const Lines<T>& rows,
                      const Lines<T>& cols) {
@@ -30,14 +30,14 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
                 const T term = kind.term(s[j], context);
                 const bool kept = kind.kept(s[j], bound);
                 t += kept ? term : T(0);
-                c += kept ? (term != T(0) ? T(1) : zero_counts) : T(0);
+                c += kept ? (kind.is_nonzero(term) ? T(1) : zero_counts) : T(0);
                 if constexpr (kContext) x += kept ? kind.context(s[j], context) : T(0);
                 if constexpr (kBothSides) {
                     const T ctx = kContext ? col_context[j] : T(0);
                     const T col_term = kContext ? kind.term(s[j], ctx) : term;
                     const bool kept_col = kind.kept(s[j], col_bound[j]);
                     col_sum[j] += kept_col ? col_term : T(0);
-                    col_count[j] += kept_col ? (col_term != T(0) ? T(1) : zero_counts) : T(0);
+                    col_count[j] += kept_col ? (kind.is_nonzero(col_term) ? T(1) : zero_counts) : T(0);
                     if constexpr (kContext) col_extra[j] += kept_col ? kind.context(s[j], ctx) : T(0);
                 }
             }

@@ -26,12 +26,13 @@ struct Tile {
     const int32_t* pos_begin;  // [N] the positives of sorted row i are columns
     const int32_t* pos_end;    // [N]   [pos_begin[i], pos_end[i])
     const int32_t* self_col;   // [N] the column that is the same point as row i, or -1; null: no such pairs
-    bool both_sides;           // by symmetry, the tile serves its columns as rows too
+    bool both_sides;           // the tile serves its columns as rows too
+    int64_t col_line0;         // index of the first column among the lines that have a loss
 };
 
 enum class Kinds : int { kNegatives = 1, kPositives = 2, kBoth = 3 };
 
-// What forward knows of every row so far. Separate arrays, because the columns of a tile read them as
+// What forward knows of every line so far: of every row, and of columns that have a loss too. Separate arrays, because the columns of a tile read them as
 // vectors.
 template <typename T>
 struct RowStates {
@@ -93,11 +94,15 @@ struct TileKernels {
     // Merges the parts of n lines into their accumulators: (a, b) and (part_a, part_b) as in LineParts.
     void (*merge)(Accumulator, int n, const T* part_a, const T* part_b, T* a, T* b);
     // weights[i * pitch + j] = sum over the sides of dL/ds_ij, exactly 0 where not kept; divided by |x - y|
-    // where euclidean. Returns the number of non-zeros.
-    int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&,
-                       T* weights);
+    // where euclidean. Returns the number of non-zeros. by_params: null, or [kMaxParams] where the derivatives
+    // of the sum over the sides of the tile's terms, each times dL/dterm, are added.
+    int64_t (*weights)(const Tile<T>&, const double* params, bool euclidean, const RowWeights<T>&, T* weights,
+                       double* by_params);
     // The loss of a row from its accumulators. pos_context: the sum of d pos_term / d context over positives.
     RowDerivatives<T> (*row)(const double* params, const Gathered<T>&, T pos_context);
+    // Adds the derivatives of the row's loss by the parameters, for constant accumulators, times the upstream
+    // gradient of its parts.
+    void (*row_by_params)(const double* params, const Gathered<T>&, const T upstream[2], double* by_params);
     // Terms and derivatives of n pairs of one kind (formula_ops.cpp). context [n]: read with positives.
     void (*terms)(const double* params, bool positives, int64_t n, const T* s, const T* context, T* term,
                   T* derivative, T* by_context);
@@ -109,7 +114,7 @@ struct TileKernels {
 
     // What the formula declares (losses/formula.h).
     Accumulator neg, pos;
-    bool plus_one, context, pos_in_neg, hinge;
+    bool plus_one, context, pos_in_neg, hinge, log_one_plus;
     NeededPairs needed;
     Count count;
     int parts;

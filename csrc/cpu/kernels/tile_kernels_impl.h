@@ -9,6 +9,7 @@
 #include "cpu/kernels/log_sum_exp_impl.h"
 #include "cpu/kernels/sum_impl.h"
 #include "cpu/kernels/accumulate_impl.h"
+#include "cpu/kernels/param_sums_impl.h"
 #include "cpu/kernels/weights_impl.h"
 #include "cpu/kernels/sparse_tile_impl.h"
 // clang-format on
@@ -20,6 +21,17 @@ namespace dml::cpu::DML_ISA {
 template <typename T, typename Formula>
 RowDerivatives<T> row(const double* params, const Gathered<T>& gathered, T pos_context) {
     return Formula(params).row(gathered, pos_context);
+}
+
+template <typename T, typename Formula>
+void row_by_params(const double* params, const Gathered<T>& gathered, const T upstream[2],
+                   double* by_params) {
+    if (!Formula::may_have_loss(gathered)) return;
+    for (int k = 0; k < count_names(Formula::kParams); ++k) {
+        T part[2];
+        ByParam<T, Formula>(params, k).row(gathered, part);
+        for (int p = 0; p < Formula::kParts; ++p) by_params[k] += double(upstream[p]) * double(part[p]);
+    }
 }
 
 template <typename T, typename Formula>
@@ -45,11 +57,26 @@ void terms(const double* params, bool positives, int64_t n, const T* s, const T*
 
 template <typename T, typename Formula>
 TileKernels<T> make_kernels() {
-    return {distances<T>,        min_positives<T>,   accumulate<T, Formula>, merge<T>,
-            weights<T, Formula>, row<T, Formula>,    terms<T, Formula>,      compress<T>,
-            add_product<T>,      Formula::kNeg,      Formula::kPos,          Formula::kPlusOne,
-            Formula::kContext,   Formula::kPosInNeg, Formula::kHinge,        Formula::needed_pairs(),
-            Formula::kCount,     Formula::kParts};
+    return {distances<T>,
+            min_positives<T>,
+            accumulate<T, Formula>,
+            merge<T>,
+            weights<T, Formula>,
+            row<T, Formula>,
+            row_by_params<T, Formula>,
+            terms<T, Formula>,
+            compress<T>,
+            add_product<T>,
+            Formula::kNeg,
+            Formula::kPos,
+            Formula::kPlusOne,
+            Formula::kContext,
+            Formula::kPosInNeg,
+            Formula::kHinge,
+            Formula::kLogOnePlus,
+            Formula::needed_pairs(),
+            Formula::kCount,
+            Formula::kParts};
 }
 
 template <typename T>

@@ -51,6 +51,11 @@ struct Negatives {
     DML_INLINE T term(T s, T) const { return formula.neg_term(s); }
     DML_INLINE T derivative(T s, T) const { return formula.neg_derivative(s); }
     DML_INLINE T context(T, T) const { return T(0); }
+    template <typename ByParam>
+    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
+        return by_param.neg_term(s);
+    }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 template <typename T, typename Formula>
@@ -72,6 +77,11 @@ struct Positives {
         if constexpr (kContext) return formula.pos_context(s, ctx);
         return T(0);
     }
+    template <typename ByParam>
+    DML_INLINE T by_param(const ByParam& by_param, T s, T ctx) const {
+        return by_param.pos_term(s, ctx);
+    }
+    DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
 
 // Positives as members of the negatives' accumulator (kPosInNeg).
@@ -80,6 +90,10 @@ struct JoiningPositives : Positives<T, Formula> {
     static constexpr bool kContext = false;
     DML_INLINE T term(T s, T) const { return this->formula.neg_term(s); }
     DML_INLINE T derivative(T s, T) const { return this->formula.neg_derivative(s); }
+    template <typename ByParam>
+    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
+        return by_param.neg_term(s);
+    }
 };
 
 // The terms of a range of a row. A separate loop into an array rounds them before anything is subtracted

@@ -32,15 +32,39 @@ struct SharedExponential {
     }
 };
 
-// ---- the weights of one kind of pair, in a range of row i
-// -------------------------------------------------- kAdd: added to out, else written.
+// ---- the weights of one kind of pair, in a range of row i -------------------------------------------------
+// kAdd: added to out, else written. The coefficients of the pairs, dL/dterm, go to the sums for parameters.
+
+// From the coefficients of both sides: the weights, and what the parameters do to the terms.
+template <typename T, bool kAdd, typename Kind, typename Sums>
+DML_INLINE void range_learning_weights(const Kind& kind, const T* s, int64_t begin, int64_t end,
+                                       const T* coefficient, T* out, const Sums& sums) {
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+        // No 0 * inf where s is -inf.
+        const T w = coefficient[j] != T(0) ? coefficient[j] * kind.derivative(s[j], T(0)) : T(0);
+        out[j] = kAdd ? out[j] + w : w;
+    }
+    sums.add(kind, s, coefficient, begin, end, [](int64_t) { return T(0); });
+}
 
 // Sums: d derivative(s), with each side's context where the formula has one.
-template <typename T, bool kBothSides, bool kAdd, typename Kind>
+template <typename T, bool kBothSides, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
-                                  const WeightLines<T>& row, const WeightLines<T>& col, T* out) {
+                                  const WeightLines<T>& row, const WeightLines<T>& col, T* out,
+                                  const Sums& sums) {
     const T bound = row.bound[i], d = row.d[i];
     const T context = Kind::kContext ? row.context[i] : T(0);
+    if constexpr (Sums::kLearns && !Kind::kContext) {
+        alignas(64) T coefficient[kMostSide];
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
+            if constexpr (kBothSides) coefficient[j] += kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+        }
+        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        return;
+    }
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
         const T row_d = kind.kept(s[j], bound) ? d : T(0);
@@ -58,17 +82,38 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
         }
         out[j] = kAdd ? out[j] + total : total;
     }
+    if constexpr (Sums::kLearns && Kind::kContext) {  // each side's terms are its own
+        alignas(64) T row_coefficient[kMostSide], col_coefficient[kMostSide];
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            row_coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
+            if constexpr (kBothSides) col_coefficient[j] = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+        }
+        sums.add(kind, s, row_coefficient, begin, end, [&](int64_t) { return context; });
+        if constexpr (kBothSides)
+            sums.add(kind, s, col_coefficient, begin, end, [&](int64_t j) { return col.context[j]; });
+    }
 }
 
 // Log-sum-exps, both sides with one exponential.
-template <typename T, bool kAdd, typename Kind>
+template <typename T, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
                                      const WeightLines<T>& row, const WeightLines<T>& col,
-                                     const SharedExponential<T>& shared, T* out) {
-    alignas(64) T terms[kMostSide];
+                                     const SharedExponential<T>& shared, T* out, const Sums& sums) {
+    alignas(64) T terms[kMostSide], coefficient[Sums::kLearns ? kMostSide : 1];
     range_terms(kind, s, begin, end, terms);
     const T bound = row.bound[i], offset = shared.offset, factor = shared.rows[i];
     const T* factors = shared.cols;
+    if constexpr (Sums::kLearns) {
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            T total = kind.kept(s[j], bound) ? factor : T(0);
+            total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
+            coefficient[j] = total != T(0) ? total * exp_fast(terms[j] - offset) : T(0);
+        }
+        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        return;
+    }
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
         T total = kind.kept(s[j], bound) ? factor : T(0);
@@ -80,10 +125,11 @@ DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin
 }
 
 // Log-sum-exps, an exponential for each side.
-template <typename T, bool kBothSides, bool kAdd, typename Kind>
+template <typename T, bool kBothSides, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_lse_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
-                                  const WeightLines<T>& row, const WeightLines<T>& col, T* out) {
-    alignas(64) T terms[kMostSide];
+                                  const WeightLines<T>& row, const WeightLines<T>& col, T* out,
+                                  const Sums& sums) {
+    alignas(64) T terms[kMostSide], coefficient[Sums::kLearns ? kMostSide : 1];
     range_terms(kind, s, begin, end, terms);
     const T bound = row.bound[i], d = row.d[i], value = row.value[i];
 #pragma omp simd
@@ -94,21 +140,26 @@ DML_INLINE void range_lse_weights(const Kind& kind, const T* s, int64_t begin, i
             const T col_term = col.d[j] * exp_fast(terms[j] - col.value[j]);
             total += kind.kept(s[j], col.bound[j]) ? col_term : T(0);
         }
-        const T w = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
-        out[j] = kAdd ? out[j] + w : w;
+        if constexpr (Sums::kLearns) {
+            coefficient[j] = total;
+        } else {
+            const T w = total != T(0) ? total * kind.derivative(s[j], T(0)) : T(0);
+            out[j] = kAdd ? out[j] + w : w;
+        }
     }
+    if constexpr (Sums::kLearns) range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
 }
 
-template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind>
+template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
                               const WeightLines<T>& row, const WeightLines<T>& col,
-                              const SharedExponential<T>& shared, T* out) {
+                              const SharedExponential<T>& shared, T* out, const Sums& sums) {
     if constexpr (kAccumulator == Accumulator::kSum) {
-        range_sum_weights<T, kBothSides, kAdd>(kind, s, begin, end, i, row, col, out);
+        range_sum_weights<T, kBothSides, kAdd>(kind, s, begin, end, i, row, col, out, sums);
     } else if (kBothSides && shared.valid) {
-        range_shared_weights<T, kAdd>(kind, s, begin, end, i, row, col, shared, out);
+        range_shared_weights<T, kAdd>(kind, s, begin, end, i, row, col, shared, out, sums);
     } else {
-        range_lse_weights<T, kBothSides, kAdd>(kind, s, begin, end, i, row, col, out);
+        range_lse_weights<T, kBothSides, kAdd>(kind, s, begin, end, i, row, col, out, sums);
     }
 }
 
@@ -124,7 +175,7 @@ struct KindWeights {
 
     DML_INLINE KindWeights(const Tile<T>& tile, const WeightLines<T>& all)
         : rows(from(all, tile.row0)),
-          cols(from(all, tile.col0)),
+          cols(from(all, tile.col_line0)),
           shared(rows, kShares ? tile.rows : 0, cols, kShares ? tile.cols : 0) {}
 
    private:
@@ -148,9 +199,9 @@ DML_INLINE int count_nonzeros(const T* x, int n) {
     return count;
 }
 
-template <typename T, typename Formula, bool kBothSides>
+template <typename T, typename Formula, bool kBothSides, typename Sums>
 int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, const RowWeights<T>& w,
-                   T* out) {
+                   T* out, const Sums& sums) {
     const Negatives<T, Formula> neg{formula};
     const Positives<T, Formula> pos{formula};
     const JoiningPositives<T, Formula> join{{formula}};
@@ -165,17 +216,17 @@ int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, 
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.pitch;
         // 1. Negatives: writes the whole row, 0 for positives and the self pair.
-        neg.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
+        neg.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
             range_weights<T, Formula::kNeg, kBothSides, false>(neg, s, begin, end, i, of_neg.rows,
-                                                               of_neg.cols, of_neg.shared, line);
+                                                               of_neg.cols, of_neg.shared, line, sums);
         });
         // 2. Positives, and their share as members of the negatives' accumulator.
-        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
+        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
             range_weights<T, Formula::kPos, kBothSides, false>(pos, s, begin, end, i, of_pos.rows,
-                                                               of_pos.cols, of_pos.shared, line);
+                                                               of_pos.cols, of_pos.shared, line, sums);
             if constexpr (Formula::kPosInNeg) {
                 range_weights<T, Formula::kNeg, kBothSides, true>(join, s, begin, end, i, join_rows,
-                                                                  join_cols, of_neg.shared, line);
+                                                                  join_cols, of_neg.shared, line, sums);
             }
         });
         if (euclidean) divide_by_distance(tile.s + static_cast<int64_t>(i) * tile.pitch, tile.cols, line);
@@ -185,11 +236,17 @@ int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, 
 }
 
 template <typename T, typename Formula>
-int64_t weights(const Tile<T>& tile, const double* params, bool euclidean, const RowWeights<T>& rows,
-                T* out) {
+int64_t weights(const Tile<T>& tile, const double* params, bool euclidean, const RowWeights<T>& rows, T* out,
+                double* by_params) {
     const Formula formula(params);
-    return tile.both_sides ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out)
-                           : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out);
+    if (by_params) {
+        const ParamSums<T, Formula> sums(params, by_params);
+        return tile.both_sides ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out, sums)
+                               : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out, sums);
+    }
+    return tile.both_sides
+               ? weights_of<T, Formula, true>(tile, formula, euclidean, rows, out, NoParamSums{})
+               : weights_of<T, Formula, false>(tile, formula, euclidean, rows, out, NoParamSums{});
 }
 
 }  // namespace dml::cpu::DML_ISA

@@ -34,18 +34,20 @@ class Batch {
     Batch(const Call& call, const References& refs, const Problem& problem, const Layout<int64_t>& layout,
           uint8_t* saved, bool once)
         : square(problem.square),
+          both_sides(problem.square || problem.both_directions),
           n(call.embeddings.size(0)),
           m(refs.count(call)),
+          lines(problem.both_directions ? n + m : n),
           similarity(problem.similarity),
           params(problem.params),
           kernels(tile_kernels<T>(problem.formula)),
           products(product_kernels<T>()),
           tiles(n, m, square, refs.capacity),
-          plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, square),
+          plan(reinterpret_cast<int32_t*>(saved + layout.plan), n, m, square),
           windows(!square && once),
           rows(call.embeddings, plan.row_order, similarity),
           cols(square ? rows : ref_points_),
-          row_stats(reinterpret_cast<T*>(saved), n),
+          row_stats(reinterpret_cast<T*>(saved), lines),
           kept(saved + layout.kept),
           cache_(reinterpret_cast<T*>(saved + layout.tiles)),
           cached_(layout.cached),
@@ -60,7 +62,9 @@ class Batch {
     }
 
     const bool square;
+    const bool both_sides;  // a tile serves its columns too: of the same points, or with losses of their own
     const int64_t n, m;
+    const int64_t lines;  // that have a loss: the rows, then the columns where both directions count
     const Similarity similarity;
     const double* const params;
     const TileKernels<T>& kernels;
@@ -87,7 +91,14 @@ class Batch {
                 plan.pos_begin,
                 plan.pos_end,
                 self_cols_.empty() ? nullptr : self_cols_.data(),
-                square && at.row_block != at.col_block};
+                both_sides && !(square && at.row_block == at.col_block),
+                col_line(col0)};
+    }
+
+    // The line of a column, and the row of the result that a line is.
+    int64_t col_line(int64_t j) const { return square ? j : n + j; }
+    int64_t origin(int64_t line) const {
+        return line < n ? plan.row_order[line] : n + plan.col_order[line - n];
     }
 
     // A tile with its similarities: from the cache if `known` says that they are there, else from a product.
@@ -173,11 +184,14 @@ class Batch {
     // Steps of work that one tile takes.
     int64_t tile_work() const { return tiles.area() * (rows.dim / 32 + 2); }
 
-    // The pairs of row i. positives() leaves out the self pair; same_label() counts it, as mining does where
+    // The pairs of a line. positives() leaves out the self pair; same_label() counts it, as mining does where
     // mine_self_pair.
     int64_t positives(int64_t i) const { return same_label(i) - (has_self_positive(i) ? 1 : 0); }
-    int64_t negatives(int64_t i) const { return m - same_label(i); }
-    int64_t same_label(int64_t i) const { return plan.pos_end[i] - plan.pos_begin[i]; }
+    int64_t negatives(int64_t i) const { return (i < n ? m : n) - same_label(i); }
+    int64_t same_label(int64_t i) const {
+        return i < n ? plan.pos_end[i] - plan.pos_begin[i]
+                     : plan.col_pos_end[i - n] - plan.col_pos_begin[i - n];
+    }
 
     bool holds_positives(const TileAt& at) const {
         const Tile<T> tile = place(at);
@@ -210,7 +224,8 @@ class Batch {
     }
 
     bool has_self_positive(int64_t i) const {
-        return !self_cols_.empty() && self_cols_[i] >= plan.pos_begin[i] && self_cols_[i] < plan.pos_end[i];
+        return i < n && !self_cols_.empty() && self_cols_[i] >= plan.pos_begin[i] &&
+               self_cols_[i] < plan.pos_end[i];
     }
 
     T* cache_;

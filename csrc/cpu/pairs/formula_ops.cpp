@@ -25,6 +25,7 @@ FormulaFacts formula_facts(std::string_view name) {
              {"context", of.context},
              {"pos_in_neg", of.pos_in_neg},
              {"hinge", of.hinge},
+             {"log_one_plus", of.log_one_plus},
              {"needs_pos", of.needed.pos},
              {"needs_neg", of.needed.neg},
              {"counts_pairs", of.count == Count::kPairs},

@@ -14,7 +14,8 @@ namespace dml::cpu {
 template <typename T>
 class GradientSums {
    public:
-    // out: [N, D] the gradient of the embeddings, undefined where it is not wanted.
+    // out: [N, D] the gradient of the embeddings, undefined where it is not wanted. It may have columns
+    // where the points are columns.
     GradientSums(PackedPoints<T>& points, const at::Tensor& out) : points_(points), out_(out) {}
 
     bool wanted() const { return out_.defined(); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/sizes.h"
+#include "losses/formula.h"
 
 namespace dml::cpu {
 
@@ -15,6 +16,16 @@ constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(3
 // Tiles are smaller for small batches: more tiles to distribute, and fewer pairs near the diagonal computed
 // twice. The side depends on the sizes alone, as it determines the order of every sum.
 constexpr int64_t kSmallTile = 64, kLargeTile = 128, kMostRowsOfSmallTiles = 1024;
+
+// The shape of a batch. m: rows of ref_emb, valid or not.
+template <typename Int>
+struct Shape {
+    Int n, m;
+    bool square, both_directions;
+
+    // Rows that have a loss, and columns where they have one.
+    Int lines() const { return both_directions ? n + m : n; }
+};
 
 // m: rows of ref_emb, valid or not.
 template <typename Int>
@@ -29,10 +40,10 @@ Int tile_count_of(const Int& n, const Int& m, bool square) {
     return tile_count((n + side - Int(1)) / side, (m + side - Int(1)) / side, square);
 }
 
-constexpr int64_t kStatsPerRow = 6;
+constexpr int64_t kStatsPerRow = 8;
 
 // The bytes of `saved`: [stats | plan | kept | tiles], each at a multiple of 64.
-//   stats  T      RowStats
+//   stats  T      RowStats of the lines
 //   plan   int32  Plan
 //   kept   uint8  for each tile, whether any of its pairs may have a gradient
 //   tiles  T      the similarities of the first `cached` tiles
@@ -40,26 +51,29 @@ template <typename Int>
 struct Layout {
     Int plan, kept, tiles, cached, bytes;
 
-    // m: rows of ref_emb, valid or not. itemsize: of the compute type.
-    Layout(const Int& n, const Int& m, bool square, int64_t itemsize, bool save_tiles) {
+    // itemsize: of the compute type.
+    Layout(const Shape<Int>& shape, int64_t itemsize, bool save_tiles) {
+        const Int &n = shape.n, &m = shape.m;
+        const bool square = shape.square;
         const Int side = tile_side(n, m), count = tile_count_of(n, m, square);
         const Int tile_bytes = side * side * Int(itemsize);
         const Int most = Int(square ? kSquareCacheBytes : kCacheBytes) / tile_bytes;
         cached = save_tiles ? size_min(count, most) : Int(0);
-        plan = round_up((Int(kStatsPerRow) * n + Int(3)) * Int(itemsize), 64);
-        const Int plan_numel = square ? Int(3) * n : Int(3) * n + m;
+        plan = round_up((Int(kStatsPerRow) * shape.lines() + Int(3)) * Int(itemsize), 64);
+        const Int plan_numel = Int(3) * n + (square ? Int(0) : shape.both_directions ? Int(3) * m : m);
         kept = round_up(plan + plan_numel * Int(sizeof(int32_t)), 64);
         tiles = round_up(kept + count, 64);
         bytes = tiles + cached * tile_bytes;
     }
 };
 
-// The row stats: bounds of the kept pairs, values of the accumulators, and derivatives of the row's loss.
+// The row stats: bounds of the kept pairs, values and counts of the accumulators, and derivatives of the row's
+// loss.
 template <typename T>
 struct RowStats {
-    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos;  // [N]
-    T* scale;                                                          // [2] 1 / count of each part
-    T* poisoned;                                                       // [1] whether the loss is NaN
+    T *neg_above, *pos_below, *neg_value, *pos_value, *d_neg, *d_pos, *neg_count, *pos_count;  // [lines]
+    T* scale;     // [2] 1 / count of each part
+    T* poisoned;  // [1] whether the loss is NaN
 
     RowStats(T* data, int64_t n)
         : neg_above(data),
@@ -68,8 +82,13 @@ struct RowStats {
           pos_value(data + 3 * n),
           d_neg(data + 4 * n),
           d_pos(data + 5 * n),
-          scale(data + 6 * n),
-          poisoned(data + 6 * n + 2) {}
+          neg_count(data + 6 * n),
+          pos_count(data + 7 * n),
+          scale(data + 8 * n),
+          poisoned(data + 8 * n + 2) {}
+
+    T* numbers() const { return neg_above; }  // [kStatsPerRow, lines]
+    Gathered<T> gathered(int64_t i) const { return {neg_value[i], pos_value[i], neg_count[i], pos_count[i]}; }
 };
 
 // Numbers of a row in the state of a ring (ring.cpp): those of RowAccumulators and RowStats, and one more.

@@ -13,10 +13,10 @@ ForwardResult pair_loss(const Call& call) {
 }
 
 BackwardResult pair_loss_backward(const Call& call, const Tensor& grad_loss, const Tensor& saved,
-                                  bool need_emb, bool need_ref) {
+                                  bool need_emb, bool need_ref, bool need_params) {
     check_inputs(call);
     const auto run = call.embeddings.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    return run(call, grad_loss, saved, need_emb, need_ref);
+    return run(call, grad_loss, saved, need_emb, need_ref, need_params);
 }
 
 }  // namespace

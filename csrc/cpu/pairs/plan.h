@@ -11,20 +11,18 @@
 
 namespace dml::cpu {
 
-// int32: [row_order N | pos_begin N | pos_end N | col_order M], the last only where rectangular.
+// int32: [row_order N | pos_begin N | pos_end N | col_order M | col_pos_begin M | col_pos_end M], col_order only
+// where rectangular, the last two only where columns have losses: their positives are rows.
 struct Plan {
-    const int32_t* row_order;
-    const int32_t* pos_begin;
-    const int32_t* pos_end;
-    const int32_t* col_order;
+    const int32_t *row_order, *pos_begin, *pos_end, *col_order, *col_pos_begin, *col_pos_end;
 
-    Plan(const int32_t* data, int64_t n, bool square)
+    Plan(const int32_t* data, int64_t n, int64_t m, bool square)
         : row_order(data),
           pos_begin(data + n),
           pos_end(data + 2 * n),
-          col_order(square ? data : data + 3 * n) {}
-
-    static int64_t numel(int64_t n, int64_t m, bool square) { return square ? 3 * n : 3 * n + m; }
+          col_order(square ? data : data + 3 * n),
+          col_pos_begin(data + 3 * n + m),
+          col_pos_end(data + 3 * n + 2 * m) {}
 };
 
 // Stable: sorts pieces in parallel, then merges pairs of them.
@@ -46,14 +44,10 @@ inline void sort_by_label(const int64_t* labels, int64_t n, int32_t* order) {
     if (source != order) std::copy(source, source + n, order);
 }
 
-inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_labels, int64_t m, bool square,
-                      int32_t* plan) {
-    int32_t* row_order = plan;
-    int32_t* pos_begin = plan + n;
-    int32_t* pos_end = plan + 2 * n;
-    int32_t* col_order = square ? row_order : plan + 3 * n;
-    sort_by_label(labels, n, row_order);
-    if (!square) sort_by_label(ref_labels, m, col_order);
+// The run of columns with the label of each row; rows and columns in order.
+inline void find_positives(const int64_t* labels, const int32_t* row_order, int64_t n,
+                           const int64_t* ref_labels, const int32_t* col_order, int64_t m, int32_t* pos_begin,
+                           int32_t* pos_end) {
     for_pieces(n, 4096, n * 4 + m, [&](int64_t from, int64_t to) {
         const auto below = [&](int32_t column, int64_t label) { return ref_labels[column] < label; };
         int64_t begin =
@@ -68,6 +62,19 @@ inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_label
             pos_end[i] = static_cast<int32_t>(end);
         }
     });
+}
+
+inline void make_plan(const int64_t* labels, int64_t n, const int64_t* ref_labels, int64_t m, bool square,
+                      bool both_directions, int32_t* plan) {
+    int32_t* row_order = plan;
+    int32_t* col_order = square ? row_order : plan + 3 * n;
+    sort_by_label(labels, n, row_order);
+    if (!square) sort_by_label(ref_labels, m, col_order);
+    find_positives(labels, row_order, n, ref_labels, col_order, m, plan + n, plan + 2 * n);
+    if (both_directions) {
+        int32_t* col_pos_begin = plan + 3 * n + m;
+        find_positives(ref_labels, col_order, m, labels, row_order, n, col_pos_begin, col_pos_begin + m);
+    }
 }
 
 // For every sorted row the sorted column that is the same point, or -1. self_index [N] has it in the order of

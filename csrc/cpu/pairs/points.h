@@ -13,10 +13,12 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "core/problem.h"
 #include "cpu/kernels/product_kernels.h"
 #include "cpu/tasks.h"
+#include "torch/columns.h"
 
 namespace dml::cpu {
 
@@ -59,6 +61,19 @@ class Numbers {
 // Rows per task, and the work for a row.
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
+// Points per task where they are columns: at least two cache lines of each dimension.
+inline int64_t column_piece(int64_t dim) { return std::max<int64_t>(row_piece(dim), 32); }
+
+// Whether points lie as the columns of a matrix and are wanted in that order, as the weights of classes are.
+// Others that are not rows are copied to rows first.
+template <typename T>
+bool are_ordered_columns(const at::Tensor& points, const int32_t* order) {
+    if (!has_columns(points) || points.scalar_type() != c10::CppTypeToScalarType<T>::value) return false;
+    for (int64_t i = 0; i < points.size(0); ++i) {
+        if (order[i] != i) return false;
+    }
+    return true;
+}
 
 // The points of one side. A window of them is packed at a time: all, or those of a tile group.
 template <typename T>
@@ -73,7 +88,9 @@ class PackedPoints {
     PackedPoints(const at::Tensor& embeddings, const int32_t* order, const Similarity& similarity)
         : dim(embeddings.size(1)),
           width(dim + (similarity.euclidean && !similarity.normalize ? 1 : 0)),
-          source_(dim > 1 && embeddings.stride(1) != 1 ? embeddings.contiguous() : embeddings),
+          by_columns_(are_ordered_columns<T>(embeddings, order)),
+          source_(dim > 1 && embeddings.stride(1) != 1 && !by_columns_ ? embeddings.contiguous()
+                                                                       : embeddings),
           order_(order),
           similarity_(similarity) {}
 
@@ -93,13 +110,16 @@ class PackedPoints {
     }
     int32_t place(int64_t i) const { return order_[i]; }
     bool normalized() const { return similarity_.normalize; }
+    bool by_columns() const { return by_columns_; }  // and place(i) is i
 
     at::TensorOptions options() const { return source_.options().dtype(c10::CppTypeToScalarType<T>::value); }
 
    private:
     template <typename Input>
     bool pack_rows(const Input* source, int64_t source_stride, const int32_t* order, int64_t n);
+    void pack_columns(int64_t first, int64_t count, T* x) const;
 
+    const bool by_columns_;
     const at::Tensor source_;
     const int32_t* const order_;
     const Similarity similarity_;
@@ -124,6 +144,13 @@ void PackedPoints<T>::show(int64_t first, int64_t last) {
     });
 }
 
+// The points [first, first + count) to rows, not yet normalised.
+template <typename T>
+void PackedPoints<T>::pack_columns(int64_t first, int64_t count, T* x) const {
+    product_kernels<T>().transpose(dim, count, source_.const_data_ptr<T>() + first, source_.stride(1), x,
+                                   stride());
+}
+
 // Norms are computed in double, at a small cost beside the N^2 pairs: they cannot overflow for finite floats.
 template <typename T>
 template <typename Input>
@@ -136,11 +163,15 @@ bool PackedPoints<T>::pack_rows(const Input* source, int64_t source_stride, cons
     // The square of a distance is at most four times the larger square of a norm.
     const double most = double(std::numeric_limits<T>::max()) / (how.euclidean ? 4 : 1);
     T *x = x_.data(), *inv_norm = inv_norm_.data(), *squares = square_.data();
-    for_pieces(n, row_piece(dim), n * row_work(dim), [&](int64_t from, int64_t to) {
+    const int64_t piece = by_columns_ ? column_piece(dim) : row_piece(dim);
+    for_pieces(n, piece, n * row_work(dim), [&](int64_t from, int64_t to) {
+        if (by_columns_) pack_columns(first_ + from, to - from, x + from * x_stride);
         for (int64_t i = from; i < to; ++i) {
-            const Input* q = source + order[i] * source_stride;
             T* out = x + i * x_stride;
-            for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<T>(q[d]);
+            if (!by_columns_) {
+                const Input* q = source + order[i] * source_stride;
+                for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<T>(q[d]);
+            }
             double square = kernels.square(dim, out), largest = 0;
             if (!std::isfinite(square)) {  // a true inf or NaN, or doubles too large to square
                 square = 0;
@@ -187,10 +218,30 @@ void unpack_rows(const T* gradient, const PackedPoints<T>& points, int64_t first
     });
 }
 
-// Writes the rows of `out` [N, D] that belong to those points.
+// The same where points and their gradient `out` [N, D] are columns.
+template <typename T>
+void unpack_columns(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
+                    const at::Tensor& out) {
+    const int64_t dim = points.dim, width = points.width, pitch = points.padded_width();
+    const ProductKernels<T>& kernels = product_kernels<T>();
+    T* const to = out.data_ptr<T>() + first;
+    for_pieces(count, column_piece(dim), count * row_work(dim), [&](int64_t from, int64_t end) {
+        std::vector<T> rows((end - from) * pitch);
+        for (int64_t i = from; i < end; ++i) {
+            const T *g = gradient + i * pitch, *x = points.row(first + i);
+            T along = width > dim ? g[dim] : T(0);
+            if (points.normalized()) along += kernels.dot(dim, g, x);
+            kernels.across(dim, g, along, x, points.inv_norm(first + i), rows.data() + (i - from) * pitch);
+        }
+        kernels.transpose(end - from, dim, rows.data(), pitch, to + from, out.stride(1));
+    });
+}
+
+// Writes the rows of `out` [N, D] that belong to those points. It may have columns where points are columns.
 template <typename T>
 void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int64_t count,
             const at::Tensor& out) {
+    if (has_columns(out)) return unpack_columns(gradient, points, first, count, out);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "unpack", [&] {
         unpack_rows(gradient, points, first, count, out.data_ptr<scalar_t>());
     });
@@ -199,6 +250,10 @@ void unpack(const T* gradient, const PackedPoints<T>& points, int64_t first, int
 // Zeros those rows of `out`, for points without a gradient.
 template <typename T>
 void clear_rows(const PackedPoints<T>& points, int64_t first, int64_t count, const at::Tensor& out) {
+    if (has_columns(out)) {
+        out.narrow(0, first, count).zero_();
+        return;
+    }
     const int64_t bytes = out.size(1) * out.element_size();
     auto* data = static_cast<uint8_t*>(out.data_ptr());
     for_pieces(count, row_piece(points.dim), count * row_work(points.dim) / 4, [&](int64_t from, int64_t to) {

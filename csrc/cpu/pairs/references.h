@@ -33,4 +33,11 @@ struct References {
     }
 };
 
+// The weights of rows in the type that is computed in; undefined where none are given.
+template <typename T>
+at::Tensor row_weights(const Call& call) {
+    if (!call.row_weights) return {};
+    return call.row_weights->to(c10::CppTypeToScalarType<T>::value).contiguous();
+}
+
 }  // namespace dml::cpu

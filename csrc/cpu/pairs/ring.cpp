@@ -1,14 +1,14 @@
 // Pair losses with columns that come block by block: a ring of processes (dml_cuda.distributed) never holds
 // all of them. One tensor carries the rows' running numbers from call to call:
 //
-//   state [14, N], in the order of the embeddings: the seven numbers of RowAccumulators, the six of RowStats,
-//   and whether all points so far were finite (0 or NaN)
+//   state [16, N], in the order of the embeddings: the seven numbers of RowAccumulators, the eight of
+//   RowStats, and whether all points so far were finite (0 or NaN)
 //
 //   pair_block_turn      makes the state, and prepares it for the next stage
 //   pair_block           adds a block in one of the formula's stages(): "hardest", "negatives", "positives"
 //                        or "both"
 //   pair_block_rows      makes the losses
-//   pair_block_backward  gives the gradients of the rows and of one block
+//   pair_block_backward  gives the gradients of the rows, of one block and of the parameters
 //
 // Blocks are added in the order of the calls: the caller determines the order of every sum.
 #include "cpu/pairs/ring.h"
@@ -45,7 +45,7 @@ void for_rows(int64_t n, const Visit& visit) {
 // The state as arrays of rows.
 template <typename T>
 struct State {
-    Tensor numbers;  // [14, N]
+    Tensor numbers;  // [16, N]
     int64_t n;
 
     explicit State(Tensor numbers_of_rows) : numbers(std::move(numbers_of_rows)), n(numbers.size(1)) {}
@@ -80,7 +80,7 @@ struct Block {
     Block(const Call& call, bool once)
         : problem(describe(call)),
           refs(call),
-          layout(call.embeddings.size(0), call.ref_emb->size(0), false, sizeof(T), false),
+          layout({call.embeddings.size(0), call.ref_emb->size(0), false, false}, sizeof(T), false),
           memory(prepare(call)),
           batch(call, refs, problem, layout, memory.data_ptr<uint8_t>(), once) {}
 
@@ -92,7 +92,7 @@ struct Block {
         Tensor bytes = at::zeros({layout.bytes}, call.embeddings.options().dtype(at::kByte));
         const Tensor rows = call.labels.contiguous(), cols = call.ref_labels->contiguous();
         make_plan(rows.const_data_ptr<int64_t>(), rows.size(0), cols.const_data_ptr<int64_t>(), cols.size(0),
-                  false, reinterpret_cast<int32_t*>(bytes.data_ptr<uint8_t>() + layout.plan));
+                  false, false, reinterpret_cast<int32_t*>(bytes.data_ptr<uint8_t>() + layout.plan));
         return bytes;
     }
 };
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> add_block(const Call& call, const Tensor& before, c10
     });
 }
 
-// Returns [4, N], the rows' parts 0 and 1 and their counts; and [6, N], the row stats for backward, with
+// Returns [4, N], the rows' parts 0 and 1 and their counts; and [8, N], the row stats for backward, with
 // derivatives that do not include the upstream gradient.
 std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor& before,
                                        const Tensor& pairs) {
@@ -244,25 +244,30 @@ std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor&
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.count[k];
             }
-            weight[2 * n + i] = row.neg_value;
-            weight[3 * n + i] = row.pos_value;
-            weight[4 * n + i] = row.loss.d_neg;
-            weight[5 * n + i] = row.loss.d_pos;
+            const RowStats<T> stats(weight, n);
+            stats.neg_value[i] = row.gathered.neg;
+            stats.pos_value[i] = row.gathered.pos;
+            stats.neg_count[i] = row.gathered.neg_count;
+            stats.pos_count[i] = row.gathered.pos_count;
+            stats.d_neg[i] = row.loss.d_neg;
+            stats.d_pos[i] = row.loss.d_pos;
         });
         return {losses, weights};
     });
 }
 
-// grad_parts [2, N]: the upstream gradients of the rows' parts. The results have the compute type.
-std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_parts, const Tensor& weights,
-                                          const Tensor& kept, bool need_emb, bool need_ref) {
+// grad_parts [2, N]: the upstream gradients of the rows' parts. The results have the compute type; the
+// gradient of the parameters is of the terms in this block, and of the rows' losses with by_rows.
+BlockGradients block_backward(const Call& call, const Tensor& grad_parts, const Tensor& weights,
+                              const Tensor& kept, bool need_emb, bool need_ref, bool need_params,
+                              bool by_rows) {
     check_block(call);
     const Tensor& embeddings = call.embeddings;
     const int64_t n = embeddings.size(0);
     const at::ScalarType type = compute_type(embeddings);
     check_state(grad_parts, 2, n, type, "grad_parts");
     check_state(weights, kStatsPerRow, n, type, "weights");
-    return in_compute_type(type, [&](auto number) -> std::tuple<Tensor, Tensor> {
+    return in_compute_type(type, [&](auto number) -> BlockGradients {
         using T = decltype(number);
         Block<T> prepared(call, true);
         Batch<T>& batch = prepared.batch;
@@ -270,28 +275,21 @@ std::tuple<Tensor, Tensor> block_backward(const Call& call, const Tensor& grad_p
                           "kept: expected the ", batch.tiles.count(), " bytes of pair_block, got ",
                           kept.scalar_type(), " ", kept.sizes());
         prepared.kept().copy_(kept);
-        const Tensor upstream = grad_parts.contiguous(), stats = weights.contiguous();
-        const int last = batch.kernels.parts - 1;
-        std::vector<T> sorted(kStatsPerRow * n);
+        const Tensor upstream = grad_parts.contiguous(), by_order = weights.contiguous();
+        const T *up = upstream.const_data_ptr<T>(), *from = by_order.const_data_ptr<T>();
         for_rows(n, [&](int64_t i) {
-            const int64_t row = batch.plan.row_order[i];
-            for (int64_t k = 0; k < kStatsPerRow; ++k) {
-                const T* up = k < 4 ? nullptr : upstream.const_data_ptr<T>() + (k == 4 ? last * n : 0);
-                const T from = stats.const_data_ptr<T>()[k * n + row];
-                sorted[k * n + i] = up ? up[row] * from : from;
-            }
+            for (int64_t k = 0; k < kStatsPerRow; ++k)
+                batch.row_stats.numbers()[k * n + i] = from[k * n + batch.plan.row_order[i]];
         });
-        const T* s = sorted.data();
+        const Upstream<T> upstream_of{up, up + (batch.kernels.parts - 1) * n, true, 1, 1, nullptr};
         const auto like = [&](bool wanted, const Tensor& points) {
             return wanted ? at::zeros(points.sizes(), points.options().dtype(type)) : Tensor();
         };
         const Tensor grad_emb = like(need_emb, embeddings), grad_ref = like(need_ref, *call.ref_emb);
-        if (batch.tiles.count() > 0 && (need_emb || need_ref)) {
-            const RowWeights<T> rows = {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n};
-            BackwardPass<T>(batch, rows, grad_emb, grad_ref).run();
-        }
+        ParamGradient grad_params(call, need_params);
+        BackwardPass<T>(batch, upstream_of, grad_emb, grad_ref, grad_params.sums()).run(by_rows);
         const Tensor none = at::empty({0}, embeddings.options().dtype(type));
-        return {need_emb ? grad_emb : none, need_ref ? grad_ref : none};
+        return {need_emb ? grad_emb : none, need_ref ? grad_ref : none, grad_params.tensor()};
     });
 }
 

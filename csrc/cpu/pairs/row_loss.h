@@ -11,7 +11,8 @@ namespace dml::cpu {
 template <typename T>
 struct RowOutcome {
     RowDerivatives<T> loss;
-    T neg_value, pos_value, count[2];
+    Gathered<T> gathered;
+    T count[2];
     bool poisoned;  // the loss is NaN, because a point is not finite
 
     // positives, negatives: how many pairs the row has, kept or not.
@@ -19,14 +20,16 @@ struct RowOutcome {
                const RowAccumulators<T>& accumulators, int64_t i, int64_t positives, int64_t negatives,
                bool finite) {
         // 1. The loss.
-        Gathered<T> row;
-        row.neg = neg_value = accumulators.neg_value(formula, i);
-        row.pos = pos_value = accumulators.pos_value(formula, i);
-        if (formula.neg == Accumulator::kSum) row.neg_count = accumulators.neg_a[i];
-        if (formula.pos == Accumulator::kSum) row.pos_count = accumulators.pos_a[i];
-        loss = formula.row(params, row, accumulators.pos_context[i]);
+        gathered.neg = accumulators.neg_value(formula, i);
+        gathered.pos = accumulators.pos_value(formula, i);
+        if (formula.neg == Accumulator::kSum) gathered.neg_count = accumulators.neg_a[i];
+        if (formula.pos == Accumulator::kSum) gathered.pos_count = accumulators.pos_a[i];
+        loss = formula.row(params, gathered, accumulators.pos_context[i]);
         poisoned = !finite && row_has_loss(formula.needed, mining, positives > 0, negatives > 0);
-        if (poisoned) loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+        if (poisoned) {
+            loss.part[0] = std::numeric_limits<T>::quiet_NaN();
+            loss.nonzero[0] = true;
+        }
 
         // 2. What a mean divides by.
         const bool kept_pos = formula.pos == Accumulator::kSum ? accumulators.pos_a[i] > T(0)
@@ -36,7 +39,7 @@ struct RowOutcome {
         for (int k = 0; k < 2; ++k) {
             count[k] = loss.count[k];
             if (formula.count != Count::kRows) continue;
-            if (reduction == Reduction::kMeanNonzero) count[k] = loss.part[k] != T(0);
+            if (reduction == Reduction::kMeanNonzero) count[k] = loss.nonzero[k];
             if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = any_kept;
         }
     }
@@ -48,9 +51,9 @@ struct Total {
     bool poisoned = false;
 
     template <typename T>
-    void add(const RowOutcome<T>& row) {
+    void add(const RowOutcome<T>& row, T weight) {
         for (int k = 0; k < 2; ++k) {
-            part[k] += row.loss.part[k];
+            part[k] += weight * row.loss.part[k];
             count[k] += row.count[k];
         }
         poisoned = poisoned || row.poisoned;

@@ -18,7 +18,7 @@ template <typename T>
 class TilePasses {
    public:
     TilePasses(Batch<T>& batch, const Problem& problem)
-        : accumulators(batch.n, batch.kernels.neg, batch.kernels.pos),
+        : accumulators(batch.lines, batch.kernels.neg, batch.kernels.pos),
           batch_(batch),
           kernels_(batch.kernels),
           mining_(problem.mining.on),
@@ -91,7 +91,7 @@ class TilePasses {
     }
 
     // Calls work(tile, parts) for every wanted tile, which returns whether it left parts; then, for each
-    // block of rows and each such tile in order, merge(parts of the block's lines, first row, rows).
+    // block and each such tile in order, merge(parts of the block's lines, first line, lines).
     template <typename Wanted, typename Work, typename Merge>
     void visit_tiles(const Wanted& wanted, const Work& work, const Merge& merge) {
         const auto visit = [&](const std::vector<TileAt>& wave) {
@@ -99,13 +99,14 @@ class TilePasses {
             const std::unique_ptr<TileParts<T>[]> parts(new TileParts<T>[count]);
             std::vector<uint8_t> left_parts(count, 0);
             batch_.for_tiles(wave, [&](int64_t k) { left_parts[k] = work(wave[k], parts[k]); });
-            const Owners owners(wave, batch_.tiles, true, batch_.square);
+            const Owners owners(wave, batch_.tiles, true, batch_.both_sides);
             for_tasks(owners.size(), 2 * count * batch_.tiles.side * 16, [&](int64_t k) {
                 const int lines = static_cast<int>(owners.lines(k));
+                const int64_t first = owners.is_rows(k) ? owners.first(k) : batch_.col_line(owners.first(k));
                 for (const auto* share = owners.begin(k); share != owners.end(k); ++share) {
                     if (!left_parts[share->tile]) continue;
                     const TileParts<T>& sides = parts[share->tile];
-                    merge(share->as_rows ? sides.rows : sides.cols, owners.first(k), lines);
+                    merge(share->as_rows ? sides.rows : sides.cols, first, lines);
                 }
             });
         };

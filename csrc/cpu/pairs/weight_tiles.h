@@ -1,6 +1,7 @@
 // The weights dL/ds of one wave of tiles, dense or sparse, and their products with points.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -15,21 +16,29 @@ constexpr double kSparseShare = 0.4;
 template <typename T>
 class WeightTiles {
    public:
-    WeightTiles(const Batch<T>& batch, const RowWeights<T>& rows) : batch_(batch), rows_(rows) {}
+    // learns: also sums what the parameters do to the terms.
+    WeightTiles(const Batch<T>& batch, const RowWeights<T>& rows, bool learns)
+        : batch_(batch), rows_(rows), learns_(learns) {}
 
     // Memory for a wave of `count` tiles; no wave has more than `most`.
     void start_wave(int64_t count, int64_t most) {
         memory_.reserve(most * batch_.tiles.area());
         nonzeros_.assign(count, 0);
+        if (learns_) by_params_.assign(count, {});
     }
 
     // Computes the weights of tile k of the wave.
     void make(const TileAt& at, int64_t k) {
         Tile<T> tile = batch_.tile(at, true);
-        tile.both_sides = batch_.square;  // W + W^T, for the diagonal tiles too
+        tile.both_sides = batch_.both_sides;  // W + W^T, for the diagonal tiles of a square too
         const int64_t pairs = int64_t(tile.rows) * tile.cols;
-        const int64_t count =
-            batch_.kernels.weights(tile, batch_.params, batch_.similarity.euclidean, rows_, slot(k));
+        double* by_params = learns_ ? by_params_[k].data() : nullptr;
+        const int64_t count = batch_.kernels.weights(tile, batch_.params, batch_.similarity.euclidean, rows_,
+                                                     slot(k), by_params);
+        // A tile on the diagonal has each pair twice, once from either side.
+        if (learns_ && batch_.square && at.row_block == at.col_block) {
+            for (double& sum : by_params_[k]) sum *= 0.5;
+        }
         const bool sparse =
             count < kSparseShare * pairs &&
             SparseTile<T>::bytes(tile.rows, tile.cols, count) <= batch_.tiles.area() * int64_t(sizeof(T));
@@ -38,6 +47,13 @@ class WeightTiles {
         T* dense = Scratch<T>::mine().tile;
         std::memcpy(dense, slot(k), tile.rows * tile.pitch * sizeof(T));
         batch_.kernels.compress(dense, tile.pitch, tile.rows, tile.cols, count, slot(k));
+    }
+
+    // Adds the sums for the parameters over the wave.
+    void add_by_params(double* total) const {
+        for (const auto& tile : by_params_) {
+            for (int k = 0; k < kMaxParams; ++k) total[k] += tile[k];
+        }
     }
 
     // The work of a product with tile k, in dense weights.
@@ -75,6 +91,8 @@ class WeightTiles {
 
     const Batch<T>& batch_;
     const RowWeights<T> rows_;
+    const bool learns_;
+    std::vector<std::array<double, kMaxParams>> by_params_;  // [wave]
     Numbers<T> memory_;              // [wave, area]: each tile dense, or as a SparseTile
     std::vector<int64_t> nonzeros_;  // [wave] of a sparse tile, else kDense
 };

@@ -148,13 +148,13 @@ class LabelledSimilarities : public Similarities<T> {
    private:
     LabelledSimilarities(const TripletPoints& points, const References& refs)
         : Similarities<T>(points.embeddings, refs.points, points.similarity),
-          plan_(Plan::numel(this->n, this->m, this->square)),
+          plan_(3 * this->n + (this->square ? 0 : this->m)),
           class_(this->n) {
         const Tensor labels = points.labels.contiguous();
         const Tensor ref_labels = this->square ? labels : refs.labels->contiguous();
         make_plan(labels.const_data_ptr<int64_t>(), this->n, ref_labels.const_data_ptr<int64_t>(), this->m,
-                  this->square, plan_.data());
-        const Plan plan(plan_.data(), this->n, this->square);
+                  this->square, false, plan_.data());
+        const Plan plan(plan_.data(), this->n, this->m, this->square);
         for_pieces(this->n, 16384, this->n, [&](int64_t from, int64_t to) {
             for (int64_t r = from; r < to; ++r)
                 class_[plan.row_order[r]] = {plan.col_order + plan.pos_begin[r],

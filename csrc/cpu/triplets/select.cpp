@@ -43,16 +43,18 @@ std::tuple<Tensor, Tensor> select_of(const TripletPoints& points, uint64_t seed,
     if (!labelled.finite()) return {column, similarity.fill_(std::numeric_limits<double>::quiet_NaN())};
     int64_t* columns = column.data_ptr<int64_t>();
     T* similarities = similarity.data_ptr<T>();
-    const int64_t *row = anchors ? rows.const_data_ptr<int64_t>() : nullptr,
-                  *positive = anchors ? pair_cols.const_data_ptr<int64_t>() : nullptr;
+    // Not by their pointers: that of an empty list is null.
+    const bool of_pairs = anchors.has_value();
+    const int64_t *row = of_pairs ? rows.const_data_ptr<int64_t>() : nullptr,
+                  *positive = of_pairs ? pair_cols.const_data_ptr<int64_t>() : nullptr;
     labelled.for_each_row_block([&](const RowBlock<T>& block) {
         labelled.for_each_row(block, 1, [&](int64_t i, T* s) {
-            const int64_t from = row ? std::lower_bound(row, row + count, i) - row : i;
-            const int64_t to = row ? std::upper_bound(row, row + count, i) - row : i + 1;
+            const int64_t from = of_pairs ? std::lower_bound(row, row + count, i) - row : i;
+            const int64_t to = of_pairs ? std::upper_bound(row, row + count, i) - row : i + 1;
             if (from == to) return;
             // Before RowPairs replaces the similarities of positives.
             std::vector<T> d_pos(to - from, std::numeric_limits<T>::quiet_NaN());
-            for (int64_t k = from; row && k < to; ++k) {
+            for (int64_t k = from; of_pairs && k < to; ++k) {
                 if (positive[k] >= 0) d_pos[k - from] = -s[positive[k]];
             }
             RowPairs<T> pairs(labelled, params, i, s);
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor> select_of(const TripletPoints& points, uint64_t seed,
             }
             pairs.prepare(rule.which, to - from, seed);
             for (int64_t k = from; k < to; ++k) {
-                if (row && positive[k] < 0) continue;
+                if (of_pairs && positive[k] < 0) continue;
                 const int64_t j = pairs.negative(rule.which, k - from, d_pos[k - from]);
                 if (j < 0) continue;
                 columns[k] = j;

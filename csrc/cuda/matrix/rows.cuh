@@ -117,7 +117,7 @@ struct RowPairs {
             if constexpr (decltype(is_exp)::value) {
                 running.b += std::exp(term - running.a);
             } else {
-                running.a += term != Acc(0) ? Acc(1) : zero_counts;
+                running.a += Formula::is_nonzero(term) ? Acc(1) : zero_counts;
                 running.b += term;
             }
         };

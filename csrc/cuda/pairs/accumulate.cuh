@@ -107,7 +107,7 @@ struct PairTerms {
     Acc zero_counts;       // how much a term of 0 counts
 
     static DML_DEVICE Acc at_least(Acc e) { return e > kLeastExp<Acc> ? e : kLeastExp<Acc>; }
-    DML_DEVICE Acc counted(Acc term) const { return term != Acc(0) ? Acc(1) : zero_counts; }
+    DML_DEVICE Acc counted(Acc term) const { return Formula::is_nonzero(term) ? Acc(1) : zero_counts; }
 
     DML_DEVICE Acc neg_term(Acc s) const {
         if constexpr (Summed::kNegExp) return at_least(quick_exp(formula.neg_term(s) - top_neg));

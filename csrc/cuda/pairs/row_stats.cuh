@@ -219,6 +219,7 @@ DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering
     if (!has_loss) {
         finished.bounds = Bounds<Acc>::none();
         loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = finished.neg = finished.pos = Acc(0);
+        loss.nonzero[0] = loss.nonzero[1] = false;
     }
     RowResult<Acc>& result = finished.result;
     result.eligible = Acc(finished.eligible);
@@ -229,7 +230,7 @@ DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering
         result.part[k] = loss.part[k];
         Acc count = loss.count[k];
         if constexpr (Formula::kCount == Count::kRows) {
-            if (reduction == Reduction::kMeanNonzero) count = Acc(loss.part[k] != Acc(0));
+            if (reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
             if (reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
         }
         result.count[k] = count;

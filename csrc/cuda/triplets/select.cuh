@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
     for (int64_t r = blockIdx.x; r < row_block.rows; r += gridDim.x) {
         row.s = row_block.s + r * row_block.pitch;
         row.i = row_block.first + r;
-        const int64_t from = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i) : row.i;
-        const int64_t to = pairs.anchors ? lower_bound(pairs.anchors, pairs.count, row.i + 1) : row.i + 1;
+        const int64_t from = pairs.listed ? lower_bound(pairs.anchors, pairs.count, row.i) : row.i;
+        const int64_t to = pairs.listed ? lower_bound(pairs.anchors, pairs.count, row.i + 1) : row.i + 1;
         // Read before load() marks the positives; the positive's similarity waits in the place of the result.
         for (int64_t k = from + threadIdx.x; k < to; k += kTripletThreads) {
-            const int64_t j = pairs.anchors ? pairs.positives[k] : -1;
+            const int64_t j = pairs.listed ? pairs.positives[k] : -1;
             columns[k] = j < 0 || j >= row_block.columns ? -1 : j;
             similarities[k] = columns[k] < 0 ? -infinity<T>() : row.s[columns[k]];
         }
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
             const int64_t all =
                 semihard ? -1 : row.extreme_negative(which == Selection::kHardest, infinity<T>());
             for (int64_t k = from; k < to; ++k) {
-                const bool wanted = !pairs.anchors || columns[k] >= 0;
+                const bool wanted = !pairs.listed || columns[k] >= 0;
                 int64_t j = all;
                 if (semihard) j = row.extreme_negative(true, wanted ? similarities[k] : -infinity<T>());
                 block_sync();  // similarities[k] has been read by all threads

@@ -57,7 +57,8 @@ void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules
 // Selects one column for each of the block's rows [N], or for each of their pairs [count]: a positive where
 // of_positives, else a negative. Overwrites the similarities.
 struct SelectedPairs {
-    const int64_t *anchors, *positives;  // [count], anchors ascending; null: one for each row
+    bool listed;                         // else one for each row. The pointers of an empty list are null too
+    const int64_t *anchors, *positives;  // [count], anchors ascending
     int64_t count;
     bool of_positives;
 };

@@ -1,0 +1,27 @@
+// The parameters of a formula, as its constructor gets them: params[0], params[1], ... in the order of kParams.
+#pragma once
+
+#include "core/portable.h"
+#include "losses/dual.h"
+
+namespace dml {
+
+inline constexpr int kMaxParams = 8;
+
+template <typename T>
+struct Params {
+    const double* values;
+
+    DML_INLINE double operator[](int k) const { return values[k]; }
+};
+
+// As dual numbers in one of them: a formula made of these has derivatives by that parameter.
+template <typename T>
+struct Params<Dual<T>> {
+    const double* values;
+    int learned;
+
+    DML_INLINE Dual<double> operator[](int k) const { return {values[k], k == learned ? 1.0 : 0.0}; }
+};
+
+}  // namespace dml

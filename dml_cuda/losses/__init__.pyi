@@ -1,0 +1,16 @@
+from .binomial_deviance import BinomialDevianceLoss as BinomialDevianceLoss
+from .circle import CircleLoss as CircleLoss
+from .circle_classifier import CircleClassifierLoss as CircleClassifierLoss
+from .contrastive import ContrastiveLoss as ContrastiveLoss
+from .lifted_structure import GeneralizedLiftedStructureLoss as GeneralizedLiftedStructureLoss
+from .margin import MarginLoss as MarginLoss
+from .margin_softmax import ArcFaceLoss as ArcFaceLoss
+from .margin_softmax import CosFaceLoss as CosFaceLoss
+from .margin_softmax import NormalizedSoftmaxLoss as NormalizedSoftmaxLoss
+from .multi_similarity import MultiSimilarityLoss as MultiSimilarityLoss
+from .nt_xent import NTXentLoss as NTXentLoss
+from .proxy_anchor import ProxyAnchorLoss as ProxyAnchorLoss
+from .proxy_nca import ProxyNCALoss as ProxyNCALoss
+from .soft_triple import SoftTripleLoss as SoftTripleLoss
+from .sup_con import SupConLoss as SupConLoss
+from .triplet_margin import TripletMarginLoss as TripletMarginLoss

@@ -1,0 +1,10 @@
+from .mined_pairs import MinedPairs as MinedPairs
+from .mined_pairs import PairCounts as PairCounts
+from .mined_triplets import MinedTriplets as MinedTriplets
+from .mined_triplets import SelectedPairs as SelectedPairs
+from .pairs import MultiSimilarityMiner as MultiSimilarityMiner
+from .triplets import BatchEasyHardMiner as BatchEasyHardMiner
+from .triplets import BatchHardMiner as BatchHardMiner
+from .triplets import DistanceWeightedMiner as DistanceWeightedMiner
+from .triplets import PairMarginMiner as PairMarginMiner
+from .triplets import TripletMarginMiner as TripletMarginMiner
