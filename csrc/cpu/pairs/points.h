@@ -226,7 +226,8 @@ void unpack_columns(const T* gradient, const PackedPoints<T>& points, int64_t fi
     const ProductKernels<T>& kernels = product_kernels<T>();
     T* const to = out.data_ptr<T>() + first;
     for_pieces(count, column_piece(dim), count * row_work(dim), [&](int64_t from, int64_t end) {
-        std::vector<T> rows((end - from) * pitch);
+        Numbers<T> rows;
+        rows.reserve((end - from) * pitch);
         for (int64_t i = from; i < end; ++i) {
             const T *g = gradient + i * pitch, *x = points.row(first + i);
             T along = width > dim ? g[dim] : T(0);
