@@ -110,7 +110,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
         batch.indices is None
         and call.options.backend != "reference"
         and not torch.compiler.is_compiling()
-        and (batch.embeddings.device.type == "cpu" or not needs_cpu_kernel(call, batch))
+        and (not needs_cpu_kernel(call, batch) or is_on_cpu(batch.embeddings))
     ):
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
@@ -145,6 +145,10 @@ def compute(call: Call, batch: Batch) -> Tensor:
 def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
     """Whether a call asks for what the CUDA kernels do not have yet."""
     return call.learns or call.op_options.both_directions or batch.row_weights is not None
+
+
+def is_on_cpu(x: object) -> bool:
+    return isinstance(x, Tensor) and x.device.type == "cpu"
 
 
 def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the losses of two towers share: pair i of the one with pair i of the other."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from typing_extensions import TypedDict
 
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import Backend, Reduction, Similarity
+from .._inputs.options import check_names
 from .._ops.evaluate import evaluate
 from ._pair import FormulaModule, option
 
@@ -30,11 +32,10 @@ _NAMES = tuple(TowerOptions.__annotations__)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_tower_options(options: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for an option that losses of two towers do not have."""
-    for name in options:
-        if name not in _NAMES:
-            raise TypeError(f"{name}: expected one of the options {', '.join(_NAMES)}")
+def check_tower_options(options: Mapping[str, Any], parameters: Iterable[str] = ()) -> None:
+    """Raises TypeError or ValueError for an option that losses of two towers do not have; ``parameters`` are
+    the loss's own."""
+    check_names(options, _NAMES, parameters)
     reduction = options.get("reduction", "mean")
     if isinstance(reduction, str) and reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
@@ -59,7 +60,7 @@ class TwoTowerLoss(FormulaModule):
     normalize_embeddings: bool | None = option()
 
     def __init__(self, options: TowerOptions, **values: Any) -> None:
-        check_tower_options(options)
+        check_tower_options(options, self.formula.parameters)
         super().__init__({"reduction": "mean", **options}, **values)
 
     def set_option(self, name: str, value: object) -> None:

@@ -92,7 +92,7 @@ class InfoNCELoss(FormulaModule):
         in_batch_negatives: bool | None = None,
         **options: Unpack[TowerOptions],
     ) -> None:
-        check_tower_options(options)
+        check_tower_options(options, ("temperature", "negative_mode", "in_batch_negatives"))
         check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
         if in_batch_negatives is not None:
             check_flag("in_batch_negatives", in_batch_negatives)

@@ -176,7 +176,7 @@ def test_formulas(formula, params, reduction, instruction_set):
         options = OpOptions(
             formula, list(params.values()), epsilon, "cosine", reduction, save_for_backward=True
         )
-        value, _ = torch.ops.dml_cuda.pair_loss(x, labels, y, of_y, None, None, *options)
+        value, _ = torch.ops.dml_cuda.pair_loss(x, labels, y, of_y, None, None, None, *options)
         expected = truth.losses if reduction == "none" else truth.loss
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
         gradients = torch.autograd.grad(value.sum(), leaves)
@@ -392,7 +392,7 @@ def test_columns_are_rows_to_the_bit(n, classes, dim, dtype, similarity, instruc
                 (rows.T.contiguous().T, columns.T),
             ):
                 leaves = [points.detach().requires_grad_(), refs.detach().requires_grad_()]
-                batch = leaves[0], labels, leaves[1], order, None, limit
+                batch = leaves[0], labels, leaves[1], order, None, limit, None
                 value, _ = torch.ops.dml_cuda.pair_loss(*batch, *options)
                 gradients = torch.autograd.grad(value, leaves)
                 for gradient, leaf in zip(gradients, leaves, strict=True):
@@ -408,7 +408,7 @@ def test_columns_as_an_op():
     for rows, refs in ((torch.randn(6, 4), torch.randn(4, 15).T), (torch.randn(4, 6).T, torch.randn(15, 4))):
         options = OpOptions("circle", [0.4, 80.0, 1.0], None, save_for_backward=True)
         leaves = [x.detach().requires_grad_() for x in (rows, refs)]
-        arguments = leaves[0], torch.arange(6), leaves[1], torch.arange(15), None, None, *options
+        arguments = leaves[0], torch.arange(6), leaves[1], torch.arange(15), None, None, None, *options
         torch.library.opcheck(torch.ops.dml_cuda.pair_loss.default, arguments)
 
 

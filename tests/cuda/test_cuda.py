@@ -48,10 +48,10 @@ def on_gpu(x):
 
 def run(case, arithmetic, need_q=True, need_r=True):
     torch.set_float32_matmul_precision(MATMUL_PRECISION[arithmetic.precision])
-    sides = case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs
+    sides = case.q, case.labels, case.r, case.ref_labels, case.self_index, case.num_valid_refs, None
     options = OpOptions(
         *case.loss, case.epsilon, case.similarity, case.reduction, case.mine_self_pair, case.return_sums,
-        dml_cuda._C.cuda_precision(), save_for_backward=True,
+        False, dml_cuda._C.cuda_precision(), save_for_backward=True,
     )  # fmt: skip
     arguments = *map(on_gpu, sides), *options
     value, saved = torch.ops.dml_cuda.pair_loss(*arguments)
@@ -59,7 +59,7 @@ def run(case, arithmetic, need_q=True, need_r=True):
     wanted = [need_q, need_r and case.r is not None]
     # What backward multiplies is what forward saw, whatever has been asked for since.
     torch.set_float32_matmul_precision("highest")
-    grads = torch.ops.dml_cuda.pair_loss_backward(*arguments, upstream, saved, *wanted)
+    grads = torch.ops.dml_cuda.pair_loss_backward(*arguments, upstream, saved, *wanted, False)[:2]
     return value.cpu(), [g.cpu() if needed else None for g, needed in zip(grads, wanted, strict=True)]
 
 
@@ -96,11 +96,11 @@ def test_sums_and_counts_before_they_are_divided(formula, n, reduction):
 def test_what_backward_is_given_is_checked():
     case = make(70, 8, F32)
     q, labels = case.q.cuda(), case.labels.cuda()
-    arguments = q, labels, None, None, None, None, *OpOptions(*MS, save_for_backward=True)
+    arguments = q, labels, None, None, None, None, None, *OpOptions(*MS, save_for_backward=True)
     loss, saved = torch.ops.dml_cuda.pair_loss(*arguments)
 
     def backward(grad_loss, saved):
-        torch.ops.dml_cuda.pair_loss_backward(*arguments, grad_loss, saved, True, False)
+        torch.ops.dml_cuda.pair_loss_backward(*arguments, grad_loss, saved, True, False, False)
 
     backward(torch.ones_like(loss), saved)
     for grad_loss in (torch.ones(()), torch.ones(2, device="cuda")):
@@ -168,11 +168,12 @@ def test_not_finite_and_zero_rows(n):
 def test_under_a_cuda_graph(n):
     """Nothing synchronises the host, and a replay reads the inputs anew."""
     q, labels = torch.randn(n, 48, device="cuda"), torch.randint(9, (n,), device="cuda")
-    arguments = q, labels, None, None, None, None, *OpOptions(*MS, 0.1, save_for_backward=True)
+    arguments = q, labels, None, None, None, None, None, *OpOptions(*MS, 0.1, save_for_backward=True)
 
     def step():
         loss, saved = torch.ops.dml_cuda.pair_loss(*arguments)
-        grad, _ = torch.ops.dml_cuda.pair_loss_backward(*arguments, torch.ones_like(loss), saved, True, False)
+        given = torch.ones_like(loss), saved, True, False, False
+        grad, *_ = torch.ops.dml_cuda.pair_loss_backward(*arguments, *given)
         return loss, grad
 
     step()

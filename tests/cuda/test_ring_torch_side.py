@@ -45,7 +45,7 @@ class Batch:
         self.grad_parts = torch.randn(2, n, dtype=wide).to(device)
 
     def batches(self):
-        return [(self.x, self.labels, *block, None) for block in self.blocks]
+        return [(self.x, self.labels, *block, None, None) for block in self.blocks]
 
     def around(
         self, of, device, formula, params, epsilon, similarity="cosine", reduction="mean", *, keep=True,
@@ -67,7 +67,8 @@ class Batch:
         losses, weights = of.pair_block_rows(*options, state, self.pairs)
         gradients = []
         for batch, kept in zip(self.batches(), found, strict=True):
-            gradients += of.pair_block_backward(*batch, *options, self.grad_parts, weights, kept, True, True)
+            given = self.grad_parts, weights, kept, True, True, False, False
+            gradients += of.pair_block_backward(*batch, *options, *given)[:2]
         return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients
 
 
@@ -167,7 +168,7 @@ def test_shapes_are_those_that_torch_is_told(on_host, dtype, epsilon):
         _, weights = told_as_made(on_host.pair_block_rows, *options, state, batch.pairs)
         for block, kept in zip(batch.batches(), found, strict=True):
             for needs in ((True, True), (False, True), (True, False)):
-                given = batch.grad_parts, weights, kept, *needs
+                given = batch.grad_parts, weights, kept, *needs, False, False
                 told_as_made(on_host.pair_block_backward, *block, *options, *given)
 
 
@@ -204,7 +205,7 @@ def test_what_is_refused(on_host):
     unknown = circle._replace(precision="half")
     refused("precision.*half", "pair_block", *block, *unknown, start, "both")
     refused(r"state.*Float", "pair_block", *block, *circle, start.float(), "both")
-    narrow = batch.x, batch.labels, batch.x[:, 1:], batch.labels, None, None
+    narrow = batch.x, batch.labels, batch.x[:, 1:], batch.labels, None, None, None
     refused("ref_emb", "pair_block", *narrow, *circle, start, "both")
     errors = RuntimeError, ValueError
     refused("not a stage", "pair_block", *block, *circle, start, "negatives", error=errors)
@@ -214,10 +215,10 @@ def test_what_is_refused(on_host):
     parts = torch.ones(2, 8, dtype=torch.float64)
     kept = torch.zeros(1, dtype=torch.uint8)
     arguments = *block, *circle
-    on_host.pair_block_backward(*arguments, parts, start, kept, True, True)
-    refused("grad_parts", "pair_block_backward", *arguments, parts[:1], start, kept, True, True)
-    refused("weights", "pair_block_backward", *arguments, parts, start[:-1], kept, True, True)
-    refused("kept.*1 bytes", "pair_block_backward", *arguments, parts, start, short, True, True)
+    on_host.pair_block_backward(*arguments, parts, start, kept, True, True, False, False)
+    refused("grad_parts", "pair_block_backward", *arguments, parts[:1], start, kept, True, True, False, False)
+    refused("weights", "pair_block_backward", *arguments, parts, start[:-1], kept, True, True, False, False)
+    refused("kept.*1 bytes", "pair_block_backward", *arguments, parts, start, short, True, True, False, False)
     unknown = circle._replace(reduction="median")
     refused("reduction", "pair_block_rows", *unknown, start, batch.pairs)
 

@@ -382,7 +382,7 @@ struct Functions : FormulaDefaults {
     static constexpr Accumulator kNeg = Accumulator::kSum, kPos = Accumulator::kSum;
     static constexpr bool kNeedsPos = true, kNeedsNeg = true;
     T power;
-    DML_INLINE explicit Functions(const double* params) : power(T(params[0])) {}
+    DML_INLINE explicit Functions(Params<T> params) : power(T(params[0])) {}
 
     template <typename S>
     DML_INLINE S neg_term(S s) const {

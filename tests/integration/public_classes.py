@@ -47,7 +47,7 @@ class OfTwoTowers(nn.Module):
         self.loss = loss
 
     def forward(self, embeddings, labels):
-        other = embeddings.flip(1) + 2 * embeddings
+        other = embeddings.flip(1)
         return self.loss(embeddings, other, labels) if self.takes_labels else self.loss(embeddings, other)
 
     @property

@@ -153,7 +153,7 @@ def test_torch_func_of_the_op(make):
 
     def loss(points):
         return torch.ops.dml_cuda.pair_loss(
-            points, labels, *[None] * 4, *call.op_options._replace(save_for_backward=True)
+            points, labels, *[None] * 5, *call.op_options._replace(save_for_backward=True)
         )[0]
 
     leaf = x.clone().requires_grad_()

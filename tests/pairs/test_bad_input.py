@@ -171,8 +171,10 @@ def call(
     precision="ieee",
     dynamic_params=None,
 ):
-    batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs
-    options = OpOptions(formula, list(params), 0.1, similarity, reduction, True, return_sums, precision)
+    batch = embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs, None
+    options = OpOptions(
+        formula, list(params), 0.1, similarity, reduction, True, return_sums, False, precision
+    )
     return torch.ops.dml_cuda.pair_loss(*batch, *options._replace(dynamic_params=dynamic_params))
 
 
@@ -213,13 +215,14 @@ points, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 many, many_labels = torch.randn(400, 4), torch.zeros(400, dtype=torch.long)
 arguments = {
     "embeddings": points, "labels": labels, "ref_emb": None, "ref_labels": None,
-    "self_index": None, "num_valid_refs": None, "formula": "circle", "params": [0.4, 80.0, 1.0],
-    "similarity": "cosine", "reduction": "mean", "return_sums": False,
+    "self_index": None, "num_valid_refs": None, "row_weights": None,
+    "formula": "circle", "params": [0.4, 80.0, 1.0],
+    "similarity": "cosine", "reduction": "mean", "return_sums": False, "both_directions": False,
     "epsilon": 0.1, "mine_self_pair": True, "precision": "ieee", "save_for_backward": True,
     "dynamic_params": None,
 }
 value, saved = torch.ops.dml_cuda.pair_loss(**arguments)
-arguments |= {"grad_loss": value, "saved": saved, "need_emb": True, "need_ref": True}
+arguments |= {"grad_loss": value, "saved": saved, "need_emb": True, "need_ref": True, "need_params": False}
 torch.ops.dml_cuda.pair_loss_backward(**arguments)
 for changed in (
     {"saved": torch.zeros(3, dtype=torch.uint8)},

@@ -28,7 +28,7 @@ def references():
 
 
 def fast_path(embeddings, labels, ref_emb=None, ref_labels=None, self_index=None):
-    return _C.fast_pair_loss(*OPTIONS, embeddings, labels, ref_emb, ref_labels, self_index, None)
+    return _C.fast_pair_loss(*OPTIONS, embeddings, labels, ref_emb, ref_labels, self_index, None, None)
 
 
 class Subclass(torch.Tensor):

@@ -67,7 +67,7 @@ def test_more_tiles_than_the_cache_holds(loss, epsilon):
     """4600 rows of float64 need 83 MB for half their similarities; the cache has 64 MiB."""
     embeddings, labels = make_batch(4600, 8, dtype=torch.float64, spread=0.5)
     name = FUNCTIONS[loss]
-    batch = embeddings, labels, None, None, None, None
+    batch = embeddings, labels, None, None, None, None, None
     arguments = OpOptions(loss, [2.0, 50.0, 0.5], epsilon, save_for_backward=True)
     saved = torch.ops.dml_cuda.pair_loss(*batch, *arguments)[1]
     assert saved.numel() < 65 * 2**20

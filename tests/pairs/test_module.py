@@ -178,10 +178,11 @@ def test_ref_emb(loss):
 def test_repr():
     shared = "epsilon=None, similarity='cosine', normalize_embeddings=None, reduction={!r}, backend='auto', "
     assert repr(dml_cuda.MultiSimilarityLoss(beta=40)) == (
-        f"MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, {shared.format('mean')}check_pairs=False)"
+        f"MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, {shared.format('mean')}check_pairs=False, "
+        "class_weights=None)"
     )
     assert repr(dml_cuda.CircleLoss(gamma=256)) == (
-        f"CircleLoss(m=0.4, gamma=256, detach_weights=True, {shared.format('mean_nonzero')}check_pairs=False)"
+        f"CircleLoss(m=0.4, gamma=256, detach_weights=True, {shared.format('mean_nonzero')}check_pairs=False, class_weights=None)"
     )
 
 

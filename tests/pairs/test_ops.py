@@ -92,8 +92,8 @@ def test_opcheck_backward(name, need):
     inputs = forward_arguments(**FORWARD_CASES[name])
     with torch.no_grad():
         loss, saved = OPS.pair_loss(*inputs)
-    batch = [None if x is None else x.detach() for x in inputs[:6]]
-    arguments = *batch, *inputs[6:], torch.ones_like(loss), saved, *need
+    batch = [None if x is None else x.detach() for x in inputs[:7]]
+    arguments = *batch, *inputs[7:], torch.ones_like(loss), saved, *need, False
     # It has no derivative of its own, so what is left to check is its schema and its fake.
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.pair_loss_backward.default, arguments, test_utils=names)
@@ -109,18 +109,18 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("dml_cuda::")
         if name in ("pair_loss", "pair_loss_backward"):
-            self.options[name] = OpOptions(*args[6:16])
+            self.options[name] = OpOptions(*args[7:18])
         return function(*args, **(kwargs or {}))
 
 
 def test_backward_gets_the_options_of_forward():
     embeddings, labels = make_batch(20, 6, dtype=torch.float64)
     params = LOSSES["nt_xent"].params()
-    options = OpOptions("nt_xent", params, 0.2, "dot", "sum", False, True, "tf32", True)
+    options = OpOptions("nt_xent", params, 0.2, "dot", "sum", False, True, False, "tf32", True)
     options = options._replace(dynamic_params=torch.tensor([*params, 0.2], dtype=torch.float64))
     with Recorder() as seen:
         leaf = embeddings.clone().requires_grad_()
-        OPS.pair_loss(leaf, labels, None, None, None, None, *options)[0].sum().backward()
+        OPS.pair_loss(leaf, labels, None, None, None, None, None, *options)[0].sum().backward()
     for found in seen.options.values():
         assert torch.equal(found.dynamic_params, options.dynamic_params)
         assert found._replace(dynamic_params=None) == options._replace(dynamic_params=None)
@@ -137,7 +137,7 @@ def test_a_compiled_graph_keeps_its_precision(precision, monkeypatch):
     def record(module, _):
         for node in module.graph.nodes:
             if "dml_cuda" in str(node.target):
-                seen[node.target.name()] = OpOptions(*node.args[6:16]).precision
+                seen[node.target.name()] = OpOptions(*node.args[7:18]).precision
         return make_boxed_func(module.forward)
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
@@ -150,7 +150,7 @@ def test_a_compiled_graph_keeps_its_precision(precision, monkeypatch):
 
 def test_dynamic_params_replace_the_numbers():
     embeddings, labels = make_batch(20, 6)
-    batch = embeddings, labels, None, None, None, None
+    batch = embeddings, labels, None, None, None, None, None
     for epsilon in (None, 0.1):
         options = OpOptions("circle", [0.25, 64.0, 1.0], epsilon)
         expected = OPS.pair_loss(*batch, *options)[0]
@@ -178,18 +178,18 @@ def test_opcheck_of_blocks(loss, epsilon):
     for stage in _C.ring_stages("cpu", loss.name, epsilon is not None):
         kept = []
         for block in blocks:
-            state, found = run("pair_block", embeddings, labels, *block, None, *options, state, stage)
+            state, found = run("pair_block", embeddings, labels, *block, None, None, *options, state, stage)
             kept.append(found)
         state = run("pair_block_turn", *options, state, pairs, stage, False)
     losses, weights = run("pair_block_rows", *options, state, pairs)
     refs = torch.cat([points for points, *_ in blocks])
-    whole_batch = embeddings, labels, refs, every, torch.arange(20), None
+    whole_batch = embeddings, labels, refs, every, torch.arange(20), None, None
     whole, _ = OPS.pair_loss(*whole_batch, *options._replace(return_sums=True))
     torch.testing.assert_close(losses.sum(1), whole)
     grad_parts = torch.ones(2, 20)
     for block, found in zip(blocks, kept, strict=True):
-        batch = embeddings, labels, *block, None
-        run("pair_block_backward", *batch, *options, grad_parts, weights, found, True, False)
+        batch = embeddings, labels, *block, None, None
+        run("pair_block_backward", *batch, *options, grad_parts, weights, found, True, False, False, False)
 
 
 def test_block_ops_called_directly():
@@ -204,13 +204,13 @@ def test_block_ops_called_directly():
         OPS.pair_block_turn(*options, state, pairs, "hardest", False)
     with pytest.raises(ValueError, match=r"pairs.*\[2, N\]"):
         OPS.pair_block_turn(*options, None, pairs[:1], "start", False)
-    with pytest.raises(ValueError, match=r"state.*\[14, 4\]"):
+    with pytest.raises(ValueError, match=r"state.*\[16, 4\]"):
         OPS.pair_block_rows(*options, state[:3], pairs)
     points, labels = make_batch(4, 3)
-    alone, block = (points, labels, *[None] * 4), (points, labels, points, labels, None, None)
+    alone, block = (points, labels, *[None] * 5), (points, labels, points, labels, None, None, None)
     for says, batch, given in (
         ("ref_emb: expected a block", alone, options),
-        ("num_valid_refs: expected none", (*block[:5], torch.tensor(2)), options),
+        ("num_valid_refs: expected none", (*block[:5], torch.tensor(2), None), options),
         ("mine_self_pair: expected false", block, options._replace(mine_self_pair=True)),
     ):
         with pytest.raises(ValueError, match=says):
@@ -242,7 +242,7 @@ def test_gradients_by_finite_differences(loss, similarity):
 def test_sums_and_counts(loss, reduction):
     """With return_sums the loss is its parts and their counts; the gradient flows through the parts."""
     embeddings, labels = make_batch(60, 6, dtype=torch.float64)
-    batch = embeddings, labels, None, None, None, None
+    batch = embeddings, labels, None, None, None, None, None
     similarity = loss.similarity
     options = OpOptions(loss.name, loss.params(similarity), 0.1, similarity, reduction, return_sums=True)
     leaf = embeddings.clone().requires_grad_()
@@ -395,12 +395,12 @@ def test_the_list_of_formulas():
 
 def test_a_formula_that_is_not_in_the_list():
     inputs = list(forward_arguments("circle", 8))
-    inputs[6] = "cicle"
+    inputs[7] = "cicle"
     with pytest.raises(
         ValueError, match=r"formula: expected one of multi_similarity, circle, .*; got .cicle."
     ):
         OPS.pair_loss(*inputs)
-    inputs[6:8] = "circle", [1.0]
+    inputs[7:9] = "circle", [1.0]
     with pytest.raises(ValueError, match="params: expected 3 numbers for circle, got 1"):
         OPS.pair_loss(*inputs)
 
@@ -410,8 +410,8 @@ def test_sums_divided_afterwards(name):
     """Sums and counts, divided by the caller: the same loss and the same gradient."""
     inputs = forward_arguments(name, 40, dtype=torch.float64)
     value, _ = OPS.pair_loss(*inputs)
-    options = OpOptions(*inputs[6:])._replace(return_sums=True)
-    parts, _ = OPS.pair_loss(*inputs[:6], *options)
+    options = OpOptions(*inputs[7:])._replace(return_sums=True)
+    parts, _ = OPS.pair_loss(*inputs[:7], *options)
     assert parts.shape == (4,)
     total = parts[0] / parts[2].detach().clamp(min=1) + parts[1] / parts[3].detach().clamp(min=1)
     torch.testing.assert_close(total, value)
@@ -425,8 +425,8 @@ def test_a_row_among_the_references(mine_self_pair):
     embeddings, labels = make_batch(30, 6, dtype=torch.float64)
     params = LOSSES["multi_similarity"].params()
     options = OpOptions("multi_similarity", params, 0.1, "cosine", "none")
-    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, *options)
-    batch = embeddings, labels, embeddings, labels, torch.arange(30), None
+    square, _ = OPS.pair_loss(embeddings, labels, None, None, None, None, None, *options)
+    batch = embeddings, labels, embeddings, labels, torch.arange(30), None, None
     value, _ = OPS.pair_loss(*batch, *options._replace(mine_self_pair=mine_self_pair))
     if mine_self_pair:
         assert (value <= square + 1e-12).all()  # the copy is the easiest positive: never the hardest
@@ -451,4 +451,4 @@ def test_backward_of_something_else(change, message):
     for name, other in change.items():
         given[name] = other(given[name])
     with pytest.raises(ValueError, match=message):
-        OPS.pair_loss_backward(*inputs, given["grad_loss"], given["saved"], True, False)
+        OPS.pair_loss_backward(*inputs, given["grad_loss"], given["saved"], True, False, False)

@@ -79,13 +79,13 @@ def test_every_instruction_set(loss, instruction_set):
 def test_saved_or_recomputed(loss):
     """Backward sees the same similarities whether they were kept from forward or are computed again."""
     embeddings, labels = make_batch(700, 33)
-    batch = (embeddings, labels, None, None, None, None)
+    batch = (embeddings, labels, None, None, None, None, None)
     gradients = []
     for save in (True, False):
         arguments = *batch, *OpOptions(loss.name, loss.params(), 0.1, save_for_backward=save)
         value, saved = torch.ops.dml_cuda.pair_loss(*arguments)
         backward = torch.ops.dml_cuda.pair_loss_backward
-        gradients.append(backward(*arguments, torch.ones_like(value), saved, True, False)[0])
+        gradients.append(backward(*arguments, torch.ones_like(value), saved, True, False, False)[0])
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
 

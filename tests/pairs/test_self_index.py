@@ -201,4 +201,4 @@ def test_op_errors(name):
     own = {"self_index": None, "num_valid_refs": None} | changed
     options = OpOptions("circle", [0.4, 80.0, 1.0], 0.1)
     with pytest.raises((TypeError, ValueError), match=says):
-        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), *options)
+        torch.ops.dml_cuda.pair_loss(points, labels, points, labels, *own.values(), None, *options)

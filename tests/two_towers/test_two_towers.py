@@ -170,7 +170,7 @@ def test_bad_input(name):
         loss(a, b, row_weights=torch.ones(5))
     with pytest.raises(ValueError, match="reduction: expected one of mean, sum, none; got 'mean_valid'"):
         getattr(dml_cuda, name)(reduction="mean_valid")
-    with pytest.raises(TypeError, match="epsilon: expected one of the options"):
+    with pytest.raises(TypeError, match="epsilon: expected one of the parameters or options"):
         getattr(dml_cuda, name)(epsilon=0.1)
     with pytest.raises(ValueError, match="reduction"):
         loss.reduction = "mean_nonzero"

@@ -57,7 +57,7 @@ void check_formula(const FormulaInfo& formula, int64_t n, int64_t m, int64_t dim
                    std::optional<double> epsilon) {
     const at::ScalarType type = sizeof(T) == 8 ? at::kDouble : at::kFloat;
     const Tensor embeddings = points(n, dim, type), labels = classes(n);
-    OptionalTensor ref_emb, ref_labels, self_index, num_valid_refs;
+    OptionalTensor ref_emb, ref_labels, self_index, num_valid_refs, row_weights;
     if (m > 0) {
         ref_emb = at::cat({embeddings, points(m - n, dim, type)});
         ref_labels = at::cat({labels, classes(m - n)});
@@ -65,12 +65,13 @@ void check_formula(const FormulaInfo& formula, int64_t n, int64_t m, int64_t dim
     }
     const std::vector<double> params(formula.params, 0.5);
     const Call call{{embeddings, labels, ref_emb, ref_labels, self_index, num_valid_refs},
-                    {formula.name, params, epsilon, "cosine", "mean", true, false, "ieee", true, {}}};
+                    {formula.name, params, epsilon, "cosine", "mean", true, false, false, "ieee", true, {}},
+                    row_weights};
     check(std::string(formula.name) + (epsilon ? " mined" : ""), [&] {
         const auto [loss, saved] = forward<T>(call);
         const Tensor one = at::ones({}, loss.options());
-        const auto [grad_emb, grad_ref] = backward<T>(call, one, saved, true, m > 0);
-        return m > 0 ? Tensors{loss, grad_emb, grad_ref} : Tensors{loss, grad_emb};
+        const auto [grad_emb, grad_ref, grad_params] = backward<T>(call, one, saved, true, m > 0, false);
+        return m > 0 ? Tensors{loss, grad_emb, grad_ref} : Tensors{loss, grad_emb, grad_params};
     });
 }
 
