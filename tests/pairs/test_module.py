@@ -182,7 +182,8 @@ def test_repr():
         "class_weights=None)"
     )
     assert repr(dml_cuda.CircleLoss(gamma=256)) == (
-        f"CircleLoss(m=0.4, gamma=256, detach_weights=True, {shared.format('mean_nonzero')}check_pairs=False, class_weights=None)"
+        "CircleLoss(m=0.4, gamma=256, detach_weights=True, "
+        f"{shared.format('mean_nonzero')}check_pairs=False, class_weights=None)"
     )
 
 

@@ -8,8 +8,8 @@ from examples import two_towers
 @pytest.mark.parametrize("name", two_towers.LOSSES)
 def test_as_plain_pytorch(name):
     ours, plain = (two_towers.train(name, is_plain, 200) for is_plain in (False, True))
-    assert ours["loss"] == pytest.approx(plain["loss"], rel=2e-2)
-    assert ours["scale"] == pytest.approx(plain["scale"], rel=1e-3)
+    for key in ("loss", "scale"):  # of the first steps: later ones carry the rounding of all before
+        assert ours[key][:60] == pytest.approx(plain[key][:60], rel=2e-3)
     assert ours["loss"][-1] < 0.8 * ours["loss"][0]
     assert ours["scale"][-1] != ours["scale"][0]
     for key in two_towers.RECALLS:
