@@ -1,4 +1,4 @@
-# `make check` answers within 90 seconds once built, `make test` runs every test within ten minutes, and `make
+# `make check` answers within 90 seconds once built, `make test` runs every test, and `make
 # test-all` every case of them; `make demo` shows what it is for. All set up .venv first; nothing else is needed
 # but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3

@@ -1,7 +1,9 @@
 from .binomial_deviance import BinomialDevianceLoss as BinomialDevianceLoss
 from .circle import CircleLoss as CircleLoss
 from .circle_classifier import CircleClassifierLoss as CircleClassifierLoss
+from .clip import CLIPLoss as CLIPLoss
 from .contrastive import ContrastiveLoss as ContrastiveLoss
+from .info_nce import InfoNCELoss as InfoNCELoss
 from .lifted_structure import GeneralizedLiftedStructureLoss as GeneralizedLiftedStructureLoss
 from .margin import MarginLoss as MarginLoss
 from .margin_softmax import ArcFaceLoss as ArcFaceLoss
@@ -11,6 +13,7 @@ from .multi_similarity import MultiSimilarityLoss as MultiSimilarityLoss
 from .nt_xent import NTXentLoss as NTXentLoss
 from .proxy_anchor import ProxyAnchorLoss as ProxyAnchorLoss
 from .proxy_nca import ProxyNCALoss as ProxyNCALoss
+from .siglip import SigLIPLoss as SigLIPLoss
 from .soft_triple import SoftTripleLoss as SoftTripleLoss
 from .sup_con import SupConLoss as SupConLoss
 from .triplet_margin import TripletMarginLoss as TripletMarginLoss
