@@ -150,7 +150,7 @@ class InfoNCELoss(FormulaModule):
             pull = _similarities(query, positive[:, None], call.similarity)[:, 0]
             found = [value for value in found if value is not None]
             if not found:
-                return 0.0 * pull
+                return 0.0 * (pull / temperature)
             push = found[0] if len(found) == 1 else torch.stack(found).logsumexp(0)
             return softplus(push - pull / temperature)
 
