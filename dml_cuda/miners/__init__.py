@@ -2,16 +2,5 @@
 
 from .._exports import lazy_exports
 
-__all__ = [
-    "BatchEasyHardMiner",
-    "BatchHardMiner",
-    "DistanceWeightedMiner",
-    "MinedPairs",
-    "MinedTriplets",
-    "MultiSimilarityMiner",
-    "PairCounts",
-    "PairMarginMiner",
-    "SelectedPairs",
-    "TripletMarginMiner",
-]
-__getattr__, __dir__ = lazy_exports(__name__, __all__)
+_RESULTS = ("MinedPairs", "MinedTriplets", "PairCounts", "SelectedPairs")
+__getattr__, __dir__ = lazy_exports(__name__, lambda name: name.endswith("Miner") or name in _RESULTS)
