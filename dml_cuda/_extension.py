@@ -31,13 +31,6 @@ def _cannot_load(cause: object) -> ImportError:
     installed = _installed_version()
     kernels = "cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else "cpu"
     public = installed.partition("+")[0] if installed else "VERSION"
-    folder = Path(__file__).parent
-    if all(path.suffix == ".pyi" for path in folder.glob("_C*")):
-        return ImportError(
-            f"{folder} has no compiled extension: it is the source of dml_cuda, which Python finds before "
-            f'an installed one. Build it in place, pip install --no-build-isolation -e "{folder.parent}", '
-            "or start Python in another folder."
-        )
     return ImportError(
         f"the compiled extension of dml_cuda {installed or ''} cannot be loaded ({cause}). It must be built "
         f"against the installed torch {torch.__version__}: install the wheel "
