@@ -128,15 +128,9 @@ class Forward {
     }
 
     void finish_row(int64_t i, bool finite, T* row_losses, Total& total) {
-        const RowStats<T>& stats = batch_.row_stats;
         const RowOutcome<T> row(kernels_, batch_.params, mining_.on, reduction_, passes_.accumulators, i,
                                 batch_.positives(i), batch_.negatives(i), finite);
-        stats.neg_value[i] = row.gathered.neg;
-        stats.pos_value[i] = row.gathered.pos;
-        stats.neg_count[i] = row.gathered.neg_count;
-        stats.pos_count[i] = row.gathered.pos_count;
-        stats.d_neg[i] = row.loss.d_neg;
-        stats.d_pos[i] = row.loss.d_pos;
+        row.store(batch_.row_stats, i);
         const T weight = row_weights_ ? row_weights_[batch_.origin(i)] : T(1);
         if (row_losses) row_losses[batch_.origin(i)] = weight * (row.loss.part[0] + row.loss.part[1]);
         total.add(row, weight);

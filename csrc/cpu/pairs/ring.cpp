@@ -244,13 +244,7 @@ std::tuple<Tensor, Tensor> finish_rows(const PairOptions& options, const Tensor&
                 loss[k * n + i] = row.loss.part[k];
                 loss[(2 + k) * n + i] = row.count[k];
             }
-            const RowStats<T> stats(weight, n);
-            stats.neg_value[i] = row.gathered.neg;
-            stats.pos_value[i] = row.gathered.pos;
-            stats.neg_count[i] = row.gathered.neg_count;
-            stats.pos_count[i] = row.gathered.pos_count;
-            stats.d_neg[i] = row.loss.d_neg;
-            stats.d_pos[i] = row.loss.d_pos;
+            row.store(RowStats<T>(weight, n), i);
         });
         return {losses, weights};
     });

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/problem.h"
+#include "cpu/pairs/layout.h"
 #include "cpu/pairs/row_accumulators.h"
 
 namespace dml::cpu {
@@ -42,6 +43,16 @@ struct RowOutcome {
             if (reduction == Reduction::kMeanNonzero) count[k] = loss.nonzero[k];
             if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = any_kept;
         }
+    }
+
+    // What backward needs of row i; its bounds are there already.
+    void store(const RowStats<T>& stats, int64_t i) const {
+        stats.neg_value[i] = gathered.neg;
+        stats.pos_value[i] = gathered.pos;
+        stats.neg_count[i] = gathered.neg_count;
+        stats.pos_count[i] = gathered.pos_count;
+        stats.d_neg[i] = loss.d_neg;
+        stats.d_pos[i] = loss.d_pos;
     }
 };
 
