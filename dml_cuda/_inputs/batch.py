@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     mine_self_pair: bool = True
     indices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # listed pairs, instead of labels
 
+    def with_row_weights(self, row_weights: Tensor | None) -> "Batch":
+        """The same with factors of the rows' losses. Raises TypeError or ValueError for those that cannot
+        be."""
+        if row_weights is None:
+            return self
+        check_row_weights(row_weights, self.embeddings)
+        return self._replace(row_weights=to_save(row_weights))
+
 
 def same_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Promotes both to the wider dtype under autocast, where a layer's output meets full precision."""
@@ -81,22 +89,8 @@ def make_batch(
     epsilon: float | None,
     similarity: str,
     check_pairs: bool,
-    row_weights: Tensor | None = None,
 ) -> Batch:
     """Validates a batch and finds which of its pairs count. Raises TypeError or ValueError."""
-    if row_weights is not None:
-        check_row_weights(row_weights, embeddings)
-        batch = make_batch(
-            embeddings,
-            labels,
-            indices_tuple,
-            ref_emb,
-            ref_labels,
-            epsilon=epsilon,
-            similarity=similarity,
-            check_pairs=check_pairs,
-        )
-        return batch._replace(row_weights=to_save(row_weights))
     points = embeddings, ref_emb  # as mined: not promoted
     if ref_emb is not None:
         embeddings, ref_emb = same_dtype(embeddings, ref_emb)

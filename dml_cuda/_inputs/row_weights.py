@@ -18,13 +18,14 @@ def check_factors(name: str, weights: object, shape: str) -> None:
 
 
 def check_row_weights(weights: object, embeddings: Tensor) -> None:
-    rows = embeddings.shape[0] if isinstance(embeddings, Tensor) and embeddings.ndim == 2 else "rows"
+    """Raises TypeError or ValueError unless ``weights`` has a number for each row of embeddings."""
+    rows = embeddings.shape[0]
     check_factors("row_weights", weights, f"[{rows}]")
-    if weights.shape[0] != rows and rows != "rows":
+    if weights.shape[0] != rows:
         raise ValueError(
             f"row_weights: expected {rows} numbers, one for each row of embeddings; got {weights.shape[0]}"
         )
-    if isinstance(embeddings, Tensor) and weights.device != embeddings.device:
+    if weights.device != embeddings.device:
         raise ValueError(f"row_weights: expected on {embeddings.device}, got on {weights.device}")
 
 

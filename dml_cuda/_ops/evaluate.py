@@ -72,7 +72,7 @@ def validate(
     """The batch as the options of a call ask for it. Raises TypeError or ValueError for an invalid one."""
     classes = call.options.class_weights
     row_weights = weights_of_rows(classes, labels, row_weights, ignore_negative=False)
-    return make_batch(
+    batch = make_batch(
         embeddings,
         labels,
         indices_tuple,
@@ -81,8 +81,8 @@ def validate(
         epsilon=call.options.epsilon,
         similarity=call.similarity,
         check_pairs=call.options.check_pairs,
-        row_weights=row_weights,
     )
+    return batch.with_row_weights(row_weights)
 
 
 def evaluate_arguments(
@@ -95,8 +95,8 @@ def evaluate_arguments(
     row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch as a user passes it."""
-    is_plain = indices_tuple is None and row_weights is None and call.options.class_weights is None
-    if not is_plain:
+    given = indices_tuple, row_weights, call.options.class_weights
+    if any(x is not None for x in given):
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights
         return evaluate(call, validate(call, *arguments))
     batch = Batch(embeddings, labels, ref_emb, ref_labels, epsilon=call.op_options.epsilon)

@@ -167,8 +167,12 @@ class DistributedLoss(nn.Module):
         self, a: Tensor, b: Tensor, labels: Tensor | None = None, row_weights: Tensor | None = None
     ) -> Tensor:
         loss = self.loss
-        prepare = lambda: _Share(loss.call, loss.batch(a, b, labels, row_weights), numbered=labels is None)  # noqa: E731
-        return loss.halves(self._compute(prepare)) if loss.both_directions else self._compute(prepare)
+
+        def share() -> _Share:
+            return _Share(loss.call, loss.batch(a, b, labels, row_weights), numbered=labels is None)
+
+        value = self._compute(share)
+        return loss.halves(value) if loss.both_directions else value
 
     def _queries(
         self,
@@ -313,15 +317,15 @@ class DistributedLoss(nn.Module):
         embeddings, columns = head.promoted(embeddings)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
         if isinstance(head, SoftTripleLoss):  # makes its own columns
-            batch = make_batch(embeddings, labels, *(None,) * 3, row_weights=factors, **rule)
-            return _Share(head.call, batch, whole=True)
+            batch = make_batch(embeddings, labels, *(None,) * 3, **rule)
+            return _Share(head.call, batch.with_row_weights(factors), whole=True)
         if isinstance(head, ProxyAnchorLoss):
             known = labels >= 0  # the others are left out, as negatives too
             return _Share(
                 head.call, make_batch(embeddings[known], labels[known], *(None,) * 3, **rule), proxies=True
             )
-        batch = make_batch(embeddings, labels, None, columns, head.classes(), row_weights=factors, **rule)
-        return _Share(head.call, batch, whole=True)
+        batch = make_batch(embeddings, labels, None, columns, head.classes(), **rule)
+        return _Share(head.call, batch.with_row_weights(factors), whole=True)
 
     def _proxies_and_columns(self, batch: Batch, processes: Processes, rows: list[int]) -> Batch:
         """This process's share of the proxies as rows, and the points of all processes as columns."""

@@ -34,7 +34,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 def check_tower_options(options: Mapping[str, Any], parameters: Iterable[str] = ()) -> None:
     """Raises TypeError or ValueError for an option that losses of two towers do not have; ``parameters`` are
-    the loss's own."""
+    the names of the loss's own arguments."""
     check_names(options, _NAMES, parameters)
     reduction = options.get("reduction", "mean")
     if isinstance(reduction, str) and reduction not in _REDUCTIONS:
@@ -52,20 +52,25 @@ def check_same_rows(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
         raise ValueError(f"{names[1]}: expected {len(a)} rows, one for each of {names[0]}; got {len(b)}")
 
 
-class TwoTowerLoss(FormulaModule):
-    """A loss of ``a`` and ``b`` ``[N, D]``."""
+class TowerModule(FormulaModule):
+    """A formula with the options of losses of towers."""
 
-    both_directions: ClassVar[bool]
     similarity: str = option()
     normalize_embeddings: bool | None = option()
 
-    def __init__(self, options: TowerOptions, **values: Any) -> None:
-        check_tower_options(options, self.formula.parameters)
+    def __init__(self, options: TowerOptions, more: Iterable[str] = (), **values: Any) -> None:
+        check_tower_options(options, (*values, *more))
         super().__init__({"reduction": "mean", **options}, **values)
 
     def set_option(self, name: str, value: object) -> None:
         check_tower_options({name: value} if name in _NAMES else {})
         super().set_option(name, value)
+
+
+class TwoTowerLoss(TowerModule):
+    """A loss of ``a`` and ``b`` ``[N, D]``."""
+
+    both_directions: ClassVar[bool]
 
     def batch(self, a: Tensor, b: Tensor, labels: Tensor | None, row_weights: Tensor | None) -> Batch:
         """The validated batch: ``a`` as rows and ``b`` as columns."""
@@ -74,7 +79,7 @@ class TwoTowerLoss(FormulaModule):
         check_same_rows(a, b, ("a", "b"))
         numbers = pair_numbers(a, labels) if isinstance(a, Tensor) and a.ndim == 2 else labels
         rule = {"epsilon": None, "similarity": self._call.similarity, "check_pairs": False}
-        return make_batch(a, numbers, None, b, numbers, row_weights=row_weights, **rule)
+        return make_batch(a, numbers, None, b, numbers, **rule).with_row_weights(row_weights)
 
     def forward(
         self, a: Tensor, b: Tensor, labels: Tensor | None = None, row_weights: Tensor | None = None

@@ -14,8 +14,8 @@ from .._inputs.row_weights import check_row_weights
 from .._ops.evaluate import Call, compute, in_wanted_dtype
 from ..reference.pairs import full_precision, negated_root
 from ._formula import Formula, Pairs, reduce, softplus
-from ._pair import FormulaModule, option
-from ._two_towers import TowerOptions, check_same_rows, check_tower_options
+from ._pair import option
+from ._two_towers import TowerModule, TowerOptions, check_same_rows
 
 NegativeMode = Literal["unpaired", "paired"]
 # [N] the log-sum-exp of queries against columns, others' positives (True) or negatives; None without any.
@@ -50,7 +50,7 @@ def lse_batch(call: Call, query: Tensor, rows: Tensor, columns: Tensor, are_posi
     return make_batch(query, rows, None, columns, numbers, **rule)
 
 
-class InfoNCELoss(FormulaModule):
+class InfoNCELoss(TowerModule):
     r"""Cross-entropy of each query's positive against negatives.
 
     .. math::
@@ -82,8 +82,6 @@ class InfoNCELoss(FormulaModule):
 
     formula = NegativesLSE
     temperature: "float | Tensor" = option()
-    similarity: str = option()
-    normalize_embeddings: bool | None = option()
 
     def __init__(
         self,
@@ -92,11 +90,10 @@ class InfoNCELoss(FormulaModule):
         in_batch_negatives: bool | None = None,
         **options: Unpack[TowerOptions],
     ) -> None:
-        check_tower_options(options, ("temperature", "negative_mode", "in_batch_negatives"))
         check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
         if in_batch_negatives is not None:
             check_flag("in_batch_negatives", in_batch_negatives)
-        super().__init__({"reduction": "mean", **options}, temperature=temperature)
+        super().__init__(options, ("negative_mode", "in_batch_negatives"), temperature=temperature)
         self.negative_mode, self.in_batch_negatives = negative_mode, in_batch_negatives
 
     def check(
