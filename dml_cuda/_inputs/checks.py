@@ -67,9 +67,11 @@ def check_parameter(name: str, value: object, check: Callable[[str, object], Non
         return
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.ndim:
-        raise ValueError(f"{name}: expected one number, a tensor of shape [], got {list(value.shape)}")
-    if value.device.type == "cpu" and not is_traced(value):
+    if value.numel() != 1 or value.ndim > 1:  # [1] as fully_shard takes it, which has no place for a scalar
+        shape = list(value.shape)
+        raise ValueError(f"{name}: expected one number, a tensor of shape [] or [1], got {shape}")
+    is_sharded = hasattr(value, "full_tensor")  # a DTensor, whose number other processes would have to send
+    if value.device.type == "cpu" and not is_traced(value) and not is_sharded:
         check(name, value.item())
 
 

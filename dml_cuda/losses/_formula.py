@@ -61,8 +61,10 @@ class Pairs(ABC):
 
 
 def number(value: float | Tensor) -> float | Tensor:
-    """A parameter that does not learn as a Python float."""
-    return value if isinstance(value, Tensor) else float(value)
+    """A parameter as a Python float, or as a tensor of shape ``[]`` if it learns."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.reshape(()) if value.ndim else value
 
 
 class Formula:

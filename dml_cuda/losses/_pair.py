@@ -74,7 +74,8 @@ def described(options: Mapping[str, Any]) -> str:
     def shown(value: Any) -> str:
         if not isinstance(value, Tensor):
             return repr(value)
-        return f"tensor of {len(value)}" if value.ndim else repr(value.tolist())
+        is_number = value.numel() == 1 and not hasattr(value, "full_tensor")  # which a DTensor would gather
+        return repr(value.item()) if is_number else f"tensor of {value.numel()}"
 
     return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
@@ -97,8 +98,10 @@ class FormulaModule(nn.Module):
         self._set(values, options, dynamic_params=False)
 
     def _set(self, values: Mapping[str, Any], options: Mapping[str, Any], dynamic_params: bool) -> None:
-        with torch.no_grad():  # it only remembers which parameters learn
-            self._call = make_call(self.formula, values, options, dynamic_params=dynamic_params)
+        check_parameters(self.formula, values)
+        # It only remembers which parameters are tensors: their values are those of the call.
+        numbers = {name: torch.ones(()) if isinstance(x, Tensor) else x for name, x in values.items()}
+        self._call = make_call(self.formula, numbers, options, dynamic_params=dynamic_params)
         for name, value in values.items():
             learns = isinstance(value, nn.Parameter)
             self._values[name] = None if learns else value

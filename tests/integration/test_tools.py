@@ -129,7 +129,17 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch import nn
 from integration.public_classes import SUBJECTS, call, make, make_batch
+
+
+def as_vectors(module):
+    # fully_shard takes no scalars, so parameters that learn have the shape [1].
+    for m in module.modules():
+        for name, p in list(m.named_parameters(recurse=False)):
+            if p.ndim == 0:
+                setattr(m, name, nn.Parameter(p.detach().reshape(1)))
+
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -137,11 +147,11 @@ mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 embeddings, labels = make_batch()
 failed = {}
 for name in SUBJECTS:
-    # fully_shard takes no scalar parameters, so none that learn.
-    if not list(make(name).parameters()) or any(p.ndim == 0 for p in make(name).parameters()):
-        continue
     whole, module = make(name), make(name)
+    if not list(module.parameters()):
+        continue
     for m in (whole, module):
+        as_vectors(m)
         if hasattr(m, "group"):  # both processes have the same batch
             m.group = dist.new_group([rank], use_local_synchronization=True)
     try:

@@ -147,9 +147,10 @@ def test_no_pairs():
 
 @pytest.mark.check
 @EVERY_LOSS
-def test_a_parameter_of_the_module(loss):
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_a_parameter_of_the_module(loss, shape):
     made = loss.module(
-        **{name: nn.Parameter(torch.tensor(float(loss.defaults[name]))) for name in loss.learnable}
+        **{name: nn.Parameter(torch.full(shape, float(loss.defaults[name]))) for name in loss.learnable}
     )
     assert [name for name, _ in made.named_parameters()] == loss.learnable
     assert list(made.state_dict()) == loss.learnable
@@ -157,15 +158,15 @@ def test_a_parameter_of_the_module(loss):
     value = made(embeddings, labels)
     assert value == loss.module()(embeddings, labels)
     value.backward()
-    assert all(p.grad is not None and p.grad.shape == () for p in made.parameters())
+    assert all(p.grad is not None and p.grad.shape == shape for p in made.parameters())
     # Its value is read at every call.
     other = copy.deepcopy(made)
-    other.load_state_dict({name: torch.tensor(float(loss.changed[name])) for name in loss.learnable})
+    other.load_state_dict({name: torch.full(shape, float(loss.changed[name])) for name in loss.learnable})
     changed = loss.module(**{name: loss.changed[name] for name in loss.learnable})
     assert other(embeddings, labels) == changed(embeddings, labels)
     assert made(embeddings, labels) == value
     assert made.double().state_dict()[loss.learnable[0]].dtype == torch.float64
-    assert str(loss.defaults[loss.learnable[0]]) in repr(made)
+    assert f"={float(loss.defaults[loss.learnable[0]])}" in repr(made)
 
 
 def test_setting_one():
