@@ -1,10 +1,11 @@
-"""What rows make of their positives alone, without listing them: rows and columns are sorted by label, so the
-positives of neighbouring rows lie in one narrow block of the matrix of similarities.
+"""What rows make of their positives alone: columns are sorted by label, so that a row's positives are one run
+of them, and listed for a block of rows at a time.
 
 For formulas that are made of others: their negatives are summed by a kernel over all pairs, and the few
-positives here. Each block is computed in plain PyTorch, and again in backward: memory is bounded by a block.
+positives here. A block is computed as listed pairs are, and again in backward: memory is bounded by a block.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .._inputs import autocast as _autocast
+from .._inputs.batch import Batch
 from ..losses._formula import Pairs, Part
-from ..reference.pairs import MaskedPairs, full_precision, similarity_matrix
+from ..reference.pairs import normalizes
 from .autograd import call, no_second_derivative, register_derivative
+from .centers import through_norm, unit_and_inverse, wide_dtype
+from .listed_pairs import ListedPairs, SortedPairs, similarities
 
-_ROWS = 256  # rows of a block
-_BLOCK = 1 << 22  # most similarities in memory at once
+_BLOCK = 1 << 18  # pairs that are listed at once, if they are of several rows
 
 # The losses of rows from their positives, a number of each row and, of a square batch, of each column, and
 # parameters; by the name of the formula.
@@ -39,43 +42,63 @@ class _Sides(NamedTuple):
     self_index: Tensor | None  # [N]
     num_valid_refs: Tensor | None
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields rows ``[R]``, columns ``[C]`` and the mask ``[R, C]`` of their positives. Every row that has
-        a positive is in one block."""
-        columns = self.labels if self.ref_labels is None else self.ref_labels
-        row_labels, rows = self.labels.sort(stable=True)
-        col_labels, cols = (row_labels, rows) if self.ref_labels is None else columns.sort(stable=True)
-        starts = torch.searchsorted(col_labels, row_labels).tolist()
-        ends = torch.searchsorted(col_labels, row_labels, right=True).tolist()
-        begin = 0
-        while begin < len(starts):
-            end = min(begin + _ROWS, len(starts))
-            while end > begin + 1 and (end - begin) * (ends[end - 1] - starts[begin]) > _BLOCK:
-                end = begin + (end - begin) // 2
-            these, those = rows[begin:end], cols[starts[begin] : ends[end - 1]]
-            if len(those):
-                yield these, those, self._positive(these, those)
-            begin = end
+    def blocks(self) -> Iterator[tuple[slice, SortedPairs]]:
+        """Yields rows and the list of their positives, rows numbered from 0: every row that has any once."""
+        col_labels, cols = (self.labels if self.ref_labels is None else self.ref_labels).sort(stable=True)
+        starts = torch.searchsorted(col_labels, self.labels)
+        lengths = torch.searchsorted(col_labels, self.labels, right=True) - starts
+        up_to = lengths.cumsum(0).tolist()  # the pairs of the rows so far
+        begin, listed = 0, 0
+        while begin < len(up_to):
+            end = max(bisect_right(up_to, listed + _BLOCK), begin + 1)
+            if up_to[end - 1] > listed:
+                rows = slice(begin, end)
+                yield rows, self._pairs(rows, cols, starts[rows], lengths[rows])
+            begin, listed = end, up_to[end - 1]
 
-    def _positive(self, rows: Tensor, cols: Tensor) -> Tensor:
+    def _pairs(self, block: slice, cols: Tensor, starts: Tensor, lengths: Tensor) -> SortedPairs:
+        rows = torch.repeat_interleave(lengths)  # row k as often as it has pairs
+        shift = starts - (lengths.cumsum(0) - lengths)
+        cols_of_pairs = cols[torch.arange(len(rows), device=rows.device) + shift[rows]]
+        kept = self._kept(rows + block.start, cols_of_pairs)
+        if kept is not None:
+            rows, cols_of_pairs = rows[kept], cols_of_pairs[kept]
+        offsets = torch.searchsorted(rows, torch.arange(len(lengths) + 1, device=rows.device))
+        fresh = torch.ones_like(rows, dtype=torch.bool)
+        return SortedPairs(rows, cols_of_pairs, offsets, fresh, len(cols), self.ref_labels is None)
+
+    def _kept(self, rows: Tensor, cols: Tensor) -> Tensor | None:
+        """Which of some pairs of one label count; None for all."""
         if self.ref_labels is None:
-            return (self.labels[rows][:, None] == self.labels[cols]) & (rows[:, None] != cols)
-        positive = self.labels[rows][:, None] == self.ref_labels[cols]
-        if self.self_index is not None:
-            positive = positive & (self.self_index[rows][:, None] != cols)
-        return positive if self.num_valid_refs is None else positive & (cols < self.num_valid_refs)
+            return rows != cols
+        kept = None if self.self_index is None else self.self_index[rows] != cols
+        if self.num_valid_refs is None:
+            return kept
+        valid = cols < self.num_valid_refs
+        return valid if kept is None else kept & valid
 
 
-def _part(formula, similarity, columns, x, y, of_rows, of_columns, params, positive) -> Part:
-    s = similarity_matrix(x, y, similarity)
-    pairs = MaskedPairs(s, positive, of_columns is not None, columns)
-    return _FORMULAS[formula](pairs, of_rows, of_columns, params)
+def _points(points: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:
+    """As similarities take them, and 1 / their length where they are normalised."""
+    points = points.to(wide_dtype(points.dtype))
+    return unit_and_inverse(points) if normalizes(similarity) else (points.contiguous(), None)
+
+
+def _part(
+    formula: str,
+    pairs: SortedPairs,
+    s: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor | None,
+    params: Tensor,
+) -> Part:
+    return _FORMULAS[formula](ListedPairs(s, pairs, True), of_rows, of_columns, params)
 
 
 @torch.library.custom_op("dml_cuda::positive_rows", mutates_args=())
 def _op(
-    x: Tensor,
-    y: Tensor | None,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
     of_rows: Tensor,
     of_columns: Tensor | None,
     params: Tensor,
@@ -86,27 +109,29 @@ def _op(
     formula: str,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of Part: losses ``[N]``, in the type of ``x``, and two counts ``[N]`` int64."""
+    """The fields of Part: losses ``[N]``, float32 or float64, and two counts ``[N]`` int64."""
+    x, _ = _points(embeddings, similarity)
+    y = x if ref_emb is None else _points(ref_emb, similarity)[0]
     losses = x.new_zeros(len(x))
     counts, nonzero = (torch.zeros_like(labels) for _ in range(2))
-    columns = x if y is None else y
-    for rows, cols, positive in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
-        there = None if of_columns is None else of_columns[cols]
-        points = x[rows], columns[cols], of_rows[rows], there, params
-        part = _part(formula, similarity, len(columns), *points, positive)
+    for rows, pairs in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
+        s = similarities(x[rows], y, pairs, similarity)
+        part = _part(formula, pairs, s, of_rows[rows], of_columns, params)
         losses[rows], counts[rows], nonzero[rows] = part
     return losses, counts, nonzero
 
 
 @_op.register_fake
-def _(x, y, of_rows, of_columns, params, labels, *rest):
-    return x.new_empty(x.shape[0]), torch.empty_like(labels), torch.empty_like(labels)
+def _(embeddings, ref_emb, of_rows, of_columns, params, labels, *rest):
+    losses = embeddings.new_empty(embeddings.shape[0], dtype=wide_dtype(embeddings.dtype))
+    return losses, torch.empty_like(labels), torch.empty_like(labels)
 
 
 @contextmanager
 def _autograd() -> Iterator[None]:
     """Autograd within an op, where it is off."""
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
         excluded = excluded.remove(key)
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
@@ -116,8 +141,8 @@ def _autograd() -> Iterator[None]:
 @torch.library.custom_op("dml_cuda::positive_rows_backward", mutates_args=())
 def _op_backward(
     grad_losses: Tensor,
-    x: Tensor,
-    y: Tensor | None,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
     of_rows: Tensor,
     of_columns: Tensor | None,
     params: Tensor,
@@ -129,31 +154,58 @@ def _op_backward(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients by the first five arguments of the op; ``[0]`` for one that is absent."""
-    inputs = x, y, of_rows, of_columns, params
-    grads = [x.new_zeros(0) if point is None else torch.zeros_like(point) for point in inputs]
-    grad_x, grad_y, grad_rows, grad_columns, grad_params = grads
-    columns, by_columns = (x, grad_x) if y is None else (y, grad_y)
-    for rows, cols, positive in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
-        there = None if of_columns is None else of_columns[cols]
-        leaves = [x[rows], columns[cols], of_rows[rows], there, params]
-        leaves = [leaf if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+    x, x_inverse = _points(embeddings, similarity)
+    y, y_inverse = (x, x_inverse) if ref_emb is None else _points(ref_emb, similarity)
+    grad_x, grad_rows, grad_params = (torch.zeros_like(z) for z in (x, of_rows, params))
+    grad_y = grad_x if ref_emb is None else torch.zeros_like(y)
+    grad_columns = x.new_zeros(0) if of_columns is None else torch.zeros_like(of_columns)
+    for rows, pairs in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
+        s = similarities(x[rows], y, pairs, similarity)
+        leaves = [
+            z if z is None else z.detach().requires_grad_() for z in (s, of_rows[rows], of_columns, params)
+        ]
         with _autograd():
-            losses = _part(formula, similarity, len(columns), *leaves, positive).losses
+            losses = _part(formula, pairs, *leaves).losses
         wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(losses, wanted, grad_losses[rows], materialize_grads=True))
-        for grad, at, leaf in zip(
-            (grad_x, by_columns, grad_rows, grad_columns), (rows, cols, rows, cols), leaves, strict=False
-        ):
-            if leaf is not None:
-                grad[at] += next(found)  # each index once: not atomic
-        grad_params += next(found)
-    return tuple(grads)
+        found = torch.autograd.grad(losses, wanted, grad_losses[rows], materialize_grads=True)
+        by_s, grad_rows[rows], *by_columns, by_params = found
+        for gradient in by_columns:
+            grad_columns += gradient
+        grad_params += by_params
+        by_x, by_y = _through_similarities(by_s, s, x[rows], y, pairs, similarity)
+        grad_x[rows] += by_x
+        grad_y += by_y
+    if x_inverse is not None:
+        grad_x = through_norm(grad_x, x, x_inverse)
+        grad_y = grad_y if ref_emb is None else through_norm(grad_y, y, y_inverse)
+    by_ref = x.new_zeros(0) if ref_emb is None else grad_y.to(ref_emb.dtype)
+    return grad_x.to(embeddings.dtype), by_ref, grad_rows, grad_columns, grad_params
+
+
+def _through_similarities(
+    by_s: Tensor, s: Tensor, x: Tensor, y: Tensor, pairs: SortedPairs, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the points, from those by the similarities."""
+    distances = similarity.startswith("euclidean")
+    # d s / dx = (x - y) / s of s = -|x - y|; 0 at 0.
+    weights = torch.where(s == 0, 0.0, -by_s / torch.where(s == 0, 1.0, s)) if distances else by_s
+    order, offsets = torch.ops.dml_cuda.column_order.default(pairs.cols, y.shape[0])
+    of_columns = weights[order]
+    sums = torch.ops.dml_cuda.pair_sums.default
+    by_x = sums(weights, y, pairs.cols, pairs.offsets)
+    by_y = sums(of_columns, x, pairs.rows[order], offsets)
+    if distances:
+        for points, gradient, w, at in ((x, by_x, weights, pairs.offsets), (y, by_y, of_columns, offsets)):
+            total = torch.segment_reduce(w, "sum", offsets=at, initial=0)
+            gradient.addcmul_(points, total[:, None], value=-1)
+    return by_x, by_y
 
 
 @_op_backward.register_fake
-def _(grad_losses, x, y, of_rows, of_columns, params, *rest):
-    inputs = x, y, of_rows, of_columns, params
-    return tuple(x.new_empty(0) if point is None else torch.empty_like(point) for point in inputs)
+def _(grad_losses, embeddings, ref_emb, of_rows, of_columns, params, *rest):
+    inputs = embeddings, ref_emb, of_rows, of_columns, params
+    none = (grad_losses.new_empty(0) for _ in inputs)
+    return tuple(next(none) if point is None else torch.empty_like(point) for point in inputs)
 
 
 _op_backward.register_autograd(no_second_derivative)
@@ -180,7 +232,7 @@ register_derivative("positive_rows_backward", no_second_derivative)
 def positive_rows(
     formula: str,
     similarity: str,
-    batch,
+    batch: Batch,
     of_rows: Tensor,
     of_columns: Tensor | None,
     params: list[float | Tensor],
@@ -189,9 +241,9 @@ def positive_rows(
 
     ``of_rows`` ``[N]`` and ``of_columns`` ``[M]`` go to what ``formula`` was registered with.
     """
-    x = full_precision(batch.embeddings, similarity)
-    y = None if batch.ref_emb is None else full_precision(batch.ref_emb, similarity)
-    values = torch.stack([x.new_zeros(()) + value for value in params])
+    values = torch.stack([of_rows.new_zeros(()) + value for value in params])
     ref_labels = None if batch.ref_labels is None else batch.ref_labels.long()
     sides = batch.labels.long(), ref_labels, batch.self_index, batch.num_valid_refs
-    return Part(*call("positive_rows", x, y, of_rows, of_columns, values, *sides, formula, similarity))
+    numbers = of_rows, of_columns, values
+    points = batch.embeddings, batch.ref_emb
+    return Part(*call("positive_rows", *points, *numbers, *sides, formula, similarity))
