@@ -20,7 +20,7 @@ CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
 
 
 # Formulas compiled on demand, of examples/custom_losses, by the name of their class.
-CUSTOM_LOSSES = {"nca": "NCALoss", "tuplet_margin": "TupletMarginLoss"}
+CUSTOM_LOSSES = {"unified": "UnifiedLoss", "arc_con": "ArcConLoss"}
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
 
 

@@ -1,6 +1,5 @@
 """Who is measured. A peer turns a case and its batch into a step: a function that does one pass over it."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -117,15 +116,11 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 # The classes of both packages have the same names.
 _CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in PAIR_LOSSES.items()}
-_PML_OPTIONS = {
-    "nca": {"softmax_scale": 8.0},  # of squared distances, 2 - 2 cos
-    "tuplet_margin": {"margin": math.degrees(0.1), "scale": 64.0},
-}
 
 
 def _check_triplets(case: Case, device: torch.device) -> None:
     """pytorch-metric-learning crosses these losses' positive pairs with their negative pairs."""
-    if case.loss not in ("nt_xent", "tuplet_margin"):
+    if case.loss not in ("nt_xent", "tuplet_margin", "lifted_structure"):
         return
     positives, negatives = case.n * (ROWS_PER_CLASS - 1), case.n * (case.n - ROWS_PER_CLASS)
     needed = 5 * positives * negatives * torch.finfo(getattr(torch, case.dtype)).bits // 8
@@ -140,7 +135,7 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     if loss_class is None:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
-    loss_fn = loss_class(**_PML_OPTIONS.get(case.loss, {}))
+    loss_fn = loss_class()
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

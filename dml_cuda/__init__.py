@@ -16,17 +16,24 @@ from .losses.circle_classifier import CircleClassifierLoss
 from .losses.clip import CLIPLoss
 from .losses.contrastive import ContrastiveLoss
 from .losses.info_nce import InfoNCELoss
+from .losses.lifted_pairs import LiftedStructureLoss
 from .losses.lifted_structure import GeneralizedLiftedStructureLoss
 from .losses.margin import MarginLoss
 from .losses.margin_softmax import ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss
 from .losses.multi_similarity import MultiSimilarityLoss
+from .losses.n_pairs import NPairsLoss
+from .losses.nca import NCALoss
 from .losses.nt_xent import NTXentLoss
 from .losses.proxy_anchor import ProxyAnchorLoss
 from .losses.proxy_nca import ProxyNCALoss
+from .losses.ranked_list import RankedListLoss
 from .losses.siglip import SigLIPLoss
 from .losses.soft_triple import SoftTripleLoss
+from .losses.sphere_face import SphereFaceLoss
+from .losses.sub_center_arc_face import SubCenterArcFaceLoss
 from .losses.sup_con import SupConLoss
 from .losses.triplet_margin import TripletMarginLoss
+from .losses.tuplet_margin import TupletMarginLoss
 from .memory import CrossBatchMemory
 from .miners.mined_pairs import MinedPairs, PairCounts
 from .miners.mined_triplets import MinedTriplets, SelectedPairs
@@ -59,11 +66,14 @@ __all__ = [
     "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
     "InfoNCELoss",
+    "LiftedStructureLoss",
     "MarginLoss",
     "MinedPairs",
     "MinedTriplets",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
+    "NCALoss",
+    "NPairsLoss",
     "NTXentLoss",
     "NormalizedSoftmaxLoss",
     "PairCounts",
@@ -71,14 +81,18 @@ __all__ = [
     "PairOptions",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
+    "RankedListLoss",
     "SelectedPairs",
     "SigLIPLoss",
     "SoftTripleLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
     "SupConLoss",
     "TowerOptions",
     "TripletMarginLoss",
     "TripletMarginMiner",
     "TripletOptions",
+    "TupletMarginLoss",
     "build_info",
     "check_loss",
     "compile_loss",

@@ -14,13 +14,16 @@ from .losses._pair import PairLoss
 from .losses.binomial_deviance import binomial_deviance_loss
 from .losses.circle import circle_loss
 from .losses.contrastive import contrastive_loss
+from .losses.lifted_pairs import lifted_structure_loss
 from .losses.lifted_structure import generalized_lifted_structure_loss
 from .losses.margin import margin_loss
 from .losses.multi_similarity import multi_similarity_loss
+from .losses.nca import nca_loss
 from .losses.nt_xent import nt_xent_loss
-from .losses.soft_triple import SoftTripleLoss
+from .losses.ranked_list import ranked_list_loss
 from .losses.sup_con import sup_con_loss
 from .losses.triplet_margin import triplet_margin_loss
+from .losses.tuplet_margin import tuplet_margin_loss
 from .miners.mined_pairs import mined_pairs
 
 __all__ = [
@@ -29,12 +32,16 @@ __all__ = [
     "circle_loss",
     "contrastive_loss",
     "generalized_lifted_structure_loss",
+    "lifted_structure_loss",
     "margin_loss",
     "multi_similarity_loss",
+    "nca_loss",
     "nt_xent_loss",
     "pair_weights",
+    "ranked_list_loss",
     "sup_con_loss",
     "triplet_margin_loss",
+    "tuplet_margin_loss",
 ]
 
 
@@ -95,8 +102,9 @@ def pair_weights(
     if isinstance(loss, ClassifierLoss):
         if ref_emb is not None or ref_labels is not None or indices_tuple is not None:
             raise ValueError("ref_emb, ref_labels, indices_tuple: expected None for a class-level loss")
-        if isinstance(loss, SoftTripleLoss):
-            return PairWeights(*loss.center_weights(embeddings, labels))
+        found = loss.center_weights(embeddings, labels)
+        if found is not None:
+            return PairWeights(*found)
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     formula, params, options, similarity = call.formula, call.params, call.options, call.similarity
     if formula.row is Formula.row:

@@ -39,8 +39,9 @@
 
 namespace dml {
 
-// What reduction "mean" divides a part of the loss by: the number of rows, or of kept pairs.
-enum class Count { kRows, kPairs };
+// What reduction "mean" divides a part of the loss by: the number of rows, of rows that have a loss (see
+// needed_pairs.h), or of kept pairs.
+enum class Count { kRows, kRowsWithLoss, kPairs };
 
 // What row() gets. The value of an empty log-sum-exp is -inf (0 with kPlusOne): is_empty(x) tests for it. The
 // counts are those of sums, else 0.

@@ -17,11 +17,14 @@
 #include "losses/lifted_structure.h"
 #include "losses/margin_softmax.h"
 #include "losses/multi_similarity.h"
+#include "losses/nca.h"
 #include "losses/negatives_lse.h"
 #include "losses/nt_xent.h"
 #include "losses/proxy_anchor.h"
+#include "losses/ranked_list.h"
 #include "losses/siglip.h"
 #include "losses/sup_con.h"
+#include "losses/tuplet_margin.h"
 
 //  X(name of the formula in ops, its struct)
 #define DML_FORMULAS(X)                    \
@@ -32,6 +35,9 @@
     X(nt_xent, NTXent)                     \
     X(sup_con, SupCon)                     \
     X(lifted_structure, LiftedStructure)   \
+    X(nca, NCA)                            \
+    X(tuplet_margin, TupletMargin)         \
+    X(ranked_list, RankedList)             \
     X(margin_softmax, MarginSoftmax)       \
     X(proxy_anchor, ProxyAnchor)           \
     X(siglip, SigLIP)                      \

@@ -11,7 +11,8 @@ from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
 from .._inputs.options import Options
 from .._inputs.row_weights import weights_of_rows
-from ..losses._formula import Formula
+from ..losses._formula import Formula, reduce, sums_and_counts
+from ..miners.mined_pairs import MinedPairs
 from ..reference import pairs as reference
 from . import listed_pairs
 from .arguments import OpOptions, precision_for
@@ -109,6 +110,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     if (
         batch.indices is None
         and call.options.backend != "reference"
+        and not call.formula.composed
         and not torch.compiler.is_compiling()
         and (not needs_cpu_kernel(call, batch) or is_on_cpu(batch.embeddings))
     ):
@@ -128,8 +130,11 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    on_cuda = call.formula.on_cuda and not needs_cpu_kernel(call, batch)
+    composed = call.formula.composed
+    on_cuda = call.formula.on_cuda and (composed or not needs_cpu_kernel(call, batch))
     fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
+    if fused and composed and batch.indices is None:
+        return _composed(call, batch)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
@@ -140,6 +145,41 @@ def compute(call: Call, batch: Batch) -> Tensor:
         return listed_pairs.pair_loss(call.formula, call.params, *sides, *how)
     # 5. The reference in plain PyTorch.
     return _reference(call, batch)
+
+
+def _composed(call: Call, batch: Batch) -> Tensor:
+    """The loss by a formula that is made of others: of all pairs, or of those that mining keeps, listed."""
+    if batch.epsilon is not None and torch.compiler.is_compiling():
+        return _reference(call, batch)  # a graph cannot list them
+    with _autocast.off(batch.embeddings.device):
+        if batch.embeddings.device.type == "cpu":  # computes in float32 anyway: gradients are rounded once
+            batch = _widened(batch)
+        if batch.epsilon is None:
+            losses = call.formula.compose(call, batch)
+        else:
+            losses = listed_pairs.losses(call.formula, call.params, *_kept(call, batch))
+        valid = losses[0].counts > 0
+        how = sums_and_counts if call.op_options.return_sums else reduce
+        return how(losses, valid, call.op_options.reduction, row_weights=batch.row_weights)
+
+
+def _kept(call: Call, batch: Batch) -> tuple[Any, ...]:
+    """Both sides, the pairs that mining keeps, listed, and the similarity."""
+    labels = batch.labels.long(), None if batch.ref_labels is None else batch.ref_labels.long()
+    rule = {"epsilon": batch.epsilon, "similarity": call.similarity, "self_index": batch.self_index}
+    sides = batch.embeddings.detach(), labels[0], None if batch.ref_emb is None else batch.ref_emb.detach()
+    mined = MinedPairs(*sides, labels[1], **rule, num_valid_refs=batch.num_valid_refs)
+    return batch.embeddings, batch.ref_emb, tuple(mined), call.similarity
+
+
+def of_rows(call: Call, formula: type[Formula], params: list[float | Tensor], batch: Batch) -> Tensor:
+    """``[N]`` the rows' losses by another formula, of the same pairs: what a composed formula is made of."""
+    op = call.op_options._replace(
+        formula=formula.name, params=params, epsilon=None, reduction="none", return_sums=False
+    )
+    options = call.options._replace(epsilon=None, reduction="none", class_weights=None)
+    part = call._replace(formula=formula, options=options, op_options=op, learns=op.learns)
+    return compute(part, batch._replace(epsilon=None, row_weights=None))
 
 
 def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
@@ -185,12 +225,17 @@ def _op_options(call: Call, batch: Batch) -> OpOptions:
     return options
 
 
+def _widened(batch: Batch) -> Batch:
+    """The batch with points of float32 at least."""
+    points = (
+        x if x is None or x.dtype == torch.float64 else x.float() for x in (batch.embeddings, batch.ref_emb)
+    )
+    return batch._replace(**dict(zip(("embeddings", "ref_emb"), points, strict=True)))
+
+
 def _reference(call: Call, batch: Batch) -> Tensor:
     """As the kernels do, in float32 at least from the embeddings as they come."""
-    arguments = batch._asdict()
-    for name in ("embeddings", "ref_emb"):
-        points = arguments[name]
-        arguments[name] = points if points is None or points.dtype == torch.float64 else points.float()
+    arguments = _widened(batch)._asdict()
     for name in ("similarity", "reduction", "return_sums", "both_directions"):
         arguments[name] = getattr(call.op_options, name)
     with _autocast.off(batch.embeddings.device):  # which would round the similarities

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from .._inputs.traced import is_traced
-from ..losses._formula import Formula, Pairs, log_one_plus, reduce
+from ..losses._formula import Formula, Losses, Pairs, log_one_plus, reduce
 from ..reference.pairs import NEAR, full_precision, negated_root, squared_distances
 from .autograd import call
 
@@ -25,6 +25,8 @@ class SortedPairs(NamedTuple):
     cols: Tensor  # [P]
     offsets: Tensor  # [N + 1], where each row's pairs begin
     fresh: Tensor  # [P] bool, False for the repetition of a pair
+    columns: int  # M
+    square: bool = False  # whether column j is row j
 
 
 def sort_pairs(rows: Tensor, cols: Tensor, n: int, m: int) -> SortedPairs:
@@ -33,7 +35,7 @@ def sort_pairs(rows: Tensor, cols: Tensor, n: int, m: int) -> SortedPairs:
     An index out of range is an error on the CPU; elsewhere it becomes column ``m``, which is none: its
     similarity is NaN.
     """
-    return SortedPairs(*torch.ops.dml_cuda.pair_sort.default(rows, cols, n, m))
+    return SortedPairs(*torch.ops.dml_cuda.pair_sort.default(rows, cols, n, m), m)
 
 
 def of_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -70,12 +72,17 @@ class ListedPairs(Pairs):
 
     def __init__(self, s: Tensor, pairs: SortedPairs, repeats: bool, rounds: bool = False) -> None:
         self.rounds = rounds
-        self.s, self.rows, self.offsets = s, pairs.rows, pairs.offsets
+        self.s, self.rows, self.cols, self.offsets = s, pairs.rows, pairs.cols, pairs.offsets
+        self.columns, self.square = pairs.columns, pairs.square
         self.repeated = None if repeats else ~pairs.fresh
         self.count = self.number(torch.ones_like(pairs.fresh))
 
     def spread(self, of_rows: Tensor) -> Tensor:
         return of_rows[self.rows]
+
+    def spread_columns(self, of_columns: Tensor) -> Tensor:
+        last = max(self.columns - 1, 0)  # a column out of range: NaN anyway
+        return of_columns[self.cols.clamp(max=last)]
 
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
         if self.repeated is not None:
@@ -103,7 +110,8 @@ def measured_pairs(
     """The similarities of the positives and of the negatives, and the sorted pairs that they are of."""
     x = full_precision(embeddings, similarity)
     y = x if ref_emb is None else full_precision(ref_emb, similarity)
-    pos, neg = (sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2))
+    kinds = (sort_pairs(*indices[k : k + 2], x.shape[0], y.shape[0]) for k in (0, 2))
+    pos, neg = (pairs._replace(square=ref_emb is None) for pairs in kinds)
     return (similarities(x, y, pos, similarity), similarities(x, y, neg, similarity)), (pos, neg)
 
 
@@ -121,6 +129,20 @@ def reduced_loss(
     losses, valid = formula.row(pos, neg, *params), (pos.count + neg.count) > 0
     nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
     return reduce(losses, valid, reduction, nonzero, row_weights)
+
+
+def losses(
+    formula: type[Formula],
+    params: Sequence[float | Tensor],
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    indices: Sequence[Tensor],
+    similarity: str,
+) -> Losses:
+    """What the formula gives for the listed pairs, not yet reduced."""
+    found, pairs = measured_pairs(embeddings, ref_emb, indices, similarity)
+    kinds = (ListedPairs(s, each, formula.repeats) for s, each in zip(found, pairs, strict=True))
+    return formula.row(*kinds, *params)
 
 
 def pair_loss(

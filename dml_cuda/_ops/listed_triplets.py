@@ -74,7 +74,8 @@ class _Points:
 
     def _listed(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         offsets = torch.searchsorted(rows, torch.arange(x.shape[0] + 1, device=rows.device))
-        pairs = SortedPairs(rows, cols, offsets, torch.ones_like(rows, dtype=torch.bool))
+        fresh = torch.ones_like(rows, dtype=torch.bool)
+        pairs = SortedPairs(rows, cols, offsets, fresh, self.y.shape[0])
         return -similarities(x, self.y, pairs, self.similarity)
 
     def _every(self, x: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ def compile_loss(
 ) -> type[CustomLoss]:
     """Compiles a custom loss: its formula in C++, inside the kernels of this package.
 
-    >>> NCALoss = dml_cuda.compile_loss("nca.h")
-    >>> loss_fn = NCALoss(scale=16.0, epsilon=0.1)
+    >>> UnifiedLoss = dml_cuda.compile_loss("unified.h")
+    >>> loss_fn = UnifiedLoss(scale=16.0, epsilon=0.1)
     >>> loss = loss_fn(embeddings, labels)
 
     The result works like any loss of the package: parameters by name, the options of
@@ -155,7 +155,7 @@ def compile_loss(
         name: the name of the returned class; the struct's by default.
 
     Returns:
-        A subclass of :class:`dml_cuda.custom.CustomLoss`: ``loss_fn = NCALoss(**parameters, **options)``.
+        A subclass of :class:`dml_cuda.custom.CustomLoss`: ``loss_fn = UnifiedLoss(**parameters, **options)``.
         Parameters without a default in ``kParams`` are required.
 
     Raises:

@@ -394,7 +394,7 @@ def check_loss(formula: PairLoss | type[PairLoss]) -> None:
       reference can then define the gradient.
     * The formula's declarations are true, and results are bitwise repeatable.
 
-    >>> dml_cuda.check_loss(NCALoss(scale=16.0))
+    >>> dml_cuda.check_loss(UnifiedLoss(scale=16.0))
 
     Args:
         formula: a class that :func:`compile_loss` returned, or an instance, whose parameters and similarity

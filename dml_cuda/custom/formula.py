@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _C
 from .._ops.autograd import call, register_derivative
 from .._ops.fake import fake_kernel
-from ..losses._formula import Formula, Pairs, Part
+from ..losses._formula import Formula, Pairs, Part, logaddexp
 
 
 @fake_kernel("formula_terms")
@@ -97,13 +97,6 @@ def rows(formula: str, params: Sequence[float], *gathered: Tensor) -> Tensor:
     return call("formula_rows", stacked.to("cpu"), formula, list(params)).to(stacked.device)
 
 
-def _logaddexp(first: Tensor, second: Tensor) -> Tensor:
-    """log(exp(first) + exp(second)), with gradient 0 where both are -inf."""
-    finite = (first != -torch.inf) | (second != -torch.inf)
-    value = torch.logaddexp(torch.where(finite, first, 0.0), torch.where(finite, second, 0.0))
-    return torch.where(finite, value, -torch.inf)
-
-
 class CompiledFormula(Formula):
     """The formula that ``compile_loss`` makes without a reference.
 
@@ -125,7 +118,7 @@ class CompiledFormula(Formula):
 
         push = cls._accumulate(neg, terms_of(neg, False), facts["sums_negatives"])
         if facts["pos_in_neg"]:
-            push = _logaddexp(push, pos.lse(terms_of(pos, False)))
+            push = logaddexp(push, pos.lse(terms_of(pos, False)))
         context = pos.spread(push).expand(pos.s.shape) if facts["context"] else None
         pulls = terms_of(pos, True, context)
         pull = cls._accumulate(pos, pulls, facts["sums_positives"])
@@ -154,7 +147,7 @@ class CompiledFormula(Formula):
             pushes = terms_of(neg, False).detach() if facts["sums_negatives"] else neg.s
             results = finish(neg.number(cls.is_nonzero(pushes)), pos.number(cls.is_nonzero(pulls)))
             nonzero = results[2:4].detach().long()
-        elif facts["two_parts"]:
+        elif facts["two_parts"] or facts["counts_rows_with_loss"]:
             nonzero = cls.is_nonzero(losses).long()
         else:
             return losses[0]

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
 from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
-from ..losses._classifier import ClassifierLoss
+from ..losses._classifier import ClassifierLoss, RowHead
 from ..losses._formula import reduce, sums_and_counts
 from ..losses._pair import PairLoss
 from ..losses._triplet import TripletLoss
 from ..losses._two_towers import TwoTowerLoss
 from ..losses.info_nce import InfoNCELoss, lse_batch
 from ..losses.proxy_anchor import ProxyAnchorLoss
-from ..losses.soft_triple import SoftTripleLoss
 from ..miners.mined_pairs import MinedPairs
 from ..miners.pairs import Miner, MultiSimilarityMiner
 from . import ring, triplets
@@ -316,7 +315,7 @@ class DistributedLoss(nn.Module):
         factors = head.factors(embeddings, labels, row_weights)
         embeddings, columns = head.promoted(embeddings)
         rule = {"epsilon": None, "similarity": head.call.similarity, "check_pairs": False}
-        if isinstance(head, SoftTripleLoss):  # makes its own columns
+        if isinstance(head, RowHead):  # makes its own columns
             batch = make_batch(embeddings, labels, *(None,) * 3, **rule)
             return _Share(head.call, batch.with_row_weights(factors), whole=True)
         if isinstance(head, ProxyAnchorLoss):
@@ -361,11 +360,12 @@ class DistributedLoss(nn.Module):
         is_reduced = reduction != "none"
         call = call.with_sums(is_reduced)
         added: Tensor | float = 0.0
-        if isinstance(self.loss, SoftTripleLoss):
+        if isinstance(self.loss, RowHead):
             value, added = self.loss.row_losses(batch.embeddings, batch.labels)
             known = self.loss.known(batch.labels)
             how = sums_and_counts if is_reduced else reduce
-            value = how(value, known, reduction, row_weights=batch.row_weights)
+            nonzero = self.loss.formula.is_nonzero(value)
+            value = how(value, known, reduction, nonzero, batch.row_weights)
         elif share.whole:
             value = compute(call, batch)
             if reduction == "mean_valid" and isinstance(self.loss, ClassifierLoss):
@@ -437,8 +437,8 @@ def _is_class_level(loss: object) -> bool:
     """Whether a loss is one of rows and the weights of classes, or of proxies and rows, and no more."""
     if not isinstance(loss, ClassifierLoss):
         return False
-    if isinstance(loss, SoftTripleLoss):
-        return type(loss).forward is SoftTripleLoss.forward
+    if isinstance(loss, RowHead):
+        return type(loss).forward is RowHead.forward
     if type(loss).forward is not ClassifierLoss.forward:
         return False
     return isinstance(loss, ProxyAnchorLoss) or type(loss).losses is ClassifierLoss.losses

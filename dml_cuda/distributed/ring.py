@@ -37,6 +37,8 @@ def check(call: Call, batch: Batch) -> None:
     """Raises an error for what only the gathering mode does."""
     if call.options.backend == "reference":
         raise ValueError('mode: expected "gather" with backend="reference", got "ring"')
+    if call.formula.composed:
+        raise ValueError(f'mode: expected "gather" with the formula {call.formula.name}, got "ring"')
     device = batch.embeddings.device
     if not has_kernel(device):
         raise ValueError(f'mode: expected "gather" where there is no kernel for {device.type}, got "ring"')

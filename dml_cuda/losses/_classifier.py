@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from .._inputs import autocast as _autocast
 from .._inputs.checks import FLOATS, Backend, Reduction, check_batch, check_count
 from .._inputs.indices import index_lists
 from .._inputs.options import check_names
 from .._inputs.row_weights import check_row_weights, weights_of_rows
 from .._inputs.traced import is_traced
+from .._ops.centers import unit_and_inverse, wide_dtype
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import reduce
 from ._pair import FormulaModule, described, option
@@ -227,3 +229,62 @@ class ClassifierLoss(FormulaModule):
     def extra_repr(self) -> str:
         values = {"num_classes": self.num_classes, "embedding_size": self.embedding_size, **self.values}
         return described(values | {"reduction": self.reduction, "backend": self.backend})
+
+    def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...] | None:
+        """The fields of :class:`dml_cuda.functional.PairWeights`, of a head whose pairs are no row and class
+        that a formula sees."""
+        return None
+
+
+class RowHead(ClassifierLoss):
+    """A head that makes its rows' losses itself: they are no function of similarities of pairs."""
+
+    def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The losses ``[N]`` of a validated batch, float32 or float64, and what is added once reduced."""
+        raise NotImplementedError
+
+    def cosine_losses(self, cosines: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """``[N]`` losses from the cosines of rows and centres, in plain PyTorch."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: object = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        labels = self.check(embeddings, labels, ref_emb, ref_labels)
+        factors = self.factors(embeddings, labels, row_weights)
+        losses, added = self.row_losses(embeddings, labels)
+        with _autocast.off(embeddings.device):
+            nonzero = self.formula.is_nonzero(losses)
+            if indices_tuple is not None:
+                listing = listing_weights(self.listed(indices_tuple), embeddings)
+                nonzero = nonzero & (listing > 0)
+                losses = losses * listing.to(losses.dtype)
+            value = reduce(losses, self.known(labels), self.reduction, nonzero, factors) + added
+        return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))
+
+    def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Rows, centres, their cosine and the loss's derivative by it: first those of the row's own class,
+        then the others."""
+        labels = self.check(embeddings, labels).long()
+        dtype = wide_dtype(self.wide_dtype(embeddings))
+        with torch.inference_mode(False), _autocast.off(embeddings.device):
+            rows, centers = (points.detach().to(dtype) for points in self.promoted(embeddings))
+            x, w = (unit_and_inverse(points)[0] for points in (rows, centers))
+            with torch.enable_grad():
+                s = (x @ w.T).requires_grad_()
+                losses = self.cosine_losses(s, rows, labels)
+                value = reduce(losses, self.known(labels), self.reduction).sum()
+            (derivative,) = torch.autograd.grad(value, s)
+            classes = torch.arange(len(w), device=labels.device) // (len(w) // self.num_classes)
+            own, known = labels[:, None] == classes, self.known(labels)[:, None]
+            return tuple(
+                column
+                for kind in (own, ~own & known)
+                for column in (*kind.nonzero().unbind(1), s.detach()[kind], derivative[kind])
+            )

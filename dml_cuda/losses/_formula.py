@@ -7,7 +7,7 @@ and pairs given as lists (``_ops/listed_pairs.py``).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +27,22 @@ class Pairs(ABC):
     Attributes:
         s: their similarities, in whatever shape they are stored; terms of pairs have the same.
         count: ``[N]`` int64, how many each row has.
+        columns: M, the number of columns that pairs may be of.
+        square: whether column j is row j.
     """
 
     s: Tensor
     count: Tensor
+    columns: int
+    square: bool
 
     @abstractmethod
     def spread(self, of_rows: Tensor) -> Tensor:
         """A number of each row ``[N]``, repeated for each of its pairs."""
+
+    @abstractmethod
+    def spread_columns(self, of_columns: Tensor) -> Tensor:
+        """A number of each column ``[M]``, repeated for each of its pairs."""
 
     @abstractmethod
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
@@ -81,6 +89,7 @@ class Formula:
         log_one_plus: whether the loss (of a pair, or of a row) is ``log(1 + x)``, which ``"mean_nonzero"``
             counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
+        composed: whether no kernel has the formula, but :meth:`compose` makes it of those of other formulas.
     """
 
     name: ClassVar[str]
@@ -91,6 +100,7 @@ class Formula:
     repeats: ClassVar[bool] = False
     log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
+    composed: ClassVar[bool] = False
 
     @classmethod
     def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
@@ -112,6 +122,11 @@ class Formula:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def compose(call: Any, batch: Any) -> tuple[Part, ...]:
+        """The same for a ``_ops.evaluate.Call`` and a batch whose pairs all count, if ``composed``."""
+        raise NotImplementedError
+
 
 def vanishes(x: Tensor) -> Tensor:
     """Whether ``x = log(1 + y)`` is 0 where it is computed from ``1 + y`` in its dtype, as that is 1 for tiny
@@ -129,6 +144,13 @@ def softplus(x: Tensor, where: Tensor | None = None) -> Tensor:
     if where is None:
         return torch.logaddexp(x, torch.zeros_like(x))
     return torch.where(where, softplus(torch.where(where, x, 0.0)), 0.0)
+
+
+def logaddexp(first: Tensor, second: Tensor) -> Tensor:
+    """log(exp(first) + exp(second)), with gradient 0 where both are -inf."""
+    finite = (first != -torch.inf) | (second != -torch.inf)
+    value = torch.logaddexp(torch.where(finite, first, 0.0), torch.where(finite, second, 0.0))
+    return torch.where(finite, value, -torch.inf)
 
 
 Losses = Tensor | tuple[Part, ...]  # what Formula.row returns

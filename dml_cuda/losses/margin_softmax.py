@@ -14,6 +14,19 @@ from ._formula import Formula, Pairs, number, softplus
 from ._pair import option
 
 
+def turned_by(s: Tensor, cosine: float | Tensor, sine: float | Tensor) -> Tensor:
+    """cos(theta + angle) of s = cos(theta) by the angle's cosine and sine; it falls beyond pi - angle too,
+    where cos(theta + angle) would increase again."""
+    if not isinstance(sine, Tensor) and sine == 0:
+        return cosine * s
+    square = torch.relu((1 - s) * (1 + s))
+    has_root = square > 0
+    root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
+    atan2 = torch.atan2 if isinstance(sine, Tensor) else math.atan2
+    shift = atan2(sine, cosine) * sine
+    return torch.where(s >= -cosine, cosine * s - sine * root, s - shift)
+
+
 class MarginSoftmax(Formula):
     """Cross entropy of ``scale`` times the similarities, with cos(theta + angle) - margin for the true class.
 
@@ -26,17 +39,7 @@ class MarginSoftmax(Formula):
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, scale: float, margin: float, cosine: float, sine: float) -> Tensor:
-        s = pos.s
-        if not isinstance(sine, Tensor) and sine == 0:
-            turned = cosine * s
-        else:
-            square = torch.relu((1 - s) * (1 + s))
-            has_root = square > 0
-            root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
-            # Beyond theta = pi - angle, cos(theta + angle) would increase again.
-            atan2 = torch.atan2 if isinstance(sine, Tensor) else math.atan2
-            shift = atan2(sine, cosine) * sine
-            turned = torch.where(s >= -cosine, cosine * s - sine * root, s - shift)
+        turned = turned_by(pos.s, cosine, sine)
         both = (pos.count > 0) & (neg.count > 0)
         return softplus(pos.lse(-scale * (turned - margin)) + neg.lse(scale * neg.s), where=both)
 

@@ -1,7 +1,7 @@
 """SoftTriple loss."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
 from .._ops import soft_triple
-from ._classifier import ClassifierLoss, ClassifierOptions, listing_weights
-from ._formula import Formula, reduce
+from ._classifier import ClassifierOptions, RowHead
+from ._formula import Formula
 from ._pair import option
 
 _BLOCK = 1 << 22  # distances between centres in memory at once
@@ -35,7 +35,7 @@ class SoftTriple(Formula):
     }
 
 
-class SoftTripleLoss(ClassifierLoss):
+class SoftTripleLoss(RowHead):
     r"""Softmax over classes with several centres each, weighted by a softmax over the centres.
 
     .. math::
@@ -112,35 +112,13 @@ class SoftTripleLoss(ClassifierLoss):
             losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
         return losses, tau * regulariser if tau > 0 else 0.0
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: Any = None,
-        ref_emb: None = None,
-        ref_labels: None = None,
-        row_weights: Tensor | None = None,
-    ) -> Tensor:
-        labels = self.check(embeddings, labels, ref_emb, ref_labels)
-        factors = self.factors(embeddings, labels, row_weights)
-        losses, regulariser = self.row_losses(embeddings, labels)
-        with _autocast.off(embeddings.device):
-            if indices_tuple is not None:
-                listing = listing_weights(self.listed(indices_tuple), embeddings)
-                losses = losses * listing.to(losses.dtype)
-            value = reduce(losses, self.known(labels), self.reduction, row_weights=factors) + regulariser
-        return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))
-
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` similarities to the classes."""
         return soft_triple.similarities(self.cosines(embeddings), self.centers_per_class, self.gamma)
 
-    def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The fields of :class:`dml_cuda.functional.PairWeights` for rows and centres."""
-        labels, (la, gamma, margin, _) = self.check(embeddings, labels).long(), self.call.params
-        points = *self.promoted(embeddings), labels, self.centers_per_class
-        with torch.inference_mode(False), _autocast.off(embeddings.device):
-            return soft_triple.weights(*points, la, gamma, margin, self.reduction)
+    def cosine_losses(self, cosines: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+        la, gamma, margin, _ = self.call.params
+        return soft_triple.losses(cosines, labels, self.centers_per_class, la, gamma, margin)
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:

@@ -22,6 +22,8 @@ from .class_losses import (
     ProxyAnchorLoss,
     ProxyNCALoss,
     SoftTripleLoss,
+    SphereFaceLoss,
+    SubCenterArcFaceLoss,
 )
 from .miners import (
     BatchEasyHardMiner,
@@ -35,9 +37,14 @@ from .pair_losses import (
     CircleLoss,
     ContrastiveLoss,
     GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
     MultiSimilarityLoss,
+    NCALoss,
+    NPairsLoss,
     NTXentLoss,
+    RankedListLoss,
     SupConLoss,
+    TupletMarginLoss,
 )
 from .triplet_losses import MarginLoss, TripletMarginLoss
 
@@ -50,16 +57,23 @@ __all__ = [
     "CosFaceLoss",
     "DistanceWeightedMiner",
     "GeneralizedLiftedStructureLoss",
+    "LiftedStructureLoss",
     "MarginLoss",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
+    "NCALoss",
+    "NPairsLoss",
     "NTXentLoss",
     "NormalizedSoftmaxLoss",
     "PairMarginMiner",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
+    "RankedListLoss",
     "SoftTripleLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
     "SupConLoss",
     "TripletMarginLoss",
     "TripletMarginMiner",
+    "TupletMarginLoss",
 ]

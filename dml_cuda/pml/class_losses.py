@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, reducers
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from .._ops import soft_triple
+from .._ops import soft_triple, sub_centers
 from .._ops.evaluate import Call, evaluate_arguments
 from ..losses._classifier import check_classes
 from ..losses._formula import Formula
@@ -25,6 +25,7 @@ from ..losses.margin_softmax import ArcFace, CosFace, NormalizedSoftmax
 from ..losses.proxy_anchor import ProxyAnchor
 from ..losses.proxy_nca import ProxyNCA
 from ..losses.soft_triple import SoftTriple
+from ..losses.sphere_face import SphereFace, row_losses
 
 
 class _FusedClassifier:
@@ -130,6 +131,34 @@ class ArcFaceLoss(_FusedClassifier, losses.ArcFaceLoss):
 
     def _values(self) -> dict[str, Any]:
         return {"margin": math.degrees(self.margin), "scale": self.scale}
+
+
+class SubCenterArcFaceLoss(_FusedClassifier, losses.SubCenterArcFaceLoss):
+    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``, computed a block of classes at a time."""
+
+    _formula = ArcFace
+
+    def _num_classes(self) -> int:
+        return self.num_classes
+
+    def _values(self) -> dict[str, Any]:
+        return {"margin": math.degrees(self.margin), "scale": self.scale}
+
+    def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
+        scale, _, cosine, sine = call.params
+        batch = embeddings, self._class_weights(), labels.long()
+        value = sub_centers.row_losses(*batch, self.sub_centers, scale, cosine, sine)
+        return value.to(embeddings.dtype)
+
+
+class SphereFaceLoss(_FusedClassifier, losses.SphereFaceLoss):
+    """``pytorch_metric_learning.losses.SphereFaceLoss`` on the kernels of dml_cuda."""
+
+    _formula = SphereFace
+
+    def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
+        value = row_losses(call, embeddings, self._class_weights(), labels, **self._values())
+        return value.to(embeddings.dtype)
 
 
 class ProxyNCALoss(_FusedClassifier, losses.ProxyNCALoss):

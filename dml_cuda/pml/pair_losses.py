@@ -1,5 +1,6 @@
 """Adapters of the pair losses: pytorch-metric-learning's classes, computed by the kernels."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -12,18 +13,25 @@ from ._shared import (  # isort: skip  # first, as it explains a missing pytorch
     warn_unsupported,
 )
 
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.losses.generic_pair_loss import GenericPairLoss
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from .._ops.evaluate import Call, evaluate_arguments
+from .._ops.evaluate import Call, evaluate, evaluate_arguments
 from ..losses._formula import Formula
 from ..losses._pair import make_call
 from ..losses.circle import Circle
 from ..losses.contrastive import Contrastive
+from ..losses.lifted_pairs import LiftedPairs
 from ..losses.lifted_structure import LiftedStructure
 from ..losses.multi_similarity import MultiSimilarity
+from ..losses.n_pairs import NPairs, batch_of_pairs
+from ..losses.nca import NCA
 from ..losses.nt_xent import NTXent
+from ..losses.ranked_list import RankedList
 from ..losses.sup_con import SupCon
+from ..losses.tuplet_margin import TupletMargin
 from ..miners.mined import Mined
 from ..miners.mined_pairs import MinedPairs, mined_pairs
 
@@ -218,3 +226,152 @@ class SupConLoss(_Fused, losses.SupConLoss):
         if mined is not None and mined.num_valid_refs is not None:
             differ = differ & (torch.arange(len(columns), device=columns.device) < mined.num_valid_refs)
         return torch.where(differ.any() | (labels != labels[:1]).any(), value, 0.0)
+
+
+class LiftedStructureLoss(_Fused, losses.LiftedStructureLoss):
+    """``pytorch_metric_learning.losses.LiftedStructureLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.lifted_structure_loss` for the equation, and the
+    replaced class for arguments and errors. With ``ref_emb`` a pair has the negatives of its row alone;
+    pytorch-metric-learning adds those of the row that happens to have the number of the pair's column.
+    """
+
+    _formula = LiftedPairs
+    _row_losses = False
+
+
+class TupletMarginLoss(_Fused, losses.TupletMarginLoss):
+    """``pytorch_metric_learning.losses.TupletMarginLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.tuplet_margin_loss` for the equation, and the
+    replaced class for arguments and errors. With ``collect_stats`` pytorch-metric-learning computes it.
+    """
+
+    _formula = TupletMargin
+    _row_losses = False
+
+    def _overridden(self) -> str | None:
+        return "collect_stats" if self.collect_stats else super()._overridden()
+
+    def _values(self) -> dict[str, Any]:
+        return {"margin": math.degrees(self.margin), "scale": self.scale}
+
+
+class _FusedRows:
+    """Replaces the computation of a loss whose rows' losses pytorch-metric-learning reduces, whatever the
+    reducer."""
+
+    _formula: ClassVar[type[Formula]]
+    _methods: ClassVar[tuple[str, ...]] = ()  # an override of one of these changes what it computes
+
+    def _similarity(self) -> dict[str, Any] | None:
+        """The options equivalent to the distance, or None if the kernels do not support it."""
+        return similarity_options(self.distance)
+
+    def _call_or_reason(self) -> Call | str:
+        """The call that computes the rows' losses, or why the kernels cannot."""
+        base = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("pytorch_metric_learning"))
+        for name in self._methods:
+            if getattr(type(self), name) is not getattr(base, name) or name in self.__dict__:
+                return f"its own {name}"
+        similarity = self._similarity()
+        if similarity is None:
+            return str(self.distance)
+        values = {name: getattr(self, name) for name in self._formula.parameters}
+        try:
+            return make_call(self._formula, values, {**similarity, "reduction": "none"})
+        except (TypeError, ValueError) as error:
+            return str(error)
+
+    def is_fused(self) -> bool:
+        """Whether dml_cuda computes this loss as it is now."""
+        return isinstance(self._call_or_reason(), Call)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        batch = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        call = self._call_or_reason()
+        if isinstance(call, str):
+            warn_unsupported(self, call)
+            return super().compute_loss(*batch)
+        if labels is None or len(embeddings) <= 1:
+            return super().compute_loss(*batch)
+        return self._loss_dict(call, *batch)
+
+    def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        raise NotImplementedError
+
+
+def _of_elements(losses: Tensor, indices: Tensor) -> dict:
+    return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+
+
+class NCALoss(_FusedRows, losses.NCALoss):
+    """``pytorch_metric_learning.losses.NCALoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.nca_loss` for the equation, and the
+    replaced class for arguments and errors. As there, a miner's pairs weigh the rows. A row whose probability
+    underflows to 0 keeps its loss; pytorch-metric-learning drops it.
+    """
+
+    _formula = NCA
+    _methods = ("nca_computation",)
+
+    def _similarity(self) -> dict[str, Any] | None:
+        distance = self.distance
+        if type(distance) is not distances.LpDistance:
+            return similarity_options(distance)
+        if (distance.p, distance.power) != (2, 2):
+            return None
+        return {"similarity": "euclidean", "normalize_embeddings": bool(distance.normalize_embeddings)}
+
+    def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        using_ref = ref_emb is not embeddings
+        how = {"dtype": embeddings.dtype, "using_ref": using_ref}
+        weights = lmu.convert_to_weights(indices_tuple, labels, **how)
+        collect_norms(self.distance, embeddings, ref_emb)
+        columns = (ref_emb, ref_labels) if using_ref else (None, None)
+        value = evaluate_arguments(call, embeddings, labels, None, *columns)
+        found = ref_labels.sort()[0]
+        ends = (torch.searchsorted(found, labels, right=right) for right in (True, False))
+        (rows,) = (next(ends) - next(ends) > int(not using_ref)).nonzero(as_tuple=True)  # with a positive
+        return _of_elements(value[rows] * weights[rows], rows)
+
+
+class RankedListLoss(_FusedRows, losses.RankedListLoss):
+    """``pytorch_metric_learning.losses.RankedListLoss`` on the kernels of dml_cuda.
+
+    See :func:`dml_cuda.functional.ranked_list_loss` for the equation, and the
+    replaced class for arguments and errors.
+    """
+
+    _formula = RankedList
+
+    def _similarity(self) -> dict[str, Any] | None:
+        found = super()._similarity()
+        return found if found and found["similarity"] == "euclidean" else None
+
+    def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        c_f.indices_tuple_not_supported(indices_tuple)
+        collect_norms(self.distance, embeddings, embeddings)
+        value = evaluate_arguments(call, embeddings, labels, None, None, None)
+        return _of_elements(value, torch.arange(len(value), device=value.device))
+
+
+class NPairsLoss(_FusedRows, losses.NPairsLoss):
+    """``pytorch_metric_learning.losses.NPairsLoss`` on the kernels of dml_cuda.
+
+    See :class:`dml_cuda.NPairsLoss` for the equation, and the replaced class for arguments and errors.
+    """
+
+    _formula = NPairs
+
+    def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        batch, anchors, count = batch_of_pairs(embeddings, labels, indices_tuple, call.similarity)
+        self.num_pairs = int(count)
+        if self.num_pairs == 0:
+            return self.zero_losses()
+        collect_norms(self.distance, embeddings[anchors], embeddings[anchors])
+        value = evaluate(call, batch)
+        return _of_elements(value[: self.num_pairs], anchors[: self.num_pairs])

@@ -136,14 +136,18 @@ def listed(indices: Sequence[Tensor], n: int, m: int) -> tuple[Tensor, Tensor]:
 class MaskedPairs(Pairs):
     """Pairs as a matrix: similarities ``[N, M]``, and a mask ``[N, M]`` or how often each pair counts."""
 
-    def __init__(self, s: Tensor, keep: Tensor) -> None:
-        self.s = s
+    def __init__(self, s: Tensor, keep: Tensor, square: bool = False, columns: int | None = None) -> None:
+        self.s, self.square = s, square
+        self.columns = s.shape[1] if columns is None else columns
         self.times = None if keep.dtype == torch.bool else keep
         self.keep = keep if self.times is None else keep > 0
         self.count = keep.sum(1)
 
     def spread(self, of_rows: Tensor) -> Tensor:
         return of_rows[:, None]
+
+    def spread_columns(self, of_columns: Tensor) -> Tensor:
+        return of_columns[None, :]
 
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
         if self.times is not None:
@@ -220,7 +224,7 @@ def pair_loss(
             positive, negative = mine(s, positive, negative, epsilon)
         if self_index is not None and indices is None:
             positive = without_self(positive, self_index)
-        pos, neg = MaskedPairs(s, positive), MaskedPairs(s, negative)
+        pos, neg = (MaskedPairs(s, mask, ref_emb is None) for mask in (positive, negative))
         found.append((formula.row(pos, neg, *params), (pos.count + neg.count) > 0))
     losses, valid = joined([losses for losses, _ in found]), torch.cat([valid for _, valid in found])
     nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None

@@ -28,6 +28,8 @@ class Loss:
     smooth: dict = field(default_factory=dict)  # with which finite differences see the derivative
     wrong: dict = field(default_factory=dict)  # as the cases of test_bad_input.py
     pml: str | None = None  # its class in pytorch-metric-learning
+    pml_squares: bool = False  # whether its distances are squared there
+    pml_mines: bool = True  # whether a miner's pairs select pairs there, not weights of rows
     cases: tuple[dict, ...] = ({},)  # parameters to compare with others at
     called: str | None = None  # the function, where it has another name than the formula
 
@@ -158,6 +160,31 @@ LOSSES = {
             pml="GeneralizedLiftedStructureLoss",
             cases=({}, {"neg_margin": 0.5, "pos_margin": 0.3}),
             called="generalized_lifted_structure_loss",
+        ),
+        Loss(
+            "nca",
+            dml_cuda.NCALoss,
+            {"softmax_scale": 1.0},
+            {"softmax_scale": 6.0},
+            similarity="euclidean",
+            on_cosines={"softmax_scale": 16.0},
+            on_distances={"softmax_scale": 8.0},
+            wrong=_not_positive("softmax_scale"),
+            pml="NCALoss",
+            pml_squares=True,
+            pml_mines=False,
+            cases=({}, {"softmax_scale": 8.0}),
+        ),
+        Loss(
+            "tuplet_margin",
+            dml_cuda.TupletMarginLoss,
+            {"margin": 5.73, "scale": 64.0},
+            {"margin": 10.0, "scale": 16.0},
+            on_distances={"scale": 8.0},
+            smooth={"scale": 4.0},
+            wrong={**_not_positive("scale"), **_no_number("margin")},
+            pml="TupletMarginLoss",
+            cases=({}, {"margin": 20.0, "scale": 16.0}),
         ),
     )
 }

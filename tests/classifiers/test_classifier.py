@@ -14,11 +14,12 @@ import torch
 from cases.accuracy import assert_as_accurate
 from cases.heads import EVERY_HEAD, HEADS, evaluate, make_rows, parameter
 from cases.losses import REDUCTIONS
+from oracle import dense
 from oracle.pairs import brute_force
 
 import dml_cuda
 from dml_cuda import CircleClassifierLoss, CircleLoss, MultiSimilarityMiner
-from dml_cuda._ops import soft_triple
+from dml_cuda._ops import centers
 from dml_cuda._ops.arguments import OpOptions
 from dml_cuda.losses import proxy_anchor
 
@@ -33,8 +34,8 @@ WITH_PML = [case for case in CASES if case.values[0].pml]
 
 def pml_twin(module, **options):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
-    other = getattr(losses, type(module).__name__)(module.num_classes, module.embedding_size, **options)
-    return other
+    sizes = {"num_classes": module.num_classes, "embedding_size": module.embedding_size}
+    return getattr(losses, type(module).__name__)(**sizes, **options)
 
 
 def listed_rows(n):
@@ -184,6 +185,79 @@ def test_formulas(formula, params, reduction, instruction_set):
             np.testing.assert_allclose(found.numpy(), of, rtol=1e-8, atol=1e-11)
 
 
+# ---- sub-centres, and angles that are multiplied -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [28.6, 120.0])
+@pytest.mark.parametrize(
+    ("n", "classes", "dim", "k"), [(7, 5, 4, 1), (33, 40, 9, 3), (20, 300, 8, 10), (6, 1, 4, 2)]
+)
+def test_sub_centers_in_blocks(monkeypatch, n, classes, dim, k, margin):
+    """Blocks of any size give the paper's loss, and the dense reference."""
+    module = dml_cuda.SubCenterArcFaceLoss(classes, dim, margin=margin, sub_centers=k)
+    embeddings, labels = make_rows(module, n)
+    labels[0] = -1
+    wide = copy.deepcopy(module).double()
+    leaves = embeddings.double().requires_grad_(), wide.W.detach().clone().requires_grad_()
+    value = dense.sub_center_arc_face(*leaves, labels, k, margin, 64).mean()
+    truth = [value.detach(), *torch.autograd.grad(value, leaves)]
+    module.backend = "reference"
+    plain = evaluate(module, embeddings, labels)
+    module.backend = "fused"
+    for block in (1 << 19, n * k * 7, 1):
+        monkeypatch.setattr(centers, "_BLOCK", block)
+        for f, t in zip(evaluate(wide, embeddings.double(), labels), truth, strict=True):
+            torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-12)
+        for f, p, t in zip(evaluate(module, embeddings, labels), plain, truth, strict=True):
+            assert_as_accurate("sub-centres", f, p, t)
+
+
+def test_sub_centers_as_an_op():
+    embeddings, weights = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
+    arguments = embeddings, weights, torch.arange(6) % 5, 3, 64.0, 0.9, 0.4
+    torch.library.opcheck(torch.ops.dml_cuda.sub_centers.default, arguments)
+
+
+@pytest.mark.parametrize("threshold", [20, 75, 120])
+def test_outliers_are_pmls(threshold):
+    """By class, then by place; the dominant centres too, but where a class has no row."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    ours = dml_cuda.SubCenterArcFaceLoss(9, 5)
+    theirs = losses.SubCenterArcFaceLoss(num_classes=9, embedding_size=5)
+    theirs.load_state_dict(ours.state_dict())
+    embeddings, labels = make_rows(ours, 80, spread=2.0)
+    labels[labels == 4] = 5
+    wanted, centers_wanted = theirs.get_outliers(embeddings, labels, threshold)
+    outliers, dominant = ours.get_outliers(embeddings, labels, threshold)
+    assert outliers.tolist() == wanted.tolist()
+    some = torch.arange(9) != 4
+    assert torch.equal(dominant[:, some], centers_wanted[:, some])
+    assert (dominant[:, 4] == 0).all()
+    assert torch.equal(
+        ours.get_outliers(embeddings, labels, threshold, return_dominant_centers=False), outliers
+    )
+    ignored = ours.get_outliers(embeddings, torch.full_like(labels, -1), threshold)[0]
+    assert ignored.tolist() == []
+
+
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 7])
+def test_sphere_face_is_the_papers(margin):
+    module = dml_cuda.SphereFaceLoss(30, 6, margin=margin, scale=2).double()
+    embeddings, labels = make_rows(module, 60, spread=2.0)
+    labels[0] = -1
+    leaves = embeddings.clone().requires_grad_(), module.W.detach().clone().requires_grad_()
+    value = dense.sphere_face(*leaves, labels, margin, 2).mean()
+    truth = [value.detach(), *torch.autograd.grad(value, leaves)]
+    for found, expected in zip(evaluate(module, embeddings, labels), truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    zero = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    module(zero, torch.tensor([0, 1])).backward()
+    assert zero.grad.isfinite().all()
+    for wrong, error in ((0, ValueError), (2.5, TypeError), (torch.tensor(2), TypeError)):
+        with pytest.raises(error, match="margin: expected"):
+            dml_cuda.SphereFaceLoss(3, 2, margin=wrong)
+
+
 # ---- SoftTriple ------------------------------------------------------------------------------------------
 
 
@@ -205,7 +279,7 @@ def test_soft_triple_in_blocks(monkeypatch, n, classes, dim, per_class, tau, gam
     plain = evaluate(module, embeddings, labels)
     module.backend = wide.backend = "fused"
     for block in (1 << 19, n * per_class * 7, 1):
-        monkeypatch.setattr(soft_triple, "_BLOCK", block)
+        monkeypatch.setattr(centers, "_BLOCK", block)
         for f, t in zip(evaluate(wide, embeddings.double(), labels), truth, strict=True):
             torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-12)
         for f, p, t in zip(evaluate(module, embeddings, labels), plain, truth, strict=True):
@@ -213,8 +287,8 @@ def test_soft_triple_in_blocks(monkeypatch, n, classes, dim, per_class, tau, gam
 
 
 def test_soft_triple_as_an_op():
-    embeddings, centers = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
-    arguments = embeddings, centers, torch.arange(6) % 5, 3, 20.0, 0.1, 0.01, True
+    embeddings, weights = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
+    arguments = embeddings, weights, torch.arange(6) % 5, 3, 20.0, 0.1, 0.01, True
     torch.library.opcheck(torch.ops.dml_cuda.soft_triple.default, arguments)
 
 

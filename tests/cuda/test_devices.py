@@ -225,7 +225,7 @@ def test_under_autocast(dtype, device):
 @EVERY_DEVICE
 def test_a_formula_of_ones_own(device, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path))
-    formula = dml_cuda.compile_loss(custom_losses.HERE / "nca.h")
+    formula = dml_cuda.compile_loss(custom_losses.HERE / "unified.h")
     points, labels = make_batch(60, 16)
     compare(formula(), device, torch.float64, points, labels)
     compare(formula(), device, torch.float32, points, labels)

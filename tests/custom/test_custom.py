@@ -30,8 +30,8 @@ from tools import machine_code
 pytestmark = pytest.mark.slow(100)
 
 ROOT = Path(__file__).parents[2]
-NCA_TEXT = (custom_losses.HERE / "nca.h").read_text()
-TUPLET_TEXT = (custom_losses.HERE / "tuplet_margin.h").read_text()
+UNIFIED_TEXT = (custom_losses.HERE / "unified.h").read_text()
+ARC_CON_TEXT = (custom_losses.HERE / "arc_con.h").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nca(cache):
+def unified(cache):
     """Without a reference."""
-    return dml_cuda.compile_loss(custom_losses.HERE / "nca.h")
+    return dml_cuda.compile_loss(custom_losses.HERE / "unified.h")
 
 
 @pytest.fixture(scope="module")
-def tuplet(cache):
-    return dml_cuda.compile_loss(custom_losses.HERE / "tuplet_margin.h")
+def arc_con(cache):
+    return dml_cuda.compile_loss(custom_losses.HERE / "arc_con.h")
 
 
 @pytest.fixture
@@ -82,16 +82,11 @@ def assert_same(found, wanted, tolerance=1e-9):
 # ---- what it is ----------------------------------------------------------------------------------------
 
 
-def test_equals_pytorch_metric_learning(nca, tuplet):
+def test_equals_pytorch_metric_learning(arc_con):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     x, y = batch()
-    degrees = float(torch.rad2deg(torch.tensor(0.1, dtype=torch.float64)))
-    pairs = [
-        (nca(scale=16.0), losses.NCALoss(softmax_scale=8.0)),
-        (tuplet(), losses.TupletMarginLoss(margin=degrees, scale=64.0)),
-    ]
-    for ours, theirs in pairs:
-        assert_same(with_gradient(ours, x, y), with_gradient(theirs, x, y), 1e-7)
+    ours, theirs = arc_con(scale=10.0, margin=0.0), losses.NTXentLoss(temperature=0.1)
+    assert_same(with_gradient(ours, x, y), with_gradient(theirs, x, y), 1e-7)
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1])
@@ -106,7 +101,7 @@ def test_loaded_circle_is_circle(instruction_set, circle, dtype, epsilon):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["nca", "tuplet_margin"])
+@pytest.mark.parametrize("name", ["unified", "arc_con"])
 def test_with_and_without_reference(cache, name):
     """The fused loss, the reference in PyTorch and the formulas as ops agree, whatever the options."""
     fused = getattr(custom_losses, f"{name}_loss")()
@@ -129,7 +124,7 @@ def test_with_and_without_reference(cache, name):
             assert_same(with_gradient(other, x, y, **refs), found)
 
 
-@pytest.mark.parametrize("name", ["nca", "tuplet_margin"])
+@pytest.mark.parametrize("name", ["unified", "arc_con"])
 def test_listed_pairs(cache, name):
     bare = dml_cuda.compile_loss(custom_losses.HERE / f"{name}.h")(scale=8.0)
     stated = getattr(custom_losses, f"{name}_loss")()(scale=8.0)
@@ -144,17 +139,17 @@ def test_listed_pairs(cache, name):
     assert_same(with_gradient(bare, x, None, twice), with_gradient(stated, x, None, twice))
 
 
-def test_no_second_derivative_without_reference(nca, cache):
+def test_no_second_derivative_without_reference(unified, cache):
     x, y = batch(20)
     for options, indices in (
         ({"backend": "reference"}, None),
         ({}, dml_cuda.MultiSimilarityMiner(0.1)(x, y)),
     ):
-        value = nca(**options)(x, y, indices)
+        value = unified(**options)(x, y, indices)
         (grad,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(grad.sum(), x)
-    stated = custom_losses.nca_loss()(backend="reference")
+    stated = custom_losses.unified_loss()(backend="reference")
     (grad,) = torch.autograd.grad(stated(x, y), x, create_graph=True)
     assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
 
@@ -181,21 +176,21 @@ def test_formulas_of_the_built_in_formulas(name):
             assert_same(found, wanted, 1e-8)
 
 
-def test_options_and_parameters_by_name(nca):
-    loss_fn = nca(scale=4.0, epsilon=0.2)
+def test_options_and_parameters_by_name(unified):
+    loss_fn = unified(scale=4.0, epsilon=0.2)
     assert (loss_fn.scale, loss_fn.epsilon, loss_fn.similarity) == (4.0, 0.2, "cosine")
     assert "scale=4.0" in repr(loss_fn)
-    assert "NCA" in repr(loss_fn)
-    assert nca().scale == 16.0
-    assert nca(4.0).scale == 4.0
+    assert "Unified" in repr(loss_fn)
+    assert unified().scale == 16.0
+    assert unified(4.0).scale == 4.0
     x, y = batch()
     loss_fn.scale = 8.0
-    assert_same(with_gradient(loss_fn, x, y), with_gradient(nca(scale=8.0, epsilon=0.2), x, y))
+    assert_same(with_gradient(loss_fn, x, y), with_gradient(unified(scale=8.0, epsilon=0.2), x, y))
 
 
-def test_compiled(nca, tuplet):
+def test_compiled(unified, arc_con):
     x, y = batch(dtype=torch.float32)
-    for loss_fn in (nca(epsilon=0.1), tuplet()):
+    for loss_fn in (unified(epsilon=0.1), arc_con()):
         fast = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (60, 41):
             assert_same(
@@ -205,26 +200,26 @@ def test_compiled(nca, tuplet):
     torch._dynamo.reset()
 
 
-def test_compiled_listed_pairs(nca):
+def test_compiled_listed_pairs(unified):
     x, y = batch(dtype=torch.float32)
     pairs = tuple(dml_cuda.MultiSimilarityMiner(0.1)(x, y))
-    fast = torch.compile(nca(), backend="aot_eager")
-    assert_same(with_gradient(fast, x, None, pairs), with_gradient(nca(), x, None, pairs), 1e-6)
+    fast = torch.compile(unified(), backend="aot_eager")
+    assert_same(with_gradient(fast, x, None, pairs), with_gradient(unified(), x, None, pairs), 1e-6)
     torch._dynamo.reset()
 
 
-def test_autocast(nca):
+def test_autocast(unified):
     x, y = batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert nca()(x.bfloat16(), y).dtype == torch.float32
+        assert unified()(x.bfloat16(), y).dtype == torch.float32
 
 
-def test_memory(cache, nca):
+def test_memory(cache, unified):
     """The queue, one process and miner and all, as with the reference."""
     found = []
     for backend in ("fused", "reference"):
         memory = dml_cuda.CrossBatchMemory(
-            custom_losses.nca_loss()(backend=backend),
+            custom_losses.unified_loss()(backend=backend),
             16,
             memory_size=128,
             miner=dml_cuda.MultiSimilarityMiner(0.1),
@@ -233,14 +228,16 @@ def test_memory(cache, nca):
             x, y = batch(dtype=torch.float32)
             found.append(with_gradient(memory, x, y))
     assert_same(found[1], found[3], 1e-5)
-    memory = dml_cuda.CrossBatchMemory(nca(), 16, memory_size=128, miner=dml_cuda.MultiSimilarityMiner(0.1))
+    memory = dml_cuda.CrossBatchMemory(
+        unified(), 16, memory_size=128, miner=dml_cuda.MultiSimilarityMiner(0.1)
+    )
     for k in range(2):
         x, y = batch(dtype=torch.float32)
         assert_same(with_gradient(memory, x, y), found[k])
 
 
-def test_copies(nca):
-    loss_fn = nca(scale=4.0, epsilon=0.1)
+def test_copies(unified):
+    loss_fn = unified(scale=4.0, epsilon=0.1)
     loss_fn.reduction = "sum"
     loss_fn.eval()
     for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
@@ -252,28 +249,28 @@ def test_copies(nca):
         assert torch.equal(other(x, y), loss_fn(x, y))
 
 
-def test_a_new_text_is_a_new_formula(cache, nca, tuplet):
+def test_a_new_text_is_a_new_formula(cache, unified, arc_con):
     """What was loaded before stays; the name of a class is nobody's key."""
     x, y = batch()
-    before = nca()(x, y)
-    other = dml_cuda.compile_loss(TUPLET_TEXT, name="NCA")
-    assert other.__name__ == nca.__name__ == "NCA"
+    before = unified()(x, y)
+    other = dml_cuda.compile_loss(ARC_CON_TEXT, name="Unified")
+    assert other.__name__ == unified.__name__ == "Unified"
     assert not torch.equal(other()(x, y), before)
-    assert torch.equal(nca()(x, y), before)
+    assert torch.equal(unified()(x, y), before)
 
 
 # ---- check_loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-def test_check_loss_passes(cache, nca, similarity):
-    dml_cuda.check_loss(nca(similarity=similarity))
-    dml_cuda.check_loss(custom_losses.nca_loss()(similarity=similarity))
+def test_check_loss_passes(cache, unified, similarity):
+    dml_cuda.check_loss(unified(similarity=similarity))
+    dml_cuda.check_loss(custom_losses.unified_loss()(similarity=similarity))
 
 
-def test_check_loss_passes_classes(cache, tuplet, circle):
-    dml_cuda.check_loss(tuplet)
-    dml_cuda.check_loss(custom_losses.tuplet_margin_loss())
+def test_check_loss_passes_classes(cache, arc_con, circle):
+    dml_cuda.check_loss(arc_con)
+    dml_cuda.check_loss(custom_losses.arc_con_loss())
     dml_cuda.check_loss(circle(m=0.4, gamma=80.0, detach_weights=1))
 
 
@@ -286,22 +283,22 @@ def test_check_loss_passes_what_is_built_in(loss):
 class WrongNegatives(Formula):
     @staticmethod
     def row(pos, neg, scale):
-        push, pull = neg.lse(scale * (neg.s + 0.1)), pos.lse(scale * pos.s)
-        return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+        push, pull = neg.lse(scale * (neg.s + 0.1)), pos.lse(-scale * pos.s)
+        return softplus(push + pull, where=(pos.count > 0) & (neg.count > 0))
 
 
 class WrongRow(Formula):
     @staticmethod
     def row(pos, neg, scale):
-        push, pull = neg.lse(scale * neg.s), pos.lse(scale * pos.s)
-        return 2 * softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+        push, pull = neg.lse(scale * neg.s), pos.lse(-scale * pos.s)
+        return 2 * softplus(push + pull, where=(pos.count > 0) & (neg.count > 0))
 
 
 class HeldDerivative(Formula):
     @staticmethod
     def row(pos, neg, scale):
-        push, pull = neg.lse(scale * neg.s.detach()), pos.lse(scale * pos.s)
-        return softplus(push - pull, where=(pos.count > 0) & (neg.count > 0))
+        push, pull = neg.lse(scale * neg.s.detach()), pos.lse(-scale * pos.s)
+        return softplus(push + pull, where=(pos.count > 0) & (neg.count > 0))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +311,7 @@ class HeldDerivative(Formula):
 )
 def test_check_loss_names_the_formula(cache, stated, says):
     with pytest.raises(ValueError, match=says):
-        dml_cuda.check_loss(dml_cuda.compile_loss(custom_losses.HERE / "nca.h", stated))
+        dml_cuda.check_loss(dml_cuda.compile_loss(custom_losses.HERE / "unified.h", stated))
 
 
 def test_check_loss_finds_what_is_wrong_alone(cache):
@@ -362,7 +359,7 @@ struct Wrong : FormulaDefaults {
 
 def test_a_comment_turns_no_check_off(cache):
     """The derivative is wrong, and a comment speaks of constant(x)."""
-    wrong = NCA_TEXT.replace(
+    wrong = UNIFIED_TEXT.replace(
         "        return rounded_product(scale, s);",
         "        return half(s);  // not constant(s), /* nor with_share_of_derivative(s) */",
         1,
@@ -420,12 +417,12 @@ def test_functions_of_dual_numbers(cache, instruction_set):
     assert_same(with_gradient(bare(), x, y), truth, 1e-6)
 
 
-UNGUARDED = TUPLET_TEXT.replace("is_empty(lse) ? decltype(z)(T(0)) : softplus(z)", "z * z")
+UNGUARDED = ARC_CON_TEXT.replace("is_empty(lse) ? decltype(z)(T(0)) : softplus(z)", "z * z")
 
 
 def test_an_unguarded_context_is_explained(cache):
     """As docs/custom_loss.md does: a row without negatives has the context -inf."""
-    assert UNGUARDED != TUPLET_TEXT
+    assert UNGUARDED != ARC_CON_TEXT
     with pytest.raises(ValueError, match=r"context = -inf.*without negatives: guard it with is_empty"):
         dml_cuda.check_loss(dml_cuda.compile_loss(UNGUARDED))
 
@@ -443,22 +440,25 @@ def test_check_loss_of_something_else():
     [
         (
             ("(scale, s)", "(scle, s)"),
-            r"NCA\.h:1[0-9]: 'scle' was not declared[^/]*rounded_product\(scle, s\)",
+            r"Unified\.h:1[0-9]: 'scle' was not declared[^/]*rounded_product\(scle, s\)",
         ),
-        (("neg_term", "negterm"), r"NCA\.h: lacks a member template <typename S> S neg_term\(S s\) const"),
-        ((" row(", " raw("), r"NCA\.h: lacks a member template <typename S> RowLoss<S> row"),
+        (
+            ("neg_term", "negterm"),
+            r"Unified\.h: lacks a member template <typename S> S neg_term\(S s\) const",
+        ),
+        ((" row(", " raw("), r"Unified\.h: lacks a member template <typename S> RowLoss<S> row"),
         (
             ('const char* kParams = "scale = 16"', "int kParams = 1"),
             r"lacks its parameters, static constexpr",
         ),
         (('"scale = 16"', '"a, b, c, d, e, f, g, h, i"'), "names more than 8 parameters"),
-        (("(scale, s)", "(scale, std::exp(s))"), r"NCA\.h:1[0-9]: no matching function .*Dual<T>"),
+        (("(scale, s)", "(scale, std::exp(s))"), r"Unified\.h:1[0-9]: no matching function .*Dual<T>"),
     ],
     ids=["undeclared", "no neg_term", "no row", "kParams", "too many", "no dual"],
 )
 def test_compile_errors_are_your_own_lines(cache, change, says):
     with pytest.raises(ValueError, match="the formula does not compile") as caught:
-        dml_cuda.compile_loss(NCA_TEXT.replace(*change))
+        dml_cuda.compile_loss(UNIFIED_TEXT.replace(*change))
     message = str(caught.value)
     assert re.search(says, message), message
     assert len(message.splitlines()) < 20
@@ -470,18 +470,18 @@ def test_compile_errors_are_your_own_lines(cache, change, says):
 
 def test_messages_of_nvcc():
     log = (
-        '/x/formula/nca.h(17): error: identifier "scle" is undefined\n'
+        '/x/formula/unified.h(17): error: identifier "scle" is undefined\n'
         "      return rounded_product(scle, s);\n"
         "                             ^\n\n"
         '1 error detected in the compilation of "kernels_f16.cu".\n'
     )
-    told = diagnostics.explain(log, "/x/formula/nca.h", "nca.h")
-    assert told.startswith('nca.h:17: identifier "scle" is undefined\n      return rounded')
+    told = diagnostics.explain(log, "/x/formula/unified.h", "unified.h")
+    assert told.startswith('unified.h:17: identifier "scle" is undefined\n      return rounded')
     assert "detected" not in told
     log = (
         '/y/losses/derivatives.h(60): error: static assertion failed with "the formula: lacks a member row"\n'
     )
-    assert diagnostics.explain(log, "/x/formula/nca.h", "nca.h") == "nca.h: lacks a member row"
+    assert diagnostics.explain(log, "/x/formula/unified.h", "unified.h") == "unified.h: lacks a member row"
 
 
 @pytest.mark.parametrize(
@@ -490,8 +490,8 @@ def test_messages_of_nvcc():
         (3, TypeError, "source: expected C"),
         ("no_such.h", FileNotFoundError, "source: expected a file.*no_such.h"),
         ("struct A {};", ValueError, "expected one formula.*got none"),
-        (NCA_TEXT + TUPLET_TEXT, ValueError, r"expected one formula.*got 2 \(NCA, TupletMargin\)"),
-        ("// " + NCA_TEXT.replace("\n", "\n// "), ValueError, "got none"),
+        (UNIFIED_TEXT + ARC_CON_TEXT, ValueError, r"expected one formula.*got 2 \(Unified, ArcCon\)"),
+        ("// " + UNIFIED_TEXT.replace("\n", "\n// "), ValueError, "got none"),
     ],
 )
 def test_what_is_no_formula(source, error, says):
@@ -512,20 +512,24 @@ def test_names_of_parameters():
             parameters(stated)
 
 
-def test_arguments(cache, nca, circle):
+def test_arguments(cache, unified, circle):
     for make, error, says in (
         (lambda: circle(m=0.4), TypeError, r"circle\(m, gamma, detach_weights\).*'gamma'"),
-        (lambda: nca(sale=1.0), TypeError, r"^sale: expected one of .*options scale, .*did you mean scale\?"),
-        (lambda: nca(1.0, 2.0), TypeError, "too many positional"),
-        (lambda: nca(scale="1"), TypeError, "scale: expected a number, got str"),
-        (lambda: nca(scale=float("nan")), ValueError, "scale: expected a finite number"),
-        (lambda: nca(epsilon="x"), TypeError, "epsilon"),
         (
-            lambda: dml_cuda.compile_loss(NCA_TEXT, name="a b"),
+            lambda: unified(sale=1.0),
+            TypeError,
+            r"^sale: expected one of .*options scale, .*did you mean scale\?",
+        ),
+        (lambda: unified(1.0, 2.0), TypeError, "too many positional"),
+        (lambda: unified(scale="1"), TypeError, "scale: expected a number, got str"),
+        (lambda: unified(scale=float("nan")), ValueError, "scale: expected a finite number"),
+        (lambda: unified(epsilon="x"), TypeError, "epsilon"),
+        (
+            lambda: dml_cuda.compile_loss(UNIFIED_TEXT, name="a b"),
             ValueError,
             "name: expected a Python identifier",
         ),
-        (lambda: dml_cuda.compile_loss(NCA_TEXT, object), TypeError, "reference: expected a subclass"),
+        (lambda: dml_cuda.compile_loss(UNIFIED_TEXT, object), TypeError, "reference: expected a subclass"),
     ):
         with pytest.raises(error, match=f"(?i){says}"):
             make()
@@ -550,19 +554,19 @@ def test_names_that_a_parameter_cannot_have(name, what, monkeypatch):
     """Refused before anything is compiled."""
     monkeypatch.setattr(build, "load", lambda source: pytest.fail("it was compiled"))
     for declaration in (f'"{name} = 16"', f'"scale = 16, "\n        "{name} = 2"'):
-        text = NCA_TEXT.replace('"scale = 16"', declaration)
+        text = UNIFIED_TEXT.replace('"scale = 16"', declaration)
         with pytest.raises(ValueError, match=rf"kParams: expected another name than {name} .*{what}"):
             dml_cuda.compile_loss(text)
 
 
-def test_signature(nca, tuplet):
-    shown = inspect.signature(nca)
+def test_signature(unified, arc_con):
+    shown = inspect.signature(unified)
     assert list(shown.parameters)[:2] == ["scale", "epsilon"]
     assert shown.parameters["scale"].default == 16.0
     options = {name: p.default for name, p in shown.parameters.items() if p.kind == p.KEYWORD_ONLY}
-    loss = nca(**options)
+    loss = unified(**options)
     assert {name: getattr(loss, name) for name in options} == options
-    assert list(inspect.signature(tuplet).parameters)[:2] == ["scale", "margin"]
+    assert list(inspect.signature(arc_con).parameters)[:2] == ["scale", "margin"]
     assert list(inspect.signature(loss.forward).parameters)[:2] == ["embeddings", "labels"]
 
 
@@ -571,11 +575,11 @@ def test_reference_with_other_parameters(cache):
         parameters = dict.fromkeys(("scale", "margin"), lambda name, value: None)
 
     with pytest.raises(ValueError, match="reference: expected the parameters that the struct names, scale"):
-        dml_cuda.compile_loss(custom_losses.HERE / "nca.h", Other)
+        dml_cuda.compile_loss(custom_losses.HERE / "unified.h", Other)
 
 
 def test_tools_that_are_missing(cache, monkeypatch, tmp_path):
-    changed = NCA_TEXT + "// not in the cache\n"
+    changed = UNIFIED_TEXT + "// not in the cache\n"
     monkeypatch.setenv("CXX", "no-such-compiler")
     build._package_hash.cache_clear()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler\).*apt install g"):
@@ -609,7 +613,7 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"cannot write its cache.*set DML_CUDA_CACHE"):
-        dml_cuda.compile_loss(NCA_TEXT + "// elsewhere\n")
+        dml_cuda.compile_loss(UNIFIED_TEXT + "// elsewhere\n")
 
 
 # ---- the cache -----------------------------------------------------------------------------------------
@@ -640,29 +644,29 @@ def finish(process):
     return float(out)
 
 
-def test_cached_loads_compile_nothing(cache, nca):
+def test_cached_loads_compile_nothing(cache, unified):
     def libraries():
         return {path: path.stat().st_mtime_ns for path in cache.rglob("formula-*.so")}
 
     before = libraries()
-    finish(start_process(custom_losses.HERE / "nca.h"))
+    finish(start_process(custom_losses.HERE / "unified.h"))
     assert libraries() == before != {}
 
 
 def test_an_interrupted_build_and_several_processes(cache, tmp_path):
     """Two processes ask at once, after a third was killed while it compiled; then a library is spoilt."""
-    changed = tmp_path / "nca.h"
-    changed.write_text(NCA_TEXT + "// for several\n")
+    changed = tmp_path / "unified.h"
+    changed.write_text(UNIFIED_TEXT + "// for several\n")
     folder = tmp_path / "cache"
     killed = start_process(changed, DML_CUDA_CACHE=str(folder))
     deadline = time.monotonic() + 120
-    while not list(folder.glob("NCA-*/build-*/build.ninja")):
+    while not list(folder.glob("Unified-*/build-*/build.ninja")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert list(folder.glob("NCA-*/build-*"))
-    assert not list(folder.glob("NCA-*/formula-*.so"))
+    assert list(folder.glob("Unified-*/build-*"))
+    assert not list(folder.glob("Unified-*/formula-*.so"))
 
     both = [start_process(changed, DML_CUDA_CACHE=str(folder)) for _ in range(2)]
     first, second = (finish(process) for process in both)
@@ -675,8 +679,8 @@ def test_an_interrupted_build_and_several_processes(cache, tmp_path):
 
 def test_a_library_that_was_cut_short(cache, tmp_path):
     """It is built again; loaded, it would kill the process with SIGBUS."""
-    changed = tmp_path / "nca.h"
-    changed.write_text(NCA_TEXT + "// to be cut\n")
+    changed = tmp_path / "unified.h"
+    changed.write_text(UNIFIED_TEXT + "// to be cut\n")
     expected = finish(start_process(changed, DML_CUDA_CACHE=str(tmp_path / "cache")))
     for length in (-1, 5000):
         (library,) = (tmp_path / "cache").rglob("*.so")
@@ -691,8 +695,8 @@ def test_a_library_that_was_cut_short(cache, tmp_path):
 def test_a_cache_at_an_unusual_path(cache, tmp_path, folder):
     home = tmp_path / "home"
     home.mkdir()
-    changed = tmp_path / "nca.h"
-    changed.write_text(NCA_TEXT + "// elsewhere\n")
+    changed = tmp_path / "unified.h"
+    changed.write_text(UNIFIED_TEXT + "// elsewhere\n")
     chosen = folder if folder.startswith("~") else str(tmp_path / folder)
     finish(start_process(changed, DML_CUDA_CACHE=chosen, HOME=str(home), cwd=tmp_path))
     place = home / folder[2:] if folder.startswith("~") else Path(chosen)
@@ -725,8 +729,8 @@ def test_from_an_installed_package(cache, tmp_path):
     for extension in (ROOT / "dml_cuda").glob("_C*.so"):
         shutil.copy(extension, package)
     text = f"import dml_cuda; assert dml_cuda.__file__.startswith({str(tmp_path)!r}), dml_cuda.__file__\n"
-    formula = tmp_path / "nca.h"
-    formula.write_text(NCA_TEXT)
+    formula = tmp_path / "unified.h"
+    formula.write_text(UNIFIED_TEXT)
     command = [sys.executable, "-c", text + LOAD, str(formula)]
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "DML_CUDA_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -736,7 +740,7 @@ def test_from_an_installed_package(cache, tmp_path):
 @pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_compile(tmp_path):
     """The sources of the CUDA engine with one formula in the list: nothing spills."""
-    source = read(custom_losses.HERE / "tuplet_margin.h")
+    source = read(custom_losses.HERE / "arc_con.h")
     build.write_headers(source, tmp_path)
     includes = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.SOURCES / "losses")]
     flags = (*machine_code.FLAGS, "-DDML_CUSTOM_FORMULA", "-DDML_WITH_CUDA", *includes)
@@ -763,7 +767,7 @@ def test_walk_through(cache, tmp_path, monkeypatch, capsys):
             exec(compile(text, "custom_loss.md", "exec"), names)
         else:
             assert capsys.readouterr().out == text
-    for name in ("nca", "tuplet_margin"):  # the examples are what the walk-through ends with
+    for name in ("unified", "arc_con"):  # the examples are what the walk-through ends with
         assert (tmp_path / f"{name}.h").read_text() == (custom_losses.HERE / f"{name}.h").read_text()
 
 

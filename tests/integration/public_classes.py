@@ -60,7 +60,7 @@ def learned(value):
 
 
 def _custom():
-    return dml_cuda.compile_loss(ROOT / "examples" / "custom_losses" / "nca.h")(scale=8.0)
+    return dml_cuda.compile_loss(ROOT / "examples" / "custom_losses" / "unified.h")(scale=8.0)
 
 
 def _memory():
@@ -78,6 +78,7 @@ SPECIAL = {
     dml_cuda.CrossBatchMemory: _memory,
     dml_cuda.custom.CustomLoss: _custom,
     distributed.DistributedLoss: _distributed,
+    dml_cuda.NPairsLoss: dml_cuda.NPairsLoss,
     dml_cuda.MarginLoss: lambda: dml_cuda.MarginLoss(learn_beta=True, num_classes=CLASSES),
 }
 # The bases of the classes: losses, which need no argument; heads; miners of triplets and of pairs.
@@ -89,7 +90,11 @@ LOSS_BASES, HEAD_BASES, TRIPLET_BASES, PAIR_BASES = [
 ]
 if pml is not None:
     SPECIAL[pml.MarginLoss] = lambda: pml.MarginLoss(learn_beta=True, num_classes=CLASSES)
-    LOSS_BASES += [pml.pair_losses._Fused, pml.triplet_losses._FusedTriplets]
+    SPECIAL[pml.RankedListLoss] = lambda: pml.RankedListLoss(margin=0.4, Tn=2)
+    SPECIAL[pml.SubCenterArcFaceLoss] = lambda: pml.SubCenterArcFaceLoss(
+        num_classes=CLASSES, embedding_size=DIM
+    )
+    LOSS_BASES += [pml.pair_losses._Fused, pml.pair_losses._FusedRows, pml.triplet_losses._FusedTriplets]
     HEAD_BASES += [pml.class_losses._FusedClassifier]
     TRIPLET_BASES += [pml.miners._Lazy]
     PAIR_BASES += [pml.MultiSimilarityMiner, pml.PairMarginMiner]

@@ -138,6 +138,42 @@ def lifted_structure(pos, neg, neg_margin=1.0, pos_margin=0.0):
     return Row([Part(max(pull + push, 0.0))], -is_open * pos_shares, is_open * neg_shares)
 
 
+def nca(pos, neg, softmax_scale=1.0):
+    """A negative scale, that of distances, multiplies their squares."""
+    if len(pos) == 0 or len(neg) == 0:
+        return Row([Part(0.0, int(len(pos) > 0), logarithms=np.zeros(0))], 0 * pos, 0 * neg)
+    power = 2 if softmax_scale < 0 else 1
+    pull, pos_shares = log_sum_exp(softmax_scale * pos**power)
+    push, neg_shares = log_sum_exp(softmax_scale * neg**power)
+    loss, wrong = softplus(push - pull), sigmoid(push - pull)
+    by_pos, by_neg = (power * softmax_scale * s ** (power - 1) for s in (pos, neg))
+    part = Part(loss, 1, logarithms=np.array([loss]))
+    return Row([part], -wrong * pos_shares * by_pos, wrong * neg_shares * by_neg)
+
+
+def tuplet_margin(pos, neg, margin=5.73, scale=64.0):
+    if len(neg) == 0:
+        return Row([Part(0.0, len(pos), 0)], 0 * pos, 0 * neg)
+    angle, sine = np.deg2rad(margin), np.sqrt(np.maximum((1 - pos) * (1 + pos), 0.0))
+    turned = np.cos(angle) * pos + np.sin(angle) * sine
+    across = np.divide(pos, sine, out=0 * pos, where=sine > 0)
+    derivative = np.cos(angle) - np.sin(angle) * across
+    others, shares = log_sum_exp(scale * neg)
+    logits = others - scale * turned
+    losses, wrong = softplus(logits), sigmoid(logits)
+    part = Part(losses.sum(), len(pos), logarithms=losses)
+    return Row([part], -scale * wrong * derivative, scale * wrong.sum() * shares)
+
+
+def ranked_list(pos, neg, level=-1.2, temperature=10.0, moment=0.0):
+    """The sum of the weights of the negatives beyond the level, or with ``moment`` of weight times excess."""
+    excess = neg - level
+    weight = np.where(excess > 0, np.exp(temperature * excess), 0.0)
+    loss = weight * excess if moment else weight
+    derivative = weight * (1 + temperature * excess) if moment else temperature * weight
+    return Row([Part(loss.sum())], 0 * pos, derivative)
+
+
 def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):
     """psi(theta) = cos(theta + angle) - margin of the own class, monotone beyond pi - angle."""
     if len(pos) == 0 or len(neg) == 0:
@@ -189,13 +225,17 @@ ROWS = {
     "nt_xent": nt_xent,
     "sup_con": sup_con,
     "lifted_structure": lifted_structure,
+    "nca": nca,
+    "tuplet_margin": tuplet_margin,
+    "ranked_list": ranked_list,
     "margin_softmax": margin_softmax,
     "proxy_anchor": proxy_anchor,
     "siglip": siglip,
     "negatives_lse": negatives_lse,
 }
-MARGINS = ("base", "pos_margin", "neg_margin")  # distances where the similarity is one, with its sign turned
-REPEATS = ("contrastive", "nt_xent")  # a pair that is listed twice counts twice
+# Distances where the similarity is one, with its sign turned.
+MARGINS = ("base", "pos_margin", "neg_margin", "softmax_scale")
+REPEATS = ("contrastive", "nt_xent", "tuplet_margin")  # a pair that is listed twice counts twice
 
 
 def _unit(points):

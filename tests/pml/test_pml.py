@@ -21,7 +21,9 @@ DISTANCES = {
     ),
 }
 # Its circle loss takes cosines alone; its NT-Xent loss of the others ends at -log(the smallest number).
-OF_COSINES = ("circle", "nt_xent")
+OF_COSINES = ("circle", "nt_xent", "tuplet_margin")
+# It crosses positive pairs with negative pairs.
+CROSSED = ("nt_xent", "tuplet_margin")
 PAIRS = {
     f"{loss.name}, {options}": (loss, options)
     for loss in LOSSES.values()
@@ -29,6 +31,21 @@ PAIRS = {
     for options in loss.cases
 }
 EVERY = pytest.mark.parametrize("name", PAIRS)
+
+
+def with_epsilon(*values):
+    """Every loss with each of these; without mining alone where a miner's pairs only weigh the rows."""
+    cases = [(name, e) for name, (loss, _) in PAIRS.items() for e in values if e is None or loss.pml_mines]
+    return pytest.mark.parametrize(("name", "epsilon"), cases)
+
+
+def their_distance(loss, distance=None):
+    """``{"distance": ...}`` by name; by default that of their class."""
+    if distance is None:
+        return {}
+    if loss.pml_squares and distance.startswith("euclidean"):
+        return {"distance": distances.LpDistance(power=2, normalize_embeddings=distance == "euclidean")}
+    return {"distance": DISTANCES[distance][0]()}
 
 
 def value_and_gradients(loss_fn, embeddings, labels, miner=None, ref_emb=None, ref_labels=None):
@@ -47,8 +64,7 @@ def compare(name, embeddings, labels, epsilon, *, reducer=None, reduction=None, 
     if reduction is not None:
         shared["reduction"] = reduction
     if distance is not None:
-        make, similarity = DISTANCES[distance]
-        shared, measured = shared | similarity, {"distance": make()}
+        shared, measured = shared | DISTANCES[distance][1], their_distance(loss, distance)
     miner = None
     if epsilon is not None:
         # PML's miner has a distance of its own, the cosine by default; a loss that mines uses its own.
@@ -67,26 +83,25 @@ def compare(name, embeddings, labels, epsilon, *, reducer=None, reduction=None, 
 
 
 @pytest.mark.check
-@EVERY
-@pytest.mark.parametrize("epsilon", [None, 0.1, 0.0])
+@with_epsilon(None, 0.1, 0.0)
 def test_many_batches(name, epsilon):
     for seed in range(25):
         torch.manual_seed(seed)
         loss, kind = PAIRS[name][0].name, LABELS[seed % 4]
-        # PML's NT-Xent takes pairs times pairs; its SupCon is 0 where no row at all has a negative.
-        n = int(torch.randint(2, 60 if loss == "nt_xent" else 170, ()))
-        if loss == "sup_con" and kind == "one":
+        # PML's SupCon is 0 where no row at all has a negative, its NCA NaN where none has a positive.
+        n = int(torch.randint(2, 60 if loss in CROSSED else 170, ()))
+        if (loss, kind) in (("sup_con", "one"), ("nca", "distinct")):
             continue
         spread = (0.3, 1.0)[seed % 2]
         value, *_ = compare(name, *make_batch(n, 12, kind, torch.float64, spread), epsilon)
         assert torch.isfinite(value)
 
 
-@EVERY
-@pytest.mark.parametrize("epsilon", [None, 0.1])
+@with_epsilon(None, 0.1)
 def test_ref_emb(name, epsilon):
     for n, m in ((1, 9), (40, 150), (150, 40)):
         labels, ref_labels = make_labels(n), make_labels(m)
+        ref_labels[0] = labels[0]  # without any positive PML's NCA has no gradient
         points = make_points(torch.cat([labels, ref_labels]), 10, torch.float64)
         compare(name, points[:n], labels, epsilon, ref_emb=points[n:], ref_labels=ref_labels)
 
@@ -101,12 +116,12 @@ def test_reducers(name, reduction):
     }[reduction]
     labels = torch.cat([make_labels(60), torch.arange(100, 110)])
     embeddings = make_points(labels, 10, torch.float64)
-    compare(name, embeddings, labels, 0.1, reducer=reducer, reduction=reduction)
+    epsilon = 0.1 if PAIRS[name][0].pml_mines else None
+    compare(name, embeddings, labels, epsilon, reducer=reducer, reduction=reduction)
 
 
-@EVERY
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("epsilon", [None, 0.1])
+@with_epsilon(None, 0.1)
 def test_distances(name, distance, epsilon):
     if PAIRS[name][0].name in OF_COSINES and distance != "cosine":
         pytest.skip("not in pytorch-metric-learning, or not beyond a limit")
@@ -117,7 +132,7 @@ def test_distances(name, distance, epsilon):
     compare(name, points[:40], labels, epsilon, distance=distance, **refs)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if "nt_xent" not in name])  # 20 s and 7 GB there
+@pytest.mark.parametrize("name", [name for name in PAIRS if PAIRS[name][0].name not in CROSSED])
 def test_float32(name):
     """In PML users' own dtype, on PML's own benchmark shape."""
     embeddings, labels = make_batch(512, 128)

@@ -29,6 +29,7 @@ FormulaFacts formula_facts(std::string_view name) {
              {"needs_pos", of.needed.pos},
              {"needs_neg", of.needed.neg},
              {"counts_pairs", of.count == Count::kPairs},
+             {"counts_rows_with_loss", of.count == Count::kRowsWithLoss},
              {"two_parts", of.parts == 2},
              {"cuda", custom == nullptr || custom->cuda != nullptr}}};
 }

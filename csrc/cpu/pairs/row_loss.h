@@ -37,11 +37,15 @@ struct RowOutcome {
                                                                : accumulators.pos_a[i] > -infinity<T>();
         const bool any_kept =
             mining ? kept_pos || accumulators.max_neg[i] > -infinity<T>() : positives > 0 || negatives > 0;
+        const bool has_loss =
+            mining ? any_kept : row_has_loss(formula.needed, false, positives > 0, negatives > 0);
         for (int k = 0; k < 2; ++k) {
             count[k] = loss.count[k];
-            if (formula.count != Count::kRows) continue;
+            if (formula.count == Count::kPairs) continue;
+            if (formula.count == Count::kRowsWithLoss) count[k] = has_loss;
             if (reduction == Reduction::kMeanNonzero) count[k] = loss.nonzero[k];
-            if (reduction == Reduction::kMeanValid && formula.parts == 1) count[k] = any_kept;
+            if (reduction == Reduction::kMeanValid && formula.count == Count::kRows && formula.parts == 1)
+                count[k] = any_kept;
         }
     }
 

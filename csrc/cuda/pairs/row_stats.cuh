@@ -230,8 +230,11 @@ DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering
         result.part[k] = loss.part[k];
         Acc count = loss.count[k];
         if constexpr (Formula::kCount == Count::kRows) {
-            if (reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
             if (reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
+        }
+        if constexpr (Formula::kCount == Count::kRowsWithLoss) count = Acc(has_loss);
+        if constexpr (Formula::kCount != Count::kPairs) {
+            if (reduction == Reduction::kMeanNonzero) count = Acc(loss.nonzero[k]);
         }
         result.count[k] = count;
     }
