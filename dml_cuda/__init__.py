@@ -8,6 +8,7 @@ from ._extension import _C  # first: it explains why the extension cannot be loa
 # isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
+from .losses._ranking import RankingOptions
 from .losses._triplet import TripletOptions
 from .losses._two_towers import TowerOptions
 from .losses.binomial_deviance import BinomialDevianceLoss
@@ -15,6 +16,7 @@ from .losses.circle import CircleLoss
 from .losses.circle_classifier import CircleClassifierLoss
 from .losses.clip import CLIPLoss
 from .losses.contrastive import ContrastiveLoss
+from .losses.fast_ap import FastAPLoss
 from .losses.info_nce import InfoNCELoss
 from .losses.lifted_structure import GeneralizedLiftedStructureLoss
 from .losses.margin import MarginLoss
@@ -23,7 +25,9 @@ from .losses.multi_similarity import MultiSimilarityLoss
 from .losses.nt_xent import NTXentLoss
 from .losses.proxy_anchor import ProxyAnchorLoss
 from .losses.proxy_nca import ProxyNCALoss
+from .losses.recall_at_k import RecallAtKLoss
 from .losses.siglip import SigLIPLoss
+from .losses.smooth_ap import SmoothAPLoss
 from .losses.soft_triple import SoftTripleLoss
 from .losses.sup_con import SupConLoss
 from .losses.triplet_margin import TripletMarginLoss
@@ -57,6 +61,7 @@ __all__ = [
     "CosFaceLoss",
     "CrossBatchMemory",
     "DistanceWeightedMiner",
+    "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "InfoNCELoss",
     "MarginLoss",
@@ -71,8 +76,11 @@ __all__ = [
     "PairOptions",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
+    "RankingOptions",
+    "RecallAtKLoss",
     "SelectedPairs",
     "SigLIPLoss",
+    "SmoothAPLoss",
     "SoftTripleLoss",
     "SupConLoss",
     "TowerOptions",

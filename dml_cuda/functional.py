@@ -14,10 +14,13 @@ from .losses._pair import PairLoss
 from .losses.binomial_deviance import binomial_deviance_loss
 from .losses.circle import circle_loss
 from .losses.contrastive import contrastive_loss
+from .losses.fast_ap import fast_ap_loss
 from .losses.lifted_structure import generalized_lifted_structure_loss
 from .losses.margin import margin_loss
 from .losses.multi_similarity import multi_similarity_loss
 from .losses.nt_xent import nt_xent_loss
+from .losses.recall_at_k import recall_at_k_loss
+from .losses.smooth_ap import smooth_ap_loss
 from .losses.soft_triple import SoftTripleLoss
 from .losses.sup_con import sup_con_loss
 from .losses.triplet_margin import triplet_margin_loss
@@ -28,11 +31,14 @@ __all__ = [
     "binomial_deviance_loss",
     "circle_loss",
     "contrastive_loss",
+    "fast_ap_loss",
     "generalized_lifted_structure_loss",
     "margin_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "pair_weights",
+    "recall_at_k_loss",
+    "smooth_ap_loss",
     "sup_con_loss",
     "triplet_margin_loss",
 ]
@@ -99,7 +105,7 @@ def pair_weights(
             return PairWeights(*loss.center_weights(embeddings, labels))
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     formula, params, options, similarity = call.formula, call.params, call.options, call.similarity
-    if formula.row is Formula.row:
+    if formula.row is Formula.row or formula.ranks:
         raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
     unchecked = call._replace(options=options._replace(check_pairs=False))
     batch = validate(unchecked, embeddings, labels, indices_tuple, ref_emb, ref_labels)

@@ -1,7 +1,7 @@
 """From a batch to its loss: one ladder, read top to bottom in :func:`evaluate` and :func:`compute`."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from .._inputs.options import Options
 from .._inputs.row_weights import weights_of_rows
 from ..losses._formula import Formula
 from ..reference import pairs as reference
-from . import listed_pairs
-from .arguments import OpOptions, precision_for
+from . import listed_pairs, ranking
+from .arguments import OpBatch, OpOptions, precision_for
 from .devices import use_kernel
 
 _PAIR_LOSS = torch.ops.dml_cuda.pair_loss.default
@@ -82,6 +82,11 @@ def validate(
         similarity=call.similarity,
         check_pairs=call.options.check_pairs,
     )
+    if call.formula.ranks and (batch.indices is not None or batch.epsilon is not None):
+        raise ValueError(
+            "indices_tuple: expected None with a ranking loss, which is of all pairs of a row; got "
+            + ("pairs as lists" if batch.epsilon is None else "mined pairs")
+        )
     return batch.with_row_weights(row_weights)
 
 
@@ -108,6 +113,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     # 1. Eager fast path, in C++: it checks what it takes, and returns None for unusual inputs.
     if (
         batch.indices is None
+        and not call.formula.ranks
         and call.options.backend != "reference"
         and not torch.compiler.is_compiling()
         and (not needs_cpu_kernel(call, batch) or is_on_cpu(batch.embeddings))
@@ -131,6 +137,8 @@ def compute(call: Call, batch: Batch) -> Tensor:
     on_cuda = call.formula.on_cuda and not needs_cpu_kernel(call, batch)
     fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
+    if fused and call.formula.ranks:
+        return ranking.ranking_loss(_op_batch(batch), _op_options(call, batch))
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
     # 4. Pairs given as lists.
@@ -159,13 +167,13 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
     return value if value.dtype == wanted else value.to(wanted)
 
 
-def _op_batch(batch: Batch) -> tuple[Any, ...]:
-    """``OpBatch`` with the labels in int64."""
+def _op_batch(batch: Batch) -> OpBatch:
+    """With the labels in int64."""
     embeddings, labels, ref_emb, ref_labels, *places = batch[:7]
     labels, ref_labels = (
         x if x is None or x.dtype == torch.int64 else x.long() for x in (labels, ref_labels)
     )
-    return embeddings, labels, ref_emb, ref_labels, *places
+    return OpBatch(embeddings, labels, ref_emb, ref_labels, *places)
 
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:

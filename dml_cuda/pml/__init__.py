@@ -39,6 +39,7 @@ from .pair_losses import (
     NTXentLoss,
     SupConLoss,
 )
+from .ranking_losses import FastAPLoss, SmoothAPLoss
 from .triplet_losses import MarginLoss, TripletMarginLoss
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosFaceLoss",
     "DistanceWeightedMiner",
+    "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "MarginLoss",
     "MultiSimilarityLoss",
@@ -58,6 +60,7 @@ __all__ = [
     "PairMarginMiner",
     "ProxyAnchorLoss",
     "ProxyNCALoss",
+    "SmoothAPLoss",
     "SoftTripleLoss",
     "SupConLoss",
     "TripletMarginLoss",
