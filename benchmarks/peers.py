@@ -126,7 +126,7 @@ _PML_OPTIONS = {
 
 
 def _check_triplets(case: Case, device: torch.device) -> None:
-    """pytorch-metric-learning crosses these losses' positive pairs with negative ones, or pairs with columns."""
+    """pytorch-metric-learning crosses these losses' positive pairs with negative ones, or pairs with rows."""
     positives, negatives = case.n * (case.per_class - 1), case.n * (case.n - case.per_class)
     numbers = {
         "nt_xent": positives * negatives,

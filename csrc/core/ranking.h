@@ -24,7 +24,32 @@ struct Logistic {
         value = x < T(0) ? rest : share;
         slope = rest * share;
     }
+    // The same from exp(-x).
+    static DML_INLINE Logistic of_exponential(T e) {
+        const T share = T(1) / (T(1) + e);
+        return Logistic(share, (e * share) * share);
+    }
+
+   private:
+    DML_INLINE Logistic(T v, T s) : value(v), slope(s) {}
 };
+
+// exp((s_j - s_k) / temperature) is a product of a factor of each: one exponential a column serves all positives
+// within kReach temperatures of a centre. A column beyond all of them counts as one that is saturated for each.
+template <typename T>
+inline constexpr T kReach = sizeof(T) == 8 ? T(300) : T(24);
+
+template <typename T>
+DML_INLINE T near_factor(T s, T centre, T inverse) {
+    return exp_fast((s - centre) * inverse);
+}
+// Of a column; the largest for NaN, which adds nothing.
+template <typename T>
+DML_INLINE T far_factor(T s, T centre, T inverse) {
+    constexpr T most = kSaturated<T> + kReach<T>;
+    const T x = (centre - s) * inverse, below = x < most ? x : most;
+    return exp_fast(below > -most ? below : -most);
+}
 
 // ---- ranks -----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ struct TripletParams {
 
 // With which every pair of a row may be chosen.
 template <typename T>
-TripletParams<T> all_distances() {
+DML_INLINE TripletParams<T> all_distances() {
     constexpr double inf = std::numeric_limits<double>::infinity();
     const double params[kTripletParams] = {0, -inf, inf, -inf, inf, -inf, inf, 0, 0, 0};
     return TripletParams<T>(params);

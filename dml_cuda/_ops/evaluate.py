@@ -152,7 +152,8 @@ def compute(call: Call, batch: Batch) -> Tensor:
 
 def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
     """Whether a call asks for what the CUDA kernels do not have yet."""
-    return call.learns or call.op_options.both_directions or batch.row_weights is not None
+    weighted = batch.row_weights is not None and not call.formula.ranks
+    return call.learns or call.op_options.both_directions or weighted
 
 
 def is_on_cpu(x: object) -> bool:

@@ -39,7 +39,6 @@ class RankingFormula(Formula):
 
     ranks = True
     reduction = "mean_valid"
-    on_cuda = False
 
     @staticmethod
     def valid(pos: Pairs, neg: Pairs) -> Tensor:

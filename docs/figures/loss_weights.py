@@ -25,7 +25,7 @@ MOVING = torch.linspace(-0.25, 0.98, 83, dtype=torch.float64)
 
 
 def by_angle(name: str, cosines: torch.Tensor, is_positive: torch.Tensor) -> torch.Tensor:
-    """``[M]`` the weights of an anchor's pairs in a loss of triplets or ranks, by the gradient of the angles."""
+    """``[M]`` an anchor's weights in a loss of triplets or ranks, by the gradient of the angles."""
     angles = cosines.acos().requires_grad_()
     columns = torch.stack([angles.cos(), angles.sin()], dim=1)
     anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float64)

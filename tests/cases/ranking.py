@@ -5,7 +5,7 @@ from functools import cached_property
 
 import pytest
 import torch
-from cases.losses import _no_number, _not_positive
+from cases.losses import _not_positive
 
 import dml_cuda
 from dml_cuda import functional

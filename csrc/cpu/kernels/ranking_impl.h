@@ -22,59 +22,60 @@ void rank_blocks(const T* s, int64_t m, RankBlock<T>* blocks) {
         blocks[from / kRankBlock] = rank_block(s, from, from + kRankBlock < m ? from + kRankBlock : m);
 }
 
-// Adds the columns of one block to the ranks of a positive.
 template <typename T>
-DML_INLINE void add_block_ranks(const RowRanks<T>& row, int64_t from, int64_t to, T positive, double& rank,
-                                double& slope) {
-    const T* s = row.s;
-    const T inverse = row.inverse;
-    T ranks = 0, slopes = 0;
-#pragma omp simd reduction(+ : ranks, slopes)
-    for (int64_t k = from; k < to; ++k) {
-        const Logistic<T> step((s[k] - positive) * inverse);
-        const bool counts = s[k] == s[k];
-        ranks += counts ? step.value : T(0);
-        slopes += counts ? step.slope : T(0);
+void far_factors(const T* s, int64_t m, T centre, T inverse, T* far) {
+#pragma omp simd
+    for (int64_t k = 0; k < m; ++k) far[k] = far_factor(s[k], centre, inverse);
+}
+
+// Calls visit(j, from, to) for the positives and blocks of columns whose sigmoids are not all 0 or 1, and
+// above(j, count) for those where all are 1.
+template <typename T, typename Above, typename Visit>
+DML_INLINE void for_rank_blocks(const RowRanks<T>& row, const Above& above, const Visit& visit) {
+    for (int64_t from = 0; from < row.m; from += kRankBlock) {
+        const int64_t to = from + kRankBlock < row.m ? from + kRankBlock : row.m;
+        for (int64_t j = 0; j < row.count; ++j) {
+            if (row.blocks) {
+                const RankBlock<T> block = row.blocks[from / kRankBlock];
+                if ((block.most - row.positives[j]) * row.inverse < -kSaturated<T>) continue;
+                if ((block.least - row.positives[j]) * row.inverse > kSaturated<T>) {
+                    above(j, block.count);
+                    continue;
+                }
+            }
+            visit(j, from, to);
+        }
     }
-    rank += static_cast<double>(ranks);
-    slope += static_cast<double>(slopes);
 }
 
 template <typename T>
 void add_ranks(const RowRanks<T>& row, double* ranks, double* slopes) {
-    for (int64_t from = 0; from < row.m; from += kRankBlock) {
-        const int64_t to = from + kRankBlock < row.m ? from + kRankBlock : row.m;
-        const RankBlock<T> block = row.blocks[from / kRankBlock];
-        for (int64_t j = 0; j < row.count; ++j) {
-            const T positive = row.positives[j];
-            if ((block.most - positive) * row.inverse < -kSaturated<T>) continue;
-            if ((block.least - positive) * row.inverse > kSaturated<T>) {
-                ranks[j] += static_cast<double>(block.count);
-            } else {
-                add_block_ranks(row, from, to, positive, ranks[j], slopes[j]);
-            }
+    const auto above = [&](int64_t j, T count) DML_INLINE_LAMBDA { ranks[j] += static_cast<double>(count); };
+    for_rank_blocks(row, above, [&](int64_t j, int64_t from, int64_t to) DML_INLINE_LAMBDA {
+        const T near = row.near[j];
+        const T* far = row.far;
+        T rank = 0, slope = 0;
+#pragma omp simd reduction(+ : rank, slope)
+        for (int64_t k = from; k < to; ++k) {
+            const Logistic<T> step = Logistic<T>::of_exponential(near * far[k]);
+            rank += step.value;
+            slope += step.slope;
         }
-    }
+        ranks[j] += static_cast<double>(rank);
+        slopes[j] += static_cast<double>(slope);
+    });
 }
 
 template <typename T>
 void add_rank_weights(const RowRanks<T>& row, const T* by_rank, T* weights) {
-    const T* s = row.s;
-    const T inverse = row.inverse;
-    for (int64_t from = 0; from < row.m; from += kRankBlock) {
-        const int64_t to = from + kRankBlock < row.m ? from + kRankBlock : row.m;
-        const RankBlock<T> block = row.blocks[from / kRankBlock];
-        for (int64_t j = 0; j < row.count; ++j) {
-            const T positive = row.positives[j], factor = by_rank[j];
-            const bool below = (block.most - positive) * inverse < -kSaturated<T>;
-            if (below || (block.least - positive) * inverse > kSaturated<T>) continue;
+    const auto above = [](int64_t, T) DML_INLINE_LAMBDA {};
+    for_rank_blocks(row, above, [&](int64_t j, int64_t from, int64_t to) DML_INLINE_LAMBDA {
+        const T near = row.near[j], factor = by_rank[j];
+        const T* far = row.far;
 #pragma omp simd
-            for (int64_t k = from; k < to; ++k) {
-                const T slope = Logistic<T>((s[k] - positive) * inverse).slope;
-                weights[k] += s[k] == s[k] ? factor * slope : T(0);
-            }
-        }
-    }
+        for (int64_t k = from; k < to; ++k)
+            weights[k] += factor * Logistic<T>::of_exponential(near * far[k]).slope;
+    });
 }
 
 template <typename T>
@@ -109,13 +110,16 @@ void share_weights(const T* s, int64_t m, T bins, const T* by_place, T* weights)
 }
 
 template <typename T>
-double write_row_weights(T* s, int64_t m, const T* weights, T centre, bool euclidean) {
+double write_row_weights(T* s, int64_t m, T* weights, T centre, bool euclidean) {
     double along = 0;
     for (int64_t from = 0; from < m; from += kSweep) {
         const int64_t to = from + kSweep < m ? from + kSweep : m;
         T sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t k = from; k < to; ++k) sum += weights[k] != T(0) ? (s[k] - centre) * weights[k] : T(0);
+        for (int64_t k = from; k < to; ++k) {
+            weights[k] = s[k] == s[k] ? weights[k] : T(0);
+            sum += weights[k] != T(0) ? (s[k] - centre) * weights[k] : T(0);
+        }
         along += static_cast<double>(sum);
         write_weights(s, from, to, weights + from, euclidean);
     }

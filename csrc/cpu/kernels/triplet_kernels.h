@@ -50,13 +50,13 @@ struct RankBlock {
     T count;        // of its columns that are not NaN
 };
 
-// The soft ranks of positives among columns.
+// The soft ranks of positives near a centre among columns.
 template <typename T>
 struct RowRanks {
-    const T* s;  // [m] similarities
+    const T* far;  // [m] far_factor of the columns
     int64_t m;
-    const RankBlock<T>* blocks;  // of s
-    const T* positives;          // [count] their similarities
+    const RankBlock<T>* blocks;  // of the columns; null: none is skipped
+    const T *positives, *near;   // [count] their similarities and near_factor
     int64_t count;
     T inverse;  // of the temperature
 };
@@ -73,6 +73,7 @@ struct TripletKernels {
     int64_t (*largest)(const T* s, int64_t m, T limit);
     int64_t (*smallest)(const T* s, int64_t m);
     void (*rank_blocks)(const T* s, int64_t m, RankBlock<T>* blocks);
+    void (*far_factors)(const T* s, int64_t m, T centre, T inverse, T* far);
     // Adds to [count] numbers, of each positive: the sum over the columns of the sigmoid g of their distance in
     // units of the temperature, and of its derivative g (1 - g).
     void (*add_ranks)(const RowRanks<T>&, double* ranks, double* slopes);
@@ -82,9 +83,9 @@ struct TripletKernels {
     void (*add_shares)(const T* s, int64_t m, T bins, double* below);
     // weights[k] = by_place of the bin that column k lies in; 0 on an edge.
     void (*share_weights)(const T* s, int64_t m, T bins, const T* by_place, T* weights);
-    // Turns weights over similarities into weights over products, in place of s; returns the sum of
-    // (s - centre) times the former.
-    double (*write_row_weights)(T* s, int64_t m, const T* weights, T centre, bool euclidean);
+    // Turns weights over similarities into weights over products, in place of s, 0 where that is NaN; returns
+    // the sum of (s - centre) times the former.
+    double (*write_row_weights)(T* s, int64_t m, T* weights, T centre, bool euclidean);
     // The weights of a draw [m], relative to the largest, and their sum in each block of kDrawBlock.
     void (*draw_weights)(const T* s, int64_t m, const TripletParams<T>&, T* weights, double* sums);
     // b[j, i] = a[i, j].

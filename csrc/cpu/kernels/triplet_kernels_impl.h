@@ -16,6 +16,7 @@ const TripletKernels<T>& triplets() {
         largest<T>,
         smallest<T>,
         rank_blocks<T>,
+        far_factors<T>,
         add_ranks<T>,
         add_rank_weights<T>,
         add_shares<T>,

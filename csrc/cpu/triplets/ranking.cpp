@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/triplets/result.h"
@@ -17,19 +19,57 @@ using namespace triplet;
 
 namespace {
 
+// Positives [first, last) that lie near a centre, in order of their similarities.
+template <typename T>
+struct RankGroup {
+    int64_t first, last;
+    T centre;
+};
+
 // Memory for a row, kept by each thread.
 template <typename T>
 struct RankingScratch {
-    std::vector<T> weights;             // [m] of the columns
-    std::vector<RankBlock<T>> blocks;   // of the columns
-    std::vector<RankBlock<T>> no_skip;  // bounds for the positives, of which no block is skipped
-    // [P], of the positives: similarities, all but one of these, weights, and derivatives by both ranks.
-    std::vector<T> positives, others, pos_weights, by_rank, by_pos_rank;
+    std::vector<T> weights, far;       // [m] of the columns
+    std::vector<RankBlock<T>> blocks;  // of the columns
+    std::vector<std::pair<T, int32_t>> sorted;
+    std::vector<RankGroup<T>> groups;
+    // [P], of the positives as their similarities ascend: these, their columns, weights and derivatives by both
+    // ranks, and both factors of RowRanks.
+    std::vector<T> positives, pos_weights, by_rank, by_pos_rank, near, pos_far;
+    std::vector<int32_t> columns;
     std::vector<double> ranks, slopes, pos_ranks, pos_slopes;
     // FastAP, at each edge: the positives; and the other columns at or below it, then derivatives by these.
     std::vector<double> at_edge, below;
     std::vector<double> by_pos;  // derivatives by the positives at each edge
     std::vector<T> by_place;     // and by the place of a column within each bin
+
+    // Of the positives that a row found.
+    void sort_positives(const RowPairs<T>& pairs) {
+        const int64_t count = pairs.positives();
+        sorted.resize(count);
+        for (int64_t k = 0; k < count; ++k)
+            sorted[k] = {-pairs.distance(k), static_cast<int32_t>(pairs.column(k))};
+        std::sort(sorted.begin(), sorted.end());
+        positives.resize(count);
+        columns.resize(count);
+        for (int64_t k = 0; k < count; ++k) std::tie(positives[k], columns[k]) = sorted[k];
+    }
+
+    // Cuts the positives into groups that one factor of each column serves.
+    void group_positives(T inverse) {
+        const int64_t count = positives.size();
+        groups.clear();
+        near.resize(count);
+        for (int64_t first = 0, last; first < count; first = last) {
+            const T most = positives[first];
+            for (last = first + 1; last < count && (positives[last] - most) * inverse <= T(2) * kReach<T>;
+                 ++last) {
+            }
+            const T centre = most + (positives[last - 1] - most) / T(2);
+            groups.push_back({first, last, centre});
+            for (int64_t j = first; j < last; ++j) near[j] = near_factor(positives[j], centre, inverse);
+        }
+    }
 
     static RankingScratch& mine() {
         static thread_local RankingScratch scratch;
@@ -75,8 +115,7 @@ class RankingRows : public RowResults<T> {
             if (save_) std::fill(s, s + m, T(0));
             return;
         }
-        scratch.positives.resize(count);
-        for (int64_t k = 0; k < count; ++k) scratch.positives[k] = -pairs.distance(k);
+        scratch.sort_positives(pairs);
         if (save_) scratch.weights.resize(m);
         scratch.pos_weights.assign(count, T(0));
         const double weight = row_weights_ ? row_weights_[i] : 1.0;
@@ -85,8 +124,8 @@ class RankingRows : public RowResults<T> {
         counts[0] = static_cast<T>(score.loss) != T(0);
         if (!save_) return;
         for (int64_t k = 0; k < count; ++k) {
-            s[pairs.column(k)] = scratch.positives[k];
-            scratch.weights[pairs.column(k)] = scratch.pos_weights[k];
+            s[scratch.columns[k]] = scratch.positives[k];
+            scratch.weights[scratch.columns[k]] = scratch.pos_weights[k];
         }
         const double along = similarities_.kernels.write_row_weights(
             s, m, scratch.weights.data(), scratch.positives[0], similarities_.similarity.euclidean);
@@ -105,23 +144,31 @@ class RankingRows : public RowResults<T> {
         const TripletKernels<T>& kernels = similarities_.kernels;
         const int64_t count = scratch.positives.size(), m = similarities_.m;
         const T inverse = static_cast<T>(1 / rule_.temperature);
+        scratch.group_positives(inverse);
+        scratch.far.resize(m);
+        scratch.pos_far.resize(count);
         scratch.blocks.resize((m + kRankBlock - 1) / kRankBlock);
         kernels.rank_blocks(s, m, scratch.blocks.data());
-        const RowRanks<T> negatives = {s, m, scratch.blocks.data(), scratch.positives.data(), count, inverse};
         scratch.pos_ranks.assign(count, 1.0);
         scratch.pos_slopes.assign(count, 0.0);
-        for_other_positives(inverse, [&](int64_t j, const RowRanks<T>& others) {
-            kernels.add_ranks(others, &scratch.pos_ranks[j], &scratch.pos_slopes[j]);
-        });
-        scratch.ranks = scratch.pos_ranks;
-        scratch.slopes = scratch.pos_slopes;
-        kernels.add_ranks(negatives, scratch.ranks.data(), scratch.slopes.data());
+        scratch.ranks.assign(count, 0.0);
+        scratch.slopes.assign(count, 0.0);
+        for (const RankGroup<T>& group : scratch.groups) {
+            kernels.far_factors(s, m, group.centre, inverse, scratch.far.data());
+            const int64_t j = group.first;
+            kernels.add_ranks(among_columns(group, m, inverse), &scratch.ranks[j], &scratch.slopes[j]);
+            for_other_positives(group, inverse, [&](int64_t k, const RowRanks<T>& others) {
+                kernels.add_ranks(others, &scratch.pos_ranks[k], &scratch.pos_slopes[k]);
+            });
+        }
         RowScore score;
         const double share = 1.0 / static_cast<double>(count), scale = -weight * share / rule_.temperature;
         scratch.by_rank.resize(count);
         scratch.by_pos_rank.resize(count);
         double sum = 0;
         for (int64_t j = 0; j < count; ++j) {
+            scratch.ranks[j] += scratch.pos_ranks[j];
+            scratch.slopes[j] += scratch.pos_slopes[j];
             const RankTerm term = rank_term(scratch.ranks[j], scratch.pos_ranks[j]);
             sum += term.value;
             score.by_temperature_k -= share * term.by_temperature_k;
@@ -129,7 +176,7 @@ class RankingRows : public RowResults<T> {
             scratch.by_pos_rank[j] = static_cast<T>(scale * term.by_pos_rank);
         }
         score.loss = 1 - share * sum;
-        if (save_) weigh(negatives);
+        if (save_) weigh(s, inverse);
         return score;
     }
 
@@ -141,35 +188,54 @@ class RankingRows : public RowResults<T> {
     }
 
     // The weights of the columns and of the positives, which are columns and have ranks of their own.
-    void weigh(const RowRanks<T>& negatives) const {
+    void weigh(const T* s, T inverse) const {
         RankingScratch<T>& scratch = RankingScratch<T>::mine();
         const TripletKernels<T>& kernels = similarities_.kernels;
+        const int64_t m = similarities_.m;
         std::fill(scratch.weights.begin(), scratch.weights.end(), T(0));
-        kernels.add_rank_weights(negatives, scratch.by_rank.data(), scratch.weights.data());
-        for_other_positives(negatives.inverse, [&](int64_t j, const RowRanks<T>& others) {
-            const T by_both = scratch.by_rank[j] + scratch.by_pos_rank[j];
-            kernels.add_rank_weights(others, &by_both, scratch.pos_weights.data());
-        });
-        for (int64_t j = 0; j < negatives.count; ++j) {
+        // From the last on, whose factors are there.
+        for (auto group = scratch.groups.rbegin(); group != scratch.groups.rend(); ++group) {
+            if (group != scratch.groups.rbegin())
+                kernels.far_factors(s, m, group->centre, inverse, scratch.far.data());
+            kernels.add_rank_weights(among_columns(*group, m, inverse), &scratch.by_rank[group->first],
+                                     scratch.weights.data());
+            for_other_positives(*group, inverse, [&](int64_t j, const RowRanks<T>& others) {
+                const T by_both = scratch.by_rank[j] + scratch.by_pos_rank[j];
+                kernels.add_rank_weights(others, &by_both, scratch.pos_weights.data());
+            });
+        }
+        for (size_t j = 0; j < scratch.positives.size(); ++j) {
             const double by_own =
                 scratch.by_rank[j] * scratch.slopes[j] + scratch.by_pos_rank[j] * scratch.pos_slopes[j];
             scratch.pos_weights[j] -= static_cast<T>(by_own);
         }
     }
 
-    // Calls visit(j, the ranks of positive j among the others) for every positive j.
+    // The ranks of a group among all columns but the positives.
+    RowRanks<T> among_columns(const RankGroup<T>& group, int64_t m, T inverse) const {
+        const RankingScratch<T>& scratch = RankingScratch<T>::mine();
+        return {scratch.far.data(),
+                m,
+                scratch.blocks.data(),
+                &scratch.positives[group.first],
+                &scratch.near[group.first],
+                group.last - group.first,
+                inverse};
+    }
+
+    // Calls visit(j, the ranks of positive j among the others) for every positive j of a group.
     template <typename Visit>
-    void for_other_positives(T inverse, const Visit& visit) const {
+    void for_other_positives(const RankGroup<T>& group, T inverse, const Visit& visit) const {
         RankingScratch<T>& scratch = RankingScratch<T>::mine();
         const int64_t count = scratch.positives.size();
-        const T inf = infinity<T>();
-        scratch.no_skip.resize((count + kRankBlock - 1) / kRankBlock, {-inf, inf, T(0)});
-        scratch.others = scratch.positives;
-        for (int64_t j = 0; j < count; ++j) {
-            scratch.others[j] = std::numeric_limits<T>::quiet_NaN();
-            visit(j, RowRanks<T>{scratch.others.data(), count, scratch.no_skip.data(), &scratch.positives[j],
-                                 1, inverse});
-            scratch.others[j] = scratch.positives[j];
+        for (int64_t k = 0; k < count; ++k)
+            scratch.pos_far[k] = far_factor(scratch.positives[k], group.centre, inverse);
+        constexpr T none = std::numeric_limits<T>::quiet_NaN();
+        for (int64_t j = group.first; j < group.last; ++j) {
+            const T own = std::exchange(scratch.pos_far[j], far_factor(none, group.centre, inverse));
+            visit(j, RowRanks<T>{scratch.pos_far.data(), count, nullptr, &scratch.positives[j],
+                                 &scratch.near[j], 1, inverse});
+            scratch.pos_far[j] = own;
         }
     }
 
