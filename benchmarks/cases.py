@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .losses import CLASS_LOSSES, LOSSES, PAIR_LOSSES, short_name
+from .losses import CLASS_LOSSES, LOSSES, PAIR_LOSSES, RANKING_LOSSES, short_name
 
 ROWS_PER_CLASS = 4
 CENTRE_SCALE = 0.5
@@ -21,6 +21,7 @@ CUDA_GRAPH_LIMIT = 1024  # rows up to which a CUDA-graph replay is measured too
 
 # Formulas compiled on demand, of examples/custom_losses, by the name of their class.
 CUSTOM_LOSSES = {"unified": "UnifiedLoss", "arc_con": "ArcConLoss"}
+RANKING_PEERS = ("matmuls", "fused", "reference", "pml")
 FAMILY_PEERS = ("matmuls", "fused", "reference", "compiled", "pml")
 
 
@@ -46,6 +47,7 @@ class Case:
     backward: bool = True
     peers: tuple[str, ...] = DENSE_PEERS
     once: bool = False  # so slow that a single call of each peer must do, cold
+    per_class: int = ROWS_PER_CLASS  # rows of a class
 
     compared = ("loss_difference", "gradient_difference")  # what the outputs of a peer are, in order
 
@@ -165,6 +167,19 @@ def _family_cases() -> list[Case]:
     ]
 
 
+def _ranking_cases() -> list[Case]:
+    """Losses of ranks, and one of pairs for the time beside which theirs are judged."""
+    case = partial(Case, "ranking", epsilon=None, per_class=8)
+    return [
+        *(
+            case(loss, n, 128, batch=batch, peers=peers)
+            for loss, peers in (("circle", FAMILY_PEERS[:3]), *((x, RANKING_PEERS) for x in RANKING_LOSSES))
+            for n, batch in ((128, "noisy"), (2048, "noisy"), (2048, "separated"))
+        ),
+        *(case(loss, 16_384, 32, peers=("fused",), once=True) for loss in RANKING_LOSSES),
+    ]
+
+
 def _head_peers(loss: str) -> tuple[str, ...]:
     """pytorch-metric-learning has circle loss on pairs only."""
     peers = "matmuls", "fused", "reference", "pml"
@@ -224,6 +239,7 @@ def _cpu_cases() -> list[Case]:
         *memory,
         *_drop_in_cases(),
         *_triplet_cases(),
+        *_ranking_cases(),
     ]
 
 
@@ -260,9 +276,9 @@ def make_batch(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     in training) or half of that ("separated": late in training).
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(case.n) // ROWS_PER_CLASS
+    labels = torch.arange(case.n) // case.per_class
     labels = labels[torch.randperm(case.n, generator=generator)]
-    classes = -(-case.n // ROWS_PER_CLASS)
+    classes = -(-case.n // case.per_class)
     centres = CENTRE_SCALE * torch.randn(classes, case.d, generator=generator)
     noise = NOISE[case.batch] * torch.randn(case.n, case.d, generator=generator)
     embeddings = (centres[labels] + noise).to(device, getattr(torch, case.dtype))

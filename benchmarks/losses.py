@@ -7,6 +7,7 @@ from torch import nn
 import dml_cuda
 from dml_cuda.losses._classifier import ClassifierLoss
 from dml_cuda.losses._pair import PairLoss
+from dml_cuda.losses._ranking import RankingLoss
 from dml_cuda.losses._triplet import TripletLoss
 
 _WORD_ENDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -32,4 +33,5 @@ def _by_name(kind: type[nn.Module]) -> dict[str, type[nn.Module]]:
 PAIR_LOSSES = _by_name(PairLoss)
 CLASS_LOSSES = _by_name(ClassifierLoss)
 TRIPLET_LOSSES = _by_name(TripletLoss)
-LOSSES = PAIR_LOSSES | CLASS_LOSSES | TRIPLET_LOSSES
+RANKING_LOSSES = _by_name(RankingLoss)
+LOSSES = PAIR_LOSSES | CLASS_LOSSES | TRIPLET_LOSSES | RANKING_LOSSES

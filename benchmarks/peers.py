@@ -10,9 +10,9 @@ from torch import Tensor
 from dml_cuda import functional
 from examples import custom_losses
 
-from .cases import CUDA_GRAPH_LIMIT, CUSTOM_LOSSES, ROWS_PER_CLASS, Case
+from .cases import CUDA_GRAPH_LIMIT, CUSTOM_LOSSES, Case
 from .chunked import chunked_loss
-from .losses import PAIR_LOSSES
+from .losses import PAIR_LOSSES, RANKING_LOSSES
 from .measure import available_bytes
 
 try:
@@ -69,7 +69,9 @@ def matmuls(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 
 def _loss(case: Case, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    options = {"epsilon": case.epsilon, "backend": backend}
+    options = {"backend": backend}
+    if case.loss not in RANKING_LOSSES:  # which do not mine
+        options["epsilon"] = case.epsilon
     if case.loss in CUSTOM_LOSSES:
         return getattr(custom_losses, f"{case.loss}_loss")()(**options)
     return partial(getattr(functional, f"{case.loss}_loss"), **options)
@@ -115,15 +117,17 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 
 
 # The classes of both packages have the same names.
-_CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in PAIR_LOSSES.items()}
+_CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in (PAIR_LOSSES | RANKING_LOSSES).items()}
 
 
 def _check_triplets(case: Case, device: torch.device) -> None:
-    """pytorch-metric-learning crosses these losses' positive pairs with their negative pairs."""
-    if case.loss not in ("nt_xent", "tuplet_margin", "lifted_structure"):
+    """pytorch-metric-learning crosses these losses' positive pairs with negative ones, or pairs with rows."""
+    positives, negatives = case.n * (case.per_class - 1), case.n * (case.n - case.per_class)
+    numbers = dict.fromkeys(("nt_xent", "tuplet_margin", "lifted_structure"), positives * negatives)
+    numbers["smooth_ap"] = case.n**3
+    if case.loss not in numbers:
         return
-    positives, negatives = case.n * (ROWS_PER_CLASS - 1), case.n * (case.n - ROWS_PER_CLASS)
-    needed = 5 * positives * negatives * torch.finfo(getattr(torch, case.dtype)).bits // 8
+    needed = 5 * numbers[case.loss] * torch.finfo(getattr(torch, case.dtype)).bits // 8
     if needed > available_bytes(device):
         raise Unavailable(f"needs {needed / 2**30:,.0f} GiB")
 
@@ -136,6 +140,9 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
     loss_fn = loss_class()
+    if case.loss == "smooth_ap":  # right where classes lie one after another
+        order = labels.argsort(stable=True)
+        return loss_step(case, lambda x, y: loss_fn(x[order], y[order]), embeddings, labels)
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

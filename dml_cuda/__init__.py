@@ -8,6 +8,7 @@ from ._extension import _C  # first: it explains why the extension cannot be loa
 # isort: split
 from . import distributed, functional, reference
 from ._inputs.options import PairOptions
+from .losses._ranking import RankingOptions
 from .losses._triplet import TripletOptions
 from .losses._two_towers import TowerOptions
 from .losses.binomial_deviance import BinomialDevianceLoss
@@ -15,6 +16,7 @@ from .losses.circle import CircleLoss
 from .losses.circle_classifier import CircleClassifierLoss
 from .losses.clip import CLIPLoss
 from .losses.contrastive import ContrastiveLoss
+from .losses.fast_ap import FastAPLoss
 from .losses.info_nce import InfoNCELoss
 from .losses.lifted_pairs import LiftedStructureLoss
 from .losses.lifted_structure import GeneralizedLiftedStructureLoss
@@ -27,7 +29,9 @@ from .losses.nt_xent import NTXentLoss
 from .losses.proxy_anchor import ProxyAnchorLoss
 from .losses.proxy_nca import ProxyNCALoss
 from .losses.ranked_list import RankedListLoss
+from .losses.recall_at_k import RecallAtKLoss
 from .losses.siglip import SigLIPLoss
+from .losses.smooth_ap import SmoothAPLoss
 from .losses.soft_triple import SoftTripleLoss
 from .losses.sphere_face import SphereFaceLoss
 from .losses.sub_center_arc_face import SubCenterArcFaceLoss
@@ -64,6 +68,7 @@ __all__ = [
     "CosFaceLoss",
     "CrossBatchMemory",
     "DistanceWeightedMiner",
+    "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "InfoNCELoss",
     "LiftedStructureLoss",
@@ -82,8 +87,11 @@ __all__ = [
     "ProxyAnchorLoss",
     "ProxyNCALoss",
     "RankedListLoss",
+    "RankingOptions",
+    "RecallAtKLoss",
     "SelectedPairs",
     "SigLIPLoss",
+    "SmoothAPLoss",
     "SoftTripleLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",

@@ -14,6 +14,7 @@ from .losses._pair import PairLoss
 from .losses.binomial_deviance import binomial_deviance_loss
 from .losses.circle import circle_loss
 from .losses.contrastive import contrastive_loss
+from .losses.fast_ap import fast_ap_loss
 from .losses.lifted_pairs import lifted_structure_loss
 from .losses.lifted_structure import generalized_lifted_structure_loss
 from .losses.margin import margin_loss
@@ -21,6 +22,8 @@ from .losses.multi_similarity import multi_similarity_loss
 from .losses.nca import nca_loss
 from .losses.nt_xent import nt_xent_loss
 from .losses.ranked_list import ranked_list_loss
+from .losses.recall_at_k import recall_at_k_loss
+from .losses.smooth_ap import smooth_ap_loss
 from .losses.sup_con import sup_con_loss
 from .losses.triplet_margin import triplet_margin_loss
 from .losses.tuplet_margin import tuplet_margin_loss
@@ -31,6 +34,7 @@ __all__ = [
     "binomial_deviance_loss",
     "circle_loss",
     "contrastive_loss",
+    "fast_ap_loss",
     "generalized_lifted_structure_loss",
     "lifted_structure_loss",
     "margin_loss",
@@ -39,6 +43,8 @@ __all__ = [
     "nt_xent_loss",
     "pair_weights",
     "ranked_list_loss",
+    "recall_at_k_loss",
+    "smooth_ap_loss",
     "sup_con_loss",
     "triplet_margin_loss",
     "tuplet_margin_loss",
@@ -107,7 +113,7 @@ def pair_weights(
             return PairWeights(*found)
         embeddings, labels, ref_emb, ref_labels = loss.pairs(embeddings, loss.check(embeddings, labels))
     formula, params, options, similarity = call.formula, call.params, call.options, call.similarity
-    if formula.row is Formula.row:
+    if formula.row is Formula.row or formula.ranks:
         raise TypeError(f"loss: expected a loss of pairs, got {type(loss).__name__}")
     unchecked = call._replace(options=options._replace(check_pairs=False))
     batch = validate(unchecked, embeddings, labels, indices_tuple, ref_emb, ref_labels)

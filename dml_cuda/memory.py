@@ -10,6 +10,7 @@ from ._inputs.checks import check_batch, check_count
 from ._inputs.indices import index_lists, listed_pairs
 from .distributed import DistributedLoss
 from .losses._pair import PairLoss
+from .losses._ranking import RankingLoss
 from .losses._triplet import TripletLoss, to_triplets
 from .losses.margin import MarginLoss
 from .miners.mined import Mined
@@ -22,7 +23,7 @@ def _applies_rules(loss: object) -> bool:
     loss = getattr(loss, "_orig_mod", loss)  # the module that torch.compile wraps
     if isinstance(loss, DistributedLoss):
         return True
-    for kind in (PairLoss, TripletLoss, MarginLoss):
+    for kind in (PairLoss, RankingLoss, TripletLoss, MarginLoss):
         if isinstance(loss, kind) and type(loss).forward is kind.forward:
             return True
     is_fused = getattr(loss, "is_fused", None)  # the adapters of dml_cuda.pml

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.losses import CLASS_LOSSES, TRIPLET_LOSSES
+from benchmarks.losses import CLASS_LOSSES, RANKING_LOSSES, TRIPLET_LOSSES
 
 from .criteria import DEFAULT_MINERS, LOSSES, MINERS
 from .networks import NETWORKS
@@ -125,6 +125,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         parser.error("--amp fp16 is for GPUs; on a CPU: --amp bf16")
     if chosen.loss.removeprefix("pml-") in CLASS_LOSSES and (chosen.miner or chosen.memory or chosen.joint):
         parser.error(f"--loss {chosen.loss} is class-level: without --miner, --memory and --joint")
+    if chosen.loss in RANKING_LOSSES and chosen.miner not in (None, "none"):
+        parser.error(f"--loss {chosen.loss} ranks all columns: without --miner")
     if chosen.memory and chosen.memory < chosen.batch_size:
         parser.error(f"--memory {chosen.memory} does not hold a batch of {chosen.batch_size}")
     if chosen.distributed and chosen.loss.startswith("pml-"):

@@ -43,6 +43,14 @@ struct TripletParams {
     DML_INLINE T violation(T d_pos, T d_neg) const { return (d_pos - d_neg) + margin; }
 };
 
+// With which every pair of a row may be chosen.
+template <typename T>
+DML_INLINE TripletParams<T> all_distances() {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const double params[kTripletParams] = {0, -inf, inf, -inf, inf, -inf, inf, 0, 0, 0};
+    return TripletParams<T>(params);
+}
+
 // Terms of a triplet as functions of its violation. counts: whether the triplet adds to the loss or gradient.
 template <typename T>
 struct HingeTerm {

@@ -1,4 +1,4 @@
-// The ops on triplets on CUDA tensors: a block of rows against all columns at a time. The products of points,
+// The ops on triplets and ranks on CUDA tensors: a block of rows against all columns at a time. The products of points,
 // and of weights with points, are PyTorch's matrix products, float32 as precisely as the user has set it;
 // what lies between them are the kernels of cuda/triplets.cu. Nothing here waits for the device.
 #include <ATen/Functions.h>
@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cuda/triplets/triplets.h"
+#include "torch/ranking_ops.h"
 #include "torch/triplet_ops.h"
 
 namespace dml::cuda {
@@ -87,14 +88,15 @@ class Similarities {
 
     Tensor poison() const { return square ? rows.poison : rows.poison + cols.poison; }
 
-    // Calls visit(first row, similarities [rows, m], the kernels' view of them, their workspace).
+    // Calls visit(first row, similarities [rows, m], the kernels' view of them, their workspace). space: a row
+    // needs workspace as if it had so many columns at least.
     template <typename T, typename Visit>
-    void for_each_row_block(const Visit& visit) const {
+    void for_each_row_block(const Visit& visit, int64_t space = 0) const {
         if (n == 0 || m == 0) return;
         const int64_t most = std::clamp<int64_t>(kRowBlockBytes / (m * int64_t(sizeof(T))), 1, n);
         const Tensor memory = at::empty({most, m}, rows.rows.options());
-        const Tensor workspace =
-            at::empty({triplet_workspace_bytes<T>(most, m)}, rows.rows.options().dtype(at::kByte));
+        const Tensor workspace = at::empty({triplet_workspace_bytes<T>(most, std::max(m, space))},
+                                           rows.rows.options().dtype(at::kByte));
         const auto pointer = [](const Tensor& x) {
             return x.defined() ? x.const_data_ptr<int64_t>() : nullptr;
         };
@@ -143,41 +145,67 @@ TripletRules rules_of(TripletTerm term, TripletChoice choice, at::ArrayRef<doubl
 
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The gradient of the points from the weights of row blocks.
+class RowBlockGradient {
+   public:
+    RowBlockGradient(const Similarities& of, bool save, bool save_ref)
+        : of_(of),
+          save_(save),
+          for_refs_(save && save_ref && !of.square),
+          sum_weights_(save && of.how.euclidean && !of.how.normalize) {
+        const auto options = of.rows.rows.options();
+        by_rows_ = save ? at::zeros_like(of.rows.rows) : at::empty({0}, options);
+        by_cols_ = of.square ? by_rows_ : for_refs_ ? at::zeros_like(of.cols.rows) : at::empty({0}, options);
+        row_weights_ = at::zeros({sum_weights_ ? of.n : 0}, options);
+        col_weights_ = of.square ? row_weights_ : at::zeros({sum_weights_ && for_refs_ ? of.m : 0}, options);
+    }
+
+    // The weights [rows, m] of a block from row `first` on.
+    void add(int64_t first, const Tensor& weights) {
+        if (!save_) return;
+        const int64_t count = weights.size(0);
+        by_rows_.narrow(0, first, count).addmm_(weights, of_.cols.rows);
+        if (of_.square || for_refs_) by_cols_.addmm_(weights.t(), of_.rows.rows.narrow(0, first, count));
+        if (!sum_weights_) return;
+        row_weights_.narrow(0, first, count).add_(weights.sum(1));
+        if (of_.square || for_refs_) col_weights_.add_(weights.sum(0));
+    }
+
+    Tensor by_embeddings(const Tensor& poison) const {
+        return save_ ? of_.rows.back(by_rows_, row_weights_, of_.how).add_(poison) : none();
+    }
+    Tensor by_refs(const Tensor& poison) const {
+        return for_refs_ ? of_.cols.back(by_cols_, col_weights_, of_.how).add_(poison) : none();
+    }
+    Tensor none() const { return at::empty({0}, of_.rows.rows.options()); }
+
+   private:
+    const Similarities& of_;
+    const bool save_, for_refs_;
+    const bool sum_weights_;    // of distances of rows as they come
+    Tensor by_rows_, by_cols_;  // by the points as they are compared; the same where square
+    Tensor row_weights_, col_weights_;
+};
+
 template <typename T>
 LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, const OptionalTensor& beta,
                            bool save, bool save_ref) {
     const auto options = of.rows.rows.options();
-    const auto none = [&] { return at::empty({0}, options); };
-    const bool for_refs = save && save_ref && !of.square;
     Tensor sums = at::zeros({of.n}, options), counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
     const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : Tensor();
-    Tensor grad_beta = beta && save ? at::zeros({of.n}, options) : none();
-    // By the points as they are compared, and the weights' sums for distances of rows as they come.
-    Tensor by_rows = save ? at::zeros_like(of.rows.rows) : none();
-    Tensor by_cols = of.square ? by_rows : for_refs ? at::zeros_like(of.cols.rows) : none();
-    const bool sum_weights = save && of.how.euclidean && !of.how.normalize;
-    Tensor row_weights = at::zeros({sum_weights ? of.n : 0}, options);
-    Tensor col_weights = of.square ? row_weights : at::zeros({sum_weights && for_refs ? of.m : 0}, options);
+    Tensor grad_beta = at::zeros({beta && save ? of.n : 0}, options);
+    RowBlockGradient gradient(of, save, save_ref);
     of.for_each_row_block<T>(
         [&](int64_t first, const Tensor& s, const TripletRowBlock<T>& row_block, void* workspace) {
             triplet_rows(row_block, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr,
                          sums.data_ptr<T>(), counts.data_ptr<int64_t>(),
                          grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr, workspace,
                          c10::cuda::getCurrentCUDAStream());
-            if (!save) return;
-            const int64_t count = s.size(0);
-            by_rows.narrow(0, first, count).addmm_(s, of.cols.rows);
-            if (of.square || for_refs) by_cols.addmm_(s.t(), of.rows.rows.narrow(0, first, count));
-            if (!sum_weights) return;
-            row_weights.narrow(0, first, count).add_(s.sum(1));
-            if (of.square || for_refs) col_weights.add_(s.sum(0));
+            gradient.add(first, s);
         });
     const Tensor poison = of.poison();
-    sums.add_(poison);
-    if (!save) return {sums, counts, none(), none(), none()};
-    if (beta) grad_beta.add_(poison);
-    return {sums, counts, of.rows.back(by_rows, row_weights, of.how).add_(poison),
-            for_refs ? of.cols.back(by_cols, col_weights, of.how).add_(poison) : none(), grad_beta};
+    return {sums.add_(poison), counts, gradient.by_embeddings(poison), gradient.by_refs(poison),
+            grad_beta.add_(poison)};
 }
 
 at::ScalarType type_of(const Tensor& embeddings) {
@@ -199,6 +227,56 @@ LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, cons
     const TripletRules rules = rules_of(term, choice, params, of.how, save, seed);
     const auto run = type_of(embeddings) == at::kDouble ? triplet_loss_of<double> : triplet_loss_of<float>;
     return run(of, rules, beta, save, save_ref);
+}
+
+template <typename T>
+LossResult ranking_loss_of(const Similarities& of, const RankingRule& rule, const OptionalTensor& row_weights,
+                           bool save, bool save_ref, bool save_params) {
+    const auto options = of.rows.rows.options();
+    RankingRules rules = {};
+    rules.loss = rule.loss;
+    rules.possible = rule.possible();
+    rules.temperature = rule.temperature;
+    rules.temperature_k = rule.temperature_k;
+    std::copy(rule.cutoffs.begin(), rule.cutoffs.end(), rules.cutoffs);
+    rules.cutoff_count = static_cast<int>(rule.cutoffs.size());
+    rules.bins = rule.bins;
+    rules.euclidean = of.how.euclidean;
+    rules.write = save;
+    Tensor losses = at::zeros({of.n}, options), counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
+    Tensor by_params = at::zeros({save_params ? of.n : 0, 2}, options.dtype(at::kDouble));
+    const Tensor weights = row_weights ? row_weights->to(at::kDouble).contiguous() : Tensor();
+    RowBlockGradient gradient(of, save, save_ref);
+    of.for_each_row_block<T>(
+        [&](int64_t first, const Tensor& s, const TripletRowBlock<T>& row_block, void* workspace) {
+            ranking_rows(row_block, rules, row_weights ? weights.const_data_ptr<double>() : nullptr,
+                         losses.data_ptr<T>(), counts.data_ptr<int64_t>(),
+                         by_params.numel() > 0 ? by_params.data_ptr<double>() : nullptr, workspace,
+                         c10::cuda::getCurrentCUDAStream());
+            gradient.add(first, s);
+        },
+        ranking_space(rules, of.m));
+    const Tensor poison = of.poison();
+    // Of parameters on the CPU, which wait for their gradient.
+    const Tensor grad_params = save_params ? as_params(by_params.add_(poison).sum(0).cpu(), rule)
+                                           : at::empty({0}, at::TensorOptions(at::kDouble));
+    return {losses.add_(poison), counts, gradient.by_embeddings(poison), gradient.by_refs(poison),
+            grad_params};
+}
+
+LossResult ranking_loss(const PairBatch& batch, const OptionalTensor& row_weights,
+                        const OptionalTensor& dynamic_params, c10::string_view loss,
+                        at::ArrayRef<double> params, c10::string_view similarity, bool save, bool save_ref,
+                        bool save_params) {
+    const Tensor& embeddings = batch.embeddings;
+    const TripletPoints points{batch, similarity};
+    check_triplet_points(points);
+    check_row_weights(row_weights, embeddings.size(0), embeddings);
+    const RankingRule rule = ranking_rule(loss, params, dynamic_params, similarity);
+    const c10::cuda::CUDAGuard guard(embeddings.device());
+    const Similarities of(points, type_of(embeddings));
+    const auto run = type_of(embeddings) == at::kDouble ? ranking_loss_of<double> : ranking_loss_of<float>;
+    return run(of, rule, row_weights, save, save && save_ref, save && save_params);
 }
 
 template <typename T>
@@ -242,6 +320,7 @@ std::tuple<Tensor, Tensor> select(const PairBatch& batch, const OptionalTensor& 
 
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
     m.impl("triplet_loss", &FlatOp<&triplet_loss>::call);
+    m.impl("ranking_loss", &FlatOp<&ranking_loss>::call);
     m.impl("select", &FlatOp<&select>::call);
 }
 

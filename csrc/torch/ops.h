@@ -118,20 +118,23 @@ inline int64_t loss_rows(const Call& c) {
     return c.embeddings.size(0) + (c.both_directions ? c.ref_emb->size(0) : 0);
 }
 
+inline void check_row_weights(const OptionalTensor& weights, int64_t rows, const at::Tensor& embeddings) {
+    if (!weights) return;
+    TORCH_CHECK_VALUE(weights->dim() == 1 && weights->size(0) == rows, "row_weights: expected ", rows,
+                      " numbers, got shape ", weights->sizes());
+    TORCH_CHECK_TYPE(weights->is_floating_point(), "row_weights: expected floating-point numbers, got ",
+                     weights->scalar_type());
+    TORCH_CHECK_VALUE(weights->device() == embeddings.device(), "row_weights: on ", weights->device(),
+                      ", but embeddings on ", embeddings.device());
+}
+
 inline void check_inputs(const Call& c) {
     check_batch(c);
     TORCH_CHECK_VALUE(!c.return_sums || c.reduction != "none",
                       "return_sums: expected a reduction other than none");
     TORCH_CHECK_VALUE(!c.both_directions || (c.ref_emb && !c.self_index && !c.num_valid_refs),
                       "both_directions: expected ref_emb, and neither self_index nor num_valid_refs");
-    if (!c.row_weights) return;
-    const at::Tensor& weights = *c.row_weights;
-    TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == loss_rows(c), "row_weights: expected ",
-                      loss_rows(c), " numbers, got shape ", weights.sizes());
-    TORCH_CHECK_TYPE(weights.is_floating_point(), "row_weights: expected floating-point numbers, got ",
-                     weights.scalar_type());
-    TORCH_CHECK_VALUE(weights.device() == c.embeddings.device(), "row_weights: on ", weights.device(),
-                      ", but embeddings on ", c.embeddings.device());
+    check_row_weights(c.row_weights, loss_rows(c), c.embeddings);
 }
 
 // The elements of the result.

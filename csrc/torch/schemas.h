@@ -67,6 +67,19 @@ inline std::string triplet_loss() {
            "str similarity, bool save, bool save_ref=True) -> "
            "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)";
 }
+// Losses of the ranks, or of a histogram, of each row's similarities.
+//   loss           smooth_ap | recall_at_k | fast_ap
+//   params         temperature | temperature, temperature_k, the cut-offs K | bins; or these in float64 on the
+//                  CPU as dynamic_params, in which case params is empty
+//   losses         [N] of the rows, weighted; counts [N, 2] whether it is not 0, whether the row has a positive
+//   grad_*         the gradient of losses.sum(), in the type of losses, grad_params in float64; [0] where not
+//                  saved or absent
+inline std::string ranking_loss() {
+    return std::string("ranking_loss(") + PairBatch::kSchema + ", " + Call::kRowWeightsSchema +
+           ", Tensor? dynamic_params, str loss, float[] params, str similarity, bool save, "
+           "bool save_ref=True, bool save_params=False) -> "
+           "(Tensor losses, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_params)";
+}
 // The column, and its similarity, that a rule finds for each row, or for each pair of anchors (ascending) and
 // positives (-1: none). The rules: hardest_ or easiest_positive, hardest_, easiest_, semihard_ or
 // drawn_negative. -1 and -inf where there is none.

@@ -14,8 +14,8 @@ from .._inputs.row_weights import weights_of_rows
 from ..losses._formula import Formula, reduce, sums_and_counts
 from ..miners.mined_pairs import MinedPairs
 from ..reference import pairs as reference
-from . import listed_pairs
-from .arguments import OpOptions, precision_for
+from . import listed_pairs, ranking
+from .arguments import OpBatch, OpOptions, precision_for
 from .devices import use_kernel
 
 _PAIR_LOSS = torch.ops.dml_cuda.pair_loss.default
@@ -83,6 +83,11 @@ def validate(
         similarity=call.similarity,
         check_pairs=call.options.check_pairs,
     )
+    if call.formula.ranks and (batch.indices is not None or batch.epsilon is not None):
+        raise ValueError(
+            "indices_tuple: expected None with a ranking loss, which is of all pairs of a row; got "
+            + ("pairs as lists" if batch.epsilon is None else "mined pairs")
+        )
     return batch.with_row_weights(row_weights)
 
 
@@ -109,6 +114,7 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
     # 1. Eager fast path, in C++: it checks what it takes, and returns None for unusual inputs.
     if (
         batch.indices is None
+        and not call.formula.ranks
         and call.options.backend != "reference"
         and not call.formula.composed
         and not torch.compiler.is_compiling()
@@ -136,6 +142,8 @@ def compute(call: Call, batch: Batch) -> Tensor:
     if fused and composed and batch.indices is None:
         return _composed(call, batch)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
+    if fused and call.formula.ranks:
+        return ranking.ranking_loss(_op_batch(batch), _op_options(call, batch))
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
     # 4. Pairs given as lists.
@@ -184,7 +192,8 @@ def of_rows(call: Call, formula: type[Formula], params: list[float | Tensor], ba
 
 def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
     """Whether a call asks for what the CUDA kernels do not have yet."""
-    return call.learns or call.op_options.both_directions or batch.row_weights is not None
+    weighted = batch.row_weights is not None and not call.formula.ranks
+    return call.learns or call.op_options.both_directions or weighted
 
 
 def is_on_cpu(x: object) -> bool:
@@ -199,13 +208,13 @@ def in_wanted_dtype(value: Tensor, embeddings: Tensor) -> Tensor:
     return value if value.dtype == wanted else value.to(wanted)
 
 
-def _op_batch(batch: Batch) -> tuple[Any, ...]:
-    """``OpBatch`` with the labels in int64."""
+def _op_batch(batch: Batch) -> OpBatch:
+    """With the labels in int64."""
     embeddings, labels, ref_emb, ref_labels, *places = batch[:7]
     labels, ref_labels = (
         x if x is None or x.dtype == torch.int64 else x.long() for x in (labels, ref_labels)
     )
-    return embeddings, labels, ref_emb, ref_labels, *places
+    return OpBatch(embeddings, labels, ref_emb, ref_labels, *places)
 
 
 def _op_options(call: Call, batch: Batch) -> OpOptions:

@@ -16,6 +16,7 @@ from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
 from ..losses._classifier import ClassifierLoss, RowHead
 from ..losses._formula import reduce, sums_and_counts
 from ..losses._pair import PairLoss
+from ..losses._ranking import RankingLoss
 from ..losses._triplet import TripletLoss
 from ..losses._two_towers import TwoTowerLoss
 from ..losses.info_nce import InfoNCELoss, lse_batch
@@ -67,8 +68,9 @@ class DistributedLoss(nn.Module):
         L = \sum_k \frac{\sum_p \sum_{i \in R_p} l_{k,i}}{\sum_p \sum_{i \in R_p} u_{k,i}}
 
     Args:
-        loss: a loss of pairs, of triplets or of classes of dml_cuda. The weights of classes, and a beta that
-            is learnt, belong in DistributedDataParallel, which makes their gradient that of one process too:
+        loss: a loss of pairs, of ranks, of triplets or of classes of dml_cuda. The weights of classes, and a
+            beta that is learnt, belong in DistributedDataParallel, which makes their gradient that of one
+            process too:
             ``DistributedDataParallel(DistributedLoss(head))``.
         group: the processes; ``None`` for all. Without torch.distributed there is one.
         mode: ``"gather"``: every process holds the embeddings of all while the loss is computed, N x D.
@@ -99,9 +101,9 @@ class DistributedLoss(nn.Module):
     ) -> None:
         super().__init__()
         _leave_uncompiled()
-        if not (isinstance(loss, PairLoss | TripletLoss | _TOWERS) or _is_class_level(loss)):
+        if not (isinstance(loss, PairLoss | RankingLoss | TripletLoss | _TOWERS) or _is_class_level(loss)):
             raise TypeError(
-                "loss: expected a loss of pairs, triplets, classes or two towers of dml_cuda, got "
+                "loss: expected a loss of pairs, ranks, triplets, classes or two towers of dml_cuda, got "
                 f"{type(loss).__name__}"
             )
         known = Miner if isinstance(loss, TripletLoss) else MultiSimilarityMiner
@@ -110,8 +112,8 @@ class DistributedLoss(nn.Module):
                 f"miner: expected {'a miner' if known is Miner else 'MultiSimilarityMiner'} of dml_cuda or "
                 f"None, got {type(miner).__name__}"
             )
-        if miner is not None and isinstance(loss, ClassifierLoss | _TOWERS):
-            raise ValueError("miner: expected None with a loss of classes or of two towers")
+        if miner is not None and isinstance(loss, ClassifierLoss | RankingLoss | _TOWERS):
+            raise ValueError("miner: expected None with a loss of ranks, of classes or of two towers")
         if isinstance(loss, ProxyAnchorLoss) and loss.reduction == "none":
             raise ValueError('loss: expected a reduction of ProxyAnchorLoss other than "none"')
         check_choice("mode", mode, MODES)

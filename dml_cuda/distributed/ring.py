@@ -35,6 +35,10 @@ _stages = _C.ring_stages
 
 def check(call: Call, batch: Batch) -> None:
     """Raises an error for what only the gathering mode does."""
+    if call.formula.ranks:
+        raise ValueError(
+            'mode: expected "gather" with a ranking loss, whose rows need all columns at once; got "ring"'
+        )
     if call.options.backend == "reference":
         raise ValueError('mode: expected "gather" with backend="reference", got "ring"')
     if call.formula.composed:

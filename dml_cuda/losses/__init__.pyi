@@ -3,6 +3,7 @@ from .circle import CircleLoss as CircleLoss
 from .circle_classifier import CircleClassifierLoss as CircleClassifierLoss
 from .clip import CLIPLoss as CLIPLoss
 from .contrastive import ContrastiveLoss as ContrastiveLoss
+from .fast_ap import FastAPLoss as FastAPLoss
 from .info_nce import InfoNCELoss as InfoNCELoss
 from .lifted_structure import GeneralizedLiftedStructureLoss as GeneralizedLiftedStructureLoss
 from .margin import MarginLoss as MarginLoss
@@ -13,7 +14,9 @@ from .multi_similarity import MultiSimilarityLoss as MultiSimilarityLoss
 from .nt_xent import NTXentLoss as NTXentLoss
 from .proxy_anchor import ProxyAnchorLoss as ProxyAnchorLoss
 from .proxy_nca import ProxyNCALoss as ProxyNCALoss
+from .recall_at_k import RecallAtKLoss as RecallAtKLoss
 from .siglip import SigLIPLoss as SigLIPLoss
+from .smooth_ap import SmoothAPLoss as SmoothAPLoss
 from .soft_triple import SoftTripleLoss as SoftTripleLoss
 from .sup_con import SupConLoss as SupConLoss
 from .triplet_margin import TripletMarginLoss as TripletMarginLoss

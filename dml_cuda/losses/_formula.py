@@ -90,6 +90,8 @@ class Formula:
             counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
         composed: whether no kernel has the formula, but :meth:`compose` makes it of those of other formulas.
+        ranks: whether a pair's part in the loss depends on the row's other pairs one by one: such a loss is
+            of all pairs, and has an op of its own (``_ops/ranking.py``).
     """
 
     name: ClassVar[str]
@@ -101,6 +103,7 @@ class Formula:
     log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
     composed: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
 
     @classmethod
     def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
@@ -113,6 +116,11 @@ class Formula:
         """Which losses ``"mean_nonzero"`` counts."""
         losses = losses.detach()
         return ~vanishes(losses) if cls.log_one_plus else losses != 0
+
+    @staticmethod
+    def valid(pos: Pairs, neg: Pairs) -> Tensor:
+        """``[N]`` which rows ``"mean_valid"`` counts."""
+        return (pos.count + neg.count) > 0
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, *params: float | Tensor) -> Tensor | tuple[Part, ...]:

@@ -46,6 +46,7 @@ from .pair_losses import (
     SupConLoss,
     TupletMarginLoss,
 )
+from .ranking_losses import FastAPLoss, SmoothAPLoss
 from .triplet_losses import MarginLoss, TripletMarginLoss
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosFaceLoss",
     "DistanceWeightedMiner",
+    "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "LiftedStructureLoss",
     "MarginLoss",
@@ -69,6 +71,7 @@ __all__ = [
     "ProxyAnchorLoss",
     "ProxyNCALoss",
     "RankedListLoss",
+    "SmoothAPLoss",
     "SoftTripleLoss",
     "SphereFaceLoss",
     "SubCenterArcFaceLoss",

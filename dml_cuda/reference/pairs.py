@@ -225,7 +225,7 @@ def pair_loss(
         if self_index is not None and indices is None:
             positive = without_self(positive, self_index)
         pos, neg = (MaskedPairs(s, mask, ref_emb is None) for mask in (positive, negative))
-        found.append((formula.row(pos, neg, *params), (pos.count + neg.count) > 0))
+        found.append((formula.row(pos, neg, *params), formula.valid(pos, neg)))
     losses, valid = joined([losses for losses, _ in found]), torch.cat([valid for _, valid in found])
     nonzero = formula.is_nonzero(losses) if isinstance(losses, Tensor) else None
     return (sums_and_counts if return_sums else reduce)(losses, valid, reduction, nonzero, row_weights)

@@ -16,7 +16,7 @@ from ..losses._formula import softplus
 from .pairs import first_columns, full_precision, similarity_matrix, without_self
 
 INF = float("inf")
-_AREA = 1 << 20  # triplets in memory at once
+AREA = 1 << 20  # triplets in memory at once
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -162,7 +162,7 @@ class _Batch(NamedTuple):
         return max(int(sizes.max()), 1) if len(sizes) else 1
 
 
-def _listed_positives(positive: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def listed_positives(positive: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """``[B, P]`` the columns of a mask ``[B, M]`` in ascending order, and a mask of the valid ones."""
     listed = torch.sort(positive, dim=1, descending=True, stable=True)
     return listed.indices[:, :most], listed.values[:, :most]
@@ -239,8 +239,8 @@ def triplet_loss(
     n, m = batch.x.shape[0], batch.y.shape[0]
     most = batch.max_positives() if positives == "all" else 1
     wide = negatives in ("all", "semihard") or swap
-    step = n if is_traced(batch.x) else max(1, _AREA // max(1, m * (most if wide else 1)))
-    panel = max(1, _AREA // max(1, m)) if wide and not is_traced(batch.x) else max(1, most)
+    step = n if is_traced(batch.x) else max(1, AREA // max(1, m * (most if wide else 1)))
+    panel = max(1, AREA // max(1, m)) if wide and not is_traced(batch.x) else max(1, most)
 
     def block(x: Tensor, y: Tensor, beta: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         d = -similarity_matrix(x, y, similarity)
@@ -248,7 +248,7 @@ def triplet_loss(
         positive, negative = batch.masks(rows)
         if positives == "all":
             positive = positive & within(fixed, limits.pos_low, limits.pos_high)
-            p, has_p = _listed_positives(positive, most)
+            p, has_p = listed_positives(positive, most)
         else:
             p, has_p = (column[:, None] for column in _positive(positives, fixed, positive, limits))
         losses = x.new_zeros(len(rows)) if m else x.sum(1) * 0
@@ -319,7 +319,7 @@ def select(
         draws = torch.zeros_like(all_rows)
         if anchors is not None:
             draws = torch.arange(len(anchors), device=anchors.device) - torch.searchsorted(anchors, anchors)
-        step = len(all_rows) if is_traced(batch.x) else max(1, _AREA // max(1, batch.y.shape[0]))
+        step = len(all_rows) if is_traced(batch.x) else max(1, AREA // max(1, batch.y.shape[0]))
         for part in torch.arange(len(all_rows), device=batch.x.device).split(max(1, step)):
             rows = all_rows[part]
             s = similarity_matrix(batch.x[rows], batch.y, similarity)

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.losses import CLASS_LOSSES, LOSSES, TRIPLET_LOSSES
+from benchmarks.losses import CLASS_LOSSES, LOSSES, RANKING_LOSSES, TRIPLET_LOSSES
 from dml_cuda.functional import pair_weights
 
 FOLDER = Path(__file__).parent / "losses"
@@ -25,7 +25,7 @@ MOVING = torch.linspace(-0.25, 0.98, 83, dtype=torch.float64)
 
 
 def by_angle(name: str, cosines: torch.Tensor, is_positive: torch.Tensor) -> torch.Tensor:
-    """``[M]`` the weights of an anchor's pairs in a loss of triplets, by the gradient of the angles."""
+    """``[M]`` an anchor's weights in a loss of triplets or ranks, by the gradient of the angles."""
     angles = cosines.acos().requires_grad_()
     columns = torch.stack([angles.cos(), angles.sin()], dim=1)
     anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -33,8 +33,10 @@ def by_angle(name: str, cosines: torch.Tensor, is_positive: torch.Tensor) -> tor
         anchor, torch.tensor([1]), ref_emb=columns, ref_labels=is_positive.long()
     )
     (gradient,) = torch.autograd.grad(loss, angles)
-    distances = (2 - 2 * cosines).sqrt()
-    return -gradient / angles.sin().detach() * distances  # dL/d(-distance) = dL/dcosine dcosine/d(-distance)
+    by_cosines = -gradient / angles.sin().detach()
+    if name in RANKING_LOSSES:
+        return by_cosines
+    return by_cosines * (2 - 2 * cosines).sqrt()  # dL/d(-distance) = dL/dcosine dcosine/d(-distance)
 
 
 def of_pairs(name: str, cosines: torch.Tensor, is_positive: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,8 @@ def weight(name: str, kind: str, cosine: float, others: float) -> float:
     is_positive = torch.zeros(len(cosines), dtype=torch.bool)
     is_positive[1 : 1 + len(positives)] = True
     is_positive[0] = kind == "positive"
-    return float((by_angle if name in TRIPLET_LOSSES else of_pairs)(name, cosines, is_positive)[0])
+    has_no_terms = name in TRIPLET_LOSSES | RANKING_LOSSES
+    return float((by_angle if has_no_terms else of_pairs)(name, cosines, is_positive)[0])
 
 
 def draw(name: str, path: Path) -> None:

@@ -13,6 +13,7 @@ from cases.accuracy import assert_as_accurate
 from cases.data import make_batch
 from cases.heads import EVERY_HEAD, make_rows
 from cases.losses import EVERY_LOSS, by_name
+from cases.ranking import EVERY_RANKING
 
 import dml_cuda
 from dml_cuda import functional
@@ -124,6 +125,24 @@ def test_losses_of_triplets(loss, miner, dtype, device):
 
 
 @EVERY_DEVICE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean_valid", "none"])
+@EVERY_RANKING
+def test_losses_of_ranks(loss, reduction, dtype, device):
+    points, labels = make_batch(90, 24)
+    module = loss.module(**loss.changed, reduction=reduction)
+    weights = torch.linspace(0.5, 2, 90, dtype=torch.float64)
+    found = []
+    for where, kind in (("cpu", torch.float64), (device, dtype)):
+        leaf = moved(points.to(dtype), where, kind).requires_grad_()
+        value = module(leaf, labels.to(where), row_weights=weights.to(where, kind))
+        found.append((value, *torch.autograd.grad(value, leaf, torch.ones_like(value))))
+    for b, a in zip(*found, strict=True):
+        scale = b.abs().max().item() * (1e-9 if dtype == torch.float64 else 1e-3)
+        torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=scale)
+
+
+@EVERY_DEVICE
 def test_draws_by_distance(device):
     """Repeat for a seed, differ from call to call, and are negatives of their anchors."""
     points, labels = (x.to(device) for x in make_batch(64, 16))
@@ -147,12 +166,13 @@ def test_draws_by_distance(device):
 
 
 @EVERY_DEVICE
-@pytest.mark.parametrize("loss", ["pairs", "triplets"])
+@pytest.mark.parametrize("loss", ["pairs", "triplets", "ranks"])
 def test_memory(loss, device):
     """A queue that fills, is full, and wraps."""
     loss = {
         "pairs": dml_cuda.MultiSimilarityLoss(epsilon=0.1),
         "triplets": dml_cuda.TripletMarginLoss(0.2),
+        "ranks": dml_cuda.SmoothAPLoss(0.1),
     }[loss]
     memories = [
         dml_cuda.CrossBatchMemory(copy.deepcopy(loss), 16, 50).to(where, torch.float64)
@@ -189,6 +209,7 @@ COMPILED = {
     "contrastive": dml_cuda.ContrastiveLoss(),
     "arcface": dml_cuda.ArcFaceLoss(30, 16),
     "triplets": dml_cuda.TripletMarginLoss(0.2),
+    "ranks": dml_cuda.RecallAtKLoss(temperature=0.1),
 }
 
 

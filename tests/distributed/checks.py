@@ -23,6 +23,7 @@ from cases import heads
 from cases.accuracy import assert_as_accurate
 from cases.data import make_batch, make_labels
 from cases.losses import LOSSES, REDUCTIONS, by_name
+from cases.ranking import RANKINGS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -676,6 +677,53 @@ def triplets_that_are_refused():
     raised(lambda: DistributedLoss(dml_cuda.TripletMarginLoss(), miner=print), TypeError, "miner")
 
 
+# ---- losses of ranks --------------------------------------------------------------------------------------
+
+
+def rankings(name):
+    loss = RANKINGS[name]
+    for rows in layouts():
+        for reduction in reductions(rows):
+            make = partial(loss.module, reduction=reduction, **loss.smooth)
+            as_one_process(make, "gather", rows, reduction == "none", dtypes=trials(rows))
+
+
+def rankings_of_other_columns():
+    """Each process with its share of the columns too, factors of its rows, and a temperature that learns."""
+    size = dist.get_world_size()
+    rows, refs = UNEVEN[size], EVEN[size][::-1]
+    embeddings, labels = whole_batch(rows)
+    columns, ref_labels = whole_batch(refs, seed=1)
+    weights = torch.rand(len(labels), dtype=torch.float64)
+    for name, loss in RANKINGS.items():
+
+        def made(loss=loss):
+            values = {key: torch.tensor(loss.smooth[key]).double() for key in loss.learnable}
+            return loss.module(**{key: torch.nn.Parameter(value) for key, value in values.items()})
+
+        whole, part = made(), made()
+        x, y = (points.clone().requires_grad_() for points in (embeddings, columns))
+        truth = whole(x, labels, None, y, ref_labels, weights)
+        expected = torch.autograd.grad(truth, [x, y, *whole.parameters()])
+        own = [share(x, rows).detach().requires_grad_(), share(y, refs).detach().requires_grad_()]
+        value = DistributedLoss(part)(
+            own[0], share(labels, rows), None, own[1], share(ref_labels, refs), share(weights, rows)
+        )
+        close(value.detach(), truth.detach(), name)
+        found = gradients(value, [*own, *part.parameters()])
+        close(found[0], share(expected[0], rows), name)
+        close(found[1], share(expected[1], refs), name)
+        for gradient, one in zip(found[2:], expected[2:], strict=True):
+            close(total(gradient), one, f"{name}: a parameter")
+
+
+def rankings_that_are_refused():
+    embeddings, labels = whole_batch(UNEVEN[dist.get_world_size()])
+    for loss in RANKINGS.values():
+        module = DistributedLoss(loss.module(), mode="ring")
+        raised(lambda module=module: module(embeddings, labels), ValueError, "mode", "ranking")
+
+
 OF_TRIPLETS = [
     (dml_cuda.TripletMarginLoss(), None),
     (dml_cuda.TripletMarginLoss(), dml_cuda.BatchHardMiner()),
@@ -691,6 +739,7 @@ def memory(mode):
         (LOSSES["contrastive"].module(pos_margin=0.9, neg_margin=0.2), None),
         (LOSSES["nt_xent"].module(), None),
         *([] if mode == "ring" else OF_TRIPLETS),
+        *([] if mode == "ring" else [(RANKINGS["smooth_ap"].module(temperature=0.2), None)]),
     ):
         for masked in (False, True):
             one = CrossBatchMemory(loss, DIM, 40, miner)
@@ -828,6 +877,8 @@ def _table():
             checks[f"{mode}: {check.__name__}"] = partial(check, mode)
     for name, head in heads.HEADS.items():
         checks[name] = partial(class_level, head)
+    for name in RANKINGS:
+        checks[f"ranking: {name}"] = partial(rankings, name)
     for miner in TRIPLET_MINERS:
         checks[f"triplet margin, {miner}"] = partial(triplets, miner, dml_cuda.TripletMarginLoss)
         learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=40)
@@ -835,6 +886,8 @@ def _table():
     for check in (
         triplets_of_other_columns,
         triplets_that_are_refused,
+        rankings_of_other_columns,
+        rankings_that_are_refused,
         the_reference_backend,
         second_derivatives_of_the_reference,
         a_compiled_step,

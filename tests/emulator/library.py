@@ -316,6 +316,7 @@ def segment_softmax(grad, logits, value, offsets, schedule=("round_robin", 0)):
 TERMS = ["hinge", "softplus", "margin"]
 SELECTIONS = ["all", "hardest", "easiest", "semihard", "drawn"]  # as in csrc/core/triplets.h
 TRIPLET_PARAMS = 10
+RANKINGS = ["smooth_ap", "recall_at_k", "fast_ap"]  # as in csrc/core/ranking.h
 
 
 class TripletArguments(ctypes.Structure):  # as in triplets_host.cpp, field by field
@@ -392,6 +393,28 @@ class TripletRows:
             numbers=(beta,),
         )
         return sums, counts.view(n, 2), by_beta
+
+    def rankings(self, loss, values, row_weights=None, write=True):
+        """Losses, counts and the derivatives by both temperatures, of all N rows."""
+        n, dtype = len(self.labels), self.s.dtype
+        cutoffs = values.get("ks", ())
+        temperatures = values.get("temperature", 1.0), values.get("temperature_k", 1.0)
+        numbers = torch.tensor([*temperatures, *cutoffs], dtype=torch.float64)
+        losses, counts, by_params = self.call(
+            "dml_ranking_rows",
+            self.arguments(write=write),
+            (n, dtype),
+            (2 * n, torch.int64),
+            (2 * n, torch.float64),
+            numbers=(
+                ctypes.c_int64(RANKINGS.index(loss)),
+                numbers,
+                ctypes.c_int64(len(cutoffs)),
+                ctypes.c_int64(values.get("num_bins", 0)),
+                row_weights,
+            ),
+        )
+        return losses, counts.view(n, 2), by_params.view(n, 2)
 
     def select(self, which, of_positives, pairs=None):
         n = len(self.labels) if pairs is None else len(pairs[0])

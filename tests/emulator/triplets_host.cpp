@@ -1,4 +1,5 @@
-// The entry points on triplets, built for the host with the emulator, behind a C interface for ctypes.
+// The entry points on triplets and ranks, built for the host with the emulator, behind a C interface for ctypes.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -94,6 +95,31 @@ int dml_triplet_rows(const Arguments* a, int64_t wide, const void* beta, void* s
             triplet_rows(row_block_of<T>(*a), rules_of(*a), static_cast<const T*>(beta),
                          static_cast<T*>(sums), counts, static_cast<T*>(grad_beta), workspace.data(),
                          nullptr);
+            workspace.check();
+        });
+    });
+}
+
+// numbers: temperature, temperature_k, then the cut-offs.
+int dml_ranking_rows(const Arguments* a, int64_t wide, int64_t loss, const double* numbers, int64_t cutoffs,
+                     int64_t bins, const double* row_weights, void* losses, int64_t* counts,
+                     double* by_params, char* error, int64_t capacity) {
+    return guarded(error, capacity, [&] {
+        RankingRules rules = {};
+        rules.loss = static_cast<Ranking>(loss);
+        rules.possible = true;
+        rules.temperature = numbers[0];
+        rules.temperature_k = numbers[1];
+        std::copy(numbers + 2, numbers + 2 + cutoffs, rules.cutoffs);
+        rules.cutoff_count = int(cutoffs);
+        rules.bins = bins;
+        rules.euclidean = a->euclidean != 0;
+        rules.write = a->write != 0;
+        with_type(wide, [&](auto number) {
+            using T = decltype(number);
+            Workspace workspace(triplet_workspace_bytes<T>(a->rows, ranking_space(rules, a->columns)));
+            ranking_rows(row_block_of<T>(*a), rules, row_weights, static_cast<T*>(losses), counts, by_params,
+                         workspace.data(), nullptr);
             workspace.check();
         });
     });

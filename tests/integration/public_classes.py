@@ -15,6 +15,7 @@ import dml_cuda
 from dml_cuda import distributed
 from dml_cuda.losses._classifier import ClassifierLoss
 from dml_cuda.losses._pair import PairLoss
+from dml_cuda.losses._ranking import RankingLoss
 from dml_cuda.losses._triplet import TripletLoss
 from dml_cuda.losses._two_towers import TwoTowerLoss
 from dml_cuda.miners.triplets import SelectingMiner
@@ -83,7 +84,7 @@ SPECIAL = {
 }
 # The bases of the classes: losses, which need no argument; heads; miners of triplets and of pairs.
 LOSS_BASES, HEAD_BASES, TRIPLET_BASES, PAIR_BASES = [
-    [PairLoss, TripletLoss],
+    [PairLoss, RankingLoss, TripletLoss],
     [ClassifierLoss],
     [SelectingMiner],
     [dml_cuda.MultiSimilarityMiner, dml_cuda.PairMarginMiner],
@@ -94,7 +95,12 @@ if pml is not None:
     SPECIAL[pml.SubCenterArcFaceLoss] = lambda: pml.SubCenterArcFaceLoss(
         num_classes=CLASSES, embedding_size=DIM
     )
-    LOSS_BASES += [pml.pair_losses._Fused, pml.pair_losses._FusedRows, pml.triplet_losses._FusedTriplets]
+    LOSS_BASES += [
+        pml.pair_losses._Fused,
+        pml.pair_losses._FusedRows,
+        pml.ranking_losses._FusedRanking,
+        pml.triplet_losses._FusedTriplets,
+    ]
     HEAD_BASES += [pml.class_losses._FusedClassifier]
     TRIPLET_BASES += [pml.miners._Lazy]
     PAIR_BASES += [pml.MultiSimilarityMiner, pml.PairMarginMiner]
@@ -141,6 +147,7 @@ MORE = {
     "DistributedLoss-ProxyAnchorLoss": lambda: distributed.DistributedLoss(
         dml_cuda.ProxyAnchorLoss(CLASSES, DIM)
     ),
+    "DistributedLoss-ranking": lambda: distributed.DistributedLoss(dml_cuda.SmoothAPLoss()),
     "MultiSimilarityLoss-mined": lambda: dml_cuda.MultiSimilarityLoss(epsilon=0.1),
     "TripletMarginLoss-smooth": lambda: dml_cuda.TripletMarginLoss(smooth_loss=True),
     "MarginLoss-fixed": dml_cuda.MarginLoss,
@@ -148,6 +155,9 @@ MORE = {
     "ArcFaceLoss-learned": lambda: dml_cuda.ArcFaceLoss(CLASSES, DIM, scale=learned(16.0)),
     "CLIPLoss-learned": lambda: OfTwoTowers(dml_cuda.CLIPLoss(learned(0.2))),
     "SigLIPLoss-learned": lambda: OfTwoTowers(dml_cuda.SigLIPLoss(learned(5.0), learned(-3.0))),
+    "RecallAtKLoss-learned": lambda: dml_cuda.RecallAtKLoss(
+        temperature=learned(0.1), temperature_k=learned(2.0)
+    ),
     "InfoNCELoss-learned": lambda: OfTwoTowers(dml_cuda.InfoNCELoss(learned(0.2))),
     "DistributedLoss-ring-learned": lambda: distributed.DistributedLoss(
         dml_cuda.NTXentLoss(learned(0.2)), mode="ring"

@@ -546,7 +546,8 @@ def test_help_begins_with_the_parameters(cls):
     text = inspect.getdoc(cls)
     for name in inspect.signature(cls).parameters:
         assert f"{name}" in text, name
-    if issubclass(cls, dml_cuda.losses._pair.PairLoss | dml_cuda.losses._triplet.TripletLoss):
+    losses = dml_cuda.losses
+    if issubclass(cls, losses._pair.PairLoss | losses._triplet.TripletLoss | losses._ranking.RankingLoss):
         assert ".. math::" in text
         assert "embeddings, labels" not in text.partition("Args:")[2].partition(">>>")[0]
         assert text.index(".. math::") < text.index("Args:") < text.index("options:") < text.index(">>>")

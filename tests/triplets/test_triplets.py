@@ -259,7 +259,7 @@ def test_pair_margins(similarity):
 @BACKENDS
 @EVERY_SIMILARITY
 def test_swap(similarity, backend, monkeypatch):
-    monkeypatch.setattr(dml_cuda.reference.triplets, "_AREA", 500)  # several blocks
+    monkeypatch.setattr(dml_cuda.reference.triplets, "AREA", 500)  # several blocks
     x, y = BATCHES["unequal"]
     d = truth.distances(x, x, similarity)
     triplets = list(truth.every_triplet(y.numpy()))

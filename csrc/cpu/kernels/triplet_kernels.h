@@ -1,10 +1,11 @@
-// The triplet losses' loops over a row's similarities and over blocks of a matrix of them, as a table of
-// function pointers: one table for each scalar type and instruction set. A column that is not a negative of
-// the row holds NaN.
+// The loops of triplet and ranking losses over a row's similarities and over blocks of a matrix of them, as a
+// table of function pointers: one table for each scalar type and instruction set. A column that is not a
+// negative of the row holds NaN.
 #pragma once
 
 #include <cstdint>
 
+#include "core/ranking.h"
 #include "core/triplets.h"
 
 namespace dml::cpu {
@@ -40,6 +41,26 @@ struct RowTriplets {
     int64_t nonzero, considered;
 };
 
+// Columns that are skipped at once where they are far above or below a positive.
+inline constexpr int64_t kRankBlock = 128;
+
+template <typename T>
+struct RankBlock {
+    T least, most;  // of its similarities
+    T count;        // of its columns that are not NaN
+};
+
+// The soft ranks of positives near a centre among columns.
+template <typename T>
+struct RowRanks {
+    const T* far;  // [m] far_factor of the columns
+    int64_t m;
+    const RankBlock<T>* blocks;  // of the columns; null: none is skipped
+    const T *positives, *near;   // [count] their similarities and near_factor
+    int64_t count;
+    T inverse;  // of the temperature
+};
+
 template <typename T>
 struct TripletKernels {
     // As TileKernels has it.
@@ -51,6 +72,20 @@ struct TripletKernels {
     // The column of the largest similarity below `limit`, or of the smallest; the first among equals, or -1.
     int64_t (*largest)(const T* s, int64_t m, T limit);
     int64_t (*smallest)(const T* s, int64_t m);
+    void (*rank_blocks)(const T* s, int64_t m, RankBlock<T>* blocks);
+    void (*far_factors)(const T* s, int64_t m, T centre, T inverse, T* far);
+    // Adds to [count] numbers, of each positive: the sum over the columns of the sigmoid g of their distance in
+    // units of the temperature, and of its derivative g (1 - g).
+    void (*add_ranks)(const RowRanks<T>&, double* ranks, double* slopes);
+    // weights[k] += the sum over the positives of by_rank[j] g (1 - g).
+    void (*add_rank_weights)(const RowRanks<T>&, const T* by_rank, T* weights);
+    // below[b] += the columns' shares at or below edge b, for all bins + 1 edges.
+    void (*add_shares)(const T* s, int64_t m, T bins, double* below);
+    // weights[k] = by_place of the bin that column k lies in; 0 on an edge.
+    void (*share_weights)(const T* s, int64_t m, T bins, const T* by_place, T* weights);
+    // Turns weights over similarities into weights over products, in place of s, 0 where that is NaN; returns
+    // the sum of (s - centre) times the former.
+    double (*write_row_weights)(T* s, int64_t m, T* weights, T centre, bool euclidean);
     // The weights of a draw [m], relative to the largest, and their sum in each block of kDrawBlock.
     void (*draw_weights)(const T* s, int64_t m, const TripletParams<T>&, T* weights, double* sums);
     // b[j, i] = a[i, j].

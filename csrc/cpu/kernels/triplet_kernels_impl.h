@@ -2,6 +2,8 @@
 #include "cpu/kernels/triplet_blocks_impl.h"
 #include "cpu/kernels/triplet_columns_impl.h"
 #include "cpu/kernels/triplet_terms_impl.h"
+// After triplet_terms_impl.h, whose write_weights it uses.
+#include "cpu/kernels/ranking_impl.h"
 
 namespace dml::cpu::DML_ISA {
 
@@ -13,6 +15,13 @@ const TripletKernels<T>& triplets() {
         {all_triplets<T, HingeTerm<T>>, all_triplets<T, SoftplusTerm<T>>, all_margin<T>},
         largest<T>,
         smallest<T>,
+        rank_blocks<T>,
+        far_factors<T>,
+        add_ranks<T>,
+        add_rank_weights<T>,
+        add_shares<T>,
+        share_weights<T>,
+        write_row_weights<T>,
         draw_weights<T>,
         transpose<T>,
         add_transposed<T>,

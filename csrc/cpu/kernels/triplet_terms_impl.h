@@ -8,11 +8,9 @@ DML_INLINE T inverse_distance(bool euclidean, T s) {
     return !euclidean ? T(1) : s < T(0) ? T(-1) / s : T(0);
 }
 
-// Turns the derivatives by d of a sweep's negatives into weights over their similarities.
+// Turns the derivatives by the similarities of a sweep into weights over the products, in their place.
 template <typename T>
-DML_INLINE void write_weights(const RowTriplets<T>& row, int64_t from, int64_t to, const T* derivative) {
-    T* s = row.s;
-    const bool euclidean = row.euclidean;
+DML_INLINE void write_weights(T* s, int64_t from, int64_t to, const T* derivative, bool euclidean) {
 #pragma omp simd
     for (int64_t j = from; j < to; ++j) {
         const T weight = derivative[j - from] * inverse_distance(euclidean, s[j]);
@@ -171,7 +169,7 @@ template <typename T, typename Term>
 void all_triplets(RowTriplets<T>& row) {
     const auto write = [&](int64_t from, int64_t to, T* derivatives) {
         if (!row.write) return;
-        write_weights(row, from, to, derivatives);
+        write_weights(row.s, from, to, derivatives, row.euclidean);
     };
     if (row.interval) {
         all_terms<T, Term, true>(row, write);
@@ -204,7 +202,7 @@ void all_margin(RowTriplets<T>& row) {
         row.sum += sum;
         row.nonzero += count;
         by_beta += static_cast<double>(count);
-        if (row.write) write_weights(row, from, to, uses);
+        if (row.write) write_weights(row.s, from, to, uses, row.euclidean);
     };
     if (row.interval) {
         all_terms<T, CountedTerm<T>, true>(row, negatives);

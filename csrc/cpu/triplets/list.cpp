@@ -83,7 +83,8 @@ class ListLoss : public RowResults<T> {
    public:
     ListLoss(const Similarities<T>& similarities, const ByAnchor& triplets, TripletTerm term, T margin,
              const T* beta, bool save)
-        : RowResults<T>(similarities, beta && save),
+        : RowResults<T>(similarities,
+                        at::zeros({beta && save ? similarities.n : 0}, similarities.rows.options())),
           similarities_(similarities),
           triplets_(triplets),
           term_(term),
@@ -122,7 +123,7 @@ class ListLoss : public RowResults<T> {
         count[0] = sums.nonzero;
         count[1] = sums.considered;
         if (!save_) return;
-        if (beta_) this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(sums.by_beta);
+        if (beta_) this->grad_params.template data_ptr<T>()[i] = static_cast<T>(sums.by_beta);
         // d similarity / d product is 1 / d where euclidean, taken as 0 at 0.
         const bool euclidean = similarities_.similarity.euclidean;
         for (int64_t j = 0; j < similarities_.m; ++j) {
@@ -168,7 +169,7 @@ class ListLoss : public RowResults<T> {
     const bool save_;
 };
 
-TripletResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& ref_emb,
+RowLossResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& ref_emb,
                                 const Tensor& anchors, const Tensor& positives, const Tensor& negatives,
                                 const OptionalTensor& mask, const OptionalTensor& beta,
                                 c10::string_view term_name, double margin, c10::string_view similarity,

@@ -26,7 +26,8 @@ class TripletLoss : public RowResults<T> {
    public:
     TripletLoss(const LabelledSimilarities<T>& similarities, TripletTerm term, TripletChoice choice,
                 const std::array<double, kTripletParams>& params, const T* beta, uint64_t seed, bool save)
-        : RowResults<T>(similarities, beta && save),
+        : RowResults<T>(similarities,
+                        at::zeros({beta && save ? similarities.n : 0}, similarities.rows.options())),
           similarities_(similarities),
           term_(term),
           choice_(choice),
@@ -87,8 +88,8 @@ class TripletLoss : public RowResults<T> {
         int64_t* count = this->counts.template data_ptr<int64_t>() + 2 * i;
         count[0] = row.nonzero;
         count[1] = row.considered;
-        if (this->grad_beta.numel() > 0)
-            this->grad_beta.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
+        if (this->grad_params.numel() > 0)
+            this->grad_params.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
     }
 
     // dL/ds of a positive at distance d with dL/dd = derivative; for a negative, negate it.
@@ -201,7 +202,7 @@ class TripletLoss : public RowResults<T> {
     WeightLists<T> lists_;
 };
 
-TripletResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
+RowLossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
                            c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
                            at::ArrayRef<double> param_list, c10::string_view similarity, bool save,
                            bool save_ref) {

@@ -1,9 +1,10 @@
-// Launches the triplet kernels.
+// Launches the kernels on triplets and ranks.
 #include <algorithm>
 
 #include "cuda/common/launch.h"
 #include "cuda/triplets/distances.cuh"
 #include "cuda/triplets/loss.cuh"
+#include "cuda/triplets/ranking.cuh"
 #include "cuda/triplets/select.cuh"
 
 namespace dml::cuda {
@@ -44,6 +45,20 @@ void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules
            TripletWork<T>::bytes(row_block.columns));
 }
 
+int64_t ranking_space(const RankingRules& rules, int64_t columns) {
+    return rules.loss == Ranking::kFastAP ? std::max(columns, 3 * (rules.bins + 1)) : columns;
+}
+
+template <typename T>
+void ranking_rows(const TripletRowBlock<T>& row_block, const RankingRules& rules, const double* row_weights,
+                  T* losses, int64_t* counts, double* by_params, void* workspace, cudaStream_t stream) {
+    const int64_t capacity = ranking_space(rules, row_block.columns);
+    launch(ranking_row_losses<T>, dim3(unsigned(blocks_for<T>(row_block.rows, capacity))),
+           dim3(kTripletThreads), kTripletSharedBytes, stream, row_block, rules, row_weights, losses, counts,
+           by_params, static_cast<unsigned char*>(workspace), capacity, power_of_two(capacity),
+           TripletWork<T>::bytes(capacity));
+}
+
 template <typename T>
 void select_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const SelectedPairs& pairs,
                  int64_t* columns, T* similarities, void* workspace, cudaStream_t stream) {
@@ -59,6 +74,8 @@ void select_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules,
                                  cudaStream_t);                                                              \
     template void triplet_rows(const TripletRowBlock<T>&, const TripletRules&, const T*, T*, int64_t*, T*,   \
                                void*, cudaStream_t);                                                         \
+    template void ranking_rows(const TripletRowBlock<T>&, const RankingRules&, const double*, T*, int64_t*,  \
+                               double*, void*, cudaStream_t);                                                \
     template void select_rows(const TripletRowBlock<T>&, const TripletRules&, const SelectedPairs&,          \
                               int64_t*, T*, void*, cudaStream_t);
 DML_TRIPLETS(float)

@@ -1,10 +1,11 @@
-// Entry points of the triplet kernels: raw pointers, sizes and a stream, for float and double; no torch
+// Entry points of the kernels on triplets and ranks: raw pointers, sizes and a stream, for float and double; no torch
 // header, no host synchronisation. The caller multiplies: it passes the similarities of a block of rows, and
 // multiplies the weights that the kernels leave in their place by the points.
 #pragma once
 
 #include <cstdint>
 
+#include "core/ranking.h"
 #include "core/triplets.h"
 
 #if defined(DML_CUDA_ON_HOST)
@@ -38,9 +39,22 @@ struct TripletRules {
     const int64_t* seed;  // one number, for drawn negatives
 };
 
+struct RankingRules {
+    Ranking loss;
+    bool possible;  // whether the parameters are numbers that a loss can be computed with
+    double temperature, temperature_k;
+    double cutoffs[kMostCutoffs];
+    int cutoff_count;
+    int64_t bins;
+    bool euclidean, write;  // as in TripletRules
+};
+
 // Bytes of workspace for a block of `rows` rows.
 template <typename T>
 int64_t triplet_workspace_bytes(int64_t rows, int64_t columns);
+
+// What takes the place of `columns` there for the losses of ranks.
+int64_t ranking_space(const RankingRules& rules, int64_t columns);
 
 // s = -|x - y| from s = <x, y>, in place; x [rows, dim] are the block's rows, y [columns, dim] all columns,
 // both contiguous; x_squares [rows] and y_squares [columns] their squared norms.
@@ -53,6 +67,12 @@ void make_distances(const TripletRowBlock<T>& row_block, const T* x, const T* x_
 template <typename T>
 void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* beta, T* sums,
                   int64_t* counts, T* grad_beta, void* workspace, cudaStream_t stream);
+
+// Writes the block's rows of losses [N], counts [N, 2] (whether the loss is not 0, whether there is a positive)
+// and by_params [N, 2], the derivatives by both temperatures (null: not wanted). row_weights: [N], or null.
+template <typename T>
+void ranking_rows(const TripletRowBlock<T>& row_block, const RankingRules& rules, const double* row_weights,
+                  T* losses, int64_t* counts, double* by_params, void* workspace, cudaStream_t stream);
 
 // Selects one column for each of the block's rows [N], or for each of their pairs [count]: a positive where
 // of_positives, else a negative. Overwrites the similarities.

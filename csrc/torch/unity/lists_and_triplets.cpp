@@ -2,4 +2,5 @@
 #include "cpu/pairs/listed_pairs.cpp"
 #include "cpu/triplets/list.cpp"
 #include "cpu/triplets/loss.cpp"
+#include "cpu/triplets/ranking.cpp"
 #include "cpu/triplets/select.cpp"

@@ -11,5 +11,6 @@
 
 TORCH_LIBRARY(dml_cuda_on_host, m) {
     m.def(dml::schemas::triplet_loss().c_str(), &dml::FlatOp<&dml::cuda::triplet_loss>::call);
+    m.def(dml::schemas::ranking_loss().c_str(), &dml::FlatOp<&dml::cuda::ranking_loss>::call);
     m.def(dml::schemas::select().c_str(), &dml::FlatOp<&dml::cuda::select>::call);
 }
