@@ -185,18 +185,19 @@ void add_weighted(int64_t lines, int64_t dims, int64_t inner, const Strided<T>& 
     }
 }
 
-// It prefetches the next cache line of each row, as rows of a large matrix lie too far apart for the hardware
-// to prefetch them all.
+// Rows of `to` are written whole. It prefetches the rows to come, as those of a large matrix lie too far apart
+// for the hardware to prefetch them; prefetches beyond the end are harmless.
 template <typename T>
 void transpose(int64_t rows, int64_t cols, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
     constexpr int64_t kSide = kLanes<T>;
     const int64_t whole_rows = rows / kSide * kSide, whole_cols = cols / kSide * kSide;
-    for (int64_t i = 0; i < whole_rows; i += kSide) {
-        for (int64_t j = 0; j < whole_cols; j += kSide) {
-            const T* square = from + i * from_stride + j;
+    for (int64_t j = 0; j < whole_cols; j += kSide) {
+        for (int64_t i = 0; i < whole_rows; i += kSide) {
+            const bool more = i + kSide < whole_rows;  // next: these columns, else the next ones
+            const T* ahead = more ? from + (i + kSide) * from_stride + j : from + j + kSide;
 #pragma GCC unroll 16
-            for (int64_t k = 0; k < kSide; ++k) __builtin_prefetch(square + k * from_stride + kLine<T>);
-            transpose_square(square, from_stride, to + j * to_stride + i, to_stride);
+            for (int64_t k = 0; k < kSide; ++k) __builtin_prefetch(ahead + k * from_stride);
+            transpose_square(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
         }
     }
     for (int64_t i = 0; i < rows; ++i) {

@@ -61,8 +61,8 @@ class Numbers {
 // Rows per task, and the work for a row.
 inline int64_t row_piece(int64_t dim) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(dim, 1)); }
 inline int64_t row_work(int64_t dim) { return dim + 16; }
-// Points per task where they are columns: at least two cache lines of each dimension.
-inline int64_t column_piece(int64_t dim) { return std::max<int64_t>(row_piece(dim), 32); }
+// Points per task where they are columns: at least four cache lines of each dimension.
+inline int64_t column_piece(int64_t dim) { return std::max<int64_t>(row_piece(dim), 64); }
 
 // Whether points lie as the columns of a matrix and are wanted in that order, as the weights of classes are.
 // Others that are not rows are copied to rows first.
