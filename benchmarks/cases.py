@@ -191,7 +191,8 @@ def _drop_in_cases() -> list[Case]:
     mining = product(("list", "count"), (512, 2048), (128, 512))
     listed = product(("multi_similarity", "circle"), ("pairs", "triplets"))
     batches = (8192, False), (65_536, True)
-    heads = [loss for loss in CLASS_LOSSES if loss != "soft_triple"]
+    several_centres = ("soft_triple", "sub_center_arc_face")
+    heads = [loss for loss in CLASS_LOSSES if loss not in several_centres]
     classifier = partial(case, epsilon=None, part="classifier")
     return [
         *(case("multi_similarity", n, d, backward=False, part=part) for part, n, d in mining),
@@ -203,8 +204,8 @@ def _drop_in_cases() -> list[Case]:
             for loss, (n, c) in product(heads, ((128, 100), (512, 10_000), (512, 100_000)))
         ),
         *(
-            classifier("soft_triple", n, 128, columns=c, peers=("fused", "reference", "pml"))
-            for n, c in ((128, 100), (512, 10_000))
+            classifier(loss, n, 128, columns=c, peers=("fused", "reference", "pml"))
+            for loss, (n, c) in product(several_centres, ((128, 100), (512, 10_000)))
         ),
     ]
 

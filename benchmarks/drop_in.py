@@ -140,7 +140,7 @@ def _memory(classes: _Classes, case: DropInCase, embeddings: Tensor, labels: Ten
 
 def _classifier(make: Callable[..., nn.Module], case: DropInCase, embeddings: Tensor, labels: Tensor) -> Step:
     """A class-level loss of ``case.columns`` classes, with the gradient of their weights."""
-    head = make(case.columns, case.d)
+    head = make(num_classes=case.columns, embedding_size=case.d)
     (weight,) = head.parameters()
     # Drawn by themselves: filled in place they would depend on how a package lays its weights out.
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))

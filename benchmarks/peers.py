@@ -120,6 +120,10 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 _CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in (PAIR_LOSSES | RANKING_LOSSES).items()}
 
 
+# Its defaults are ours, where it has any.
+_PML_OPTIONS = {"ranked_list": {"margin": 0.4, "Tn": 10.0}}
+
+
 def _check_triplets(case: Case, device: torch.device) -> None:
     """pytorch-metric-learning crosses these losses' positive pairs with negative ones, or pairs with rows."""
     positives, negatives = case.n * (case.per_class - 1), case.n * (case.n - case.per_class)
@@ -139,7 +143,7 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     if loss_class is None:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
-    loss_fn = loss_class()
+    loss_fn = loss_class(**_PML_OPTIONS.get(case.loss, {}))
     if case.loss == "smooth_ap":  # right where classes lie one after another
         order = labels.argsort(stable=True)
         return loss_step(case, lambda x, y: loss_fn(x[order], y[order]), embeddings, labels)

@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.batch import make_batch
 from .._inputs.checks import check_above_zero
+from .._ops.centers import wide_dtype
 from .._ops.evaluate import Call, of_rows
-from ..reference.pairs import unit_rows
+from ..reference.pairs import TINY_NORM, unit_rows
 from ._classifier import ClassifierOptions, RowHead
 from ._formula import Formula, softplus
 from ._pair import option
@@ -49,7 +50,7 @@ def _losses(
     push: Tensor, pull: Tensor, norms: Tensor, where: Tensor, margin: int, scale: float | Tensor
 ) -> Tensor:
     """``[N]`` from the log-sum-exp of the other classes' logits and the row's product with its own class."""
-    has_length = norms > 0
+    has_length = norms > TINY_NORM
     cosine = torch.where(has_length, pull / torch.where(has_length, norms, 1.0), 0.0)
     return softplus(push - scale * norms * multiplied_angle(cosine, margin), where=where)
 
@@ -57,7 +58,8 @@ def _losses(
 def row_losses(
     call: Call, embeddings: Tensor, weights: Tensor, labels: Tensor, margin: int, scale: float | Tensor
 ) -> Tensor:
-    """``[N]``, float32 or float64: the log-sum-exp over the other classes by a kernel; then the own class.
+    """``[N]``, computed in float32 or float64: the log-sum-exp over the other classes by a kernel; then the
+    own class.
 
     weights ``[C, D]`` in the dtype of the embeddings.
     """
@@ -65,14 +67,17 @@ def row_losses(
     classes = torch.arange(weights.shape[0], device=weights.device)
     known = (labels >= 0) & (labels < len(classes))
     with _autocast.off(embeddings.device):
-        centers = unit_rows(weights)
-        rule = {"epsilon": None, "similarity": "dot", "check_pairs": False}
-        batch = make_batch(embeddings, labels, None, centers, classes, **rule)
-        push = of_rows(call, NegativesLSE, [1.0 / scale], batch)
-        rows = embeddings.to(push.dtype)
-        own = nn.functional.embedding(torch.where(known, labels.long(), 0), centers).to(push.dtype)
+        wide = wide_dtype(embeddings.dtype)
+        rows, centers = embeddings.to(wide), unit_rows(weights.to(wide))
         norms = torch.linalg.vector_norm(rows, dim=1)
-        return _losses(push, (rows * own).sum(1), norms, known & (len(classes) > 1), margin, scale)
+        rows = torch.where((norms > TINY_NORM)[:, None], rows, 0.0)  # a zero row has gradient 0
+        # Before the kernel, whose gradient then comes first: that of the weights is laid out as it is.
+        own = nn.functional.embedding(torch.where(known, labels.long(), 0), centers)
+        rule = {"epsilon": None, "similarity": "dot", "check_pairs": False}
+        batch = make_batch(rows, labels, None, centers, classes, **rule)
+        push = of_rows(call, NegativesLSE, [1.0 / scale], batch)
+        has_others = known if weights.shape[0] > 1 else torch.zeros_like(known)
+        return _losses(push, (rows * own).sum(1), norms, has_others, margin, scale)
 
 
 class SphereFaceLoss(RowHead):

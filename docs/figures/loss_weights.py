@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent / "losses"
 POSITIVE = 0.55  # the cosine of a positive that does not move
 OTHERS = {0.3: ":", 0.5: "-", 0.7: "--"}  # the cosines of the negatives that do not move, a line each
 COLOURS = {"positive": "#0072B2", "negative": "#D55E00"}
+ONE_CENTRE = {"soft_triple": {"centers_per_class": 1}, "sub_center_arc_face": {"sub_centers": 1}}
 MOVING = torch.linspace(-0.25, 0.98, 83, dtype=torch.float64)
 
 
@@ -44,7 +45,7 @@ def of_pairs(name: str, cosines: torch.Tensor, is_positive: torch.Tensor) -> tor
     points = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     if name in CLASS_LOSSES:
-        options = {"centers_per_class": 1} if name == "soft_triple" else {}
+        options = ONE_CENTRE.get(name, {})
         head = LOSSES[name](len(points), 2, reduction="sum", **options).double()
         weight = getattr(head, head.weight)
         weight.data.copy_(points.T if head.weight in ("W", "fc") else points)

@@ -32,7 +32,7 @@ HEADS = {
         Head("SoftTripleLoss", ({}, {"centers_per_class": 3, "la": 5, "gamma": 0.01, "margin": 0.2})),
         Head(
             "SubCenterArcFaceLoss",
-            ({}, {"margin": 0, "scale": 10, "sub_centers": 1}, {"margin": 100, "sub_centers": 4}),
+            ({}, {"margin": 0, "scale": 10, "sub_centers": 1}, {"margin": 45, "sub_centers": 4}),
             (("scale", 8.0),),
         ),
         Head("SphereFaceLoss", ({}, {"margin": 2, "scale": 4}, {"margin": 1})),

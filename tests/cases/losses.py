@@ -30,6 +30,7 @@ class Loss:
     pml: str | None = None  # its class in pytorch-metric-learning
     pml_squares: bool = False  # whether its distances are squared there
     pml_mines: bool = True  # whether a miner's pairs select pairs there, not weights of rows
+    steep: bool = False  # whether the derivative has no bound, so that one pair may decide about rounding
     cases: tuple[dict, ...] = ({},)  # parameters to compare with others at
     called: str | None = None  # the function, where it has another name than the formula
 
@@ -184,6 +185,7 @@ LOSSES = {
             smooth={"scale": 4.0},
             wrong={**_not_positive("scale"), **_no_number("margin")},
             pml="TupletMarginLoss",
+            steep=True,
             cases=({}, {"margin": 20.0, "scale": 16.0}),
         ),
     )

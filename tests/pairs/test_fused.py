@@ -49,12 +49,14 @@ def doubtful_rows(loss, embeddings, labels, epsilon, **options):
 
 
 def references(loss, embeddings, labels, *, ref_emb=None, **options):
-    """The reference's results: one, or for a lone row or column several.
+    """The reference's results: one, or several for a lone row or column, and for a steep loss.
 
-    The largest error of a lone row is one draw of the reference's rounding, which may be a lucky one. Other
-    orders of the coordinates change nothing else, so they give more draws.
+    The largest error of a lone row, or of a pair where the loss is steep, is one draw of the reference's
+    rounding, which may be a lucky one. Other orders of the coordinates change nothing else, so they give more
+    draws.
     """
-    draws = 5 if ref_emb is not None and min(len(labels), len(ref_emb)) == 1 else 1
+    lone = ref_emb is not None and min(len(labels), len(ref_emb)) == 1
+    draws = 5 if lone or loss.steep else 1
     dim = embeddings.shape[1]
     results = []
     for k in range(draws):
