@@ -16,7 +16,7 @@ CHART = {
         {
             "yes": ["MultiSimilarity", "Circle"],
             "yes, and distances\nare compared": ["TripletMargin", "Margin"],
-            "yes, many: the\nranking metric": ["RecallAtK", "SmoothAP", "FastAP"],
+            "the metric\nitself": ["RecallAtK", "SmoothAP", "FastAP"],
             "no, < 10,000\nclasses": ["ProxyAnchor", "SoftTriple"],
             "no, many\nclasses": ["CosFace", "ArcFace"],
         },
