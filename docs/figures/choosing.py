@@ -15,7 +15,7 @@ CHART = {
         "Do batches hold\nseveral rows per class?",
         {
             "yes": ["MultiSimilarity", "Circle"],
-            "yes, and distances\nare compared": ["TripletMargin", "Margin"],
+            "the order of\ndistances": ["TripletMargin", "Margin"],
             "the metric\nitself": ["RecallAtK", "SmoothAP", "FastAP"],
             "no, < 10,000\nclasses": ["ProxyAnchor", "SoftTriple"],
             "no, many\nclasses": ["CosFace", "ArcFace"],
