@@ -144,9 +144,6 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
     loss_fn = loss_class(**_PML_OPTIONS.get(case.loss, {}))
-    if case.loss == "smooth_ap":  # right where classes lie one after another
-        order = labels.argsort(stable=True)
-        return loss_step(case, lambda x, y: loss_fn(x[order], y[order]), embeddings, labels)
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

@@ -46,8 +46,7 @@ def smooth_ap_loss(
 
     with :math:`\tau` = ``temperature``; the mean is over rows with a positive. Brown et al., *Smooth-AP:
     Smoothing the Path Towards Large-Scale Image Retrieval*, ECCV 2020. Classes may have any sizes, and a row
-    is not ranked among its own columns (in pytorch-metric-learning it is, and its class is as large as all
-    others).
+    is not ranked among its own columns (in pytorch-metric-learning it is, as its first positive).
 
     Costs one sigmoid for each row, positive and column, in O(N) memory.
 

@@ -111,7 +111,8 @@ class SmoothAPLoss(_FusedRanking, losses.SmoothAPLoss):
 
     As in the replaced class, a row is a positive of its own and ranked among the others, where
     :func:`dml_cuda.functional.smooth_ap_loss` leaves it out. Classes may have any sizes and any order here;
-    the replaced class takes classes of one size, and is right only where they lie one after another.
+    the replaced class takes classes of one size, and is right only where there are as many classes as each
+    has members, one after another.
     """
 
     _base = losses.SmoothAPLoss

@@ -15,8 +15,8 @@ CHART = {
         "Do batches hold\nseveral rows per class?",
         {
             "yes": ["MultiSimilarity", "Circle"],
-            "yes, and distances\nare compared": ["TripletMargin", "Margin"],
-            "yes, many: the\nranking metric": ["RecallAtK", "SmoothAP", "FastAP"],
+            "the order of\ndistances": ["TripletMargin", "Margin"],
+            "the metric\nitself": ["RecallAtK", "SmoothAP", "FastAP"],
             "no, < 10,000\nclasses": ["ProxyAnchor", "SoftTriple"],
             "no, many\nclasses": ["CosFace", "ArcFace"],
         },

@@ -51,7 +51,8 @@ def test_both_ways_to_a_weight_agree(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_positives_are_pulled_and_negatives_pushed(name):
     assert loss_weights.weight(name, "positive", 0.1, 0.5) < 0
-    assert loss_weights.weight(name, "negative", 0.9, 0.5) > 0
+    near = 0.57 if name == "fast_ap" else 0.9  # which pushes negatives in bins that hold positives
+    assert loss_weights.weight(name, "negative", near, 0.5) > 0
 
 
 def test_the_chart_names_losses():
