@@ -14,6 +14,7 @@ from .._inputs import autocast as _autocast
 from ..losses._formula import reduce
 from ..reference.pairs import TINY_NORM
 from .autograd import call, no_second_derivative, register_derivative
+from .fake import computed_dtype, fake_kernel
 
 # Logits of rows and centres that are there at once: so many as stay in a CPU's cache, and so many that a GPU
 # is busy for longer than the host with launching them.
@@ -39,10 +40,6 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 def _through_norm(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     along = (gradient * unit).sum(-1, keepdim=True)
     return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 class _Block:
@@ -91,7 +88,19 @@ def _spread_scale(classes: int, per_class: int) -> float:
     return 1 / pairs if pairs else 0.0
 
 
-@torch.library.custom_op("dml_cuda::soft_triple", mutates_args=())
+_OPTIONS = "SymInt per_class, float la, float gamma, float margin, bool spread"
+torch.library.define(  # by its schema: to derive one from annotations takes long at import
+    "dml_cuda::soft_triple",
+    f"(Tensor embeddings, Tensor centers, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "dml_cuda::soft_triple_backward",
+    "(Tensor grad_losses, Tensor grad_apart, Tensor embeddings, Tensor centers, Tensor labels, Tensor total, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dml_cuda::soft_triple", "CompositeExplicitAutograd")
 def soft_triple(
     embeddings: Tensor,
     centers: Tensor,
@@ -107,7 +116,7 @@ def soft_triple(
 
     embeddings ``[N, D]``, centers ``[C K, D]``, labels ``[N]`` int64.
     """
-    dtype = _wide(embeddings.dtype)
+    dtype = computed_dtype(embeddings)
     x, _ = _unit(embeddings.to(dtype))
     n, classes = len(x), len(centers) // per_class
     most, sums, own = x.new_full((n,), -float("inf")), x.new_zeros(n), x.new_zeros(n)
@@ -128,13 +137,13 @@ def soft_triple(
     return torch.where(known, total - own, 0.0), total, apart * _spread_scale(classes, per_class)
 
 
-@soft_triple.register_fake
-def _(embeddings, centers, labels, per_class, la, gamma, margin, spread):
-    rows = embeddings.new_empty(embeddings.shape[0], dtype=_wide(embeddings.dtype))
+@fake_kernel("soft_triple")
+def _soft_triple(a):
+    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=computed_dtype(a.embeddings))
     return rows, torch.empty_like(rows), rows.new_empty(())
 
 
-@torch.library.custom_op("dml_cuda::soft_triple_backward", mutates_args=())
+@torch.library.impl("dml_cuda::soft_triple_backward", "CompositeExplicitAutograd")
 def soft_triple_backward(
     grad_losses: Tensor,
     grad_apart: Tensor,
@@ -176,12 +185,9 @@ def soft_triple_backward(
     return _through_norm(grad_x, x, inverse).to(embeddings.dtype), grad_centers
 
 
-@soft_triple_backward.register_fake
-def _(grad_losses, grad_apart, embeddings, centers, labels, total, per_class, la, gamma, margin, spread):
-    return torch.empty_like(embeddings), torch.empty_like(centers)
-
-
-soft_triple_backward.register_autograd(no_second_derivative)
+@fake_kernel("soft_triple_backward")
+def _soft_triple_backward(a):
+    return torch.empty_like(a.embeddings), torch.empty_like(a.centers)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -216,7 +222,7 @@ def dense(
     spread: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses and spread as :func:`soft_triple` has them, in plain PyTorch on the whole matrix."""
-    dtype = _wide(embeddings.dtype)
+    dtype = computed_dtype(embeddings)
     x, w = (_unit(points.to(dtype))[0] for points in (embeddings, centers))
     losses = _losses(x @ w.T, labels, per_class, la, gamma, margin)
     apart = x.new_zeros(())
@@ -258,7 +264,7 @@ def weights(
 ) -> tuple[Tensor, ...]:
     """Rows, centres, their cosine and the loss's derivative by it: first those of the row's own class, then
     the others."""
-    dtype = _wide(embeddings.dtype)
+    dtype = computed_dtype(embeddings)
     x, w = (_unit(points.detach().to(dtype))[0] for points in (embeddings, centers))
     with torch.enable_grad():
         s = (x @ w.T).requires_grad_()
