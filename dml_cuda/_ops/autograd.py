@@ -4,6 +4,7 @@ The derivative of pair_loss is not among them: csrc/torch/autograd.cpp holds it,
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401  loading it registers torch.ops.dml_cuda
 
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_DERIVATIVES: dict[str, tuple[Callable, Callable]] = {}  # backward and setup_context of an op
 
 
 def _no_vmap(info, in_dims, *arguments):
@@ -60,7 +61,15 @@ def save_nothing(ctx, inputs, output) -> None:
 
 def register_derivative(name: str, backward: Callable, setup_context: Callable = save_nothing) -> None:
     """Gives an op its derivative: for the dispatcher, and for the transforms, which do not see that one."""
+    torch.library.register_autograd(f"dml_cuda::{name}", backward, setup_context=setup_context)
+    _DERIVATIVES[name] = backward, setup_context
+
+
+@cache
+def _function(name: str) -> type[torch.autograd.Function]:
+    """An op as the transforms take it; made on first use, as such a class takes long to make."""
     op = getattr(torch.ops.dml_cuda, name).default
+    backward, setup_context = _DERIVATIVES[name]
     members = {
         "forward": lambda *arguments: op(*arguments),
         "setup_context": setup_context,
@@ -68,10 +77,7 @@ def register_derivative(name: str, backward: Callable, setup_context: Callable =
         "vmap": _no_vmap,
         "jvp": _no_jvp,
     }
-    torch.library.register_autograd(f"dml_cuda::{name}", backward, setup_context=setup_context)
-    _FUNCTIONS[name] = type(
-        name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()}
-    )
+    return type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
 
 
 def call(name: str, *arguments):
@@ -79,5 +85,5 @@ def call(name: str, *arguments):
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
-        return _FUNCTIONS[name].apply(*arguments)
+        return _function(name).apply(*arguments)
     return getattr(torch.ops.dml_cuda, name).default(*arguments)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  loading it registers torch.ops.dml_cuda
+from .centers import wide_dtype
 
 
 def fake_kernel(name: str) -> Callable[[Callable], Callable]:
@@ -28,7 +29,7 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
 
 def computed_dtype(points: Tensor) -> torch.dtype:
     """The type that is computed in."""
-    return torch.float64 if points.dtype == torch.float64 else torch.float32
+    return wide_dtype(points.dtype)
 
 
 def has_columns(points: Tensor) -> bool:

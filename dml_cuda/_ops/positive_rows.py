@@ -19,7 +19,9 @@ from ..losses._formula import Pairs, Part
 from ..reference.pairs import normalizes
 from .autograd import call, no_second_derivative, register_derivative
 from .centers import through_norm, unit_and_inverse, wide_dtype
+from .fake import fake_kernel
 from .listed_pairs import ListedPairs, SortedPairs, similarities
+from .python_ops import python_op
 
 _BLOCK = 1 << 18  # pairs that are listed at once, if they are of several rows
 
@@ -95,7 +97,13 @@ def _part(
     return _FORMULAS[formula](ListedPairs(s, pairs, True), of_rows, of_columns, params)
 
 
-@torch.library.custom_op("dml_cuda::positive_rows", mutates_args=())
+_BATCH = (
+    "Tensor embeddings, Tensor? ref_emb, Tensor of_rows, Tensor? of_columns, Tensor params, Tensor labels, "
+    "Tensor? ref_labels, Tensor? self_index, Tensor? num_valid_refs, str formula, str similarity"
+)
+
+
+@python_op(f"positive_rows({_BATCH}) -> (Tensor, Tensor, Tensor)")
 def _op(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -121,10 +129,10 @@ def _op(
     return losses, counts, nonzero
 
 
-@_op.register_fake
-def _(embeddings, ref_emb, of_rows, of_columns, params, labels, *rest):
-    losses = embeddings.new_empty(embeddings.shape[0], dtype=wide_dtype(embeddings.dtype))
-    return losses, torch.empty_like(labels), torch.empty_like(labels)
+@fake_kernel("positive_rows")
+def _fake(a):
+    losses = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
+    return losses, torch.empty_like(a.labels), torch.empty_like(a.labels)
 
 
 @contextmanager
@@ -138,7 +146,9 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("dml_cuda::positive_rows_backward", mutates_args=())
+@python_op(
+    f"positive_rows_backward(Tensor grad_losses, {_BATCH}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def _op_backward(
     grad_losses: Tensor,
     embeddings: Tensor,
@@ -201,14 +211,11 @@ def _through_similarities(
     return by_x, by_y
 
 
-@_op_backward.register_fake
-def _(grad_losses, embeddings, ref_emb, of_rows, of_columns, params, *rest):
-    inputs = embeddings, ref_emb, of_rows, of_columns, params
-    none = (grad_losses.new_empty(0) for _ in inputs)
+@fake_kernel("positive_rows_backward")
+def _fake_backward(a):
+    inputs = a.embeddings, a.ref_emb, a.of_rows, a.of_columns, a.params
+    none = (a.grad_losses.new_empty(0) for _ in inputs)
     return tuple(next(none) if point is None else torch.empty_like(point) for point in inputs)
-
-
-_op_backward.register_autograd(no_second_derivative)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from .autograd import call, no_second_derivative, register_derivative
 from .centers import CenterBlock, blocks, through_norm, unit_and_inverse, wide_dtype
+from .fake import fake_kernel
+from .python_ops import python_op
 
 _LARGEST = 80.0  # exp of more overflows float32
 
@@ -46,7 +48,12 @@ def _spread_scale(classes: int, per_class: int) -> float:
     return 1 / pairs if pairs else 0.0
 
 
-@torch.library.custom_op("dml_cuda::soft_triple", mutates_args=())
+_OPTIONS = "SymInt per_class, float la, float gamma, float margin, bool spread"
+
+
+@python_op(
+    f"soft_triple(Tensor embeddings, Tensor centers, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
 def soft_triple(
     embeddings: Tensor,
     centers: Tensor,
@@ -83,13 +90,16 @@ def soft_triple(
     return torch.where(known, total - own, 0.0), total, apart * _spread_scale(classes, per_class)
 
 
-@soft_triple.register_fake
-def _(embeddings, centers, labels, per_class, la, gamma, margin, spread):
-    rows = embeddings.new_empty(embeddings.shape[0], dtype=wide_dtype(embeddings.dtype))
+@fake_kernel("soft_triple")
+def _soft_triple(a):
+    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
     return rows, torch.empty_like(rows), rows.new_empty(())
 
 
-@torch.library.custom_op("dml_cuda::soft_triple_backward", mutates_args=())
+@python_op(
+    "soft_triple_backward(Tensor grad_losses, Tensor grad_apart, Tensor embeddings, Tensor centers, "
+    f"Tensor labels, Tensor total, {_OPTIONS}) -> (Tensor, Tensor)"
+)
 def soft_triple_backward(
     grad_losses: Tensor,
     grad_apart: Tensor,
@@ -131,12 +141,9 @@ def soft_triple_backward(
     return through_norm(grad_x, x, inverse).to(embeddings.dtype), grad_centers
 
 
-@soft_triple_backward.register_fake
-def _(grad_losses, grad_apart, embeddings, centers, labels, total, per_class, la, gamma, margin, spread):
-    return torch.empty_like(embeddings), torch.empty_like(centers)
-
-
-soft_triple_backward.register_autograd(no_second_derivative)
+@fake_kernel("soft_triple_backward")
+def _soft_triple_backward(a):
+    return torch.empty_like(a.embeddings), torch.empty_like(a.centers)
 
 
 def _setup_context(ctx, inputs, output) -> None:

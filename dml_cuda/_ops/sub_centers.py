@@ -13,6 +13,8 @@ from torch import Tensor
 from .._inputs import autocast as _autocast
 from .autograd import call, no_second_derivative, register_derivative
 from .centers import CenterBlock, blocks, through_norm, unit_and_inverse, wide_dtype
+from .fake import fake_kernel
+from .python_ops import python_op
 
 
 def _turned(s: Tensor, cosine: float, sine: float) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,10 @@ class _Block(CenterBlock):
         return s.mul_(scale), place, here, derivative
 
 
-@torch.library.custom_op("dml_cuda::sub_centers", mutates_args=())
+_OPTIONS = "SymInt per_class, float scale, float cosine, float sine"
+
+
+@python_op(f"sub_centers(Tensor embeddings, Tensor centers, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor)")
 def _op(
     embeddings: Tensor,
     centers: Tensor,
@@ -74,13 +79,16 @@ def _op(
     return torch.where(known, total - own, 0.0), total
 
 
-@_op.register_fake
-def _(embeddings, centers, labels, *options):
-    rows = embeddings.new_empty(embeddings.shape[0], dtype=wide_dtype(embeddings.dtype))
+@fake_kernel("sub_centers")
+def _fake(a):
+    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
     return rows, torch.empty_like(rows)
 
 
-@torch.library.custom_op("dml_cuda::sub_centers_backward", mutates_args=())
+@python_op(
+    "sub_centers_backward(Tensor grad_losses, Tensor embeddings, Tensor centers, Tensor labels, "
+    f"Tensor total, {_OPTIONS}) -> (Tensor, Tensor)"
+)
 def _op_backward(
     grad_losses: Tensor,
     embeddings: Tensor,
@@ -116,12 +124,9 @@ def _op_backward(
     return through_norm(grad_x, x, inverse).to(embeddings.dtype), grad_centers
 
 
-@_op_backward.register_fake
-def _(grad_losses, embeddings, centers, *rest):
-    return torch.empty_like(embeddings), torch.empty_like(centers)
-
-
-_op_backward.register_autograd(no_second_derivative)
+@fake_kernel("sub_centers_backward")
+def _fake_backward(a):
+    return torch.empty_like(a.embeddings), torch.empty_like(a.centers)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,10 +1,12 @@
-"""The modules of the package import each other in one direction."""
+"""The modules of the package import each other in one direction, and not what few programs use."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import dml_cuda
+from tools import import_time
 
 PACKAGE = Path(dml_cuda.__file__).parent
 
@@ -47,3 +49,9 @@ def test_no_import_cycle():
     assert "dml_cuda.miners.mined" in graph["dml_cuda._inputs.batch"]
     assert "dml_cuda.reference" in graph["dml_cuda.miners.mined"]
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_import_leaves_out_the_compiler_of_torch():
+    """How long an import may take, tests/release says of the wheel."""
+    (run,) = import_time.measurements(sys.executable, 1)
+    assert run["dynamo"] == []

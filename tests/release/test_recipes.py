@@ -1,4 +1,7 @@
-"""The recipes of examples/recipes train, each where its package is installed; `make recipes` installs all."""
+"""The recipes of examples/recipes train, each where its package is installed; `make recipes` installs all.
+
+The one whose package the other tests need too is a part of `make test`.
+"""
 
 import importlib.util
 import os
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.release
+release = pytest.mark.release
 
 ROOT = Path(__file__).parents[2]
 BESIDE = Path(sys.prefix, "timm")  # timm and torchvision, where `make recipes` puts them
@@ -53,7 +56,9 @@ def test_every_recipe_is_tried():
     assert {path.stem for path in (ROOT / "examples/recipes").glob("*.py")} == PACKAGES.keys()
 
 
-@pytest.mark.parametrize("recipe", PACKAGES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "pml_trainer" else release) for name in PACKAGES]
+)
 def test_recipe(recipe):
     path = str(BESIDE) if recipe == "timm_backbone" else ""
     if not (importlib.util.find_spec(PACKAGES[recipe]) or Path(path, PACKAGES[recipe]).is_dir()):
@@ -62,6 +67,7 @@ def test_recipe(recipe):
     assert 0 < last < 0.8 * first
 
 
+@release
 def test_accelerate_on_two_processes():
     pytest.importorskip("accelerate")
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

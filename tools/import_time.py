@@ -1,0 +1,55 @@
+"""``python -m tools.import_time``: the processor time that importing dml_cuda adds to importing torch.
+
+Measured inside one process, after torch: the difference of two processes would be lost in the spread of
+torch's own seconds. ``python -X importtime -c "import dml_cuda"`` lists the modules.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MOST = 0.060  # seconds
+IMPORT = """
+import json, sys, time
+import torch
+
+start = time.process_time()
+import dml_cuda
+seconds = time.process_time() - start
+dynamo = [name for name in sys.modules if name.startswith("torch._dynamo")]
+print(json.dumps({"torch": start, "dml_cuda": seconds, "dynamo": dynamo}))
+"""
+
+
+def measurements(python: str | Path, count: int) -> Iterator[dict]:
+    """One import each. The first is not counted: it may write bytecode, which pip's installation brings."""
+    unwanted = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    command = [str(python), "-c", IMPORT]
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(count + 1):
+            result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
+            if run:
+                yield json.loads(result.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=sys.executable, help="an interpreter that has dml_cuda installed")
+    parser.add_argument("--runs", type=int, default=15)
+    options = parser.parse_args()
+    runs = list(measurements(options.python, options.runs))
+    for name in ("torch", "dml_cuda"):
+        seconds = [run[name] for run in runs]
+        spread = f"{1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}"
+        print(f"{name}: median {1000 * statistics.median(seconds):.1f} ms of {len(runs)} runs ({spread})")
+
+
+if __name__ == "__main__":
+    main()
