@@ -29,10 +29,14 @@ class _RecordedPairs(Pairs):
     def __init__(self, s: Tensor) -> None:
         self._pairs = MaskedPairs(s, torch.ones_like(s, dtype=torch.bool))
         self.s, self.count = s, self._pairs.count
+        self.columns, self.square = self._pairs.columns, False
         self.terms: list[Tensor] = []
 
     def spread(self, of_rows: Tensor) -> Tensor:
         return self._pairs.spread(of_rows)
+
+    def spread_columns(self, of_columns: Tensor) -> Tensor:
+        return self._pairs.spread_columns(of_columns)
 
     def lse(self, logits: Tensor, plus_one: bool = False) -> Tensor:
         self.terms.append(logits)

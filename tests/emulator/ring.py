@@ -8,7 +8,7 @@ import torch
 from .library import Arguments, Batch, Options, Tuning, call, load, poisoned
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
-CONTEXT = ("nt_xent",)  # formulas whose positives see the negatives' accumulator
+CONTEXT = ("nt_xent", "tuplet_margin")  # formulas whose positives see the negatives' accumulator
 
 
 def stages(loss, mining):
