@@ -284,6 +284,8 @@ HEAD_VALUES = {
     "ProxyNCALoss": {"softmax_scale": 2.0},
     "SoftTripleLoss": {"la": 8.0, "gamma": 0.2, "margin": 0.05},
     "CircleClassifierLoss": {"m": 0.25, "gamma": 8.0},
+    "SubCenterArcFaceLoss": {"margin": 20.0, "scale": 8.0},
+    "SphereFaceLoss": {"scale": 2.0},
 }
 
 

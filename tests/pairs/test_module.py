@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from cases.data import make_batch
 from cases.losses import EVERY_LOSS, LOSSES
+from cases.ranking import RANKINGS
 
 import dml_cuda
 from dml_cuda import functional
@@ -269,9 +270,12 @@ def test_signatures():
     others = {
         "pair_weights",
         "PairWeights",
-        "triplet_margin_loss",
+        "triplet_margin_loss",  # tests/integration/test_triplet_integration.py
         "margin_loss",
-    }  # tests/integration/test_triplet_integration.py
+        "lifted_structure_loss",  # tests/pairs/test_composed.py
+        "ranked_list_loss",
+        *(loss.function.__name__ for loss in RANKINGS.values()),  # tests/ranking
+    }
     assert {loss.function.__name__ for loss in LOSSES.values()} | others == set(functional.__all__)
 
 
