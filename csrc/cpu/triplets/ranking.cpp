@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -172,12 +173,20 @@ class RankingRows : public RowResults<T> {
             const RankTerm term = rank_term(scratch.ranks[j], scratch.pos_ranks[j]);
             sum += term.value;
             score.by_temperature_k -= share * term.by_temperature_k;
-            scratch.by_rank[j] = static_cast<T>(scale * term.by_rank);
-            scratch.by_pos_rank[j] = static_cast<T>(scale * term.by_pos_rank);
+            scratch.by_rank[j] = normal(scale * term.by_rank);
+            scratch.by_pos_rank[j] = normal(scale * term.by_pos_rank);
         }
         score.loss = 1 - share * sum;
         if (save_) weigh(s, inverse);
         return score;
+    }
+
+    // 0 for numbers whose products with the slopes would be subnormal, with which processors are slow: those of
+    // positives whose rank is far beyond every cut-off.
+    static T normal(double x) {
+        constexpr double epsilon = std::numeric_limits<T>::epsilon();
+        constexpr double least = std::numeric_limits<T>::min() / (epsilon * epsilon);
+        return std::abs(x) < least ? T(0) : static_cast<T>(x);
     }
 
     RankTerm rank_term(double rank, double pos_rank) const {
@@ -195,11 +204,15 @@ class RankingRows : public RowResults<T> {
         std::fill(scratch.weights.begin(), scratch.weights.end(), T(0));
         // From the last on, whose factors are there.
         for (auto group = scratch.groups.rbegin(); group != scratch.groups.rend(); ++group) {
+            // The ranks fall as the similarities ascend, so those that do not count come first.
+            RankGroup<T> counts = *group;
+            while (counts.first < counts.last && scratch.by_rank[counts.first] == T(0)) ++counts.first;
+            if (counts.first == counts.last) continue;
             if (group != scratch.groups.rbegin())
-                kernels.far_factors(s, m, group->centre, inverse, scratch.far.data());
-            kernels.add_rank_weights(among_columns(*group, m, inverse), &scratch.by_rank[group->first],
+                kernels.far_factors(s, m, counts.centre, inverse, scratch.far.data());
+            kernels.add_rank_weights(among_columns(counts, m, inverse), &scratch.by_rank[counts.first],
                                      scratch.weights.data());
-            for_other_positives(*group, inverse, [&](int64_t j, const RowRanks<T>& others) {
+            for_other_positives(counts, inverse, [&](int64_t j, const RowRanks<T>& others) {
                 const T by_both = scratch.by_rank[j] + scratch.by_pos_rank[j];
                 kernels.add_rank_weights(others, &by_both, scratch.pos_weights.data());
             });
