@@ -575,6 +575,7 @@ def test_copies_of_cases(case):
 @pytest.mark.check
 def test_every_adapter_is_a_case():
     names = {name for name, _ in CASES.values()} | {"CircleLoss", "MultiSimilarityMiner"}
+    names |= {"LiftedStructureLoss", "TupletMarginLoss"}  # test_rest_of_the_family.py has them
     # test_classifier.py has the class-level ones, test_triplets_pml.py those of triplets
     of_pairs = (losses.GenericPairLoss, miners.MultiSimilarityMiner)
     adapters = {name for name in dml_cuda.pml.__all__ if issubclass(getattr(dml_cuda.pml, name), of_pairs)}
