@@ -17,9 +17,13 @@ from .training import make_network, train
 
 
 def _losses() -> dict[str, tuple[torch.nn.Module, torch.nn.Module]]:
-    """Ours, and the same in plain PyTorch."""
-    kinds = {"unified": custom_losses.unified_loss(), "ArcCon": custom_losses.arc_con_loss()}
-    return {name: (kind(), kind(backend="reference")) for name, kind in kinds.items()}
+    """Ours, and the same in plain PyTorch. Soft, with a small margin: the network is not trained yet."""
+    unified, arc_con = custom_losses.unified_loss(), custom_losses.arc_con_loss()
+    backends = "fused", "reference"
+    return {
+        "unified": tuple(unified(scale=4.0, backend=backend) for backend in backends),
+        "ArcCon": tuple(arc_con(scale=8.0, margin=0.02, backend=backend) for backend in backends),
+    }
 
 
 def _gradient(loss_fn: torch.nn.Module, embeddings: Tensor, labels: Tensor) -> Tensor:
