@@ -38,7 +38,7 @@ test: check
 test-all: check
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check and not release"
 
-# What a release has besides the package, and its tests; about eight minutes on two cores.
+# What a release has besides the package, and its tests; about ten minutes on two free cores.
 release: wheel docs recipes browser
 	$(PY) -m pytest -m release tests/release
 
