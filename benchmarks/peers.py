@@ -120,8 +120,8 @@ def compiled(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
 _CLASS_NAMES = CUSTOM_LOSSES | {name: cls.__name__ for name, cls in (PAIR_LOSSES | RANKING_LOSSES).items()}
 
 
-# Its defaults are ours, where it has any.
-_PML_OPTIONS = {"ranked_list": {"margin": 0.4, "Tn": 10.0}}
+# What pytorch-metric-learning wants to be given: our defaults.
+PML_OPTIONS = {"ranked_list": {"margin": 0.4, "Tn": 10.0}}
 
 
 def _check_triplets(case: Case, device: torch.device) -> None:
@@ -143,7 +143,7 @@ def pml(case: Case, embeddings: Tensor, labels: Tensor) -> Step:
     if loss_class is None:
         raise Unavailable("none")
     _check_triplets(case, embeddings.device)
-    loss_fn = loss_class(**_PML_OPTIONS.get(case.loss, {}))
+    loss_fn = loss_class(**PML_OPTIONS.get(case.loss, {}))
     if case.epsilon is None:
         return loss_step(case, loss_fn, embeddings, labels)
     miner = pml_miners.MultiSimilarityMiner(case.epsilon)

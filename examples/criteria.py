@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import dml_cuda
 from benchmarks.losses import CLASS_LOSSES, short_name
 from benchmarks.losses import LOSSES as ALL_LOSSES
+from benchmarks.peers import PML_OPTIONS
 from dml_cuda.distributed import DistributedLoss
 
 LOSSES = {
@@ -90,7 +91,8 @@ def make_loss(
     if kind in CLASS_LOSSES:
         loss = make_head(name, classes, embedding_size)
     else:
-        loss = _loss_class(name)(**({"gamma": gamma} if kind == "circle" else {}))
+        options = PML_OPTIONS.get(kind, {}) if is_pml else {}
+        loss = _loss_class(name)(**options, **({"gamma": gamma} if kind == "circle" else {}))
     if distributed:
         loss = DistributedLoss(loss)
     find = None

@@ -111,8 +111,9 @@ struct Stream {
 enum class Kind { kFloat32, kTf32, kBFloat16, kFloat64 };
 constexpr const char* kKindNames[] = {"float32", "tf32", "bfloat16", "float64"};
 
-// Numbers around class centres, rounded to bfloat16, so that all types have the same.
-std::vector<float> make_points(int64_t n, int64_t dim, const std::vector<int64_t>& labels) {
+// Numbers around class centres, rounded to bfloat16, so that all types have the same. Another seed gives other
+// points around the same centres.
+std::vector<float> make_points(int64_t n, int64_t dim, const std::vector<int64_t>& labels, uint32_t seed) {
     uint32_t state = 1;
     const auto draw = [&] {
         state = state * 1664525u + 1013904223u;
@@ -120,6 +121,7 @@ std::vector<float> make_points(int64_t n, int64_t dim, const std::vector<int64_t
     };
     std::vector<float> centres(size_t(64 * dim)), points(size_t(n * dim));
     for (float& x : centres) x = draw();
+    state += seed;
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t d = 0; d < dim; ++d) {
             const float x = centres[size_t(labels[size_t(i)] % 64 * dim + d)] + draw();
@@ -174,6 +176,9 @@ std::vector<double> params_of(const FormulaInfo& formula) {
                                                                  {"nt_xent", {0.1}},
                                                                  {"sup_con", {0.1}},
                                                                  {"lifted_structure", {-1, -0.5}},
+                                                                 {"nca", {8}},
+                                                                 {"tuplet_margin", {6, 16}},
+                                                                 {"ranked_list", {0.2, 4, 1}},
                                                                  {"margin_softmax", {16, 0.1, 1, 0}},
                                                                  {"proxy_anchor", {0.1, 32}}};
     for (const auto& [name, params] : known) {
@@ -202,8 +207,8 @@ struct Batch {
           ref_labels(make_labels(of.m)),
           device_labels(labels),
           device_ref_labels(ref_labels),
-          queries(as_kind(make_points(of.n, of.dim, labels), type)),
-          refs(as_kind(make_points(of.m, of.dim, ref_labels), type)) {
+          queries(as_kind(make_points(of.n, of.dim, labels, 0), type)),
+          refs(as_kind(make_points(of.m, of.dim, ref_labels, 1), type)) {
         Problem& p = task.problem;
         p.queries = {queries.get(), of.dim, device_labels.get(), of.n};
         p.square = of.m == 0;
