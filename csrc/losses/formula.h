@@ -85,6 +85,7 @@ struct FormulaDefaults {
     // The loss (of a pair, or of a row) is log(1 + x). "mean_nonzero" counts it as 0 where 1 + x is 1 in the type,
     // as the implementations that compute it so do. Log-sum-exps with kPlusOne are counted likewise without it.
     static constexpr bool kLogOnePlus = false;
+    static constexpr bool kOnCuda = true;  // whether the CUDA engine has it
 
     // A row without positives, without negatives, has no loss.
     static constexpr bool kNeedsPos = false, kNeedsNeg = false;

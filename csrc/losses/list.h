@@ -60,14 +60,25 @@ struct FormulaTag {
     using Of = WithDerivatives<T, Formula<T>>;
 };
 
+// Whether this compiler compiles the formula: nvcc, those that are on CUDA.
+template <template <typename> class Formula>
+#if defined(__CUDACC__)
+inline constexpr bool kIsCompiled = Formula<float>::kOnCuda;
+#else
+inline constexpr bool kIsCompiled = true;
+#endif
+
 // visit(FormulaTag<..>) for the formula: one branch.
 DML_CALLS_EITHER
 template <typename Visit>
 DML_INLINE auto with_formula(FormulaId formula, const Visit& visit) {
     switch (formula) {
-#define DML_CASE(name, Struct) \
-    case FormulaId::name:      \
-        return visit(FormulaTag<Struct>{});
+#define DML_CASE(name, Struct)                  \
+    case FormulaId::name:                       \
+        if constexpr (kIsCompiled<Struct>)      \
+            return visit(FormulaTag<Struct>{}); \
+        else                                    \
+            break;
         DML_FORMULAS(DML_CASE)
 #undef DML_CASE
     }
@@ -78,10 +89,12 @@ struct FormulaInfo {
     std::string_view name;
     FormulaId id;
     int params;
+    bool on_cuda = true;
 };
 
 inline constexpr FormulaInfo kFormulas[] = {
-#define DML_INFO(name, Struct) {#name, FormulaId::name, count_names(Struct<float>::kParams)},
+#define DML_INFO(name, Struct) \
+    {#name, FormulaId::name, count_names(Struct<float>::kParams), Struct<float>::kOnCuda},
     DML_FORMULAS(DML_INFO)
 #undef DML_INFO
 };

@@ -14,6 +14,8 @@ struct TupletMargin : FormulaDefaults {
     static constexpr bool kNeedsPos = true;
     static constexpr Count kCount = Count::kPairs;
     static constexpr bool kLogOnePlus = true;
+    // Beside nt_xent's, terms that see a context make `accumulate` spill registers for sm_90a.
+    static constexpr bool kOnCuda = false;
     static constexpr const char* kParams = "margin, scale";
 
     static constexpr double kRadians = 0.017453292519943295;  // of a degree

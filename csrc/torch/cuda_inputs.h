@@ -19,6 +19,7 @@ inline Tensor with_dense_rows(const Tensor& x) {
 // The engine of a problem's formula. That of a loaded formula knows no other, and numbers it 0.
 inline const EntryPoints* engine_of(Problem& p, std::string_view formula) {
     const CustomFormula* custom = custom_formula(p.formula);
+    TORCH_CHECK(custom || formula_named(formula)->on_cuda, "formula: ", formula, " has no CUDA kernels");
     if (!custom) return &kEntryPoints;
     TORCH_CHECK(custom->cuda, "formula: ", formula, " was loaded without CUDA kernels");
     p.formula = {};

@@ -53,7 +53,7 @@ bool has_cuda_kernels(std::string_view formula) {
 #ifdef DML_CUDA_VERSION
     const FormulaInfo* info = formula_named(formula);
     const CustomFormula* custom = info ? custom_formula(info->id) : nullptr;
-    return info && (!custom || custom->cuda);
+    return info && info->on_cuda && (!custom || custom->cuda);
 #else
     (void)formula;
     return false;

@@ -21,6 +21,7 @@ class TupletMargin(Formula):
     parameters: ClassVar = {"margin": check_number, "scale": check_above_zero}
     log_one_plus = True
     repeats = True
+    on_cuda = False
 
     @staticmethod
     def row(pos: Pairs, neg: Pairs, margin: float | Tensor, scale: float) -> tuple[Part, ...]:

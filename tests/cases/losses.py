@@ -190,6 +190,7 @@ LOSSES = {
         ),
     )
 }
+ON_CUDA = {name: loss for name, loss in LOSSES.items() if loss.module.formula.on_cuda}
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 SIMILARITIES = ("cosine", "dot", "euclidean", "euclidean_raw")  # as the ops name them
 REDUCTIONS = ("mean", "mean_nonzero", "mean_valid", "sum", "none")

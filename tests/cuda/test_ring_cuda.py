@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases.losses import LOSSES, SIMILARITIES
+from cases.losses import ON_CUDA, SIMILARITIES
 from cuda.test_cuda import pytestmark as needs_gpu
 from cuda.test_ring_torch_side import Batch, check
 
@@ -14,7 +14,7 @@ SIZES = {"n": 300, "others": (700, 0, 1), "d": 33}
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", ON_CUDA.values(), ids=ON_CUDA)
 def test_as_the_ops_of_the_cpu(loss, epsilon):
     for similarity in SIMILARITIES:
         how = loss.name, loss.params(similarity, **loss.smooth), epsilon, similarity
@@ -37,7 +37,7 @@ def test_the_same_bits_under_a_cuda_graph(dtype):
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", ON_CUDA.values(), ids=ON_CUDA)
 def test_a_ring_of_one_process(loss, epsilon):
     """As the loss itself."""
     batch = Batch(**SIZES, device="cuda")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases.data import make_labels
-from cases.losses import LOSSES, SIMILARITIES
+from cases.losses import LOSSES, ON_CUDA, SIMILARITIES
 from distributed.processes import finish, start
 from emulator import torch_side
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,7 +81,7 @@ def check(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", ON_CUDA.values(), ids=ON_CUDA)
 def test_as_the_ops_of_the_cpu(on_host, loss, epsilon):
     for similarity in SIMILARITIES:
         how = loss.name, loss.params(similarity, **loss.smooth), epsilon, similarity
@@ -113,7 +113,7 @@ def test_rows_that_are_not_dense(on_host):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_odd_batches(on_host, n):
-    for loss in LOSSES.values():
+    for loss in ON_CUDA.values():
         for epsilon in (None, 0.1):
             how = loss.name, loss.params(), epsilon
             batch = Batch(n, (5, 0))
@@ -232,4 +232,4 @@ def test_a_ring_of_cuda_kernels(on_host, size, tmp_path):
     for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [name for name, text in found.items() if text] == [], next(filter(None, found.values()))
-        assert len(found) == 3 * (len(LOSSES) if size == 3 else 3) + 7
+        assert len(found) == 3 * (len(ON_CUDA) if size == 3 else 3) + 7

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import torch
+from cases.losses import LOSSES, ON_CUDA
 from distributed import checks
 from emulator import torch_side
 
@@ -21,12 +22,15 @@ SOME = ("large", "other_columns", "short_types", "miners", "repeatable", "infini
 def chosen(size):
     for name in checks.checks_of(size):
         mode, _, what = name.partition(": ")
+        if what.partition(",")[0] in LOSSES.keys() - ON_CUDA.keys():
+            continue
         if mode == "ring" and (what in SOME or what.endswith((", mined", ", all pairs", "similarities"))):
             yield name, checks.CHECKS[name]
 
 
 if __name__ == "__main__":
     torch_side.load("ring")
+    checks.LOSSES = ON_CUDA
     checks.as_one_process = partial(checks.as_one_process, dtypes=(torch.float64,))
     checks.trials = lambda rows: {torch.float64: 1}
     checks.layouts = lambda: (checks.UNEVEN[int(sys.argv[2])],)

@@ -31,7 +31,7 @@ FormulaFacts formula_facts(std::string_view name) {
              {"counts_pairs", of.count == Count::kPairs},
              {"counts_rows_with_loss", of.count == Count::kRowsWithLoss},
              {"two_parts", of.parts == 2},
-             {"cuda", custom == nullptr || custom->cuda != nullptr}}};
+             {"cuda", formula->on_cuda && (custom == nullptr || custom->cuda != nullptr)}}};
 }
 
 namespace {
