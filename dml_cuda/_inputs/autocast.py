@@ -22,6 +22,11 @@ def result_dtype(embeddings: Tensor, wide: torch.dtype | None = None) -> torch.d
     return dtype if is_wide or not is_on(embeddings.device) else torch.float32
 
 
+def computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that points of a dtype are computed in."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def off(device: torch.device) -> AbstractContextManager:
     """A context that disables autocast, which would round similarities to its dtype."""
     return torch.autocast(device.type, enabled=False) if is_on(device) else nullcontext()

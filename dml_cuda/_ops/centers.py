@@ -33,10 +33,6 @@ def through_norm(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 class CenterBlock:
     """The centres of the classes from ``start`` to ``stop``, and how the rows see them."""
 

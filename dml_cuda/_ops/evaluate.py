@@ -237,7 +237,7 @@ def _op_options(call: Call, batch: Batch) -> OpOptions:
 def _widened(batch: Batch) -> Batch:
     """The batch with points of float32 at least."""
     points = (
-        x if x is None or x.dtype == torch.float64 else x.float() for x in (batch.embeddings, batch.ref_emb)
+        x if x is None else x.to(_autocast.computed_dtype(x.dtype)) for x in (batch.embeddings, batch.ref_emb)
     )
     return batch._replace(**dict(zip(("embeddings", "ref_emb"), points, strict=True)))
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  loading it registers torch.ops.dml_cuda
-from .centers import wide_dtype
 
 
 def fake_kernel(name: str) -> Callable[[Callable], Callable]:
@@ -25,11 +24,6 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
         return results
 
     return register
-
-
-def computed_dtype(points: Tensor) -> torch.dtype:
-    """The type that is computed in."""
-    return wide_dtype(points.dtype)
 
 
 def has_columns(points: Tensor) -> bool:

@@ -3,14 +3,15 @@
 import torch
 
 from .. import _C
-from .fake import computed_dtype, fake_kernel, gradient_if, like_if
+from .._inputs.autocast import computed_dtype
+from .fake import fake_kernel, gradient_if, like_if
 
 
 @fake_kernel("pair_loss")
 def _pair_loss(a):
     n = a.embeddings.shape[0]
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
-    dtype, device = computed_dtype(a.embeddings), a.embeddings.device.type
+    dtype, device = computed_dtype(a.embeddings.dtype), a.embeddings.device.type
     shape = n, m, a.ref_emb is None, a.both_directions
     size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward)
     lines = n + m if a.both_directions else n

@@ -18,7 +18,7 @@ from .._inputs.batch import Batch
 from ..losses._formula import Pairs, Part
 from ..reference.pairs import normalizes
 from .autograd import call, no_second_derivative, register_derivative
-from .centers import through_norm, unit_and_inverse, wide_dtype
+from .centers import through_norm, unit_and_inverse
 from .fake import fake_kernel
 from .listed_pairs import ListedPairs, SortedPairs, similarities
 from .python_ops import python_op
@@ -82,7 +82,7 @@ class _Sides(NamedTuple):
 
 def _points(points: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:
     """As similarities take them, and 1 / their length where they are normalised."""
-    points = points.to(wide_dtype(points.dtype))
+    points = points.to(_autocast.computed_dtype(points.dtype))
     return unit_and_inverse(points) if normalizes(similarity) else (points.contiguous(), None)
 
 
@@ -131,7 +131,7 @@ def _op(
 
 @fake_kernel("positive_rows")
 def _fake(a):
-    losses = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
+    losses = a.embeddings.new_empty(a.embeddings.shape[0], dtype=_autocast.computed_dtype(a.embeddings.dtype))
     return losses, torch.empty_like(a.labels), torch.empty_like(a.labels)
 
 

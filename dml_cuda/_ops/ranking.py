@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._inputs.autocast import computed_dtype
 from ..losses._formula import reduce, sums_and_counts
 from .arguments import OpBatch, OpOptions
 from .autograd import call, first_derivative, register_derivative
-from .fake import computed_dtype, fake_kernel, like_if
+from .fake import fake_kernel, like_if
 
 
 def ranking_loss(batch: OpBatch, options: OpOptions) -> Tensor:
@@ -28,7 +29,7 @@ def ranking_loss(batch: OpBatch, options: OpOptions) -> Tensor:
 
 @fake_kernel("ranking_loss")
 def _ranking_loss(a):
-    n, dtype = a.embeddings.shape[0], computed_dtype(a.embeddings)
+    n, dtype = a.embeddings.shape[0], computed_dtype(a.embeddings.dtype)
     count = a.dynamic_params.shape[0] if a.save and a.save_params else 0
     return (
         a.embeddings.new_empty(n, dtype=dtype),
@@ -71,12 +72,11 @@ def _backward(ctx, grad, *_):
     # One number expanded, as the gradient of a sum is.
     is_uniform = grad.shape[0] == 1 or (grad.shape[0] > 1 and grad.stride(0) == 0)
     has_all = all(saved for saved, want in zip(ctx.saved, wanted, strict=True) if want)
-    factor = grad[:1].sum()
-    if not (is_uniform and has_all):
+    factor = grad[:1].sum() if is_uniform and has_all else None
+    if factor is None:
         fixed = [None if x is None else x.detach() for x in tensors]
         with torch.no_grad():
             gradients = _OP(*_weighted(fixed, grad.detach()), *ctx.how, True, *wanted[1:])[2:]
-        factor = None
     for place, want, gradient, point in zip(_POINTS, wanted, gradients, given, strict=True):
         if want:
             gradient = gradient if factor is None else gradient * factor.to(gradient.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from .autograd import call, no_second_derivative, register_derivative
-from .centers import CenterBlock, blocks, through_norm, unit_and_inverse, wide_dtype
+from .centers import CenterBlock, blocks, through_norm, unit_and_inverse
 from .fake import fake_kernel
 from .python_ops import python_op
 
@@ -69,7 +69,7 @@ def soft_triple(
 
     embeddings ``[N, D]``, centers ``[C K, D]``, labels ``[N]`` int64.
     """
-    dtype = wide_dtype(embeddings.dtype)
+    dtype = _autocast.computed_dtype(embeddings.dtype)
     x, _ = unit_and_inverse(embeddings.to(dtype))
     n, classes = len(x), len(centers) // per_class
     most, sums, own = x.new_full((n,), -float("inf")), x.new_zeros(n), x.new_zeros(n)
@@ -92,7 +92,7 @@ def soft_triple(
 
 @fake_kernel("soft_triple")
 def _soft_triple(a):
-    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
+    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=_autocast.computed_dtype(a.embeddings.dtype))
     return rows, torch.empty_like(rows), rows.new_empty(())
 
 
@@ -178,7 +178,7 @@ def dense(
     spread: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses and spread as :func:`soft_triple` has them, in plain PyTorch on the whole matrix."""
-    dtype = wide_dtype(embeddings.dtype)
+    dtype = _autocast.computed_dtype(embeddings.dtype)
     x, w = (unit_and_inverse(points.to(dtype))[0] for points in (embeddings, centers))
     found = losses(x @ w.T, labels, per_class, la, gamma, margin)
     apart = x.new_zeros(())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._inputs import autocast as _autocast
 from .autograd import call, no_second_derivative, register_derivative
-from .centers import CenterBlock, blocks, through_norm, unit_and_inverse, wide_dtype
+from .centers import CenterBlock, blocks, through_norm, unit_and_inverse
 from .fake import fake_kernel
 from .python_ops import python_op
 
@@ -64,7 +64,7 @@ def _op(
 
     embeddings ``[N, D]``, centers ``[C K, D]``, labels ``[N]`` int64.
     """
-    dtype = wide_dtype(embeddings.dtype)
+    dtype = _autocast.computed_dtype(embeddings.dtype)
     x, _ = unit_and_inverse(embeddings.to(dtype))
     n, classes = len(x), len(centers) // per_class
     most, sums, own = x.new_full((n,), -torch.inf), x.new_zeros(n), x.new_zeros(n)
@@ -81,7 +81,7 @@ def _op(
 
 @fake_kernel("sub_centers")
 def _fake(a):
-    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=wide_dtype(a.embeddings.dtype))
+    rows = a.embeddings.new_empty(a.embeddings.shape[0], dtype=_autocast.computed_dtype(a.embeddings.dtype))
     return rows, torch.empty_like(rows)
 
 

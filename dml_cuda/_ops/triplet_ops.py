@@ -2,14 +2,15 @@
 
 import torch
 
+from .._inputs.autocast import computed_dtype
 from .autograd import first_derivative, register_derivative
-from .fake import computed_dtype, fake_kernel, like_if
+from .fake import fake_kernel, like_if
 
 
 @fake_kernel("triplet_loss")
 @fake_kernel("triplet_list_loss")
 def _triplet_loss(a):
-    n, dtype = a.embeddings.shape[0], computed_dtype(a.embeddings)
+    n, dtype = a.embeddings.shape[0], computed_dtype(a.embeddings.dtype)
     return (
         a.embeddings.new_empty(n, dtype=dtype),
         a.embeddings.new_empty((n, 2), dtype=torch.int64),
@@ -23,7 +24,7 @@ def _triplet_loss(a):
 def _select(a):
     count = a.embeddings.shape[0] if a.anchors is None else a.anchors.shape[0]
     column = a.embeddings.new_empty(count, dtype=torch.int64)
-    return column, a.embeddings.new_empty(count, dtype=computed_dtype(a.embeddings))
+    return column, a.embeddings.new_empty(count, dtype=computed_dtype(a.embeddings.dtype))
 
 
 def _register(name: str) -> None:

@@ -12,7 +12,7 @@ from .._inputs.indices import index_lists
 from .._inputs.options import check_names
 from .._inputs.row_weights import check_row_weights, weights_of_rows
 from .._inputs.traced import is_traced
-from .._ops.centers import unit_and_inverse, wide_dtype
+from .._ops.centers import unit_and_inverse
 from .._ops.evaluate import Call, evaluate_arguments
 from ._formula import reduce
 from ._pair import FormulaModule, described, option
@@ -178,7 +178,12 @@ class ClassifierLoss(FormulaModule):
     ) -> Tensor:
         """As :meth:`losses`, with each row weighted by how often it is listed, and by a factor ``[N]``."""
         call = self.call.with_reduction("none").without_class_weights()  # those are among the factors
-        losses = self.losses(call, embeddings, labels)
+        return self.reduced(self.losses(call, embeddings, labels), labels, listing, factors)
+
+    def reduced(
+        self, losses: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
+        """The rows' losses ``[N]``, weighted as :meth:`weighted` says, and reduced."""
         nonzero = self.formula.is_nonzero(losses)
         if listing is not None:
             nonzero = nonzero & (listing > 0)
@@ -258,21 +263,22 @@ class RowHead(ClassifierLoss):
     ) -> Tensor:
         labels = self.check(embeddings, labels, ref_emb, ref_labels)
         factors = self.factors(embeddings, labels, row_weights)
+        listing = None if indices_tuple is None else listing_weights(self.listed(indices_tuple), embeddings)
+        return self.weighted(embeddings, labels, listing, factors)
+
+    def weighted(
+        self, embeddings: Tensor, labels: Tensor, listing: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
         losses, added = self.row_losses(embeddings, labels)
         with _autocast.off(embeddings.device):
-            nonzero = self.formula.is_nonzero(losses)
-            if indices_tuple is not None:
-                listing = listing_weights(self.listed(indices_tuple), embeddings)
-                nonzero = nonzero & (listing > 0)
-                losses = losses * listing.to(losses.dtype)
-            value = reduce(losses, self.known(labels), self.reduction, nonzero, factors) + added
+            value = self.reduced(losses, labels, listing, factors) + added
         return value.to(_autocast.result_dtype(embeddings, self.wide_dtype(embeddings)))
 
     def center_weights(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Rows, centres, their cosine and the loss's derivative by it: first those of the row's own class,
         then the others."""
         labels = self.check(embeddings, labels).long()
-        dtype = wide_dtype(self.wide_dtype(embeddings))
+        dtype = _autocast.computed_dtype(self.wide_dtype(embeddings))
         with torch.inference_mode(False), _autocast.off(embeddings.device):
             rows, centers = (points.detach().to(dtype) for points in self.promoted(embeddings))
             x, w = (unit_and_inverse(points)[0] for points in (rows, centers))

@@ -1,7 +1,6 @@
 """SphereFace loss."""
 
 import math
-from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -10,8 +9,7 @@ from typing_extensions import Unpack
 
 from .._inputs import autocast as _autocast
 from .._inputs.batch import make_batch
-from .._inputs.checks import check_above_zero
-from .._ops.centers import wide_dtype
+from .._inputs.checks import check_above_zero, check_count
 from .._ops.evaluate import Call, of_rows
 from ..reference.pairs import TINY_NORM, unit_rows
 from ._classifier import ClassifierOptions, RowHead
@@ -20,18 +18,11 @@ from ._pair import option
 from .info_nce import NegativesLSE
 
 
-def _check_margin(name: str, value: object) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected 1 or more, got {value}")
-
-
 class SphereFace(Formula):
     """Liu et al., CVPR 2017. Only the parameters: a row's logits depend on its norm too."""
 
     name = "sphere_face"
-    parameters: ClassVar = {"margin": _check_margin, "scale": check_above_zero}
+    parameters: ClassVar = {"margin": check_count, "scale": check_above_zero}
     similarity = "dot"
     log_one_plus = True
 
@@ -67,7 +58,7 @@ def row_losses(
     classes = torch.arange(weights.shape[0], device=weights.device)
     known = (labels >= 0) & (labels < len(classes))
     with _autocast.off(embeddings.device):
-        wide = wide_dtype(embeddings.dtype)
+        wide = _autocast.computed_dtype(embeddings.dtype)
         rows, centers = embeddings.to(wide), unit_rows(weights.to(wide))
         norms = torch.linalg.vector_norm(rows, dim=1)
         rows = torch.where((norms > TINY_NORM)[:, None], rows, 0.0)  # a zero row has gradient 0

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_count, check_number
 from .._ops import sub_centers as op
-from .._ops.centers import unit_and_inverse, wide_dtype
+from .._ops.centers import unit_and_inverse
 from ._classifier import ClassifierOptions, RowHead
 from ._formula import softplus
 from ._pair import option
@@ -75,7 +75,7 @@ class SubCenterArcFaceLoss(RowHead):
         with _autocast.off(embeddings.device):
             # The blocks have no gradient of parameters.
             if self.backend == "reference" or self.call.learns:
-                dtype = wide_dtype(embeddings.dtype)
+                dtype = _autocast.computed_dtype(embeddings.dtype)
                 x, w = (unit_and_inverse(points.to(dtype))[0] for points in (embeddings, centers))
                 return self.cosine_losses(x @ w.T, embeddings, labels.long()), 0.0
             scale, _, cosine, sine = self.call.params
@@ -121,9 +121,8 @@ class SubCenterArcFaceLoss(RowHead):
         labels = self.check(embeddings, labels).long()
         check_number("threshold", threshold)
         k, classes = self.sub_centers, self.num_classes
-        rows, centers = (
-            points.to(wide_dtype(self.wide_dtype(embeddings))) for points in self.promoted(embeddings)
-        )
+        dtype = _autocast.computed_dtype(self.wide_dtype(embeddings))
+        rows, centers = (points.to(dtype) for points in self.promoted(embeddings))
         (x, _), (w, _) = unit_and_inverse(rows), unit_and_inverse(centers)
         known = self.known(labels)
         own = torch.where(known, labels, 0)

@@ -293,9 +293,13 @@ class _FusedRows:
         if isinstance(call, str):
             warn_unsupported(self, call)
             return super().compute_loss(*batch)
-        if labels is None or len(embeddings) <= 1:
+        if self._is_left(embeddings, labels):
             return super().compute_loss(*batch)
         return self._loss_dict(call, *batch)
+
+    def _is_left(self, embeddings, labels) -> bool:
+        """Whether a batch is left to pytorch-metric-learning."""
+        return labels is None or len(embeddings) <= 1
 
     def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
         raise NotImplementedError

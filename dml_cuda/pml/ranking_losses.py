@@ -8,57 +8,30 @@ from torch import Tensor
 from ._shared import (  # isort: skip  # first, as it explains a missing pytorch-metric-learning
     collect_norms,
     reduction_name,
-    similarity_options,
-    warn_unsupported,
 )
 
 from pytorch_metric_learning import distances, losses
-from pytorch_metric_learning.losses.base_metric_loss_function import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from .._ops.evaluate import Call, evaluate_arguments
-from ..losses._pair import make_call
 from ..losses._ranking import RankingFormula
 from ..losses.fast_ap import FastAP
 from ..losses.smooth_ap import SmoothAP
+from .pair_losses import _FusedRows
 
 
-class _FusedRanking:
+class _FusedRanking(_FusedRows):
     """Replaces the computation of a ranking loss by the kernel of a formula."""
 
-    _base: ClassVar[type[BaseMetricLossFunction]]
     _formula: ClassVar[type[RankingFormula]]
     _name: ClassVar[str]  # of its sub-loss
-    _methods: ClassVar[tuple[str, ...]] = ("zero_loss", "zero_losses", "_sub_loss_names")
+    _methods = ("zero_loss", "zero_losses", "_sub_loss_names")
 
-    def _similarity(self) -> dict[str, Any] | None:
-        return similarity_options(self.distance)
+    def _is_left(self, embeddings, labels) -> bool:
+        return False
 
-    def _call_or_reason(self) -> Call | str:
-        """The call that computes the losses of rows, or why the kernels cannot."""
-        for name in self._methods:
-            overridden = getattr(type(self), name) is not getattr(self._base, name)
-            if overridden or name in self.__dict__:
-                return f"its own {name}"
-        similarity = self._similarity()
-        if similarity is None:
-            return str(self.distance)
-        values = {name: getattr(self, name) for name in self._formula.parameters}
-        try:
-            return make_call(self._formula, values, {**similarity, "reduction": "none"})
-        except (TypeError, ValueError) as error:
-            return str(error)
-
-    def is_fused(self) -> bool:
-        """Whether dml_cuda computes this loss as it is now."""
-        return isinstance(self._call_or_reason(), Call)
-
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
-        call = self._call_or_reason()
-        if isinstance(call, str):
-            warn_unsupported(self, call)
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    def _loss_dict(self, call: Call, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         collect_norms(self.distance, embeddings, ref_emb)
@@ -96,7 +69,6 @@ class FastAPLoss(_FusedRanking, losses.FastAPLoss):
     errors.
     """
 
-    _base = losses.FastAPLoss
     _formula = FastAP
     _name = "loss"
 
@@ -115,7 +87,6 @@ class SmoothAPLoss(_FusedRanking, losses.SmoothAPLoss):
     has members, one after another.
     """
 
-    _base = losses.SmoothAPLoss
     _formula = SmoothAP
     _name = "ap_loss"
 

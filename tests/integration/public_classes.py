@@ -98,7 +98,6 @@ if pml is not None:
     LOSS_BASES += [
         pml.pair_losses._Fused,
         pml.pair_losses._FusedRows,
-        pml.ranking_losses._FusedRanking,
         pml.triplet_losses._FusedTriplets,
     ]
     HEAD_BASES += [pml.class_losses._FusedClassifier]
