@@ -1,4 +1,5 @@
-"""``python -m examples.compare_retrieval``: the same trainings with dml_cuda's losses and with PML's.
+"""``python -m examples.compare_retrieval``: the same trainings with dml_cuda's losses and with PML's, or with
+several of dml_cuda's.
 
 Runs ``train_retrieval`` for each loss and seed, then for a few steps at several batch sizes, each in a
 process of its own. Writes comparison.json, the tables in Markdown, the loss curves, and the pictures of one
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.markdown import Section
 
 from .plots import draw_comparison
-from .tables import EARLY, OURS, THEIRS, TIMED, TITLES, tables
+from .tables import BOTH, EARLY, OURS, THEIRS, TIMED, TITLES, tables
 
 _CLASSES = 8  # in a batch of the step times, whatever its size
 _WARM_UP = 3  # steps that are not timed
@@ -46,6 +47,9 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         metavar="LOSS",
         help="as --loss there",
     )
+    parser.add_argument("--without-pml", action="store_true", help="dml_cuda's losses alone, no step times")
+    parser.add_argument("--batch-size", type=int, default=64, help="of each training")
+    parser.add_argument("--per-class", type=int, default=8, help="images of each class in a batch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument(
@@ -59,6 +63,9 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     for size in arguments.batches:
         if size % _CLASSES:
             parser.error(f"--batches {size}: {_CLASSES} classes must share it evenly")
+    alone = [] if arguments.without_pml else [loss for loss in arguments.losses if loss not in BOTH]
+    if alone:
+        parser.error(f"--losses {' '.join(alone)}: not in pytorch-metric-learning; add --without-pml")
     if min(arguments.seeds, arguments.steps, arguments.timed_steps) < 1:
         parser.error("--seeds, --steps and --timed-steps are at least 1")
     return arguments
@@ -90,13 +97,16 @@ def _summary(log: dict, skip: int = 0) -> dict:
 def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> tuple[dict, dict, dict]:
     """The runs of each loss, seed by seed; the loss curve of each's first; and the log of the one whose
     pictures are kept."""
-    runs = {name: [] for loss in arguments.losses for name in (loss, f"pml-{loss}")}
+    runs = {name: [] for loss in arguments.losses for name in _sides(arguments, loss)}
     curves = {}
     for seed in range(arguments.seeds):
         for loss, found in runs.items():
             progress.set_postfix_str(f"{loss}, seed {seed}")
             is_kept = loss == arguments.losses[0] and seed == 0
-            log = _run(arguments, folder / loss, loss, is_kept, seed=seed, steps=arguments.steps)
+            log = _run(
+                arguments, folder / loss, loss, is_kept, seed=seed, steps=arguments.steps,
+                batch_size=arguments.batch_size, per_class=arguments.per_class,
+            )  # fmt: skip
             first, last = log["evaluations"][0], log["evaluations"][-1]
             found.append(
                 {
@@ -118,8 +128,13 @@ def _trainings(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> t
     return runs, curves, kept
 
 
+def _sides(arguments: argparse.Namespace, loss: str) -> list[str]:
+    """The names of a loss in the libraries that train with it."""
+    return [loss] if arguments.without_pml else [loss, f"pml-{loss}"]
+
+
 def _timed(arguments: argparse.Namespace) -> list[str]:
-    return [loss for loss in arguments.losses if loss in TIMED]
+    return [loss for loss in arguments.losses if loss in TIMED and not arguments.without_pml]
 
 
 def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> list[dict]:
@@ -144,11 +159,12 @@ def _step_times(arguments: argparse.Namespace, folder: Path, progress: tqdm) -> 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs everything, and writes everything."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    total = 2 * (len(arguments.losses) * arguments.seeds + len(_timed(arguments)) * len(arguments.batches))
+    trainings = sum(len(_sides(arguments, loss)) for loss in arguments.losses) * arguments.seeds
+    total = trainings + 2 * len(_timed(arguments)) * len(arguments.batches)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as progress:
         runs, curves, log = _trainings(arguments, Path(folder), progress)
         batches = _step_times(arguments, Path(folder), progress)
-    keys = ("steps", "batch_size", "epsilon", "embedding_size")
+    keys = ("steps", "batch_size", "per_class", "epsilon", "embedding_size")
     record = {
         "machine": log["machine"],
         "data": log["data"],
@@ -158,7 +174,10 @@ def compare(arguments: argparse.Namespace) -> dict:
         "batches": batches,
     }
     (arguments.out / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    panels = {TITLES[loss]: {OURS: curves[loss], THEIRS: curves[f"pml-{loss}"]} for loss in arguments.losses}
+    panels = {
+        TITLES[loss]: {OURS if name == loss else THEIRS: curves[name] for name in _sides(arguments, loss)}
+        for loss in arguments.losses
+    }
     draw_comparison(arguments.out / "loss_curves.png", panels)
     return record
 

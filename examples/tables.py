@@ -13,14 +13,13 @@ from .options import CLASS_RATE
 SECTION = Section("comparison")
 BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
 _TRIPLET_MINERS = {"triplet_margin": "semi-hard", "margin": "distance-weighted"}
-# The losses that both libraries have.
 TITLES = {
     name: ", ".join(
         [short_name(loss.__name__), *([_TRIPLET_MINERS[name]] if name in _TRIPLET_MINERS else [])]
     )
     for name, loss in LOSSES.items()
-    if f"pml-{name}" in CHOICES
 }
+BOTH = tuple(name for name in TITLES if f"pml-{name}" in CHOICES)  # libraries have it
 TIMED = ("multi_similarity", "circle", *TRIPLET_LOSSES)  # whose steps are timed at several batch sizes
 # Those that do not compute the same in both libraries, seed for seed: drawn triplets; a regulariser; rows
 # that are ranked among their own columns.
@@ -62,7 +61,7 @@ def _row(title: str, runs: list[dict], when: str) -> list[str]:
 def _settings(runs: dict[str, list[dict]], options: dict) -> str:
     sentences = ["Every loss has its defaults."]
     if "multi_similarity" in runs:
-        sentences.append(f"MultiSimilarity mines with epsilon {options['epsilon']}, Circle uses all pairs.")
+        sentences.append(f"MultiSimilarity mines with epsilon {options['epsilon']}.")
     if any(loss in runs for loss in CLASS_LOSSES):
         sentences.append(f"Weights of classes learn {CLASS_RATE} times as fast as the network.")
     if "soft_triple" in runs:
@@ -78,8 +77,9 @@ def _retrieval(runs: dict[str, list[dict]]) -> str:
     header = ["loss", "dim", *_SCORES, "step", "peak memory"]
     rows = [_row("untrained", next(iter(runs.values())), "before")]
     for loss, title in _titles(runs).items():
-        rows.append(_row(f"{title}, {OURS}", runs[loss], "after"))
-        rows.append(_row(f"{title}, {THEIRS}", runs[f"pml-{loss}"], "after"))
+        for name, library in ((loss, OURS), (f"pml-{loss}", THEIRS)):
+            if name in runs:
+                rows.append(_row(f"{title}, {library}", runs[name], "after"))
     return markdown_table(header, rows, left=1)
 
 
@@ -92,7 +92,7 @@ def _agreement(runs: dict[str, list[dict]]) -> str:
     """How far the two libraries' trainings are from each other, seed by seed, in words."""
     lines = []
     for loss, title in _titles(runs).items():
-        if loss in APART:
+        if loss in APART or f"pml-{loss}" not in runs:
             continue
         ours, theirs = runs[loss], runs[f"pml-{loss}"]
         losses = [np.array([run["first_losses"] for run in side]) for side in (ours, theirs)]
@@ -106,7 +106,7 @@ def _agreement(runs: dict[str, list[dict]]) -> str:
         )
         spread = f" ({THEIRS}'s seeds spread by {recall[1].std(ddof=1):.1f})" if len(theirs) > 1 else ""
         lines.append(line + spread + ".")
-    return f"{OURS} against {THEIRS}, seed by seed:\n\n" + "\n".join(lines)
+    return f"{OURS} against {THEIRS}, seed by seed:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _share(run: dict) -> str:
@@ -140,7 +140,8 @@ def tables(record: dict) -> str:
         f"Measured on {one_line(record['machine'])}.",
         f"**Retrieval.** {data['title']}: {train['images']} images of {train['classes']} classes to train "
         f"on, {test['images']} of {test['classes']} others to search. {options['steps']} steps of "
-        f"{options['batch_size']} images; in %, {averaged}. " + _settings(runs, options),
+        f"{options['batch_size']} images, {options['per_class']} of a class; in %, {averaged}. "
+        + _settings(runs, options),
         _retrieval(runs),
         _agreement(runs),
     ]
@@ -152,4 +153,4 @@ def tables(record: dict) -> str:
             _batches(batches),
         ]
     parts.append(f"Peak memory is that of {record['peak_memory_of']}.")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)

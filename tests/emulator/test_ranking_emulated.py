@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases.ranking import EVERY_RANKING, RANKINGS, classes_of
 from emulator import library
+from emulator.build import HERE, ROOT, build, run, with_change
 from oracle.ranking import ROWS
 
 pytestmark = pytest.mark.slow(60)
@@ -110,3 +111,55 @@ def test_values_alone(loss):
     losses = rows.rankings(loss.name, values, torch.ones(7, dtype=torch.float64), write=False)[0]
     written = library.TripletRows(s.clone(), labels)
     assert torch.equal(losses, written.rankings(loss.name, values, torch.ones(7, dtype=torch.float64))[0])
+
+
+PROGRAM = [HERE / "ranking_planted_bugs.cpp", ROOT / "csrc" / "cuda" / "triplets" / "triplets.cu"]
+RANKING = "cuda/triplets/ranking.cuh"
+BUGS = {
+    "a_positive_that_outranks_itself": (RANKING, "if (j == k) continue;", ""),
+    "derivative_not_zeroed": (
+        RANKING,
+        "k += kTripletThreads) row.work.derivative[k] = 0;",
+        "k += kTripletThreads) {}",
+    ),
+    "derivatives_read_before_the_barrier": (
+        RANKING,
+        "score.loss = 1 - share * sum;\n        block_sync();",
+        "score.loss = 1 - share * sum;",
+    ),
+    "edges_read_before_the_barrier": (
+        RANKING,
+        "        block_sync();\n        RankingScore score;\n        score.loss",
+        "        RankingScore score;\n        score.loss",
+    ),
+    "similarities_overwritten_before_they_are_read": (
+        RANKING,
+        "            block_sync();\n            for (int64_t k",
+        "            for (int64_t k",
+    ),
+    "columns_that_are_not_valid": (RANKING, "if (row.count > 0 && j < row.columns)", "if (row.count > 0)"),
+    "ranks_among_positives_alone": (
+        RANKING,
+        "rank = pos_rank + merge_sum(double(ranks));",
+        "rank = pos_rank;",
+    ),
+    "weight_of_the_row_forgotten": (RANKING, "row.weight * score.by_temperature_k", "score.by_temperature_k"),
+}
+
+
+@pytest.fixture(scope="module")
+def right():
+    done = run(build(PROGRAM, sanitizer="none"), schedule="warp_first", seed=1)
+    assert done.returncode == 0, done.stderr.decode()
+    assert np.isfinite(np.frombuffer(done.stdout, np.float64)).all()
+    return done.stdout
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_changes_the_result(bug, right):
+    program = build(PROGRAM, sanitizer="none", folders=[with_change(*BUGS[bug])])
+    for schedule in ("warp_first", "round_robin"):
+        done = run(program, schedule=schedule, seed=1)
+        if done.returncode != 0 or done.stdout != right:
+            return
+    pytest.fail("not seen")

@@ -72,6 +72,19 @@ def test_chosen_losses(tmp_path, monkeypatch):
     assert "MultiSimilarity" not in written
 
 
+def test_losses_that_only_dml_cuda_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_retrieval, "_train", train_retrieval.main)
+    options = ["--data", "digits", "--device", "cpu", "--seeds", "2", "--steps", "3", "--batch-size", "24"]
+    options += ["--per-class", "4", "--out", str(tmp_path), "--losses", "recall_at_k", "multi_similarity"]
+    compare_retrieval.main([*options, "--without-pml"])
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(record["retrieval"]) == ["recall_at_k", "multi_similarity"]
+    written = (tmp_path / "tables.md").read_text()
+    assert "3 steps of 24 images, 4 of a class" in written
+    assert "| RecallAtK, dml_cuda | 64 |" in written
+    assert "PML" not in written
+
+
 def check_spread(record):
     """With two seeds, mean ± standard deviation, and the libraries' differences seed by seed."""
     for name, runs in record["retrieval"].items():
@@ -94,7 +107,12 @@ def test_a_failed_training_is_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--batches", "60"], "share it evenly"), (["--seeds", "0"], "at least 1")]
+    ("options", "message"),
+    [
+        (["--batches", "60"], "share it evenly"),
+        (["--seeds", "0"], "at least 1"),
+        (["--losses", "circle", "recall_at_k"], "recall_at_k: not in pytorch-metric-learning"),
+    ],
 )
 def test_options_that_do_not_fit(capsys, options, message):
     with pytest.raises(SystemExit):
