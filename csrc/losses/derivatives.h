@@ -58,6 +58,11 @@ struct Complete {
                   "the formula: kContext needs kPos = Accumulator::kSum, one part, and no kPosInNeg");
     static_assert(!Formula::kPosInNeg || Formula::kNeg == Accumulator::kLogSumExp,
                   "the formula: kPosInNeg needs kNeg = Accumulator::kLogSumExp");
+    static_assert(
+        !Formula::kOnlyNegatives ||
+            (Formula::kNeg == Accumulator::kSum && Formula::kPos == Accumulator::kSum &&
+             Formula::kParts == 1 && !Formula::kContext),
+        "the formula: kOnlyNegatives needs kNeg = kPos = Accumulator::kSum, one part, and no kContext");
     static_assert(Formula::kParts == 1 || Formula::kParts == 2, "the formula: kParts must be 1 or 2");
     static_assert(std::is_trivially_copyable_v<Formula> && sizeof(Formula) <= 64,
                   "the formula: must be numbers only, 64 bytes at most: it is copied to the GPU");

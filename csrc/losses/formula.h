@@ -79,6 +79,10 @@ struct FormulaDefaults {
     // Positives also join the negatives' accumulator, with neg_term. Needs kNeg = kLogSumExp.
     static constexpr bool kPosInNeg = false;
 
+    // Both accumulators gather negatives, of neg_term and of pos_term, and positives count for nothing. Needs
+    // kNeg = kPos = kSum, one part, no kContext.
+    static constexpr bool kOnlyNegatives = false;
+
     // Where a summand is 0, so is its derivative: backward skips tiles of such pairs.
     static constexpr bool kHinge = false;
 

@@ -46,7 +46,8 @@ def of_rows(values: Tensor, index: Tensor) -> Tensor:
 def _negated_distances(x: Tensor, y: Tensor, pairs: SortedPairs, products: Tensor) -> Tensor:
     """As reference._negated_distances, of pairs."""
     rows, cols = pairs.rows, pairs.cols.clamp(max=max(y.shape[0] - 1, 0))  # a column out of range: NaN anyway
-    lengths = of_rows(x.square().sum(1), rows) + of_rows(y.square().sum(1), cols)
+    of_x = x.square().sum(1)
+    lengths = of_rows(of_x, rows) + of_rows(of_x if y is x else y.square().sum(1), cols)
     squares = lengths - 2 * products
     with torch.no_grad():
         near = squares < NEAR * lengths

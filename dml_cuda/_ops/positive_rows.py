@@ -86,6 +86,11 @@ def _points(points: Tensor, similarity: str) -> tuple[Tensor, Tensor | None]:
     return unit_and_inverse(points) if normalizes(similarity) else (points.contiguous(), None)
 
 
+def _block(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of ``x``; itself for all of them."""
+    return x if rows == slice(0, len(x)) else x[rows]
+
+
 def _part(
     formula: str,
     pairs: SortedPairs,
@@ -123,7 +128,7 @@ def _op(
     losses = x.new_zeros(len(x))
     counts, nonzero = (torch.zeros_like(labels) for _ in range(2))
     for rows, pairs in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
-        s = similarities(x[rows], y, pairs, similarity)
+        s = similarities(_block(x, rows), y, pairs, similarity)
         part = _part(formula, pairs, s, of_rows[rows], of_columns, params)
         losses[rows], counts[rows], nonzero[rows] = part
     return losses, counts, nonzero
@@ -170,7 +175,7 @@ def _op_backward(
     grad_y = grad_x if ref_emb is None else torch.zeros_like(y)
     grad_columns = x.new_zeros(0) if of_columns is None else torch.zeros_like(of_columns)
     for rows, pairs in _Sides(labels, ref_labels, self_index, num_valid_refs).blocks():
-        s = similarities(x[rows], y, pairs, similarity)
+        s = similarities(_block(x, rows), y, pairs, similarity)
         leaves = [
             z if z is None else z.detach().requires_grad_() for z in (s, of_rows[rows], of_columns, params)
         ]
@@ -182,7 +187,7 @@ def _op_backward(
         for gradient in by_columns:
             grad_columns += gradient
         grad_params += by_params
-        by_x, by_y = _through_similarities(by_s, s, x[rows], y, pairs, similarity)
+        by_x, by_y = _through_similarities(by_s, s, _block(x, rows), y, pairs, similarity)
         grad_x[rows] += by_x
         grad_y += by_y
     if x_inverse is not None:
@@ -195,7 +200,8 @@ def _op_backward(
 def _through_similarities(
     by_s: Tensor, s: Tensor, x: Tensor, y: Tensor, pairs: SortedPairs, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by the points, from those by the similarities."""
+    """The gradients by the points, from those by the similarities; of unit rows but for what is along them,
+    which :func:`through_norm` takes out."""
     distances = similarity.startswith("euclidean")
     # d s / dx = (x - y) / s of s = -|x - y|; 0 at 0.
     weights = torch.where(s == 0, 0.0, -by_s / torch.where(s == 0, 1.0, s)) if distances else by_s
@@ -204,7 +210,7 @@ def _through_similarities(
     sums = torch.ops.dml_cuda.pair_sums.default
     by_x = sums(weights, y, pairs.cols, pairs.offsets)
     by_y = sums(of_columns, x, pairs.rows[order], offsets)
-    if distances:
+    if distances and not normalizes(similarity):
         for points, gradient, w, at in ((x, by_x, weights, pairs.offsets), (y, by_y, of_columns, offsets)):
             total = torch.segment_reduce(w, "sum", offsets=at, initial=0)
             gradient.addcmul_(points, total[:, None], value=-1)

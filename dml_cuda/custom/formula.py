@@ -120,8 +120,9 @@ class CompiledFormula(Formula):
         if facts["pos_in_neg"]:
             push = logaddexp(push, pos.lse(terms_of(pos, False)))
         context = pos.spread(push).expand(pos.s.shape) if facts["context"] else None
-        pulls = terms_of(pos, True, context)
-        pull = cls._accumulate(pos, pulls, facts["sums_positives"])
+        pulled = neg if facts["only_negatives"] else pos
+        pulls = terms_of(pulled, True, context)
+        pull = cls._accumulate(pulled, pulls, facts["sums_positives"])
 
         incomplete = torch.zeros_like(push, dtype=torch.bool)
         if facts["needs_pos"]:
@@ -141,11 +142,11 @@ class CompiledFormula(Formula):
             counts = (torch.where(incomplete, 0, count).to(push.dtype) for count in (neg_count, pos_count))
             return rows(cls.name, params, *values, *counts)
 
-        results = finish(neg.count, pos.count)
+        results = finish(neg.count, pulled.count)
         losses, counts = results[:2], results[2:4].detach().long()
         if facts["counts_pairs"]:
             pushes = terms_of(neg, False).detach() if facts["sums_negatives"] else neg.s
-            results = finish(neg.number(cls.is_nonzero(pushes)), pos.number(cls.is_nonzero(pulls)))
+            results = finish(neg.number(cls.is_nonzero(pushes)), pulled.number(cls.is_nonzero(pulls)))
             nonzero = results[2:4].detach().long()
         elif facts["two_parts"] or facts["counts_rows_with_loss"]:
             nonzero = cls.is_nonzero(losses).long()

@@ -23,33 +23,35 @@ def _weights(excess: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.where(beyond, torch.exp(temperature * torch.where(beyond, excess, 0.0)), 0.0)
 
 
-def _mean_excess(pairs: Pairs, excess: Tensor, temperature: float | Tensor) -> Tensor:
+def _mean_excess(pairs: Pairs, excess: Tensor, temperature: float | Tensor, floor: float) -> Tensor:
     """``[N]`` the weighted mean of a row's pairs beyond their boundary."""
     weights = _weights(excess, temperature)
-    return pairs.sum(weights * torch.relu(excess)) / (pairs.sum(weights) + _PER_COLUMN * pairs.columns)
+    return pairs.sum(weights * torch.relu(excess)) / (pairs.sum(weights) + floor)
+
+
+def _floor(columns: int) -> float:
+    return _PER_COLUMN * columns
 
 
 def _of_positives(pos: Pairs, here: Tensor, there: Tensor | None, params: Tensor) -> Part:
     level, temperature = params
-    losses = _mean_excess(pos, -(pos.s - level), temperature)
+    losses = _mean_excess(pos, -(pos.s - level), temperature, _floor(pos.columns))
     return Part(losses, pos.count, (losses != 0).long())
 
 
 register("ranked_list_loss", _of_positives)
 
 
-class RankedListSums(Formula):
-    """The sums over a row's negatives that the loss divides; csrc/losses/ranked_list.h."""
+class RankedListNegatives(Formula):
+    """The share of a row's negatives; csrc/losses/ranked_list.h."""
 
     name = "ranked_list"
 
     @staticmethod
     def row(
-        pos: Pairs, neg: Pairs, level: float | Tensor, temperature: float | Tensor, moment: float
+        pos: Pairs, neg: Pairs, level: float | Tensor, temperature: float | Tensor, floor: float
     ) -> Tensor:
-        excess = neg.s - level
-        weights = _weights(excess, temperature)
-        return neg.sum(weights * torch.relu(excess) if moment else weights)
+        return _mean_excess(neg, neg.s - level, temperature, floor)
 
 
 def _check_share(name: str, value: object) -> None:
@@ -77,17 +79,17 @@ class RankedList(Formula):
     def row(
         pos: Pairs, neg: Pairs, margin: float, Tn: float, imbalance: float, level: float, Tp: float
     ) -> tuple[Part, ...]:
-        pull = _mean_excess(pos, -(pos.s - (level + margin)), Tp)
-        push = _mean_excess(neg, neg.s - level, Tn)
+        floor = _floor(pos.columns)
+        pull = _mean_excess(pos, -(pos.s - (level + margin)), Tp, floor)
+        push = _mean_excess(neg, neg.s - level, Tn, floor)
         return RankedList._joined(pull, push, imbalance)
 
     @staticmethod
     def compose(call: Any, batch: Any) -> tuple[Part, ...]:
-        """The sums over negatives by a kernel, the positives apart."""
+        """The share of negatives by a kernel, that of positives apart."""
         margin, Tn, imbalance, level, Tp = call.params
-        total, moment = (of_rows(call, RankedListSums, [level, Tn, which], batch) for which in (0.0, 1.0))
         columns = batch.embeddings if batch.ref_emb is None else batch.ref_emb
-        push = moment / (total + _PER_COLUMN * columns.shape[0])
+        push = of_rows(call, RankedListNegatives, [level, Tn, _floor(columns.shape[0])], batch)
         part = positive_rows(
             RankedList.name, call.similarity, batch, torch.zeros_like(push), None, [level + margin, Tp]
         )

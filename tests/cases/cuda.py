@@ -66,7 +66,7 @@ OTHERS = {
     "margin_softmax": (MARGIN_SOFTMAX, ("margin_softmax", (4.0, 0.1, 1.0, 0.0))),
     "proxy_anchor": (("proxy_anchor", (0.1, 4.0)), ("proxy_anchor", (-1.0, 4.0))),
     "siglip": (("siglip", (4.0, -2.0)), ("siglip", (2.0, 2.0))),
-    "ranked_list": (("ranked_list", (-0.2, 4.0, 1.0)), ("ranked_list", (-1.2, 4.0, 0.0))),
+    "ranked_list": (("ranked_list", (-0.2, 4.0, 0.01)), ("ranked_list", (-1.2, 4.0, 0.05))),
     "negatives_lse": (("negatives_lse", (0.2,)), ("negatives_lse", (0.5,))),
 }
 FORMULAS = [*map(formula, LOSSES), *(on_cosines for on_cosines, _ in OTHERS.values())]

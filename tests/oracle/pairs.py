@@ -165,13 +165,13 @@ def tuplet_margin(pos, neg, margin=5.73, scale=64.0):
     return Row([part], -scale * wrong * derivative, scale * wrong.sum() * shares)
 
 
-def ranked_list(pos, neg, level=-1.2, temperature=10.0, moment=0.0):
-    """The sum of the weights of the negatives beyond the level, or with ``moment`` of weight times excess."""
+def ranked_list(pos, neg, level=-1.2, temperature=10.0, floor=0.01):
+    """The mean excess of the negatives beyond the level, weighted by its exponential."""
     excess = neg - level
     weight = np.where(excess > 0, np.exp(temperature * excess), 0.0)
-    loss = weight * excess if moment else weight
-    derivative = weight * (1 + temperature * excess) if moment else temperature * weight
-    return Row([Part(loss.sum())], 0 * pos, derivative)
+    total = weight.sum() + floor
+    mean = (weight * excess).sum() / total
+    return Row([Part(mean)], 0 * pos, weight * (1 + temperature * (excess - mean)) / total)
 
 
 def margin_softmax(pos, neg, scale=64.0, margin=0.0, cosine=1.0, sine=0.0):

@@ -31,6 +31,12 @@ DML_INLINE Lines<T> positive_lines(const RowStates<T>& states, int64_t first, Li
             parts.pos_b, parts.pos_context};
 }
 
+// Into the positives' accumulator (kOnlyNegatives).
+template <typename T>
+DML_INLINE Lines<T> joining_negative_lines(const RowStates<T>& states, int64_t first, LineParts<T>& parts) {
+    return {states.neg_above + first, nullptr, parts.pos_a, parts.pos_b, parts.pos_context};
+}
+
 template <typename T, Accumulator kAccumulator, bool kBothSides, typename Kind>
 DML_INLINE Found accumulate_kind(const Tile<T>& tile, const Kind& kind, bool count_nonzero,
                                  const Lines<T>& rows, const Lines<T>& cols) {
@@ -71,6 +77,13 @@ Found accumulate_kinds(const Tile<T>& tile, const Formula& formula, Kinds kinds,
                 found.parts = true;  // a tile of satisfied hinges has a hardest negative too
             }
         }
+    }
+    if constexpr (Formula::kOnlyNegatives) {
+        if (negatives)
+            found |= accumulate_sum<T, JoiningNegatives<T, Formula>, kBothSides>(
+                tile, {{formula}}, count_nonzero, joining_negative_lines(states, tile.row0, parts.rows),
+                joining_negative_lines(states, tile.col_line0, parts.cols));
+        return found;
     }
     if (!positives) return found;
 

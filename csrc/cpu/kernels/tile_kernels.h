@@ -114,7 +114,7 @@ struct TileKernels {
 
     // What the formula declares (losses/formula.h).
     Accumulator neg, pos;
-    bool plus_one, context, pos_in_neg, hinge, log_one_plus;
+    bool plus_one, context, pos_in_neg, only_negatives, hinge, log_one_plus;
     NeededPairs needed;
     Count count;
     int parts;

@@ -72,6 +72,7 @@ TileKernels<T> make_kernels() {
             Formula::kPlusOne,
             Formula::kContext,
             Formula::kPosInNeg,
+            Formula::kOnlyNegatives,
             Formula::kHinge,
             Formula::kLogOnePlus,
             Formula::needed_pairs(),

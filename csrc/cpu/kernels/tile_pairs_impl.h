@@ -96,6 +96,17 @@ struct JoiningPositives : Positives<T, Formula> {
     }
 };
 
+// Negatives as members of the positives' accumulator (kOnlyNegatives).
+template <typename T, typename Formula>
+struct JoiningNegatives : Negatives<T, Formula> {
+    DML_INLINE T term(T s, T) const { return this->formula.pos_term(s, T(0)); }
+    DML_INLINE T derivative(T s, T) const { return this->formula.pos_derivative(s, T(0)); }
+    template <typename ByParam>
+    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
+        return by_param.pos_term(s, T(0));
+    }
+};
+
 // The terms of a range of a row. A separate loop into an array rounds them before anything is subtracted
 // (see rounded_product).
 template <typename T, typename Kind>

@@ -205,30 +205,37 @@ int64_t weights_of(const Tile<T>& tile, const Formula& formula, bool euclidean, 
     const Negatives<T, Formula> neg{formula};
     const Positives<T, Formula> pos{formula};
     const JoiningPositives<T, Formula> join{{formula}};
+    const JoiningNegatives<T, Formula> join_pos{{formula}};
     const KindWeights<T, Formula::kNeg, kBothSides> of_neg(tile,
                                                            {w.neg_above, w.neg_value, w.d_neg, w.neg_value});
+    const T* pos_bounds = Formula::kOnlyNegatives ? w.neg_above : w.pos_below;
     const KindWeights<T, Formula::kPos, kBothSides> of_pos(tile,
-                                                           {w.pos_below, w.pos_value, w.d_pos, w.neg_value});
+                                                           {pos_bounds, w.pos_value, w.d_pos, w.neg_value});
     WeightLines<T> join_rows = of_neg.rows, join_cols = of_neg.cols;  // but for the bounds
     join_rows.bound = of_pos.rows.bound;
     join_cols.bound = of_pos.cols.bound;
     int64_t count = 0;
     for (int i = 0; i < tile.rows; ++i) {
         T* line = out + static_cast<int64_t>(i) * tile.pitch;
-        // 1. Negatives: writes the whole row, 0 for positives and the self pair.
+        // 1. Negatives, in both accumulators or in one: writes the whole row, 0 for positives and the self pair.
         neg.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
             range_weights<T, Formula::kNeg, kBothSides, false>(neg, s, begin, end, i, of_neg.rows,
                                                                of_neg.cols, of_neg.shared, line, sums);
-        });
-        // 2. Positives, and their share as members of the negatives' accumulator.
-        pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
-            range_weights<T, Formula::kPos, kBothSides, false>(pos, s, begin, end, i, of_pos.rows,
-                                                               of_pos.cols, of_pos.shared, line, sums);
-            if constexpr (Formula::kPosInNeg) {
-                range_weights<T, Formula::kNeg, kBothSides, true>(join, s, begin, end, i, join_rows,
-                                                                  join_cols, of_neg.shared, line, sums);
+            if constexpr (Formula::kOnlyNegatives) {
+                range_weights<T, Formula::kPos, kBothSides, true>(join_pos, s, begin, end, i, of_pos.rows,
+                                                                  of_pos.cols, of_pos.shared, line, sums);
             }
         });
+        // 2. Positives, and their share as members of the negatives' accumulator.
+        if constexpr (!Formula::kOnlyNegatives)
+            pos.for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
+                range_weights<T, Formula::kPos, kBothSides, false>(pos, s, begin, end, i, of_pos.rows,
+                                                                   of_pos.cols, of_pos.shared, line, sums);
+                if constexpr (Formula::kPosInNeg) {
+                    range_weights<T, Formula::kNeg, kBothSides, true>(join, s, begin, end, i, join_rows,
+                                                                      join_cols, of_neg.shared, line, sums);
+                }
+            });
         if (euclidean) divide_by_distance(tile.s + static_cast<int64_t>(i) * tile.pitch, tile.cols, line);
         count += count_nonzeros(line, tile.cols);
     }

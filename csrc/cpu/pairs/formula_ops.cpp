@@ -24,6 +24,7 @@ FormulaFacts formula_facts(std::string_view name) {
              {"plus_one", of.plus_one},
              {"context", of.context},
              {"pos_in_neg", of.pos_in_neg},
+             {"only_negatives", of.only_negatives},
              {"hinge", of.hinge},
              {"log_one_plus", of.log_one_plus},
              {"needs_pos", of.needed.pos},

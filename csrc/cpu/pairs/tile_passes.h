@@ -78,7 +78,7 @@ class TilePasses {
             T* max_neg = rows.max_neg + first;
             for (int i = 0; i < lines; ++i) max_neg[i] = std::max(max_neg[i], parts.max_neg[i]);
         }
-        if (!positives) return;
+        if (!positives && !kernels_.only_negatives) return;
         kernels_.merge(kernels_.pos, lines, parts.pos_a, parts.pos_b, rows.pos_a + first, rows.pos_b + first);
         if (!kernels_.context) return;
         for (int i = 0; i < lines; ++i) rows.pos_context[first + i] += parts.pos_context[i];

@@ -127,7 +127,8 @@ struct RowPairs {
             if (positive ? !(s < bounds.pos_below) : !(s > bounds.neg_above)) return;
             if (!positive || Formula::kPosInNeg) add(row.neg, neg_exp, formula.neg_term(s));
             if constexpr (!Formula::kContext) {
-                if (positive) add(row.pos, pos_exp, formula.pos_term(s, Acc(0)));
+                if (Formula::kOnlyNegatives ? !positive : positive)
+                    add(row.pos, pos_exp, formula.pos_term(s, Acc(0)));
             }
         });
         Acc sums[4] = {row.neg.b, row.pos.b, neg_exp ? Acc(0) : row.neg.a, pos_exp ? Acc(0) : row.pos.a};

@@ -125,8 +125,9 @@ struct PairTerms {
         if constexpr (Summed::kNegCount) line.neg_count += counted(term);
     }
     // To the positives' accumulator; term: pos_term(s).
-    DML_DEVICE void add_positive(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc context) const {
-        if (!(positive && s < below)) return;
+    DML_DEVICE void add_positive(Sums& line, bool positive, Acc s, Acc term, Acc below, Acc above,
+                                 Acc context) const {
+        if (!(Formula::kOnlyNegatives ? !positive && s > above : positive && s < below)) return;
         if constexpr (Formula::kContext) term = formula.pos_term(s, context);
         line.pos += term;
         if constexpr (Summed::kPosCount) line.pos_count += counted(term);
@@ -284,15 +285,15 @@ DML_DEVICE void sum_pairs(const PairTerms<Formula, kStage, Acc>& terms,
                     terms.add_negative(col_sums[j], positive, s, term, col_below[j], col_above[j]);
             }
         }
-        if (Summed::kPoss && col_ids.any_positive(id)) {
+        if (Summed::kPoss && (Formula::kOnlyNegatives || col_ids.any_positive(id))) {
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
                 const bool positive = col_ids.positive(j, id);
                 const Acc s = sims.s[j], term = terms.pos_term(s);
-                terms.add_positive(row_sums, positive, s, term, below, context);
+                terms.add_positive(row_sums, positive, s, term, below, above, context);
                 if constexpr (kBoth) {
                     terms.add_positive(col_sums[j], positive, s, term, col_number(kLinePosBelow, j),
-                                       Summed::kContext ? col_number(kLineContext, j) : Acc(0));
+                                       col_above[j], Summed::kContext ? col_number(kLineContext, j) : Acc(0));
                 }
             }
         }

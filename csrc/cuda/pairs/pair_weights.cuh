@@ -86,7 +86,7 @@ struct TileWeights {
             };
             // A line without derivative keeps nothing: its exponentials, relative to other lines' values, may
             // overflow.
-            const bool neg = weight.d_neg != Acc(0),
+            const bool neg = weight.d_neg != Acc(0) || (Formula::kOnlyNegatives && weight.d_pos != Acc(0)),
                        pos = weight.d_pos != Acc(0) || (Formula::kPosInNeg && neg);
             numbers[kPosBound * kLines + line] = pos ? weight.bounds.pos_below : -infinity<Acc>();
             numbers[kNegBound * kLines + line] = neg ? weight.bounds.neg_above : infinity<Acc>();
@@ -141,13 +141,16 @@ struct TileWeights {
             if (by_col) sum += cols.neg_weight[j];
             w.s[j] = by_row || by_col ? sum * derivative : Acc(0);
         }
-        if (cols.ids.any_positive(id)) {
+        if (Formula::kOnlyNegatives || cols.ids.any_positive(id)) {
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
                 const Acc s = sims.s[j];
                 const bool positive = cols.ids.positive(j, id);
-                const bool by_row = positive && s < pos_bound;
-                const bool by_col = kBoth && positive && s < col_number(kPosBound, j);
+                const auto kept = [&](Acc pos_below, Acc neg_above) {
+                    return Formula::kOnlyNegatives ? !positive && s > neg_above : positive && s < pos_below;
+                };
+                const bool by_row = kept(pos_bound, neg_bound);
+                const bool by_col = kBoth && kept(col_number(kPosBound, j), cols.neg_bound[j]);
                 Acc sum;
                 if constexpr (Formula::kContext) {
                     sum = by_row ? pos * formula.pos_derivative(s, context) : Acc(0);

@@ -62,7 +62,7 @@ struct RowWeight {
             w = d_neg * formula.neg_derivative(s);
             if constexpr (Formula::kNeg == Accumulator::kLogSumExp) w *= std::exp(formula.neg_term(s) - neg);
         }
-        if (positive) {
+        if (Formula::kOnlyNegatives ? !positive : positive) {
             const Acc context = Formula::kContext ? neg : Acc(0);
             Acc by_pos = d_pos * formula.pos_derivative(s, context);
             if constexpr (Formula::kPos == Accumulator::kLogSumExp)
