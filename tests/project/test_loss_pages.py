@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+import dml_cuda
 from benchmarks.losses import LOSSES, short_name
 from docs.figures import choosing, loss_weights
 
@@ -22,6 +23,12 @@ def test_every_loss_has_a_page(name):
     assert "## When to use it\n" in page
     assert f".. autoclass:: dml_cuda.{LOSSES[name].__name__}\n" in page
     assert f"\n   {LOSSES[name].__name__}\n" in (ROOT / "docs/api.md").read_text()
+
+
+def test_every_public_class_is_documented():
+    pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    classes = [name for name in dml_cuda.__all__ if isinstance(getattr(dml_cuda, name), type)]
+    assert [name for name in classes if f".. autoclass:: dml_cuda.{name}\n" not in pages] == []
 
 
 def test_no_page_is_left_of_a_loss_that_went():
