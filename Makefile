@@ -1,6 +1,5 @@
-# `make check` answers within 90 seconds once built, `make test` runs every test, and `make
-# test-all` every case of them; `make demo` shows what it is for. All set up .venv first; nothing else is needed
-# but Python 3.10+ with venv and a C++ compiler.
+# `make check` answers within 90 seconds once built, `make test` within ten minutes; `make demo` shows what it is
+# for. All set up .venv first; nothing else is needed but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +7,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples check test test-all wheel docs recipes browser release bench readme lint format ptxas \
+.PHONY: demo data examples check test test-long test-all wheel docs recipes browser release bench readme lint format ptxas \
   gpu-check clean
 
 demo: $(VENV)/built
@@ -30,11 +29,16 @@ examples: $(VENV)/built
 check: lint $(VENV)/built
 	$(PYTEST) --dist worksteal -m check
 
-# After the tests of `make check`, every test with the cases that show every value of its parameters.
+# After the tests of `make check`, the others with the cases that show every value of their parameters, in ten
+# minutes on two cores with set-up; but for those of `make test-long`.
 test: check
-	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "not check and not release"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "not check and not long and not release"
 
-# Every case of every test: values in all combinations, all sanitizers, every architecture of every kernel.
+# What compiles (the CUDA sources for the emulator and with nvcc, custom losses), trains, or waits, for minutes.
+test-long: $(VENV)/built
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "long and not check and not release"
+
+# Every case of all of these: values in all combinations, all sanitizers, every architecture of every kernel.
 test-all: check
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check and not release"
 

@@ -750,6 +750,7 @@ print(json.dumps({"added": added, "gradient": gradient}))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize("name", ["NormalizedSoftmaxLoss", "ProxyAnchorLoss", "SoftTripleLoss"])
 def test_the_logits_are_never_stored(name):

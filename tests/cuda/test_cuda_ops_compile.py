@@ -20,6 +20,7 @@ def toolkit_headers() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(toolkit_headers() is None, reason="the headers of the CUDA toolkit are not installed")
 def test_syntax_and_types():
     folders = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit_headers())]

@@ -9,6 +9,8 @@ from emulator import torch_side
 from dml_cuda import _C
 from dml_cuda._ops.arguments import OpOptions
 
+pytestmark = pytest.mark.long
+
 FORMULA = ("multi_similarity", [2.0, 50.0, 0.5])
 
 

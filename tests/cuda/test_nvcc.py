@@ -8,7 +8,7 @@ from emulator.build import HERE
 
 from tools import machine_code
 
-pytestmark = pytest.mark.slow(150)
+pytestmark = [pytest.mark.slow(150), pytest.mark.long]
 
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 

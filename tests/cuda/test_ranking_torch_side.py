@@ -9,6 +9,8 @@ from cases.ranking import EVERY_RANKING
 from cases.triplets import Case
 from emulator import torch_side
 
+pytestmark = pytest.mark.long
+
 CPU = torch.ops.dml_cuda
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dml_cuda import _C
 from dml_cuda._ops.arguments import OpOptions
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
 
 CPU = torch.ops.dml_cuda
 HERE = Path(__file__).parents[1] / "distributed"

@@ -9,6 +9,8 @@ from cases.triplets import Case
 from emulator import torch_side
 from oracle.triplet_ops import INF, NEGATIVES, SIMILARITIES, TERMS, params
 
+pytestmark = pytest.mark.long
+
 CPU = torch.ops.dml_cuda
 
 

@@ -27,7 +27,7 @@ from dml_cuda.reference import pairs as reference
 from examples import custom_losses
 from tools import machine_code
 
-pytestmark = pytest.mark.slow(100)
+pytestmark = [pytest.mark.slow(100), pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 UNIFIED_TEXT = (custom_losses.HERE / "unified.h").read_text()

@@ -83,6 +83,7 @@ ENDS = {
 
 
 # What fails elsewhere does so between two calls, whatever their mode.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("end", "mode"), [("bad input", "gather"), ("bad input", "ring"), ("an exception elsewhere", "ring")]
 )

@@ -10,7 +10,7 @@ import pytest
 
 from docs.figures.several_gpus import PAGE, Job, hiding_table, paper_table
 
-pytestmark = pytest.mark.slow(35)
+pytestmark = [pytest.mark.slow(35), pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,7 +35,7 @@ from oracle.pairs import ROWS
 import dml_cuda
 from dml_cuda._ops.arguments import OpOptions
 
-pytestmark = pytest.mark.slow(300)
+pytestmark = [pytest.mark.slow(300), pytest.mark.long]
 
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
 ROW_KERNELS = [ROOT / "csrc" / "cuda" / "instantiations" / f"{name}.cu" for name in ("merge", "matrix_rows")]

@@ -13,6 +13,8 @@ from emulator.build import HERE, build, build_for_gpu, run
 
 from tools.machine_code import find_nvcc
 
+pytestmark = pytest.mark.long
+
 SCHEDULES = ["round_robin", "warp_first"]
 SEEDS = [0, 1, 2]
 LANES = np.arange(32)

@@ -9,7 +9,7 @@ import torch
 from emulator import library
 from emulator.build import COMMON, HERE, ROOT, _compile, build, cached, run, with_change
 
-pytestmark = pytest.mark.slow(150)
+pytestmark = [pytest.mark.slow(150), pytest.mark.long]
 
 SOURCES = [HERE / "matrix_planted_bugs.cpp", ROOT / "csrc" / "cuda" / "instantiations" / "matrix_rows.cu"]
 

@@ -10,7 +10,7 @@ from emulator import library
 from emulator.build import HERE, ROOT, build, run, with_change
 from oracle.ranking import ROWS
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
 
 SCHEDULES = ("round_robin", 0), ("warp_first", 0), ("warp_first", 7)
 

@@ -29,7 +29,7 @@ from emulator.test_cuda_emulated import SCHEDULES, by_arithmetic, by_formula
 
 from dml_cuda import _C
 
-pytestmark = pytest.mark.slow(100)
+pytestmark = [pytest.mark.slow(100), pytest.mark.long]
 
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
 ROWS, MERGES = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("ring/rows", "instantiations/merge"))

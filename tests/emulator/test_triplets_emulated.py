@@ -23,7 +23,7 @@ from oracle.triplet_ops import (
     uniform,
 )
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
 
 SCHEDULES = ("round_robin", 0), ("warp_first", 0), ("warp_first", 7)
 SEED = torch.tensor([12345 - (1 << 62)])

@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).with_name("degenerate_batches.py")
 EVERY = 23  # of the cases, one in so many: each batch meets each miner, each loss and each reduction
 
 
+@pytest.mark.long
 @pytest.mark.slow(30)
 def test_degenerate_batches():
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}

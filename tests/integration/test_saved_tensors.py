@@ -99,6 +99,7 @@ def test_offloading(make):
     same(make, run)
 
 
+@pytest.mark.long
 @EVERY
 @pytest.mark.slow(60)
 def test_compiled_autograd(make):

@@ -349,6 +349,7 @@ def test_func_grad_of_two_processes(tmp_path, monkeypatch):
     run_two_ranks(FUNC_OF_TWO, tmp_path)
 
 
+@pytest.mark.long
 @EVERY
 def test_compiled_autograd(name):
     from torch._dynamo import compiled_autograd

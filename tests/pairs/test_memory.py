@@ -47,6 +47,7 @@ def measured(name, threads):
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize(
     ("name", "threads"), [("multi_similarity_loss", 1), ("multi_similarity_loss", 16), ("circle_loss", 2)]

@@ -98,6 +98,7 @@ SCHEDULES = [(loss, backend, None) for loss in LOSSES.values() for backend in ("
 SCHEDULES.append((LOSSES["multi_similarity"], "fused", True))  # shapes are the ops' affair, no loss's
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("loss", "backend", "dynamic"),
     SCHEDULES,

@@ -254,6 +254,7 @@ def test_sums_and_counts(loss, reduction):
     torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], whole[1])
 
 
+@pytest.mark.long
 def test_compiled_with_inductor():
     """The loss between ordinary operations, compiled whole: the same value and gradients."""
     embeddings, labels = make_batch(40, 8)

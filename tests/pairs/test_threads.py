@@ -52,6 +52,7 @@ def program():
     return cached(objects, ["g++", "-fsanitize=thread", *map(str, objects), *libraries], suffix="")
 
 
+@pytest.mark.long
 def test_no_races(program):
     done = run(program, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr).decode()[-6000:]

@@ -23,7 +23,7 @@ from benchmarks.records import ratios, read_json, write_json
 from benchmarks.report import print_report
 from benchmarks.run import run_case, run_cases
 
-pytestmark = pytest.mark.slow(30)
+pytestmark = [pytest.mark.slow(30), pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 

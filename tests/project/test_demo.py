@@ -14,6 +14,7 @@ pytest.importorskip("tqdm")
 from examples import data, demo, picture
 
 
+@pytest.mark.long
 def test_learns_digits(tmp_path, monkeypatch):
     # Few steps: what t-SNE draws is looked at by nobody here.
     monkeypatch.setattr(picture, "TSNE", partial(picture.TSNE, max_iter=250))

@@ -55,6 +55,7 @@ def test_runs_and_writes_everything(tmp_path, monkeypatch):
     check_spread(record)
 
 
+@pytest.mark.long
 def test_chosen_losses(tmp_path, monkeypatch):
     """The first training in a process of its own, as is usual."""
     turns = iter([compare_retrieval._train])
@@ -72,6 +73,7 @@ def test_chosen_losses(tmp_path, monkeypatch):
     assert "MultiSimilarity" not in written
 
 
+@pytest.mark.long
 def test_losses_that_only_dml_cuda_has(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_retrieval, "_train", train_retrieval.main)
     options = ["--data", "digits", "--device", "cpu", "--seeds", "2", "--steps", "3", "--batch-size", "24"]
@@ -99,6 +101,7 @@ def check_spread(record):
     assert "Recall@1 at the end by +1.0, -1.0 points (PML's seeds spread by 2.1)." in written
 
 
+@pytest.mark.long
 def test_a_failed_training_is_explained(tmp_path):
     options = ["--data", f"folder:{tmp_path / 'none'}", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:

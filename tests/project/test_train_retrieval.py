@@ -27,7 +27,7 @@ from examples.criteria import LOSSES
 from examples.networks import make_network
 from examples.options import parse
 
-pytestmark = pytest.mark.slow(90)
+pytestmark = [pytest.mark.slow(90), pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 # Of those that both libraries have; multi-similarity and circle loss have tests of their own.

@@ -355,6 +355,7 @@ def test_not_finite(loss, place, backend):
     assert found[0].isnan()
 
 
+@pytest.mark.long
 @EVERY_RANKING
 @pytest.mark.parametrize("spread", [0.05, 1.0], ids=["separated", "noisy"])
 def test_several_row_blocks(loss, spread):
