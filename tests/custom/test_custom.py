@@ -23,6 +23,7 @@ from dml_cuda.custom import Formula, build, diagnostics, softplus
 from dml_cuda.custom.formula import CompiledFormula
 from dml_cuda.custom.source import parameters, read
 from dml_cuda.functional import pair_weights
+from dml_cuda.losses.ranked_list import RankedListNegatives
 from dml_cuda.reference import pairs as reference
 from examples import custom_losses
 from tools import machine_code
@@ -154,16 +155,13 @@ def test_no_second_derivative_without_reference(unified, cache):
     assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_formulas_of_the_built_in_formulas(name):
+def check_known_by_its_ops(name, stated, params_of):
     """A formula known by its ops alone is the formula that is written in Python: parts, units, contexts."""
-    loss = LOSSES[name]
-    stated = loss.module.formula
     _, facts = _C.formula_facts(name)
     bare = type("Bare", (CompiledFormula,), {"name": name, "facts": facts, "repeats": stated.repeats})
     x, y = batch(40)
     for similarity in ("cosine", "euclidean"):
-        params = stated.params(loss.defaults, similarity)
+        params = params_of(similarity)
         for reduction in ("mean", "mean_nonzero", "sum", "none"):
             how = {"similarity": similarity, "reduction": reduction}
 
@@ -174,6 +172,20 @@ def test_formulas_of_the_built_in_formulas(name):
                 (v.detach(), *torch.autograd.grad(v.sum(), x)) for v in (value(bare), value(stated))
             )
             assert_same(found, wanted, 1e-8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_formulas_of_the_built_in_formulas(name):
+    loss = LOSSES[name]
+    stated = loss.module.formula
+    check_known_by_its_ops(name, stated, lambda similarity: stated.params(loss.defaults, similarity))
+
+
+def test_a_formula_of_negatives_alone():
+    level = {"cosine": 0.2, "euclidean": -1.2}
+    check_known_by_its_ops(
+        "ranked_list", RankedListNegatives, lambda similarity: [level[similarity], 4.0, 0.05]
+    )
 
 
 def test_options_and_parameters_by_name(unified):
