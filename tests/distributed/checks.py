@@ -724,6 +724,39 @@ def rankings_that_are_refused():
         raised(lambda module=module: module(embeddings, labels), ValueError, "mode", "ranking")
 
 
+COMPOSED = {"lifted_structure": dml_cuda.LiftedStructureLoss, "ranked_list": dml_cuda.RankedListLoss}
+
+
+def composed(name):
+    for rows in layouts():
+        for reduction in reductions(rows):
+            make = partial(COMPOSED[name], reduction=reduction)
+            as_one_process(make, "gather", rows, reduction == "none", dtypes=trials(rows))
+
+
+def composed_of_other_columns():
+    size = dist.get_world_size()
+    rows, refs = UNEVEN[size], EVEN[size][::-1]
+    embeddings, labels = whole_batch(rows)
+    columns, ref_labels = whole_batch(refs, seed=1)
+    for name, make in COMPOSED.items():
+        x, y = (points.clone().requires_grad_() for points in (embeddings, columns))
+        truth = make()(x, labels, None, y, ref_labels)
+        expected = torch.autograd.grad(truth, [x, y])
+        own = [share(x, rows).detach().requires_grad_(), share(y, refs).detach().requires_grad_()]
+        value = DistributedLoss(make())(own[0], share(labels, rows), None, own[1], share(ref_labels, refs))
+        close(value.detach(), truth.detach(), name)
+        for gradient, one, sizes in zip(gradients(value, own), expected, (rows, refs), strict=True):
+            close(gradient, share(one, sizes), name)
+
+
+def composed_that_are_refused():
+    embeddings, labels = whole_batch(UNEVEN[dist.get_world_size()])
+    for make in COMPOSED.values():
+        module = DistributedLoss(make(), mode="ring")
+        raised(lambda module=module: module(embeddings, labels), ValueError, "mode")
+
+
 OF_TRIPLETS = [
     (dml_cuda.TripletMarginLoss(), None),
     (dml_cuda.TripletMarginLoss(), dml_cuda.BatchHardMiner()),
@@ -879,6 +912,8 @@ def _table():
         checks[name] = partial(class_level, head)
     for name in RANKINGS:
         checks[f"ranking: {name}"] = partial(rankings, name)
+    for name in COMPOSED:
+        checks[f"composed: {name}"] = partial(composed, name)
     for miner in TRIPLET_MINERS:
         checks[f"triplet margin, {miner}"] = partial(triplets, miner, dml_cuda.TripletMarginLoss)
         learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=40)
@@ -888,6 +923,8 @@ def _table():
         triplets_that_are_refused,
         rankings_of_other_columns,
         rankings_that_are_refused,
+        composed_of_other_columns,
+        composed_that_are_refused,
         the_reference_backend,
         second_derivatives_of_the_reference,
         a_compiled_step,
