@@ -136,8 +136,8 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    composed = call.formula.composed
-    on_cuda = call.formula.on_cuda and (composed or not needs_cpu_kernel(call, batch))
+    composed = call.formula.is_composed(batch.embeddings.device)
+    on_cuda = composed or (call.formula.on_cuda and not needs_cpu_kernel(call, batch))
     fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
     if fused and composed and batch.indices is None:
         return _composed(call, batch)

@@ -89,7 +89,8 @@ class Formula:
         log_one_plus: whether the loss (of a pair, or of a row) is ``log(1 + x)``, which ``"mean_nonzero"``
             counts as 0 where ``1 + x`` is 1 in the dtype.
         on_cuda: whether a build with CUDA has kernels for the formula.
-        composed: whether no kernel has the formula, but :meth:`compose` makes it of those of other formulas.
+        composed: whether no kernel has the formula, but :meth:`compose` makes it of those of other formulas;
+            so it does on CUDA where ``on_cuda`` says that there are none.
         ranks: whether a pair's part in the loss depends on the row's other pairs one by one: such a loss is
             of all pairs, and has an op of its own (``_ops/ranking.py``).
     """
@@ -130,9 +131,15 @@ class Formula:
         """
         raise NotImplementedError
 
+    @classmethod
+    def is_composed(cls, device: torch.device) -> bool:
+        """Whether :meth:`compose` computes it on a device."""
+        instead = device.type == "cuda" and not cls.on_cuda and cls.compose is not Formula.compose
+        return cls.composed or instead
+
     @staticmethod
     def compose(call: Any, batch: Any) -> tuple[Part, ...]:
-        """The same for a ``_ops.evaluate.Call`` and a batch whose pairs all count, if ``composed``."""
+        """The same for a ``_ops.evaluate.Call`` and a batch whose pairs all count."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """InfoNCE with tensors of queries, positives and negatives instead of labels."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -9,28 +9,18 @@ from typing_extensions import Unpack
 
 from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
-from .._inputs.checks import check_above_zero, check_choice, check_flag
+from .._inputs.checks import check_choice, check_flag
 from .._inputs.row_weights import check_row_weights
 from .._ops.evaluate import Call, compute, in_wanted_dtype
 from ..reference.pairs import full_precision, negated_root
-from ._formula import Formula, Pairs, reduce, softplus
+from ._formula import reduce, softplus
+from ._negatives import NegativesLSE
 from ._pair import option
 from ._two_towers import TowerModule, TowerOptions, check_same_rows
 
 NegativeMode = Literal["unpaired", "paired"]
 # [N] the log-sum-exp of queries against columns, others' positives (True) or negatives; None without any.
 Against = Callable[[Tensor, Tensor, bool], Tensor | None]
-
-
-class NegativesLSE(Formula):
-    """log sum exp(s / temperature) over a row's negatives, 0 without any."""
-
-    name = "negatives_lse"
-    parameters: ClassVar = {"temperature": check_above_zero}
-
-    @staticmethod
-    def row(pos: Pairs, neg: Pairs, temperature: float) -> Tensor:
-        return torch.where(neg.count > 0, neg.lse(neg.s / temperature), 0.0)
 
 
 def _similarities(x: Tensor, y: Tensor, similarity: str) -> Tensor:

@@ -8,12 +8,11 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_number
 from .._inputs.options import PairOptions
-from .._ops.evaluate import of_rows
 from .._ops.positive_rows import positive_rows, register
 from ._described import described_by
 from ._formula import Formula, Pairs, Part, logaddexp
+from ._negatives import negatives_lse
 from ._pair import PairLoss, option, pair_loss
-from .info_nce import NegativesLSE
 
 
 def _terms(pos: Pairs, here: Tensor, there: Tensor | None, pos_level: float | Tensor) -> Tensor:
@@ -30,18 +29,6 @@ def _of_positives(pos: Pairs, here: Tensor, there: Tensor | None, params: Tensor
 
 
 register("lifted_pairs", _of_positives)
-
-
-def _with_negatives(labels: Tensor, batch: Any) -> Tensor:
-    """``[N]`` whether rows of these labels have a negative among the batch's columns."""
-    columns = batch.labels if batch.ref_labels is None else batch.ref_labels
-    if columns.shape[0] == 0:
-        return torch.zeros_like(labels, dtype=torch.bool)
-    columns = columns.long()
-    if batch.num_valid_refs is not None:
-        places = torch.arange(columns.shape[0], device=columns.device)
-        columns = torch.where(places < batch.num_valid_refs, columns, columns[0])
-    return (columns.amin() != labels) | (columns.amax() != labels)
 
 
 class LiftedPairs(Formula):
@@ -66,21 +53,15 @@ class LiftedPairs(Formula):
         neg_level, pos_level = call.params
         here = there = None
         if batch.ref_emb is None or batch.mine_self_pair:
-            here = _push(call, batch, neg_level)
+            here = negatives_lse(call, batch, 1.0) - neg_level
             there = here if batch.ref_emb is None else None
         else:  # a process's rows among those of all, which are the columns: each column is a row too
             every = batch._replace(embeddings=batch.ref_emb, labels=batch.ref_labels, ref_emb=None)
-            there = _push(call, every._replace(ref_labels=None, self_index=None), neg_level)
+            there = negatives_lse(call, every._replace(ref_labels=None, self_index=None), 1.0) - neg_level
             here = there[batch.self_index]
         part = positive_rows(LiftedPairs.name, call.similarity, batch, here, there, [pos_level])
         some = (here != -torch.inf).any()
         return (Part(torch.where(some, part.losses, 0.0), part.counts, torch.where(some, part.nonzero, 0)),)
-
-
-def _push(call: Any, batch: Any, neg_level: float | Tensor) -> Tensor:
-    """``[N]`` the log-sum-exp over each row's negatives, -inf without any."""
-    lse = of_rows(call, NegativesLSE, [1.0], batch)
-    return torch.where(_with_negatives(batch.labels.long(), batch), lse - neg_level, -torch.inf)
 
 
 def lifted_structure_loss(

@@ -14,8 +14,8 @@ from .._ops.evaluate import Call, of_rows
 from ..reference.pairs import TINY_NORM, unit_rows
 from ._classifier import ClassifierOptions, RowHead
 from ._formula import Formula, softplus
+from ._negatives import NegativesLSE
 from ._pair import option
-from .info_nce import NegativesLSE
 
 
 class SphereFace(Formula):

@@ -1,7 +1,7 @@
 """Tuplet margin loss."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,9 +9,34 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_above_zero, check_number
 from .._inputs.options import PairOptions
+from .._ops.positive_rows import positive_rows, register
 from ._described import described_by
 from ._formula import Formula, Pairs, Part, softplus
+from ._negatives import negatives_lse
 from ._pair import PairLoss, option, pair_loss
+
+
+def _of_pairs(pos: Pairs, push: Tensor, margin: float | Tensor, scale: float | Tensor) -> Part:
+    """From ``push`` ``[N]``, the log-sum-exp over each row's negatives, -inf without any."""
+    if isinstance(margin, Tensor):
+        cosine, sine = margin.deg2rad().cos(), margin.deg2rad().sin()
+    else:
+        cosine, sine = math.cos(math.radians(margin)), math.sin(math.radians(margin))
+    square = torch.relu((1 - pos.s) * (1 + pos.s))
+    has_root = square > 0
+    root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
+    turned = cosine * pos.s + sine * root  # cos(theta - angle)
+    has_negatives = push != -torch.inf
+    logits = pos.spread(torch.where(has_negatives, push, 0.0)) - scale * turned
+    losses = softplus(logits, where=pos.spread(has_negatives))
+    return pos.each(losses, TupletMargin.is_nonzero(losses))
+
+
+def _of_positives(pos: Pairs, push: Tensor, there: None, params: Tensor) -> Part:
+    return _of_pairs(pos, push, *params)
+
+
+register("tuplet_margin", _of_positives)
 
 
 class TupletMargin(Formula):
@@ -24,18 +49,15 @@ class TupletMargin(Formula):
     on_cuda = False
 
     @staticmethod
-    def row(pos: Pairs, neg: Pairs, margin: float | Tensor, scale: float) -> tuple[Part, ...]:
-        if isinstance(margin, Tensor):
-            cosine, sine = margin.deg2rad().cos(), margin.deg2rad().sin()
-        else:
-            cosine, sine = math.cos(math.radians(margin)), math.sin(math.radians(margin))
-        square = torch.relu((1 - pos.s) * (1 + pos.s))
-        has_root = square > 0
-        root = torch.where(has_root, torch.sqrt(torch.where(has_root, square, 1.0)), 0.0)
-        turned = cosine * pos.s + sine * root  # cos(theta - angle)
-        logits = pos.spread(neg.lse(scale * neg.s)) - scale * turned
-        losses = softplus(logits, where=pos.spread(neg.count > 0))
-        return (pos.each(losses, TupletMargin.is_nonzero(losses)),)
+    def row(pos: Pairs, neg: Pairs, margin: float | Tensor, scale: float | Tensor) -> tuple[Part, ...]:
+        return (_of_pairs(pos, neg.lse(scale * neg.s), margin, scale),)
+
+    @staticmethod
+    def compose(call: Any, batch: Any) -> tuple[Part, ...]:
+        """The log-sum-exp of each row's negatives by a kernel, then the positives: on CUDA, see on_cuda."""
+        margin, scale = call.params
+        push = negatives_lse(call, batch, 1 / scale)
+        return (positive_rows(TupletMargin.name, call.similarity, batch, push, None, [margin, scale]),)
 
 
 def tuplet_margin_loss(

@@ -294,3 +294,36 @@ def test_n_pairs_compiled():
         loss_fn = dml_cuda.NPairsLoss()
         assert_same(gradients(fast(x, labels), [x]), gradients(loss_fn(x, labels), [x]))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "dot"])
+@pytest.mark.parametrize("epsilon", [None, 0.2])
+def test_tuplet_margin_as_on_a_gpu(similarity, epsilon, monkeypatch):
+    """Which composes it: here too, beside the kernel."""
+    x, labels, y, ref_labels = points_of(60, 45)
+    labels[-1] = 99  # a row without a positive
+    margin, scale = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (20.0, 6.0))
+    batches = [
+        {},
+        {"ref_emb": y, "ref_labels": ref_labels},
+        {"ref_emb": y, "ref_labels": torch.full_like(ref_labels, int(labels[0]))},  # no negative
+    ]
+    found = {}
+    for composed in (False, True):
+        monkeypatch.setattr(dml_cuda.TupletMarginLoss.formula, "composed", composed)
+        for k, (batch, reduction) in enumerate(product(batches, ("mean", "mean_nonzero", "none"))):
+            how = {"similarity": similarity, "epsilon": epsilon, "reduction": reduction}
+            loss_fn = dml_cuda.TupletMarginLoss(margin=margin, scale=scale, **how)
+            leaves = [x, margin, scale, *([y] if batch else [])]
+            found.setdefault(k, []).append(gradients(loss_fn(x, labels, **batch), leaves))
+    for kernel, composed in found.values():
+        assert_same(composed, kernel)
+
+
+def test_on_which_device_a_formula_is_composed():
+    devices = torch.device("cpu"), torch.device("cuda")
+    tuplet, lifted, circle = (
+        [cls.formula.is_composed(device) for device in devices]
+        for cls in (dml_cuda.TupletMarginLoss, dml_cuda.LiftedStructureLoss, dml_cuda.CircleLoss)
+    )
+    assert (tuplet, lifted, circle) == ([False, True], [True, True], [False, False])
