@@ -45,6 +45,7 @@ test-all: check
 # What a release has besides the package, and its tests; about ten minutes on two free cores.
 release: wheel docs recipes browser
 	$(PY) -m pytest -m release tests/release
+	$(PY) -m tools.import_time
 
 # For the torch in .venv: dist/dml_cuda-VERSION+torchX.YKERNELS-*.whl, and the sdist.
 wheel: $(VENV)/ready

@@ -161,15 +161,10 @@ def test_compile_loss_from_the_wheel(python, tmp_path):
     assert torch.tensor(float(compiled.stdout)).isfinite()
 
 
-def test_import_is_quick(python):
-    """Beyond torch's own import. The quickest of some runs: others may use the machine."""
-    quickest = float("inf")
-    for run in import_time.measurements(python, 15):
-        assert run["dynamo"] == []
-        quickest = min(quickest, run["dml_cuda"])
-        if quickest <= import_time.MOST:
-            break
-    assert quickest <= import_time.MOST
+def test_import_loads_no_compiler(python):
+    """torch._dynamo takes longer than all of dml_cuda; `make release` prints the time."""
+    (run,) = import_time.measurements(python, 1)
+    assert run["dynamo"] == []
 
 
 def test_another_torch(python, tmp_path):
