@@ -46,12 +46,10 @@ def main() -> None:
     options = parser.parse_args()
     runs = list(measurements(options.python, options.runs))
     for name in ("torch", "dml_cuda"):
-        seconds = [run[name] for run in runs]
-        spread = f"{1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}"
+        times = [1000 * run[name] for run in runs]
         limit = f", limit {MOST_MS}" if name == "dml_cuda" else ""
-        print(
-            f"{name}: median {1000 * statistics.median(seconds):.1f} ms{limit}, of {len(runs)} runs ({spread})"
-        )
+        spread = f"{min(times):.1f} to {max(times):.1f}"
+        print(f"{name}: median {statistics.median(times):.1f} ms{limit}, of {len(runs)} runs ({spread})")
 
 
 if __name__ == "__main__":
