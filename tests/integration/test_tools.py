@@ -342,6 +342,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_func_grad_of_two_processes(tmp_path, monkeypatch):
     from distributed.two_ranks import run_two_ranks
 

@@ -82,6 +82,7 @@ dml_cuda.TripletMarginLoss(epsilon=0.1)  # type: ignore[call-arg]
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [LOSSES, MINERS, TRIPLETS], ids=["losses", "miners", "triplets"])
 def test_types(script, tmp_path):
     assert resources.files("dml_cuda").joinpath("py.typed").is_file()

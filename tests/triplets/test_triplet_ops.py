@@ -309,6 +309,7 @@ def test_threads_do_not_change_a_bit(dtype):
             assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.long
 def test_every_instruction_set(instruction_set):
     case = Case(n=130, classes=60)
     case.labels[::2] = 7
