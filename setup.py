@@ -171,8 +171,9 @@ def dependencies() -> list[str]:
 
 
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
-# must run for each. From 10.0 and from 12.0 on some kernels ask for fewer blocks on a multiprocessor.
-FRONT_ENDS = (80, 100, 120)
+# must run for each. From 9.0 on a kernel can wait for the one before it; from 10.0 and 12.0 on some ask for
+# fewer blocks on a multiprocessor.
+FRONT_ENDS = (80, 90, 100, 120)
 
 
 def nvcc_targets(architectures: str) -> list[str]:

@@ -1,7 +1,8 @@
 // The CUDA engine by itself, without torch: correctness of its two paths, times of their kernels, and the
 // constants of the hardware that decide between designs. Built by tools/bench_kernels.py, with nvcc for a GPU
 // or with g++ for the emulator. Prints one JSON object a line. Arguments: constants, check, times, cases (few of
-// check's, for the sanitizers), or several; without any all but cases.
+// check's, for the sanitizers), or several; without any all but cases. With `dependent` first, kernels may begin
+// while the one before them ends.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -328,10 +329,10 @@ void time_all(const std::vector<Shape>& shapes) {
                 const double forward = time_of(own.stream, [&] { call.forward(own.stream); });
                 const double backward = time_of(own.stream, [&] { call.backward(own.stream); });
                 std::printf(
-                    "{\"times\": \"%s\", \"n\": %lld, \"m\": %lld, \"dim\": %lld, \"type\": \"%s\", "
-                    "\"forward_us\": %.2f, \"backward_us\": %.2f}\n",
-                    matrix ? "matrix" : "tiles", (long long)shape.n, (long long)shape.m, (long long)shape.dim,
-                    kKindNames[int(kind)], forward, backward);
+                    "{\"times\": \"%s\", \"dependent\": %d, \"n\": %lld, \"m\": %lld, \"dim\": %lld, "
+                    "\"type\": \"%s\", \"forward_us\": %.2f, \"backward_us\": %.2f}\n",
+                    matrix ? "matrix" : "tiles", asks_for_dependent_launches(), (long long)shape.n,
+                    (long long)shape.m, (long long)shape.dim, kKindNames[int(kind)], forward, backward);
                 std::fflush(stdout);
             }
         }
@@ -340,7 +341,10 @@ void time_all(const std::vector<Shape>& shapes) {
 
 // ---- constants of the hardware ---------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(256) do_nothing(unsigned*) {}
+__global__ void __launch_bounds__(256) do_nothing(unsigned*) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+}
 
 __global__ void __launch_bounds__(256) draw_tickets(unsigned* tickets) {
     block_sync();
@@ -385,6 +389,11 @@ void measure_constants() {
     };
     report("one empty kernel", [&] { run(do_nothing, 1); });
     report("eleven empty kernels", [&] { run(do_nothing, 11); });
+    report("eleven empty kernels, ten of them dependent", [&] {
+        run(do_nothing, 1);
+        for (int k = 0; k < 10; ++k)
+            launch_dependent(do_nothing, dim3(blocks), dim3(256), 0, own.stream, word.get());
+    });
     report("one ticket a block", [&] { run(draw_tickets, 1); });
     report("cold code, 250", [&] { run(run_cold_code<125>, 1); });
     report("cold code, 1000", [&] { run(run_cold_code<500>, 1); });
@@ -401,7 +410,11 @@ void measure_constants() {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const std::vector<std::string> asked(arguments + 1, arguments + count);
+    std::vector<std::string> asked(arguments + 1, arguments + count);
+    if (!asked.empty() && asked.front() == "dependent") {
+        setenv("DML_CUDA_DEPENDENT_LAUNCH", "1", 1);
+        asked.erase(asked.begin());
+    }
     const auto wants = [&](const char* part) {
         return asked.empty() || std::find(asked.begin(), asked.end(), part) != asked.end();
     };

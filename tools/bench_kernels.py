@@ -55,7 +55,7 @@ def build(architecture: str = "native", jobs: int | None = None) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], "constants", "check", "times", "cases"])
+    parser.add_argument("parts", nargs="*", choices=[[], "dependent", "constants", "check", "times", "cases"])
     parser.add_argument("--arch", default="native", help="such as 90a (the GPU that is there)")
     parser.add_argument("--jobs", type=int, help="sources compiled at a time (all cores)")
     parser.add_argument("--build", action="store_true", help="only build")

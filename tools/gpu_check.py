@@ -68,9 +68,10 @@ def known_parts(out: Path, gpu: str, seconds: float) -> dict[str, Part]:
     ncu = "ncu", "--kernel-name", "regex:similarities|finish_matrix_rows|matrix_gradient", "-c", "24"
     race = "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1"
     kernel_tests = [*PYTEST, *SHARED, *GPU_TESTS, "-k", "not race_detector"]  # which needs no GPU
+    dependent = driver("dependent", "constants"), driver("dependent", "cases", "times")
     python = sys.executable, "-m"
     return {
-        "driver": Part(240, [driver("constants"), driver("check"), driver("times")]),
+        "driver": Part(240, [driver("constants"), driver("check"), driver("times"), *dependent]),
         "profile": Part(120, [[*profiled(*ncu), "times"], [*profiled(*race), "cases"]]),
         "build": Part(60, [[sys.executable, "setup.py", "build_ext", "--inplace"]]),
         "tests": Part(120, [kernel_tests]),

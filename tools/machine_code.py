@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
 # The virtual architecture that nvcc's front end compiles each for, as in setup.py.
-FRONT_ENDS = {"80": "80", "90a": "80", "100": "100", "120": "120"}
+FRONT_ENDS = {"80": "80", "90a": "90", "100": "100", "120": "120"}
 FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as in setup.py
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 

@@ -1,6 +1,7 @@
 // The ops on pairs for CUDA tensors: they allocate what the engine of csrc/cuda asks for and call it, on the
 // current stream of the inputs' device, without host synchronisation.
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -16,17 +17,26 @@ namespace {
 
 using at::Tensor;
 
+// Forward's workspace lies behind `saved` in one allocation, and stays until backward, where it takes less.
+constexpr int64_t kWorkspaceBehindSaved = 256 << 10;
+
 ForwardResult pair_loss(const Call& c) {
     check_inputs(c);
     check_one_direction(c);
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
-    Tensor saved = bytes(engine.saved_bytes(in.task, c.save_for_backward), c.embeddings);
-    Tensor loss = c.reduction == "none" || c.return_sums ? at::empty({loss_numel(c)}, in.accumulate)
-                                                         : at::empty({}, in.accumulate);
-    const Tensor workspace = bytes(engine.forward_workspace_bytes(in.task), c.embeddings);
-    engine.forward(in.task, c.save_for_backward, saved.data_ptr(), loss.data_ptr(), workspace.data_ptr(),
+    const int64_t saved_bytes = engine.saved_bytes(in.task, c.save_for_backward),
+                  workspace_bytes = engine.forward_workspace_bytes(in.task);
+    const bool behind = workspace_bytes <= kWorkspaceBehindSaved;
+    const Tensor saved = bytes(saved_bytes + (behind ? workspace_bytes : 0), c.embeddings);
+    const Tensor apart = behind ? Tensor() : bytes(workspace_bytes, c.embeddings);
+    auto* const start = static_cast<unsigned char*>(saved.mutable_data_ptr());
+    saved.unsafeGetTensorImpl()->set_sizes_contiguous(saved_bytes);
+    const Tensor loss = c.reduction == "none" || c.return_sums ? at::empty({loss_numel(c)}, in.accumulate)
+                                                               : at::empty({}, in.accumulate);
+    engine.forward(in.task, c.save_for_backward, start, loss.mutable_data_ptr(),
+                   behind ? start + saved_bytes : apart.mutable_data_ptr(),
                    c10::cuda::getCurrentCUDAStream());
     return {loss, saved};
 }
@@ -47,14 +57,16 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
     };
     Tensor grad_emb = gradient(need_emb ? &c.embeddings : nullptr);
     Tensor grad_ref = gradient(need_ref && c.ref_emb ? &*c.ref_emb : nullptr);
-    const Tensor workspace = bytes(engine.backward_workspace_bytes(in.task), c.embeddings);
+    const int64_t workspace_bytes = engine.backward_workspace_bytes(in.task);
+    const Tensor workspace = workspace_bytes > 0 ? bytes(workspace_bytes, c.embeddings) : Tensor();
     const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
     engine.backward(in.task, c.save_for_backward, saved.data_ptr(), upstream.const_data_ptr(),
-                    data_or_null(grad_emb), data_or_null(grad_ref), workspace.data_ptr(),
+                    data_or_null(grad_emb), data_or_null(grad_ref),
+                    workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
                     c10::cuda::getCurrentCUDAStream());
     return {need_emb ? laid_out_as(c.embeddings, grad_emb) : grad_emb,
             need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref,
-            at::empty({0}, at::kDouble)};
+            at::detail::empty_cpu({0}, at::kDouble)};
 }
 
 // ---- pairs given as lists ----------------------------------------------------------------------------

@@ -34,6 +34,29 @@ def make_call(
     return Call(formula, checked, as_op, dynamic_params, as_op.learns)
 
 
+_PLAIN = frozenset({float, int, bool, str, type(None)})
+_MOST_REMEMBERED = 256
+_remembered: dict[tuple[Any, ...], Call] = {}
+
+
+def function_call(formula: type[Formula], values: Mapping[str, Any], options: Mapping[str, Any]) -> Call:
+    """:func:`make_call` of a loss as a function.
+
+    Remembered for plain values: checks would take a quarter of a small batch's time."""
+    given = *values.values(), *options.values()
+    types = tuple(map(type, given))
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(types):
+        return make_call(formula, values, options, dynamic_params=True)
+    key = formula, given, types, *options  # the types too, as 1 == True
+    call = _remembered.get(key)
+    if call is None:
+        call = make_call(formula, values, options, dynamic_params=True)
+        if len(_remembered) >= _MOST_REMEMBERED:  # a parameter that is scheduled
+            _remembered.clear()
+        _remembered[key] = call
+    return call
+
+
 def pair_loss(
     formula: type[Formula],
     values: Mapping[str, Any],
@@ -46,7 +69,7 @@ def pair_loss(
     row_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss as a function: a formula with its parameters by name, applied to a batch."""
-    call = make_call(formula, values, options, dynamic_params=True)
+    call = function_call(formula, values, options)
     return evaluate_arguments(call, embeddings, labels, indices_tuple, ref_emb, ref_labels, row_weights)
 
 

@@ -68,6 +68,24 @@ def test_as_on_the_cpu(on_host, dtype, m):
         assert torch.allclose(a, b, tolerance, tolerance)
 
 
+def allocations(step):
+    with torch.profiler.profile() as profile:
+        result = step()
+    return sum(event.name == "aten::empty" for event in profile.events()), result
+
+
+@pytest.mark.parametrize(("m", "d"), [(None, 8), (None, 200), (13, 8)])
+def test_calls_that_allocate(on_host, m, d):
+    """Forward: the loss, and what is saved with the workspace behind it. Backward: two gradients, one of them
+    perhaps empty; a workspace only where the gradient is summed in parts."""
+    call = Call(m=m, d=d)
+    count, (_, saved) = allocations(lambda: call.forward(on_host))
+    assert count == 2
+    assert saved.untyped_storage().nbytes() - saved.numel() <= 256 << 10
+    one = torch.ones(())
+    assert allocations(lambda: call.backward(on_host, saved, one))[0] == 2
+
+
 def set_old(name):
     return lambda: torch.set_float32_matmul_precision(name)
 

@@ -30,8 +30,11 @@ SANITIZERS = {
     ],
     # Expanded in place, a memcpy is invisible to ThreadSanitizer; as a call it is seen.
     "thread": ["-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset"],
+    # The same calls at each access; between_blocks.cpp answers them.
+    "blocks": ["-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset"],
     "none": [],
 }
+LINKED = {**SANITIZERS, "blocks": ["-Wl,--wrap=memcpy"]}
 
 
 def with_change(header, old, new):
@@ -54,9 +57,10 @@ def build(sources, *, sanitizer="address", defines=(), folders=()):
     optimize = "-Og" if sanitizer == "address" else "-O1"
     common = [*(f"-I{folder}" for folder in folders), *COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
     kernel_flags = [*common, optimize, *sanitize]
-    objects = [_compile(source, [*common, "-O3"]) for source in RUNTIME]
+    runtime = [*RUNTIME, *([HERE / "between_blocks.cpp"] if sanitizer == "blocks" else [])]
+    objects = [_compile(source, [*common, "-O3"]) for source in runtime]
     objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
-    return cached([*reversed(objects)], ["g++", *sanitize, *map(str, objects)], suffix="")
+    return cached([*reversed(objects)], ["g++", *LINKED[sanitizer], *map(str, objects)], suffix="")
 
 
 def build_for_gpu(source):

@@ -18,7 +18,8 @@
 // round-robin, where warps drift a little apart, and warp-first, where one warp runs ahead as far as
 // it can. A test runs both with several seeds. Built with -fsanitize=thread instead, only barriers
 // (not turns) order what threads do, and a race is reported even if nobody overtook, within a warp
-// and between blocks too.
+// too. Races between blocks, and between kernels of which one need not wait for the other, are for
+// between_blocks.cpp.
 //
 // Not modelled: time, memory banks, caches, the number of registers; and only ThreadSanitizer knows
 // that shuffles and mma order no memory between the lanes of a warp, as warp_sync does.
@@ -50,6 +51,11 @@ DML_DEVICE void block_sync(Site site = Site::here()) { emulator::block_barrier(s
 DML_DEVICE void warp_sync(Site site = Site::here()) {
     emulator::warp_rendezvous([](void* const*) {}, nullptr, site, true);
 }
+
+// ---- between kernels --------------------------------------------------------------------------
+
+DML_DEVICE void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
+DML_DEVICE void let_next_kernel_start() {}
 
 // ---- shared memory and asynchronous copies ----------------------------------------------------
 

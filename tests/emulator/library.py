@@ -220,14 +220,18 @@ class Engine:
         return list(sizes)
 
     def launches(self, with_backward=True, need_q=True, need_r=True):
-        """[(kernel's symbol, grid, block, shared bytes)] of a whole call, without running it."""
+        """[(kernel's symbol, grid, block, shared bytes, whether dependent)] of a whole call, without running
+        it."""
         text, error = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(1000)
         asked = ctypes.byref(self.arguments), with_backward, need_q, need_r
         if self.library.dml_launches(*asked, text, ctypes.c_int64(len(text)), error, ctypes.c_int64(1000)):
             raise RuntimeError(error.value.decode())
         rows = [line.split() for line in text.value.decode().splitlines()]
         shape = lambda numbers: tuple(map(int, numbers.split(",")))  # noqa: E731
-        return [(name, shape(grid), shape(block), int(shared)) for name, grid, block, shared in rows]
+        return [
+            (name, shape(grid), shape(block), int(shared), dependent == "1")
+            for name, grid, block, shared, dependent in rows
+        ]
 
     def kept(self, tiles):
         """Whether each tile may hold a gradient: the last bytes saved, but for rounding up."""

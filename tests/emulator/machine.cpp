@@ -124,7 +124,9 @@ class Machine {
         if (seed) random = Random(std::strtoull(seed, nullptr, 10));
     }
 
-    void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+    void run_grid(const Launch& launch, const std::function<void()>& kernel);
+    void wait_for_previous_kernel();
+    bool position(Position& at) const;
     void block_barrier(Site site);
     void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory);
     void* shared_array(int byte_offset, size_t bytes);
@@ -134,7 +136,7 @@ class Machine {
 
    private:
     static void thread_main();
-    void check_launch(dim3 grid, dim3 block, size_t shared_bytes) const;
+    void check_launch(const Launch& launch) const;
     void run_block();
     int next_ready();
     void add_to_round(int warp);
@@ -148,6 +150,7 @@ class Machine {
     int ready_ = 0;  // of these, able to run
     int at_barrier_ = 0;
     unsigned barriers_ = 0;  // passed so far
+    bool waited_ = false;    // for the kernel before
     int current_ = -1;
     std::vector<std::unique_ptr<Thread>> threads_;  // kept from block to block, for their stacks
     std::vector<State> states_;                     // of threads_; apart, as every turn looks at many
@@ -185,7 +188,8 @@ bool same(Site a, Site b) {
 
 // ---- launching --------------------------------------------------------------------------------
 
-void Machine::check_launch(dim3 grid, dim3 block, size_t shared_bytes) const {
+void Machine::check_launch(const Launch& launch) const {
+    const auto& [grid, block, shared_bytes, is_dependent] = launch;
     if (running_) throw Failure("a kernel cannot launch a kernel");
     if (uint64_t(block.x) * block.y * block.z > 1024 || block.x * block.y * block.z == 0) {
         throw Failure("a block has 1 to 1024 threads");
@@ -199,12 +203,14 @@ void Machine::check_launch(dim3 grid, dim3 block, size_t shared_bytes) const {
     }
 }
 
-void Machine::run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-    check_launch(grid, block, shared_bytes);
+void Machine::run_grid(const Launch& launch, const std::function<void()>& kernel) {
+    check_launch(launch);
+    const dim3 grid = launch.grid;
     gridDim = grid;
-    blockDim = block;
-    shared_bytes_ = shared_bytes;
+    blockDim = launch.block;
+    shared_bytes_ = launch.shared_bytes;
     kernel_ = &kernel;
+    if (kernel_begins) kernel_begins(launch.is_dependent);
 
     std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
     for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -215,8 +221,22 @@ void Machine::run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
         run_block();
         shared_.clear();
         if (!failure_.empty()) throw Failure(std::exchange(failure_, {}));
+        if (launch.is_dependent && !waited_)
+            throw Failure("block " + text(blockIdx) + " did not wait for the kernel before it");
     }
     acquire(&end_);
+}
+
+void Machine::wait_for_previous_kernel() {
+    waited_ = true;
+    if (previous_kernel_ended) previous_kernel_ended();
+}
+
+bool Machine::position(Position& at) const {
+    if (!running_) return false;
+    at = {int64_t(blockIdx.x) + int64_t(gridDim.x) * (blockIdx.y + int64_t(gridDim.y) * blockIdx.z), current_,
+          barriers_};
+    return true;
 }
 
 void Machine::run_block() {
@@ -241,6 +261,7 @@ void Machine::run_block() {
     round_.reserve(1024);
     live_ = ready_ = count;
     at_barrier_ = 0;
+    waited_ = false;
     round_.clear();
     next_ = 0;
     round_warp_ = -1;
@@ -523,21 +544,26 @@ bool next_landed_copy(int pending, Copy& copy) {
 
 void record_launches(std::string* record) { machine().record = record; }
 
-bool recorded(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+bool recorded(const void* kernel, const Launch& launch) {
     std::string* record = machine().record;
     if (!record) return false;
     Dl_info symbol = {};
     dladdr(kernel, &symbol);
     *record += symbol.dli_sname ? symbol.dli_sname : "?";
-    for (const dim3& d : {grid, block})
+    for (const dim3& d : {launch.grid, launch.block})
         *record += " " + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
-    *record += " " + std::to_string(shared_bytes) + "\n";
+    *record +=
+        " " + std::to_string(launch.shared_bytes) + " " + std::to_string(int(launch.is_dependent)) + "\n";
     return true;
 }
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+void run_grid(const Launch& launch, const std::function<void()>& kernel) {
     const Unwatched unwatched;
-    machine().run_grid(grid, block, shared_bytes, kernel);
+    machine().run_grid(launch, kernel);
 }
+
+void wait_for_previous_kernel() { machine().wait_for_previous_kernel(); }
+
+bool position(Position& at) { return machine().position(at); }
 
 }  // namespace emulator

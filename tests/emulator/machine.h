@@ -73,17 +73,42 @@ void commit_copies();
 // The next copy of the groups that are no longer among the newest `pending`; false if none.
 bool next_landed_copy(int pending, Copy& copy);
 
-// Launches that are only written down, not run: one line each, "<symbol> <grid> <block> <shared bytes>".
-void record_launches(std::string* record);  // null: run them again
-bool recorded(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// A dependent launch may begin before the one before it has ended, until it waits for that; every block must.
+void wait_for_previous_kernel();
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Where the thread that runs stands: its block's number, its own, and how many barriers were passed.
+struct Position {
+    int64_t block;
+    int thread;
+    unsigned barriers;
+};
+bool position(Position& at);  // false outside of kernels
+
+// What between_blocks.cpp watches in a build that has it.
+[[gnu::weak]] void watch_memory(const void* start, size_t bytes);
+[[gnu::weak]] void unwatch_memory(const void* start);
+[[gnu::weak]] void kernel_begins(bool is_dependent);
+[[gnu::weak]] void previous_kernel_ended();
+
+// The grid of a launch, and how it follows the one before it.
+struct Launch {
+    dim3 grid, block;
+    size_t shared_bytes;
+    bool is_dependent = false;
+};
+
+// Launches that are only written down, not run: one line each, "<symbol> <grid> <block> <shared bytes>
+// <whether dependent>".
+void record_launches(std::string* record);  // null: run them again
+bool recorded(const void* kernel, const Launch& launch);
+
+void run_grid(const Launch& launch, const std::function<void()>& kernel);
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) {
-    if (recorded(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)) return;
+void launch(void (*kernel)(Params...), const Launch& launch, Args&&... args) {
+    if (recorded(reinterpret_cast<const void*>(kernel), launch)) return;
     const std::tuple<Params...> values(std::forward<Args>(args)...);
-    run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+    run_grid(launch, [&] { std::apply(kernel, values); });
 }
 
 }  // namespace emulator

@@ -8,13 +8,20 @@
 #include <memory>
 
 #include "core/problem.h"
+#include "machine.h"
 
 namespace dml {
 
 // Not std::vector: the sanitizers see a block of exactly this size, uninitialised.
 struct Buffer {
-    explicit Buffer(int64_t bytes) : data(std::malloc(size_t(bytes)), std::free) {}
-    std::unique_ptr<void, decltype(&std::free)> data;
+    static void release(void* data) {
+        if (emulator::unwatch_memory) emulator::unwatch_memory(data);
+        std::free(data);
+    }
+    explicit Buffer(int64_t bytes) : data(std::malloc(size_t(bytes)), release) {
+        if (emulator::watch_memory) emulator::watch_memory(data.get(), size_t(bytes));
+    }
+    std::unique_ptr<void, decltype(&release)> data;
     template <typename T>
     T* as() const {
         return static_cast<T*>(data.get());

@@ -122,17 +122,80 @@ def test_a_planted_bug_changes_the_result(bug, right):
 
 
 def test_no_race_within_a_block():
-    """Between blocks ThreadSanitizer sees few races: a fiber that serves two blocks orders them, so that a
-    ticket without its fence is not among the bugs above."""
+    """ThreadSanitizer; between blocks it sees little, as a fiber that serves two blocks orders them."""
     done = run(build_with(sanitizer="thread"), schedule="warp_first", seed=1)
     assert done.returncode == 0, done.stderr.decode()[:3000]
 
 
-def test_a_kernel_opts_in_once_on_each_device():
-    """And again for more shared memory, or after a refusal; what was granted is never taken back."""
-    done = run(build([HERE / "opt_in.cpp"], sanitizer="none"))
-    asked = [tuple(map(int, line.split())) for line in done.stdout.decode().splitlines()]
-    assert asked == [(0, 0, 60), (0, 0, 70), (0, 1, 60), (1, 0, 60), (1, 1, 90), (1, 1, 90)]
+TICKET = "*last = take_ticket(task.ticket) + 1 == gridDim.x"
+RELAXED = "*last = __atomic_fetch_add(task.ticket, 1u, __ATOMIC_{}) + 1 == gridDim.x"
+BEFORE_TICKET = "= sum;\n    }\n    block_sync();\n"
+WAIT_FOR = "wait_for_previous_kernel();\n"
+RACES = {
+    "ticket_without_fence": (ROWS, TICKET, RELAXED.format("RELAXED")),
+    "ticket_that_only_releases": (ROWS, TICKET, RELAXED.format("RELEASE")),
+    "ticket_that_only_acquires": (ROWS, TICKET, RELAXED.format("ACQUIRE")),
+    "ticket_without_the_barrier_before_it": (ROWS, BEFORE_TICKET, BEFORE_TICKET.replace("block_sync();", "")),
+    "read_before_the_wait": (
+        ROWS,
+        WAIT_FOR,
+        "const Acc norm = task.saved.query_norms[blockIdx.x];\n    "
+        + WAIT_FOR
+        + "    if (norm < 0) return;\n",
+    ),
+    "ticket_zeroed_before_the_wait": (
+        ROWS,
+        WAIT_FOR,
+        "if (blockIdx.x == 0 && threadIdx.x == 0) *task.ticket = 0;\n    " + WAIT_FOR,
+    ),
+    "parts_read_without_a_wait": (
+        GRADIENT,
+        WAIT_FOR,
+        "if (blockIdx.x > 0) wait_for_previous_kernel();\n",
+    ),
+    "only_one_thread_waits": (ROWS, WAIT_FOR, "if (threadIdx.x == 0) wait_for_previous_kernel();\n"),
+}
+
+
+def test_no_race_between_blocks(right):
+    """Nor between a kernel and the one after it that need not have waited."""
+    done = run(build_with(sanitizer="blocks"), schedule="warp_first", seed=1)
+    assert done.returncode == 0, done.stderr.decode()[:3000]
+    assert done.stdout == right
+
+
+RARER = "ticket_that_only_releases", "ticket_that_only_acquires", "ticket_zeroed_before_the_wait"
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=[pytest.mark.whole] * (bug in RARER)) for bug in RACES]
+)
+def test_a_planted_race_between_blocks_is_seen(bug):
+    done = run(build_with(RACES[bug], sanitizer="blocks"), schedule="warp_first", seed=1)
+    assert done.returncode == 1
+    assert b"race between blocks" in done.stderr
+
+
+def test_every_block_of_a_dependent_launch_waits():
+    """Else the launch after it might begin before the one before it has ended."""
+    done = run(build_with((ROWS, WAIT_FOR, ""), sanitizer="none"))
+    assert done.returncode == 1
+    assert b"did not wait for the kernel before it" in done.stderr
+
+
+def test_launches_that_may_begin_early():
+    """A kernel that follows one of its own op, never the first of an op."""
+    for d, dependent in ((128, [False, True, False]), (512, [False, True, False, True])):
+        assert [launch[4] for launch in engine_of_sizes(512, d=d).launches()] == dependent
+
+
+def test_the_driver_is_asked_once_for_each_device():
+    """Of shared memory again for more, or after a refusal; what was granted is never taken back."""
+    done = run(build([HERE / "known_kernels.cpp"], sanitizer="none"))
+    assert done.returncode == 0
+    asked = done.stdout.decode().splitlines()
+    assert asked[:6] == ["0 0 60", "0 0 70", "0 1 60", "1 0 60", "1 1 90", "1 1 90"]
+    assert asked[6:] == ["0 0 version", "0 1 version"]
 
 
 def test_the_stand_alone_driver():
@@ -144,9 +207,11 @@ def test_the_stand_alone_driver():
     program = cached([driver, engine], ["g++", "-rdynamic", str(driver), str(engine)], suffix="")
     done = run(program)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()[-2000:]
+    dependent = run(program, "dependent", "times")
+    assert [json.loads(line)["dependent"] for line in dependent.stdout.splitlines()] == [1] * 6
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     checked = [line for line in lines if "check" in line]
     assert {line["check"] for line in checked} == set(library.formulas())
     assert all(line["good"] for line in checked)
     assert sum("times" in line for line in lines) == 6
-    assert sum("constant" in line for line in lines) == 8
+    assert sum("constant" in line for line in lines) == 9

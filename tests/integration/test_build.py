@@ -176,11 +176,11 @@ def test_cuda_found(tmp_path, choice):
     [
         (
             "",
-            ["80,code=sm_80", "80,code=sm_90", "100,code=sm_100", "120,code=sm_120", "120,code=compute_120"],
+            ["80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "120,code=sm_120", "120,code=compute_120"],
         ),
-        ("8.6;9.0+PTX", ["80,code=sm_86", "80,code=sm_90", "80,code=compute_80"]),
+        ("8.6;9.0+PTX", ["80,code=sm_86", "90,code=sm_90", "90,code=compute_90"]),
         ("10.3 12.1", ["100,code=sm_103", "120,code=sm_121"]),
-        ("9.0a;10.0a", ["80,code=sm_90a", "100,code=sm_100a"]),
+        ("9.0a;10.0a", ["90,code=sm_90a", "100,code=sm_100a"]),
         ("Hopper", []),  # torch's builder knows the names
     ],
 )

@@ -15,6 +15,7 @@ from cases.ranking import RANKINGS
 
 import dml_cuda
 from dml_cuda import functional
+from dml_cuda.losses import _pair
 
 pytestmark = pytest.mark.slow(40)
 
@@ -175,6 +176,36 @@ def test_ref_emb(loss):
     assert torch.equal(module(embeddings, labels, None, ref_emb, ref_labels), expected)
     assert torch.equal(module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels), expected)
     assert expected != module(embeddings, labels)
+
+
+def test_functions_check_plain_options_once(monkeypatch):
+    """And what is equal to them but of another type again, as every parameter that is a tensor."""
+    made = []
+
+    def make_call(formula, values, options, **how):
+        made.append(dict(values))
+        return original(formula, values, options, **how)
+
+    original = _pair.make_call
+    monkeypatch.setattr(_pair, "make_call", make_call)
+    monkeypatch.setattr(_pair, "_remembered", {})
+    x, labels = make_batch(12, 4)
+    loss = functional.multi_similarity_loss
+    first = loss(x, labels, beta=1, epsilon=0.1)
+    assert torch.equal(loss(x, labels, beta=1, epsilon=0.1), first)
+    assert len(made) == 1
+    assert not torch.equal(loss(x, labels, beta=2, epsilon=0.1), first)
+    assert torch.equal(loss(x, labels, beta=1.0, epsilon=0.1), first)
+    assert not torch.equal(loss(x, labels, beta=1), first)
+    assert len(made) == 4
+    for _ in range(2):
+        with pytest.raises(TypeError, match="beta"):
+            loss(x, labels, beta=True)
+        loss(x, labels, beta=torch.tensor(1.0))
+    assert len(made) == 8
+    for k in range(600):  # a schedule
+        loss(x, labels, beta=1 + k / 600)
+    assert len(_pair._remembered) <= 256
 
 
 def test_repr():

@@ -3,11 +3,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "cuda/common/opt_in.h"
+#include "cuda/common/known_kernels.h"
 #include "cuda/common/primitives.cuh"
 
 #if !defined(DML_CUDA_ON_HOST)
@@ -22,6 +23,21 @@ struct DeviceLimits {
     int compute_capability;      // 80 for sm_80
 };
 
+// The kernel before on the stream, when a launch begins.
+enum class Previous {
+    kHasEnded,
+    kMayRun,  // programmatic dependent launch: the kernel waits itself
+};
+
+// Programmatic dependent launches have not run on hardware: DML_CUDA_DEPENDENT_LAUNCH=1 asks for them.
+inline bool asks_for_dependent_launches() {
+    static const bool asks = [] {
+        const char* const value = std::getenv("DML_CUDA_DEPENDENT_LAUNCH");
+        return value && std::string(value) == "1";
+    }();
+    return asks;
+}
+
 #if defined(DML_CUDA_ON_HOST)
 
 inline DeviceLimits device_limits() {
@@ -30,10 +46,11 @@ inline DeviceLimits device_limits() {
 }
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t /*stream*/,
-            Args&&... args) {
+void launch_after(Previous previous, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                  cudaStream_t /*stream*/, Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    emulator::launch(kernel, grid, block, shared_bytes, std::forward<Args>(args)...);
+    emulator::launch(kernel, {grid, block, shared_bytes, previous == Previous::kMayRun},
+                     std::forward<Args>(args)...);
 }
 
 #else
@@ -60,15 +77,26 @@ inline DeviceLimits device_limits() {
                 device_attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
-// Does nothing where the grid has no blocks.
+// Whether the code that this device runs was compiled for sm_90 or newer, so that the kernel really waits.
+inline bool waits_itself(const void* kernel, int device) {
+    return known_kernels().code_version(kernel, device, [&] {
+        cudaFuncAttributes attributes = {};
+        check(cudaFuncGetAttributes(&attributes, kernel), "cannot query the kernel");
+        return attributes.ptxVersion;
+    }) >= 90;
+}
+
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Args&&... args) {
+void launch_after(Previous previous, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                  cudaStream_t stream, Args&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared_bytes > 48 * 1024) {  // above this a kernel must opt in, on each device
-        int device = 0;
-        check(cudaGetDevice(&device), "no current device");
-        opted_in().ensure(reinterpret_cast<const void*>(kernel), device, shared_bytes, [&] {
+    const void* const symbol = reinterpret_cast<const void*>(kernel);
+    const bool opts_in = shared_bytes > 48 * 1024;  // above this a kernel must opt in, on each device
+    const bool may_overlap = previous == Previous::kMayRun && asks_for_dependent_launches();
+    int device = 0;
+    if (opts_in || may_overlap) check(cudaGetDevice(&device), "no current device");
+    if (opts_in) {
+        known_kernels().ensure_shared(symbol, device, shared_bytes, [&] {
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(shared_bytes)),
                   "the kernel needs more shared memory than the device has");
@@ -79,10 +107,30 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    cudaLaunchAttribute overlaps = {};
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlaps;
+    config.numAttrs = may_overlap && waits_itself(symbol, device) ? 1 : 0;
     // Its status is this launch's; cudaGetLastError may return that of an earlier one.
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch failed");
 }
 
 #endif
+
+// Does nothing where the grid has no blocks.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
+    launch_after(Previous::kHasEnded, kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
+}
+
+// Of a kernel that calls wait_for_previous_kernel() in every block, before it touches what its op writes. The
+// launch before it was an ordinary one, of the same op.
+template <typename... Params, typename... Args>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                      cudaStream_t stream, Args&&... args) {
+    launch_after(Previous::kMayRun, kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
+}
 
 }  // namespace dml

@@ -68,6 +68,23 @@ DML_DEVICE int warp_id() { return int(threadIdx.x) / kWarpSize; }
 DML_DEVICE void block_sync() { __syncthreads(); }
 DML_DEVICE void warp_sync() { __syncwarp(); }
 
+// ---- between kernels --------------------------------------------------------------------------
+
+// First thing in every block of a kernel that launch_dependent launches: waits until the kernel before it has
+// ended and its writes are visible. Nothing in code for older GPUs, which launch_dependent launches as others.
+DML_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// In the kernel before it: once all blocks have said so, or ended, the next one may be brought in.
+DML_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // ---- shared memory ----------------------------------------------------------------------------
 
 // The array at this byte of dynamic shared memory: the only shared memory of the kernels. An offset always

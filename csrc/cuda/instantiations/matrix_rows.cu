@@ -33,9 +33,9 @@ void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_ba
         space.ticket,
         {p.reduction, !p.return_sums, facts.parts},
         loss};
-    launch(block_a_row ? finish_matrix_rows<true, Acc> : finish_matrix_rows<false, Acc>,
-           dim3(unsigned(blocks)), dim3(kTeamThreads), RowsLayout<Acc>::kBytes, stream, of,
-           AnyFormula<Acc>(p));
+    launch_dependent(block_a_row ? finish_matrix_rows<true, Acc> : finish_matrix_rows<false, Acc>,
+                     dim3(unsigned(blocks)), dim3(kTeamThreads), RowsLayout<Acc>::kBytes, stream, of,
+                     AnyFormula<Acc>(p));
 }
 
 }  // namespace

@@ -161,8 +161,8 @@ struct MatrixEngine {
         launch(matrix_gradient<GradMath, kWhole>, dim3(blocks, panels, unsigned(parts)),
                dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
         if (kWhole) return;
-        launch(finish_matrix_gradient<T, Acc>, dim3(divide(kFinishThreads / kWarpSize)), dim3(kFinishThreads),
-               0, stream, of);
+        launch_dependent(finish_matrix_gradient<T, Acc>, dim3(divide(kFinishThreads / kWarpSize)),
+                         dim3(kFinishThreads), 0, stream, of);
     }
 };
 

@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(MatrixGradientTraits<GradMath, kWhole>::kThrea
                                   kWhole ? 1 : kTileBlocks<GradMath>)
     matrix_gradient(const __grid_constant__ MatrixGradientTask<T, Acc> task) {
     using Traits = MatrixGradientTraits<GradMath, kWhole>;
+    if (!kWhole) let_next_kernel_start();
     const int of = blockIdx.x < task.blocks[0] ? 0 : 1;
     const GradientSide<T, Acc>& side = task.sides[of];
     if (int(blockIdx.z) >= side.parts) return;
@@ -304,6 +305,7 @@ template <typename T, typename Acc>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_matrix_gradient(const __grid_constant__ MatrixGradientTask<T, Acc> task) {
     constexpr int kRows = kFinishThreads / kWarpSize;
+    wait_for_previous_kernel();
     const int of = blockIdx.x < task.blocks[0] ? 0 : 1;
     const GradientSide<T, Acc>& side = task.sides[of];
     const int64_t i = side.begin + int64_t(blockIdx.x - (of == 0 ? 0 : task.blocks[0])) * kRows + warp_id();

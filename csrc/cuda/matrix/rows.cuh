@@ -217,11 +217,13 @@ DML_DEVICE RowResult<Acc> finish_matrix_row(const RowsTask<Acc>& task, const Any
 }
 
 template <bool kBlock, typename Acc>
-__global__ void __launch_bounds__(kTeamThreads, 2)
+__global__ void __launch_bounds__(kTeamThreads,
+                                  sizeof(Acc) == 8 ? 1 : 2)  // double takes 128 registers and more
     finish_matrix_rows(const __grid_constant__ RowsTask<Acc> task,
                        const __grid_constant__ AnyFormula<Acc> any_formula) {
     using Layout = RowsLayout<Acc>;
     constexpr int kRows = kBlock ? 1 : kTeamWarps;  // of a block at once
+    wait_for_previous_kernel();
     const Team<kBlock, Acc> team = {shared_array<Acc>(Layout::kScratch, Layout::kScratchSize)};
     Acc* numbers = shared_array<Acc>(Layout::kResults, kResultNumbers * kTeamWarps);
     int* last = shared_array<int>(Layout::kLast, 4);
