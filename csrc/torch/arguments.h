@@ -47,7 +47,7 @@ struct PairOptions {
     bool save_for_backward;      // whether similarities may be kept for backward
     // float64 on the CPU: params, then epsilon, in place of those above. A compiled graph reads it when it
     // runs, so other values do not compile another graph. With it `epsilon` only says whether there is
-    // mining.
+    // mining. On the GPU of the points, where parameters learn: params, then a number that does not count.
     OptionalTensor dynamic_params;
 
     static constexpr char kSchema[] =

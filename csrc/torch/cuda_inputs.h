@@ -34,7 +34,7 @@ inline Precision precision_of(const PairOptions& o, Scalar scalar) {
 // The task, and the tensors that its pointers lead to.
 struct Inputs {
     Tensor points, labels;
-    OptionalTensor ref_points, ref_labels, self_index, num_valid_refs;
+    OptionalTensor ref_points, ref_labels, self_index, num_valid_refs, row_weights, params;
     Task task;
     const EntryPoints* engine;
     at::TensorOptions accumulate;  // the type of losses and sums
@@ -58,6 +58,20 @@ struct Inputs {
         p.self_index = self_index ? self_index->const_data_ptr<int64_t>() : nullptr;
         p.num_valid_refs = num_valid_refs ? num_valid_refs->const_data_ptr<int64_t>() : nullptr;
         accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
+        if (c.row_weights) {
+            row_weights = c.row_weights->to(accumulate.dtype()).contiguous();
+            task.row_weights = row_weights->const_data_ptr();
+        }
+        if (has_device_params(c)) {
+            params = c.dynamic_params->contiguous();
+            task.learned.count = int(params->numel()) - 1;
+            task.learned.values = params->const_data_ptr<double>();
+        }
+    }
+    // Where parameters are read from device memory, and may learn.
+    static bool has_device_params(const Call& c) {
+        return c.dynamic_params && c.dynamic_params->device() == c.embeddings.device() &&
+               c.dynamic_params->numel() > 1;
     }
     static Points view(const Tensor& x, const Tensor& labels) {
         return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
@@ -66,11 +80,11 @@ struct Inputs {
 
 // What the CUDA kernels do not have; dml_cuda/_ops/evaluate.py goes other ways.
 inline void check_no_param_gradient(bool need_params) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!need_params, "need_params: the CUDA kernels have no gradient of parameters");
+    TORCH_CHECK_NOT_IMPLEMENTED(!need_params,
+                                "need_params: the CUDA kernels of a ring have no gradient of parameters");
 }
 inline void check_one_direction(const Call& c) {
     TORCH_CHECK_NOT_IMPLEMENTED(!c.both_directions, "both_directions: the CUDA kernels know one");
-    TORCH_CHECK_NOT_IMPLEMENTED(!c.row_weights, "row_weights: the CUDA kernels have none");
 }
 
 inline Tensor bytes(int64_t count, const Tensor& like) {

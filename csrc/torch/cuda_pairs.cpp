@@ -45,9 +45,15 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
                                   bool need_ref, bool need_params) {
     check_inputs(c);
     check_one_direction(c);
-    check_no_param_gradient(need_params);
+    TORCH_CHECK_VALUE(!need_params || Inputs::has_device_params(c),
+                      "need_params: expected dynamic_params on the device of the embeddings");
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
+    Tensor grad_params = at::detail::empty_cpu({0}, at::kDouble);
+    if (need_params) {
+        grad_params = at::empty({in.params->numel()}, in.params->options());
+        in.task.learned.gradient = grad_params.mutable_data_ptr<double>();
+    }
     const EntryPoints& engine = *in.engine;
     check_backward(c, grad_loss, saved, engine.saved_bytes(in.task, c.save_for_backward));
     const Tensor upstream = grad_loss.to(in.accumulate.dtype()).contiguous();
@@ -65,8 +71,7 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
                     workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
                     c10::cuda::getCurrentCUDAStream());
     return {need_emb ? laid_out_as(c.embeddings, grad_emb) : grad_emb,
-            need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref,
-            at::detail::empty_cpu({0}, at::kDouble)};
+            need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref, grad_params};
 }
 
 // ---- pairs given as lists ----------------------------------------------------------------------------

@@ -157,20 +157,25 @@ inline void check_backward(const Call& c, const at::Tensor& grad_loss, const at:
 
 // ---- the description --------------------------------------------------------------------------------------
 
-// What the options say of a problem; points, sizes and type are left open.
-inline Problem describe(const PairOptions& o) {
+// What the options say of a problem; points, sizes and type are left open, and so are parameters that are on
+// the GPU of the points.
+inline Problem describe(const PairOptions& o, c10::Device device = at::kCPU) {
     Problem p;
     at::ArrayRef<double> params = o.params;
     std::optional<double> epsilon = o.epsilon;
     at::Tensor values;
+    double unknown[kMaxParams] = {};
     if (o.dynamic_params) {
         values = o.dynamic_params->contiguous();
-        TORCH_CHECK_VALUE(
-            values.dim() == 1 && values.numel() > 0 && values.scalar_type() == at::kDouble && values.is_cpu(),
-            "dynamic_params: expected params and epsilon in float64 on the CPU, got ", values.scalar_type(),
-            " of shape ", values.sizes(), " on ", values.device());
-        params = {values.const_data_ptr<double>(), static_cast<size_t>(values.numel() - 1)};
-        if (epsilon) epsilon = values.const_data_ptr<double>()[params.size()];
+        TORCH_CHECK_VALUE(values.dim() == 1 && values.numel() > 0 && values.numel() <= kMaxParams + 1 &&
+                              values.scalar_type() == at::kDouble &&
+                              (values.is_cpu() || values.device() == device),
+                          "dynamic_params: expected params and epsilon in float64 on the CPU",
+                          device.is_cpu() ? "" : " or the GPU of the embeddings", ", got ",
+                          values.scalar_type(), " of shape ", values.sizes(), " on ", values.device());
+        const auto* data = values.is_cpu() ? values.const_data_ptr<double>() : unknown;
+        params = {data, static_cast<size_t>(values.numel() - 1)};
+        if (epsilon && values.is_cpu()) epsilon = data[params.size()];
     }
     p.formula = find_formula(o.formula, params).id;
     std::copy(params.begin(), params.end(), p.params);
@@ -185,7 +190,7 @@ inline Problem describe(const PairOptions& o) {
 
 // All but the pointers, which are each device's to lay out.
 inline Problem describe(const Call& c) {
-    Problem p = describe(static_cast<const PairOptions&>(c));
+    Problem p = describe(static_cast<const PairOptions&>(c), c.embeddings.device());
     p.square = !c.ref_emb;
     p.queries.count = c.embeddings.size(0);
     p.refs.count = p.square ? p.queries.count : c.ref_emb->size(0);

@@ -59,20 +59,30 @@ def check_above_zero(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
-def check_parameter(name: str, value: object, check: Callable[[str, object], None]) -> None:
+def is_per_class(value: object) -> bool:
+    """Whether a parameter has a number for each class."""
+    return isinstance(value, Tensor) and value.ndim == 1 and value.shape[0] != 1
+
+
+def check_parameter(
+    name: str, value: object, check: Callable[[str, object], None], per_class: bool = False
+) -> None:
     """A parameter of a loss: a number, or a tensor with one, whose value is checked where it can be known
-    without waiting for a device."""
+    without waiting for a device. ``per_class``: or one for each class."""
     if not isinstance(value, Tensor) or check is check_flag:
         check(name, value)
         return
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.numel() != 1 or value.ndim > 1:  # [1] as fully_shard takes it, which has no place for a scalar
-        shape = list(value.shape)
-        raise ValueError(f"{name}: expected one number, a tensor of shape [] or [1], got {shape}")
+    of_classes = per_class and is_per_class(value)
+    # [1] as fully_shard takes it, which has no place for a scalar.
+    if not of_classes and (value.numel() != 1 or value.ndim > 1):
+        shape, or_classes = list(value.shape), ", or [C]" if per_class else ""
+        raise ValueError(f"{name}: expected one number, a tensor of shape [] or [1]{or_classes}, got {shape}")
     is_sharded = hasattr(value, "full_tensor")  # a DTensor, whose number other processes would have to send
-    if value.device.type == "cpu" and not is_traced(value) and not is_sharded:
-        check(name, value.item())
+    if value.device.type == "cpu" and value.numel() > 0 and not is_traced(value) and not is_sharded:
+        for extreme in value.detach().aminmax() if of_classes else (value,):
+            check(name, extreme.item())
 
 
 def check_count(name: str, value: object) -> None:

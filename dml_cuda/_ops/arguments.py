@@ -42,19 +42,21 @@ class OpOptions(NamedTuple):
         """Whether a parameter is a tensor."""
         return any(isinstance(value, Tensor) for value in self.params)
 
-    def with_dynamic_params(self) -> "OpOptions":
-        """The same with the numbers in a tensor on the CPU: the op gives its gradient, and a compiled graph
-        reads it when it runs.
+    def with_dynamic_params(self, device: torch.device | str = "cpu") -> "OpOptions":
+        """The same with the numbers in a tensor: the op gives its gradient, and a compiled graph reads it
+        when it runs.
 
         A graph fixes the float arguments of an op: a margin that follows a schedule would compile a graph for
-        each value.
+        each value. Parameters that learn are on the device of the points, where kernels read them; there
+        epsilon stays a number.
         """
         # Summed and stacked: torch.tensor(values) needs numbers that the compiler knows, and has no gradient.
-        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         values = *self.params, 0.0 if self.epsilon is None else self.epsilon
+        on_cpu = zero.device.type == "cpu"
         return self._replace(
             params=[],
-            epsilon=None if self.epsilon is None else 0.0,
+            epsilon=None if self.epsilon is None else 0.0 if on_cpu else self.epsilon,
             dynamic_params=torch.stack([zero + value for value in values]),
         )
 

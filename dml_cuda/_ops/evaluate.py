@@ -118,13 +118,13 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
         and call.options.backend != "reference"
         and not call.formula.composed
         and not torch.compiler.is_compiling()
-        and (not needs_cpu_kernel(call, batch) or is_on_cpu(batch.embeddings))
+        and (not call.op_options.both_directions or is_on_cpu(batch.embeddings))
     ):
         options = call.op_options
         if batch.epsilon is not options.epsilon or not batch.mine_self_pair:
             options = options._replace(epsilon=batch.epsilon, mine_self_pair=batch.mine_self_pair)
         if call.learns:
-            options = options.with_dynamic_params()
+            options = options.with_dynamic_params(device_of_params(batch.embeddings))
         loss = _C.fast_pair_loss(*options, *batch[:7])
         if loss is not None:
             return loss
@@ -136,14 +136,16 @@ def evaluate(call: Call, batch: Batch, *, is_valid: bool = True) -> Tensor:
 
 def compute(call: Call, batch: Batch) -> Tensor:
     """The loss of a valid batch in the type that is computed in, float32 or float64."""
-    composed = call.formula.is_composed(batch.embeddings.device)
-    on_cuda = composed or (call.formula.on_cuda and not needs_cpu_kernel(call, batch))
-    fused = use_kernel(batch.embeddings.device, call.options.backend, on_cuda)
+    device = batch.embeddings.device
+    composed, on_gpu = call.formula.is_composed(device), device.type == "cuda"
+    fused = use_kernel(device, call.options.backend, composed or call.formula.on_cuda)
     if fused and composed and batch.indices is None:
         return _composed(call, batch)
     # 3. The custom op: torch.compile, torch.func, subclasses of Tensor, inputs that were converted.
     if fused and call.formula.ranks:
         return ranking.ranking_loss(_op_batch(batch), _op_options(call, batch))
+    if fused and batch.indices is None and call.op_options.both_directions and on_gpu:
+        return _both_directions(call, batch)
     if fused and batch.indices is None:
         return _PAIR_LOSS(*_op_batch(batch), *_op_options(call, batch))[0]
     # 4. Pairs given as lists.
@@ -190,10 +192,32 @@ def of_rows(call: Call, formula: type[Formula], params: list[float | Tensor], ba
     return compute(part, batch._replace(epsilon=None, row_weights=None))
 
 
-def needs_cpu_kernel(call: Call, batch: Batch) -> bool:
-    """Whether a call asks for what the CUDA kernels do not have yet."""
-    weighted = batch.row_weights is not None and not call.formula.ranks
-    return call.learns or call.op_options.both_directions or weighted
+def _both_directions(call: Call, batch: Batch) -> Tensor:
+    """The losses of the rows over the columns, and of the columns over the rows, each by a call of its own:
+    the CUDA kernels know one direction."""
+    options, n = call.op_options, batch.embeddings.shape[0]
+    one = options._replace(both_directions=False, return_sums=options.reduction != "none")
+    call = call._replace(op_options=one)
+    weights = (
+        (None, None)
+        if batch.row_weights is None
+        else batch.row_weights.split_with_sizes([n, batch.ref_emb.shape[0]])
+    )
+    forth = batch._replace(row_weights=weights[0])
+    sides = batch.ref_emb, batch.ref_labels, batch.embeddings, batch.labels
+    back = Batch(*sides, epsilon=batch.epsilon, row_weights=weights[1])
+    results = [compute(call, each) for each in (forth, back)]
+    if options.reduction == "none":
+        return torch.cat(results)
+    sums = results[0] + results[1]  # parts 0 and 1, then their counts
+    if options.return_sums:
+        return sums
+    return (sums[:2] if options.reduction == "sum" else sums[:2] / sums[2:].clamp(min=1)).sum()
+
+
+def device_of_params(embeddings: object) -> torch.device | str:
+    """Where kernels read parameters that learn."""
+    return embeddings.device if isinstance(embeddings, Tensor) and embeddings.is_cuda else "cpu"
 
 
 def is_on_cpu(x: object) -> bool:
@@ -229,7 +253,9 @@ def _op_options(call: Call, batch: Batch) -> OpOptions:
     )
     # Numbers on the CPU keep a compiled graph from being a CUDA graph: on a GPU only where they change.
     changes = call.dynamic_params or batch.embeddings.device.type == "cpu"
-    if call.learns or (changes and torch.compiler.is_compiling()):
+    if call.learns:
+        return options.with_dynamic_params(device_of_params(batch.embeddings))
+    if changes and torch.compiler.is_compiling():
         return options.with_dynamic_params()
     return options
 

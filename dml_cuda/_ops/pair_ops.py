@@ -13,15 +13,23 @@ def _pair_loss(a):
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings.dtype), a.embeddings.device.type
     shape = n, m, a.ref_emb is None, a.both_directions
-    size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward)
+    size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward, _device_params(a))
     lines = n + m if a.both_directions else n
     shape = (lines,) if a.reduction == "none" else (4,) if a.return_sums else ()
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)
 
 
+def _device_params(a):
+    """How many parameters are on the GPU of the points."""
+    if a.dynamic_params is None or a.dynamic_params.device.type == "cpu":
+        return 0
+    return int(a.dynamic_params.shape[0]) - 1
+
+
 def _grad_params(a):
-    size = a.dynamic_params.shape if a.need_params else (0,)
-    return torch.empty(size, dtype=torch.float64, device="cpu")
+    if not a.need_params:
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return torch.empty_like(a.dynamic_params)
 
 
 @fake_kernel("pair_loss_backward")

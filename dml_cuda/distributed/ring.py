@@ -46,6 +46,8 @@ def check(call: Call, batch: Batch) -> None:
     device = batch.embeddings.device
     if not has_kernel(device):
         raise ValueError(f'mode: expected "gather" where there is no kernel for {device.type}, got "ring"')
+    if device.type == "cuda" and call.learns:
+        raise ValueError('mode: expected "gather" on a GPU with parameters that learn, got "ring"')
     if device.type == "cuda" and not call.formula.on_cuda:
         raise ValueError(
             f'mode: expected "gather" with a formula that was loaded without CUDA kernels, got "ring" on '

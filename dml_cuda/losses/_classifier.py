@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from .._inputs import autocast as _autocast
-from .._inputs.checks import FLOATS, Backend, Reduction, check_batch, check_count
+from .._inputs.checks import FLOATS, Backend, Reduction, check_batch, check_count, is_per_class
 from .._inputs.indices import index_lists
 from .._inputs.options import check_names
 from .._inputs.row_weights import check_row_weights, weights_of_rows
@@ -135,6 +135,13 @@ class ClassifierLoss(FormulaModule):
                 f"embeddings: expected device {weight.device} as {name} has, got {embeddings.device}"
             )
         check_classes(labels, self.num_classes)
+        for name in self.formula.per_class:
+            value = self.values[name]
+            if is_per_class(value) and value.shape[0] != self.num_classes:
+                raise ValueError(
+                    f"{name}: expected a number for each of num_classes={self.num_classes} classes, got "
+                    f"{value.shape[0]}"
+                )
         return labels
 
     def _check_weight(self) -> None:

@@ -91,6 +91,8 @@ class Formula:
         on_cuda: whether a build with CUDA has kernels for the formula.
         composed: whether no kernel has the formula, but :meth:`compose` makes it of those of other formulas;
             so it does on CUDA where ``on_cuda`` says that there are none.
+        per_class: the parameters that may be a tensor with a number for each class, in which case the formula
+            is ``of_classes``.
         ranks: whether a pair's part in the loss depends on the row's other pairs one by one: such a loss is
             of all pairs, and has an op of its own (``_ops/ranking.py``).
     """
@@ -104,6 +106,8 @@ class Formula:
     log_one_plus: ClassVar[bool] = False
     on_cuda: ClassVar[bool] = True
     composed: ClassVar[bool] = False
+    per_class: ClassVar[tuple[str, ...]] = ()
+    of_classes: ClassVar["type[Formula]"]
     ranks: ClassVar[bool] = False
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._inputs.checks import check_parameter
+from .._inputs.checks import check_parameter, is_per_class
 from .._inputs.options import NAMES, PairOptions, check_options
 from .._ops.arguments import op_options
 from .._ops.evaluate import Call, evaluate_arguments
@@ -16,7 +16,7 @@ from ._formula import Formula
 def check_parameters(formula: type[Formula], values: Mapping[str, Any]) -> None:
     """Raises TypeError or ValueError for one that cannot be, where that can be known."""
     for name, check in formula.parameters.items():
-        check_parameter(name, values[name], check)
+        check_parameter(name, values[name], check, name in formula.per_class)
 
 
 def make_call(
@@ -143,8 +143,11 @@ class FormulaModule(nn.Module):
     def call(self) -> Call:
         if not self._call.learns:
             return self._call
-        check_parameters(self.formula, self.values)
-        return self._call.with_values(self.values)
+        values, call = self.values, self._call
+        check_parameters(self.formula, values)
+        if any(map(is_per_class, values.values())):
+            call = call._replace(formula=self.formula.of_classes)
+        return call.with_values(values)
 
     def get_option(self, name: str) -> Any:
         return getattr(self._call.options, name) if name in NAMES else self.values[name]

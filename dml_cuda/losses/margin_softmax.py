@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_number
+from .._ops.centers import unit_and_inverse
+from .._ops.evaluate import of_rows
 from ._classifier import ClassifierLoss, ClassifierOptions
-from ._formula import Formula, Pairs, number, softplus
+from ._formula import Formula, Pairs, Part, number, softplus
 from ._pair import option
+from .info_nce import NegativesLSE
 
 
 def turned_by(s: Tensor, cosine: float | Tensor, sine: float | Tensor) -> Tensor:
@@ -44,6 +48,40 @@ class MarginSoftmax(Formula):
         return softplus(pos.lse(-scale * (turned - margin)) + neg.lse(scale * neg.s), where=both)
 
 
+class MarginPerClass(MarginSoftmax):
+    """The same with a margin for each class: its parameters are ``scale`` and the margins ``[C]``.
+
+    Composed of a kernel's log-sum-exp over the other classes, and of each row's similarity with its own.
+    """
+
+    composed = True
+
+    @staticmethod
+    def turned(s: Tensor, margins: Tensor) -> Tensor:
+        """Similarities with the margins of their classes."""
+        raise NotImplementedError
+
+    @classmethod
+    def row(cls, pos: Pairs, neg: Pairs, scale: float, margins: Tensor) -> Tensor:
+        turned = cls.turned(pos.s, pos.spread_columns(margins))
+        both = (pos.count > 0) & (neg.count > 0)
+        return softplus(pos.lse(-scale * turned) + neg.lse(scale * neg.s), where=both)
+
+    @classmethod
+    def compose(cls, call: Any, batch: Any) -> tuple[Part, ...]:
+        scale, margins = call.params
+        push = of_rows(call, NegativesLSE, [1 / scale], batch)
+        labels, classes = batch.labels.long(), batch.ref_emb.shape[0]
+        known = (labels >= 0) & (labels < classes)
+        own = labels.clamp(0, classes - 1)
+        dtype = _autocast.computed_dtype(batch.embeddings.dtype)
+        rows, weights = batch.embeddings.to(dtype), batch.ref_emb[own].to(dtype)
+        s = (unit_and_inverse(rows)[0] * unit_and_inverse(weights)[0]).sum(1)
+        pull = scale * cls.turned(s, margins.to(dtype)[own])
+        losses = softplus(push - pull, where=known & (classes > 1))
+        return (Part(losses, torch.ones_like(labels), cls.is_nonzero(losses).long()),)
+
+
 class NormalizedSoftmax(MarginSoftmax):
     """Zhai & Wu, BMVC 2019."""
 
@@ -54,10 +92,26 @@ class NormalizedSoftmax(MarginSoftmax):
         return [1.0 / values["temperature"], 0.0, 1.0, 0.0]
 
 
+class CosFacePerClass(MarginPerClass):
+    """Wang et al., CVPR 2018, with a margin for each class."""
+
+    parameters: ClassVar = {"margin": check_number, "scale": check_above_zero}
+
+    @classmethod
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        return [number(values["scale"]), values["margin"]]
+
+    @staticmethod
+    def turned(s: Tensor, margins: Tensor) -> Tensor:
+        return s - margins
+
+
 class CosFace(MarginSoftmax):
     """Wang et al., CVPR 2018."""
 
     parameters: ClassVar = {"margin": check_number, "scale": check_above_zero}
+    per_class = ("margin",)
+    of_classes = CosFacePerClass
 
     @classmethod
     def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
@@ -70,16 +124,32 @@ def _check_degrees(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected an angle between 0 and 180 degrees, got {value}")
 
 
-class ArcFace(MarginSoftmax):
-    """Deng et al., CVPR 2019."""
+class ArcFacePerClass(MarginPerClass):
+    """Deng et al., CVPR 2019, with an angle for each class."""
 
     parameters: ClassVar = {"margin": _check_degrees, "scale": check_above_zero}
 
     @classmethod
     def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
+        return [number(values["scale"]), values["margin"].deg2rad()]
+
+    @staticmethod
+    def turned(s: Tensor, margins: Tensor) -> Tensor:
+        return turned_by(s, margins.cos(), margins.sin())
+
+
+class ArcFace(MarginSoftmax):
+    """Deng et al., CVPR 2019."""
+
+    parameters: ClassVar = {"margin": _check_degrees, "scale": check_above_zero}
+    per_class = ("margin",)
+    of_classes = ArcFacePerClass
+
+    @classmethod
+    def params(cls, values: Mapping[str, float | Tensor], similarity: str) -> list[float | Tensor]:
         margin = values["margin"]
         if isinstance(margin, Tensor):
-            angle = margin.deg2rad()
+            angle = number(margin).deg2rad()
             return [number(values["scale"]), 0.0, angle.cos(), angle.sin()]
         angle = math.radians(margin)
         return [number(values["scale"]), 0.0, math.cos(angle), math.sin(angle)]
@@ -144,7 +214,8 @@ class CosFaceLoss(_SoftmaxLoss):
     Deep Face Recognition*, CVPR 2018. The N x C matrix of logits is not materialised.
 
     Args:
-        margin: on the cosine.
+        margin: on the cosine; or a tensor ``[C]`` with one for each class, which learns if it is an
+            ``nn.Parameter``.
         scale: above 0.
         num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.
     """
@@ -177,7 +248,8 @@ class ArcFaceLoss(_SoftmaxLoss):
     Margin Loss for Deep Face Recognition*, CVPR 2019. The N x C matrix of logits is not materialised.
 
     Args:
-        margin: on the angle, in degrees from 0 to 180. The attribute is in degrees too, whereas
+        margin: on the angle, in degrees from 0 to 180; or a tensor ``[C]`` with one for each class, which
+            learns if it is an ``nn.Parameter``. The attribute is in degrees too, whereas
             pytorch-metric-learning's is in radians.
         scale: above 0.
         num_classes, embedding_size, options: as for :class:`NormalizedSoftmaxLoss`, which has ``W`` too.

@@ -30,7 +30,8 @@ class SubCenterArcFaceLoss(RowHead):
 
     Args:
         num_classes, embedding_size: C and D.
-        margin: on the angle, in degrees from 0 to 180. The attribute is in degrees too, whereas
+        margin: on the angle, in degrees from 0 to 180; or a tensor ``[C]``, as for :class:`ArcFaceLoss`. The
+            attribute is in degrees too, whereas
             pytorch-metric-learning's is in radians.
         scale: above 0.
         sub_centers: K.
@@ -83,11 +84,18 @@ class SubCenterArcFaceLoss(RowHead):
             return op.row_losses(embeddings, centers, labels.long(), *options), 0.0
 
     def cosine_losses(self, cosines: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
-        scale, _, cosine, sine = self.call.params
+        call = self.call
         s = op.similarities(cosines, self.sub_centers)
         own = labels[:, None] == self.classes()
+        s_own = torch.where(own, s, 0.0).sum(1)
+        if call.formula is ArcFace:
+            scale, _, cosine, sine = call.params
+            turned = turned_by(s_own, cosine, sine)
+        else:
+            scale, margins = call.params
+            turned = call.formula.turned(s_own, margins.to(s)[labels.clamp(0, s.shape[1] - 1)])
         others = torch.where(own, -torch.inf, scale * s)
-        pull = scale * turned_by(torch.where(own, s, 0.0).sum(1), cosine, sine)
+        pull = scale * turned
         has_others = own.any(1) & (s.shape[1] > 1)
         push = torch.logsumexp(torch.where(has_others[:, None], others, 0.0), 1)
         return softplus(push - pull, where=has_others)

@@ -86,6 +86,59 @@ def test_calls_that_allocate(on_host, m, d):
     assert allocations(lambda: call.backward(on_host, saved, one))[0] == 2
 
 
+@pytest.mark.parametrize("m", [None, 13])
+@pytest.mark.parametrize("weights", [None, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
+def test_parameters_that_learn_and_weights_of_rows(on_host, epsilon, weights, m):
+    """Parameters on the device of the embeddings: their gradient is there, too."""
+    call = Call(m=m, dtype=torch.float64)
+    factors = None if weights is None else torch.linspace(0.5, 2.0, 40).to(weights)[::2]
+    call.batch = *call.batch[:6], factors
+    values = torch.tensor([*FORMULA[1], 0.1], dtype=torch.float64)
+    changes = {"params": [], "epsilon": epsilon, "dynamic_params": values.repeat_interleave(2)[::2]}
+    found = []
+    for ops in (on_host, torch.ops.dml_cuda):
+        options = call.options._replace(**changes)
+        loss, saved = ops.pair_loss(*call.batch, *options)
+        up = torch.full((), 0.7, dtype=torch.float64)
+        found.append(
+            (loss, *ops.pair_loss_backward(*call.batch, *options, up, saved, True, m is not None, True))
+        )
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    # Without its gradient, the same of the points.
+    loss, saved = on_host.pair_loss(*call.batch, *options)
+    alone = on_host.pair_loss_backward(*call.batch, *options, up, saved, True, m is not None, False)
+    assert torch.equal(alone[0], found[0][1])
+    assert alone[2].numel() == 0
+
+
+def test_only_the_parameters_learn(on_host):
+    call = Call(dtype=torch.float64)
+    values = torch.tensor([*FORMULA[1], 0.1], dtype=torch.float64)
+    options = call.options._replace(params=[], dynamic_params=values)
+    saved = on_host.pair_loss(*call.batch, *options)[1]
+    up = torch.ones((), dtype=torch.float64)
+    both, alone = (
+        on_host.pair_loss_backward(*call.batch, *options, up, saved, need_emb, False, True)
+        for need_emb in (True, False)
+    )
+    assert torch.equal(both[2], alone[2])
+    assert alone[0].numel() == 0
+
+
+def test_a_gradient_of_no_parameters_is_an_error(on_host):
+    call = Call()
+    _, saved = call.forward(on_host)
+    with pytest.raises(ValueError, match="need_params: expected dynamic_params"):
+        on_host.pair_loss_backward(*call.batch, *call.options, torch.ones(()), saved, True, False, True)
+    with pytest.raises(ValueError, match="dynamic_params: expected"):
+        call.forward(on_host, params=[], dynamic_params=torch.ones(10, dtype=torch.float64))
+    with pytest.raises(ValueError, match="params: expected 3 numbers"):
+        call.forward(on_host, params=[], dynamic_params=torch.ones(3, dtype=torch.float64))
+
+
 def set_old(name):
     return lambda: torch.set_float32_matmul_precision(name)
 

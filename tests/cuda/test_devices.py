@@ -14,6 +14,7 @@ from cases.data import make_batch
 from cases.heads import EVERY_HEAD, make_rows
 from cases.losses import EVERY_LOSS, by_name
 from cases.ranking import EVERY_RANKING
+from torch import nn
 
 import dml_cuda
 from dml_cuda import functional
@@ -89,6 +90,47 @@ def test_class_level_losses(head, dtype, device):
     compare(module, device, dtype, points, labels)
     logits = copy.deepcopy(module).to(device, dtype).get_logits(moved(points, device, dtype))
     torch.testing.assert_close(logits.cpu().double(), module.get_logits(points), rtol=1e-4, atol=1e-4)
+
+
+@EVERY_DEVICE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [90, 3000], ids=["few", "many"])
+@EVERY_LOSS
+def test_parameters_that_learn_and_weights_of_rows(loss, n, dtype, device):
+    """Few rows have a matrix of similarities on a GPU, many have tiles."""
+    points, labels = make_batch(n, 24)
+    points, weights = points.to(dtype).double(), torch.linspace(0.5, 2.0, n, dtype=torch.float64)
+    values = {**loss.defaults, **loss.smooth, **loss.on_cosines}
+    found = []
+    for where, kind in (("cpu", torch.float64), (device, dtype)):
+        learned = {name: nn.Parameter(torch.tensor(float(values[name]))) for name in loss.learnable}
+        module = loss.module(**{**values, **learned}).to(where, kind)
+        leaf = moved(points, where, kind).requires_grad_()
+        value = module(leaf, labels.to(where), row_weights=weights.to(where, kind))
+        leaves = [leaf, *module.parameters()]
+        found.append([value, *torch.autograd.grad(value, leaves, torch.ones_like(value))])
+    for b, a in zip(*found, strict=True):
+        assert a.device.type == device
+        scale = b.abs().max().item() * (1e-9 if dtype == torch.float64 else 1e-3)
+        torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=scale + 1e-12)
+
+
+@EVERY_DEVICE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [dml_cuda.CLIPLoss, dml_cuda.SigLIPLoss, dml_cuda.InfoNCELoss])
+def test_losses_of_two_towers(kind, dtype, device):
+    towers = torch.randn(2, 90, 24, dtype=torch.float64).to(dtype).double()
+    weights = torch.linspace(0.5, 2.0, 90, dtype=torch.float64)
+    names = ("scale", "bias") if kind is dml_cuda.SigLIPLoss else ("temperature",)
+    found = []
+    for where, to in (("cpu", torch.float64), (device, dtype)):
+        loss = kind(**{name: nn.Parameter(torch.tensor(0.5)) for name in names}).to(where, to)
+        a, b = (x.to(where, to).requires_grad_() for x in towers)
+        value = loss(a, b, row_weights=weights.to(where, to))
+        found.append([value, *torch.autograd.grad(value, [a, b, *loss.parameters()])])
+    for b, a in zip(*found, strict=True):
+        scale = b.abs().max().item() * (1e-9 if dtype == torch.float64 else 1e-4)
+        torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=scale)
 
 
 MINERS = {

@@ -19,6 +19,7 @@ struct Batch {
     const int64_t* ref_labels;
     const int64_t* self_index;
     const int64_t* num_valid_refs;
+    const void* row_weights;
     int64_t square, dim, scalar;  // square: there is no ref_emb
 };
 
@@ -28,6 +29,8 @@ struct Options {
     int64_t mining;
     double epsilon;
     int64_t euclidean, normalize, reduction, mine_self_pair, return_sums, precision;
+    const double* learned;  // params in place of those above, or null
+    double* by_params;      // for backward to write, or null
 };
 
 struct TuningOptions {  // negative: the default
@@ -52,10 +55,12 @@ inline dml::cuda::Task task_of(const Arguments& a) {
     p.square = b.square != 0;
     p.self_index = b.self_index;
     p.num_valid_refs = b.num_valid_refs;
+    task.row_weights = b.row_weights;
     p.dim = b.dim;
     p.scalar = static_cast<dml::Scalar>(b.scalar);
     p.formula = static_cast<dml::FormulaId>(o.formula);
     std::memcpy(p.params, o.params, sizeof p.params);
+    if (o.learned) task.learned = {dml::kFormulas[o.formula].params, o.learned, o.by_params, nullptr};
     p.mining = {o.mining != 0, o.epsilon};
     p.similarity = {o.euclidean != 0, o.normalize != 0};
     p.reduction = static_cast<dml::Reduction>(o.reduction);

@@ -44,12 +44,21 @@ class Batch(ctypes.Structure):
         ("embeddings", PointRows),
         *pointers("labels"),
         ("ref_emb", PointRows),
-        *pointers("ref_labels", "self_index", "num_valid_refs"),
+        *pointers("ref_labels", "self_index", "num_valid_refs", "row_weights"),
         *integers("square", "dim", "scalar"),
     ]
 
     @classmethod
-    def of(cls, embeddings, labels, ref_emb=None, ref_labels=None, self_index=None, num_valid_refs=None):
+    def of(
+        cls,
+        embeddings,
+        labels,
+        ref_emb=None,
+        ref_labels=None,
+        self_index=None,
+        num_valid_refs=None,
+        row_weights=None,
+    ):
         return cls(
             embeddings=PointRows.of(embeddings),
             labels=labels.data_ptr(),
@@ -57,6 +66,7 @@ class Batch(ctypes.Structure):
             ref_labels=address(labels if ref_emb is None else ref_labels),
             self_index=address(self_index),
             num_valid_refs=address(num_valid_refs),
+            row_weights=address(row_weights),
             square=ref_emb is None,
             dim=embeddings.shape[1],
             scalar=SCALARS.index(embeddings.dtype),
@@ -70,6 +80,7 @@ class Options(ctypes.Structure):
         *integers("mining"),
         ("epsilon", ctypes.c_double),
         *integers("euclidean", "normalize", "reduction", "mine_self_pair", "return_sums", "precision"),
+        *pointers("learned", "by_params"),
     ]
 
     @classmethod
@@ -189,17 +200,25 @@ class Engine:
     save_for_backward: bool = True
     tuning: dict = field(default_factory=dict)  # fields of Tuning
     schedule: tuple = ("round_robin", 0)
+    row_weights: torch.Tensor | None = None  # of the type of sums
+    learns: bool = False  # whether the kernels read the parameters from memory
 
     def __post_init__(self):
         self.library = load()
         self.acc = torch.float64 if self.q.dtype == torch.float64 else torch.float32
         self.arguments = Arguments(
             batch=Batch.of(
-                self.q, self.labels, self.r, self.ref_labels, self.self_index, self.num_valid_refs
+                self.q,
+                self.labels,
+                self.r,
+                self.ref_labels,
+                self.self_index,
+                self.num_valid_refs,
+                self.row_weights,
             ),
             options=Options.of(
                 self.loss,
-                self.params,
+                [torch.nan] * len(self.params) if self.learns else self.params,
                 self.epsilon,
                 self.similarity,
                 self.reduction,
@@ -210,6 +229,11 @@ class Engine:
             tuning=Tuning.of(**self.tuning),
         )
         self.buffers = []
+        self.values = torch.tensor(self.params, dtype=torch.float64)
+        if self.learns:
+            self.by_params = self.buffer(len(self.params) + 1, torch.float64)
+            options = self.arguments.options
+            options.learned, options.by_params = address(self.values), address(self.by_params)
         self.sizes = self.ask_sizes()
         self.saved = self.buffer(self.sizes[0], torch.uint8)
 

@@ -253,3 +253,24 @@ def test_memory():
         found(loss(a, b), a, b)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) * 1024 < 256e6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learned"])
+def test_two_calls_of_one_direction(reduction, learns):
+    """As GPUs compute both directions, here on the CPU."""
+    from dml_cuda._ops.evaluate import _both_directions, compute
+
+    a, b = towers(60)
+    temperature = nn.Parameter(torch.tensor(0.1, dtype=torch.float64)) if learns else 0.1
+    loss = dml_cuda.CLIPLoss(temperature=temperature, reduction=reduction)
+    leaves = (a, b, temperature) if learns else (a, b)
+    for weights in (None, torch.linspace(0.5, 2.0, 120, dtype=torch.float64)):
+        batch = loss.batch(a, b, None, None)._replace(row_weights=weights)
+        for sums in (False, True):
+            if sums and reduction == "none":
+                continue
+            call = loss.call.with_both_directions().with_sums(sums)
+            expected, by_two = (function(call, batch) for function in (compute, _both_directions))
+            for got, want in zip(found(by_two, *leaves), found(expected, *leaves), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)

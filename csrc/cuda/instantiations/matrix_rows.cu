@@ -2,7 +2,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/matrix/rows.cuh"
 #include "cuda/matrix/rows.h"
-#include "cuda/pairs/tile_policy.cuh"
+#include "cuda/pairs/task_arguments.cuh"
 
 namespace dml::cuda {
 namespace {
@@ -28,14 +28,15 @@ void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_ba
         p.mining,
         !(facts.counts_pairs && p.reduction == Reduction::kMeanNonzero),
         has_backward,
-        {space.results, blocks, p.reduction == Reduction::kNone ? loss : nullptr, p.reduction},
+        {space.results, blocks, p.reduction == Reduction::kNone ? loss : nullptr, p.reduction,
+         static_cast<const Acc*>(task.row_weights), rows_by_params<Acc>(task)},
         space.flags,
         space.ticket,
         {p.reduction, !p.return_sums, facts.parts},
         loss};
     launch_dependent(block_a_row ? finish_matrix_rows<true, Acc> : finish_matrix_rows<false, Acc>,
                      dim3(unsigned(blocks)), dim3(kTeamThreads), RowsLayout<Acc>::kBytes, stream, of,
-                     AnyFormula<Acc>(p));
+                     AnyFormula<Acc>(p, task.learned.made));
 }
 
 }  // namespace

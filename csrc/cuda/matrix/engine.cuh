@@ -6,6 +6,7 @@
 #include "cuda/matrix/gradient.cuh"
 #include "cuda/matrix/rows.h"
 #include "cuda/matrix/similarities.cuh"
+#include "cuda/pairs/task_arguments.cuh"
 
 namespace dml::cuda {
 
@@ -98,9 +99,7 @@ struct MatrixEngine {
     void backward(void* saved_bytes, const Acc* grad_loss, T* grad_queries, T* grad_refs, void* workspace,
                   cudaStream_t stream) const {
         const SavedMatrix<Acc> saved(p, saved_bytes);
-        const auto facts = formula_facts(p.formula);
-        MatrixGradientTask<T, Acc> both = {
-            {}, {}, saved, p.similarity, {grad_loss, p.reduction, !p.return_sums, facts.parts - 1}};
+        MatrixGradientTask<T, Acc> both = {{}, {}, saved, p.similarity, upstream_of(task, grad_loss)};
         both.sides[0] = {queries(saved), refs(saved), true,    p.square,    0, p.queries.count, 1,
                          nullptr,        nullptr,     nullptr, grad_queries};
         both.sides[1] = {refs(saved), queries(saved), false,   true,    0,        p.refs.count,

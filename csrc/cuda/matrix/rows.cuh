@@ -153,7 +153,31 @@ struct RowPairs {
         return row;
     }
 
-    // 4. Derivatives, divided by the distance where similarities are distances; and which chunks have any.
+    // 4. What each parameter that learns does to the row's loss, by its terms and for constant ones.
+    template <typename Formula>
+    DML_DEVICE void store_by_params(const Formula& formula, const RowWeight<Acc>& weight,
+                                    const FinishedRow<Acc>& row, const RowsByParams<Acc>& by_params,
+                                    int64_t i) const {
+        constexpr int kLast = Formula::kParts - 1;
+#pragma unroll 1
+        for (int k = 0; k < count_names(Formula::kParams); ++k) {
+            const auto derived = derived_by<Formula, Acc>(by_params.learned, formula, k);
+            Acc sums[2] = {Acc(0), Acc(0)}, part[2];
+            for_each<1>(self, [&](Acc s, bool positive) {
+                const Acc x = weight.of(derived, positive, s);
+                if (positive) sums[0] += x;
+                if (!positive) sums[kLast] += x;
+            });
+            team.merge(sums, Plus{});
+            row_by_param(derived, row, part);
+            if (team.thread() == 0) {
+                by_params.at(k, 0, i) = part[0] + sums[0];
+                by_params.at(k, 1, i) = part[1] + sums[1];
+            }
+        }
+    }
+
+    // 5. Derivatives, divided by the distance where similarities are distances; and which chunks have any.
     template <typename Formula>
     DML_DEVICE void store_derivatives(const Formula& formula, const RowWeight<Acc>& row, bool euclidean,
                                       uint8_t* occupied) const {
@@ -202,15 +226,19 @@ DML_DEVICE RowResult<Acc> finish_matrix_row(const RowsTask<Acc>& task, const Any
                       "a positive's derivative has one upstream gradient, that of its part");
         const auto gathered =
             pairs.gather(formula, bounds, range, task.count_zeros ? Acc(1) : kZeroCounts<Acc>);
-        const FinishedRow<Acc> row = conclude_row(formula, gathered, bounds, task.mining.on, had_both,
-                                                  saved.query_norms[i], task.results.reduction);
+        const FinishedRow<Acc> row =
+            conclude_row(formula, gathered, bounds, task.mining.on, had_both, saved.query_norms[i],
+                         task.results.reduction, task.results.weight(i));
         if (team.warp() == 0 && lane_id() == 0) {
             task.flags[i] = row.eligible ? kEligible : uint8_t(0);
             if (task.results.rows) task.results.rows[i] = row.total();
         }
         result = row.result;
         if (!task.has_backward) return;
-        const RowWeight<Acc> weight = {row.bounds, row.neg, row.pos, row.loss.d_neg, row.loss.d_pos};
+        const RowWeight<Acc> weight = {row.bounds, row.values.neg, row.values.pos, row.loss.d_neg,
+                                       row.loss.d_pos};
+        if (task.results.by_params.numbers)
+            pairs.store_by_params(formula, weight, row, task.results.by_params, i);
         pairs.store_derivatives(formula, weight, task.euclidean, saved.occupied + i * saved.spans);
     });
     return result;
@@ -247,7 +275,7 @@ __global__ void __launch_bounds__(kTeamThreads,
         total.not_finite += warp_sum(found[0]);
         total.very_long += warp_sum(found[1]);
     }
-    if (lane_id() == 0) Results<Acc>{numbers, kTeamWarps, nullptr, {}}.store(warp_id(), total);
+    if (lane_id() == 0) Results<Acc>{numbers, kTeamWarps, nullptr, {}, nullptr, {}}.store(warp_id(), total);
     block_sync();
     if (int(threadIdx.x) < kResultNumbers) {
         Acc sum = 0;

@@ -3,6 +3,7 @@
 
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
+#include "cuda/pairs/terms_by_params.cuh"
 
 namespace dml::cuda {
 
@@ -79,7 +80,7 @@ struct BackwardPass {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;
         launch(pair_weights<Math, Weight>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(1), launcher.stream, tile_group, AnyFormula<Acc>(p),
+               PairGrid<Math>::shared_bytes(1), launcher.stream, tile_group, launcher.formula(),
                arrays.row_stats, launcher.upstream(grad_loss), arrays.kept, workspace.weights,
                workspace.weight_partials);
         if (!Policy::sums_weights(p)) return;
@@ -204,6 +205,22 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
         workspace.col_weights = workspace.row_weights + (p.square ? 0 : p.queries.count);
     }
     BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
+}
+
+// What the parameters that learn do to the terms of all pairs: sums [params, slots].
+template <typename Math>
+void sum_terms(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss, double* sums) {
+    const Task& task = launcher.task;
+    const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
+    const int64_t slots = TilePolicy<Math>::param_slots(task);
+    launcher.for_tile_groups(
+        {std::max<int64_t>(rows.end, 1), std::max<int64_t>(cols.end, 1)}, rows, cols,
+        [&](auto all, MergeStep) {
+            all.cache_filled = all.cache != nullptr;
+            launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
+                   param_shared_bytes<Math>(), launcher.stream, all, launcher.formula(), task.learned.count,
+                   launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, sums);
+        });
 }
 
 }  // namespace dml::cuda

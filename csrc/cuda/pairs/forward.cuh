@@ -27,7 +27,7 @@ struct ForwardPass {
     void gather(const TileGroup<T, Acc>& tile_group, MergeStep step, bool second) const {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;
-        const AnyFormula<Acc> formula(p);
+        const AnyFormula<Acc> formula = launcher.formula();
         launch(accumulate<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
                PairGrid<Math>::shared_bytes(most_summed(p.formula)), launcher.stream, tile_group, formula,
                second, arrays.row_stats, partials, extremes, arrays.kept, launcher.count_zeros());

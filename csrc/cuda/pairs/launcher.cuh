@@ -5,6 +5,7 @@
 #include "cuda/pairs/find_extremes.cuh"
 #include "cuda/pairs/merge.h"
 #include "cuda/pairs/saved_layout.cuh"
+#include "cuda/pairs/task_arguments.cuh"
 
 namespace dml::cuda {
 
@@ -64,12 +65,15 @@ struct Launcher {
     bool count_zeros() const {
         return !(formula_facts(p.formula).counts_pairs && p.reduction == Reduction::kMeanNonzero);
     }
-    Upstream<Acc> upstream(const Acc* grad_loss) const {
-        return {grad_loss, p.reduction, !p.return_sums, formula_facts(p.formula).parts - 1};
-    }
+    Upstream<Acc> upstream(const Acc* grad_loss) const { return upstream_of(task, grad_loss); }
+    AnyFormula<Acc> formula() const { return AnyFormula<Acc>(p, task.learned.made); }
     Results<Acc> results(void* workspace, Acc* loss) const {
-        return {static_cast<Acc*>(workspace), Policy::result_slots(task),
-                p.reduction == Reduction::kNone ? loss : nullptr, p.reduction};
+        return {static_cast<Acc*>(workspace),
+                Policy::result_slots(task),
+                p.reduction == Reduction::kNone ? loss : nullptr,
+                p.reduction,
+                static_cast<const Acc*>(task.row_weights),
+                rows_by_params<Acc>(task)};
     }
 
     // Norms of rows; open: also bounds that keep everything.

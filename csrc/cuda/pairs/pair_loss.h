@@ -33,10 +33,23 @@ struct Tuning {
     int64_t split_slots = 2;              // tiles of a line worth a thread block of their own in the gradient
 };
 
+// Parameters that are on the device, in place of those of the problem.
+struct LearnedParams {
+    int count = 0;                   // of the formula's parameters, or 0
+    const double* values = nullptr;  // [count]
+    double* gradient = nullptr;      // [count + 1], for backward to write, the last number 0; or null
+    // Where in `saved` the formula lies, set by the engine: see learned_bytes.
+    unsigned char* made = nullptr;
+
+    unsigned char* rows() const { return made + kFormulaBytes + count * kByParamBytes; }
+};
+
 struct Task {
     Problem problem;
     Precision precision = Precision::kFull;
     Tuning tuning;
+    const void* row_weights = nullptr;  // [queries.count] factors of the rows' losses, of the type of sums
+    LearnedParams learned;
 };
 
 // Bytes that forward saves for backward, a multiple of 16. They depend on sizes and type only, as shapes must

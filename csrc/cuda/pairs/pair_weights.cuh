@@ -193,8 +193,9 @@ struct TileWeights {
         return Grid::sims(i);
     }
 
-    // 3. Calls write(i, similarities, weights) for each row i of this thread's pairs.
-    template <typename Write>
+    // 3. Calls write(i, similarities, weights) for each row i of this thread's pairs. kOneLoop: where not square,
+    // too, by the loop in which columns may keep pairs.
+    template <bool kOneLoop = false, typename Write>
     DML_DEVICE void for_rows(const Write& write) const {
         const Columns cols;
 #pragma unroll 1
@@ -203,7 +204,7 @@ struct TileWeights {
             Sims w;
             if (careful) {
                 w = weigh_row_carefully(i);
-            } else if (tile_group.square) {
+            } else if (kOneLoop || tile_group.square) {
                 w = weigh_row<true>(i, sims, cols);
             } else {
                 w = weigh_row<false>(i, sims, cols);

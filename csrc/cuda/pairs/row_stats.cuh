@@ -163,6 +163,16 @@ struct RowResult {
 };
 inline constexpr int kResultNumbers = 7;
 
+// What parameters that learn do to the rows' losses.
+template <typename Acc>
+struct RowsByParams {
+    const unsigned char* learned;  // the formula's derivatives, as AnyFormula has them
+    Acc* numbers;                  // [params, 2, rows]; null: not wanted
+    int64_t rows;
+
+    DML_DEVICE Acc& at(int k, int part, int64_t i) const { return numbers[(2 * k + part) * rows + i]; }
+};
+
 // [kResultNumbers, slots] sums over one or several rows a slot, merged in order by the reduction.
 template <typename Acc>
 struct Results {
@@ -170,6 +180,10 @@ struct Results {
     int64_t slots;
     Acc* rows;  // [rows] each row's loss; null: not wanted
     Reduction reduction;
+    const Acc* row_weights;  // [rows]; null: 1
+    RowsByParams<Acc> by_params;
+
+    DML_DEVICE Acc weight(int64_t i) const { return row_weights ? row_weights[i] : Acc(1); }
 
     DML_DEVICE void store(int64_t slot, const RowResult<Acc>& r) const {
         const Acc numbers[kResultNumbers] = {r.part[0],  r.part[1],    r.count[0], r.count[1],
@@ -183,20 +197,21 @@ struct Results {
 template <typename Acc>
 struct FinishedRow {
     Bounds<Acc> bounds;
-    Acc neg, pos;  // values of the accumulators
+    Gathered<Acc> values;  // of the accumulators
     RowDerivatives<Acc> loss;
-    bool eligible;
+    bool eligible, has_loss;
+    Acc weight;
     RowResult<Acc> result;
 
-    DML_DEVICE Acc total() const { return loss.part[0] + loss.part[1]; }
+    DML_DEVICE Acc total() const { return result.part[0] + result.part[1]; }
 };
 
 // From a row's accumulators. had_both: whether it had pairs of both kinds before mining; without mining every
-// pair was kept, and the accumulators tell.
+// pair was kept, and the accumulators tell. weight: the factor of the row's loss, and so of its derivatives.
 template <typename Formula, typename Acc>
 DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering<Formula, Acc>& row,
                                          Bounds<Acc> bounds, bool mining, bool had_both, Acc norm,
-                                         Reduction reduction) {
+                                         Reduction reduction, Acc weight) {
     Gathered<Acc> g;
     Acc pos_context = Acc(0);
     bool any_neg = row.neg.any();
@@ -214,20 +229,23 @@ DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering
     const bool any_pos = row.pos.any(), valid = any_pos || any_neg;
     const bool has_loss = row_has_loss(Formula::needed_pairs(), false, any_pos, any_neg);  // of kept pairs
     FinishedRow<Acc> finished = {
-        bounds, g.neg, g.pos, formula.row(g, pos_context), mining ? had_both : has_loss, {}};
+        bounds, g, formula.row(g, pos_context), mining ? had_both : has_loss, has_loss, weight, {}};
     RowDerivatives<Acc>& loss = finished.loss;
     if (!has_loss) {
         finished.bounds = Bounds<Acc>::none();
-        loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = finished.neg = finished.pos = Acc(0);
+        loss.part[0] = loss.part[1] = loss.d_neg = loss.d_pos = Acc(0);
+        finished.values.neg = finished.values.pos = Acc(0);
         loss.nonzero[0] = loss.nonzero[1] = false;
     }
+    loss.d_neg *= weight;
+    loss.d_pos *= weight;
     RowResult<Acc>& result = finished.result;
     result.eligible = Acc(finished.eligible);
     result.not_finite = Acc(!is_finite(norm));
     result.very_long = Acc(is_very_long(norm));
 #pragma unroll
     for (int k = 0; k < Formula::kParts; ++k) {
-        result.part[k] = loss.part[k];
+        result.part[k] = weight * loss.part[k];
         Acc count = loss.count[k];
         if constexpr (Formula::kCount == Count::kRows) {
             if (reduction == Reduction::kMeanValid && Formula::kParts == 1) count = Acc(valid);
@@ -241,21 +259,41 @@ DML_DEVICE FinishedRow<Acc> conclude_row(const Formula& formula, const Gathering
     return finished;
 }
 
+// What a parameter, for constant terms, does to the parts of a row's loss.
+template <typename Formula, typename Acc>
+DML_DEVICE void row_by_param(const DerivedByParam<Acc, Formula>& derived, const FinishedRow<Acc>& row,
+                             Acc (&part)[2]) {
+    part[0] = part[1] = Acc(0);
+    if (row.has_loss && Formula::may_have_loss(row.values)) derived.by_param.row(row.values, part);
+    part[0] *= row.weight;
+    part[1] *= row.weight;
+}
+
 // The same, stored in the row's stats.
 template <typename Formula, typename Acc>
 DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, const Formula& formula,
                                      const Gathering<Formula, Acc>& row, Bounds<Acc> bounds, bool mining,
                                      bool had_both, Acc norm, const Results<Acc>& results) {
     const FinishedRow<Acc> finished =
-        conclude_row(formula, row, bounds, mining, had_both, norm, results.reduction);
+        conclude_row(formula, row, bounds, mining, had_both, norm, results.reduction, results.weight(i));
     row_stats.neg_above[i] = finished.bounds.neg_above;
     row_stats.pos_below[i] = finished.bounds.pos_below;
-    row_stats.neg[i] = finished.neg;
-    row_stats.pos[i] = finished.pos;
+    row_stats.neg[i] = finished.values.neg;
+    row_stats.pos[i] = finished.values.pos;
     row_stats.d_neg[i] = finished.loss.d_neg;
     row_stats.d_pos[i] = finished.loss.d_pos;
     row_stats.flags[i] = finished.eligible ? kEligible : uint8_t(0);
     if (results.rows) results.rows[i] = finished.total();
+    const RowsByParams<Acc>& by_params = results.by_params;
+    if (by_params.numbers) {
+#pragma unroll 1
+        for (int k = 0; k < count_names(Formula::kParams); ++k) {
+            Acc part[2];
+            row_by_param(derived_by<Formula, Acc>(by_params.learned, formula, k), finished, part);
+            by_params.at(k, 0, i) = part[0];
+            by_params.at(k, 1, i) = part[1];
+        }
+    }
     return finished.result;
 }
 

@@ -58,12 +58,25 @@ struct TileSizes {
     }
 };
 
+inline constexpr int kFormulaBytes = 8 * 8;              // of a formula's numbers
+inline constexpr int kByParamBytes = 2 * kFormulaBytes;  // of the same as dual numbers
+
+// Behind that, where parameters are on the device: [the formula | its derivatives by each parameter | for each
+// parameter and part a number of each row]. params: how many, or 0.
+template <typename Int>
+Int learned_bytes(const Int& n, int64_t params, int64_t acc_bytes) {
+    if (params == 0) return Int(0);
+    return Int(kFormulaBytes + params * kByParamBytes) + round_up(n * Int(2 * params * acc_bytes), 16);
+}
+
 // Bytes that forward saves: of the matrix path, or of tiles.
 template <typename Int>
-Int saved_bytes_of(const Int& n, const Int& m, bool square, int64_t acc_bytes, bool save) {
+Int saved_bytes_of(const Int& n, const Int& m, bool square, int64_t acc_bytes, bool save,
+                   int64_t params = 0) {
     const Int matrix = uses_matrix(n, m, acc_bytes);
     return matrix * MatrixSizes<Int>(n, m, square, acc_bytes).bytes +
-           (Int(1) - matrix) * TileSizes<Int>(n, m, square, acc_bytes, save).bytes;
+           (Int(1) - matrix) * TileSizes<Int>(n, m, square, acc_bytes, save).bytes +
+           learned_bytes(n, params, acc_bytes);
 }
 
 // Numbers of a state of a ring (ring/ring.h), and of its weights for backward.

@@ -49,6 +49,9 @@ struct PairGrid {
         Acc s[kCols];
     };
     static DML_DEVICE Sims sims(int i) { return reinterpret_cast<const Sims&>(sim(row(i), col(0))); }
+    static DML_DEVICE void put_sims(int i, const Sims& s) {
+        reinterpret_cast<Sims&>(sim(row(i), col(0))) = s;
+    }
 
     static DML_DEVICE int* ids() { return shared_array<int>(kIds, kLines); }
     // [kMaxLineNumbers][kLines]

@@ -82,6 +82,16 @@ struct TilePolicy {
     }
     static int64_t results_size(const Task& task) { return kResultNumbers * result_slots(task); }
 
+    // Blocks that share the tiles where what parameters do to their terms is summed.
+    static constexpr int64_t kMostParamSlots = 512;
+    static int64_t param_slots(const Task& task) {
+        const Problem& p = task.problem;
+        return std::min(tiles_along(p.queries.count) * tiles_along(p.refs.count), kMostParamSlots);
+    }
+    static int64_t param_bytes(const Task& task) {
+        return param_slots(task) * task.learned.count * int64_t(sizeof(double));
+    }
+
     // Forward's workspace: row results, partial results of a tile group, the tiles' extremes.
     static int64_t forward_workspace_bytes(const Task& task) {
         int64_t numbers =

@@ -120,7 +120,7 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     const ForwardPass<Math> pass = {launcher,
                                     {norms + n + m},
                                     static_cast<Acc*>(extremes),
-                                    Results<Acc>{nullptr, 0, nullptr, p.reduction}};
+                                    Results<Acc>{nullptr, 0, nullptr, p.reduction, nullptr, {}}};
 
     launcher.prepare(launcher.queries(), false);
     launcher.prepare(launcher.refs(), false);

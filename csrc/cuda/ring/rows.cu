@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kRowThreads)
         const Bounds<Acc> bounds = {from.pos_below[i], from.neg_above[i]};
         const bool both = positives > 0 && negatives > 0;
         const RowResult<Acc> result = finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
-                                                 Results<Acc>{nullptr, 0, nullptr, reduction});
+                                                 Results<Acc>{nullptr, 0, nullptr, reduction, nullptr, {}});
         // An input that is not finite reaches only rows to which the labels give the pairs that a loss needs.
         const bool poisoned = row_has_loss(Formula::needed_pairs(), mining, positives > 0, negatives > 0) &&
                               !is_finite(from.header[kHealth]);

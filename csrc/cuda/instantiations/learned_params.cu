@@ -1,0 +1,30 @@
+// Launches the kernels around parameters that learn.
+#include "cuda/common/launch.h"
+#include "cuda/pairs/learned_params.cuh"
+#include "cuda/pairs/learned_params.h"
+#include "cuda/pairs/task_arguments.cuh"
+
+namespace dml::cuda {
+
+template <typename Acc>
+void Learned<Acc>::make(const Task& task, cudaStream_t stream) {
+    const LearnedParams& learned = task.learned;
+    if (learned.count == 0) return;
+    launch(make_formula<Acc>, dim3(1), dim3(kMakeThreads), 0, stream, task.problem.formula, learned.values,
+           learned.made);
+}
+
+template <typename Acc>
+void Learned<Acc>::reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
+                          const double* tiles, int64_t slots, cudaStream_t stream) {
+    const LearnedParams& learned = task.learned;
+    const ParamSums<Acc> sums = {reinterpret_cast<const Acc*>(learned.rows()), task.problem.queries.count,
+                                 tiles, slots, learned.count};
+    launch(reduce_by_params<Acc>, dim3(unsigned(learned.count + 1)), dim3(kReduceThreads), kReduceSharedBytes,
+           stream, sums, row_stats, upstream_of(task, grad_loss), learned.gradient);
+}
+
+template struct Learned<float>;
+template struct Learned<double>;
+
+}  // namespace dml::cuda
