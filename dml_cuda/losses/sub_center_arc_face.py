@@ -31,8 +31,7 @@ class SubCenterArcFaceLoss(RowHead):
     Args:
         num_classes, embedding_size: C and D.
         margin: on the angle, in degrees from 0 to 180; or a tensor ``[C]``, as for :class:`ArcFaceLoss`. The
-            attribute is in degrees too, whereas
-            pytorch-metric-learning's is in radians.
+            attribute is in degrees too, whereas pytorch-metric-learning's is in radians.
         scale: above 0.
         sub_centers: K.
         options: as for :class:`NormalizedSoftmaxLoss`.
