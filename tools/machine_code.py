@@ -284,6 +284,32 @@ def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True):
     return sorted(kernels, key=lambda k: (k.name, architectures.index(k.architecture)))
 
 
+def formulas():
+    """{name: (header, struct)} of the formulas that nvcc compiles."""
+    losses = ROOT / "csrc" / "losses"
+    listed = re.findall(r"X\((\w+), (\w+)\)", (losses / "list.h").read_text())
+    texts = {path: path.read_text() for path in losses.glob("*.h")}
+    of = {struct: path for path, text in texts.items() for struct in re.findall(r"^struct (\w+)", text, re.M)}
+    chosen = {name: (of[struct], struct) for name, struct in listed if struct in of}
+    return {name: pair for name, pair in chosen.items() if "kOnCuda = false" not in texts[pair[0]]}
+
+
+def row_instructions(name, architecture="90a"):
+    """{whether a block has a row: instructions} of the matrix path's kernel on rows, in float, with the one
+    formula of this name: what a multiprocessor reads for the first time."""
+    header, struct = formulas()[name]
+    folder = CACHE / "formulas" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "custom_formula.h").write_text(
+        f'#pragma once\n#include "losses/{header.name}"\n#define DML_FORMULAS(X) X({name}, {struct})\n'
+    )
+    flags = (*FLAGS, "-DDML_CUSTOM_FORMULA", f"-I{folder}")
+    source = ROOT / "csrc" / "cuda" / "instantiations" / "matrix_rows.cu"
+    kernels = {kernel.name: kernel for kernel in analyse(source, architecture, flags)}
+    found = {block: kernels[f"finish_matrix_rows<{str(block).lower()},float>"] for block in (False, True)}
+    return {block: sum(kernel.instructions.values()) for block, kernel in found.items()}
+
+
 def sources():
     """The .cu files, the largest first: two are compiled at a time, and long ones should not end alone."""
     first = ("f32", "f32_tf32", "f16", "bf16", "f64")
@@ -366,9 +392,17 @@ def main():
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--json", type=Path, help="write the kernels here, too")
     parser.add_argument("--jobs", type=int, default=2, help="sources compiled at a time (2)")
+    parser.add_argument(
+        "--formulas", action="store_true", help="only the instructions of finish_matrix_rows, by formula"
+    )
     options = parser.parse_args()
     if find_nvcc() is None:
         parser.error("nvcc is not on the PATH")
+    if options.formulas:
+        for name in formulas():
+            counts = row_instructions(name)
+            print(f"{name:20} {counts[False]:6} a warp a row {counts[True]:6} a block a row", flush=True)
+        return
     architectures = tuple(options.arch or ARCHITECTURES)
     files = options.sources or sources()
     try:

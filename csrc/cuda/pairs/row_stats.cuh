@@ -11,10 +11,6 @@ namespace dml::cuda {
 // A formula whose positives see the value of the negatives' accumulator takes two passes over the tiles.
 enum class Stage { kBoth, kNegatives, kPositives };
 
-template <typename Formula>
-inline constexpr bool kAnyLogSumExp =
-    Formula::kNeg == Accumulator::kLogSumExp || Formula::kPos == Accumulator::kLogSumExp;
-
 // The saved numbers of rows: one array for each, so that neighbouring threads read neighbours.
 template <typename Acc>
 struct RowStats {
