@@ -788,7 +788,7 @@ def test_example(cache, capsys):
         pytest.importorskip(module)
     from examples import custom
 
-    found = custom.run(custom.parse(["--data", "digits", "--steps", "40"]))
+    found = custom.run(custom.parse(["--data", "digits", "--steps", "100"]))
     for scores in found.values():
         assert scores["difference"] < 1e-4
         assert scores["after"] > scores["before"]
