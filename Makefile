@@ -1,4 +1,4 @@
-# `make check` answers within 90 seconds once built, `make test` within ten minutes; `make demo` shows what it is
+# `make check` answers within 90 seconds once built, `make test` within minutes; `make demo` shows what it is
 # for. All set up .venv first; nothing else is needed but Python 3.10+ with venv and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
@@ -29,8 +29,8 @@ examples: $(VENV)/built
 check: lint $(VENV)/built
 	$(PYTEST) --dist worksteal -m check
 
-# After the tests of `make check`, the others with the cases that show every value of their parameters, in ten
-# minutes on two cores with set-up; but for those of `make test-long`.
+# After the tests of `make check`, the others with the cases that show every value of their parameters; but for
+# those of `make test-long`.
 test: check
 	$(PYTEST) --dist loadfile --no-loadscope-reorder --brief -m "not check and not long and not release"
 

@@ -11,7 +11,7 @@ from .._inputs import autocast as _autocast
 from .._inputs.batch import Batch, make_batch
 from .._inputs.options import Options
 from .._inputs.row_weights import weights_of_rows
-from ..losses._formula import Formula, reduce, sums_and_counts
+from ..losses._formula import Formula, divided, reduce, sums_and_counts
 from ..miners.mined_pairs import MinedPairs
 from ..reference import pairs as reference
 from . import listed_pairs, ranking
@@ -210,9 +210,7 @@ def _both_directions(call: Call, batch: Batch) -> Tensor:
     if options.reduction == "none":
         return torch.cat(results)
     sums = results[0] + results[1]  # parts 0 and 1, then their counts
-    if options.return_sums:
-        return sums
-    return (sums[:2] if options.reduction == "sum" else sums[:2] / sums[2:].clamp(min=1)).sum()
+    return sums if options.return_sums else divided(sums, options.reduction)
 
 
 def device_of_params(embeddings: object) -> torch.device | str:

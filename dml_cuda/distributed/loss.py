@@ -14,7 +14,7 @@ from .._inputs.batch import Batch, make_batch
 from .._inputs.checks import check_choice
 from .._ops.evaluate import Call, compute, in_wanted_dtype, validate
 from ..losses._classifier import ClassifierLoss, RowHead
-from ..losses._formula import reduce, sums_and_counts
+from ..losses._formula import divided, reduce, sums_and_counts
 from ..losses._pair import PairLoss
 from ..losses._ranking import RankingLoss
 from ..losses._triplet import TripletLoss
@@ -382,7 +382,7 @@ class DistributedLoss(nn.Module):
         else:
             value = compute(call, _with_all_columns(batch, processes, words["rows"], words["refs"]))
         if is_reduced:
-            value = _divide(summed(value.double(), processes), reduction)
+            value = divided(summed(value.double(), processes), reduction)
         return in_wanted_dtype(value + added, embeddings)
 
     def _directions(
@@ -496,14 +496,6 @@ def _with_all_columns(batch: Batch, processes: Processes, rows: list[int], refs:
         self_index=torch.arange(first, first + rows[processes.rank], device=device),
         mine_self_pair=False,
     )
-
-
-def _divide(totals: Tensor, reduction: str) -> Tensor:
-    """The loss from ``[part 0, part 1, count 0, count 1]``; a part that counts nothing is 0."""
-    parts, counts = totals[:2], totals[2:].detach()
-    if reduction == "sum":
-        return parts.sum()
-    return (parts * torch.where(counts > 0, 1 / counts, 0.0)).sum()
 
 
 @cache

@@ -241,3 +241,11 @@ def sums_and_counts(
     counts = [count if isinstance(count, Tensor) else parts[0].new_full((), count) for count in counts]
     none = [parts[0].new_zeros(())] * (2 - len(parts))
     return torch.stack([*parts, *none, *(count.to(parts[0]) for count in counts), *none])
+
+
+def divided(totals: Tensor, reduction: str) -> Tensor:
+    """The loss from what :func:`sums_and_counts` gives; a part that counts nothing is 0."""
+    parts, counts = totals[:2], totals[2:].detach()
+    if reduction == "sum":
+        return parts.sum()
+    return (parts * torch.where(counts > 0, 1 / counts, 0.0)).sum()

@@ -14,8 +14,8 @@ from .._ops.centers import unit_and_inverse
 from .._ops.evaluate import of_rows
 from ._classifier import ClassifierLoss, ClassifierOptions
 from ._formula import Formula, Pairs, Part, number, softplus
+from ._negatives import NegativesLSE
 from ._pair import option
-from .info_nce import NegativesLSE
 
 
 def turned_by(s: Tensor, cosine: float | Tensor, sine: float | Tensor) -> Tensor:

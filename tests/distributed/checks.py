@@ -688,33 +688,38 @@ def rankings(name):
             as_one_process(make, "gather", rows, reduction == "none", dtypes=trials(rows))
 
 
-def rankings_of_other_columns():
-    """Each process with its share of the columns too, factors of its rows, and a temperature that learns."""
+def as_one_process_of_other_columns(make, name):
+    """Each process with its share of the columns too, and factors of its rows; parameters may learn."""
     size = dist.get_world_size()
     rows, refs = UNEVEN[size], EVEN[size][::-1]
     embeddings, labels = whole_batch(rows)
     columns, ref_labels = whole_batch(refs, seed=1)
     weights = torch.rand(len(labels), dtype=torch.float64)
+    whole, part = make(), make()
+    x, y = (points.clone().requires_grad_() for points in (embeddings, columns))
+    truth = whole(x, labels, None, y, ref_labels, weights)
+    expected = torch.autograd.grad(truth, [x, y, *whole.parameters()])
+    own = [share(x, rows).detach().requires_grad_(), share(y, refs).detach().requires_grad_()]
+    value = DistributedLoss(part)(
+        own[0], share(labels, rows), None, own[1], share(ref_labels, refs), share(weights, rows)
+    )
+    close(value.detach(), truth.detach(), name)
+    found = gradients(value, [*own, *part.parameters()])
+    close(found[0], share(expected[0], rows), name)
+    close(found[1], share(expected[1], refs), name)
+    for gradient, one in zip(found[2:], expected[2:], strict=True):
+        close(total(gradient), one, f"{name}: a parameter")
+
+
+def rankings_of_other_columns():
+    """With a temperature that learns."""
     for name, loss in RANKINGS.items():
 
         def made(loss=loss):
             values = {key: torch.tensor(loss.smooth[key]).double() for key in loss.learnable}
             return loss.module(**{key: torch.nn.Parameter(value) for key, value in values.items()})
 
-        whole, part = made(), made()
-        x, y = (points.clone().requires_grad_() for points in (embeddings, columns))
-        truth = whole(x, labels, None, y, ref_labels, weights)
-        expected = torch.autograd.grad(truth, [x, y, *whole.parameters()])
-        own = [share(x, rows).detach().requires_grad_(), share(y, refs).detach().requires_grad_()]
-        value = DistributedLoss(part)(
-            own[0], share(labels, rows), None, own[1], share(ref_labels, refs), share(weights, rows)
-        )
-        close(value.detach(), truth.detach(), name)
-        found = gradients(value, [*own, *part.parameters()])
-        close(found[0], share(expected[0], rows), name)
-        close(found[1], share(expected[1], refs), name)
-        for gradient, one in zip(found[2:], expected[2:], strict=True):
-            close(total(gradient), one, f"{name}: a parameter")
+        as_one_process_of_other_columns(made, name)
 
 
 def rankings_that_are_refused():
@@ -735,19 +740,8 @@ def composed(name):
 
 
 def composed_of_other_columns():
-    size = dist.get_world_size()
-    rows, refs = UNEVEN[size], EVEN[size][::-1]
-    embeddings, labels = whole_batch(rows)
-    columns, ref_labels = whole_batch(refs, seed=1)
     for name, make in COMPOSED.items():
-        x, y = (points.clone().requires_grad_() for points in (embeddings, columns))
-        truth = make()(x, labels, None, y, ref_labels)
-        expected = torch.autograd.grad(truth, [x, y])
-        own = [share(x, rows).detach().requires_grad_(), share(y, refs).detach().requires_grad_()]
-        value = DistributedLoss(make())(own[0], share(labels, rows), None, own[1], share(ref_labels, refs))
-        close(value.detach(), truth.detach(), name)
-        for gradient, one, sizes in zip(gradients(value, own), expected, (rows, refs), strict=True):
-            close(gradient, share(one, sizes), name)
+        as_one_process_of_other_columns(make, name)
 
 
 def composed_that_are_refused():
