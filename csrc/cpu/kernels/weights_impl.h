@@ -28,6 +28,7 @@ struct SharedExponential {
     }
     // A line without pairs (value -inf) has a factor that no pair uses.
     DML_INLINE void fill(T* factor, const WeightLines<T>& lines, int n) const {
+#pragma omp simd
         for (int64_t i = 0; i < n; ++i) factor[i] = lines.d[i] * exp_fast(offset - lines.value[i]);
     }
 };
@@ -45,7 +46,7 @@ DML_INLINE void range_learning_weights(const Kind& kind, const T* s, int64_t beg
         const T w = coefficient[j] != T(0) ? coefficient[j] * kind.derivative(s[j], T(0)) : T(0);
         out[j] = kAdd ? out[j] + w : w;
     }
-    sums.add(kind, s, coefficient, begin, end, [](int64_t) { return T(0); });
+    sums.add(kind, s, coefficient, begin, end, [](int64_t) DML_INLINE_LAMBDA { return T(0); });
 }
 
 // Sums: d derivative(s), with each side's context where the formula has one.
@@ -89,9 +90,10 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
             row_coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
             if constexpr (kBothSides) col_coefficient[j] = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
         }
-        sums.add(kind, s, row_coefficient, begin, end, [&](int64_t) { return context; });
+        sums.add(kind, s, row_coefficient, begin, end, [&](int64_t) DML_INLINE_LAMBDA { return context; });
         if constexpr (kBothSides)
-            sums.add(kind, s, col_coefficient, begin, end, [&](int64_t j) { return col.context[j]; });
+            sums.add(kind, s, col_coefficient, begin, end,
+                     [&](int64_t j) DML_INLINE_LAMBDA { return col.context[j]; });
     }
 }
 
