@@ -12,7 +12,7 @@ by what it took at the size before. A compiled loss is left out where compiling 
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -169,15 +169,14 @@ def run(
     device: str = "cpu",
     limit: float = LIMIT,
     compile_limit: float = COMPILE_LIMIT,
-) -> list[dict]:
-    clock, found, left_out = make_clock(device), [], LeftOut(limit, device)
-    for dtype in dtypes:
-        for name in FUSED:
-            for n, d in sizes:
+) -> Iterator[dict]:
+    """A case at a time, the small ones first."""
+    clock, left_out = make_clock(device), LeftOut(limit, device)
+    for n, d in sizes:
+        for dtype in dtypes:
+            for name in FUSED:
                 results = _run_case(name, n, d, dtype, device, clock, seconds, left_out, compile_limit)
-                found.append({"loss": name, "n": n, "d": d, "dtype": dtype, "results": results})
-                _print(found[-1])
-    return found
+                yield {"loss": name, "n": n, "d": d, "dtype": dtype, "results": results}
 
 
 def _peak_and_seconds(clock, step: Callable) -> tuple[int | None, float]:
@@ -244,10 +243,12 @@ def main(options: list[str] | None = None) -> None:
     chosen = parser.parse_args(options)
     sizes = [size for size in SIZES if not chosen.rows or size[0] in chosen.rows]
     limits = chosen.limit, chosen.compile_limit
-    cases = run(sizes, chosen.dtypes, chosen.seconds, chosen.device, *limits)
-    record = {"machine": describe(chosen.device), "cases": cases}
     path = chosen.out / f"{chosen.device}-two-towers.json"
-    write_json(record, path)
+    record = {"machine": describe(chosen.device), "cases": []}
+    for case in run(sizes, chosen.dtypes, chosen.seconds, chosen.device, *limits):
+        _print(case)
+        record["cases"].append(case)
+        write_json(record, path)  # what was measured stays if a later case is interrupted
     print(f"wrote {path}")
 
 
