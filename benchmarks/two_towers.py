@@ -153,13 +153,13 @@ class LeftOut:
         if key not in self.last:
             return None
         n0, d0, result = self.last[key]
-        if "over" in result:
+        if "skipped" in result:
             return result
         needed = (result["peak_bytes"] or 0) * (n / n0) ** 2
         if needed > _SHARE * available_bytes(self.device) and not key[-1].startswith("fused"):
-            return {"over": "memory", "needed_bytes": int(needed)}
+            return {"skipped": f"needs {needed / 2**30:.0f} GiB"}
         expected = result["median_s"] * (n / n0) ** 2 * (d / d0)
-        return {"over": "time", "expected_s": expected} if expected > self.limit else None
+        return {"skipped": f"over {self.limit:g} s"} if expected > self.limit else None
 
 
 def run(
@@ -196,7 +196,7 @@ def _run_case(name, n, d, dtype, device, clock, seconds, left_out: LeftOut, comp
         if reason is None and peer == "compiled":
             start = time.perf_counter()
             if not compiles_within(compile_limit, name, n, d, dtype, device):
-                reason = {"over": "compile time", "limit_s": compile_limit}
+                reason = {"skipped": f"compiles over {compile_limit:g} s"}
             results[peer] = {"compile_s": time.perf_counter() - start}
         if reason is not None:
             results[peer] = reason
@@ -223,8 +223,8 @@ def _print(case: dict) -> None:
     fused = case["results"]["fused"]["median_s"]
     print(f"{case['loss']} {case['n']} x {case['d']} {case['dtype']}")
     for peer, result in case["results"].items():
-        if "over" in result:
-            print(f"  {peer:16} left out: over the limit of {result['over']}")
+        if "skipped" in result:
+            print(f"  {peer:16} left out: {result['skipped']}")
             continue
         peak = result["peak_bytes"]
         memory = "" if peak is None else f"{peak / 2**20:8.0f} MiB"
@@ -244,7 +244,7 @@ def main(options: list[str] | None = None) -> None:
     sizes = [size for size in SIZES if not chosen.rows or size[0] in chosen.rows]
     limits = chosen.limit, chosen.compile_limit
     path = chosen.out / f"{chosen.device}-two-towers.json"
-    record = {"machine": describe(chosen.device), "cases": []}
+    record = {"kind": "two_towers", "machine": describe(chosen.device), "cases": []}
     for case in run(sizes, chosen.dtypes, chosen.seconds, chosen.device, *limits):
         _print(case)
         record["cases"].append(case)
