@@ -2,6 +2,7 @@
 benchmarks/README.md."""
 
 import argparse
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -88,6 +89,45 @@ def table(record: dict) -> str:
     return "\n\n".join(parts)
 
 
+_TOWER_COLUMNS = {"eager": "PyTorch", "compiled": "`torch.compile`", "chunked": "chunked PyTorch"}
+
+
+def _of_towers(record: dict) -> bool:
+    return record.get("kind") == "two_towers"
+
+
+def _tower_row(case: dict, peers: Iterable[str]) -> list[str]:
+    fused, least = case["results"]["fused"], least_peak(case, tuple(_TOWER_COLUMNS))
+    ratios = [versus(case, peer) for peer in peers]
+    peaks = f"{mebibytes(fused['peak_bytes'])} / {mebibytes(least)}"
+    return [case["loss"], size(case), duration(fused["median_s"]), *ratios, peaks]
+
+
+def towers_table(record: dict) -> str:
+    """Markdown of a run of ``benchmarks.two_towers``."""
+    parts = [f"Measured on {one_line(record['machine'])}."]
+    header = ["loss", "N x D", "time", *(f"vs {name}" for name in _TOWER_COLUMNS.values())]
+    header += ["peak MiB, here / least of the others"]
+    for dtype in dict.fromkeys(case["dtype"] for case in record["cases"]):
+        cases = [case for case in record["cases"] if case["dtype"] == dtype]
+        rows = [_tower_row(case, _TOWER_COLUMNS) for case in cases if "median_s" in case["results"]["fused"]]
+        title = f"**two towers, parameters that learn, forward+backward, {dtype}**"
+        parts.append(f"{title}\n\n{markdown_table(header, rows, left=2)}")
+    return "\n\n".join(parts)
+
+
+def towers_summary(record: dict) -> str:
+    """Markdown of its float32 cases that plain PyTorch ran too, the largest of each loss."""
+    measured = [case for case in record["cases"] if "eager" in case["time_over_fused"]]
+    largest = {case["loss"]: case for case in sorted(measured, key=_pairs) if case["dtype"] == "float32"}
+    rows = []
+    for case in largest.values():
+        seconds = [case["results"][peer]["median_s"] for peer in ("fused", "eager")]
+        rows.append([case["loss"], size(case), *map(duration, seconds), versus(case, "eager")])
+    header = ["two towers", "N x D", "dml_cuda", "PyTorch", "ratio"]
+    return f"On {one_line(record['machine'])}.\n\n{markdown_table(header, rows, left=2)}"
+
+
 # Of every kind one: the rows of the short table, by what the whole one calls them.
 _SHORT = (
     "MultiSimilarity given its miner",
@@ -136,7 +176,13 @@ def main() -> None:
     records = [read_json(path) for path in paths]
     # The others are of tools.kernel_times.
     records = [record for record in records if "machine" in record]
-    written = {arguments.readme: summary(records), arguments.all: "\n\n".join(map(table, records))}
+    of_towers = [record for record in records if _of_towers(record)]
+    others = [record for record in records if not _of_towers(record)]
+    on_cpus = [record for record in of_towers if record["machine"]["device"] == "cpu"]
+    written = {
+        arguments.readme: "\n\n".join([summary(others), *map(towers_summary, on_cpus)]),
+        arguments.all: "\n\n".join([*map(table, others), *map(towers_table, of_towers)]),
+    }
     try:
         for page, tables in written.items():
             page.write_text(insert(page.read_text(), tables))

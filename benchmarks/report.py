@@ -68,9 +68,9 @@ def size(case: dict) -> str:
     return " x ".join(str(case[name]) for name in ("n", "columns", "d") if case.get(name))
 
 
-def least_peak(case: dict) -> int | None:
+def least_peak(case: dict, peers: tuple[str, ...] = MEMORY_PEERS[1:]) -> int | None:
     """The peak of the peer, other than the fused one, that needs the least memory."""
-    peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in MEMORY_PEERS[1:])
+    peaks = (case["results"].get(peer, {}).get("peak_bytes") for peer in peers)
     return min((peak for peak in peaks if peak is not None), default=None)
 
 

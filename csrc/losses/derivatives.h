@@ -184,6 +184,34 @@ struct FormulaTemplate<Formula<T>> {
 template <typename T, typename Formula>
 struct FormulaTemplate<WithDerivatives<T, Formula>> : FormulaTemplate<Formula> {};
 
+// The derivatives of a pair's term: first by the similarity, then by each parameter. One evaluation gives all of
+// them, so they share its exponentials.
+template <typename T, typename Formula>
+class TermDerivatives {
+   public:
+    using All = Lanes<T, 1 + count_names(Formula::kParams)>;
+
+    DML_INLINE explicit TermDerivatives(const double* params) : formula_(Params<Number>{params}) {}
+
+    DML_INLINE All neg_term(T s) const { return derivative_of(formula_.neg_term(similarity(s))); }
+    // For a constant context: what moves it comes by way of the negatives' accumulator.
+    DML_INLINE All pos_term(T s, T ctx) const {
+        if constexpr (Formula::kContext) {
+            return derivative_of(formula_.pos_term(similarity(s), Number(ctx)));
+        } else {
+            return derivative_of(formula_.pos_term(similarity(s)));
+        }
+    }
+
+   private:
+    using Number = Dual<T, All>;
+    using NumberFormula = typename FormulaTemplate<Formula>::template Of<Number>;
+
+    static DML_INLINE Number similarity(T s) { return {s, All::unit(0)}; }
+
+    NumberFormula formula_;
+};
+
 // The derivatives of a formula's functions by one of its parameters.
 template <typename T, typename Formula>
 class ByParam {

@@ -10,13 +10,67 @@
 
 namespace dml {
 
-template <typename T>
-struct Dual {
-    T value, derivative;
+// Several derivatives of one value, one for each of N variables. Members instead of an array: compilers keep
+// them in registers.
+template <typename T, int N>
+struct Lanes {
+    T first = T(0);
+    Lanes<T, N - 1> rest;
 
-    DML_INLINE Dual(T value = T(0), T derivative = T(0)) : value(value), derivative(derivative) {}
+    Lanes() = default;
+    DML_INLINE Lanes(T first, Lanes<T, N - 1> rest) : first(first), rest(rest) {}
     template <typename U>
-    DML_INLINE explicit Dual(Dual<U> x) : value(T(x.value)), derivative(T(x.derivative)) {}
+    DML_INLINE explicit Lanes(Lanes<U, N> x) : first(T(x.first)), rest(x.rest) {}
+
+    // 1 for variable k, 0 for the others.
+    static DML_INLINE Lanes unit(int k) { return {T(k == 0), Lanes<T, N - 1>::unit(k - 1)}; }
+
+    friend DML_INLINE Lanes operator-(Lanes a) { return {-a.first, -a.rest}; }
+    friend DML_INLINE Lanes operator+(Lanes a, Lanes b) { return {a.first + b.first, a.rest + b.rest}; }
+    friend DML_INLINE Lanes operator-(Lanes a, Lanes b) { return {a.first - b.first, a.rest - b.rest}; }
+    friend DML_INLINE Lanes operator*(Lanes a, T b) { return {a.first * b, a.rest * b}; }
+    friend DML_INLINE Lanes operator*(T a, Lanes b) { return {a * b.first, a * b.rest}; }
+    friend DML_INLINE Lanes operator/(Lanes a, T b) { return {a.first / b, a.rest / b}; }
+};
+template <typename T>
+struct Lanes<T, 0> {
+    Lanes() = default;
+    template <typename U>
+    DML_INLINE explicit Lanes(Lanes<U, 0>) {}
+
+    static DML_INLINE Lanes unit(int) { return {}; }
+
+    friend DML_INLINE Lanes operator-(Lanes) { return {}; }
+    friend DML_INLINE Lanes operator+(Lanes, Lanes) { return {}; }
+    friend DML_INLINE Lanes operator-(Lanes, Lanes) { return {}; }
+    friend DML_INLINE Lanes operator*(Lanes, T) { return {}; }
+    friend DML_INLINE Lanes operator*(T, Lanes) { return {}; }
+    friend DML_INLINE Lanes operator/(Lanes, T) { return {}; }
+};
+
+// A derivative where a condition holds, else 0.
+template <typename T>
+DML_INLINE T where(bool condition, T derivative) {
+    return condition ? derivative : T(0);
+}
+template <typename T, int N>
+DML_INLINE Lanes<T, N> where(bool condition, Lanes<T, N> derivative) {
+    if constexpr (N == 0) {
+        return {};
+    } else {
+        return {where(condition, derivative.first), where(condition, derivative.rest)};
+    }
+}
+
+// D: T, or Lanes of T.
+template <typename T, typename D = T>
+struct Dual {
+    T value;
+    D derivative;
+
+    DML_INLINE Dual(T value = T(0), D derivative = D{}) : value(value), derivative(derivative) {}
+    template <typename U, typename E>
+    DML_INLINE explicit Dual(Dual<U, E> x) : value(T(x.value)), derivative(D(x.derivative)) {}
 
     friend DML_INLINE Dual operator-(Dual a) { return {-a.value, -a.derivative}; }
     friend DML_INLINE Dual operator+(Dual a, Dual b) {
@@ -49,7 +103,7 @@ struct Dual {
     }
     friend DML_INLINE Dual pow(T x, Dual power) {
         const T y = dml::pow(x, power.value);
-        return {y, x > T(0) ? y * dml::log(x) * power.derivative : T(0)};
+        return {y, where(x > T(0), y * dml::log(x) * power.derivative)};
     }
     friend DML_INLINE Dual pow(Dual x, Dual power) {
         const Dual of_x = pow(x, power.value), of_power = pow(x.value, power);
@@ -64,13 +118,13 @@ struct Dual {
     friend DML_INLINE bool operator!=(Dual a, Dual b) { return a.value != b.value; }
 };
 
-// Plain<T> and Plain<Dual<T>> are T.
+// Plain<T> and Plain<Dual<T, D>> are T.
 template <typename S>
 struct PlainOf {
     using Type = S;
 };
-template <typename T>
-struct PlainOf<Dual<T>> {
+template <typename T, typename D>
+struct PlainOf<Dual<T, D>> {
     using Type = T;
 };
 template <typename S>
@@ -80,8 +134,8 @@ template <typename T>
 DML_INLINE T derivative_of(T) {
     return T(0);
 }
-template <typename T>
-DML_INLINE T derivative_of(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE D derivative_of(Dual<T, D> x) {
     return x.derivative;
 }
 
@@ -90,8 +144,8 @@ template <typename T>
 DML_INLINE T constant(T x) {
     return x;
 }
-template <typename T>
-DML_INLINE T constant(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE T constant(Dual<T, D> x) {
     return x.value;
 }
 
@@ -100,9 +154,13 @@ template <typename T>
 DML_INLINE T with_share_of_derivative(T x, T) {
     return x;
 }
-template <typename T>
-DML_INLINE Dual<T> with_share_of_derivative(Dual<T> x, T share) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> with_share_of_derivative(Dual<T, D> x, T share) {
     return {x.value, share * x.derivative};
+}
+template <typename T, typename D>
+DML_INLINE Dual<T, D> with_share_of_derivative(Dual<T, D> x, Dual<T, D> share) {
+    return {x.value, share.value * x.derivative};
 }
 
 // Whether x is the value of a log-sum-exp over no pair.
@@ -113,73 +171,73 @@ DML_INLINE bool is_empty(S x) {
 
 // ---- the functions of numeric.h ---------------------------------------------------------------------------
 
-template <typename T>
-DML_INLINE Dual<T> rounded_product(Dual<T> a, Dual<T> b) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> rounded_product(Dual<T, D> a, Dual<T, D> b) {
     return {rounded_product(a.value, b.value), a.derivative * b.value + a.value * b.derivative};
 }
-template <typename T>
-DML_INLINE Dual<T> rounded_product(T a, Dual<T> b) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> rounded_product(T a, Dual<T, D> b) {
     return {rounded_product(a, b.value), a * b.derivative};
 }
-template <typename T>
-DML_INLINE Dual<T> rounded_product(Dual<T> a, T b) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> rounded_product(Dual<T, D> a, T b) {
     return {rounded_product(a.value, b), a.derivative * b};
 }
 
-template <typename T>
-DML_INLINE Dual<T> exp_fast(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> exp_fast(Dual<T, D> x) {
     const T e = exp_fast(x.value);
     return {e, e * x.derivative};
 }
 
-template <typename T>
-DML_INLINE Dual<T> log(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> log(Dual<T, D> x) {
     return {log(x.value), x.derivative / x.value};
 }
 
 // The derivative at 0 is 0.
-template <typename T>
-DML_INLINE Dual<T> abs(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> abs(Dual<T, D> x) {
     const T sign = x.value > T(0) ? T(1) : x.value < T(0) ? T(-1) : T(0);
     return {abs(x.value), sign * x.derivative};
 }
 
-template <typename T>
-DML_INLINE Dual<T> relu(Dual<T> x) {
-    return {relu(x.value), x.value > T(0) ? x.derivative : T(0)};
+template <typename T, typename D>
+DML_INLINE Dual<T, D> relu(Dual<T, D> x) {
+    return {relu(x.value), where(x.value > T(0), x.derivative)};
 }
 
-template <typename T>
-DML_INLINE Dual<T> sigmoid(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> sigmoid(Dual<T, D> x) {
     const T y = sigmoid(x.value);
     return {y, y * (T(1) - y) * x.derivative};
 }
 
-template <typename T>
-DML_INLINE Dual<T> softplus(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> softplus(Dual<T, D> x) {
     return {softplus(x.value), sigmoid(x.value) * x.derivative};
 }
 
-template <typename T>
-DML_INLINE Dual<T> cos(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> cos(Dual<T, D> x) {
     return {cos(x.value), -sin(x.value) * x.derivative};
 }
-template <typename T>
-DML_INLINE Dual<T> sin(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> sin(Dual<T, D> x) {
     return {sin(x.value), cos(x.value) * x.derivative};
 }
 
 // The angle whose sine and cosine are in the ratio y : x.
-template <typename T>
-DML_INLINE Dual<T> angle(Dual<T> y, Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> angle(Dual<T, D> y, Dual<T, D> x) {
     const T square = x.value * x.value + y.value * y.value;
     return {angle(y.value, x.value), (x.value * y.derivative - y.value * x.derivative) / square};
 }
 
-template <typename T>
-DML_INLINE Dual<T> root(Dual<T> x) {
+template <typename T, typename D>
+DML_INLINE Dual<T, D> root(Dual<T, D> x) {
     const T y = root(x.value);
-    return {y, x.value > T(0) ? x.derivative / (T(2) * y) : T(0)};
+    return {y, where(x.value > T(0), x.derivative / (T(2) * y))};
 }
 
 }  // namespace dml

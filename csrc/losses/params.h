@@ -24,4 +24,15 @@ struct Params<Dual<T>> {
     DML_INLINE Dual<double> operator[](int k) const { return {values[k], k == learned ? 1.0 : 0.0}; }
 };
 
+// In all of them: the first of the lanes is the similarity's, then parameter k has the next but k.
+template <typename T, int N>
+struct Params<Dual<T, Lanes<T, N>>> {
+    using Derivatives = Lanes<double, N>;
+    const double* values;
+
+    DML_INLINE Dual<double, Derivatives> operator[](int k) const {
+        return {values[k], Derivatives::unit(k + 1)};
+    }
+};
+
 }  // namespace dml

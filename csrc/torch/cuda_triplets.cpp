@@ -188,31 +188,31 @@ class RowBlockGradient {
 };
 
 template <typename T>
-LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules, const OptionalTensor& beta,
-                           bool save, bool save_ref) {
+LossResult triplet_loss_of(const Similarities& of, const TripletRules& rules,
+                           const OptionalTensor& row_params, bool save, bool save_ref) {
     const auto options = of.rows.rows.options();
     Tensor sums = at::zeros({of.n}, options), counts = at::zeros({of.n, 2}, options.dtype(at::kLong));
-    const Tensor betas = beta ? beta->to(options.dtype()).contiguous() : Tensor();
-    Tensor grad_beta = at::zeros({beta && save ? of.n : 0}, options);
+    const Tensor of_rows = row_params ? row_params->to(options.dtype()).contiguous() : Tensor();
+    Tensor grad_row_params = at::zeros({row_params && save ? of.n : 0}, options);
     RowBlockGradient gradient(of, save, save_ref);
     of.for_each_row_block<T>(
         [&](int64_t first, const Tensor& s, const TripletRowBlock<T>& row_block, void* workspace) {
-            triplet_rows(row_block, rules, betas.defined() ? betas.const_data_ptr<T>() : nullptr,
+            triplet_rows(row_block, rules, of_rows.defined() ? of_rows.const_data_ptr<T>() : nullptr,
                          sums.data_ptr<T>(), counts.data_ptr<int64_t>(),
-                         grad_beta.numel() > 0 ? grad_beta.data_ptr<T>() : nullptr, workspace,
+                         grad_row_params.numel() > 0 ? grad_row_params.data_ptr<T>() : nullptr, workspace,
                          c10::cuda::getCurrentCUDAStream());
             gradient.add(first, s);
         });
     const Tensor poison = of.poison();
     return {sums.add_(poison), counts, gradient.by_embeddings(poison), gradient.by_refs(poison),
-            grad_beta.add_(poison)};
+            grad_row_params.add_(poison)};
 }
 
 at::ScalarType type_of(const Tensor& embeddings) {
     return embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
+LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& row_params, const OptionalTensor& seed,
                         c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
                         at::ArrayRef<double> params, c10::string_view similarity, bool save, bool save_ref) {
     const Tensor& embeddings = batch.embeddings;
@@ -220,13 +220,13 @@ LossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, cons
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
-    check_beta(beta, term == TripletTerm::kMargin, embeddings);
+    check_row_params(row_params, term == TripletTerm::kMargin, embeddings);
     check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
     const c10::cuda::CUDAGuard guard(embeddings.device());
     const Similarities of(points, type_of(embeddings));
     const TripletRules rules = rules_of(term, choice, params, of.how, save, seed);
     const auto run = type_of(embeddings) == at::kDouble ? triplet_loss_of<double> : triplet_loss_of<float>;
-    return run(of, rules, beta, save, save_ref);
+    return run(of, rules, row_params, save, save_ref);
 }
 
 template <typename T>

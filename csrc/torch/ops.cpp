@@ -47,9 +47,10 @@ TORCH_LIBRARY(dml_cuda, m) {
     // those that count (none: all). On CPUs.
     m.def(
         "triplet_list_loss(Tensor embeddings, Tensor? ref_emb, Tensor anchors, Tensor positives, "
-        "Tensor negatives, Tensor? there, Tensor? beta, str term, float margin, str similarity, bool save, "
+        "Tensor negatives, Tensor? there, Tensor? row_params, str term, float margin, str similarity, bool "
+        "save, "
         "bool save_ref=True) -> "
-        "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)");
+        "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_row_params)");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -52,7 +52,7 @@ inline std::string pair_block_backward() {
 }
 
 // Triplets of an anchor with a positive and a negative, without listing them.
-//   beta       [N], of the term margin
+//   row_params [N] the rows' beta of the term margin; of the others their margin, instead of that of params
 //   seed       int64 [1], of a draw
 //   term       hinge | softplus | margin
 //   positives  all | hardest | easiest
@@ -63,9 +63,9 @@ inline std::string pair_block_backward() {
 //   grad_*     the gradient of sums.sum(), in the type of sums; [0] where not saved or absent
 inline std::string triplet_loss() {
     return std::string("triplet_loss(") + PairBatch::kSchema +
-           ", Tensor? beta, Tensor? seed, str term, str positives, str negatives, float[] params, "
+           ", Tensor? row_params, Tensor? seed, str term, str positives, str negatives, float[] params, "
            "str similarity, bool save, bool save_ref=True) -> "
-           "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_beta)";
+           "(Tensor sums, Tensor counts, Tensor grad_emb, Tensor grad_ref, Tensor grad_row_params)";
 }
 // Losses of the ranks, or of a histogram, of each row's similarities.
 //   loss           smooth_ap | recall_at_k | fast_ap

@@ -84,13 +84,15 @@ inline void check_seed(const OptionalTensor& seed, bool needed, const at::Tensor
                       ", but embeddings on ", embeddings.device());
 }
 
-inline void check_beta(const OptionalTensor& beta, bool needed, const at::Tensor& embeddings) {
-    TORCH_CHECK_VALUE(beta || !needed, "beta: expected a number for each row with term=\"margin\", got none");
-    if (!beta) return;
-    TORCH_CHECK_VALUE(beta->dim() == 1 && beta->size(0) == embeddings.size(0), "beta: expected ",
-                      embeddings.size(0), " numbers in one dimension, got shape ", beta->sizes());
-    TORCH_CHECK_TYPE(beta->is_floating_point(), "beta: expected floating point, got ", beta->scalar_type());
-    TORCH_CHECK_VALUE(beta->device() == embeddings.device(), "beta: on ", beta->device(),
+inline void check_row_params(const OptionalTensor& of_rows, bool needed, const at::Tensor& embeddings) {
+    TORCH_CHECK_VALUE(of_rows || !needed,
+                      "row_params: expected a number for each row with term=\"margin\", got none");
+    if (!of_rows) return;
+    TORCH_CHECK_VALUE(of_rows->dim() == 1 && of_rows->size(0) == embeddings.size(0), "row_params: expected ",
+                      embeddings.size(0), " numbers in one dimension, got shape ", of_rows->sizes());
+    TORCH_CHECK_TYPE(of_rows->is_floating_point(), "row_params: expected floating point, got ",
+                     of_rows->scalar_type());
+    TORCH_CHECK_VALUE(of_rows->device() == embeddings.device(), "row_params: on ", of_rows->device(),
                       ", but embeddings on ", embeddings.device());
 }
 

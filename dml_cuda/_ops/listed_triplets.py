@@ -107,15 +107,15 @@ def _long_sums(
     listed: Triplets,
     similarity: str,
     terms: Terms,
-    beta: Tensor | None,
+    row_params: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if ref_emb is not None and ref_emb.dtype != embeddings.dtype:
         wider = torch.promote_types(embeddings.dtype, ref_emb.dtype)
         embeddings, ref_emb = embeddings.to(wider), ref_emb.to(wider)
-    wanted = [x is not None and x.requires_grad for x in (embeddings, ref_emb, beta)]
+    wanted = [x is not None and x.requires_grad for x in (embeddings, ref_emb, row_params)]
     save = torch.is_grad_enabled() and any(wanted)
     how = terms.kind, terms.margin, similarity, save, save and wanted[1]
-    return call("triplet_list_loss", embeddings, ref_emb, *listed[:4], beta, *how)[:2]
+    return call("triplet_list_loss", embeddings, ref_emb, *listed[:4], row_params, *how)[:2]
 
 
 def triplet_sums(
@@ -124,7 +124,7 @@ def triplet_sums(
     listed: Triplets,
     similarity: str,
     terms: Terms,
-    beta: Tensor | None,
+    row_params: Tensor | None,
     swap: bool,
     fused: bool,
     each: bool = True,
@@ -134,7 +134,7 @@ def triplet_sums(
     columns = embeddings if ref_emb is None else ref_emb
     if fused and not (swap or each) and _is_long(listed, embeddings.shape[0], columns.shape[0]):
         with _autocast.off(embeddings.device):
-            return _long_sums(embeddings, ref_emb, listed, similarity, terms, beta)
+            return _long_sums(embeddings, ref_emb, listed, similarity, terms, row_params)
     with _autocast.off(embeddings.device):
         points = _Points(embeddings, ref_emb, similarity, fused)
         anchors, positives, negatives, there, _ = _in_order(listed)
@@ -152,7 +152,7 @@ def triplet_sums(
             d_n = torch.minimum(d_n, torch.empty_like(between).index_copy(0, order, between))
         rows = anchors.clamp(0, max(n - 1, 0))
         losses, active, considered = terms.each(
-            d_p, d_n, there, None if beta is None else of_rows(beta, rows)
+            d_p, d_n, there, None if row_params is None else of_rows(row_params, rows)
         )
         offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
         counts = torch.stack([_segment_sums(each.long(), offsets) for each in (active, considered)], dim=1)
@@ -165,7 +165,7 @@ def crossed_sums(
     pairs: tuple[Tensor, Tensor, Tensor, Tensor],
     similarity: str,
     terms: Terms,
-    beta: Tensor | None,
+    row_params: Tensor | None,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`triplet_sums`, of every triplet that a listed positive makes with a listed negative of the
@@ -189,10 +189,10 @@ def crossed_sums(
             at = begin + torch.arange(places.start, places.stop, device=begin.device)
             return d[at.clamp(max=len(d) - 1)], at < end
 
-        def part(d_p, d_n, beta, some, places) -> tuple[Tensor, Tensor]:
+        def part(d_p, d_n, row_params, some, places) -> tuple[Tensor, Tensor]:
             d_p, has_p = padded(0, d_p, some, places)
             d_n, has_n = padded(1, d_n, some, range(most[1]))
-            own = None if beta is None else of_rows(beta, some)
+            own = None if row_params is None else of_rows(row_params, some)
             kept = has_p[:, :, None] & has_n[:, None, :]
             return terms.sums(d_p[:, :, None], d_n[:, None, :], kept, own)
 
@@ -200,7 +200,7 @@ def crossed_sums(
         for some in rows.split(max(1, _AREA // (most[0] * most[1]))):
             for begin in range(0, most[0], panel):
                 places = range(begin, min(begin + panel, most[0]))
-                more = recomputed(part, *found, beta, some, places)
+                more = recomputed(part, *found, row_params, some, places)
                 losses = losses.index_add(0, some, more[0])
                 counts = counts.index_add(0, some, more[1])
         return losses, counts

@@ -16,7 +16,7 @@ def _triplet_loss(a):
         a.embeddings.new_empty((n, 2), dtype=torch.int64),
         like_if(a.save, a.embeddings, a.embeddings, dtype),
         like_if(a.save and a.save_ref, a.ref_emb, a.embeddings, dtype),
-        like_if(a.save, a.beta, a.embeddings, dtype),
+        like_if(a.save, a.row_params, a.embeddings, dtype),
     )
 
 
@@ -30,7 +30,7 @@ def _select(a):
 def _register(name: str) -> None:
     """Gives an op on triplets its derivative. Its last two arguments say what the forward pass saves."""
     names = [argument.name for argument in getattr(torch.ops.dml_cuda, name).default._schema.arguments]
-    count, points = len(names), [names.index(point) for point in ("embeddings", "ref_emb", "beta")]
+    count, points = len(names), [names.index(point) for point in ("embeddings", "ref_emb", "row_params")]
 
     def setup_context(ctx, inputs, output) -> None:
         given, (save, save_ref) = [inputs[k] for k in points], inputs[-2:]
@@ -60,9 +60,8 @@ def _register(name: str) -> None:
             if not ctx.needs_input_grad[place]:
                 continue
             if not saved:
-                raise RuntimeError(
-                    f"triplet_loss: the gradient of {('embeddings', 'ref_emb', 'beta')[k]} was not saved"
-                )
+                name = ("embeddings", "ref_emb", "row_params")[k]
+                raise RuntimeError(f"triplet_loss: the gradient of {name} was not saved")
             result[place] = first_derivative((gradient * grad[:1].sum()).to(dtype), *given)
         return tuple(result)
 

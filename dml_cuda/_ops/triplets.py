@@ -153,13 +153,16 @@ def triplet_sums(
     *,
     term: str,
     margin: float,
-    beta: Tensor | None = None,
+    row_params: Tensor | None = None,
     seed: Tensor | None = None,
     swap: bool = False,
     fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Each row's loss ``[N]`` over its triplets, float32 or float64, and counts ``[N, 2]``: how many terms
     are above 0, and how many triplets there are. Nothing is listed.
+
+    ``row_params`` ``[N]`` are the rows' beta of the term margin; of the others their margins, instead of
+    ``margin``.
 
     The kernel's loss can be differentiated as a sum over the rows only; ``fused=False`` is the reference,
     which has the gradient of every row, and ``swap``.
@@ -169,7 +172,7 @@ def triplet_sums(
     how = *how, selection.params(margin, rows.embeddings.shape[1]), similarity
     with _autocast.off(rows.embeddings.device):
         if swap or not (fused and has_kernel(rows.embeddings.device)):
-            return triplets.triplet_loss(*rows, beta, seed, *how, swap)
-        wanted = [x is not None and x.requires_grad for x in (rows.embeddings, rows.ref_emb, beta)]
+            return triplets.triplet_loss(*rows, row_params, seed, *how, swap)
+        wanted = [x is not None and x.requires_grad for x in (rows.embeddings, rows.ref_emb, row_params)]
         save = torch.is_grad_enabled() and any(wanted)
-        return call("triplet_loss", *rows, beta, seed, *how, save, save and wanted[1])[:2]
+        return call("triplet_loss", *rows, row_params, seed, *how, save, save and wanted[1])[:2]

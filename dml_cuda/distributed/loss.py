@@ -289,7 +289,10 @@ class DistributedLoss(nn.Module):
             batch = triplets.share(loss, embeddings, labels, found, ref_emb, ref_labels)
             rows, columns = batch.rows, batch.rows.ref_emb
             refs = 0 if columns is None else columns.shape[0]
-            how = loss.call, batch.selection, refs if whole else None
+            call = loss.call
+            if isinstance(call.margin, Tensor):  # which may differ for a while
+                call = call._replace(margin="learned")
+            how = call, batch.selection, refs if whole else None
             words = {
                 **_points(rows.embeddings),
                 "refs": refs,

@@ -79,15 +79,15 @@ class _Option:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: "FormulaModule | None", owner: type | None = None) -> Any:
+    def __get__(self, module: "LossModule | None", owner: type | None = None) -> Any:
         return self if module is None else module.get_option(self.name)
 
-    def __set__(self, module: "FormulaModule", value: object) -> None:
+    def __set__(self, module: "LossModule", value: object) -> None:
         module.set_option(self.name, value)
 
 
 def option() -> Any:
-    """An attribute of :class:`FormulaModule` that is one of its options."""
+    """An attribute of :class:`LossModule` that is one of its options."""
     return _Option()
 
 
@@ -103,7 +103,43 @@ def described(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
 
-class FormulaModule(nn.Module):
+class LossModule(nn.Module):
+    """The parameters of a loss, of which those that learn are the module's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: dict[str, Any] = {}
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            learns = isinstance(value, nn.Parameter)
+            self._values[name] = None if learns else value
+            if learns:
+                self._parameters[name] = value
+            else:
+                self._parameters.pop(name, None)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters of the loss by name."""
+        learned = self._parameters
+        return {name: learned.get(name, value) for name, value in self._values.items()}
+
+    def get_option(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def set_option(self, name: str, value: object) -> None:
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # nn.Module would not leave a Parameter, nor what replaces one, to a property of the class.
+        if isinstance(getattr(type(self), name, None), _Option | property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class FormulaModule(LossModule):
     """A formula with its parameters and options as a module.
 
     Every parameter and option is an attribute, readable and settable, and checked when it is set. A parameter
@@ -117,7 +153,6 @@ class FormulaModule(nn.Module):
 
     def __init__(self, options: Mapping[str, Any], **values: Any) -> None:
         super().__init__()
-        self._values: dict[str, Any] = {}
         self._set(values, options, dynamic_params=False)
 
     def _set(self, values: Mapping[str, Any], options: Mapping[str, Any], dynamic_params: bool) -> None:
@@ -125,19 +160,7 @@ class FormulaModule(nn.Module):
         # It only remembers which parameters are tensors: their values are those of the call.
         numbers = {name: torch.ones(()) if isinstance(x, Tensor) else x for name, x in values.items()}
         self._call = make_call(self.formula, numbers, options, dynamic_params=dynamic_params)
-        for name, value in values.items():
-            learns = isinstance(value, nn.Parameter)
-            self._values[name] = None if learns else value
-            if learns:
-                self._parameters[name] = value
-            else:
-                self._parameters.pop(name, None)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The parameters of the formula by name."""
-        learned = self._parameters
-        return {name: learned.get(name, value) for name, value in self._values.items()}
+        self._keep(values)
 
     @property
     def call(self) -> Call:
@@ -160,13 +183,6 @@ class FormulaModule(nn.Module):
             values[name] = value
         # An option that was set may be set again at every step: no graph should be compiled for each value.
         self._set(values, options, dynamic_params=True)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # nn.Module would not leave a Parameter, nor what replaces one, to a property of the class.
-        if isinstance(getattr(type(self), name, None), _Option | property):
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return described(self.values | self._call.options._asdict())

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from .._inputs.batch import check_mined, same_dtype, to_save
@@ -12,16 +12,18 @@ from .._inputs.checks import Backend, Reduction, Similarity, check_batch, check_
 from .._inputs.indices import listed_indices
 from .._inputs.options import Options, check_names, check_options
 from .._inputs.random_triplets import random_triplets
+from .._inputs.traced import is_traced
 from .._ops import listed_triplets
 from .._ops.devices import use_kernel
 from .._ops.evaluate import in_wanted_dtype
+from .._ops.listed_pairs import of_rows
 from .._ops.listed_triplets import Triplets
 from .._ops.triplets import Rows, Selection, select_one_each, triplet_sums
 from ..miners.mined import Mined
 from ..miners.mined_pairs import MinedPairs
 from ..miners.mined_triplets import Selected
 from ..reference.triplets import Terms
-from ._pair import option
+from ._pair import LossModule, described, option
 
 _ANY = -float("inf"), float("inf")
 
@@ -51,7 +53,7 @@ class TripletCall(NamedTuple):
     """The parameters and options of a triplet loss, validated."""
 
     term: str  # as the op names it: "hinge", "softplus" or "margin"
-    margin: float
+    margin: float | Tensor  # a tensor of the anchors' classes [C], or of one number
     swap: bool
     per_anchor: int | None  # how many triplets are drawn for each anchor; None for all
     options: Options
@@ -165,23 +167,67 @@ def to_triplets(pairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return pos_anchors[p], positives[p], negatives[order[begin[p] + within]]
 
 
+def _check_classes(name: str, labels: Tensor | None, num_classes: int) -> None:
+    """Raises ValueError for labels that are not classes; on a GPU checking would synchronise."""
+    if labels is None:
+        raise ValueError(
+            f"labels: expected the labels of the rows, as {name} has a value for each class; got None"
+        )
+    if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
+        return
+    for label in (int(labels.long().min()), int(labels.long().max())):
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"labels: expected classes in [0, {num_classes}), one for each {name}; got {label}"
+            )
+
+
+def row_values(name: str, value: Tensor | float, labels: Tensor | None, embeddings: Tensor) -> Tensor:
+    """Each row's number ``[N]`` of a parameter that has one, or one for each class, in the dtype of the
+    computation; NaN for a label without a class where looking for one would synchronise."""
+    n, dtype = embeddings.shape[0], torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        return torch.full((n,), float(value), dtype=dtype, device=embeddings.device)
+    value = value.to(embeddings.device, dtype)
+    if value.numel() == 1:
+        return value.view(1).expand(n)
+    classes = value.shape[0]
+    _check_classes(name, labels, classes)
+    labels = labels.long()
+    own = of_rows(value, labels.clamp(0, classes - 1))
+    return torch.where((labels >= 0) & (labels < classes), own, torch.nan)
+
+
 def row_sums(call: TripletCall, batch: TripletBatch, beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each row's loss ``[N]``, float32 or float64, and counts ``[N, 2]``: of terms above 0, and of triplets.
 
-    ``beta`` is ``[N]``.
+    ``beta`` is ``[N]``. A row whose beta or margin is NaN has the loss NaN.
     """
+    rows, margin, row_params = batch.rows, call.margin, beta
+    if isinstance(margin, Tensor):
+        row_params = row_values("margin", margin, rows.labels, rows.embeddings).contiguous()
+        margin = 0.0
+    sums, counts = _row_sums(call, margin, row_params, batch)
+    # No comparison holds for NaN, so no kernel shows it.
+    return (sums if row_params is None else sums + row_params.detach() * 0), counts
+
+
+def _row_sums(
+    call: TripletCall, margin: float, row_params: Tensor | None, batch: TripletBatch
+) -> tuple[Tensor, Tensor]:
     rows, selection, seed, listed = batch
     fused = use_kernel(rows.embeddings.device, call.options.backend)
     per_row = call.options.reduction == "none"  # needs the gradient of every row
     if selection is not None:
-        options = {"term": call.term, "margin": call.margin, "beta": beta, "seed": seed, "swap": call.swap}
-        return triplet_sums(rows, selection, call.similarity, **options, fused=fused and not per_row)
-    terms = Terms(call.term, call.margin, _ANY)
+        options = {"term": call.term, "margin": margin, "row_params": row_params, "seed": seed}
+        fused = fused and not per_row
+        return triplet_sums(rows, selection, call.similarity, **options, swap=call.swap, fused=fused)
+    terms = Terms(call.term, margin, _ANY)
     points = rows.embeddings, rows.ref_emb
     if isinstance(listed, Triplets):
-        options = call.similarity, terms, beta, call.swap, fused, per_row
+        options = call.similarity, terms, row_params, call.swap, fused, per_row
         return listed_triplets.triplet_sums(*points, listed, *options)
-    return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, beta, fused)
+    return listed_triplets.crossed_sums(*points, listed, call.similarity, terms, row_params, fused)
 
 
 def divisor(counts: Tensor, reduction: str) -> Tensor | int:
@@ -202,10 +248,11 @@ def evaluate(call: TripletCall, *batch: Any) -> Tensor:
     return in_wanted_dtype(reduced(sums, counts, call.options.reduction), batch[0])
 
 
-class TripletLoss(nn.Module):
+class TripletLoss(LossModule):
     """Base class of the triplet losses.
 
-    Every parameter and option is an attribute, readable and settable, validated when set.
+    Every parameter and option is an attribute, readable and settable, validated when set. ``call`` holds them
+    as they are computed with.
     """
 
     margin: float = option()
@@ -218,26 +265,34 @@ class TripletLoss(nn.Module):
 
     def __init__(self, options: TripletOptions, **values: Any) -> None:
         super().__init__()
-        self._values = values
-        self.call = self.make_call(values, triplet_options(options, values))
+        self._set(values, triplet_options(options, values))
 
     @staticmethod
     def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
         """Validates the parameters. Raises TypeError or ValueError."""
         raise NotImplementedError
 
+    def _set(self, values: Mapping[str, Any], options: Options) -> None:
+        call = self.make_call(values, options)
+        self._options = options
+        self._fixed = None if isinstance(call.margin, Tensor) else call
+        self._keep(values)
+
+    @property
+    def call(self) -> TripletCall:
+        return self.make_call(self.values, self._options) if self._fixed is None else self._fixed
+
     def get_option(self, name: str) -> Any:
-        return self._values[name] if name in self._values else getattr(self.call.options, name)
+        return self.values[name] if name in self._values else getattr(self._options, name)
 
     def set_option(self, name: str, value: object) -> None:
-        values, options = self._values, self.call.options
+        values, options = self.values, self._options
         if name in values:
-            values = {**values, name: value}
+            values[name] = value
         else:
             known = {key: getattr(options, key) for key in TRIPLET_NAMES}
             options = triplet_options({**known, name: value})
-        self.call = self.make_call(values, options)
-        self._values = values
+        self._set(values, options)
 
     def row_parts(self, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """The results of :func:`row_sums`, and ``[N]`` values whose sum :meth:`whole` takes as ``extra``."""
@@ -270,5 +325,4 @@ class TripletLoss(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        names = (*self._values, *TRIPLET_NAMES)
-        return ", ".join(f"{name}={self.get_option(name)!r}" for name in names)
+        return described({name: self.get_option(name) for name in (*self._values, *TRIPLET_NAMES)})

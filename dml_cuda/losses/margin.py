@@ -9,9 +9,7 @@ from typing_extensions import Unpack
 
 from .._inputs.checks import check_count, check_flag, check_number
 from .._inputs.options import Options, check_names
-from .._inputs.traced import is_traced
 from .._ops.evaluate import in_wanted_dtype
-from .._ops.listed_pairs import of_rows
 from ._described import described_by
 from ._pair import option
 from ._triplet import (
@@ -23,6 +21,7 @@ from ._triplet import (
     check_per_anchor,
     divisor,
     row_sums,
+    row_values,
     triplet_batch,
     triplet_options,
 )
@@ -46,37 +45,9 @@ def _check_beta(beta: object) -> None:
         raise ValueError(f"beta: expected one number, or [C] for C classes, got {list(beta.shape)}")
 
 
-def _check_labels(labels: Tensor | None, num_classes: int) -> None:
-    """Raises ValueError for labels that are not classes; on a GPU checking would synchronise."""
-    if labels is None:
-        raise ValueError(
-            "labels: expected the labels of the rows, as beta has a value for each class; got None"
-        )
-    if labels.device.type != "cpu" or is_traced(labels) or labels.numel() == 0:
-        return
-    for label in (int(labels.long().min()), int(labels.long().max())):
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"labels: expected classes in [0, {num_classes}), one for each beta; got {label}"
-            )
-
-
-def _row_betas(beta: Tensor | float, labels: Tensor | None, embeddings: Tensor) -> Tensor:
-    """Each row's beta ``[N]``, in the dtype of the computation."""
-    n, dtype = embeddings.shape[0], torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    if not isinstance(beta, Tensor):
-        return torch.full((n,), float(beta), dtype=dtype, device=embeddings.device)
-    beta = beta.to(embeddings.device, dtype)
-    if beta.numel() == 1:
-        return beta.view(1).expand(n)
-    _check_labels(labels, len(beta))
-    # On a GPU, where labels are not checked, those out of range get the beta of another class.
-    return of_rows(beta, labels.long().clamp(0, len(beta) - 1))
-
-
 def row_parts(call: TripletCall, beta: Tensor | float, batch: TripletBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The results of :func:`row_sums`, and the sum of beta over each row's triplets ``[N]``."""
-    betas = _row_betas(beta, batch.rows.labels, batch.rows.embeddings)
+    betas = row_values("beta", beta, batch.rows.labels, batch.rows.embeddings)
     level = betas if call.similarity.startswith("euclidean") else -betas
     sums, counts = row_sums(call, batch, level.contiguous())
     return sums, counts, betas * counts[:, 1]

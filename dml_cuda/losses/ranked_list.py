@@ -106,7 +106,8 @@ def _values(
 ) -> dict[str, float | Tensor]:
     if alpha is None:
         check_parameter("margin", margin, check_number)
-        alpha = 1 + float(margin) / 2
+        # A constant; of a tensor without waiting for its device.
+        alpha = 1 + (margin.detach() if isinstance(margin, Tensor) else float(margin)) / 2
     return {"margin": margin, "Tn": Tn, "imbalance": imbalance, "alpha": alpha, "Tp": Tp}
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._inputs.checks import check_flag, check_number
+from .._inputs.checks import check_flag, check_number, check_parameter
 from .._inputs.options import Options
 from ._described import described_by
 from ._pair import option
@@ -15,19 +15,21 @@ from ._triplet import TripletCall, TripletLoss, TripletOptions, check_per_anchor
 
 def make_call(values: Mapping[str, Any], options: Options) -> TripletCall:
     """Validates the parameters. Raises TypeError or ValueError."""
-    check_number("margin", values["margin"])
+    margin = values["margin"]
+    check_parameter("margin", margin, check_number, per_class=True)
     for name in ("swap", "smooth_loss"):
         check_flag(name, values[name])
     term = "softplus" if values["smooth_loss"] else "hinge"
     per_anchor = check_per_anchor(values["triplets_per_anchor"])
-    return TripletCall(term, float(values["margin"]), values["swap"], per_anchor, options)
+    margin = margin if isinstance(margin, Tensor) else float(margin)
+    return TripletCall(term, margin, values["swap"], per_anchor, options)
 
 
 def triplet_margin_loss(
     embeddings: Tensor,
     labels: Tensor | None = None,
     *,
-    margin: float = 0.05,
+    margin: float | Tensor = 0.05,
     swap: bool = False,
     smooth_loss: bool = False,
     triplets_per_anchor: int | Literal["all"] = "all",
@@ -53,7 +55,9 @@ def triplet_margin_loss(
     ``reduction="none"``. ``swap`` over listed, selected or drawn triplets costs time in proportion to them.
 
     Args:
-        margin: m, a distance or a difference of similarities.
+        margin: m, a distance or a difference of similarities: a number, or a tensor with one element or with
+            ``[C]`` elements. Of these a triplet has that of its anchor's class; labels are then classes in
+            [0, C), and ``indices_tuple`` requires them too. A tensor receives gradients.
         swap: replace the distance from anchor to negative by that from positive to negative if it is less.
         smooth_loss: ``log(1 + exp(d_ap - d_an + margin))`` instead of the hinge.
         triplets_per_anchor: ``"all"``, or how many triplets to draw for each row: positive and negative
@@ -67,7 +71,8 @@ def triplet_margin_loss(
             ``backend``, ``check_pairs``; see :class:`dml_cuda.TripletOptions`.
 
     Returns, Raises:
-        As :func:`multi_similarity_loss`. The divisor is a constant in the gradient.
+        As :func:`multi_similarity_loss`. The divisor is a constant in the gradient. A label without a margin
+        raises ValueError on the CPU; on a GPU, where checking would synchronise, the loss is NaN.
     """
     values = {
         "margin": margin,
@@ -83,8 +88,11 @@ def triplet_margin_loss(
 class TripletMarginLoss(TripletLoss):
     """Triplet margin loss; see :func:`dml_cuda.functional.triplet_margin_loss`.
 
+    A ``margin`` that is an ``nn.Parameter``, of one number or ``[C]``, is one of the module's.
+
     >>> loss_fn, miner = TripletMarginLoss(margin=0.1), BatchHardMiner()
     >>> loss = loss_fn(embeddings, labels, miner(embeddings, labels))
+    >>> loss_fn = TripletMarginLoss(margin=nn.Parameter(torch.full((num_classes,), 0.1)), smooth_loss=True)
     """
 
     make_call = staticmethod(make_call)
@@ -93,7 +101,7 @@ class TripletMarginLoss(TripletLoss):
 
     def __init__(
         self,
-        margin: float = 0.05,
+        margin: float | Tensor = 0.05,
         swap: bool = False,
         smooth_loss: bool = False,
         triplets_per_anchor: int | Literal["all"] = "all",

@@ -176,30 +176,33 @@ class Terms(NamedTuple):
     gap: tuple[float, float]
 
     def sums(
-        self, d_p: Tensor, d_n: Tensor, kept: Tensor, beta: Tensor | None, gap: Tensor | None = None
+        self, d_p: Tensor, d_n: Tensor, kept: Tensor, row_params: Tensor | None, gap: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Losses ``[B]`` and counts ``[B, 2]`` of the triplets in the mask ``kept`` ``[B, P, Q]``.
 
-        ``d_p`` and ``d_n`` broadcast to its shape; ``beta`` is ``[B]``; ``gap``, which must lie within the
-        terms' gap, is ``d_n - d_p`` by default.
+        ``d_p`` and ``d_n`` broadcast to its shape; ``row_params`` is ``[B]``, the rows' beta of the kind
+        ``"margin"``, else their margins instead of ``margin``; ``gap``, which must lie within the terms' gap,
+        is ``d_n - d_p`` by default.
         """
-        losses, active, considered = self.each(d_p, d_n, kept, beta, gap)
+        losses, active, considered = self.each(d_p, d_n, kept, row_params, gap)
         counts = torch.stack([active.sum((1, 2)), considered.sum((1, 2))], dim=1)
         return losses.sum((1, 2)), counts
 
     def each(
-        self, d_p: Tensor, d_n: Tensor, kept: Tensor, beta: Tensor | None, gap: Tensor | None = None
+        self, d_p: Tensor, d_n: Tensor, kept: Tensor, row_params: Tensor | None, gap: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Every triplet's loss, how many of its terms are above 0, and whether it counts."""
         low, high = self.gap
         gap = (d_n - d_p).detach() if gap is None else gap
         considered = kept & ~(gap <= low) & ~(gap > high)  # true for NaN
+        if row_params is not None:
+            row_params = row_params.view(-1, *(1,) * (kept.ndim - 1))
         if self.kind == "margin":
-            beta = beta.view(-1, *(1,) * (kept.ndim - 1))
+            beta = row_params
             pull, push = torch.relu(d_p - beta + self.margin), torch.relu(beta - d_n + self.margin)
             losses, active = pull + push, (pull > 0).long() + (push > 0)
         else:
-            violation = d_p - d_n + self.margin
+            violation = d_p - d_n + (self.margin if row_params is None else row_params)
             losses = softplus(violation) if self.kind == "softplus" else torch.relu(violation)
             active = (losses > 0).long()
         losses = torch.where(considered, losses, 0.0)
@@ -220,7 +223,7 @@ def triplet_loss(
     ref_labels: Tensor | None,
     self_index: Tensor | None,
     num_valid_refs: Tensor | None,
-    beta: Tensor | None,
+    row_params: Tensor | None,
     seed: Tensor | None,
     term: str,
     positives: str,
@@ -242,7 +245,7 @@ def triplet_loss(
     step = n if is_traced(batch.x) else max(1, AREA // max(1, m * (most if wide else 1)))
     panel = max(1, AREA // max(1, m)) if wide and not is_traced(batch.x) else max(1, most)
 
-    def block(x: Tensor, y: Tensor, beta: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def block(x: Tensor, y: Tensor, row_params: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         d = -similarity_matrix(x, y, similarity)
         fixed = d.detach()
         positive, negative = batch.masks(rows)
@@ -256,12 +259,12 @@ def triplet_loss(
         for begin in range(0, p.shape[1] if m else 0, panel):
             columns = slice(begin, begin + panel)
             part_losses, part_counts = part(
-                d, y, negative, p[:, columns], has_p[:, columns], rows, begin, beta
+                d, y, negative, p[:, columns], has_p[:, columns], rows, begin, row_params
             )
             losses, counts = losses + part_losses, counts + part_counts
         return losses, counts
 
-    def part(d, y, negative, p, has_p, rows, begin, beta) -> tuple[Tensor, Tensor]:
+    def part(d, y, negative, p, has_p, rows, begin, row_params) -> tuple[Tensor, Tensor]:
         """Losses and counts of the triplets with the positives p ``[B, P]``."""
         fixed = d.detach()
         d_p = d.gather(1, p)
@@ -283,12 +286,12 @@ def triplet_loss(
         if swap:
             between = -similarity_matrix(y[p.flatten()], y, similarity).view(*p.shape, y.shape[0])
             d_n = torch.minimum(d_n, between if n is None else between.gather(2, n))
-        return terms.sums(d_p[:, :, None], d_n, has_p[:, :, None] & has_n, beta, gap)
+        return terms.sums(d_p[:, :, None], d_n, has_p[:, :, None] & has_n, row_params, gap)
 
     losses, counts = [], []
     for rows in torch.arange(n, device=batch.x.device).split(max(1, step)):
-        row_betas = None if beta is None else beta[rows]
-        block_losses, block_counts = recomputed(block, batch.x[rows], batch.y, row_betas, rows)
+        of_rows = None if row_params is None else row_params[rows]
+        block_losses, block_counts = recomputed(block, batch.x[rows], batch.y, of_rows, rows)
         losses.append(block_losses)
         counts.append(block_counts)
     return torch.cat(losses), torch.cat(counts)

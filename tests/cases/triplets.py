@@ -18,16 +18,20 @@ class Case:
             self.y = torch.randn(m, dim, generator=random, dtype=torch.float64).to(dtype)
             self.ref_labels = torch.randint(0, classes, (m,), generator=random)
         self.similarity, self.dim = similarity, dim
-        self.beta = torch.rand(n, generator=random, dtype=torch.float64).to(dtype) + 0.7
+        self.row_params = torch.rand(n, generator=random, dtype=torch.float64).to(dtype) + 0.7
+        self.row_margins = False  # whether terms that have no beta get them too, as margins
         self.seed = torch.tensor([12345 - (1 << 62)])
 
     def points(self):
         return self.x, self.labels, self.y, self.ref_labels, self.self_index, self.num_valid_refs
 
+    def of_rows(self, term):
+        return self.row_params if term == "margin" or self.row_margins else None
+
     def run(self, term, positives, negatives, numbers, save=True, save_ref=True):
         return OPS.triplet_loss(
             *self.points(),
-            self.beta if term == "margin" else None,
+            self.of_rows(term),
             self.seed,
             term,
             positives,
@@ -47,12 +51,13 @@ class Case:
         if self.self_index is not None:
             own = self.self_index.tolist()
         ref_labels = self.labels if self.y is None else self.ref_labels
-        sums, counts, weights, by_beta = triplet_truth(
+        of_rows = self.of_rows(term)
+        sums, counts, weights, by_param = triplet_truth(
             -s.detach().numpy(),
             self.labels.tolist(),
             ref_labels.tolist()[:count],
             own,
-            self.beta.double().tolist(),
+            None if of_rows is None else of_rows.double().tolist(),
             int(self.seed) % (1 << 64),
             term,
             positives,
@@ -60,11 +65,11 @@ class Case:
             numbers,
         )
         grads = torch.autograd.grad((s * torch.from_numpy(weights)).sum(), [x] if y is x else [x, y])
-        return sums, counts, by_beta, *grads
+        return sums, counts, by_param, *grads
 
     def check(self, term, positives, negatives, numbers, tolerance=1e-10, exact_counts=True):
         sums, counts, *grads = self.run(term, positives, negatives, numbers)
-        true_sums, true_counts, by_beta, *true_grads = self.truth(term, positives, negatives, numbers)
+        true_sums, true_counts, by_param, *true_grads = self.truth(term, positives, negatives, numbers)
         assert sums.dtype == (torch.float64 if self.x.dtype == torch.float64 else torch.float32)
         assert counts.dtype == torch.int64
         if exact_counts:
@@ -73,8 +78,8 @@ class Case:
         close(grads[0], true_grads[0], tolerance)
         if self.y is not None:
             close(grads[1], true_grads[1], tolerance)
-        if term == "margin":
-            close(grads[2], torch.from_numpy(by_beta), tolerance)
+        if self.of_rows(term) is not None:
+            close(grads[2], torch.from_numpy(by_param), tolerance)
 
 
 def close(found, expected, tolerance):

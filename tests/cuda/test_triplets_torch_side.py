@@ -29,9 +29,19 @@ def check(found, expected, tolerance):
 
 
 def loss_arguments(case, term="hinge", negatives="all", save_ref=True):
-    beta = case.beta if term == "margin" else None
     numbers = params(gap=(-INF, 0.2))
-    return *case.points(), beta, case.seed, term, "all", negatives, numbers, case.similarity, True, save_ref
+    return (
+        *case.points(),
+        case.of_rows(term),
+        case.seed,
+        term,
+        "all",
+        negatives,
+        numbers,
+        case.similarity,
+        True,
+        save_ref,
+    )
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

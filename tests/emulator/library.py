@@ -409,18 +409,18 @@ class TripletRows:
         call(function, reference, wide, *given, *pointers, schedule=self.schedule, buffers=raw)
         return [view for view, _ in outputs]
 
-    def losses(self, term, positives, negatives, beta=None, write=True):
-        """Sums, counts and the gradient by beta, of all N rows; rows of other blocks keep their values."""
+    def losses(self, term, positives, negatives, row_params=None, write=True):
+        """Sums, counts and the gradient by row_params, of all N rows; rows of other blocks keep theirs."""
         n, dtype = len(self.labels), self.s.dtype
-        sums, counts, by_beta = self.call(
+        sums, counts, by_param = self.call(
             "dml_triplet_rows",
             self.arguments(term, positives, negatives, write),
             (n, dtype),
             (2 * n, torch.int64),
             (n, dtype),
-            numbers=(beta,),
+            numbers=(row_params,),
         )
-        return sums, counts.view(n, 2), by_beta
+        return sums, counts.view(n, 2), by_param
 
     def rankings(self, loss, values, row_weights=None, write=True):
         """Losses, counts and the derivatives by both temperatures, of all N rows."""

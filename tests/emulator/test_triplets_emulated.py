@@ -55,11 +55,12 @@ def check(
     numbers,
     self_index=None,
     num_valid_refs=None,
+    row_margins=True,
     **options,
 ):
     n, columns = s.shape
     used = columns if num_valid_refs is None else int(num_valid_refs)
-    beta = torch.rand(n, dtype=torch.float64) + 0.7
+    of_rows = torch.rand(n, dtype=torch.float64) + 0.7 if term == "margin" or row_margins else None
     block = torch.full((n, columns + 3), math.nan, dtype=torch.float64)[:, :columns]
     block.copy_(s)
     rows = library.TripletRows(
@@ -73,7 +74,7 @@ def check(
         seed=SEED,
         **options,
     )
-    sums, counts, by_beta = rows.losses(term, positives, negatives, beta)
+    sums, counts, by_param = rows.losses(term, positives, negatives, of_rows)
     d = -s.numpy()[:, :used]
     self_columns = range(n) if ref_labels is None else [-1] * n if self_index is None else self_index.tolist()
     columns_labels = (labels if ref_labels is None else ref_labels).tolist()[:used]
@@ -82,7 +83,7 @@ def check(
         labels.tolist(),
         columns_labels,
         self_columns,
-        beta.tolist(),
+        None if of_rows is None else of_rows.tolist(),
         int(SEED) % (1 << 64),
         term,
         positives,
@@ -93,8 +94,8 @@ def check(
     assert np.allclose(sums.numpy(), truth[0], rtol=1e-12, atol=1e-11)
     assert np.allclose(block.numpy()[:, :used], weights_by_product(truth[2], d), rtol=1e-12, atol=1e-11)
     assert not block[:, used:].any()
-    if term == "margin":
-        assert np.allclose(by_beta.numpy(), truth[3])
+    if of_rows is not None:
+        assert np.allclose(by_param.numpy(), truth[3])
     return sums, block
 
 
@@ -105,7 +106,8 @@ def test_every_selection(term, positives, negatives):
     for k, gap in enumerate(INTERVALS.values()):
         case = batch(18, 4)
         schedule = SCHEDULES[k % len(SCHEDULES)]
-        check(*case, term, positives, negatives, params(gap=gap, dim=5), schedule=schedule)
+        how = {"row_margins": k % 2 == 0, "schedule": schedule}
+        check(*case, term, positives, negatives, params(gap=gap, dim=5), **how)
 
 
 @pytest.mark.parametrize("term", TERMS)

@@ -86,14 +86,14 @@ void with_type(int64_t wide, const F& f) {
 
 extern "C" {
 
-int dml_triplet_rows(const Arguments* a, int64_t wide, const void* beta, void* sums, int64_t* counts,
-                     void* grad_beta, char* error, int64_t capacity) {
+int dml_triplet_rows(const Arguments* a, int64_t wide, const void* row_params, void* sums, int64_t* counts,
+                     void* grad_row_params, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
         with_type(wide, [&](auto number) {
             using T = decltype(number);
             Workspace workspace(triplet_workspace_bytes<T>(a->rows, a->columns));
-            triplet_rows(row_block_of<T>(*a), rules_of(*a), static_cast<const T*>(beta),
-                         static_cast<T*>(sums), counts, static_cast<T*>(grad_beta), workspace.data(),
+            triplet_rows(row_block_of<T>(*a), rules_of(*a), static_cast<const T*>(row_params),
+                         static_cast<T*>(sums), counts, static_cast<T*>(grad_row_params), workspace.data(),
                          nullptr);
             workspace.check();
         });

@@ -56,7 +56,7 @@ template <typename T>
 void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
     constexpr double kFar = std::numeric_limits<double>::infinity();
     Batch<T> batch(n, classes);
-    std::vector<T> beta(n, T(1)), sums(n), grad_beta(n), found(n), x(n * 3), squares(n);
+    std::vector<T> row_params(n, T(1)), sums(n), grad_row_params(n), found(n), x(n * 3), squares(n);
     std::vector<int64_t> counts(2 * n), columns(n), anchors(n), positives(n);
     for (int64_t i = 0; i < n; ++i) {
         anchors[i] = i / 2;
@@ -74,8 +74,8 @@ void run(int64_t n, int64_t classes, TripletTerm term, Selection negatives) {
     const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
     make_distances(row_block, x.data(), squares.data(), x.data(), squares.data(), 3, nullptr);
     batch.refill();
-    triplet_rows(row_block, rules, beta.data(), sums.data(), counts.data(), grad_beta.data(), workspace.get(),
-                 nullptr);
+    triplet_rows(row_block, rules, row_params.data(), sums.data(), counts.data(), grad_row_params.data(),
+                 workspace.get(), nullptr);
     if (negatives == Selection::kAll) return;
     batch.refill();
     select_rows(row_block, rules, {true, anchors.data(), positives.data(), n, false}, columns.data(),

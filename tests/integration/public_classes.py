@@ -149,6 +149,9 @@ MORE = {
     "DistributedLoss-ranking": lambda: distributed.DistributedLoss(dml_cuda.SmoothAPLoss()),
     "MultiSimilarityLoss-mined": lambda: dml_cuda.MultiSimilarityLoss(epsilon=0.1),
     "TripletMarginLoss-smooth": lambda: dml_cuda.TripletMarginLoss(smooth_loss=True),
+    "TripletMarginLoss-learned": lambda: dml_cuda.TripletMarginLoss(
+        nn.Parameter(torch.linspace(0.1, 0.4, CLASSES))
+    ),
     "MarginLoss-fixed": dml_cuda.MarginLoss,
     "MultiSimilarityLoss-learned": lambda: dml_cuda.MultiSimilarityLoss(learned(2.0), learned(40.0)),
     "ArcFaceLoss-learned": lambda: dml_cuda.ArcFaceLoss(CLASSES, DIM, scale=learned(16.0)),

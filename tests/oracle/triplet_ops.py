@@ -84,25 +84,26 @@ def row_triplets(d, i, pos, neg, seed, positives, negatives, numbers):
                 yield p, n
 
 
-def triplet_truth(d, labels, ref_labels, own, beta, seed, term, positives, negatives, numbers):
-    """Sums [N], counts [N, 2], dL/ds [N, M] and dL/dbeta [N] of distances [N, M]."""
+def triplet_truth(d, labels, ref_labels, own, row_params, seed, term, positives, negatives, numbers):
+    """Sums [N], counts [N, 2], dL/ds [N, M] and the derivative by each row's beta or margin [N], of distances
+    [N, M]. row_params: None, the rows' beta of the term margin, or the rows' margins of the others."""
     n_rows = len(labels)
-    sums, counts, by_beta = np.zeros(n_rows), np.zeros((n_rows, 2), np.int64), np.zeros(n_rows)
+    sums, counts, by_param = np.zeros(n_rows), np.zeros((n_rows, 2), np.int64), np.zeros(n_rows)
     weights = np.zeros(d.shape)
     for i in range(n_rows):
         pos, neg = row_pairs(d[i], i, labels, ref_labels, own[i], numbers)
         for p, n in row_triplets(d[i], i, pos, neg, seed, positives, negatives, numbers):
             counts[i, 1] += 1
             if term == "margin":
-                of_pos = d[i, p] - beta[i] + numbers[0]
-                of_neg = beta[i] - d[i, n] + numbers[0]
+                of_pos = d[i, p] - row_params[i] + numbers[0]
+                of_neg = row_params[i] - d[i, n] + numbers[0]
                 sums[i] += max(of_pos, 0) + max(of_neg, 0)
                 counts[i, 0] += int(of_pos > 0) + int(of_neg > 0)
                 weights[i, p] -= of_pos > 0
                 weights[i, n] += of_neg > 0
-                by_beta[i] += float(of_neg > 0) - float(of_pos > 0)
+                by_param[i] += float(of_neg > 0) - float(of_pos > 0)
                 continue
-            violation = d[i, p] - d[i, n] + numbers[0]
+            violation = d[i, p] - d[i, n] + (numbers[0] if row_params is None else row_params[i])
             if term == "hinge":
                 value, derivative = max(violation, 0), float(violation > 0)
             else:
@@ -111,7 +112,8 @@ def triplet_truth(d, labels, ref_labels, own, beta, seed, term, positives, negat
             counts[i, 0] += value > 0
             weights[i, p] -= derivative
             weights[i, n] += derivative
-    return sums, counts, weights, by_beta
+            by_param[i] += derivative
+    return sums, counts, weights, by_param
 
 
 def unit_rows(x):

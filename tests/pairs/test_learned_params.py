@@ -1,6 +1,7 @@
 """Parameters that learn: their gradients against autograd of the reference in float64, and as a module's."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -310,3 +311,20 @@ def test_heads(head):
     for got, expected in zip(*both, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     assert all(gradient.abs().max() > 1e-6 for gradient in both[0][1:])
+
+
+def test_a_default_that_follows_a_parameter():
+    """Ranked list loss takes its alpha from the margin, as a constant, and does not look at the number."""
+    embeddings, labels = batch_of(40, None)
+    margin = nn.Parameter(torch.tensor(0.4))
+    fixed = dml_cuda.RankedListLoss(margin=0.4)(embeddings, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn = copy.deepcopy(dml_cuda.RankedListLoss(margin=margin))
+        values = [
+            loss_fn(embeddings, labels),
+            dml_cuda.functional.ranked_list_loss(embeddings, labels, margin=margin),
+        ]
+    assert [*dict(loss_fn.named_parameters())] == ["margin"]
+    for value in values:
+        torch.testing.assert_close(value.detach(), fixed, rtol=1e-6, atol=1e-7)

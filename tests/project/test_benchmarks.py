@@ -13,7 +13,7 @@ from cases.accuracy import reference
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import chunked, drop_in, readme, triplets
+from benchmarks import chunked, drop_in, readme, triplets, two_towers
 from benchmarks.cases import Case, DropInCase, default_cases, make_batch, quick_cases
 from benchmarks.losses import CLASS_LOSSES
 from benchmarks.machine import describe
@@ -277,3 +277,38 @@ def test_peak_memory_sees_an_allocation():
     if peak is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert 60 << 20 < peak < 80 << 20
+
+
+def test_two_towers(tmp_path, monkeypatch):
+    """A tiny run: a compiler that takes too long, and a second size with steps over the limit."""
+    monkeypatch.setattr(two_towers, "SIZES", ((32, 8), (64, 8)))
+    options = ["--seconds", "0.01", "--dtypes", "float32", "--compile-limit", "0", "--out", str(tmp_path)]
+    two_towers.main([*options, "--limit", "0"])
+    record = read_json(tmp_path / "cpu-two-towers.json")
+    assert [(case["loss"], case["n"]) for case in record["cases"]] == [
+        ("CLIP", 32), ("SigLIP", 32), ("CLIP", 64), ("SigLIP", 64)
+    ]  # fmt: skip
+    first, last = record["cases"][0]["results"], record["cases"][-1]["results"]
+    assert first["compiled"] == {"skipped": "compiles over 0 s"}
+    assert {"fused", "fused, fixed", "chunked", "eager", "NT-Xent one way"} < first.keys()
+    assert first["fused"]["median_s"] > 0
+    assert last["fused"] == last["eager"] == {"skipped": "over 0 s"}
+    monkeypatch.setattr(two_towers, "available_bytes", lambda device: 0)
+    limits = two_towers.LeftOut(1e9, "cpu")
+    limits.note(("CLIP", "float32", "eager"), 10, 8, {"median_s": 1.0, "peak_bytes": 1 << 30})
+    assert limits.reason(("CLIP", "float32", "eager"), 20, 8) == {"skipped": "needs 4 GiB"}
+    table, summary = readme.towers_table(record), readme.towers_summary(record)
+    assert table.count("\n| CLIP | 32 x 8 |") == table.count("\n| SigLIP | 32 x 8 |") == 1
+    assert "compiles over 0 s" in table
+    assert "| CLIP | 32 x 8 |" in summary
+
+
+def test_two_towers_in_plain_pytorch():
+    """The peers compute the same."""
+    a, b = two_towers.points(40, 8, "float32", "cpu")
+    for name in two_towers.FUSED:
+        found = two_towers.peers(name, 40, "cpu")
+        names = "fused", "eager", "chunked"
+        fused, *others = (two_towers.step_of(found[x][0], a, b, found[x][1])() for x in names)
+        for other in others:
+            torch.testing.assert_close(other, fused, rtol=1e-4, atol=1e-5)

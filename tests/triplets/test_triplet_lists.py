@@ -25,18 +25,21 @@ class Case:
         self.positives = torch.randint(max(columns, 1), (count,), generator=random)
         self.negatives = torch.randint(max(columns, 1), (count,), generator=random)
         self.there = None
-        self.beta = (torch.rand(n, generator=random, dtype=torch.float64) + 0.7).to(dtype)
+        self.row_margins = False
+        self.row_params = (torch.rand(n, generator=random, dtype=torch.float64) + 0.7).to(dtype)
         self.similarity = similarity
 
+    def of_rows(self, term):
+        return self.row_params if term == "margin" or self.row_margins else None
+
     def arguments(self, term, margin=0.1, save=True, save_ref=True):
-        beta = self.beta if term == "margin" else None
         lists = self.anchors, self.positives, self.negatives, self.there
-        return self.x, self.y, *lists, beta, term, margin, self.similarity, save, save_ref
+        return self.x, self.y, *lists, self.of_rows(term), term, margin, self.similarity, save, save_ref
 
     def truth(self, term, margin=0.1):
         x = self.x.double().requires_grad_()
         y = x if self.y is None else self.y.double().requires_grad_()
-        beta = self.beta.double().requires_grad_()
+        of_rows = self.row_params.double().requires_grad_()
         d = -similarities(x, y, self.similarity)
         lists = self.anchors, self.positives, self.negatives
         if self.there is not None:
@@ -44,20 +47,21 @@ class Case:
         a, p, n = lists
         sums, counts = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), 2, dtype=torch.int64)
         if term == "margin":
-            terms = torch.stack([d[a, p] - beta[a] + margin, beta[a] - d[a, n] + margin], 1).relu()
+            terms = torch.stack([d[a, p] - of_rows[a] + margin, of_rows[a] - d[a, n] + margin], 1).relu()
         else:
-            violation = d[a, p] - d[a, n] + margin
+            violation = d[a, p] - d[a, n] + (of_rows[a] if self.row_margins else margin)
             smooth = torch.logaddexp(violation, 0 * violation)  # F.softplus is linear from 20 on
             terms = (violation.relu() if term == "hinge" else smooth)[:, None]
         sums = sums.index_add(0, a, terms.sum(1))
         counts[:, 0].index_add_(0, a, (terms > 0).sum(1))
         counts[:, 1].index_add_(0, a, torch.ones_like(a))
-        leaves = [x, *([] if self.y is None else [y]), *([beta] if term == "margin" else [])]
+        leaves = [x, *([] if self.y is None else [y]), *([of_rows] if self.of_rows(term) is not None else [])]
         return sums.detach(), counts, *torch.autograd.grad(sums.sum(), leaves)
 
     def check(self, term, tolerance=1e-10, exact_counts=True):
         found = OPS.triplet_list_loss(*self.arguments(term))
-        found = *found[:3], *([] if self.y is None else found[3:4]), *(found[4:] if term == "margin" else [])
+        wanted = [True, True, True, self.y is not None, self.of_rows(term) is not None]
+        found = [x for x, is_wanted in zip(found, wanted, strict=True) if is_wanted]
         expected = self.truth(term)
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
             if k == 1:
@@ -72,7 +76,9 @@ class Case:
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term(term, similarity):
     for m in (None, 31):
-        Case(m=m, similarity=similarity).check(term)
+        case = Case(m=m, similarity=similarity)
+        for case.row_margins in (False, True):
+            case.check(term)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -123,7 +129,7 @@ def test_hinges_that_are_just_closed():
     case = Case(similarity="dot", dim=2)
     case.x = torch.randint(-2, 3, case.x.shape).double()
     for term in ("hinge", "margin"):
-        case.beta = torch.randint(-1, 2, case.beta.shape).double()
+        case.row_params = torch.randint(-1, 2, case.row_params.shape).double()
         arguments = list(case.arguments(term, margin=1.0))
         _, counts, gradient, *_ = OPS.triplet_list_loss(*arguments)
         _, true_counts, true_gradient, *_ = case.truth(term, margin=1.0)
@@ -154,7 +160,8 @@ def test_threads_do_not_change_a_bit(term, dtype):
 @pytest.mark.parametrize("m", [None, 14])
 def test_derivatives(term, m):
     case = Case(n=10, m=m, count=60, dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in (case.x, case.y, case.beta) if x is not None]
+    case.row_margins = True
+    leaves = [x.requires_grad_() for x in (case.x, case.y, case.row_params) if x is not None]
     assert torch.autograd.gradcheck(
         lambda *_: call("triplet_list_loss", *case.arguments(term))[0].sum(), leaves
     )
@@ -178,7 +185,7 @@ def test_not_finite():
 
 def test_bad_input():
     case = Case(n=6, m=9, count=20)
-    names = "x y anchors positives negatives there beta term margin similarity save save_ref"
+    names = "x y anchors positives negatives there row_params term margin similarity save save_ref"
 
     def run(**changed):
         good = dict(zip(names.split(), case.arguments("hinge"), strict=True))
@@ -189,7 +196,7 @@ def test_bad_input():
         ({"positives": case.positives[1:]}, "positives: expected one for each"),
         ({"there": case.anchors}, "there: expected Bool"),
         ({"term": "huber"}, "term: expected"),
-        ({"term": "margin"}, "beta: expected"),
+        ({"term": "margin"}, "row_params: expected"),
         ({"similarity": "manhattan"}, "similarity"),
         ({"y": case.y[:, 1:]}, "ref_emb: expected 6 columns"),
         ({"y": case.y.float()}, "ref_emb: expected Double"),

@@ -41,7 +41,8 @@ OPS = torch.ops.dml_cuda
 def test_every_selection(term, positives, negatives, similarity):
     case = Case(similarity=similarity)
     for gap in INTERVALS.values():
-        case.check(term, positives, negatives, params(gap=gap))
+        for case.row_margins in (False, True):
+            case.check(term, positives, negatives, params(gap=gap))
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -68,7 +69,8 @@ def test_a_class_of_half_the_batch(term, negatives):
     case = Case(n=130, classes=60, similarity="euclidean")
     case.labels[::2] = 7
     for gap in ("no miner", "semihard", "hard"):
-        case.check(term, "all", negatives, params(gap=INTERVALS[gap]))
+        for case.row_margins in (False, True):
+            case.check(term, "all", negatives, params(gap=INTERVALS[gap]))
     case.check(term, "all", negatives, params(pos=(0.9, 1.5), neg=(0.8, 1.6)))
 
 
@@ -99,7 +101,7 @@ def test_equal_distances(term, positives, negatives):
     """Small integers, so that distances repeat exactly; ties go to the lowest column, limits are strict."""
     case = Case(n=40, classes=5, dim=2, similarity="dot")
     case.x = torch.randint(-2, 3, (40, 2), generator=torch.Generator().manual_seed(1)).double()
-    case.beta = torch.randint(-2, 3, (40,)).double()
+    case.row_params = torch.randint(-2, 3, (40,)).double()
     for gap in ((-INF, INF), (-INF, 1.0), (-INF, 0.0), (0.0, 1.0), (1.0, INF)):
         case.check(term, positives, negatives, params(margin=1.0, gap=gap, pos=(-3, 3), neg=(-3, 2)))
 
@@ -323,7 +325,7 @@ def op_arguments(case, term="hinge", negatives="all", **options):
         case.labels,
         None if case.y is None else case.y.requires_grad_(),
         *case.points()[3:],
-        case.beta.requires_grad_() if term == "margin" else None,
+        None if case.of_rows(term) is None else case.row_params.requires_grad_(),
         case.seed,
         term,
         "all",
@@ -353,7 +355,8 @@ def test_opcheck_select():
 @pytest.mark.parametrize("m", [None, 14])
 def test_gradcheck(term, m):
     case = Case(n=10, m=m, classes=3)
-    leaves = [x.requires_grad_() for x in (case.x, case.y, case.beta) if x is not None]
+    case.row_margins = True
+    leaves = [x.requires_grad_() for x in (case.x, case.y, case.row_params) if x is not None]
     assert torch.autograd.gradcheck(
         lambda *_: call("triplet_loss", *op_arguments(case, term))[0].sum(), leaves
     )
@@ -414,7 +417,7 @@ def test_compile(dynamic):
         case = Case(n=n, dtype=torch.float32)
         results = []
         for function in (loss, compiled):
-            x, beta = case.x.clone().requires_grad_(), case.beta.clone().requires_grad_()
+            x, beta = case.x.clone().requires_grad_(), case.row_params.clone().requires_grad_()
             value = function(x, case.labels, beta, case.seed)
             value.backward()
             results.append((value.detach(), x.grad, beta.grad))
@@ -433,7 +436,7 @@ def test_bad_input():
     case = Case(n=6)
 
     def run(**changed):
-        names = "x labels y ref_labels self_index num_valid_refs beta seed term positives negatives "
+        names = "x labels y ref_labels self_index num_valid_refs row_params seed term positives negatives "
         names += "numbers similarity"
         good = [*case.points(), None, case.seed, "hinge", "all", "all", params(), "cosine"]
         arguments = dict(zip(names.split(), good, strict=True)) | changed
@@ -445,8 +448,9 @@ def test_bad_input():
         ({"negatives": "softest"}, "negatives: expected"),
         ({"numbers": [1.0]}, "params: expected 10"),
         ({"similarity": "manhattan"}, "similarity"),
-        ({"term": "margin"}, "beta: expected"),
-        ({"term": "margin", "beta": torch.ones(5)}, "beta: expected 6"),
+        ({"term": "margin"}, "row_params: expected"),
+        ({"row_params": torch.ones(6, 1)}, "row_params: expected 6"),
+        ({"term": "margin", "row_params": torch.ones(5)}, "row_params: expected 6"),
         ({"negatives": "drawn", "seed": None}, "seed: expected"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed: expected one"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "labels"),

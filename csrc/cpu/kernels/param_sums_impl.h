@@ -1,4 +1,4 @@
-// Backward: the derivatives of a tile's terms by the parameters of a formula.
+// Backward: the derivatives of a tile's terms by the similarities and by the parameters of a formula.
 
 namespace dml::cpu::DML_ISA {
 
@@ -13,21 +13,25 @@ class ParamSums {
    public:
     static constexpr bool kLearns = true;
 
-    DML_INLINE explicit ParamSums(const double* params, double* sums)
-        : ParamSums(params, sums, std::make_index_sequence<kCount == 0 ? 1 : kCount>()) {}
+    DML_INLINE ParamSums(const double* params, double* sums) : params_(params), sums_(sums) {}
 
-    // The pairs [begin, end) of a row. context(j): what the terms of pair j see.
-    template <typename Kind, typename Context>
+    // The pairs [begin, end) of a row: their sums, and their weights, coefficient * d term / d similarity, in
+    // `out`. context(j): what the terms of pair j see.
+    template <bool kAdd, typename Kind, typename Context>
     DML_INLINE void add(const Kind& kind, const T* s, const T* coefficient, int64_t begin, int64_t end,
-                        const Context& context) const {
+                        T* out, const Context& context) const {
+        const TermDerivatives<T, Formula> derivatives(params_);
+        alignas(64) T by_params[kCount == 0 ? 1 : kCount][kMostSide];
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) {
+            const T weight =
+                put(kind.derivatives(derivatives, s[j], context(j)), coefficient[j], &by_params[0][j]);
+            out[j] = kAdd ? out[j] + weight : weight;
+        }
         for (int k = 0; k < kCount; ++k) {
-            const ByParam<T, Formula> by_param = by_param_[k];
             T sum = T(0);
 #pragma omp simd reduction(+ : sum)
-            for (int64_t j = begin; j < end; ++j) {
-                const T derivative = kind.by_param(by_param, s[j], context(j));
-                sum += coefficient[j] != T(0) ? coefficient[j] * derivative : T(0);  // no 0 * inf
-            }
+            for (int64_t j = begin; j < end; ++j) sum += by_params[k][j];
             sums_[k] += double(sum);
         }
     }
@@ -35,11 +39,23 @@ class ParamSums {
    private:
     static constexpr int kCount = count_names(Formula::kParams);
 
-    template <size_t... k>
-    DML_INLINE ParamSums(const double* params, double* sums, std::index_sequence<k...>)
-        : by_param_{ByParam<T, Formula>(params, k)...}, sums_(sums) {}
+    // Writes coefficient * derivative for each parameter; returns that of the similarity. A function, as compilers
+    // do not vectorise loops that declare such a struct.
+    static DML_INLINE T put(typename TermDerivatives<T, Formula>::All derivatives, T coefficient,
+                            T* by_params) {
+        const auto of_pair = where(coefficient != T(0), coefficient * derivatives);  // no 0 * inf
+        put_rest(of_pair.rest, by_params);
+        return of_pair.first;
+    }
+    template <int N>
+    static DML_INLINE void put_rest(Lanes<T, N> lanes, T* at) {
+        if constexpr (N > 0) {
+            *at = lanes.first;
+            put_rest(lanes.rest, at + kMostSide);
+        }
+    }
 
-    const ByParam<T, Formula> by_param_[kCount == 0 ? 1 : kCount];
+    const double* const params_;
     double* const sums_;  // [kCount]
 };
 

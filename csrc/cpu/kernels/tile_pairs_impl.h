@@ -53,9 +53,9 @@ struct Negatives {
     DML_INLINE T term(T s, T) const { return formula.neg_term(s); }
     DML_INLINE T derivative(T s, T) const { return formula.neg_derivative(s); }
     DML_INLINE T context(T, T) const { return T(0); }
-    template <typename ByParam>
-    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
-        return by_param.neg_term(s);
+    template <typename All>
+    DML_INLINE auto derivatives(const All& all, T s, T) const {
+        return all.neg_term(s);
     }
     DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
@@ -80,9 +80,9 @@ struct Positives {
         if constexpr (kContext) return formula.pos_context(s, ctx);
         return T(0);
     }
-    template <typename ByParam>
-    DML_INLINE T by_param(const ByParam& by_param, T s, T ctx) const {
-        return by_param.pos_term(s, ctx);
+    template <typename All>
+    DML_INLINE auto derivatives(const All& all, T s, T ctx) const {
+        return all.pos_term(s, ctx);
     }
     DML_INLINE bool is_nonzero(T term) const { return Formula::is_nonzero(term); }
 };
@@ -93,9 +93,9 @@ struct JoiningPositives : Positives<T, Formula> {
     static constexpr bool kContext = false;
     DML_INLINE T term(T s, T) const { return this->formula.neg_term(s); }
     DML_INLINE T derivative(T s, T) const { return this->formula.neg_derivative(s); }
-    template <typename ByParam>
-    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
-        return by_param.neg_term(s);
+    template <typename All>
+    DML_INLINE auto derivatives(const All& all, T s, T) const {
+        return all.neg_term(s);
     }
 };
 
@@ -104,9 +104,9 @@ template <typename T, typename Formula>
 struct JoiningNegatives : Negatives<T, Formula> {
     DML_INLINE T term(T s, T) const { return this->formula.pos_term(s, T(0)); }
     DML_INLINE T derivative(T s, T) const { return this->formula.pos_derivative(s, T(0)); }
-    template <typename ByParam>
-    DML_INLINE T by_param(const ByParam& by_param, T s, T) const {
-        return by_param.pos_term(s, T(0));
+    template <typename All>
+    DML_INLINE auto derivatives(const All& all, T s, T) const {
+        return all.pos_term(s, T(0));
     }
 };
 

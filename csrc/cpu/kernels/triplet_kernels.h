@@ -36,8 +36,8 @@ struct RowTriplets {
     const double* prefix;  // [count + 1]
     int32_t* steps;        // [count + 1]
 
-    double* derivative;  // [count] out: dL/dd of the positives
-    double sum, grad_beta;
+    double* derivative;    // [count] out: dL/dd of the positives
+    double sum, by_param;  // by_param: the derivative by beta (loss.cpp adds that by the margin)
     int64_t nonzero, considered;
 };
 

@@ -229,7 +229,7 @@ void all_margin(RowTriplets<T>& row) {
         row.nonzero += static_cast<int64_t>(row.derivative[k]);
         by_beta -= row.derivative[k];
     }
-    row.grad_beta = by_beta;
+    row.by_param = by_beta;
 }
 
 }  // namespace dml::cpu::DML_ISA

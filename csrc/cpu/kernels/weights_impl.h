@@ -36,17 +36,10 @@ struct SharedExponential {
 // ---- the weights of one kind of pair, in a range of row i -------------------------------------------------
 // kAdd: added to out, else written. The coefficients of the pairs, dL/dterm, go to the sums for parameters.
 
-// From the coefficients of both sides: the weights, and what the parameters do to the terms.
-template <typename T, bool kAdd, typename Kind, typename Sums>
-DML_INLINE void range_learning_weights(const Kind& kind, const T* s, int64_t begin, int64_t end,
-                                       const T* coefficient, T* out, const Sums& sums) {
-#pragma omp simd
-    for (int64_t j = begin; j < end; ++j) {
-        // No 0 * inf where s is -inf.
-        const T w = coefficient[j] != T(0) ? coefficient[j] * kind.derivative(s[j], T(0)) : T(0);
-        out[j] = kAdd ? out[j] + w : w;
-    }
-    sums.add(kind, s, coefficient, begin, end, [](int64_t) DML_INLINE_LAMBDA { return T(0); });
+// The context of terms that see none.
+template <typename T>
+DML_INLINE T no_context(int64_t) {
+    return T(0);
 }
 
 // Sums: d derivative(s), with each side's context where the formula has one.
@@ -56,14 +49,26 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
                                   const Sums& sums) {
     const T bound = row.bound[i], d = row.d[i];
     const T context = Kind::kContext ? row.context[i] : T(0);
-    if constexpr (Sums::kLearns && !Kind::kContext) {
-        alignas(64) T coefficient[kMostSide];
+    if constexpr (Sums::kLearns) {
+        constexpr bool kApart = kBothSides && Kind::kContext;  // each side's terms are its own
+        alignas(64) T coefficient[kMostSide], of_cols[kApart ? kMostSide : 1];
 #pragma omp simd
         for (int64_t j = begin; j < end; ++j) {
             coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
-            if constexpr (kBothSides) coefficient[j] += kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+            if constexpr (kBothSides) {
+                const T col_d = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
+                if constexpr (kApart) {
+                    of_cols[j] = col_d;
+                } else {
+                    coefficient[j] += col_d;
+                }
+            }
         }
-        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out,
+                                [&](int64_t) DML_INLINE_LAMBDA { return context; });
+        if constexpr (kApart)
+            sums.template add<true>(kind, s, of_cols, begin, end, out,
+                                    [&](int64_t j) DML_INLINE_LAMBDA { return col.context[j]; });
         return;
     }
 #pragma omp simd
@@ -83,18 +88,6 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
         }
         out[j] = kAdd ? out[j] + total : total;
     }
-    if constexpr (Sums::kLearns && Kind::kContext) {  // each side's terms are its own
-        alignas(64) T row_coefficient[kMostSide], col_coefficient[kMostSide];
-#pragma omp simd
-        for (int64_t j = begin; j < end; ++j) {
-            row_coefficient[j] = kind.kept(s[j], bound) ? d : T(0);
-            if constexpr (kBothSides) col_coefficient[j] = kind.kept(s[j], col.bound[j]) ? col.d[j] : T(0);
-        }
-        sums.add(kind, s, row_coefficient, begin, end, [&](int64_t) DML_INLINE_LAMBDA { return context; });
-        if constexpr (kBothSides)
-            sums.add(kind, s, col_coefficient, begin, end,
-                     [&](int64_t j) DML_INLINE_LAMBDA { return col.context[j]; });
-    }
 }
 
 // Log-sum-exps, both sides with one exponential.
@@ -113,7 +106,7 @@ DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin
             total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
             coefficient[j] = total != T(0) ? total * exp_fast(terms[j] - offset) : T(0);
         }
-        range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, no_context<T>);
         return;
     }
 #pragma omp simd
@@ -149,7 +142,8 @@ DML_INLINE void range_lse_weights(const Kind& kind, const T* s, int64_t begin, i
             out[j] = kAdd ? out[j] + w : w;
         }
     }
-    if constexpr (Sums::kLearns) range_learning_weights<T, kAdd>(kind, s, begin, end, coefficient, out, sums);
+    if constexpr (Sums::kLearns)
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, no_context<T>);
 }
 
 template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind, typename Sums>

@@ -82,14 +82,14 @@ template <typename T>
 class ListLoss : public RowResults<T> {
    public:
     ListLoss(const Similarities<T>& similarities, const ByAnchor& triplets, TripletTerm term, T margin,
-             const T* beta, bool save)
+             const T* row_params, bool save)
         : RowResults<T>(similarities,
-                        at::zeros({beta && save ? similarities.n : 0}, similarities.rows.options())),
+                        at::zeros({row_params && save ? similarities.n : 0}, similarities.rows.options())),
           similarities_(similarities),
           triplets_(triplets),
           term_(term),
           margin_(margin),
-          beta_(beta),
+          row_params_(row_params),
           save_(save) {}
 
     void run(RowBlockGradient<T>* gradient) {
@@ -103,7 +103,7 @@ class ListLoss : public RowResults<T> {
    private:
     struct Sums {
         double* by_d;  // [m] derivatives by the distances
-        double terms = 0, by_beta = 0;
+        double terms = 0, by_param = 0;
         int64_t nonzero = 0, considered = 0;
     };
 
@@ -111,19 +111,20 @@ class ListLoss : public RowResults<T> {
         static thread_local std::vector<double> by_d;
         by_d.assign(similarities_.m, 0.0);
         Sums sums{by_d.data()};
+        const T margin = row_params_ ? row_params_[i] : margin_;
         if (term_ == TripletTerm::kHinge) {
-            add<HingeTerm<T>>(s, i, sums);
+            add<HingeTerm<T>>(margin, s, i, sums);
         } else if (term_ == TripletTerm::kSoftplus) {
-            add<SoftplusTerm<T>>(s, i, sums);
+            add<SoftplusTerm<T>>(margin, s, i, sums);
         } else {
-            add_margin({beta_[i], margin_}, s, i, sums);
+            add_margin({row_params_[i], margin_}, s, i, sums);
         }
         this->sums.template data_ptr<T>()[i] = static_cast<T>(sums.terms);
         int64_t* count = this->counts.template data_ptr<int64_t>() + 2 * i;
         count[0] = sums.nonzero;
         count[1] = sums.considered;
         if (!save_) return;
-        if (beta_) this->grad_params.template data_ptr<T>()[i] = static_cast<T>(sums.by_beta);
+        if (row_params_) this->grad_params.template data_ptr<T>()[i] = static_cast<T>(sums.by_param);
         // d similarity / d product is 1 / d where euclidean, taken as 0 at 0.
         const bool euclidean = similarities_.similarity.euclidean;
         for (int64_t j = 0; j < similarities_.m; ++j) {
@@ -133,17 +134,18 @@ class ListLoss : public RowResults<T> {
     }
 
     template <typename Term>
-    void add(const T* s, int64_t i, Sums& sums) const {
+    void add(T margin, const T* s, int64_t i, Sums& sums) const {
         sums.considered = triplets_.end(i) - triplets_.begin(i);
         for (const auto* pair = triplets_.begin(i); pair < triplets_.end(i); ++pair) {
             const auto [p, n] = *pair;
-            const T violation = (s[n] - s[p]) + margin_;
+            const T violation = (s[n] - s[p]) + margin;
             if (!Term::counts(violation)) continue;
             const double derivative = static_cast<double>(Term::derivative(violation));
             sums.terms += static_cast<double>(Term::value(violation));
             sums.nonzero += Term::nonzero(violation);
             sums.by_d[p] += derivative;
             sums.by_d[n] -= derivative;
+            sums.by_param += derivative;
         }
     }
 
@@ -157,7 +159,7 @@ class ListLoss : public RowResults<T> {
             sums.nonzero += int(pulls) + int(pushes);
             sums.by_d[p] += pulls;
             sums.by_d[n] -= pushes;
-            sums.by_beta += int(pushes) - int(pulls);
+            sums.by_param += int(pushes) - int(pulls);
         }
     }
 
@@ -165,18 +167,18 @@ class ListLoss : public RowResults<T> {
     const ByAnchor& triplets_;
     const TripletTerm term_;
     const T margin_;
-    const T* const beta_;
+    const T* const row_params_;  // [N] or null
     const bool save_;
 };
 
 RowLossResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& ref_emb,
                                 const Tensor& anchors, const Tensor& positives, const Tensor& negatives,
-                                const OptionalTensor& mask, const OptionalTensor& beta,
+                                const OptionalTensor& mask, const OptionalTensor& row_params,
                                 c10::string_view term_name, double margin, c10::string_view similarity,
                                 bool save, bool save_ref) {
     check_triplet_lists(embeddings, ref_emb, anchors, positives, negatives, mask);
     const TripletTerm term = parse_term(term_name);
-    check_beta(beta, term == TripletTerm::kMargin, embeddings);
+    check_row_params(row_params, term == TripletTerm::kMargin, embeddings);
     const Tensor lists[] = {anchors.contiguous(), positives.contiguous(), negatives.contiguous()};
     const Tensor contiguous_mask = mask ? mask->contiguous() : Tensor();
     const TripletList list = {lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
@@ -189,9 +191,10 @@ RowLossResult triplet_list_loss(const Tensor& embeddings, const OptionalTensor& 
     const auto run = [&](auto number) {
         using T = decltype(number);
         const Similarities<T> similarities(embeddings, ref_emb, similarity);
-        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        const Tensor of_rows =
+            row_params ? row_params->to(similarities.rows.options().dtype()).contiguous() : Tensor();
         ListLoss<T> loss(similarities, triplets, term, static_cast<T>(margin),
-                         beta ? betas.const_data_ptr<T>() : nullptr, save);
+                         row_params ? of_rows.const_data_ptr<T>() : nullptr, save);
         return run_loss(similarities, loss, save, save_ref, similarities.m);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());

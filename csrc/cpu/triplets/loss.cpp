@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -25,14 +26,15 @@ template <typename T>
 class TripletLoss : public RowResults<T> {
    public:
     TripletLoss(const LabelledSimilarities<T>& similarities, TripletTerm term, TripletChoice choice,
-                const std::array<double, kTripletParams>& params, const T* beta, uint64_t seed, bool save)
+                const std::array<double, kTripletParams>& params, const T* row_params, uint64_t seed,
+                bool save)
         : RowResults<T>(similarities,
-                        at::zeros({beta && save ? similarities.n : 0}, similarities.rows.options())),
+                        at::zeros({row_params && save ? similarities.n : 0}, similarities.rows.options())),
           similarities_(similarities),
           term_(term),
           choice_(choice),
           params_(params.data()),
-          beta_(beta),
+          row_params_(row_params),
           seed_(seed),
           save_(save) {}
 
@@ -78,7 +80,9 @@ class TripletLoss : public RowResults<T> {
         RowTriplets<T> row{};
         row.s = s;
         row.m = similarities_.m;
-        row.beta = beta_ ? beta_[i] : T(0);
+        row.params = params_;
+        if (row_params_ && term_ == TripletTerm::kMargin) row.beta = row_params_[i];
+        if (row_params_ && term_ != TripletTerm::kMargin) row.params.margin = row_params_[i];
         if (choice_.negatives == Selection::kAll) {
             all_negatives(pairs, row);
         } else {
@@ -89,7 +93,7 @@ class TripletLoss : public RowResults<T> {
         count[0] = row.nonzero;
         count[1] = row.considered;
         if (this->grad_params.numel() > 0)
-            this->grad_params.template data_ptr<T>()[i] = static_cast<T>(row.grad_beta);
+            this->grad_params.template data_ptr<T>()[i] = static_cast<T>(row.by_param);
     }
 
     // dL/ds of a positive at distance d with dL/dd = derivative; for a negative, negate it.
@@ -106,7 +110,6 @@ class TripletLoss : public RowResults<T> {
         row.interval = params_.gap_low > -infinity<T>() || params_.gap_high < infinity<T>();
         row.euclidean = similarities_.similarity.euclidean;
         row.write = save_;
-        row.params = params_;
         scratch.derivative.assign(count, 0.0);
         row.derivative = scratch.derivative.data();
         if (count > kFewPositives && term_ != TripletTerm::kSoftplus) sort_positives(scratch, row);
@@ -115,6 +118,8 @@ class TripletLoss : public RowResults<T> {
         if (!save_) return;
         for (int64_t k = 0; k < count; ++k)
             row.s[scratch.columns[k]] = positive_weight(row.derivative[k], scratch.distances[k]);
+        if (term_ != TripletTerm::kMargin)
+            row.by_param = std::accumulate(row.derivative, row.derivative + count, 0.0);
     }
 
     static void sort_positives(RowScratch<T>& scratch, RowTriplets<T>& row) {
@@ -138,7 +143,7 @@ class TripletLoss : public RowResults<T> {
     void selected_negatives(RowPairs<T>& pairs, RowTriplets<T>& row, WeightLists<T>* lists, int64_t r) {
         T* s = row.s;
         pairs.prepare(choice_.negatives, pairs.positives(), seed_);
-        const MarginTerms<T> margin{row.beta, params_.margin};
+        const MarginTerms<T> margin{row.beta, row.params.margin};
         auto& weights = weights_of_row();
         weights.clear();
         for (int64_t k = 0; k < pairs.positives(); ++k) {
@@ -155,11 +160,12 @@ class TripletLoss : public RowResults<T> {
                 by_neg = of_neg > T(0) ? 1 : 0;
                 row.sum += static_cast<double>(of_pos) + static_cast<double>(of_neg);
                 row.nonzero += (of_pos > T(0)) + (of_neg > T(0));
-                row.grad_beta += by_neg - by_pos;
+                row.by_param += by_neg - by_pos;
             } else {
-                const T violation = params_.violation(d_pos, d_neg);
+                const T violation = row.params.violation(d_pos, d_neg);
                 by_pos = by_neg = term_ == TripletTerm::kHinge ? add<HingeTerm<T>>(violation, row)
                                                                : add<SoftplusTerm<T>>(violation, row);
+                row.by_param += by_pos;
             }
             if (by_pos != 0) weights.emplace_back(pairs.column(k), positive_weight(by_pos, d_pos));
             if (by_neg != 0) weights.emplace_back(j, -positive_weight(by_neg, d_neg));
@@ -196,30 +202,31 @@ class TripletLoss : public RowResults<T> {
     const TripletTerm term_;
     const TripletChoice choice_;
     const TripletParams<T> params_;
-    const T* const beta_;
+    const T* const row_params_;  // [N] or null
     const uint64_t seed_;
     const bool save_;
     WeightLists<T> lists_;
 };
 
-RowLossResult triplet_loss(const PairBatch& batch, const OptionalTensor& beta, const OptionalTensor& seed,
-                           c10::string_view term_name, c10::string_view positives, c10::string_view negatives,
-                           at::ArrayRef<double> param_list, c10::string_view similarity, bool save,
-                           bool save_ref) {
+RowLossResult triplet_loss(const PairBatch& batch, const OptionalTensor& row_params,
+                           const OptionalTensor& seed, c10::string_view term_name, c10::string_view positives,
+                           c10::string_view negatives, at::ArrayRef<double> param_list,
+                           c10::string_view similarity, bool save, bool save_ref) {
     const Tensor& embeddings = batch.embeddings;
     const TripletPoints points{batch, similarity};
     check_triplet_points(points);
     const TripletTerm term = parse_term(term_name);
     const TripletChoice choice = parse_choice(positives, negatives);
     const auto params = triplet_params(param_list);
-    check_beta(beta, term == TripletTerm::kMargin, embeddings);
+    check_row_params(row_params, term == TripletTerm::kMargin, embeddings);
     check_seed(seed, choice.negatives == Selection::kDrawn, embeddings);
     const auto run = [&](auto number) {
         using T = decltype(number);
         const LabelledSimilarities<T> similarities(points);
-        const Tensor betas = beta ? beta->to(similarities.rows.options().dtype()).contiguous() : Tensor();
-        TripletLoss<T> loss(similarities, term, choice, params, beta ? betas.const_data_ptr<T>() : nullptr,
-                            seed_value(seed), save);
+        const Tensor of_rows =
+            row_params ? row_params->to(similarities.rows.options().dtype()).contiguous() : Tensor();
+        TripletLoss<T> loss(similarities, term, choice, params,
+                            row_params ? of_rows.const_data_ptr<T>() : nullptr, seed_value(seed), save);
         return run_loss(similarities, loss, save, save_ref, batch.ref_emb ? batch.ref_emb->size(0) : 0);
     };
     return embeddings.scalar_type() == at::kDouble ? run(double()) : run(float());

@@ -7,7 +7,7 @@ namespace dml::cuda {
 
 template <typename T>
 struct TripletTotals {
-    double sum = 0, by_beta = 0;
+    double sum = 0, by_param = 0;  // by_param: by the row's beta or margin
     int64_t nonzero = 0, considered = 0;
 };
 

@@ -40,7 +40,7 @@ DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T b
             if (term > T(0)) {
                 totals.sum += double(uses) * double(term);
                 totals.nonzero += int64_t(uses);
-                totals.by_beta += double(uses);
+                totals.by_param += double(uses);
             }
             write(j, term > T(0) ? uses : T(0));
         });
@@ -51,7 +51,7 @@ DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T b
             if (term > T(0)) {
                 totals.sum += uses * double(term);
                 totals.nonzero += int64_t(uses);
-                totals.by_beta -= uses;
+                totals.by_param -= uses;
             }
         }
         block_sync();
@@ -60,8 +60,8 @@ DML_DEVICE void all_negatives(TripletRow<T>& row, const TripletRules& rules, T b
 
 template <typename T>
 __global__ void __launch_bounds__(kTripletThreads, 2)
-    triplet_row_losses(TripletRowBlock<T> row_block, TripletRules rules, const T* beta, T* sums,
-                       int64_t* counts, T* grad_beta, unsigned char* workspace, int64_t space,
+    triplet_row_losses(TripletRowBlock<T> row_block, TripletRules rules, const T* row_params, T* sums,
+                       int64_t* counts, T* grad_row_params, unsigned char* workspace, int64_t space,
                        int64_t work_bytes) {
     TripletRow<T> row;
     row.params = TripletParams<T>(rules.params);
@@ -69,14 +69,20 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
     for (int64_t r = blockIdx.x; r < row_block.rows; r += gridDim.x) {
         row.s = row_block.s + r * row_block.pitch;
         row.i = row_block.first + r;
+        const bool has_beta = rules.term == TripletTerm::kMargin;
+        if (row_params && !has_beta) row.params.margin = row_params[row.i];
         row.load(row_block);
         row.choose_positives(rules.positives);
         TripletTotals<T> totals;
-        const T row_beta = beta ? beta[row.i] : T(0);
+        const T beta = has_beta ? row_params[row.i] : T(0);
         if (rules.negatives == Selection::kAll) {
-            all_negatives(row, rules, row_beta, totals);
+            all_negatives(row, rules, beta, totals);
+            if (grad_row_params && !has_beta) {
+                for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads)
+                    totals.by_param += row.work.derivative[k];
+            }
         } else {
-            selected_negatives(row, rules, row_beta, rules.seed ? uint64_t(*rules.seed) : 0, totals);
+            selected_negatives(row, rules, beta, rules.seed ? uint64_t(*rules.seed) : 0, totals);
         }
         if (rules.write) {
             for (int64_t k = threadIdx.x; k < row.count; k += kTripletThreads) {
@@ -86,13 +92,13 @@ __global__ void __launch_bounds__(kTripletThreads, 2)
             for (int64_t j = row.columns + threadIdx.x; j < row_block.columns; j += kTripletThreads)
                 row.s[j] = T(0);
         }
-        const double sum = merge_sum(totals.sum), by_beta = merge_sum(totals.by_beta);
+        const double sum = merge_sum(totals.sum), by_param = merge_sum(totals.by_param);
         const int64_t nonzero = merge_sum(totals.nonzero), considered = merge_sum(totals.considered);
         if (threadIdx.x != 0) continue;
         sums[row.i] = T(sum);
         counts[2 * row.i] = nonzero;
         counts[2 * row.i + 1] = considered;
-        if (grad_beta) grad_beta[row.i] = T(by_beta);
+        if (grad_row_params) grad_row_params[row.i] = T(by_param);
     }
 }
 

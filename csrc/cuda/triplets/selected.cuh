@@ -44,7 +44,7 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
                 by_neg = neg_term > T(0) ? T(1) : T(0);
                 totals.sum += double(pos_term) + double(neg_term);
                 totals.nonzero += (pos_term > T(0) ? 1 : 0) + (neg_term > T(0) ? 1 : 0);
-                totals.by_beta += double(by_neg) - double(by_pos);
+                totals.by_param += double(by_neg) - double(by_pos);
             } else {
                 const T violation = row.params.violation(d_pos, d_neg);
                 const bool hinge = rules.term == TripletTerm::kHinge;
@@ -52,6 +52,7 @@ DML_DEVICE void selected_negatives(TripletRow<T>& row, const TripletRules& rules
                     totals.sum += double(hinge ? violation : SoftplusTerm<T>::value(violation));
                     totals.nonzero += hinge || SoftplusTerm<T>::nonzero(violation) ? 1 : 0;
                     by_pos = by_neg = hinge ? T(1) : SoftplusTerm<T>::derivative(violation);
+                    totals.by_param += double(by_pos);
                 }
             }
         }

@@ -37,11 +37,11 @@ void make_distances(const TripletRowBlock<T>& row_block, const T* x, const T* x_
 }
 
 template <typename T>
-void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* beta, T* sums,
-                  int64_t* counts, T* grad_beta, void* workspace, cudaStream_t stream) {
+void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* row_params,
+                  T* sums, int64_t* counts, T* grad_row_params, void* workspace, cudaStream_t stream) {
     launch(triplet_row_losses<T>, dim3(unsigned(blocks_for<T>(row_block.rows, row_block.columns))),
-           dim3(kTripletThreads), kTripletSharedBytes, stream, row_block, rules, beta, sums, counts,
-           grad_beta, static_cast<unsigned char*>(workspace), power_of_two(row_block.columns),
+           dim3(kTripletThreads), kTripletSharedBytes, stream, row_block, rules, row_params, sums, counts,
+           grad_row_params, static_cast<unsigned char*>(workspace), power_of_two(row_block.columns),
            TripletWork<T>::bytes(row_block.columns));
 }
 

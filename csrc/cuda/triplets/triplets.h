@@ -63,10 +63,10 @@ void make_distances(const TripletRowBlock<T>& row_block, const T* x, const T* x_
                     const T* y_squares, int64_t dim, cudaStream_t stream);
 
 // Writes the block's rows of sums [N], counts [N, 2] (terms that are not 0, triplets considered) and
-// grad_beta [N] (null: not wanted). beta: [N], or null.
+// grad_row_params [N] (null: not wanted). row_params: [N], as the op has them (torch/schemas.h), or null.
 template <typename T>
-void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* beta, T* sums,
-                  int64_t* counts, T* grad_beta, void* workspace, cudaStream_t stream);
+void triplet_rows(const TripletRowBlock<T>& row_block, const TripletRules& rules, const T* row_params,
+                  T* sums, int64_t* counts, T* grad_row_params, void* workspace, cudaStream_t stream);
 
 // Writes the block's rows of losses [N], counts [N, 2] (whether the loss is not 0, whether there is a positive)
 // and by_params [N, 2], the derivatives by both temperatures (null: not wanted). row_weights: [N], or null.
