@@ -89,4 +89,25 @@ inline std::string select() {
            "(Tensor column, Tensor similarity)";
 }
 
+// Cross entropy of classes with several centres (core/centers.h).
+//   centers   [C K, D], the K centres of a class together; labels [N], others than 0 to C - 1 for no loss
+//   loss      soft_triple: la, gamma, margin | sub_centers: scale, and the cosine and sine of the angle
+//   learned   the params in float64 on the device, in which case params is empty
+//   block     how many products of rows and centres are in memory at once
+//   losses    [N], float64 of float64, else float32; saved [3, N] is for backward
+//   grad_*    [0] where not needed
+inline constexpr const char* kCenterArguments = "SymInt per_class, str loss, float[] params, int block";
+inline std::string center_softmax() {
+    return std::string("center_softmax(Tensor embeddings, Tensor centers, Tensor labels, Tensor? learned, ") +
+           kCenterArguments + ") -> (Tensor losses, Tensor saved)";
+}
+inline std::string center_softmax_backward() {
+    return std::string(
+               "center_softmax_backward(Tensor grad_losses, Tensor embeddings, Tensor centers, "
+               "Tensor labels, Tensor? learned, Tensor saved, ") +
+           kCenterArguments +
+           ", bool need_emb, bool need_centers, bool need_params) -> "
+           "(Tensor grad_emb, Tensor grad_centers, Tensor grad_params)";
+}
+
 }  // namespace dml::schemas

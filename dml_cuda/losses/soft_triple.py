@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_above_zero, check_count, check_number
-from .._ops import soft_triple
+from .._ops import center_spread, centers, soft_triple
 from ._classifier import ClassifierOptions, RowHead
 from ._formula import Formula
 from ._pair import option
@@ -55,7 +55,8 @@ class SoftTripleLoss(RowHead):
     Args:
         num_classes, embedding_size: C and D.
         centers_per_class: K.
-        la: the scale of the softmax over classes, above 0.
+        la: the scale of the softmax over classes, above 0. It learns, as the other parameters do, if it is an
+            ``nn.Parameter``.
         gamma: the temperature of the softmax over centres, above 0.
         margin: on the similarity to the true class.
         tau: the weight of the regulariser, 0 for none. It is added once to the batch's loss, and with
@@ -103,22 +104,26 @@ class SoftTripleLoss(RowHead):
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
         """The losses ``[N]`` of a validated batch, float32 or float64, and the regulariser of the batch."""
-        la, gamma, margin, tau = self.call.params
-        embeddings, centers = self.promoted(embeddings)
-        dense = self.backend == "reference" or self.call.learns  # the blocks have no gradient of parameters
-        run = soft_triple.dense if dense else soft_triple.row_losses
-        options = self.centers_per_class, la, gamma, margin, tau > 0
+        *params, tau = self.call.params
+        k, labels, reference = self.centers_per_class, labels.long(), self.backend == "reference"
+        embeddings, weights = self.promoted(embeddings)
         with _autocast.off(embeddings.device):
-            losses, *_, regulariser = run(embeddings, centers, labels.long(), *options)
-        return losses, tau * regulariser if tau > 0 else 0.0
+            if reference:
+                losses = soft_triple.dense(embeddings, weights, labels, k, *params)
+            else:
+                losses = centers.row_losses(embeddings, weights, labels, k, "soft_triple", params)
+            if not isinstance(tau, Tensor) and tau == 0:
+                return losses, 0.0
+            spread = soft_triple.dense_spread if reference else center_spread.spread
+            return losses, tau * spread(weights, k)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` similarities to the classes."""
         return soft_triple.similarities(self.cosines(embeddings), self.centers_per_class, self.gamma)
 
     def cosine_losses(self, cosines: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
-        la, gamma, margin, _ = self.call.params
-        return soft_triple.losses(cosines, labels, self.centers_per_class, la, gamma, margin)
+        *params, _ = self.call.params
+        return soft_triple.losses(cosines, labels, self.centers_per_class, *params)
 
     @torch.no_grad()
     def merged_centers(self, threshold: float = 0.01) -> Tensor:

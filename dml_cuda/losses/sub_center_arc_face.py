@@ -8,14 +8,18 @@ from typing_extensions import Unpack
 
 from .._inputs import autocast as _autocast
 from .._inputs.checks import check_count, check_number
-from .._ops import sub_centers as op
-from .._ops.centers import unit_and_inverse
+from .._ops.centers import row_losses, unit_and_inverse
 from ._classifier import ClassifierOptions, RowHead
 from ._formula import softplus
 from ._pair import option
 from .margin_softmax import ArcFace, turned_by
 
 _BLOCK = 1 << 22  # numbers of rows' own centres in memory at once
+
+
+def nearest(cosines: Tensor, per_class: int) -> Tensor:
+    """``[N, C]`` of rows to classes, from the cosines ``[N, C K]`` of rows and centres."""
+    return cosines.unflatten(1, (cosines.shape[1] // per_class, per_class)).max(2)[0]
 
 
 class SubCenterArcFaceLoss(RowHead):
@@ -73,18 +77,18 @@ class SubCenterArcFaceLoss(RowHead):
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         embeddings, centers = self.promoted(embeddings)
         with _autocast.off(embeddings.device):
-            # The blocks have no gradient of parameters.
-            if self.backend == "reference" or self.call.learns:
+            # The kernels have one margin for all classes.
+            if self.backend == "reference" or self.call.formula is not ArcFace:
                 dtype = _autocast.computed_dtype(embeddings.dtype)
                 x, w = (unit_and_inverse(points.to(dtype))[0] for points in (embeddings, centers))
                 return self.cosine_losses(x @ w.T, embeddings, labels.long()), 0.0
-            scale, _, cosine, sine = self.call.params
-            options = self.sub_centers, scale, cosine, sine
-            return op.row_losses(embeddings, centers, labels.long(), *options), 0.0
+            scale, _, *angle = self.call.params
+            options = self.sub_centers, "sub_centers", (scale, *angle)
+            return row_losses(embeddings, centers, labels.long(), *options), 0.0
 
     def cosine_losses(self, cosines: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
         call = self.call
-        s = op.similarities(cosines, self.sub_centers)
+        s = nearest(cosines, self.sub_centers)
         own = labels[:, None] == self.classes()
         s_own = torch.where(own, s, 0.0).sum(1)
         if call.formula is ArcFace:
@@ -101,7 +105,7 @@ class SubCenterArcFaceLoss(RowHead):
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """``[N, C]`` scaled cosines with the nearest sub-centre of each class, without margin."""
-        return self.call.params[0] * op.similarities(self.cosines(embeddings), self.sub_centers)
+        return self.call.params[0] * nearest(self.cosines(embeddings), self.sub_centers)
 
     @torch.no_grad()
     def get_outliers(

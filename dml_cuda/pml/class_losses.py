@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, reducers
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from .._ops import soft_triple, sub_centers
+from .._ops import centers
 from .._ops.evaluate import Call, evaluate_arguments
 from ..losses._classifier import check_classes
 from ..losses._formula import Formula
@@ -147,7 +147,7 @@ class SubCenterArcFaceLoss(_FusedClassifier, losses.SubCenterArcFaceLoss):
     def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
         scale, _, cosine, sine = call.params
         batch = embeddings, self._class_weights(), labels.long()
-        value = sub_centers.row_losses(*batch, self.sub_centers, scale, cosine, sine)
+        value = centers.row_losses(*batch, self.sub_centers, "sub_centers", (scale, cosine, sine))
         return value.to(embeddings.dtype)
 
 
@@ -212,7 +212,7 @@ class SoftTripleLoss(_FusedClassifier, losses.SoftTripleLoss):
         return {"la": self.la, "gamma": 1 / self.gamma, "margin": self.margin, "tau": 0.0}
 
     def _row_losses(self, call: Call, embeddings, labels) -> Tensor:
-        la, gamma, margin, _ = call.params
+        *params, _ = call.params
         batch = embeddings, self._class_weights(), labels.long()
-        value, *_ = soft_triple.row_losses(*batch, self.centers_per_class, la, gamma, margin, False)
+        value = centers.row_losses(*batch, self.centers_per_class, "soft_triple", params)
         return value.to(embeddings.dtype)

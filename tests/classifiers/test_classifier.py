@@ -225,8 +225,8 @@ def test_sub_centers_in_blocks(monkeypatch, n, classes, dim, k, margin):
 
 def test_sub_centers_as_an_op():
     embeddings, weights = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
-    arguments = embeddings, weights, torch.arange(6) % 5, 3, 64.0, 0.9, 0.4
-    torch.library.opcheck(torch.ops.dml_cuda.sub_centers.default, arguments)
+    arguments = embeddings, weights, torch.arange(6) % 5, None, 3, "sub_centers", [64.0, 0.9, 0.4], 30
+    torch.library.opcheck(torch.ops.dml_cuda.center_softmax.default, arguments)
 
 
 @pytest.mark.parametrize("threshold", [20, 75, 120])
@@ -299,8 +299,11 @@ def test_soft_triple_in_blocks(monkeypatch, n, classes, dim, per_class, tau, gam
 
 def test_soft_triple_as_an_op():
     embeddings, weights = (torch.randn(n, 4, requires_grad=True) for n in (6, 15))
-    arguments = embeddings, weights, torch.arange(6) % 5, 3, 20.0, 0.1, 0.01, True
-    torch.library.opcheck(torch.ops.dml_cuda.soft_triple.default, arguments)
+    params = torch.tensor([20.0, 0.1, 0.01], dtype=torch.float64, requires_grad=True)
+    for learned, numbers in ((None, params.tolist()), (params, [])):
+        arguments = embeddings, weights, torch.arange(6) % 5, learned, 3, "soft_triple", numbers, 30
+        torch.library.opcheck(torch.ops.dml_cuda.center_softmax.default, arguments)
+    torch.library.opcheck(torch.ops.dml_cuda.center_spread.default, (weights, 3))
 
 
 def test_the_regulariser_is_the_papers():

@@ -140,18 +140,22 @@ def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-@cache
-def load():
-    """Compiles what is not cached, two files at a time."""
+def shared(sources):
+    """A shared library of sources and the emulator. Compiles what is not cached, two files at a time."""
     native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
     # Without unique symbols: else a table of csrc's is dml_cuda._C's own, which may be an older build.
     kernel = [*build.COMMON, *build.WARNINGS, "-O1", "-fPIC", "-fno-gnu-unique", *native]
     with ThreadPoolExecutor(2) as pool:
         objects = [
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
-            *pool.map(lambda s: build._compile(s, kernel), SOURCES),
+            *pool.map(lambda s: build._compile(s, kernel), sources),
         ]
-    return ctypes.CDLL(str(build.cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")))
+    return build.cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")
+
+
+@cache
+def load():
+    return ctypes.CDLL(str(shared(SOURCES)))
 
 
 @cache

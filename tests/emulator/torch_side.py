@@ -7,9 +7,10 @@ from . import library
 from .build import COMMON, HERE, ROOT, cached, with_headers
 
 
-def load(name):
-    """Compiles torch_on_host/NAME.cpp around csrc/cuda_NAME.cpp and registers its ops."""
-    kernels = library.load()._name
+def load(name, kernels=None):
+    """Compiles torch_on_host/NAME.cpp around csrc/cuda_NAME.cpp and registers its ops. ``kernels``: those
+    that it needs, if not all."""
+    kernels = library.load()._name if kernels is None else str(library.shared(kernels))
     folder = HERE / "torch_on_host"
     source = folder / f"{name}.cpp"
     includes = [f"-I{folder}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]

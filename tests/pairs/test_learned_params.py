@@ -1,6 +1,7 @@
 """Parameters that learn: their gradients against autograd of the reference in float64, and as a module's."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from cases.losses import EVERY_LOSS, LOSSES
 from torch import nn
 
 import dml_cuda
+from dml_cuda._ops import centers
 
 SIMILARITIES = ("cosine", "euclidean", "dot")
 
@@ -283,7 +285,7 @@ HEAD_VALUES = {
     "ArcFaceLoss": {"margin": 20.0, "scale": 8.0},
     "ProxyAnchorLoss": {"margin": 0.1, "alpha": 8.0},
     "ProxyNCALoss": {"softmax_scale": 2.0},
-    "SoftTripleLoss": {"la": 8.0, "gamma": 0.2, "margin": 0.05},
+    "SoftTripleLoss": {"la": 8.0, "gamma": 0.2, "margin": 0.05, "tau": 0.3},
     "CircleClassifierLoss": {"m": 0.25, "gamma": 8.0},
     "SubCenterArcFaceLoss": {"margin": 20.0, "scale": 8.0},
     "SphereFaceLoss": {"scale": 2.0},
@@ -328,3 +330,74 @@ def test_a_default_that_follows_a_parameter():
     assert [*dict(loss_fn.named_parameters())] == ["margin"]
     for value in values:
         torch.testing.assert_close(value.detach(), fixed, rtol=1e-6, atol=1e-7)
+
+
+CENTER_HEADS = {
+    "SoftTripleLoss": {"centers_per_class": 3},
+    "SubCenterArcFaceLoss": {"sub_centers": 3},
+}
+
+
+def center_head(name, **options):
+    values = {
+        key: nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        for key, value in HEAD_VALUES[name].items()
+    }
+    return getattr(dml_cuda, name)(7, 5, **CENTER_HEADS[name], **values, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", CENTER_HEADS)
+def test_gradcheck_of_heads_with_several_centers(monkeypatch, name, reduction):
+    """In blocks of two classes; one row has no class."""
+    monkeypatch.setattr(centers, "_BLOCK", 2 * 3 * 6)
+    head = center_head(name, reduction=reduction).double()
+    embeddings, labels = make_rows(head, 6)
+    labels[2] = -1
+    embeddings = embeddings.double().requires_grad_()
+    names = [name for name, _ in head.named_parameters()]
+
+    def loss(embeddings, *values):
+        return torch.func.functional_call(head, dict(zip(names, values, strict=True)), (embeddings, labels))
+
+    assert torch.autograd.gradcheck(loss, (embeddings, *head.parameters()))
+
+
+@pytest.mark.parametrize("name", CENTER_HEADS)
+def test_heads_with_several_centers_are_compiled_once_for_all_values(name):
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    head = center_head(name)
+    compiled = torch.compile(head, fullgraph=True, backend=backend)
+    embeddings, labels = make_rows(head, 20)
+    for factor in (1.0, 1.5, 0.5):
+        with torch.no_grad():
+            for key, value in HEAD_VALUES[name].items():
+                getattr(head, key).fill_(value * factor)
+        results = []
+        for run in (head, compiled):
+            head.zero_grad()
+            value = run(embeddings, labels)
+            value.backward()
+            results.append([value, *(p.grad for p in head.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+    assert len(compilations) == 1
+
+
+def test_parameters_of_heads_with_several_centers_that_cannot_be():
+    head = center_head("SoftTripleLoss")
+    embeddings, labels = make_rows(head, 6)
+    for name in ("la", "gamma", "margin"):
+        for value in (math.nan,) if name == "margin" else (0.0, -1.0, math.nan):
+            before = getattr(head, name).detach().clone()
+            with torch.no_grad():
+                getattr(head, name).fill_(value)
+            assert head(embeddings, labels).isnan()
+            with torch.no_grad():
+                getattr(head, name).copy_(before)
+    assert head(embeddings, labels).isfinite()

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/numeric.h"
+#include "cpu/kernels/center_kernels.h"
 #include "cpu/kernels/listed_kernels.h"
 #include "cpu/kernels/product_kernels.h"
 #include "cpu/kernels/tile_kernels.h"
@@ -16,4 +17,6 @@
 #include "cpu/kernels/listed_kernels_impl.h"
 #include "cpu/kernels/product_kernels_impl.h"
 #include "cpu/kernels/triplet_kernels_impl.h"
+// After product_kernels_impl.h, whose transpose it uses.
+#include "cpu/kernels/center_kernels_impl.h"
 #endif

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cpu/kernels/center_kernels.h"
 #include "cpu/kernels/listed_kernels.h"
 #include "cpu/kernels/product_kernels.h"
 #include "cpu/kernels/tile_kernels.h"
@@ -35,6 +36,10 @@ namespace dml::cpu {
     const TripletKernels<T>& triplets();                                   \
     extern template const TripletKernels<float>& triplets<float>();        \
     extern template const TripletKernels<double>& triplets<double>();      \
+    template <typename T>                                                  \
+    const CenterKernels<T>& centers();                                     \
+    extern template const CenterKernels<float>& centers<float>();          \
+    extern template const CenterKernels<double>& centers<double>();        \
     }
 DML_DECLARE(baseline)
 #if DML_HAS_AVX
@@ -139,5 +144,17 @@ const TripletKernels<T>& triplet_kernels() {
 
 template const TripletKernels<float>& triplet_kernels<float>();
 template const TripletKernels<double>& triplet_kernels<double>();
+
+template <typename T>
+const CenterKernels<T>& center_kernels() {
+#if DML_HAS_AVX
+    if (chosen() == "avx512") return avx512::centers<T>();
+    if (chosen() == "avx2") return avx2::centers<T>();
+#endif
+    return baseline::centers<T>();
+}
+
+template const CenterKernels<float>& center_kernels<float>();
+template const CenterKernels<double>& center_kernels<double>();
 
 }  // namespace dml::cpu
