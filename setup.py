@@ -198,8 +198,7 @@ def extension(cuda: bool):
     sources += ["csrc/cpu/kernels/dispatch.cpp", "csrc/custom/registry.cpp"]
     # -g0: many a Python was built with -g and passes that on, which doubles what the compiler takes.
     flags = [
-        "-O2",  # the loops say themselves that they are vectors: -O3 makes no faster code of them, but more
-        "-funswitch-loops",
+        "-O3",
         "-g0",
         "-fopenmp-simd",
         "-fno-math-errno",

@@ -75,7 +75,6 @@ struct Spread {
 
 template <typename T>
 DML_INLINE void clear_lse(const Lines<T>& lines, int n) {
-#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         lines.a[i] = lines.extra[i] = -infinity<T>();
         lines.b[i] = T(0);
@@ -85,7 +84,6 @@ DML_INLINE void clear_lse(const Lines<T>& lines, int n) {
 // The sums of lines with pairs are relative to one shared maximum.
 template <typename T>
 DML_INLINE void set_shared_max(const Lines<T>& lines, int n, T max) {
-#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         if (lines.a[i] != -infinity<T>()) lines.a[i] = max;
     }
@@ -99,7 +97,7 @@ Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows
 
     // 1. Maxima, so that no exponential overflows.
     for (int i = 0; i < tile.rows; ++i) {
-        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             range_maxima<T, Kind, kBothSides>(kind, s, begin, end, rows.bound[i], rows.a[i], rows.extra[i],
                                               cols);
         });
@@ -115,7 +113,7 @@ Found accumulate_lse(const Tile<T>& tile, const Kind& kind, const Lines<T>& rows
     const bool shared = any_col && spread.narrow();
     for (int i = 0; i < tile.rows; ++i) {
         if (rows.a[i] == -infinity<T>() && !any_col) continue;
-        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             const T bound = rows.bound[i];
             if (shared) {
                 range_sums<T, Kind, true, true>(kind, s, begin, end, bound, spread.largest, rows.b[i], cols);

@@ -15,7 +15,6 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
                      const Lines<T>& cols) {
     constexpr bool kContext = Kind::kContext;
     if (kBothSides) {
-#pragma omp simd
         for (int64_t j = 0; j < tile.cols; ++j) cols.a[j] = cols.b[j] = cols.extra[j] = T(0);
     }
     const T zero_counts = count_nonzero ? T(0) : T(1);  // what a kept pair with term 0 counts
@@ -24,7 +23,7 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
     for (int i = 0; i < tile.rows; ++i) {
         T count = 0, sum = 0, extra = 0;
         const T bound = rows.bound[i], context = kContext ? rows.context[i] : T(0);
-        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) DML_INLINE_LAMBDA {
+        Kind::for_each_range(tile, i, [&](const T* s, int64_t begin, int64_t end) {
             T c = count, t = sum, x = extra;
 #pragma omp simd reduction(+ : c, t, x)
             for (int64_t j = begin; j < end; ++j) {
@@ -62,7 +61,6 @@ Found accumulate_sum(const Tile<T>& tile, const Kind& kind, bool count_nonzero, 
 template <typename T, bool kBothSides>
 DML_INLINE void hardest_negatives(const Tile<T>& tile, const Lines<T>& rows, const Lines<T>& cols) {
     if (kBothSides) {
-#pragma omp simd
         for (int64_t j = 0; j < tile.cols; ++j) cols.extra[j] = -infinity<T>();
     }
     const T* col_bound = cols.bound;

@@ -31,9 +31,7 @@ DML_INLINE const T* negatives_of_row(const Tile<T>& tile, int i, T* buffer) {
     const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
     const PositiveRun run = positive_run(tile, i);
     if (run.begin() == run.end()) return s;
-#pragma omp simd
     for (int64_t j = 0; j < tile.cols; ++j) buffer[j] = s[j];
-#pragma omp simd
     for (int64_t j = run.begin(); j < run.end(); ++j) buffer[j] = -infinity<T>();
     return buffer;
 }
@@ -68,7 +66,6 @@ struct Positives {
     static DML_INLINE void for_each_range(const Tile<T>& tile, int i, const Visit& visit) {
         const PositiveRun run = positive_run(tile, i);
         const T* s = tile.s + static_cast<int64_t>(i) * tile.pitch;
-#pragma GCC unroll 1  // once in the machine code, not twice
         for (const auto& range : run.parts) {
             if (range[0] < range[1]) visit(s, range[0], range[1]);
         }

@@ -11,7 +11,6 @@ void transpose(const T* a, T* b, int64_t pitch, int64_t rows, int64_t cols) {
             const int64_t i1 = i0 + kSmall < rows ? i0 + kSmall : rows;
             const int64_t j1 = j0 + kSmall < cols ? j0 + kSmall : cols;
             for (int64_t j = j0; j < j1; ++j) {
-#pragma omp simd
                 for (int64_t i = i0; i < i1; ++i) b[j * pitch + i] = a[i * pitch + j];
             }
         }
@@ -26,19 +25,15 @@ void add_transposed(T* a, T* b, int64_t pitch, int64_t rows, int64_t cols) {
             const int64_t i1 = i0 + kSmall < rows ? i0 + kSmall : rows;
             const int64_t j1 = j0 + kSmall < cols ? j0 + kSmall : cols;
             for (int64_t j = j0; j < j1; ++j) {
-#pragma omp simd
                 for (int64_t i = i0; i < i1; ++i) turned[(i - i0) * kSmall + j - j0] = b[j * pitch + i];
             }
             for (int64_t i = i0; i < i1; ++i) {
-#pragma omp simd
                 for (int64_t j = j0; j < j1; ++j) turned[(i - i0) * kSmall + j - j0] += a[i * pitch + j];
             }
             for (int64_t i = i0; i < i1; ++i) {
-#pragma omp simd
                 for (int64_t j = j0; j < j1; ++j) a[i * pitch + j] = turned[(i - i0) * kSmall + j - j0];
             }
             for (int64_t j = j0; j < j1; ++j) {
-#pragma omp simd
                 for (int64_t i = i0; i < i1; ++i) b[j * pitch + i] = turned[(i - i0) * kSmall + j - j0];
             }
         }

@@ -47,7 +47,6 @@ DML_INLINE void add_positive(RowTriplets<T>& row, int64_t k, int64_t from, int64
 
 template <typename T, typename Term, bool kInterval>
 DML_INLINE void add_positives(RowTriplets<T>& row, int64_t from, int64_t to, T* derivatives) {
-#pragma omp simd
     for (int64_t j = 0; j < to - from; ++j) derivatives[j] = T(0);
     for (int64_t k = 0; k < row.count; ++k) add_positive<T, Term, kInterval>(row, k, from, to, derivatives);
 }
@@ -63,7 +62,6 @@ DML_INLINE void search(const RowTriplets<T>& row, const First& first, int64_t fr
     const int32_t count = static_cast<int32_t>(row.count);
     int32_t step = 1;
     while (step * 2 <= count) step *= 2;
-#pragma omp simd
     for (int64_t j = 0; j < to - from; ++j) found[j] = 0;
     for (; step > 0; step /= 2) {
 #pragma omp simd
@@ -72,7 +70,6 @@ DML_INLINE void search(const RowTriplets<T>& row, const First& first, int64_t fr
             found[j - from] = first(params, positives[at + step - 1], -s[j]) ? at : at + step;
         }
     }
-#pragma omp simd
     for (int64_t j = 0; j < to - from; ++j) found[j] = found[j] < count ? found[j] : count;
 }
 
@@ -158,7 +155,7 @@ DML_INLINE void all_terms(RowTriplets<T>& row, const Then& then) {
     alignas(64) T derivatives[kSweep];
     const bool runs = Term::kSearchable && row.prefix;
     if (!kInterval) row.considered = row.count * row.negatives;
-    for_sweeps(row.m, [&](int64_t from, int64_t to) DML_INLINE_LAMBDA {
+    for_sweeps(row.m, [&](int64_t from, int64_t to) {
         if constexpr (Term::kSearchable) {
             if (runs) add_runs<T, Term, kInterval>(row, from, to, derivatives);
         }
@@ -170,7 +167,7 @@ DML_INLINE void all_terms(RowTriplets<T>& row, const Then& then) {
 
 template <typename T, typename Term>
 void all_triplets(RowTriplets<T>& row) {
-    const auto write = [&](int64_t from, int64_t to, T* derivatives) DML_INLINE_LAMBDA {
+    const auto write = [&](int64_t from, int64_t to, T* derivatives) {
         if (!row.write) return;
         write_weights(row.s, from, to, derivatives, row.euclidean);
     };
@@ -186,7 +183,7 @@ template <typename T>
 void all_margin(RowTriplets<T>& row) {
     const MarginTerms<T> terms{row.beta, row.params.margin};
     double by_beta = 0;
-    const auto negatives = [&](int64_t from, int64_t to, T* uses) DML_INLINE_LAMBDA {
+    const auto negatives = [&](int64_t from, int64_t to, T* uses) {
         const T* s = row.s + from;
         T sum = 0, nonzero = 0;
         int64_t count = 0;
@@ -212,7 +209,7 @@ void all_margin(RowTriplets<T>& row) {
     } else {
         alignas(64) T uses[kSweep];
         row.considered = row.count * row.negatives;
-        for_sweeps(row.m, [&](int64_t from, int64_t to) DML_INLINE_LAMBDA {
+        for_sweeps(row.m, [&](int64_t from, int64_t to) {
             const T* s = row.s + from;
             const T all = static_cast<T>(row.count);
 #pragma omp simd

@@ -28,7 +28,6 @@ struct SharedExponential {
     }
     // A line without pairs (value -inf) has a factor that no pair uses.
     DML_INLINE void fill(T* factor, const WeightLines<T>& lines, int n) const {
-#pragma omp simd
         for (int64_t i = 0; i < n; ++i) factor[i] = lines.d[i] * exp_fast(offset - lines.value[i]);
     }
 };
@@ -64,11 +63,10 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
                 }
             }
         }
-        sums.template add<kAdd>(kind, s, coefficient, begin, end, out,
-                                [&](int64_t) DML_INLINE_LAMBDA { return context; });
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, [&](int64_t) { return context; });
         if constexpr (kApart)
             sums.template add<true>(kind, s, of_cols, begin, end, out,
-                                    [&](int64_t j) DML_INLINE_LAMBDA { return col.context[j]; });
+                                    [&](int64_t j) { return col.context[j]; });
         return;
     }
 #pragma omp simd
