@@ -220,7 +220,7 @@ def _run_case(name, n, d, dtype, device, clock, seconds, left_out: LeftOut, comp
 
 
 def _print(case: dict) -> None:
-    fused = case["results"]["fused"]["median_s"]
+    fused = case["results"]["fused"].get("median_s")
     print(f"{case['loss']} {case['n']} x {case['d']} {case['dtype']}")
     for peer, result in case["results"].items():
         if "skipped" in result:
@@ -228,7 +228,8 @@ def _print(case: dict) -> None:
             continue
         peak = result["peak_bytes"]
         memory = "" if peak is None else f"{peak / 2**20:8.0f} MiB"
-        print(f"  {peer:16} {1e3 * result['median_s']:9.2f} ms {result['median_s'] / fused:7.2f} x {memory}")
+        ratio = f"{result['median_s'] / fused:7.2f} x" if fused else ""
+        print(f"  {peer:16} {1e3 * result['median_s']:9.2f} ms {ratio:9} {memory}")
 
 
 def main(options: list[str] | None = None) -> None:
