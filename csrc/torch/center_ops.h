@@ -15,11 +15,10 @@
 #include <tuple>
 
 #include "core/centers.h"
+#include "core/tiny_norm.h"
 #include "torch/ops.h"
 
 namespace dml {
-
-inline constexpr double kTinyLength = 1e-12;
 
 inline CenterLoss parse_center_loss(c10::string_view name) {
     if (name == "soft_triple") return CenterLoss::kSoftTriple;

@@ -23,7 +23,7 @@ struct CenterKernelsOnCuda {
     template <typename T>
     static at::Tensor inverse_lengths(const at::Tensor& points) {
         const at::Tensor inverse = at::empty({points.size(0)}, points.options());
-        cuda::inverse_lengths<T>(strided(points.const_data_ptr<T>(), points), T(kTinyLength),
+        cuda::inverse_lengths<T>(strided(points.const_data_ptr<T>(), points), T(kTinyNorm),
                                  inverse.data_ptr<T>(), c10::cuda::getCurrentCUDAStream());
         return inverse;
     }

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "core/tiny_norm.h"
 #include "cuda/triplets/triplets.h"
 #include "torch/ranking_ops.h"
 #include "torch/triplet_ops.h"
@@ -42,7 +43,7 @@ struct Side {
                 rows.numel() > 0 ? rows.abs().amax(1, true) : rows.new_zeros({rows.size(0), 1});
             const Tensor scale = at::where(largest > 0, largest, at::ones({}, rows.options()));
             const Tensor norm = (rows / scale).square().sum(1, true).sqrt() * scale;
-            inv_norm = at::where(norm > 1e-12, norm.reciprocal(), at::zeros({}, rows.options()));
+            inv_norm = at::where(norm > kTinyNorm, norm.reciprocal(), at::zeros({}, rows.options()));
             poison = (norm * 0).sum();
             rows = rows * inv_norm;
         } else {

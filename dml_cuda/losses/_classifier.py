@@ -46,7 +46,7 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
 
 def listing_weights(indices: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
     """``[N]`` how often each row is listed, relative to the most listed row; 1 if no row is listed."""
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = _autocast.computed_dtype(embeddings.dtype)
     counts = embeddings.new_zeros(embeddings.shape[0], dtype=dtype)
     for index in indices:
         index = index.to(counts.device, torch.long)

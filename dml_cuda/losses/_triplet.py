@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from .._inputs.autocast import computed_dtype
 from .._inputs.batch import check_mined, same_dtype, to_save
 from .._inputs.checks import Backend, Reduction, Similarity, check_batch, check_count, check_points
 from .._inputs.indices import listed_indices
@@ -185,7 +186,7 @@ def _check_classes(name: str, labels: Tensor | None, num_classes: int) -> None:
 def row_values(name: str, value: Tensor | float, labels: Tensor | None, embeddings: Tensor) -> Tensor:
     """Each row's number ``[N]`` of a parameter that has one, or one for each class, in the dtype of the
     computation; NaN for a label without a class where looking for one would synchronise."""
-    n, dtype = embeddings.shape[0], torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    n, dtype = embeddings.shape[0], computed_dtype(embeddings.dtype)
     if not isinstance(value, Tensor):
         return torch.full((n,), float(value), dtype=dtype, device=embeddings.device)
     value = value.to(embeddings.device, dtype)

@@ -78,6 +78,21 @@ def build_for_gpu(source):
     return cached(with_headers(source, HERE), command, suffix=".gpu")
 
 
+# The programs and schedules under which sanitizers look at kernels.
+SANITIZED = [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")]
+
+
+def is_seen(sources, bug, right):
+    """Whether a program of the sources with a planted bug, the arguments of ``with_change``, fails or prints
+    something else than ``right`` under one of the schedules."""
+    program = build(sources, sanitizer="none", folders=[with_change(*bug)])
+    for schedule in ("warp_first", "round_robin"):
+        done = run(program, schedule=schedule, seed=1)
+        if done.returncode != 0 or done.stdout != right:
+            return True
+    return False
+
+
 def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
     """Runs a program under one schedule and seed; returns the CompletedProcess, with bytes."""
     environment = {

@@ -28,7 +28,7 @@ from cases.cuda import (
     surrounded,
 )
 from emulator import library
-from emulator.build import HERE, ROOT, build
+from emulator.build import HERE, ROOT, SANITIZED, build
 from emulator.build import run as run_program
 from oracle.pairs import ROWS
 
@@ -355,10 +355,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("sanitizer", "schedule"),
-    [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
-)
+@pytest.mark.parametrize(("sanitizer", "schedule"), SANITIZED)
 @pytest.mark.parametrize(
     "sources", [("pair_loss_sanitized.cpp", *ROW_KERNELS), ("listed_pairs_sanitized.cpp", PAIRS)]
 )

@@ -22,7 +22,7 @@ from cases.cuda import (
     surrounded,
 )
 from emulator import library
-from emulator.build import HERE, ROOT, build
+from emulator.build import HERE, ROOT, SANITIZED, build
 from emulator.build import run as run_program
 from emulator.ring import CONTEXT, Blocks, stages
 from emulator.test_cuda_emulated import SCHEDULES, by_arithmetic, by_formula
@@ -377,10 +377,7 @@ def test_stages_of_another_formula_are_refused():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("sanitizer", "schedule"),
-    [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
-)
+@pytest.mark.parametrize(("sanitizer", "schedule"), SANITIZED)
 def test_sanitizers_find_nothing(sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
     program = build([HERE / "ring_sanitized.cpp", ROWS, MERGES], sanitizer=sanitizer)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import library
-from emulator.build import HERE, ROOT, build
+from emulator.build import HERE, ROOT, SANITIZED, build
 from emulator.build import run as run_program
 from oracle.triplet_ops import (
     INF,
@@ -393,10 +393,7 @@ def test_more_distances_than_warps():
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    ("sanitizer", "schedule"),
-    [("address", "round_robin"), ("address", "warp_first"), ("thread", "warp_first")],
-)
+@pytest.mark.parametrize(("sanitizer", "schedule"), SANITIZED)
 def test_sanitizers_find_nothing(sanitizer, schedule):
     kernels = ROOT / "csrc" / "cuda" / "triplets" / "triplets.cu"
     program = build([HERE / "triplets_sanitized.cpp", kernels], sanitizer=sanitizer)

@@ -22,7 +22,7 @@ struct CenterKernelsOnCpu {
     template <typename T>
     static Tensor inverse_lengths(const Tensor& points) {
         const Tensor length = at::linalg_vector_norm(points, 2, at::IntArrayRef({1}));
-        return length.reciprocal().masked_fill_(length <= kTinyLength, 0);
+        return length.reciprocal().masked_fill_(length <= kTinyNorm, 0);
     }
 
     template <typename T>

@@ -96,14 +96,18 @@ const TileKernels<T>& custom_kernels(const CustomFormula& formula) {
 }
 }  // namespace
 
+// A call of the function of the instruction set in use.
+#if DML_HAS_AVX
+#define DML_CHOSEN(call) \
+    (chosen() == "avx512" ? avx512::call : chosen() == "avx2" ? avx2::call : baseline::call)
+#else
+#define DML_CHOSEN(call) baseline::call
+#endif
+
 template <typename T>
 const TileKernels<T>& tile_kernels(FormulaId formula) {
     if (const CustomFormula* custom = custom_formula(formula)) return custom_kernels<T>(*custom);
-#if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::kernels<T>(formula);
-    if (chosen() == "avx2") return avx2::kernels<T>(formula);
-#endif
-    return baseline::kernels<T>(formula);
+    return DML_CHOSEN(kernels<T>(formula));
 }
 
 template const TileKernels<float>& tile_kernels<float>(FormulaId);
@@ -111,11 +115,7 @@ template const TileKernels<double>& tile_kernels<double>(FormulaId);
 
 template <typename T>
 const ListedKernels<T>& listed_kernels() {
-#if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::listed<T>();
-    if (chosen() == "avx2") return avx2::listed<T>();
-#endif
-    return baseline::listed<T>();
+    return DML_CHOSEN(listed<T>());
 }
 
 template const ListedKernels<float>& listed_kernels<float>();
@@ -123,11 +123,7 @@ template const ListedKernels<double>& listed_kernels<double>();
 
 template <typename T>
 const ProductKernels<T>& product_kernels() {
-#if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::tile_products<T>();
-    if (chosen() == "avx2") return avx2::tile_products<T>();
-#endif
-    return baseline::tile_products<T>();
+    return DML_CHOSEN(tile_products<T>());
 }
 
 template const ProductKernels<float>& product_kernels<float>();
@@ -135,11 +131,7 @@ template const ProductKernels<double>& product_kernels<double>();
 
 template <typename T>
 const TripletKernels<T>& triplet_kernels() {
-#if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::triplets<T>();
-    if (chosen() == "avx2") return avx2::triplets<T>();
-#endif
-    return baseline::triplets<T>();
+    return DML_CHOSEN(triplets<T>());
 }
 
 template const TripletKernels<float>& triplet_kernels<float>();
@@ -147,11 +139,7 @@ template const TripletKernels<double>& triplet_kernels<double>();
 
 template <typename T>
 const CenterKernels<T>& center_kernels() {
-#if DML_HAS_AVX
-    if (chosen() == "avx512") return avx512::centers<T>();
-    if (chosen() == "avx2") return avx2::centers<T>();
-#endif
-    return baseline::centers<T>();
+    return DML_CHOSEN(centers<T>());
 }
 
 template const CenterKernels<float>& center_kernels<float>();

@@ -16,13 +16,12 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "core/tiny_norm.h"
 #include "cpu/kernels/product_kernels.h"
 #include "cpu/tasks.h"
 #include "torch/columns.h"
 
 namespace dml::cpu {
-
-inline constexpr double kTinyNorm = 1e-12;  // a row of at most this norm has cosine similarity 0 to all
 
 // Matrix products work on whole blocks of 16.
 inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }

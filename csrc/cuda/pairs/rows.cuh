@@ -3,6 +3,7 @@
 
 #include "core/numeric.h"
 #include "core/problem.h"
+#include "core/tiny_norm.h"
 #include "cuda/common/copy.cuh"
 
 namespace dml::cuda {
@@ -90,7 +91,7 @@ DML_DEVICE Acc row_norm(Acc squares, const Matrix<T>& m, int64_t row, Similarity
         return scaled_inverse_norm<Acc>(m, row);
     }
     const Acc norm = std::sqrt(squares);
-    return norm > Acc(1e-12) ? Acc(1) / norm : Acc(0);
+    return norm > Acc(kTinyNorm) ? Acc(1) / norm : Acc(0);
 }
 
 // Whether the product of two such inverse norms nears the end of the range. Weights are then multiplied by
