@@ -632,6 +632,11 @@ def triplets(miner, make):
         triplets_as_one_process(miner, make, rows, "mean", lambda _, labels=labels: labels)
 
 
+def margin_per_class(**options):
+    margins = torch.linspace(0.05, 0.3, 40, dtype=torch.float64)
+    return dml_cuda.TripletMarginLoss(margin=torch.nn.Parameter(margins), **options)
+
+
 def triplets_of_other_columns():
     """Each process with its share of the columns; and what the wrapper is given as found."""
     size = dist.get_world_size()
@@ -912,6 +917,7 @@ def _table():
         checks[f"triplet margin, {miner}"] = partial(triplets, miner, dml_cuda.TripletMarginLoss)
         learnt = partial(dml_cuda.MarginLoss, nu=0.1, beta=1.0, learn_beta=True, num_classes=40)
         checks[f"margin, {miner}"] = partial(triplets, miner, learnt)
+    checks["triplet margin per class"] = partial(triplets, "all", margin_per_class)
     for check in (
         triplets_of_other_columns,
         triplets_that_are_refused,

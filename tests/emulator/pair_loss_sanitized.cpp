@@ -15,7 +15,7 @@ namespace {
 
 template <typename Math>
 void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, FormulaId formula,
-         Similarity similarity, const Tuning& tuning) {
+         Similarity similarity, const Tuning& tuning, bool learns = false) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     const Cloud<T> queries(n, dim, stride), refs(m > 0 ? m : 1, dim, dim);
@@ -39,6 +39,11 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
         p.self_index = self_index.as<int64_t>();
         p.num_valid_refs = num_valid_refs.as<int64_t>();
     }
+
+    const int params = kFormulas[int(formula)].params;
+    const Buffer values(params * int64_t(sizeof(double))), by_params((params + 1) * int64_t(sizeof(double)));
+    std::copy_n(p.params, params, values.as<double>());
+    if (learns) task.learned = {params, values.as<double>(), by_params.as<double>()};
 
     const Buffer saved(Engine<Math>::saved_bytes(task, true));
     const Buffer result(sizeof(Acc)), upstream(sizeof(Acc)), grad_queries(n * dim * int64_t(sizeof(T))),
@@ -75,6 +80,10 @@ void run_all(Scalar scalar, bool formulas) {
     run<Math>(scalar, 37, 140, 21, 21, FormulaId::circle, cosine, large_matrix);
     run<Math>(scalar, 140, 270, 21, 23, FormulaId::circle, cosine, cached);
     if (!formulas) return;
+    for (const Tuning& tuning : {matrix, large}) {
+        run<Math>(scalar, 140, 0, 8, 8, FormulaId::multi_similarity, cosine, tuning, true);
+        run<Math>(scalar, 140, 150, 8, 8, FormulaId::contrastive, raw, tuning, true);
+    }
     run<Math>(scalar, 140, 0, 8, 8, FormulaId::contrastive, raw, large);
     run<Math>(scalar, 140, 150, 8, 8, FormulaId::contrastive, raw, cached);
     run<Math>(scalar, 140, 0, 8, 8, FormulaId::binomial_deviance, cosine, cached);

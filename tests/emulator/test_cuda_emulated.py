@@ -38,7 +38,10 @@ from dml_cuda._ops.arguments import OpOptions
 pytestmark = [pytest.mark.slow(300), pytest.mark.long]
 
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
-ROW_KERNELS = [ROOT / "csrc" / "cuda" / "instantiations" / f"{name}.cu" for name in ("merge", "matrix_rows")]
+ROW_KERNELS = [
+    ROOT / "csrc" / "cuda" / "instantiations" / f"{name}.cu"
+    for name in ("merge", "matrix_rows", "learned_params")
+]
 # MATRIX is what small batches take; LARGE_MATRIX multiplies large tiles, has a block for each row, and cuts
 # gradients into panels and parts. Both leave similarities in a matrix; the others visit tiles.
 MATRIX = {}
@@ -97,7 +100,7 @@ def test_every_formula_has_its_cases():
 @pytest.mark.check
 @by_formula
 def test_one_case_of_every_formula(formula):
-    verify(of_similarity(formula, "cosine", 40, 16, F32, m=50, epsilon=0.1), F32, "matrix")
+    verify(of_similarity(formula, "cosine", 40, 16, F64, m=50, epsilon=0.1), F64, "matrix")
 
 
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])

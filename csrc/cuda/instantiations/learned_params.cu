@@ -11,17 +11,16 @@ void Learned<Acc>::make(const Task& task, cudaStream_t stream) {
     const LearnedParams& learned = task.learned;
     if (learned.count == 0) return;
     launch(make_formula<Acc>, dim3(1), dim3(kMakeThreads), 0, stream, task.problem.formula, learned.values,
-           learned.made);
+           learned.made, learned.ticket());
 }
 
 template <typename Acc>
 void Learned<Acc>::reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                          const double* tiles, int64_t slots, cudaStream_t stream) {
+                          cudaStream_t stream) {
     const LearnedParams& learned = task.learned;
-    const ParamSums<Acc> sums = {reinterpret_cast<const Acc*>(learned.rows()), task.problem.queries.count,
-                                 tiles, slots, learned.count};
     launch(reduce_by_params<Acc>, dim3(unsigned(learned.count + 1)), dim3(kReduceThreads), kReduceSharedBytes,
-           stream, sums, row_stats, upstream_of(task, grad_loss), learned.gradient);
+           stream, rows_by_params<Acc>(task), learned.count, row_stats, upstream_of(task, grad_loss),
+           learned.gradient);
 }
 
 template struct Learned<float>;

@@ -3,6 +3,7 @@
 
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
+#include "cuda/pairs/learned_params.h"
 #include "cuda/pairs/terms_by_params.cuh"
 
 namespace dml::cuda {
@@ -207,20 +208,26 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
 }
 
-// What the parameters that learn do to the terms of all pairs: sums [params, slots].
+// The gradient by the parameters. sums: [params, slots] of workspace.
 template <typename Math>
-void sum_terms(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss, double* sums) {
+void gradient_by_params(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss, double* sums) {
+    using Acc = typename Math::Acc;
     const Task& task = launcher.task;
+    const LearnedParams& learned = task.learned;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
     const int64_t slots = TilePolicy<Math>::param_slots(task);
-    launcher.for_tile_groups(
-        {std::max<int64_t>(rows.end, 1), std::max<int64_t>(cols.end, 1)}, rows, cols,
-        [&](auto all, MergeStep) {
-            all.cache_filled = all.cache != nullptr;
-            launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
-                   param_shared_bytes<Math>(), launcher.stream, all, launcher.formula(), task.learned.count,
-                   launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, sums);
-        });
+    if (slots == 0) {  // no pairs
+        Learned<Acc>::reduce(task, launcher.arrays.row_stats, grad_loss, launcher.stream);
+        return;
+    }
+    const ByParams<Acc> by_params = {rows_by_params<Acc>(task), learned.count, sums, learned.ticket(),
+                                     learned.gradient};
+    launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
+        all.cache_filled = all.cache != nullptr;
+        launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
+               ParamLayout<Math>::kSharedBytes, launcher.stream, all, launcher.formula(),
+               launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
+    });
 }
 
 }  // namespace dml::cuda

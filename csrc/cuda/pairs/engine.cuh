@@ -1,4 +1,4 @@
-// One engine for each arithmetic: sizes, forward and backward. Instantiated in instantiations/*.cu.
+// One engine for each arithmetic: sizes, forward, backward, and counting. Instantiated in instantiations/*.cu.
 #pragma once
 
 #include "cuda/matrix/engine.cuh"
@@ -19,6 +19,8 @@ struct Engine {
                         cudaStream_t stream);
     static void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
                          void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
+    static int64_t count_workspace_bytes(const Task& task);
+    static void count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream);
 };
 
 // Which path a batch takes: the matrix path, or tiles.
@@ -102,19 +104,28 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
-            Learned<Acc>::reduce(aligned, row_stats, upstream, nullptr, 0, stream);
+            Learned<Acc>::reduce(aligned, row_stats, upstream, stream);
         }
         return;
     }
     const SavedLayout<Math> layout = {aligned, saved_for_backward};
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
     if (queries || refs) backward_tiles(launcher, upstream, queries, refs, bytes);
-    if (learned.gradient) {  // the workspace of the gradients is free again
-        auto* sums = reinterpret_cast<double*>(bytes);
-        sum_terms(launcher, upstream, sums);
-        Learned<Acc>::reduce(aligned, launcher.arrays.row_stats, upstream, sums,
-                             TilePolicy<Math>::param_slots(aligned), stream);
-    }
+    // The workspace of the gradients is free again.
+    if (learned.gradient) gradient_by_params(launcher, upstream, reinterpret_cast<double*>(bytes));
+}
+
+template <typename Math>
+int64_t Engine<Math>::count_workspace_bytes(const Task& task) {
+    return packed_bytes<typename Math::Value>(task.problem) +
+           MatrixEngine<Math>{task}.count_workspace_bytes();
+}
+
+template <typename Math>
+void Engine<Math>::count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream) {
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, stream);
+    MatrixEngine<Math>{aligned}.count(counts, bytes, stream);
 }
 
 }  // namespace dml::cuda

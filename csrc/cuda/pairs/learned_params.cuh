@@ -17,10 +17,10 @@ namespace dml::cuda {
 inline constexpr int kMakeThreads = kWarpSize;
 static_assert(kMakeThreads >= kMaxParams, "a thread for each parameter");
 
-// A formula, and its derivatives by each parameter, from values [params].
+// A formula, and its derivatives by each parameter, from values [params]; and a ticket of 0.
 template <typename Acc>
 __global__ void __launch_bounds__(kMakeThreads)
-    make_formula(FormulaId id, const double* values, unsigned char* learned) {
+    make_formula(FormulaId id, const double* values, unsigned char* learned, unsigned* ticket) {
     with_formula(id, [&](auto tag) {
         using Formula = typename decltype(tag)::template Of<Acc>;
         using By = ByParam<Acc, Formula>;
@@ -29,39 +29,38 @@ __global__ void __launch_bounds__(kMakeThreads)
         if (k < count_names(Formula::kParams))
             *reinterpret_cast<By*>(learned + kFormulaBytes + k * kByParamBytes) = By(values, k);
     });
+    if (threadIdx.x == 0) *ticket = 0;
 }
 
-// The terms of a row's pairs that the parameters move are in `rows`; those of tiles in `tiles`, times upstream.
+// This thread's share of what parameter k does to rows first, first + step, ..., times upstream.
 template <typename Acc>
-struct ParamSums {
-    const Acc* rows;  // [params, 2, count]
-    int64_t count;
-    const double* tiles;  // [params, slots]
-    int64_t slots;
-    int params;
-};
+DML_DEVICE double sum_rows_by_param(const RowsByParams<Acc>& rows, int k, int64_t first, int64_t step,
+                                    const RowStats<Acc>& row_stats, const Upstream<Acc>& upstream) {
+    double sum = 0;
+#pragma unroll 2
+    for (int64_t i = first; i < rows.rows; i += step) {
+        sum += double(rows.at(k, 0, i) * upstream.pos(row_stats, i));
+        if (upstream.last_part > 0) sum += double(rows.at(k, 1, i) * upstream.neg(row_stats, i));
+    }
+    return sum;
+}
+// The sum of all rows and terms as a gradient.
+template <typename Acc>
+DML_DEVICE double gradient_of_sum(double sum, const RowStats<Acc>& row_stats, const Upstream<Acc>& upstream) {
+    const Acc factor = gradient_factor(row_stats, upstream);
+    return factor == Acc(0) ? 0.0 : double(factor) * sum;
+}
 
 // Block k: the gradient by parameter k; the last, of what is no parameter, 0. out: [params + 1].
 template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_by_params(ParamSums<Acc> sums, RowStats<Acc> row_stats, Upstream<Acc> upstream, double* out) {
+    reduce_by_params(RowsByParams<Acc> rows, int params, RowStats<Acc> row_stats, Upstream<Acc> upstream,
+                     double* out) {
     const int k = int(blockIdx.x);
     double sum = 0;
-    if (k < sums.params) {
-        const Acc* part0 = sums.rows + int64_t(2 * k) * sums.count;
-        const Acc* part1 = part0 + sums.count;
-#pragma unroll 2
-        for (int64_t i = threadIdx.x; i < sums.count; i += blockDim.x) {
-            sum += double(part0[i] * upstream.pos(row_stats, i));
-            if (upstream.last_part > 0) sum += double(part1[i] * upstream.neg(row_stats, i));
-        }
-        for (int64_t slot = threadIdx.x; slot < sums.slots; slot += blockDim.x)
-            sum += sums.tiles[k * sums.slots + slot];
-    }
+    if (k < params) sum = sum_rows_by_param(rows, k, threadIdx.x, blockDim.x, row_stats, upstream);
     sum = block_sum(sum, shared_array<double>(0, kWarpSize));
-    if (threadIdx.x != 0) return;
-    const Acc factor = gradient_factor(row_stats, upstream);
-    out[k] = factor == Acc(0) || k == sums.params ? 0.0 : double(factor) * sum;
+    if (threadIdx.x == 0) out[k] = k == params ? 0.0 : gradient_of_sum(sum, row_stats, upstream);
 }
 
 }  // namespace dml::cuda

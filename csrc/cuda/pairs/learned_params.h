@@ -11,9 +11,9 @@ template <typename Acc>
 struct Learned {
     // Makes the formula of the parameters' values; nothing where none learns.
     static void make(const Task& task, cudaStream_t stream);
-    // The gradient by the parameters. tiles: [params, slots] of the tiles' terms, or null on the matrix path.
+    // The gradient by the parameters, where forward has summed what they do to terms.
     static void reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                       const double* tiles, int64_t slots, cudaStream_t stream);
+                       cudaStream_t stream);
 };
 extern template struct Learned<float>;
 extern template struct Learned<double>;

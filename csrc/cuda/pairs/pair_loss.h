@@ -41,7 +41,10 @@ struct LearnedParams {
     // Where in `saved` the formula lies, set by the engine: see learned_bytes.
     unsigned char* made = nullptr;
 
-    unsigned char* rows() const { return made + kFormulaBytes + count * kByParamBytes; }
+    unsigned* ticket() const {
+        return reinterpret_cast<unsigned*>(made + kFormulaBytes + count * kByParamBytes);
+    }
+    unsigned char* rows() const { return reinterpret_cast<unsigned char*>(ticket()) + kTicketBytes; }
 };
 
 struct Task {
@@ -67,6 +70,11 @@ void forward(const Task& task, bool save_for_backward, void* saved, void* loss, 
 // of the inputs' type; null where not wanted (grad_refs: always null where square).
 void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
               void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream);
+
+// counts: [2, queries.count], how many positives and negatives mining keeps of each row. Of the task it knows the
+// points, their similarity, and mining.
+int64_t count_workspace_bytes(const Task& task);
+void count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream);
 
 struct BlockEntryPoints;  // cuda/ring/ring.h
 

@@ -60,13 +60,15 @@ struct TileSizes {
 
 inline constexpr int kFormulaBytes = 8 * 8;              // of a formula's numbers
 inline constexpr int kByParamBytes = 2 * kFormulaBytes;  // of the same as dual numbers
+inline constexpr int kTicketBytes = 16;
 
-// Behind that, where parameters are on the device: [the formula | its derivatives by each parameter | for each
-// parameter and part a number of each row]. params: how many, or 0.
+// Behind that, where parameters are on the device: [the formula | its derivatives by each parameter | a ticket
+// for backward | for each parameter and part a number of each row]. params: how many, or 0.
 template <typename Int>
 Int learned_bytes(const Int& n, int64_t params, int64_t acc_bytes) {
     if (params == 0) return Int(0);
-    return Int(kFormulaBytes + params * kByParamBytes) + round_up(n * Int(2 * params * acc_bytes), 16);
+    return Int(kFormulaBytes + params * kByParamBytes + kTicketBytes) +
+           round_up(n * Int(2 * params * acc_bytes), 16);
 }
 
 // Bytes that forward saves: of the matrix path, or of tiles.

@@ -1,29 +1,40 @@
-// Large batches, backward, where parameters learn: what they do to the terms of the tiles' pairs. It is the
-// first half of the gradient (pair_weights.cuh) with the derivatives by a parameter in place of those by the
-// similarity, and summed over all pairs.
+// Large batches, backward, where parameters learn: the gradient by them, in one launch. What a parameter does to
+// the terms of the tiles' pairs is the first half of the gradient (pair_weights.cuh) with the derivatives by the
+// parameter in place of those by the similarity, and summed over all pairs; what it does to a row's loss for
+// constant terms is known from forward. Blocks share tiles and rows; the one that finishes last, as a ticket
+// tells, adds what they found.
 #pragma once
 
+#include "cuda/pairs/learned_params.cuh"
 #include "cuda/pairs/pair_weights.cuh"
-#include "cuda/pairs/reduce.cuh"
 
 namespace dml::cuda {
 
-// Shared memory: that of tiles and lines, then the block's sum for each parameter.
+// Shared memory: that of tiles and lines, then the block's sum for each parameter, scratch of block_sum, and
+// whether the block is the last.
 template <typename Math>
-constexpr int param_shared_bytes() {
-    return PairGrid<Math>::shared_bytes(1) + kMaxParams * int(sizeof(double));
-}
+struct ParamLayout {
+    static constexpr int kTotals = PairGrid<Math>::shared_bytes(1);
+    static constexpr int kScratch = kTotals + kMaxParams * int(sizeof(double));
+    static constexpr int kLast = kScratch + kWarpSize * int(sizeof(double));
+    static constexpr int kSharedBytes = kLast + 16;
+};
 
-// all: a group of all tiles, which the blocks share. sums: [params, blocks].
-template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    sum_terms_by_params(const __grid_constant__ TileGroup<T, Acc> all,
-                        const __grid_constant__ AnyFormula<Acc> any_formula, int params,
-                        RowStats<Acc> row_stats, Upstream<Acc> upstream, const uint8_t* kept, double* sums) {
+template <typename Acc>
+struct ByParams {
+    RowsByParams<Acc> rows;
+    int params;
+    double* sums;      // [params, blocks]
+    unsigned* ticket;  // 0 before and after
+    double* gradient;  // [params + 1], the last number 0
+};
+
+// What the parameters do to the terms of the block's tiles, upstream included, added to totals.
+template <typename Math, typename T, typename Acc>
+DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const AnyFormula<Acc>& any_formula,
+                                    const RowStats<Acc>& row_stats, const Upstream<Acc>& upstream,
+                                    const uint8_t* kept, double* totals) {
     using Grid = PairGrid<Math>;
-    const auto tile_group = all.template in_use<Grid::kTile>();
-    double* totals = shared_array<double>(Grid::shared_bytes(1), kMaxParams);
-    if (int(threadIdx.x) < kMaxParams) totals[threadIdx.x] = 0;
     const int64_t tiles = int64_t(tile_group.row_tiles) * tile_group.col_tiles;
 #pragma unroll 1
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -53,8 +64,45 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         });
     }
     block_sync();
-    const int k = int(threadIdx.x);
-    if (k < params) sums[int64_t(k) * gridDim.x + blockIdx.x] = totals[k];
+}
+
+// all: a group of all tiles.
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
+    sum_terms_by_params(const __grid_constant__ TileGroup<T, Acc> all,
+                        const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
+                        Upstream<Acc> upstream, const uint8_t* kept,
+                        const __grid_constant__ ByParams<Acc> by_params) {
+    using Layout = ParamLayout<Math>;
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    double* totals = shared_array<double>(Layout::kTotals, kMaxParams);
+    double* scratch = shared_array<double>(Layout::kScratch, kWarpSize);
+    int* last = shared_array<int>(Layout::kLast, 4);
+    if (thread < kMaxParams) totals[thread] = 0;
+    add_terms_by_params<Math>(all.template in_use<PairGrid<Math>::kTile>(), any_formula, row_stats, upstream,
+                              kept, totals);
+    // Tiles are all but the whole work: a share of the rows is small beside a tile.
+#pragma unroll 1
+    for (int k = 0; k < by_params.params; ++k) {
+        const int64_t first = int64_t(blockIdx.x) * threads + thread, step = int64_t(gridDim.x) * threads;
+        const double sum =
+            block_sum(sum_rows_by_param(by_params.rows, k, first, step, row_stats, upstream), scratch);
+        if (thread == 0) by_params.sums[int64_t(k) * gridDim.x + blockIdx.x] = totals[k] + sum;
+    }
+    if (thread == 0) *last = take_ticket(by_params.ticket) + 1 == gridDim.x;
+    block_sync();
+    if (!*last) return;
+#pragma unroll 1
+    for (int k = 0; k < by_params.params; ++k) {
+        double sum = 0;
+        for (int64_t slot = thread; slot < gridDim.x; slot += threads)
+            sum += by_params.sums[int64_t(k) * gridDim.x + slot];
+        sum = block_sum(sum, scratch);
+        if (thread == 0) by_params.gradient[k] = gradient_of_sum(sum, row_stats, upstream);
+    }
+    if (thread != 0) return;
+    by_params.gradient[by_params.params] = 0;
+    *by_params.ticket = 0;  // for the next backward of this forward, which the stream orders after this one
 }
 
 }  // namespace dml::cuda
