@@ -164,9 +164,13 @@ struct PairLossNode final : torch::autograd::Node {
     }
 
     variable_list apply(variable_list&& grads) override {
-        const std::lock_guard<std::mutex> lock(mutex_);  // of threads that go backward through one graph
-        return gradients(grads, unpack(), *options_, task_should_compute_output(0),
-                         task_should_compute_output(1), task_should_compute_output(2));
+        KeptTensors kept;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);  // of threads that go backward through one graph
+            kept = unpack();
+        }
+        return gradients(grads, kept, *options_, task_should_compute_output(0), task_should_compute_output(1),
+                         task_should_compute_output(2));
     }
 
     // For compiled autograd: what its graph depends on, and the call in it.

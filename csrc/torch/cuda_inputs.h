@@ -31,22 +31,19 @@ inline Precision precision_of(const PairOptions& o, Scalar scalar) {
     return is_tf32(o.precision) && scalar == Scalar::kFloat32 ? Precision::kTf32 : Precision::kFull;
 }
 
-// The task, and the tensors that its pointers lead to.
-struct Inputs {
+// A task on a batch, and the tensors that its pointers lead to.
+struct BatchInputs {
     Tensor points, labels;
-    OptionalTensor ref_points, ref_labels, self_index, num_valid_refs, row_weights, params;
+    OptionalTensor ref_points, ref_labels, self_index, num_valid_refs;
     Task task;
-    const EntryPoints* engine;
-    at::TensorOptions accumulate;  // the type of losses and sums
 
-    explicit Inputs(const Call& c)
+    BatchInputs(const PairBatch& c, const Problem& problem)
         : points(with_dense_rows(c.embeddings)),
           labels(c.labels.contiguous()),
           num_valid_refs(c.num_valid_refs) {
-        task.problem = describe(c);
+        task.problem = problem;
         Problem& p = task.problem;
-        engine = engine_of(p, c.formula);
-        task.precision = precision_of(c, p.scalar);
+        describe_batch(c, p);
         p.queries = view(points, labels);
         p.refs = p.queries;
         if (c.ref_emb) {
@@ -57,6 +54,23 @@ struct Inputs {
         if (c.self_index) self_index = c.self_index->contiguous();
         p.self_index = self_index ? self_index->const_data_ptr<int64_t>() : nullptr;
         p.num_valid_refs = num_valid_refs ? num_valid_refs->const_data_ptr<int64_t>() : nullptr;
+    }
+    static Points view(const Tensor& x, const Tensor& labels) {
+        return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
+    }
+};
+
+// The same of a loss.
+struct Inputs : BatchInputs {
+    OptionalTensor row_weights, params;
+    const EntryPoints* engine;
+    at::TensorOptions accumulate;  // the type of losses and sums
+
+    explicit Inputs(const Call& c)
+        : BatchInputs(c, describe(static_cast<const PairOptions&>(c), c.embeddings.device())) {
+        Problem& p = task.problem;
+        engine = engine_of(p, c.formula);
+        task.precision = precision_of(c, p.scalar);
         accumulate = c.embeddings.options().dtype(p.scalar == Scalar::kFloat64 ? at::kDouble : at::kFloat);
         if (c.row_weights) {
             row_weights = c.row_weights->to(accumulate.dtype()).contiguous();
@@ -72,9 +86,6 @@ struct Inputs {
     static bool has_device_params(const Call& c) {
         return c.dynamic_params && c.dynamic_params->device() == c.embeddings.device() &&
                c.dynamic_params->numel() > 1;
-    }
-    static Points view(const Tensor& x, const Tensor& labels) {
-        return {x.const_data_ptr(), x.stride(0), labels.const_data_ptr<int64_t>(), x.size(0)};
     }
 };
 

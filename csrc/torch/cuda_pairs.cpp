@@ -3,6 +3,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -74,6 +75,23 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
             need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref, grad_params};
 }
 
+Tensor count_pairs_of_rows(const PairBatch& batch, std::optional<double> epsilon,
+                           c10::string_view similarity) {
+    check_batch(batch);
+    const c10::cuda::CUDAGuard guard(batch.embeddings.device());
+    Problem p;
+    p.similarity = parse_similarity(similarity);
+    p.mining = {epsilon.has_value(), epsilon.value_or(0.0)};
+    const BatchInputs in(batch, p);
+    const Points &queries = in.task.problem.queries, &refs = in.task.problem.refs;
+    if (queries.count == 0 || refs.count == 0) return at::zeros({2, queries.count}, batch.labels.options());
+    Tensor counts = at::empty({2, queries.count}, batch.labels.options());
+    const Tensor workspace = bytes(count_workspace_bytes(in.task), batch.embeddings);
+    count_pairs(in.task, counts.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                c10::cuda::getCurrentCUDAStream());
+    return counts;
+}
+
 // ---- pairs given as lists ----------------------------------------------------------------------------
 
 template <typename T>
@@ -138,6 +156,7 @@ Tensor segment_softmax(const Tensor& grad, const Tensor& logits, const Tensor& v
 TORCH_LIBRARY_IMPL(dml_cuda, CUDA, m) {
     m.impl("pair_loss", &FlatOp<&pair_loss>::call);
     m.impl("pair_loss_backward", &FlatOp<&pair_loss_backward>::call);
+    m.impl("count_pairs", &FlatOp<&count_pairs_of_rows>::call);
     m.impl("pair_products", &pair_products);
     m.impl("pair_sums", &pair_sums);
     m.impl("segment_logsumexp", &segment_logsumexp);

@@ -24,8 +24,8 @@ TORCH_LIBRARY(dml_cuda, m) {
     for (const std::string& schema :
          {schemas::pair_loss(), schemas::pair_loss_backward(), schemas::pair_block_turn(),
           schemas::pair_block(), schemas::pair_block_rows(), schemas::pair_block_backward(),
-          schemas::triplet_loss(), schemas::ranking_loss(), schemas::select(), schemas::center_softmax(),
-          schemas::center_softmax_backward()}) {
+          schemas::count_pairs(), schemas::triplet_loss(), schemas::ranking_loss(), schemas::select(),
+          schemas::center_softmax(), schemas::center_softmax_backward()}) {
         m.def(schema.c_str());
     }
 

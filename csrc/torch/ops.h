@@ -188,14 +188,17 @@ inline Problem describe(const PairOptions& o, c10::Device device = at::kCPU) {
     return p;
 }
 
-// All but the pointers, which are each device's to lay out.
-inline Problem describe(const Call& c) {
-    Problem p = describe(static_cast<const PairOptions&>(c), c.embeddings.device());
+// The sizes of a batch. The pointers are each device's to lay out.
+inline void describe_batch(const PairBatch& c, Problem& p) {
     p.square = !c.ref_emb;
     p.queries.count = c.embeddings.size(0);
     p.refs.count = p.square ? p.queries.count : c.ref_emb->size(0);
     p.dim = c.embeddings.size(1);
     p.scalar = parse_scalar(c.embeddings.scalar_type());
+}
+inline Problem describe(const Call& c) {
+    Problem p = describe(static_cast<const PairOptions&>(c), c.embeddings.device());
+    describe_batch(c, p);
     return p;
 }
 

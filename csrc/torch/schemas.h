@@ -51,6 +51,13 @@ inline std::string pair_block_backward() {
                       "(Tensor grad_emb, Tensor grad_ref, Tensor grad_params)");
 }
 
+// How many positives and negatives mining keeps of each row, counts [2, N] int64: on CUDA alone, as others go
+// another way (dml_cuda/miners/mined_pairs.py).
+inline std::string count_pairs() {
+    return std::string("count_pairs(") + PairBatch::kSchema +
+           ", float? epsilon, str similarity) -> Tensor counts";
+}
+
 // Triplets of an anchor with a positive and a negative, without listing them.
 //   row_params [N] the rows' beta of the term margin; of the others their margin, instead of that of params
 //   seed       int64 [1], of a draw

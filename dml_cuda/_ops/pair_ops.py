@@ -1,4 +1,4 @@
-"""Fake kernels of pair_loss and of the ops on blocks of columns. Sizes come from the engines' own layouts."""
+"""Fake kernels of the ops on pairs and on blocks of columns. Sizes come from the engines' own layouts."""
 
 import torch
 
@@ -37,6 +37,11 @@ def _pair_loss_backward(a):
     needs = (a.need_emb, a.embeddings), (a.need_ref, a.ref_emb)
     gradients = (gradient_if(needed, points, a.embeddings) for needed, points in needs)
     return *gradients, _grad_params(a)
+
+
+@fake_kernel("count_pairs")
+def _count_pairs(a):
+    return a.labels.new_empty((2, a.embeddings.shape[0]))
 
 
 @fake_kernel("pair_block_turn")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._inputs.checks import check_batch
 from .._inputs.indices import NAMES
+from .._ops.devices import has_kernel
 from ..reference.pairs import mine
 from .mined import IndexBuffer, Mined
 
@@ -98,10 +99,25 @@ class MinedPairs(Mined):
             for count, rows in zip(counts, (self[0], self[2]), strict=True):
                 count.index_add_(0, rows, torch.ones_like(rows))
             return counts
+        if device.type == "cuda" and has_kernel(device):
+            return PairCounts(*self._count())
         for begin, *masks in self._kept_blocks():
             for count, mask in zip(counts, masks, strict=True):
                 torch.sum(mask, 1, out=count[begin : begin + mask.shape[0]])
         return counts
+
+    def _count(self) -> Tensor:
+        """The numbers ``[2, N]`` of positives and negatives, by the kernels of CUDA."""
+        self._check_unchanged()
+        points = [x if x is None else x.detach() for x in (self.embeddings, self.ref_emb)]
+        if self.ref_emb is not None:  # types differ under autocast only
+            dtype = torch.promote_types(points[0].dtype, points[1].dtype)
+            points = [x.to(dtype) for x in points]
+        labels = [x if x is None else x.long() for x in (self.labels, self.ref_labels)]
+        return torch.ops.dml_cuda.count_pairs(
+            points[0], labels[0], points[1], labels[1], self.self_index, self.num_valid_refs,
+            self.epsilon, self.similarity,
+        )  # fmt: skip
 
     def counts(self) -> tuple[int, int]:
         positives, negatives = self.pair_counts()

@@ -1,20 +1,25 @@
-// Launches the kernel of the matrix path on rows.
+// Launches the kernels of the matrix path on rows.
 #include "cuda/common/launch.h"
-#include "cuda/matrix/rows.cuh"
+#include "cuda/matrix/count.cuh"
 #include "cuda/matrix/rows.h"
 #include "cuda/pairs/task_arguments.cuh"
 
 namespace dml::cuda {
 namespace {
 
+bool has_long_rows(const Task& task) { return task.problem.refs.count > task.tuning.long_row; }
+int64_t blocks_of(int64_t rows, bool block_a_row) {
+    const int64_t teams = block_a_row ? rows : (rows + kTeamWarps - 1) / kTeamWarps;
+    return std::max<int64_t>(std::min(teams, kMostRowBlocks), 1);
+}
+
 template <typename Acc>
 void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_backward,
                     const RowsWorkspace<Acc>& space, Acc* loss, cudaStream_t stream) {
     const Problem& p = task.problem;
     const FormulaFacts facts = formula_facts(p.formula);
-    const bool block_a_row = p.refs.count > task.tuning.long_row;
-    const int64_t teams = block_a_row ? p.queries.count : (p.queries.count + kTeamWarps - 1) / kTeamWarps;
-    const int64_t blocks = std::max<int64_t>(std::min(teams, RowsWorkspace<Acc>::kMostBlocks), 1);
+    const bool block_a_row = has_long_rows(task);
+    const int64_t blocks = blocks_of(p.queries.count, block_a_row);
     const RowsTask<Acc> of = {
         saved,
         p.queries.labels,
@@ -39,6 +44,28 @@ void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_ba
                      AnyFormula<Acc>(p, task.learned.made));
 }
 
+template <typename Acc>
+void launch_counts_of(const Task& task, const SavedMatrix<Acc>& saved, int64_t first, int64_t* counts,
+                      cudaStream_t stream) {
+    const Problem& p = task.problem;
+    const bool block_a_row = has_long_rows(task);
+    const CountTask<Acc> of = {saved,
+                               first,
+                               p.queries.count,
+                               p.queries.labels,
+                               p.refs.labels,
+                               p.refs.count,
+                               p.num_valid_refs,
+                               p.self_index,
+                               p.square,
+                               p.mine_self_pair,
+                               p.mining,
+                               counts};
+    launch(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
+           dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
+           RowsLayout<Acc>::kScratchSize * sizeof(Acc), stream, of);
+}
+
 }  // namespace
 
 void launch_rows(const Task& task, const SavedMatrix<float>& saved, bool has_backward,
@@ -48,6 +75,15 @@ void launch_rows(const Task& task, const SavedMatrix<float>& saved, bool has_bac
 void launch_rows(const Task& task, const SavedMatrix<double>& saved, bool has_backward,
                  const RowsWorkspace<double>& space, double* loss, cudaStream_t stream) {
     launch_rows_of(task, saved, has_backward, space, loss, stream);
+}
+
+void launch_counts(const Task& task, const SavedMatrix<float>& saved, int64_t first, int64_t* counts,
+                   cudaStream_t stream) {
+    launch_counts_of(task, saved, first, counts, stream);
+}
+void launch_counts(const Task& task, const SavedMatrix<double>& saved, int64_t first, int64_t* counts,
+                   cudaStream_t stream) {
+    launch_counts_of(task, saved, first, counts, stream);
 }
 
 }  // namespace dml::cuda

@@ -1,5 +1,5 @@
 // The launches of the matrix path, and its workspaces: two kernels forward; one backward up to 128 dimensions,
-// two beyond.
+// two beyond; two for each block of rows whose mined pairs are counted.
 #pragma once
 
 #include "cuda/common/launch.h"
@@ -39,15 +39,18 @@ struct MatrixEngine {
                  cudaStream_t stream) const {
         const SavedMatrix<Acc> saved(p, saved_bytes);
         const RowsWorkspace<Acc> space(p, workspace);
-        if (p.queries.count * p.refs.count > task.tuning.small_tile_pairs) {
-            multiply<true>(saved, space.ticket, stream);
-        } else {
-            multiply<false>(saved, space.ticket, stream);
-        }
+        multiply(saved, space.ticket, stream);
         launch_rows(task, saved, has_backward, space, loss, stream);
     }
-    template <bool kLarge>
     void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+        if (p.queries.count * p.refs.count > task.tuning.small_tile_pairs) {
+            multiply_tiles<true>(saved, ticket, stream);
+        } else {
+            multiply_tiles<false>(saved, ticket, stream);
+        }
+    }
+    template <bool kLarge>
+    void multiply_tiles(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
         using Traits = SimilarityTraits<Math, kLarge>;
         const auto tiles = [](int64_t count, int size) {
             return std::max<int64_t>((count + size - 1) / size, 1);
@@ -57,6 +60,39 @@ struct MatrixEngine {
         launch(similarities<Math, kLarge>,
                dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
                dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+    }
+
+    // ---- counting -----------------------------------------------------------------------------------------
+
+    // How many rows' similarities are in memory at once.
+    int64_t rows_at_once() const {
+        const int64_t row_bytes =
+            std::max<int64_t>(matrix_pitch(p.refs.count, sizeof(Acc)) * int64_t(sizeof(Acc)), 1);
+        return std::clamp<int64_t>(task.tuning.matrix_bytes / row_bytes, 1,
+                                   std::max<int64_t>(p.queries.count, 1));
+    }
+    // The task of rows from `first` on.
+    Task rows_from(int64_t first) const {
+        Task part = task;
+        Points& side = part.problem.queries;
+        side.count = std::min(rows_at_once(), side.count - first);
+        part.problem.square = p.square && side.count == p.queries.count;
+        side.data = static_cast<const T*>(side.data) + first * side.stride;
+        side.labels += first;
+        return part;
+    }
+    int64_t count_workspace_bytes() const {
+        return kTicketBytes + MatrixSizes<int64_t>(rows_at_once(), p.refs.count, false, sizeof(Acc)).bytes;
+    }
+    // counts: [2, rows] how many positives and negatives mining keeps of each row.
+    void count(int64_t* counts, void* workspace, cudaStream_t stream) const {
+        auto* const ticket = static_cast<unsigned*>(workspace);  // nobody draws one
+        for (int64_t first = 0; first < p.queries.count; first += rows_at_once()) {
+            const Task part = rows_from(first);
+            const SavedMatrix<Acc> saved(part.problem, static_cast<unsigned char*>(workspace) + kTicketBytes);
+            MatrixEngine{part}.multiply(saved, ticket, stream);
+            launch_counts(task, saved, first, counts, stream);
+        }
     }
 
     // ---- backward -----------------------------------------------------------------------------------------

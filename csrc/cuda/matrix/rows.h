@@ -1,5 +1,5 @@
-// The launch of the kernel on rows (rows.cuh), which reads no points: it is compiled once for float and double
-// (instantiations/matrix_rows.cu), not for each arithmetic.
+// The launches of the kernels on rows (rows.cuh, count.cuh), which read no points: they are compiled once for
+// float and double (instantiations/matrix_rows.cu), not for each arithmetic.
 #pragma once
 
 #include "cuda/matrix/saved_matrix.cuh"
@@ -8,10 +8,11 @@
 
 namespace dml::cuda {
 
+inline constexpr int64_t kMostRowBlocks = 2048;
+
 // A slot of results for each of its blocks, a flag for each row, the ticket.
 template <typename Acc>
 struct RowsWorkspace {
-    static constexpr int64_t kMostBlocks = 2048;
     int64_t rows, slots;
     Acc* results;
     unsigned* ticket;
@@ -19,9 +20,9 @@ struct RowsWorkspace {
 
     explicit RowsWorkspace(const Problem& p, void* workspace = nullptr)
         : rows(p.queries.count),
-          slots(rows < 1             ? 1
-                : rows < kMostBlocks ? rows
-                                     : kMostBlocks),
+          slots(rows < 1                ? 1
+                : rows < kMostRowBlocks ? rows
+                                        : kMostRowBlocks),
           results(static_cast<Acc*>(workspace)) {
         auto* after = static_cast<unsigned char*>(workspace) + results_bytes();
         ticket = reinterpret_cast<unsigned*>(after);
@@ -35,5 +36,11 @@ void launch_rows(const Task& task, const SavedMatrix<float>& saved, bool has_bac
                  const RowsWorkspace<float>& space, float* loss, cudaStream_t stream);
 void launch_rows(const Task& task, const SavedMatrix<double>& saved, bool has_backward,
                  const RowsWorkspace<double>& space, double* loss, cudaStream_t stream);
+
+// Rows [first, first + saved.rows) of the task's. counts: [2, all rows].
+void launch_counts(const Task& task, const SavedMatrix<float>& saved, int64_t first, int64_t* counts,
+                   cudaStream_t stream);
+void launch_counts(const Task& task, const SavedMatrix<double>& saved, int64_t first, int64_t* counts,
+                   cudaStream_t stream);
 
 }  // namespace dml::cuda

@@ -35,6 +35,14 @@ void backward(const Task& task, bool saved_for_backward, void* saved, const void
     });
 }
 
+int64_t count_workspace_bytes(const Task& task) {
+    return with_arithmetic<Engine>(task, [&](auto engine) { return engine.count_workspace_bytes(task); });
+}
+
+void count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream) {
+    with_arithmetic<Engine>(task, [&](auto engine) { engine.count_pairs(task, counts, workspace, stream); });
+}
+
 const EntryPoints kEntryPoints = {saved_bytes, forward_workspace_bytes, backward_workspace_bytes, forward,
                                   backward,    &kBlockEntryPoints};
 

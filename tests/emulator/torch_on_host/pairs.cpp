@@ -13,4 +13,5 @@ TORCH_LIBRARY(dml_cuda_pair_loss_on_host, m) {
     using namespace dml;
     m.def(schemas::pair_loss().c_str(), &FlatOp<&cuda::pair_loss>::call);
     m.def(schemas::pair_loss_backward().c_str(), &FlatOp<&cuda::pair_loss_backward>::call);
+    m.def(schemas::count_pairs().c_str(), &FlatOp<&cuda::count_pairs_of_rows>::call);
 }
