@@ -6,12 +6,12 @@ namespace dml::cuda {
 
 namespace {
 
-// One thread a row, and one a column where columns have partial results of their own.
+// A lane for each row, and for each column where columns have partial results of their own.
 template <int Tile, typename T, typename Acc>
 dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
     const bool cols_too = of_cols && !tile_group.diagonal();
     const int tiles = cols_too ? std::max(tile_group.row_tiles, tile_group.col_tiles) : tile_group.row_tiles;
-    return dim3(unsigned((tiles * Tile + kMergeThreads - 1) / kMergeThreads), cols_too ? 2 : 1);
+    return dim3(unsigned(tiles * Tile / kWarpSize), cols_too ? 2 : 1);
 }
 
 }  // namespace
@@ -19,23 +19,24 @@ dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
 template <typename Acc>
 void Merge<Acc>::extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& row_stats,
                           const Partials<Acc>& partials, MergeStep step, Acc epsilon, cudaStream_t stream) {
-    launch(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
-           stream, tile_group, row_stats, partials, step, epsilon);
+    launch(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads),
+           kMergeBytes<Acc>, stream, tile_group, row_stats, partials, step, epsilon);
 }
 
 template <typename Acc>
 void Merge<Acc>::sums(const Lines& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
                       const RowStats<Acc>& row_stats, const Partials<Acc>& partials, const uint8_t* kept,
                       MergeStep step, bool mining, const Results<Acc>& results, cudaStream_t stream) {
-    launch(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads), 0,
-           stream, tile_group, formula, second, row_stats, partials, kept, step, mining, results);
+    launch(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads),
+           kMergeBytes<Acc>, stream, tile_group, formula, second, row_stats, partials, kept, step, mining,
+           results);
 }
 
 template <typename Acc>
 void Merge<Acc>::weights(const Lines& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
                          MergeStep step, Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
-    launch(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads), 0,
-           stream, tile_group, partials, kept, step, row_sums, col_sums);
+    launch(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads),
+           kMergeBytes<Acc>, stream, tile_group, partials, kept, step, row_sums, col_sums);
 }
 
 template <typename Acc>
@@ -47,10 +48,9 @@ void Merge<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t si
 
 template <typename Acc>
 void Merge<Acc>::reduce(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
-                        const Acc* ref_norms, int64_t refs, const int64_t* num_valid_refs,
                         const Division& division, Acc* loss, cudaStream_t stream) {
     launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, row_stats, rows,
-           results, ref_norms, refs, num_valid_refs, division, loss);
+           results, division, loss);
 }
 
 template struct Merge<float>;

@@ -1,8 +1,7 @@
 // Large batches: what the formula accumulates over the kept pairs of tiles. One pass over the tiles, after
 // the one that finds extremes where there is mining; a formula whose positives see the value of the
 // negatives' accumulator takes two. Tiles leave partial results for their rows and columns, which are merged
-// in the order of the tiles, one thread a row, so that the result never depends on which thread block came
-// first.
+// in a fixed order, so that the result never depends on which thread block came first.
 //
 // A term does not depend on whose row it is. So log-sum-exps within a tile are relative to one number, the
 // tile's largest term, and one exponential a pair serves its row and its column. A line that lies so far

@@ -83,10 +83,9 @@ struct Launcher {
                dim3(kNormThreads), 0, stream, rows, p.similarity, arrays.row_stats, open);
     }
     void reduce(const Results<Acc>& results, Acc* loss) const {
-        const int64_t refs = p.square ? 0 : p.refs.count;
-        Merge<Acc>::reduce(
-            arrays.row_stats, p.queries.count, results, arrays.ref_norms, refs, p.num_valid_refs,
-            Division{p.reduction, !p.return_sums, formula_facts(p.formula).parts}, loss, stream);
+        Merge<Acc>::reduce(arrays.row_stats, p.queries.count, results,
+                           Division{p.reduction, !p.return_sums, formula_facts(p.formula).parts}, loss,
+                           stream);
     }
 
    private:

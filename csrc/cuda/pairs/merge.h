@@ -49,7 +49,6 @@ struct Merge {
     static void gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
                          cudaStream_t stream);
     static void reduce(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
-                       const Acc* ref_norms, int64_t refs, const int64_t* num_valid_refs,
                        const Division& division, Acc* loss, cudaStream_t stream);
 };
 

@@ -25,31 +25,39 @@ struct Division {
     int parts;
 };
 
-// By one block, whose threads bring what else they found in r. shared: [warps]. result: [1], or [4] undivided,
-// or [rows] without a reduction, already written. If any point is not finite, every row that has the pairs it
-// needs becomes NaN, and so does every gradient; if no row has, all stays 0.
+inline constexpr int kReduceWarps = 8;  // of which each adds up one number
+static_assert(kResultNumbers <= kReduceWarps, "a warp for each number");
+
+// By one block, of kReduceWarps or a multiple that share the slots. shared: [warps]. result: [1], or [4] undivided, or [rows] without a
+// reduction, already written. If any point is not finite, every row that has the pairs it needs becomes NaN,
+// and so does every gradient; if no row has, all stays 0.
 template <typename Acc>
-DML_DEVICE void reduce_slots(RowResult<Acc> r, const RowStats<Acc>& row_stats, int64_t rows,
-                             const Results<Acc>& results, const Division& division, Acc* shared,
-                             Acc* result) {
+DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
+                             const Division& division, Acc* shared, Acc* result) {
+    const int number = warp_id() % kReduceWarps, share = warp_id() / kReduceWarps;
+    const int shares = int(blockDim.x) / (kReduceWarps * kWarpSize);
+    Acc sum = 0;
+    if (number < kResultNumbers) {
 #pragma unroll 4
-    for (int64_t slot = threadIdx.x; slot < results.slots; slot += blockDim.x) {
-        const auto at = [&](int number) { return results.data[number * results.slots + slot]; };
-        r.part[0] += at(0);
-        r.part[1] += at(1);
-        r.count[0] += at(2);
-        r.count[1] += at(3);
-        r.eligible += at(4);
-        r.not_finite += at(5);
-        r.very_long += at(6);
+        for (int64_t slot = share * kWarpSize + lane_id(); slot < results.slots; slot += shares * kWarpSize)
+            sum += results.data[number * results.slots + slot];
     }
-    r.part[0] = block_sum(r.part[0], shared);
-    r.part[1] = block_sum(r.part[1], shared);
-    r.count[0] = block_sum(r.count[0], shared);
-    r.count[1] = block_sum(r.count[1], shared);
-    r.eligible = block_sum(r.eligible, shared);
-    r.not_finite = block_sum(r.not_finite, shared);
-    r.very_long = block_sum(r.very_long, shared);
+    sum = warp_sum(sum);
+    if (lane_id() == 0) shared[warp_id()] = sum;
+    block_sync();
+    const auto total = [&](int k) {
+        Acc x = shared[k];
+        for (int s = 1; s < shares; ++s) x += shared[s * kReduceWarps + k];
+        return x;
+    };
+    RowResult<Acc> r;
+    r.part[0] = total(0);
+    r.part[1] = total(1);
+    r.count[0] = total(2);
+    r.count[1] = total(3);
+    r.eligible = total(4);
+    r.not_finite = total(5);
+    r.very_long = total(6);
 
     const bool finite = r.not_finite == Acc(0);
     const Acc poison = r.eligible > Acc(0) ? not_a_number<Acc>() : Acc(0);
@@ -77,17 +85,9 @@ DML_DEVICE void reduce_slots(RowResult<Acc> r, const RowStats<Acc>& row_stats, i
 
 template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, const Acc* ref_norms,
-                   int64_t refs, const int64_t* num_valid_refs, Division division, Acc* result) {
-    RowResult<Acc> r;
-    // References matter by their norms only, and not at all without rows.
-    const int64_t used_refs = rows == 0 ? 0 : rows_in_use(num_valid_refs, refs);
-#pragma unroll 8
-    for (int64_t j = threadIdx.x; j < used_refs; j += blockDim.x) {
-        r.not_finite += Acc(!is_finite(ref_norms[j]));
-        r.very_long += Acc(is_very_long(ref_norms[j]));
-    }
-    reduce_slots(r, row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
+    reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, Division division,
+                   Acc* result) {
+    reduce_slots(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
 }
 
 inline constexpr size_t kReduceSharedBytes = kWarpSize * sizeof(double);

@@ -134,11 +134,10 @@ DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape
 template <typename Acc>
 inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 
-// Writes a tile's similarities to sim. plain: the norm of this thread's line is in the range where products
-// need no check.
+// Writes a tile's similarities to sim.
 template <typename Math, typename Sum, typename T, typename Acc>
 DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& tile_group, int64_t row0,
-                                   int64_t col0, bool plain, const Acc* norms, int* flags, Acc* sim) {
+                                   int64_t col0, const Acc* norms, int* flags, Acc* sim) {
     using Traits = TileTraits<Math>;
     constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = Traits::kThreads;
     using Run = Vector<Acc, Sum::kRun>;
@@ -156,6 +155,9 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
             }
             *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
+        // Whether the norm of this thread's line is in the range where products need no check. It is read where it
+        // is used: the product leaves no register to keep the answer in.
+        const bool plain = int(threadIdx.x) >= 2 * kTile || norms[threadIdx.x] >= kPlainNorm<Acc>;
         const bool unusual = warp_any(!plain || check - check != Acc(0));
         if (lane_id() == 0) flags[warp_id()] = unusual ? 1 : 0;
         block_sync();
@@ -210,16 +212,13 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
     const int64_t row0 = ti * kTile, col0 = tj * kTile;
 
     static_assert(2 * kTile <= kThreads, "a thread for each line");
-    bool plain = true;
     if (int(threadIdx.x) < 2 * kTile) {
         const int t = int(threadIdx.x);
         const bool is_row = t < kTile;
         const int64_t i = is_row ? row0 + t : col0 + t - kTile;
         const bool inside = i < (is_row ? rows.rows : cols.rows);
-        const Acc norm = inside ? (is_row ? tile_group.rows.norms : tile_group.cols.norms)[i] : Acc(0);
         labels[t] = inside ? (is_row ? tile_group.rows.labels : tile_group.cols.labels)[i] : 0;
-        norms[t] = norm;
-        plain = norm >= kPlainNorm<Acc>;
+        norms[t] = inside ? (is_row ? tile_group.rows.norms : tile_group.cols.norms)[i] : Acc(0);
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
     // Computed where it is used: the product leaves no registers to keep it in.
@@ -227,7 +226,7 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
     if (!tile_group.cache_filled) {
         Product<Math, typename Traits::TileShape> product;
         multiply_tile(product, bytes, rows, row0, cols, col0);
-        store_similarities<Math>(product, tile_group, row0, col0, plain, norms, flags, sim);
+        store_similarities<Math>(product, tile_group, row0, col0, norms, flags, sim);
         if (tile_group.cache) {
             using Chunks = ChunkShare<Acc, kTile, kTile, kThreads>;
             using Chunk = Vector<Acc, Chunks::kElements>;
