@@ -1,6 +1,7 @@
 """The CUDA engine as a shared library for the host, called with torch CPU tensors."""
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +13,8 @@ from . import build
 
 HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "ring", "triplets")]
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").rglob("*.cu")), *HOST_SIDES]
+NARROW = {"f32", "f32_tf32", "f16", "bf16"}  # the arithmetics, but for float64
+KERNELS = {"all": SOURCES, "double": [source for source in SOURCES if source.stem not in NARROW]}
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
@@ -150,27 +153,40 @@ def shared(sources):
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
             *pool.map(lambda s: build._compile(s, kernel), sources),
         ]
-    return build.cached(objects, ["g++", "-shared", *map(str, objects)], suffix=".so")
+    link = ["g++", "-shared", "-Wl,-z,lazy", *map(str, objects)]
+    return build.cached(objects, link, suffix=".so")
 
 
 @cache
-def load():
-    return ctypes.CDLL(str(shared(SOURCES)))
+def load(kernels="all"):
+    """The library, or one without the engines of other arithmetics than float64, in half the time."""
+    path = str(shared(KERNELS[kernels]))
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    # Lazily: functions that were left out are missed when they are called. CDLL itself misses them now; it
+    # opens what could not be opened here, and tells why not.
+    return ctypes.CDLL(path, handle=dlopen(path.encode(), os.RTLD_LAZY))
+
+
+def load_for(dtype):
+    """The library with the kernels for points of a type."""
+    return load("double" if dtype == torch.float64 else "all")
 
 
 @cache
 def formulas():
     """The names of the formulas, in the order of csrc/losses/list.h."""
-    load().dml_formula_names.restype = ctypes.c_char_p
-    return load().dml_formula_names().decode().split()
+    library = load("double")
+    library.dml_formula_names.restype = ctypes.c_char_p
+    return library.dml_formula_names().decode().split()
 
 
-def call(function, *arguments, schedule, buffers):
+def call(library, function, *arguments, schedule, buffers):
     """Calls one of the functions that return whether they failed, and looks after the buffers' guards."""
     name, seed = schedule
-    load().dml_set_schedule(name == "warp_first", ctypes.c_int64(seed))
+    library.dml_set_schedule(name == "warp_first", ctypes.c_int64(seed))
     error = ctypes.create_string_buffer(1000)
-    if function(*arguments, error, ctypes.c_int64(1000)):
+    if getattr(library, function)(*arguments, error, ctypes.c_int64(1000)):
         raise RuntimeError(error.value.decode())
     for raw in buffers:
         assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
@@ -208,7 +224,7 @@ class Engine:
     learns: bool = False  # whether the kernels read the parameters from memory
 
     def __post_init__(self):
-        self.library = load()
+        self.library = load_for(self.q.dtype)
         self.acc = torch.float64 if self.q.dtype == torch.float64 else torch.float32
         self.arguments = Arguments(
             batch=Batch.of(
@@ -279,12 +295,12 @@ class Engine:
     def call(self, function, *tensors):
         given = [ctypes.c_void_p(address(tensor)) for tensor in tensors]
         reference, saves = ctypes.byref(self.arguments), int(self.save_for_backward)
-        call(function, reference, saves, *given, schedule=self.schedule, buffers=self.buffers)
+        call(self.library, function, reference, saves, *given, schedule=self.schedule, buffers=self.buffers)
 
     def forward(self):
         loss = self.buffer(self.losses, self.acc)
         workspace = self.buffer(self.sizes[1], torch.uint8)
-        self.call(self.library.dml_forward, self.saved, loss, workspace)
+        self.call("dml_forward", self.saved, loss, workspace)
         return loss if self.reduction == "none" or self.return_sums else loss[0]
 
     def backward(self, upstream=None, need_q=True, need_r=True):
@@ -296,7 +312,7 @@ class Engine:
             wanted = points is not None and needed
             grads.append(self.buffer(points.numel(), self.q.dtype).view(points.shape) if wanted else None)
         workspace = self.buffer(self.sizes[2], torch.uint8)
-        self.call(self.library.dml_backward, self.saved, upstream, *grads, workspace)
+        self.call("dml_backward", self.saved, upstream, *grads, workspace)
         return grads
 
 
@@ -309,13 +325,14 @@ def _call_pairs(function, like, shape, *arguments, schedule):
     given = [
         ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else ctypes.c_int64(a) for a in (*arguments, view)
     ]
-    call(function, like.dtype == torch.float64, *given, schedule=schedule, buffers=[raw])
+    wide = like.dtype == torch.float64
+    call(load("double"), function, wide, *given, schedule=schedule, buffers=[raw])
     return view.view(shape)
 
 
 def pair_products(x, y, rows, cols, schedule=("round_robin", 0)):
     return _call_pairs(
-        load().dml_multiply_pairs, x, rows.shape,
+        "dml_multiply_pairs", x, rows.shape,
         x, len(x), y, len(y), x.shape[1], rows, cols, len(rows), schedule=schedule,
     )  # fmt: skip
 
@@ -323,7 +340,7 @@ def pair_products(x, y, rows, cols, schedule=("round_robin", 0)):
 def pair_sums(weights, points, index, offsets, schedule=("round_robin", 0)):
     rows, dim = len(offsets) - 1, points.shape[1]
     return _call_pairs(
-        load().dml_sum_pairs, points, (rows, dim),
+        "dml_sum_pairs", points, (rows, dim),
         weights, points, len(points), dim, index, offsets, rows, len(index), schedule=schedule,
     )  # fmt: skip
 
@@ -331,14 +348,14 @@ def pair_sums(weights, points, index, offsets, schedule=("round_robin", 0)):
 def segment_logsumexp(logits, offsets, plus_one, schedule=("round_robin", 0)):
     rows = len(offsets) - 1
     return _call_pairs(
-        load().dml_log_sum_exps, logits, (rows,),
+        "dml_log_sum_exps", logits, (rows,),
         logits, offsets, rows, len(logits), plus_one, schedule=schedule,
     )  # fmt: skip
 
 
 def segment_softmax(grad, logits, value, offsets, schedule=("round_robin", 0)):
     return _call_pairs(
-        load().dml_softmaxes, logits, logits.shape,
+        "dml_softmaxes", logits, logits.shape,
         grad, logits, value, offsets, len(grad), len(logits), schedule=schedule,
     )  # fmt: skip
 
@@ -408,9 +425,8 @@ class TripletRows:
         given = [ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else x for x in numbers]
         wide = ctypes.c_int64(self.wide)
         reference = ctypes.byref(arguments)
-        function = getattr(load(), name)
         raw = [raw for _, raw in outputs]
-        call(function, reference, wide, *given, *pointers, schedule=self.schedule, buffers=raw)
+        call(load("double"), name, reference, wide, *given, *pointers, schedule=self.schedule, buffers=raw)
         return [view for view, _ in outputs]
 
     def losses(self, term, positives, negatives, row_params=None, write=True):

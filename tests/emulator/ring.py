@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .library import Arguments, Batch, Options, Tuning, call, load, poisoned
+from .library import Arguments, Batch, Options, Tuning, call, load_for, poisoned
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
 CONTEXT = ("nt_xent", "tuplet_margin")  # formulas whose positives see the negatives' accumulator
@@ -52,7 +52,7 @@ class Blocks:
     def sizes(self, block=None):
         """Numbers of a state; bytes of the workspaces of forward and backward, extremes and kept flags."""
         out = (ctypes.c_int64 * 5)()
-        load().dml_block_sizes(ctypes.byref(self.arguments(block)), out)
+        load_for(self.q.dtype).dml_block_sizes(ctypes.byref(self.arguments(block)), out)
         return list(out)
 
     def call(self, name, block, *given, raw):
@@ -63,7 +63,7 @@ class Blocks:
             for x in given
         ]
         reference = ctypes.byref(self.arguments(block))
-        call(getattr(load(), name), reference, *addresses, schedule=self.schedule, buffers=raw)
+        call(load_for(self.q.dtype), name, reference, *addresses, schedule=self.schedule, buffers=raw)
 
     def turn(self, stage, state, raw):
         self.call("dml_turn_rows", None, STAGES.index(stage), state, raw=[raw])
