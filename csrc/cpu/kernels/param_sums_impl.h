@@ -7,20 +7,33 @@ struct NoParamSums {
     static constexpr bool kLearns = false;
 };
 
+// What the terms of a row's pairs see: the same number, or each column's.
+template <typename T>
+struct SameContext {
+    T value;
+    DML_INLINE T operator()(int64_t) const { return value; }
+};
+template <typename T>
+struct ColumnContext {
+    const T* values;
+    DML_INLINE T operator()(int64_t j) const { return values[j]; }
+};
+
 // Sums over pairs of coefficient * d term / d parameter, where the coefficient is dL/dterm.
 template <typename T, typename Formula>
 class ParamSums {
    public:
     static constexpr bool kLearns = true;
 
-    DML_INLINE ParamSums(const double* params, double* sums) : params_(params), sums_(sums) {}
+    DML_INLINE ParamSums(const double* params, double* sums) : derivatives_(params), sums_(sums) {}
 
     // The pairs [begin, end) of a row: their sums, and their weights, coefficient * d term / d similarity, in
-    // `out`. context(j): what the terms of pair j see.
+    // `out`. context(j): what the terms of pair j see. Not inlined: weights of every kind share it, and it is most
+    // of what there is to compile.
     template <bool kAdd, typename Kind, typename Context>
-    DML_INLINE void add(const Kind& kind, const T* s, const T* coefficient, int64_t begin, int64_t end,
-                        T* out, const Context& context) const {
-        const TermDerivatives<T, Formula> derivatives(params_);
+    __attribute__((noinline)) void add(const Kind& kind, const T* s, const T* coefficient, int64_t begin,
+                                       int64_t end, T* out, const Context& context) const {
+        const TermDerivatives<T, Formula> derivatives = derivatives_;
         alignas(64) T by_params[kCount == 0 ? 1 : kCount][kMostSide];
 #pragma omp simd
         for (int64_t j = begin; j < end; ++j) {
@@ -55,7 +68,7 @@ class ParamSums {
         }
     }
 
-    const double* const params_;
+    const TermDerivatives<T, Formula> derivatives_;
     double* const sums_;  // [kCount]
 };
 

@@ -35,12 +35,6 @@ struct SharedExponential {
 // ---- the weights of one kind of pair, in a range of row i -------------------------------------------------
 // kAdd: added to out, else written. The coefficients of the pairs, dL/dterm, go to the sums for parameters.
 
-// The context of terms that see none.
-template <typename T>
-DML_INLINE T no_context(int64_t) {
-    return T(0);
-}
-
 // Sums: d derivative(s), with each side's context where the formula has one.
 template <typename T, bool kBothSides, bool kAdd, typename Kind, typename Sums>
 DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, int64_t end, int i,
@@ -63,10 +57,9 @@ DML_INLINE void range_sum_weights(const Kind& kind, const T* s, int64_t begin, i
                 }
             }
         }
-        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, [&](int64_t) { return context; });
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, SameContext<T>{context});
         if constexpr (kApart)
-            sums.template add<true>(kind, s, of_cols, begin, end, out,
-                                    [&](int64_t j) { return col.context[j]; });
+            sums.template add<true>(kind, s, of_cols, begin, end, out, ColumnContext<T>{col.context});
         return;
     }
 #pragma omp simd
@@ -104,7 +97,7 @@ DML_INLINE void range_shared_weights(const Kind& kind, const T* s, int64_t begin
             total += kind.kept(s[j], col.bound[j]) ? factors[j] : T(0);
             coefficient[j] = total != T(0) ? total * exp_fast(terms[j] - offset) : T(0);
         }
-        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, no_context<T>);
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, SameContext<T>{T(0)});
         return;
     }
 #pragma omp simd
@@ -141,7 +134,7 @@ DML_INLINE void range_lse_weights(const Kind& kind, const T* s, int64_t begin, i
         }
     }
     if constexpr (Sums::kLearns)
-        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, no_context<T>);
+        sums.template add<kAdd>(kind, s, coefficient, begin, end, out, SameContext<T>{T(0)});
 }
 
 template <typename T, Accumulator kAccumulator, bool kBothSides, bool kAdd, typename Kind, typename Sums>
