@@ -285,6 +285,7 @@ def test_under_autocast(dtype, device):
     torch.testing.assert_close(value.detach(), plain, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.long
 @EVERY_DEVICE
 def test_a_formula_of_ones_own(device, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_CUDA_CACHE", str(tmp_path))

@@ -169,6 +169,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_fully_shard(tmp_path, monkeypatch):
     from distributed.two_ranks import run_two_ranks
 

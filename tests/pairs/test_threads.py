@@ -9,7 +9,7 @@ import torch
 from emulator.build import ROOT, SANITIZERS, cached, run, with_headers
 from torch.utils import cpp_extension
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(120), pytest.mark.long]
 
 HERE = Path(__file__).resolve().parent / "threads"
 SOURCES = [
@@ -52,7 +52,6 @@ def program():
     return cached(objects, ["g++", "-fsanitize=thread", *map(str, objects), *libraries], suffix="")
 
 
-@pytest.mark.long
 def test_no_races(program):
     done = run(program, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr).decode()[-6000:]
