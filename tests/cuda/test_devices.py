@@ -148,6 +148,21 @@ TRIPLETS = {
 
 
 @EVERY_DEVICE
+@FLOATS
+@pytest.mark.parametrize("refs", [None, 90], ids=["square", "references"])
+def test_mined_pairs_are_counted(refs, dtype, device):
+    """As many as the miner lists; in short types a pair may lie on the other side of a bound."""
+    points, labels = make_batch(70, 9)
+    columns = () if refs is None else make_batch(refs, 9)
+    batch = [moved(x, device, dtype) for x in (points, labels, *columns)]
+    counts = dml_cuda.MultiSimilarityMiner(0.1, pair_counts=True)(*batch)[1]
+    anchors = dml_cuda.MultiSimilarityMiner(0.1)(*(moved(x, "cpu", torch.float64) for x in batch))[::2]
+    for found, rows in zip(counts, anchors, strict=True):
+        more = (found.cpu() - rows.bincount(minlength=70)).abs()
+        assert more.max() <= (0 if dtype == torch.float64 else 1)
+
+
+@EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("loss", TRIPLETS)
