@@ -26,7 +26,7 @@ struct CountTask {
 };
 
 template <bool kBlock, typename Acc>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 2)
     count_kept_pairs(const __grid_constant__ CountTask<Acc> task) {
     constexpr int kRows = kBlock ? 1 : kTeamWarps;  // of a block at once
     const Team<kBlock, Acc> team = {shared_array<Acc>(0, kMostMerged * kTeamWarps)};
