@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(kTeamThreads,
     RowStats<Acc> row_stats = {};
     row_stats.header = task.saved.header;
     row_stats.flags = task.flags;
-    reduce_slots(row_stats, rows, task.results, task.division, shared_array<Acc>(Layout::kReduce, kWarpSize),
-                 task.loss);
+    reduce_slots<kTeamThreads>(row_stats, rows, task.results, task.division,
+                               shared_array<Acc>(Layout::kReduce, kWarpSize), task.loss);
 }
 
 }  // namespace dml::cuda

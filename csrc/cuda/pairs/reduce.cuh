@@ -25,21 +25,19 @@ struct Division {
     int parts;
 };
 
-inline constexpr int kReduceWarps = 8;  // of which each adds up one number
-static_assert(kResultNumbers <= kReduceWarps, "a warp for each number");
-
-// By one block, of kReduceWarps or a multiple that share the slots. shared: [warps]. result: [1], or [4] undivided, or [rows] without a
-// reduction, already written. If any point is not finite, every row that has the pairs it needs becomes NaN,
-// and so does every gradient; if no row has, all stays 0.
-template <typename Acc>
+// By one block of kThreads, of which each warp adds up a share of one number. shared: [warps]. result: [1], or [4]
+// undivided, or [rows] without a reduction, already written. If any point is not finite, every row that has the
+// pairs it needs becomes NaN, and so does every gradient; if no row has, all stays 0.
+template <int kThreads, typename Acc>
 DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
                              const Division& division, Acc* shared, Acc* result) {
-    const int number = warp_id() % kReduceWarps, share = warp_id() / kReduceWarps;
-    const int shares = int(blockDim.x) / (kReduceWarps * kWarpSize);
+    constexpr int kNumbers = 8, kShares = kThreads / kWarpSize / kNumbers;
+    static_assert(kResultNumbers <= kNumbers && kShares > 0, "a warp for each number");
+    const int number = warp_id() % kNumbers, share = warp_id() / kNumbers;
     Acc sum = 0;
     if (number < kResultNumbers) {
 #pragma unroll 4
-        for (int64_t slot = share * kWarpSize + lane_id(); slot < results.slots; slot += shares * kWarpSize)
+        for (int64_t slot = share * kWarpSize + lane_id(); slot < results.slots; slot += kShares * kWarpSize)
             sum += results.data[number * results.slots + slot];
     }
     sum = warp_sum(sum);
@@ -47,7 +45,8 @@ DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const
     block_sync();
     const auto total = [&](int k) {
         Acc x = shared[k];
-        for (int s = 1; s < shares; ++s) x += shared[s * kReduceWarps + k];
+#pragma unroll
+        for (int s = 1; s < kShares; ++s) x += shared[s * kNumbers + k];
         return x;
     };
     RowResult<Acc> r;
@@ -87,7 +86,7 @@ template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, Division division,
                    Acc* result) {
-    reduce_slots(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
+    reduce_slots<kReduceThreads>(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
 }
 
 inline constexpr size_t kReduceSharedBytes = kWarpSize * sizeof(double);
