@@ -62,7 +62,7 @@ def test_sees_serialised_wgmma(tmp_path):
         #include "cuda/common/wgmma.cuh"
         using namespace dml;
         __global__ void __launch_bounds__(128) serialised(float* out) {
-            char* tile = swizzled_array<char>(0, 1 << 15);
+            char* tile = pattern_aligned_array<char>(0, 1 << 15);
             float acc[kWgmmaRegisters] = {};
             wgmma_fence(acc);
             for (int k = 0; k < 4; ++k) {

@@ -129,9 +129,10 @@ def test_sanitizers_find_nothing(sanitizer, schedule):
 
 
 TILE_PRODUCT, WGMMA = "cuda/hopper/tile_product.cuh", "cuda/common/wgmma.cuh"
-WAIT_FULL, WAIT_EMPTY = "mbarrier_wait(&full_[stage], parity);", "mbarrier_wait(&empty_[stage], parity ^ 1);"
-EXPECT = "mbarrier_arrive_expect(&full_[stage], bytes);"
-RELEASE = "if (slice > 0) release(stage == 0 ? kStages - 1 : stage - 1);"
+WAIT_FULL = "mbarrier_wait(&full_[turn.stage], turn.parity);"
+WAIT_EMPTY = "mbarrier_wait(&empty_[turn.stage], turn.parity ^ 1);"
+EXPECT = "mbarrier_arrive_expect(full, bytes);"
+RELEASE = "if (slice > 0) release(turn.stage_before());"
 OFFSETS = "kMajor == Major::kMn ? next_columns : 16, kPatternBytes);"
 SWAPPED = "kPatternBytes, kMajor == Major::kMn ? next_columns : 16);"
 MULTIPLY = "multiply(sums, a, b, 0, 0, true);"
@@ -149,7 +150,7 @@ BUGS = {
     "wrong_parity_of_full": bug(TILE_PRODUCT, WAIT_FULL, WAIT_FULL.replace("parity", "parity ^ 1")),
     "no_wait_on_empty": bug(TILE_PRODUCT, WAIT_EMPTY, ""),
     "wrong_parity_of_empty": bug(TILE_PRODUCT, WAIT_EMPTY, WAIT_EMPTY.replace(" ^ 1", ""), b"deadlock"),
-    "stage_released_early": bug(TILE_PRODUCT, RELEASE, "release(stage);", b"overwrites what the wgmma"),
+    "stage_released_early": bug(TILE_PRODUCT, RELEASE, "release(turn.stage);", b"overwrites what the wgmma"),
     "expects_too_little": bug(TILE_PRODUCT, EXPECT, EXPECT.replace("bytes", "bytes - 16")),
     "expects_too_much": bug(TILE_PRODUCT, EXPECT, EXPECT.replace("bytes", "bytes + 16"), b"deadlock"),
     "no_init_fence": bug(TILE_PRODUCT, "fence_mbarrier_init();", "", b"without a fence"),
@@ -162,7 +163,7 @@ BUGS = {
     "b_not_transposed": bug(TILE_PRODUCT, "wgmma<T, kA, kB>", "wgmma<T, kA, Major::kK>", layout="gradient"),
     "b_transposed": bug(TILE_PRODUCT, "wgmma<T, kA, kB>", "wgmma<T, kA, Major::kMn>"),
     "step_of_64_bytes_along_k": bug(WGMMA, "? kWgmmaK * 2 :", "? kWgmmaK * 4 :", b"of a pattern"),
-    "array_not_on_1024": bug(TILE_PRODUCT, "swizzled_array<char>", "shared_array<char>", b"of a pattern"),
+    "array_not_on_1024": bug(TILE_PRODUCT, "pattern_aligned_array<U>", "shared_array<U>", b"of a pattern"),
     "operand_not_on_1024": bug(
         TILE_PRODUCT, "(stages_ + kOperandBytes,", "(stages_ + kOperandBytes + 128,", b"of a pattern"
     ),
@@ -276,6 +277,29 @@ def test_sanitizers_find_nothing_in_similarities():
         program = build([HERE / "hopper_similarities.cu"], sanitizer=sanitizer)
         done = run(program, "half", 130, 130, 65, 65, 3, stdin=sent, schedule=schedule)
         assert done.returncode == 0, done.stderr.decode()
+
+
+SIMILARITY_BUGS = {
+    "no_swizzle": ("cuda/common/swizzle.cuh", "((column / kChunk) ^ (row % 8)) * 16", "column / kChunk * 16"),
+    "rows_past_the_last": ("cuda/hopper/images.cuh", "i < points.rows ? points.cols : 0;", "points.cols;"),
+    "columns_past_the_last": ("cuda/hopper/images.cuh", "d + e < last ? row[d + e] : T(0.0f)", "row[d + e]"),
+    "rows_taken_for_aligned": ("cuda/hopper/images.cuh", "is_aligned && d + kChunk", "d + kChunk"),
+    "floats_stored_elsewhere": (
+        "cuda/hopper/product.cuh", "kConsumers + thread) * 4", "kConsumers + (thread ^ 1)) * 4",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", SIMILARITY_BUGS)
+def test_catches_a_planted_bug_in_similarities(bug, similarities):
+    draw = np.random.default_rng(0)
+    sent = encode(draw.integers(-4, 5, 2 * (1 + 130 * 65)), "half", 1)[0][0].tobytes()
+    arguments = ["half", 130, 130, 65, 65, 1]
+    folders = [with_change(*SIMILARITY_BUGS[bug])]
+    done = run(build([HERE / "hopper_similarities.cu"], folders=folders), *arguments, stdin=sent)
+    right = run(similarities, *arguments, stdin=sent)
+    assert right.returncode == 0
+    assert done.returncode != 0 or done.stdout != right.stdout
 
 
 # ---- single primitives -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ namespace dml {
 DML_DEVICE uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 
 template <typename T>
-DML_DEVICE T* swizzled_array(int byte_offset, int count) {
+DML_DEVICE T* pattern_aligned_array(int byte_offset, int count) {
     return static_cast<T*>(emulator::shared_array(byte_offset, sizeof(T) * size_t(count), kPatternBytes));
 }
 

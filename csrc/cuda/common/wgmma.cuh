@@ -41,12 +41,13 @@ enum class Major {
 
 namespace dml {
 
-// An array for operands, on a multiple of 1024 where byte_offset is one. Else as shared_array.
+// As shared_array, of shared memory that begins on a multiple of 1024, as patterns of the swizzle do. A kernel takes
+// all its arrays from the one or from the other.
 template <typename T>
-DML_DEVICE T* swizzled_array(int byte_offset, int count) {
-    extern __shared__ __align__(1024) unsigned char dml_swizzled_shared[];
+DML_DEVICE T* pattern_aligned_array(int byte_offset, int count) {
+    extern __shared__ __align__(1024) unsigned char dml_pattern_aligned_shared[];
     (void)count;
-    return reinterpret_cast<T*>(dml_swizzled_shared + byte_offset);
+    return reinterpret_cast<T*>(dml_pattern_aligned_shared + byte_offset);
 }
 
 // The compiler may not keep acc elsewhere, or move its use, across this.

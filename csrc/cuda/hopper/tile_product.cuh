@@ -34,9 +34,23 @@ class TileProduct {
     Mbarrier* full_;
     Mbarrier* empty_;
 
-    // Copies 128 rows, or columns, of the tile and one slice of an operand; returns the bytes. An MN-major one
-    // takes half the rows of two blocks side by side. If there is no second one, its place is left as it is:
-    // what comes of it lies past the edge.
+    template <typename U>
+    static DML_DEVICE U* array(int byte_offset, int count) {
+        return pattern_aligned_array<U>(byte_offset, count);
+    }
+
+    // A place in the ring of stages, and the parity of the phases of its round.
+    struct Turn {
+        int stage = 0, parity = 0;
+        DML_DEVICE void advance() {
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+            parity ^= stage == 0;
+        }
+        DML_DEVICE int stage_before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+    };
+
+    // A slice of an operand: of a K-major one 128 rows of a block; of an MN-major one half the rows of two blocks
+    // side by side. If there is no second block its place is left as it is: what comes of it lies past the edge.
     template <Major kMajor>
     static DML_DEVICE int operand_bytes(const Image<T>& image, int tile) {
         if constexpr (kMajor == Major::kK) return kOperandBytes;
@@ -79,9 +93,9 @@ class TileProduct {
     static constexpr int kSharedBytes = kStages * (kStageBytes + 2 * int(sizeof(Mbarrier)));
 
     DML_DEVICE TileProduct()
-        : stages_(swizzled_array<char>(0, kStages * kStageBytes)),
-          full_(shared_array<Mbarrier>(kStages * kStageBytes, kStages)),
-          empty_(shared_array<Mbarrier>(kStages * (kStageBytes + int(sizeof(Mbarrier))), kStages)) {}
+        : stages_(array<char>(0, kStages * kStageBytes)),
+          full_(array<Mbarrier>(kStages * kStageBytes, kStages)),
+          empty_(array<Mbarrier>(kStages * (kStageBytes + int(sizeof(Mbarrier))), kStages)) {}
 
     static DML_DEVICE bool is_producer() { return warp_id() == kConsumerWarps; }
 
@@ -101,16 +115,15 @@ class TileProduct {
     DML_DEVICE void produce(const Image<T>& a, const Image<T>& b, int tile_a, int tile_b, int slices) {
         if (lane_id() != 0) return;
         const int bytes = operand_bytes<kA>(a, tile_a) + operand_bytes<kB>(b, tile_b);
-        int stage = 0, parity = 0;
+        Turn turn;
 #pragma unroll 1
-        for (int slice = 0; slice < slices; ++slice) {
-            char* const to = stages_ + stage * kStageBytes;
-            mbarrier_wait(&empty_[stage], parity ^ 1);  // in the first round there is nothing to wait for
-            mbarrier_arrive_expect(&full_[stage], bytes);
-            copy_operand<kA>(to, a, tile_a, slice, &full_[stage]);
-            copy_operand<kB>(to + kOperandBytes, b, tile_b, slice, &full_[stage]);
-            stage = stage + 1 == kStages ? 0 : stage + 1;
-            parity ^= stage == 0;
+        for (int slice = 0; slice < slices; ++slice, turn.advance()) {
+            char* const to = stages_ + turn.stage * kStageBytes;
+            Mbarrier* const full = &full_[turn.stage];
+            mbarrier_wait(&empty_[turn.stage], turn.parity ^ 1);  // in the first round nobody is waited for
+            mbarrier_arrive_expect(full, bytes);
+            copy_operand<kA>(to, a, tile_a, slice, full);
+            copy_operand<kB>(to + kOperandBytes, b, tile_b, slice, full);
         }
     }
 
@@ -120,20 +133,20 @@ class TileProduct {
         // Both kinds of operand A have their second 64 rows half a block behind the first.
         const uint64_t first_a = operand<kA>(stages_ + warpgroup * kHalfBytes, kHalfBytes);
         const uint64_t first_b = operand<kB>(stages_ + kOperandBytes, kHalfBytes);
-        int stage = 0, parity = 0;
+        Turn turn;
 #pragma unroll
         for (float& sum : sums) sum = 0.0f;
 #pragma unroll 1
-        for (int slice = 0; slice < slices; ++slice) {
-            const uint64_t a = offset_operand(first_a, stage * kStageBytes);
-            const uint64_t b = offset_operand(first_b, stage * kStageBytes);
-            mbarrier_wait(&full_[stage], parity);
+        for (int slice = 0; slice < slices; ++slice, turn.advance()) {
+            const uint64_t a = offset_operand(first_a, turn.stage * kStageBytes);
+            const uint64_t b = offset_operand(first_b, turn.stage * kStageBytes);
+            mbarrier_wait(&full_[turn.stage], turn.parity);
             if constexpr (kParts == 1) {
                 wgmma_fence(sums);
                 multiply(sums, a, b, 0, 0, true);
                 wgmma_commit();
                 wgmma_wait<1>();  // for the slice before
-                if (slice > 0) release(stage == 0 ? kStages - 1 : stage - 1);
+                if (slice > 0) release(turn.stage_before());
             } else {
                 float fresh[kWgmmaRegisters];
                 wgmma_fence(fresh);
@@ -147,12 +160,10 @@ class TileProduct {
                 multiply(fresh, a, b, 0, 0, true);
                 wgmma_commit();
                 wgmma_wait<0>(fresh);
-                release(stage);
+                release(turn.stage);
 #pragma unroll
                 for (int i = 0; i < kWgmmaRegisters; ++i) sums[i] += fresh[i];
             }
-            stage = stage + 1 == kStages ? 0 : stage + 1;
-            parity ^= stage == 0;
         }
         if constexpr (kParts == 1) wgmma_wait<0>(sums);
     }
