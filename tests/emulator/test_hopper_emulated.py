@@ -178,6 +178,7 @@ BUGS = {
         RESULT,
     ),
     "no_wait": bug(TILE_PRODUCT, "wgmma_wait<0>(fresh);\n#pragma", "#pragma", b"were written while", parts=2),
+    "no_commit": bug(TILE_PRODUCT, f"{MULTIPLY}\n                wgmma_commit();", MULTIPLY, b"the wgmma at"),
     "touched_in_flight": bug(
         TILE_PRODUCT, "wgmma_wait<1>();", "sums[3] *= 2.0f; wgmma_wait<1>();", b"were written while"
     ),
