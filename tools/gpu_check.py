@@ -75,6 +75,7 @@ def known_parts(out: Path, gpu: str, seconds: float) -> dict[str, Part]:
         "profile": Part(120, [[*profiled(*ncu), "times"], [*profiled(*race), "cases"]]),
         "build": Part(60, [[sys.executable, "setup.py", "build_ext", "--inplace"]]),
         "tests": Part(120, [kernel_tests]),
+        "hopper": Part(30, [[*PYTEST, *SHARED, "tests/emulator/test_hopper_emulated.py", "-k", "gpu"]]),
         "host": Part(20, [[*python, "tools.host_times"]]),
         "kernels": Part(60, [[*python, "tools.kernel_times", "--out", str(out / f"{name}-kernels.json")]]),
         "memcheck": Part(300, [sanitizer("memcheck")]),
@@ -92,7 +93,7 @@ def known_parts(out: Path, gpu: str, seconds: float) -> dict[str, Part]:
 
 
 # Parts that run the extension, and so need what "build" makes.
-OF_THE_EXTENSION = {"tests", "host", "kernels", "memcheck", "racecheck", "benchmark", "memory"}
+OF_THE_EXTENSION = {"tests", "hopper", "host", "kernels", "memcheck", "racecheck", "benchmark", "memory"}
 
 
 class Budget:

@@ -27,6 +27,8 @@ CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
 # The virtual architecture that nvcc's front end compiles each for, as in setup.py.
 FRONT_ENDS = {"80": "80", "90a": "90", "100": "100", "120": "120"}
+# Of sources with wgmma, which only this front end knows.
+HOPPER_FRONT_END = {"90a": "90a"}
 FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as in setup.py
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 
@@ -90,11 +92,12 @@ def _cubin(folder, architecture):
     return folder / f"sm_{architecture}.cubin"
 
 
-def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
+def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS, front_ends=FRONT_ENDS):
     """The folder of a source's cubins and ptxas report, compiled unless cached: one nvcc command, without the
     host side."""
     source = Path(source).resolve()
-    digest = hashlib.sha256(" ".join([_nvcc_version(), *architectures, *flags]).encode())
+    targets = [f"-gencode=arch=compute_{front_ends[a]},code=sm_{a}" for a in architectures]
+    digest = hashlib.sha256(" ".join([_nvcc_version(), *targets, *flags]).encode())
     for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
@@ -105,7 +108,6 @@ def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
         kept, fresh = Path(scratch, "kept"), Path(scratch, "fresh")
         kept.mkdir()
         fresh.mkdir()
-        targets = [f"-gencode=arch=compute_{FRONT_ENDS[a]},code=sm_{a}" for a in architectures]
         command = [find_nvcc(), *flags, f"-I{ROOT / 'csrc'}", *targets, "-fatbin", str(source)]
         command += ["-Xptxas", "-v", "--keep", f"--keep-dir={kept}", "-o", str(kept / "made.fatbin")]
         start = time.perf_counter()
@@ -114,7 +116,7 @@ def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         for architecture in architectures:
             # nvcc names a cubin after its front end, or not at all, where that suffices.
-            names = f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin", "*.cubin"
+            names = f"*.sm_{architecture}.cubin", f"*.compute_{front_ends[architecture]}.cubin", "*.cubin"
             os.replace(next(path for name in names for path in kept.glob(name)), _cubin(fresh, architecture))
         (fresh / "ptxas.txt").write_text(done.stderr)
         (fresh / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")
@@ -227,6 +229,11 @@ def matrix_instructions(kernel):
     return families
 
 
+def wgmma_remarks(report):
+    """What ptxas says of wgmma that it runs one after another, or waits for by itself: C7510 and others."""
+    return [line for line in report.splitlines() if re.search(r"\bC75\d\d\b", line)]
+
+
 # ---- occupancy -----------------------------------------------------------------------------------------
 
 # CUDA programming guide, "Technical specifications per compute capability".
@@ -258,11 +265,11 @@ def occupancy(architecture, threads, registers, static_shared=0):
 # ---- all together --------------------------------------------------------------------------------------
 
 
-def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True):
+def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True, front_ends=FRONT_ENDS):
     """The kernels of one source for some architectures, or for the one named."""
     if isinstance(architectures, str):
         architectures = (architectures,)
-    folder = compile_source(source, architectures, flags)
+    folder = compile_source(source, architectures, flags, front_ends)
     report = (folder / "ptxas.txt").read_text()
     kernels = []
     for architecture in architectures:

@@ -16,7 +16,7 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
 
 # The machine itself is not instrumented: the sanitizers watch the kernels, not the emulator.
-RUNTIME = [HERE / "fiber.cpp", HERE / "machine.cpp", HERE / "warp_math.cpp"]
+RUNTIME = [HERE / f"{name}.cpp" for name in ("fiber", "machine", "warp_math", "mbarrier", "wgmma")]
 INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc")]
 COMMON = ["-std=c++17", "-g1", "-DDML_CUDA_ON_HOST", *INCLUDES]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -55,15 +55,15 @@ def build(sources, *, sanitizer="address", defines=(), folders=()):
     sanitize = SANITIZERS[sanitizer]
     # With AddressSanitizer's checks in it, code is optimised for twice as long as it then runs.
     optimize = "-Og" if sanitizer == "address" else "-O1"
-    common = [*(f"-I{folder}" for folder in folders), *COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
-    kernel_flags = [*common, optimize, *sanitize]
+    common = [*COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
+    kernel_flags = [*(f"-I{folder}" for folder in folders), *common, optimize, *sanitize]
     runtime = [*RUNTIME, *([HERE / "between_blocks.cpp"] if sanitizer == "blocks" else [])]
     objects = [_compile(source, [*common, "-O3"]) for source in runtime]
     objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
     return cached([*reversed(objects)], ["g++", *LINKED[sanitizer], *map(str, objects)], suffix="")
 
 
-def build_for_gpu(source):
+def build_for_gpu(source, target="-arch=native"):
     """Compiles a .cu source as CUDA, for the GPU that is there; returns the program's path."""
     source = Path(source).resolve()
     command = [
@@ -71,7 +71,7 @@ def build_for_gpu(source):
         "-std=c++17",
         "-O3",
         "--expt-relaxed-constexpr",
-        "-arch=native",
+        target,
         *INCLUDES,
         str(source),
     ]

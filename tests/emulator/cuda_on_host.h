@@ -11,6 +11,7 @@
 //   reader that is too early and one that still wanted the old contents see NaN.
 // - Shared memory is NaN at block start. Every shared_array is a heap block of its own, so
 //   AddressSanitizer names the line that runs over its end, as it does for global memory.
+// - mbarriers, bulk copies, named barriers and wgmma of sm_90a come from mbarrier.h and wgmma.h.
 // - A barrier that not all live threads reach, or that they reach at different lines, ends the
 //   launch with an exception that says who waits where.
 //

@@ -23,7 +23,6 @@ extern "C" {
 }
 
 namespace emulator {
-namespace {
 
 void release(const void* address) {
     if (__tsan_release) __tsan_release(const_cast<void*>(address));
@@ -33,25 +32,27 @@ void acquire(const void* address) {
     if (__tsan_acquire) __tsan_acquire(const_cast<void*>(address));
 }
 
-constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer type
+Unwatched::Unwatched() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
 
-// While the emulator works on behalf of a thread, its own memory accesses are nobody's race. (It is
-// not instrumented, but ThreadSanitizer sees what it does by way of malloc and memcpy.)
-class Unwatched {
-   public:
-    Unwatched() {
-        if (!AnnotateIgnoreReadsBegin) return;
-        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-    }
-    ~Unwatched() {
-        if (!AnnotateIgnoreReadsEnd) return;
-        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    }
-    Unwatched(const Unwatched&) = delete;
-    Unwatched& operator=(const Unwatched&) = delete;
-};
+Unwatched::~Unwatched() {
+    if (!AnnotateIgnoreReadsEnd) return;
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
+
+std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+bool same(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+namespace {
+
+constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer type
 
 class Random {  // splitmix64
    public:
@@ -73,7 +74,7 @@ class Random {  // splitmix64
     uint64_t state_;
 };
 
-enum class State { kReady, kAtBarrier, kAtRendezvous, kDone };
+enum class State { kReady, kAtBarrier, kAtRendezvous, kSuspended, kDone };
 
 struct PendingCopy {
     Copy copy;
@@ -83,7 +84,8 @@ struct PendingCopy {
 struct Thread {
     Fiber fiber;
     uint3 index;
-    Site site;  // where it waits
+    Site site;                          // where it waits
+    std::function<std::string()> what;  // and for what, if suspended
     std::vector<PendingCopy> copies;
     size_t landed;  // how many of them have been handed back
     int groups;     // committed so far
@@ -98,6 +100,12 @@ struct Warp {
     unsigned meetings;  // that ordered memory, so far
     char parity[2];     // as Machine::barrier_parity_
     void* operands[kLanes];
+};
+
+// What the device will do beside the threads, when so many turns have been taken.
+struct LaterWork {
+    uint64_t due;
+    std::function<void()> work;
 };
 
 struct SharedArray {
@@ -129,7 +137,15 @@ class Machine {
     bool position(Position& at) const;
     void block_barrier(Site site);
     void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory);
-    void* shared_array(int byte_offset, size_t bytes);
+    void* shared_array(int byte_offset, size_t bytes, int alignment);
+    uint32_t shared_address(const void* pointer);
+    void* shared_pointer(uint32_t address, size_t bytes, Site site);
+    void suspend(std::function<std::string()> what, Site site);
+    void resume(int thread);
+    void do_later(std::function<void()> work);
+    BlockState& block_state(BlockState* (*make)());
+    int current_thread() const { return current_; }
+    void yield();
     [[noreturn]] void fail(const std::string& what);
 
     Thread& self() { return *threads_[current_]; }
@@ -140,7 +156,7 @@ class Machine {
     void run_block();
     int next_ready();
     void add_to_round(int warp);
-    void yield();
+    void do_due_work(bool is_idle);
     void make_ready(int thread);
     void wait(State state, Site site);
     void release_barrier();
@@ -159,8 +175,13 @@ class Machine {
     size_t next_ = 0;
     int round_warp_ = -1;
 
+    std::map<BlockState* (*)(), std::unique_ptr<BlockState>> block_states_;
+    std::vector<LaterWork> later_;
+    uint64_t turns_ = 0;
+
     std::map<int, SharedArray> shared_;
     size_t shared_bytes_ = 0;
+    int shared_alignment_ = 0;
     const std::function<void()>* kernel_ = nullptr;
     Fiber main_;
     bool running_ = false;
@@ -178,12 +199,6 @@ Machine& machine() {
 
 std::string text(uint3 i) {
     return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-}
-
-std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
-
-bool same(Site a, Site b) {
-    return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
 // ---- launching --------------------------------------------------------------------------------
@@ -219,7 +234,15 @@ void Machine::run_grid(const Launch& launch, const std::function<void()>& kernel
     for (uint64_t i : order) {
         blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
         run_block();
+        for (const auto& [make, state] : block_states_) {
+            if (!failure_.empty()) break;
+            failure_ = state->left_over();
+            if (!failure_.empty()) failure_ += " [block " + text(blockIdx) + ", at its end]";
+        }
+        block_states_.clear();
+        later_.clear();
         shared_.clear();
+        shared_alignment_ = 0;
         if (!failure_.empty()) throw Failure(std::exchange(failure_, {}));
         if (launch.is_dependent && !waited_)
             throw Failure("block " + text(blockIdx) + " did not wait for the kernel before it");
@@ -317,10 +340,36 @@ void Machine::add_to_round(int warp) {
     for (int lane = 0; lane < warps_[warp].lanes; ++lane) round_.push_back(warp * kLanes + lane);
 }
 
+// Does what is due, or, where the threads wait for it, what is due first.
+void Machine::do_due_work(bool is_idle) {
+    const Unwatched unwatched;
+    ++turns_;
+    for (;;) {
+        const auto first =
+            std::min_element(later_.begin(), later_.end(),
+                             [](const LaterWork& a, const LaterWork& b) { return a.due < b.due; });
+        if (first == later_.end() || (first->due > turns_ && !is_idle)) return;
+        const std::function<void()> work = std::move(first->work);
+        later_.erase(first);
+        work();
+        is_idle = false;
+    }
+}
+
+void Machine::do_later(std::function<void()> work) {
+    constexpr uint32_t kLongest = 12;  // 2048 turns: of 288 threads about seven each
+    later_.push_back({turns_ + (uint64_t(1) << random.below(kLongest)), std::move(work)});
+}
+
 // Lets another thread run; returns when this one is chosen again, which for a finished one is never.
 void Machine::yield() {
     Thread& from = self();
-    const int next = next_ready();
+    if (!later_.empty()) do_due_work(false);
+    int next = next_ready();
+    while (next < 0 && live_ > 0 && !later_.empty()) {
+        do_due_work(true);
+        next = next_ready();
+    }
     if (next < 0) {
         if (live_ > 0) fail("deadlock: " + describe_waiting());
         from.fiber.switch_to(main_, true);
@@ -344,6 +393,21 @@ void Machine::make_ready(int thread) {
     states_[thread] = State::kReady;
     ++ready_;
     ++warps_[thread / kLanes].ready;
+}
+
+void Machine::suspend(std::function<std::string()> what, Site site) {
+    self().what = std::move(what);
+    wait(State::kSuspended, site);
+}
+
+void Machine::resume(int thread) {
+    if (states_[thread] == State::kSuspended) make_ready(thread);
+}
+
+BlockState& Machine::block_state(BlockState* (*make)()) {
+    std::unique_ptr<BlockState>& state = block_states_[make];
+    if (!state) state.reset(make());
+    return *state;
 }
 
 // ---- meeting ----------------------------------------------------------------------------------
@@ -426,9 +490,10 @@ std::string Machine::describe_waiting() const {
         const Thread& thread = *threads_[i];
         if (states_[i] == State::kDone) ++done;
         if (states_[i] == State::kDone || states_[i] == State::kReady) continue;
-        const std::string what =
-            (states_[i] == State::kAtBarrier ? "the block barrier at " : "the warp function at ") +
-            text(thread.site);
+        const std::string what = (states_[i] == State::kSuspended   ? thread.what() + " at "
+                                  : states_[i] == State::kAtBarrier ? "the block barrier at "
+                                                                    : "the warp function at ") +
+                                 text(thread.site);
         auto group =
             std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.what == what; });
         if (group == groups.end()) group = groups.insert(groups.end(), {what, 0, i});
@@ -451,7 +516,8 @@ void Machine::fail(const std::string& what) {
 
 // ---- shared memory ----------------------------------------------------------------------------
 
-void* Machine::shared_array(int byte_offset, size_t bytes) {
+void* Machine::shared_array(int byte_offset, size_t bytes, int alignment) {
+    shared_alignment_ = std::max(shared_alignment_, alignment);
     const auto found = shared_.find(byte_offset);
     if (found != shared_.end()) {
         SharedArray& array = found->second;
@@ -491,6 +557,32 @@ void* Machine::shared_array(int byte_offset, size_t bytes) {
     return array.start;
 }
 
+// The device keeps the first KB of shared memory, and owes the block's no more than the alignment it asked for.
+constexpr uint32_t kReservedShared = 1024;
+
+uint32_t Machine::shared_address(const void* pointer) {
+    const char* const byte = static_cast<const char*>(pointer);
+    for (const auto& [offset, array] : shared_) {
+        if (byte >= array.start && byte < array.start + array.bytes)
+            return kReservedShared + uint32_t(shared_alignment_ % 1024) + uint32_t(offset) +
+                   uint32_t(byte - array.start);
+    }
+    fail("an address that is not in shared memory");
+}
+
+void* Machine::shared_pointer(uint32_t address, size_t bytes, Site site) {
+    const int64_t byte = int64_t(address) - kReservedShared - shared_alignment_ % 1024;
+    auto array = shared_.upper_bound(int(byte));
+    if (array != shared_.begin()) {
+        --array;
+        const int64_t first = byte - array->first;
+        if (first >= 0 && first + int64_t(bytes) <= int64_t(array->second.bytes))
+            return array->second.start + first;
+    }
+    fail("byte " + std::to_string(byte) + " of shared memory, where the block has no array, is used at " +
+         text(site));
+}
+
 }  // namespace
 
 // ---- what machine.h promises ------------------------------------------------------------------
@@ -514,10 +606,28 @@ void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_
     machine().warp_rendezvous(operation, operand, site, orders_memory);
 }
 
-void* shared_array(int byte_offset, size_t bytes) {
+void* shared_array(int byte_offset, size_t bytes, int alignment) {
     const Unwatched unwatched;
-    return machine().shared_array(byte_offset, bytes);
+    return machine().shared_array(byte_offset, bytes, alignment);
 }
+
+uint32_t shared_address(const void* pointer) { return machine().shared_address(pointer); }
+
+void* shared_pointer(uint32_t address, size_t bytes, Site site) {
+    return machine().shared_pointer(address, bytes, site);
+}
+
+BlockState& block_state(BlockState* (*make)()) { return machine().block_state(make); }
+
+int current_thread() { return machine().current_thread(); }
+
+void give_way() { machine().yield(); }
+
+void suspend(std::function<std::string()> what, Site site) { machine().suspend(std::move(what), site); }
+
+void resume(int thread) { machine().resume(thread); }
+
+void do_later(std::function<void()> work) { machine().do_later(std::move(work)); }
 
 void start_copy(const Copy& copy) {
     const Unwatched unwatched;

@@ -59,8 +59,13 @@ constexpr int kLanes = 32;
 using Operation = void (*)(void* const operands[kLanes]);
 void warp_rendezvous(Operation operation, void* operand, Site site, bool orders_memory = false);
 
-// An array of the block's dynamic shared memory, in a heap block of its own, filled with NaN.
-void* shared_array(int byte_offset, size_t bytes);
+// An array of the block's dynamic shared memory, in a heap block of its own, filled with NaN. The block's shared
+// memory begins on a multiple of the largest alignment that its arrays are declared with.
+void* shared_array(int byte_offset, size_t bytes, int alignment = 128);
+
+// Where in the device's shared memory an address in such an array is; and back, of bytes in one array.
+uint32_t shared_address(const void* pointer);
+void* shared_pointer(uint32_t address, size_t bytes, Site site);
 
 // cp.async: bytes on their way to shared memory, per thread and in groups.
 struct Copy {
@@ -75,6 +80,51 @@ bool next_landed_copy(int pending, Copy& copy);
 
 // A dependent launch may begin before the one before it has ended, until it waits for that; every block must.
 void wait_for_previous_kernel();
+
+// ---- for what works beside the threads (mbarrier.cpp, wgmma.cpp) ----
+
+// What such a part keeps for the block that runs.
+struct BlockState {
+    virtual ~BlockState() = default;
+    // What should not be there any more once all threads have returned, or nothing.
+    virtual std::string left_over() const { return {}; }
+};
+BlockState& block_state(BlockState* (*make)());  // made for the block when first asked for
+
+template <typename T>
+T& of_block() {
+    return static_cast<T&>(block_state([]() -> BlockState* { return new T; }));
+}
+
+int current_thread();  // its number in the block
+
+// Others may run first.
+void give_way();
+
+// Stops the thread that runs until resume() names it. A report of a deadlock says what it waits for.
+void suspend(std::function<std::string()> what, Site site);
+void resume(int thread);
+
+// The work is done once, by the device: soon or after many turns, as the seed draws, at the latest when no thread
+// can run. Not at all after the block's threads have returned.
+void do_later(std::function<void()> work);
+
+// While the emulator works on behalf of a thread, its own memory accesses are nobody's race. (It is not instrumented,
+// but ThreadSanitizer sees what it does by way of malloc and memcpy.)
+class Unwatched {
+   public:
+    Unwatched();
+    ~Unwatched();
+    Unwatched(const Unwatched&) = delete;
+    Unwatched& operator=(const Unwatched&) = delete;
+};
+
+// For ThreadSanitizer: what came before a release of the address comes before what follows an acquire.
+void release(const void* address);
+void acquire(const void* address);
+
+std::string text(Site site);
+bool same(Site a, Site b);
 
 // Where the thread that runs stands: its block's number, its own, and how many barriers were passed.
 struct Position {

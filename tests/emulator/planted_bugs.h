@@ -19,6 +19,9 @@ using Array = std::vector<T>;
 
 inline void wait_for_kernels() {}
 
+// The programs that use what sm_90 added say so first.
+inline void use_hopper() { emulator::device() = {4, 227 * 1024, 90}; }
+
 #else
 
 // Memory that both the host and the GPU reach.
@@ -40,6 +43,8 @@ template <typename T>
 using Array = std::vector<T, Managed<T> >;
 
 inline void wait_for_kernels() { check(cudaDeviceSynchronize(), "a kernel failed"); }
+
+inline void use_hopper() {}
 
 #endif
 

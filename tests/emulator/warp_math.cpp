@@ -24,16 +24,10 @@ const float* half_table() {
     return table.data();
 }
 
-// Tensor cores truncate a sum to float instead of rounding it; doing so here keeps the emulated
-// error honest. (The hardware cuts somewhat earlier still, at the largest addend's last bit.)
-float truncate_to_float(double x) {
-    return float(bits_as<double>(bits_as<uint64_t>(x) & ~uint64_t(0x1fffffff)));
-}
-
 // acc += A B, with A 16 x K by rows and B K x 8 by rows.
 template <int K>
 void multiply(void* const operands[], const float (&a)[16][K], const float (&b)[K][8]) {
-    double sum[16][8];
+    float sum[16][8];
     for (int lane = 0; lane < kLanes; ++lane) {
         const float* acc = operand<Multiply>(operands, lane).acc;
         const int g = lane / 4;
@@ -43,19 +37,15 @@ void multiply(void* const operands[], const float (&a)[16][K], const float (&b)[
         sum[g + 8][2 * t] = acc[2];
         sum[g + 8][2 * t + 1] = acc[3];
     }
-    for (int i = 0; i < 16; ++i) {
-        for (int k = 0; k < K; ++k) {
-            for (int j = 0; j < 8; ++j) sum[i][j] += double(a[i][k]) * double(b[k][j]);
-        }
-    }
+    multiply_truncated(sum, a, b);
     for (int lane = 0; lane < kLanes; ++lane) {
         float* acc = operand<Multiply>(operands, lane).acc;
         const int g = lane / 4;
         const int t = lane % 4;
-        acc[0] = truncate_to_float(sum[g][2 * t]);
-        acc[1] = truncate_to_float(sum[g][2 * t + 1]);
-        acc[2] = truncate_to_float(sum[g + 8][2 * t]);
-        acc[3] = truncate_to_float(sum[g + 8][2 * t + 1]);
+        acc[0] = sum[g][2 * t];
+        acc[1] = sum[g][2 * t + 1];
+        acc[2] = sum[g + 8][2 * t];
+        acc[3] = sum[g + 8][2 * t + 1];
     }
 }
 

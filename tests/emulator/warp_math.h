@@ -3,7 +3,28 @@
 
 #include <cstdint>
 
+#include "cuda_language.h"
+
 namespace emulator {
+
+// Tensor cores truncate a sum to float instead of rounding it; doing so here keeps the emulated
+// error honest. (The hardware cuts somewhat earlier still, at the largest addend's last bit.)
+inline float truncate_to_float(double x) {
+    return float(bits_as<double>(bits_as<uint64_t>(x) & ~uint64_t(0x1fffffff)));
+}
+
+// acc += A B of one instruction, in rows, with the sums truncated.
+template <int M, int N, int K>
+void multiply_truncated(float (&acc)[M][N], const float (&a)[M][K], const float (&b)[K][N]) {
+    for (int i = 0; i < M; ++i) {
+        double sum[N];
+        for (int j = 0; j < N; ++j) sum[j] = acc[i][j];
+        for (int k = 0; k < K; ++k) {
+            for (int j = 0; j < N; ++j) sum[j] += double(a[i][k]) * double(b[k][j]);
+        }
+        for (int j = 0; j < N; ++j) acc[i][j] = truncate_to_float(sum[j]);
+    }
+}
 
 struct Shuffle {
     uint64_t value;

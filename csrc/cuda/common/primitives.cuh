@@ -1,5 +1,6 @@
 // Every PTX instruction and warp or block intrinsic of the kernels, each behind a small named
-// function; sm_80 and up. Nothing else in csrc/cuda holds inline assembly.
+// function; sm_80 and up. Nothing else in csrc/cuda holds inline assembly but mbarrier.cuh and wgmma.cuh,
+// which have what sm_90 added.
 //
 // With DML_CUDA_ON_HOST defined the same names come from the emulator (tests/emulator), which runs
 // the kernels on the CPU. So a kernel calls these functions only, never an intrinsic directly.

@@ -1,0 +1,79 @@
+"""nvcc compiles what uses wgmma for sm_90a, without spills or waits of its own; for nothing else at all."""
+
+import pytest
+from emulator.build import HERE
+
+from tools import machine_code
+
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
+
+needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
+
+PROGRAMS = ["hopper_products", "hopper_primitives", "hopper_similarities"]
+
+
+def analyse(program, flags=machine_code.FLAGS):
+    source = HERE / f"{program}.cu"
+    how = {"flags": flags, "front_ends": machine_code.HOPPER_FRONT_END}
+    report = (machine_code.compile_source(source, ("90a",), **how) / "ptxas.txt").read_text()
+    return machine_code.analyse(source, "90a", **how), report
+
+
+@needs_nvcc
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kernels(program):
+    kernels, report = analyse(program)
+    assert kernels
+    assert not machine_code.wgmma_remarks(report)
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0, kernel.name
+        assert kernel.stack_bytes == 0, kernel.name
+        assert kernel.max_threads > 0, f"{kernel.name} has no __launch_bounds__"
+        multiplies = kernel.name.startswith(("multiply", "products"))
+        assert (machine_code.matrix_instructions(kernel).get("HGMMA", 0) > 0) == multiplies, kernel.name
+        if multiplies:
+            assert any(name.startswith("UBLKCP") for name in kernel.instructions), kernel.name
+
+
+@needs_nvcc
+def test_two_blocks_on_a_multiprocessor():
+    """Of the tile product of 16-bit elements; one where they have two parts, in 192 KB."""
+    for kernel in analyse("hopper_products")[0]:
+        parts = int(kernel.name.removesuffix(">").rsplit(",", 1)[1])
+        stages = 3 * 32 * 1024 * parts + 48
+        assert kernel.blocks_per_multiprocessor == 3 - parts, kernel.name
+        assert kernel.shared_bytes_left >= stages, kernel.name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("program", ["hopper_products", "hopper_similarities"])
+def test_other_front_ends_refuse_wgmma(program):
+    """Rather than compile to nothing what a kernel for sm_90a is made of."""
+    for architecture in machine_code.ARCHITECTURES:
+        with pytest.raises(machine_code.CompileError, match="arch=compute_90a"):
+            machine_code.analyse(HERE / f"{program}.cu", architecture)
+
+
+@needs_nvcc
+def test_sees_serialised_wgmma(tmp_path):
+    """Accumulators that are used under way, of which ptxas must say so."""
+    source = tmp_path / "serialised.cu"
+    source.write_text("""
+        #include "cuda/common/wgmma.cuh"
+        using namespace dml;
+        __global__ void __launch_bounds__(128) serialised(float* out) {
+            char* tile = pattern_aligned_array<char>(0, 1 << 15);
+            float acc[kWgmmaRegisters] = {};
+            wgmma_fence(acc);
+            for (int k = 0; k < 4; ++k) {
+                const uint64_t a = operand<Major::kK>(tile, 0);
+                wgmma<__half, Major::kK, Major::kK>(acc, a, a);
+                acc[k] += 1.0f;
+            }
+            wgmma_commit();
+            wgmma_wait<0>(acc);
+            for (int i = 0; i < kWgmmaRegisters; ++i) out[i * 128 + threadIdx.x] = acc[i];
+        }""")
+    how = {"front_ends": machine_code.HOPPER_FRONT_END}
+    report = (machine_code.compile_source(source, ("90a",), **how) / "ptxas.txt").read_text()
+    assert machine_code.wgmma_remarks(report)
