@@ -31,6 +31,19 @@ inline Precision precision_of(const PairOptions& o, Scalar scalar) {
     return is_tf32(o.precision) && scalar == Scalar::kFloat32 ? Precision::kTf32 : Precision::kFull;
 }
 
+// Whether parameters are read from device memory, and may learn.
+inline bool has_device_params(const PairOptions& o, c10::Device device) {
+    return o.dynamic_params && o.dynamic_params->device() == device && o.dynamic_params->numel() > 1;
+}
+// Then the task reads them there. Returns the tensor that holds them.
+inline OptionalTensor set_learned(Task& task, const PairOptions& o, c10::Device device) {
+    if (!has_device_params(o, device)) return {};
+    const Tensor params = o.dynamic_params->contiguous();
+    task.learned.count = int(params.numel()) - 1;
+    task.learned.values = params.const_data_ptr<double>();
+    return params;
+}
+
 // A task on a batch, and the tensors that its pointers lead to.
 struct BatchInputs {
     Tensor points, labels;
@@ -76,24 +89,11 @@ struct Inputs : BatchInputs {
             row_weights = c.row_weights->to(accumulate.dtype()).contiguous();
             task.row_weights = row_weights->const_data_ptr();
         }
-        if (has_device_params(c)) {
-            params = c.dynamic_params->contiguous();
-            task.learned.count = int(params->numel()) - 1;
-            task.learned.values = params->const_data_ptr<double>();
-        }
-    }
-    // Where parameters are read from device memory, and may learn.
-    static bool has_device_params(const Call& c) {
-        return c.dynamic_params && c.dynamic_params->device() == c.embeddings.device() &&
-               c.dynamic_params->numel() > 1;
+        params = set_learned(task, c, c.embeddings.device());
     }
 };
 
 // What the CUDA kernels do not have; dml_cuda/_ops/evaluate.py goes other ways.
-inline void check_no_param_gradient(bool need_params) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!need_params,
-                                "need_params: the CUDA kernels of a ring have no gradient of parameters");
-}
 inline void check_one_direction(const Call& c) {
     TORCH_CHECK_NOT_IMPLEMENTED(!c.both_directions, "both_directions: the CUDA kernels know one");
 }

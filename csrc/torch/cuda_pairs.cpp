@@ -46,7 +46,7 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
                                   bool need_ref, bool need_params) {
     check_inputs(c);
     check_one_direction(c);
-    TORCH_CHECK_VALUE(!need_params || Inputs::has_device_params(c),
+    TORCH_CHECK_VALUE(!need_params || has_device_params(c, c.embeddings.device()),
                       "need_params: expected dynamic_params on the device of the embeddings");
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);

@@ -1,6 +1,7 @@
 // The ops on blocks of columns (torch/ops.cpp lists them) for CUDA tensors: they allocate what the engine of
 // cuda/ring/ring.h asks for and call it, on the current stream of the inputs' device, without host
 // synchronisation.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -28,9 +29,8 @@ BlockStage parse_stage(std::string_view name, std::optional<double> epsilon) {
 }
 
 // A state, or the weights that are made of it.
-void check_state(const Tensor& state, int64_t rows, at::ScalarType type, c10::Device device,
+void check_state(const Tensor& state, int64_t numbers, at::ScalarType type, c10::Device device,
                  const char* name) {
-    const int64_t numbers = state_numbers(rows);
     TORCH_CHECK_VALUE(state.dim() == 1 && state.numel() == numbers && state.is_contiguous() &&
                           state.scalar_type() == type && state.device() == device,
                       name, ": expected ", type, " of shape [", numbers, "] on ", device, ", got ",
@@ -40,11 +40,13 @@ void check_state(const Tensor& state, int64_t rows, at::ScalarType type, c10::De
 // A task of rows without their points.
 struct RowTask {
     Task task;
+    OptionalTensor params;  // that learn
     const BlockEntryPoints* engine;
 
-    RowTask(const PairOptions& options, bool is_double, int64_t rows) {
+    RowTask(const PairOptions& options, bool is_double, int64_t rows, c10::Device device) {
         Problem& p = task.problem;
-        p = describe(options);
+        p = describe(options, device);
+        params = set_learned(task, options, device);
         engine = engine_of(p, options.formula)->blocks;
         p.scalar = is_double ? Scalar::kFloat64 : Scalar::kFloat32;
         p.queries.count = rows;
@@ -57,7 +59,7 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
     const c10::cuda::CUDAGuard guard(pairs.device());
     const int64_t rows = pairs.size(1);
     const at::ScalarType type = is_double ? at::kDouble : at::kFloat;
-    const RowTask of_rows(options, is_double, rows);
+    const RowTask of_rows(options, is_double, rows, pairs.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     if (stage_name == "start") {
         Tensor state = at::empty({state_numbers(rows)}, pairs.options().dtype(type));
@@ -66,7 +68,7 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
     }
     const BlockStage stage = parse_stage(stage_name, options.epsilon);
     TORCH_CHECK_VALUE(before, "state: expected one in every stage but \"start\"");
-    check_state(*before, rows, type, pairs.device(), "state");
+    check_state(*before, state_numbers(rows), type, pairs.device(), "state");
     Tensor state = before->clone();
     of_rows.engine->turn(of_rows.task, stage, state.data_ptr(), stream);
     return state;
@@ -74,8 +76,8 @@ Tensor turn(const PairOptions& options, const OptionalTensor& before, const Tens
 
 // A block's points as the engine sees them.
 struct BlockInputs {
-    const Inputs in;
-    const Task& task = in.task;
+    Inputs in;
+    Task& task = in.task;
     const BlockEntryPoints& engine = *in.engine->blocks;
     const at::ScalarType type;  // that is computed in
 
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor> add(const Call& call, const Tensor& before, c10::stri
     const c10::cuda::CUDAGuard guard(embeddings.device());
     const BlockInputs block(call);
     const BlockStage stage = parse_stage(stage_name, call.epsilon);
-    check_state(before, embeddings.size(0), block.type, embeddings.device(), "state");
+    check_state(before, state_numbers(embeddings.size(0)), block.type, embeddings.device(), "state");
     const BlockSizes sizes = block.engine.sizes(block.task);
 
     const bool second = stage == BlockStage::kPositives;
@@ -137,14 +139,14 @@ std::tuple<Tensor, Tensor> finish(const PairOptions& options, const Tensor& stat
     const c10::cuda::CUDAGuard guard(pairs.device());
     const int64_t rows = pairs.size(1);
     const bool is_double = state.scalar_type() == at::kDouble;
-    check_state(state, rows, is_double ? at::kDouble : at::kFloat, pairs.device(), "state");
-    const RowTask of_rows(options, is_double, rows);
+    check_state(state, state_numbers(rows), is_double ? at::kDouble : at::kFloat, pairs.device(), "state");
+    const RowTask of_rows(options, is_double, rows, pairs.device());
     const Tensor counts = pairs.contiguous();
     Tensor losses = at::empty({4, rows}, state.options());
-    Tensor weights = at::empty(state.sizes(), state.options());
-    const Tensor flags = bytes(rows, state);
+    Tensor weights = at::empty({weight_numbers(of_rows.task)}, state.options());
+    const Tensor workspace = bytes(finish_bytes(of_rows.task), state);
     of_rows.engine->finish(of_rows.task, state.const_data_ptr(), counts.const_data_ptr<int64_t>(),
-                           losses.data_ptr(), weights.data_ptr(), flags.data_ptr(),
+                           losses.data_ptr(), weights.data_ptr(), workspace.data_ptr(),
                            c10::cuda::getCurrentCUDAStream());
     return {losses, weights};
 }
@@ -152,18 +154,19 @@ std::tuple<Tensor, Tensor> finish(const PairOptions& options, const Tensor& stat
 // grad_parts [2, N]: the gradient by each row's parts. The results are in the type computed in.
 BlockGradients backward_of_block(const Call& call, const Tensor& grad_parts, const Tensor& weights,
                                  const Tensor& kept, bool need_emb, bool need_ref, bool need_params,
-                                 bool /*by_rows*/) {
-    check_no_param_gradient(need_params);
+                                 bool by_rows) {
     const Tensor& embeddings = call.embeddings;
+    TORCH_CHECK_VALUE(!need_params || has_device_params(call, embeddings.device()),
+                      "need_params: expected dynamic_params on the device of the embeddings");
     const c10::cuda::CUDAGuard guard(embeddings.device());
-    const BlockInputs block(call);
+    BlockInputs block(call);
     const int64_t rows = embeddings.size(0);
     TORCH_CHECK_VALUE(grad_parts.dim() == 2 && grad_parts.size(0) == 2 && grad_parts.size(1) == rows &&
                           grad_parts.scalar_type() == block.type &&
                           grad_parts.device() == embeddings.device(),
                       "grad_parts: expected ", block.type, " of shape [2, ", rows, "], got ",
                       grad_parts.scalar_type(), " ", grad_parts.sizes());
-    check_state(weights, rows, block.type, embeddings.device(), "weights");
+    check_state(weights, weight_numbers(block.task), block.type, embeddings.device(), "weights");
     const BlockSizes sizes = block.engine.sizes(block.task);
     TORCH_CHECK_VALUE(kept.numel() == sizes.kept && kept.is_contiguous() && kept.scalar_type() == at::kByte &&
                           kept.device() == embeddings.device(),
@@ -174,10 +177,23 @@ BlockGradients backward_of_block(const Call& call, const Tensor& grad_parts, con
         if (!wanted) return at::empty({0}, options);
         return block.empty() ? at::zeros(like.sizes(), options) : at::empty(like.sizes(), options);
     };
-    const Tensor none = at::empty({0}, at::kDouble);
     Tensor grad_emb = gradient(need_emb, embeddings), grad_ref = gradient(need_ref, *call.ref_emb);
-    if (block.empty() || embeddings.size(1) == 0 || !(need_emb || need_ref))
-        return {grad_emb, grad_ref, none};
+    Tensor grad_params = at::empty({0}, at::kDouble);
+    if (need_params) {
+        grad_params = at::zeros({block.task.learned.count + 1}, block.in.params->options());
+        block.task.learned.gradient = grad_params.mutable_data_ptr<double>();
+    }
+    // What parameters do to the rows' losses for constant terms.
+    const auto add_rows = [&] {
+        if (!need_params || !by_rows) return;
+        const int64_t count = block.task.learned.count;
+        const Tensor parts = weights.narrow(0, state_numbers(rows), 2 * count * rows).view({count, 2, rows});
+        grad_params.narrow(0, 0, count).add_((parts * grad_parts).sum({1, 2}, false, at::kDouble));
+    };
+    if (block.empty() || embeddings.size(1) == 0 || !(need_emb || need_ref || need_params)) {
+        add_rows();
+        return {grad_emb, grad_ref, grad_params};
+    }
     const Tensor upstream = grad_parts.contiguous();
     const Tensor workspace = bytes(sizes.backward_workspace, embeddings);
     const auto data_or_null = [](bool wanted, const Tensor& x) { return wanted ? x.data_ptr() : nullptr; };
@@ -185,7 +201,8 @@ BlockGradients backward_of_block(const Call& call, const Tensor& grad_parts, con
                           sizes.kept > 0 ? kept.const_data_ptr() : nullptr, data_or_null(need_emb, grad_emb),
                           data_or_null(need_ref, grad_ref), workspace.data_ptr(),
                           c10::cuda::getCurrentCUDAStream());
-    return {grad_emb, grad_ref, none};
+    add_rows();
+    return {grad_emb, grad_ref, grad_params};
 }
 
 }  // namespace

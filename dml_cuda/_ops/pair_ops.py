@@ -66,7 +66,10 @@ def _pair_block(a):
 @fake_kernel("pair_block_rows")
 def _pair_block_rows(a):
     n = a.pairs.shape[1]
-    return a.state.new_empty(4, n), a.state.new_empty(_C.ring_weights_shape(a.pairs.device.type, n))
+    shape = _C.ring_weights_shape(a.pairs.device.type, n)
+    if params := _device_params(a):  # behind the weights: what they do to the rows' parts
+        shape = [shape[0] + 2 * params * n]
+    return a.state.new_empty(4, n), a.state.new_empty(shape)
 
 
 @fake_kernel("pair_block_backward")

@@ -23,7 +23,7 @@ from .._inputs.batch import Batch
 from .._ops.arguments import OpBatch, OpOptions, precision_for
 from .._ops.autograd import first_derivative
 from .._ops.devices import has_kernel
-from .._ops.evaluate import Call
+from .._ops.evaluate import Call, device_of_params
 from .processes import Processes, padded, total
 
 _BLOCK, _GRADIENT = 1, 2  # tags of what is sent
@@ -46,8 +46,6 @@ def check(call: Call, batch: Batch) -> None:
     device = batch.embeddings.device
     if not has_kernel(device):
         raise ValueError(f'mode: expected "gather" where there is no kernel for {device.type}, got "ring"')
-    if device.type == "cuda" and call.learns:
-        raise ValueError('mode: expected "gather" on a GPU with parameters that learn, got "ring"')
     if device.type == "cuda" and not call.formula.on_cuda:
         raise ValueError(
             f'mode: expected "gather" with a formula that was loaded without CUDA kernels, got "ring" on '
@@ -225,7 +223,7 @@ def compute(call: Call, batch: Batch, processes: Processes, rows: list[int], ref
         epsilon=batch.epsilon, mine_self_pair=False, precision=precision_for(batch.embeddings)
     )
     if call.learns:
-        options = options.with_dynamic_params()
+        options = options.with_dynamic_params(device_of_params(batch.embeddings))
     rows = batch.labels, batch.row_weights
     points = batch.embeddings, batch.ref_emb
     return _PairLoss.apply(*points, options.dynamic_params, *rows, blocks, options)[0]

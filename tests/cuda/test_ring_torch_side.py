@@ -49,13 +49,15 @@ class Batch:
 
     def around(
         self, of, device, formula, params, epsilon, similarity="cosine", reduction="mean", *, keep=True,
-        precision="ieee",
+        precision="ieee", learns=False,
     ):  # fmt: skip
-        """Losses and gradients of the ops ``of``, in the stages of a kind of device."""
+        """Losses and gradients of the ops ``of``, in the stages of a kind of device; by parameters last, if
+        they learn."""
         is_double = self.x.dtype == torch.float64
         options = OpOptions(
             formula, params, epsilon, similarity, reduction, mine_self_pair=False, precision=precision
         )
+        options = options.with_dynamic_params() if learns else options
         state = of.pair_block_turn(*options, None, self.pairs, "start", is_double)
         found = [None] * len(self.blocks)
         for stage in _C.ring_stages(device, formula, epsilon is not None):
@@ -65,11 +67,17 @@ class Batch:
                     found[k] = None
             state = of.pair_block_turn(*options, state, self.pairs, stage, is_double)
         losses, weights = of.pair_block_rows(*options, state, self.pairs)
-        gradients = []
-        for batch, kept in zip(self.batches(), found, strict=True):
-            given = self.grad_parts, weights, kept, True, True, False, False
-            gradients += of.pair_block_backward(*batch, *options, *given)[:2]
-        return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients
+        gradients, by_params = [], []
+        for k, (batch, kept) in enumerate(zip(self.batches(), found, strict=True)):
+            given = self.grad_parts, weights, kept, True, True, learns, k == 0
+            *by_points, by_param = of.pair_block_backward(*batch, *options, *given)
+            gradients += by_points
+            by_params.append(by_param)
+            if learns:  # alone, it is the same
+                alone = of.pair_block_backward(*batch, *options, *given[:3], False, False, True, k == 0)
+                assert torch.equal(alone[2], by_param)
+        by_params = [sum(by_params)] if learns else []
+        return losses[:2], (losses[2:] * (losses[:2] != 0)), *gradients, *by_params
 
 
 def check(found, expected, tolerance):
@@ -78,6 +86,18 @@ def check(found, expected, tolerance):
         assert a.dtype == b.dtype
         scale = max(1.0, float(b.double().abs().max())) if b.numel() else 1.0
         assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
+@pytest.mark.parametrize("loss", ON_CUDA.values(), ids=ON_CUDA)
+def test_parameters_that_learn(on_host, loss, epsilon):
+    """The first block may be empty: its rows are not."""
+    for similarity in SIMILARITIES:
+        how = loss.name, loss.params(similarity, **loss.smooth), epsilon, similarity
+        for sizes in ((20, (30, 0, 1)), (3, (140,)), (1, (0, 2))):
+            batch = Batch(*sizes)
+            expected = batch.around(CPU, "cpu", *how, learns=True)
+            check(batch.around(on_host, "cuda", *how, learns=True), expected, 1e-9)
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1], ids=["all", "mined"])
@@ -232,4 +252,4 @@ def test_a_ring_of_cuda_kernels(on_host, size, tmp_path):
     for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [name for name, text in found.items() if text] == [], next(filter(None, found.values()))
-        assert len(found) == 3 * (len(ON_CUDA) if size == 3 else 3) + 7
+        assert len(found) == 3 * (len(ON_CUDA) if size == 3 else 3) + 8

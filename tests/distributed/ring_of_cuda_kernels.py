@@ -16,7 +16,8 @@ from emulator import torch_side
 from dml_cuda import _C
 from dml_cuda.distributed import ring
 
-SOME = ("large", "other_columns", "short_types", "miners", "repeatable", "infinite", "partly_differentiable")
+SOME = ("large", "other_columns", "short_types", "miners", "repeatable", "infinite", "partly_differentiable",
+        "learned_parameters")  # fmt: skip
 
 
 def chosen(size):

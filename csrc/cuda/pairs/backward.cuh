@@ -208,20 +208,19 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
 }
 
-// The gradient by the parameters. sums: [params, slots] of workspace.
-template <typename Math>
-void gradient_by_params(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss, double* sums) {
-    using Acc = typename Math::Acc;
+// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace.
+template <typename Math, typename Acc = typename Math::Acc>
+void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
+                        const Acc* grad_loss, double* sums) {
     const Task& task = launcher.task;
     const LearnedParams& learned = task.learned;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
     const int64_t slots = TilePolicy<Math>::param_slots(task);
     if (slots == 0) {  // no pairs
-        Learned<Acc>::reduce(task, launcher.arrays.row_stats, grad_loss, launcher.stream);
+        Learned<Acc>::reduce(task, by_rows, launcher.arrays.row_stats, grad_loss, launcher.stream);
         return;
     }
-    const ByParams<Acc> by_params = {rows_by_params<Acc>(task), learned.count, sums, learned.ticket(),
-                                     learned.gradient};
+    const ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient};
     launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
         all.cache_filled = all.cache != nullptr;
         launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),

@@ -104,7 +104,7 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
-            Learned<Acc>::reduce(aligned, row_stats, upstream, stream);
+            Learned<Acc>::reduce(aligned, rows_by_params<Acc>(aligned), row_stats, upstream, stream);
         }
         return;
     }
@@ -112,7 +112,9 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
     if (queries || refs) backward_tiles(launcher, upstream, queries, refs, bytes);
     // The workspace of the gradients is free again.
-    if (learned.gradient) gradient_by_params(launcher, upstream, reinterpret_cast<double*>(bytes));
+    if (learned.gradient)
+        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream,
+                           reinterpret_cast<double*>(bytes));
 }
 
 template <typename Math>

@@ -12,10 +12,21 @@ struct Learned {
     // Makes the formula of the parameters' values; nothing where none learns.
     static void make(const Task& task, cudaStream_t stream);
     // The gradient by the parameters, where forward has summed what they do to terms.
-    static void reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                       cudaStream_t stream);
+    static void reduce(const Task& task, const RowsByParams<Acc>& rows, const RowStats<Acc>& row_stats,
+                       const Acc* grad_loss, cudaStream_t stream);
 };
 extern template struct Learned<float>;
 extern template struct Learned<double>;
+
+// The task with its formula made at the beginning of the workspace, which is advanced; unchanged where no
+// parameter learns.
+template <typename Acc>
+Task with_made_formula(Task task, unsigned char*& workspace, cudaStream_t stream) {
+    if (task.learned.count == 0) return task;
+    task.learned.made = workspace;
+    workspace += learned_bytes<int64_t>(0, task.learned.count, sizeof(Acc));
+    Learned<Acc>::make(task, stream);
+    return task;
+}
 
 }  // namespace dml::cuda

@@ -89,7 +89,7 @@ struct TilePolicy {
         return std::min(tiles_along(p.queries.count) * tiles_along(p.refs.count), kMostParamSlots);
     }
     static int64_t param_bytes(const Task& task) {
-        return param_slots(task) * task.learned.count * int64_t(sizeof(double));
+        return round_up(param_slots(task) * task.learned.count * int64_t(sizeof(double)), 16);
     }
 
     // Forward's workspace: row results, partial results of a tile group, the tiles' extremes.

@@ -98,8 +98,10 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     const int64_t partials = partials_size(Policy::forward_shape(task).tiles(), Policy::kTile, false);
     int64_t backward = kHeader + kStatsPerRow * n + n + m;
     if (Policy::sums_weights(p)) backward += Policy::weight_partials_size(task) + n + m;
-    return {packed + (n + m + partials) * kNumber,
-            packed + Policy::weight_bytes(task) + Policy::part_bytes(task) + backward * kNumber,
+    const int64_t made = learned_bytes<int64_t>(0, task.learned.count, kNumber);
+    return {packed + made + (n + m + partials) * kNumber,
+            packed + made + Policy::param_bytes(task) + Policy::weight_bytes(task) +
+                Policy::part_bytes(task) + backward * kNumber,
             extremes_bytes(tiles, kNumber), Policy::has_kept(p) ? tiles : 0};
 }
 
@@ -112,7 +114,8 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     const int64_t n = asked.problem.queries.count, m = asked.problem.refs.count;
     if (n == 0 || m == 0) return;
     auto* bytes = static_cast<unsigned char*>(workspace);
-    const Task task = with_aligned_rows<T>(in_tiles(asked), bytes, stream);
+    const Task task =
+        with_made_formula<Acc>(with_aligned_rows<T>(in_tiles(asked), bytes, stream), bytes, stream);
     const Problem& p = task.problem;
     Acc* norms = reinterpret_cast<Acc*>(bytes);
     const RowStats<Acc> row_stats = state_of(static_cast<Acc*>(state), n);
@@ -148,7 +151,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     using Acc = typename Math::Acc;
     using Policy = GradientPolicy<Math>;
     auto* bytes = static_cast<unsigned char*>(workspace);
-    Task task = with_aligned_rows<T>(in_tiles(asked), bytes, stream);
+    Task task = with_made_formula<Acc>(with_aligned_rows<T>(in_tiles(asked), bytes, stream), bytes, stream);
     const Problem& p = task.problem;
     task.problem.reduction = Reduction::kSum;  // the upstream gradient is in the rows' weights
     task.problem.return_sums = false;
@@ -156,6 +159,8 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
 
     // 1. The workspace.
     GradientWorkspace<typename Policy::Weight, Acc> space = {};
+    auto* param_sums = reinterpret_cast<double*>(bytes);
+    bytes += Policy::param_bytes(task);
     space.weights = reinterpret_cast<typename Policy::Weight*>(bytes);
     space.parts = reinterpret_cast<Acc*>(bytes + Policy::weight_bytes(task));
     Acc* numbers = space.parts + Policy::part_bytes(task) / int64_t(sizeof(Acc));
@@ -182,6 +187,8 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     // 3. The gradients, summed in place.
     const Acc* one = row_stats.header + kScale;
     Acc *row_sums = static_cast<Acc*>(grad_rows), *block_sums = static_cast<Acc*>(grad_block);
+    if (task.learned.gradient) gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums);
+    if (!row_sums && !block_sums) return;
     const BackwardPass<Math> pass{launcher, one, space};
     pass.add_pairs({launcher.all_rows(), row_sums}, {launcher.all_cols(), block_sums}, true);
     const auto finish = [&](const Rows<T, Acc>& rows, const Acc* weight_sums, Acc* grad) {

@@ -14,6 +14,8 @@ namespace dml::cuda {
 
 enum class BlockStage { kStart, kHardest, kNegatives, kPositives, kBoth };
 
+// Where parameters learn, each call makes the formula of their values at the beginning of its workspace.
+
 // Bytes; extremes and kept are 0 where there are too many tiles to store them.
 struct BlockSizes {
     int64_t forward_workspace, backward_workspace;
@@ -31,13 +33,22 @@ void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t str
 void add_block(const Task& task, BlockStage stage, void* state, void* extremes, void* kept, void* workspace,
                cudaStream_t stream);
 
-// From the state to losses [4, rows] (parts 0 and 1, counts 0 and 1) and weights, a state for backward. pairs
-// [2, rows]: the numbers of a row's positives and negatives. flags: [rows] bytes of workspace.
+// From the state to losses [4, rows] (parts 0 and 1, counts 0 and 1) and weights [weight_numbers], a state for
+// backward and behind it, where parameters learn, what they do to the rows' parts for constant terms [params,
+// 2, rows]. pairs [2, rows]: the numbers of a row's positives and negatives. workspace: finish_bytes.
+inline int64_t weight_numbers(const Task& task) {
+    const int64_t rows = task.problem.queries.count;
+    return state_numbers(rows) + 2 * task.learned.count * rows;
+}
+inline int64_t finish_bytes(const Task& task) {
+    return learned_bytes<int64_t>(0, task.learned.count, 1) + task.problem.queries.count;
+}
 void finish_rows(const Task& task, const void* state, const int64_t* pairs, void* losses, void* weights,
-                 void* flags, cudaStream_t stream);
+                 void* workspace, cudaStream_t stream);
 
 // grad_parts [2, rows]: the gradient by each row's parts. grad_rows [rows, dim] and grad_block [refs.count,
-// dim], of the accumulating type; null where not wanted. Neither side may be empty.
+// dim], of the accumulating type; null where not wanted. The gradient by parameters that learn is that of the
+// block's terms. Neither side may be empty.
 void block_backward(const Task& task, const void* weights, const void* grad_parts, const void* kept,
                     void* grad_rows, void* grad_block, void* workspace, cudaStream_t stream);
 

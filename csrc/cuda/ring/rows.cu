@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kRowThreads)
 template <typename Acc>
 __global__ void __launch_bounds__(kRowThreads)
     finish_rows_of(const __grid_constant__ AnyFormula<Acc> any_formula, bool mining, Reduction reduction,
-                   int64_t rows, RowStats<Acc> from, const int64_t* pairs, Acc* losses, RowStats<Acc> to) {
+                   int64_t rows, RowStats<Acc> from, const int64_t* pairs, Acc* losses, RowStats<Acc> to,
+                   RowsByParams<Acc> by_params) {
     const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
     if (i < kHeader) to.header[i] = from.header[i];
     if (i >= rows) return;
@@ -79,8 +80,9 @@ __global__ void __launch_bounds__(kRowThreads)
         const Gathering<Formula, Acc> gathered = RunningRow<Acc>{from, i}.template load<Formula>();
         const Bounds<Acc> bounds = {from.pos_below[i], from.neg_above[i]};
         const bool both = positives > 0 && negatives > 0;
-        const RowResult<Acc> result = finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
-                                                 Results<Acc>{nullptr, 0, nullptr, reduction, nullptr, {}});
+        const RowResult<Acc> result =
+            finish_row(to, i, formula, gathered, bounds, mining, both, Acc(1),
+                       Results<Acc>{nullptr, 0, nullptr, reduction, nullptr, by_params});
         // An input that is not finite reaches only rows to which the labels give the pairs that a loss needs.
         const bool poisoned = row_has_loss(Formula::needed_pairs(), mining, positives > 0, negatives > 0) &&
                               !is_finite(from.header[kHealth]);
@@ -106,18 +108,23 @@ void turn_rows(const Task& task, BlockStage stage, void* state, cudaStream_t str
     });
 }
 
-void finish_rows(const Task& task, const void* state, const int64_t* pairs, void* losses, void* weights,
-                 void* flags, cudaStream_t stream) {
-    const Problem& p = task.problem;
-    with_number(task, [&](auto number) {
+void finish_rows(const Task& asked, const void* state, const int64_t* pairs, void* losses, void* weights,
+                 void* workspace, cudaStream_t stream) {
+    const Problem& p = asked.problem;
+    with_number(asked, [&](auto number) {
         using Acc = decltype(number);
         const int64_t rows = p.queries.count;
+        auto* bytes = static_cast<unsigned char*>(workspace);
+        const Task task = with_made_formula<Acc>(asked, bytes, stream);
         RowStats<Acc> to = state_of(static_cast<Acc*>(weights), rows);
-        to.flags = static_cast<uint8_t*>(flags);
+        to.flags = bytes;
+        RowsByParams<Acc> by_params = {};
+        if (task.learned.count > 0)
+            by_params = {task.learned.made, static_cast<Acc*>(weights) + state_numbers(rows), rows};
         launch(finish_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream,
-               AnyFormula<Acc>(p), p.mining.on, p.reduction, rows,
+               AnyFormula<Acc>(p, task.learned.made), p.mining.on, p.reduction, rows,
                state_of(const_cast<Acc*>(static_cast<const Acc*>(state)), rows), pairs,
-               static_cast<Acc*>(losses), to);
+               static_cast<Acc*>(losses), to, by_params);
     });
 }
 
