@@ -28,8 +28,8 @@ class ParamSums {
     DML_INLINE ParamSums(const double* params, double* sums) : derivatives_(params), sums_(sums) {}
 
     // The pairs [begin, end) of a row: their sums, and their weights, coefficient * d term / d similarity, in
-    // `out`. context(j): what the terms of pair j see. Not inlined: weights of every kind share it, and it is most
-    // of what there is to compile.
+    // `out`. context(j): what the terms of pair j see. Not inlined: weights of both accumulators, of one side and of
+    // both share it.
     template <bool kAdd, typename Kind, typename Context>
     __attribute__((noinline)) void add(const Kind& kind, const T* s, const T* coefficient, int64_t begin,
                                        int64_t end, T* out, const Context& context) const {
