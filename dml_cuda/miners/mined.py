@@ -187,10 +187,14 @@ class Mined(LazyList):
 
     def points(self) -> tuple[Tensor, Tensor]:
         """Rows ``[N, D]`` and columns ``[M, D]`` as :func:`similarity_matrix` expects them."""
+        x, *refs = (full_precision(matrix, self.similarity) for matrix in self.points_of_one_type())
+        return x, refs[0] if refs else x
+
+    def points_of_one_type(self) -> list[Tensor]:
+        """Rows ``[N, D]``, and columns ``[M, D]`` where they are others."""
         points = [self.embeddings] if self.ref_emb is None else [self.embeddings, self.ref_emb]
         dtype = torch.promote_types(points[0].dtype, points[-1].dtype)  # they differ under autocast only
-        x, *refs = (full_precision(matrix.to(dtype), self.similarity) for matrix in points)
-        return x, refs[0] if refs else x
+        return [matrix.to(dtype) for matrix in points]
 
     def without_self_pairs(self, begin: int, positive: Tensor) -> Tensor:
         """The mask ``[rows, M]`` of a block from row ``begin`` on, without the pairs with ``self_index``."""

@@ -109,13 +109,10 @@ class MinedPairs(Mined):
     def _count(self) -> Tensor:
         """The numbers ``[2, N]`` of positives and negatives, by the kernels of CUDA."""
         self._check_unchanged()
-        points = [x if x is None else x.detach() for x in (self.embeddings, self.ref_emb)]
-        if self.ref_emb is not None:  # types differ under autocast only
-            dtype = torch.promote_types(points[0].dtype, points[1].dtype)
-            points = [x.to(dtype) for x in points]
+        x, *refs = (matrix.detach() for matrix in self.points_of_one_type())
         labels = [x if x is None else x.long() for x in (self.labels, self.ref_labels)]
         return torch.ops.dml_cuda.count_pairs(
-            points[0], labels[0], points[1], labels[1], self.self_index, self.num_valid_refs,
+            x, labels[0], refs[0] if refs else None, labels[1], self.self_index, self.num_valid_refs,
             self.epsilon, self.similarity,
         )  # fmt: skip
 

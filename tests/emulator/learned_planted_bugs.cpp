@@ -14,12 +14,6 @@ namespace {
 
 using Math = Tf32Math<float, true>;
 
-Buffer poisoned(int64_t bytes) {
-    Buffer buffer(bytes);
-    std::memset(buffer.data.get(), 0xff, size_t(bytes));
-    return buffer;
-}
-
 void run(int64_t n, int64_t m) {
     constexpr int64_t kDim = 8;
     constexpr FormulaId kFormula = FormulaId::multi_similarity;

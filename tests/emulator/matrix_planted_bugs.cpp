@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -46,11 +45,6 @@ void run(const Plane& queries, const Plane* refs, int64_t num_valid_refs, bool i
     std::copy_n(kParams[int(p.formula)], 3, p.params);
     p.mining = {true, 0.01};
     const MatrixEngine<Math> engine = {task};
-    const auto poisoned = [](int64_t bytes) {
-        Buffer buffer(bytes);
-        std::memset(buffer.data.get(), 0xff, size_t(bytes));
-        return buffer;
-    };
     const int64_t n = p.queries.count, m = p.refs.count;
     const Buffer saved = poisoned(MatrixSizes<int64_t>(n, m, p.square, sizeof(float)).bytes);
     const Buffer forward_space = poisoned(engine.forward_workspace_bytes());

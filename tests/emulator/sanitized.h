@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 
@@ -27,6 +28,13 @@ struct Buffer {
         return static_cast<T*>(data.get());
     }
 };
+
+// Filled with NaN.
+inline Buffer poisoned(int64_t bytes) {
+    Buffer buffer(bytes);
+    std::memset(buffer.data.get(), 0xff, size_t(bytes));
+    return buffer;
+}
 
 template <typename T>
 struct Cloud {

@@ -14,6 +14,12 @@ int64_t blocks_of(int64_t rows, bool block_a_row) {
 }
 
 template <typename Acc>
+MatrixRows<Acc> matrix_rows(const Problem& p, const SavedMatrix<Acc>& saved, int64_t first) {
+    return {saved,        first,    p.queries.labels, p.refs.labels, p.refs.count, p.num_valid_refs,
+            p.self_index, p.square, p.mine_self_pair, p.mining};
+}
+
+template <typename Acc>
 void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_backward,
                     const RowsWorkspace<Acc>& space, Acc* loss, cudaStream_t stream) {
     const Problem& p = task.problem;
@@ -21,16 +27,8 @@ void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_ba
     const bool block_a_row = has_long_rows(task);
     const int64_t blocks = blocks_of(p.queries.count, block_a_row);
     const RowsTask<Acc> of = {
-        saved,
-        p.queries.labels,
-        p.refs.labels,
-        p.refs.count,
-        p.num_valid_refs,
-        p.self_index,
-        p.square,
-        p.mine_self_pair,
+        matrix_rows(p, saved, 0),
         p.similarity.euclidean,
-        p.mining,
         !(facts.counts_pairs && p.reduction == Reduction::kMeanNonzero),
         has_backward,
         {space.results, blocks, p.reduction == Reduction::kNone ? loss : nullptr, p.reduction,
@@ -49,18 +47,7 @@ void launch_counts_of(const Task& task, const SavedMatrix<Acc>& saved, int64_t f
                       cudaStream_t stream) {
     const Problem& p = task.problem;
     const bool block_a_row = has_long_rows(task);
-    const CountTask<Acc> of = {saved,
-                               first,
-                               p.queries.count,
-                               p.queries.labels,
-                               p.refs.labels,
-                               p.refs.count,
-                               p.num_valid_refs,
-                               p.self_index,
-                               p.square,
-                               p.mine_self_pair,
-                               p.mining,
-                               counts};
+    const CountTask<Acc> of = {matrix_rows(p, saved, first), p.queries.count, counts};
     launch(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
            dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
            RowsLayout<Acc>::kScratchSize * sizeof(Acc), stream, of);

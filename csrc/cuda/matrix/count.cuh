@@ -5,22 +5,14 @@
 
 namespace dml::cuda {
 
-// Rows [first, first + saved.rows) of all.
 template <typename Acc>
-struct CountTask {
-    SavedMatrix<Acc> saved;
-    int64_t first, all;
-    const int64_t *labels, *ref_labels;  // [all], [refs]
-    int64_t refs;
-    const int64_t* num_valid_refs;
-    const int64_t* self_index;  // [all]; null where the columns are the rows
-    bool square, mine_self_pair;
-    Mining mining;
+struct CountTask : MatrixRows<Acc> {
+    int64_t all;      // rows of the batch
     int64_t* counts;  // [2, all] positives, negatives
 
     DML_DEVICE bool has_nan(int64_t row, int64_t cols, int64_t from, int64_t step) const {
-        bool found = !is_finite(saved.query_norms[row]);
-        for (int64_t j = from; j < cols; j += step) found |= !is_finite(saved.ref_norms[j]);
+        bool found = !is_finite(this->saved.query_norms[row]);
+        for (int64_t j = from; j < cols; j += step) found |= !is_finite(this->saved.ref_norms[j]);
         return found;
     }
 };
@@ -34,21 +26,17 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
 #pragma unroll 1
     for (int64_t i = int64_t(blockIdx.x) * kRows + (kBlock ? 0 : warp_id()); i < task.saved.rows;
          i += int64_t(gridDim.x) * kRows) {
-        const int64_t row = task.first + i, label = task.labels[row];
-        int64_t self = task.square ? row : task.self_index ? task.self_index[row] : -1;
-        if (self < 0 || self >= cols || task.ref_labels[self] != label) self = -1;  // a pair like others
-        const RowPairs<kBlock, Acc> pairs = {
-            team, task.saved.pairs + i * task.saved.pitch, task.ref_labels, int(cols), int(self), label};
+        const auto pairs = RowPairs<kBlock, Acc>::of(task, team, i, cols);
         Bounds<Acc> bounds = Bounds<Acc>::all();
         if (task.mining.on) {
-            const Extremes<Acc> hardest = pairs.find_hardest(!task.square && task.mine_self_pair);
+            const Extremes<Acc> hardest = pairs.find_hardest(task);
             // Where a point is not finite no pair is known to be easy.
             Acc nan[1] = {Acc(task.has_nan(i, cols, team.thread(), team.kThreads))};
             team.merge(nan, Maximum{});
             bounds = nan[0] > Acc(0) && hardest.has_both() ? bounds : hardest.mined(Acc(task.mining.epsilon));
         }
         int count[2] = {0, 0};
-        pairs.template for_each<4>(int(self), [&](Acc s, bool positive) {
+        pairs.template for_each<4>(pairs.self, [&](Acc s, bool positive) {
             if (positive ? s < bounds.pos_below : s > bounds.neg_above) ++count[positive ? 0 : 1];
         });
         // In halves, which a float adds up exactly.
@@ -58,7 +46,8 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
         team.merge(sums, Plus{});
         if (team.thread() != 0) continue;
         for (int k = 0; k < 2; ++k)
-            task.counts[k * task.all + row] = int64_t(sums[2 * k]) + int64_t(sums[2 * k + 1]) * kHalf;
+            task.counts[k * task.all + task.first + i] =
+                int64_t(sums[2 * k]) + int64_t(sums[2 * k + 1]) * kHalf;
     }
 }
 

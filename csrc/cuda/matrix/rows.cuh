@@ -11,15 +11,22 @@
 
 namespace dml::cuda {
 
+// Rows [first, first + saved.rows) of a batch, and how their pairs are mined.
 template <typename Acc>
-struct RowsTask {
+struct MatrixRows {
     SavedMatrix<Acc> saved;
-    const int64_t *labels, *ref_labels;
+    int64_t first;
+    const int64_t *labels, *ref_labels;  // [all rows], [refs]
     int64_t refs;
     const int64_t* num_valid_refs;
-    const int64_t* self_index;
-    bool square, mine_self_pair, euclidean;
+    const int64_t* self_index;  // [all rows], or null
+    bool square, mine_self_pair;
     Mining mining;
+};
+
+template <typename Acc>
+struct RowsTask : MatrixRows<Acc> {
+    bool euclidean;
     bool count_zeros;      // whether a term of 0 counts
     bool has_backward;     // else no derivative is stored
     Results<Acc> results;  // a slot for each block
@@ -74,6 +81,15 @@ struct RowPairs {
     int cols, self;         // self: the column that is the row itself, or -1
     int64_t label;
 
+    // Those of row `i` of the matrix, of which so many columns are in use.
+    static DML_DEVICE RowPairs of(const MatrixRows<Acc>& rows, const Team<kBlock, Acc>& team, int64_t i,
+                                  int64_t cols) {
+        const int64_t row = rows.first + i, label = rows.labels[row];
+        int64_t self = rows.square ? row : rows.self_index ? rows.self_index[row] : -1;
+        if (self < 0 || self >= cols || rows.ref_labels[self] != label) self = -1;  // a pair like others
+        return {team, rows.saved.pairs + i * rows.saved.pitch, rows.ref_labels, int(cols), int(self), label};
+    }
+
     // f(similarity, whether positive) for this thread's pairs but `left_out`, in ascending order.
     template <int Unroll, typename F>
     DML_DEVICE void for_each(int left_out, const F& f) const {
@@ -84,9 +100,10 @@ struct RowPairs {
     }
 
     // 1. The hardest pairs. Mining may see the row itself.
-    DML_DEVICE Extremes<Acc> find_hardest(bool mine_self_pair) const {
+    DML_DEVICE Extremes<Acc> find_hardest(const MatrixRows<Acc>& rows) const {
         Extremes<Acc> hardest;
-        for_each<4>(mine_self_pair ? -1 : self, [&](Acc s, bool positive) { hardest.add(positive, s); });
+        for_each<4>(!rows.square && rows.mine_self_pair ? -1 : self,
+                    [&](Acc s, bool positive) { hardest.add(positive, s); });
         Acc both[2] = {hardest.max_neg, -hardest.min_pos};
         team.merge(both, Maximum{});
         return {-both[1], both[0]};
@@ -206,15 +223,11 @@ template <bool kBlock, typename Acc>
 DML_DEVICE RowResult<Acc> finish_matrix_row(const RowsTask<Acc>& task, const AnyFormula<Acc>& any_formula,
                                             const Team<kBlock, Acc>& team, int64_t i, int64_t cols) {
     const SavedMatrix<Acc>& saved = task.saved;
-    const int64_t label = task.labels[i];
-    int64_t self = task.square ? i : task.self_index ? task.self_index[i] : -1;
-    if (self < 0 || self >= cols || task.ref_labels[self] != label) self = -1;  // a pair like others
-    const RowPairs<kBlock, Acc> pairs = {
-        team, saved.pairs + i * saved.pitch, task.ref_labels, int(cols), int(self), label};
+    const auto pairs = RowPairs<kBlock, Acc>::of(task, team, i, cols);
     Bounds<Acc> bounds = Bounds<Acc>::all();
     bool had_both = false;
     if (task.mining.on) {
-        const Extremes<Acc> hardest = pairs.find_hardest(!task.square && task.mine_self_pair);
+        const Extremes<Acc> hardest = pairs.find_hardest(task);
         bounds = hardest.mined(Acc(task.mining.epsilon));
         had_both = hardest.has_both();
     }

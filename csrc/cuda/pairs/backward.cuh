@@ -3,7 +3,6 @@
 
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
-#include "cuda/pairs/learned_params.h"
 #include "cuda/pairs/terms_by_params.cuh"
 
 namespace dml::cuda {
@@ -208,7 +207,8 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
 }
 
-// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace.
+// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace. A batch
+// without pairs takes the matrix path.
 template <typename Math, typename Acc = typename Math::Acc>
 void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
                         const Acc* grad_loss, double* sums) {
@@ -216,10 +216,6 @@ void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>&
     const LearnedParams& learned = task.learned;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
     const int64_t slots = TilePolicy<Math>::param_slots(task);
-    if (slots == 0) {  // no pairs
-        Learned<Acc>::reduce(task, by_rows, launcher.arrays.row_stats, grad_loss, launcher.stream);
-        return;
-    }
     const ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient};
     launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
         all.cache_filled = all.cache != nullptr;

@@ -104,7 +104,7 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
-            Learned<Acc>::reduce(aligned, rows_by_params<Acc>(aligned), row_stats, upstream, stream);
+            Learned<Acc>::reduce(aligned, row_stats, upstream, stream);
         }
         return;
     }

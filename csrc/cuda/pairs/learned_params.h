@@ -12,8 +12,8 @@ struct Learned {
     // Makes the formula of the parameters' values; nothing where none learns.
     static void make(const Task& task, cudaStream_t stream);
     // The gradient by the parameters, where forward has summed what they do to terms.
-    static void reduce(const Task& task, const RowsByParams<Acc>& rows, const RowStats<Acc>& row_stats,
-                       const Acc* grad_loss, cudaStream_t stream);
+    static void reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
+                       cudaStream_t stream);
 };
 extern template struct Learned<float>;
 extern template struct Learned<double>;

@@ -185,13 +185,10 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
             result.not_finite += Acc(!is_finite(tile_group.cols.norms[j]));
             result.very_long += Acc(is_very_long(tile_group.cols.norms[j]));
         }
-        Acc* shared = shared_array<Acc>(kMergeScratch<Acc>, kWarpSize);
-        result.not_finite = block_sum(result.not_finite, shared);
-        result.very_long = block_sum(result.very_long, shared);
-    } else if (warp_id() == 0) {
-        result.not_finite = warp_sum(result.not_finite);
-        result.very_long = warp_sum(result.very_long);
     }
+    Acc* shared = shared_array<Acc>(kMergeScratch<Acc>, kWarpSize);
+    result.not_finite = block_sum(result.not_finite, shared);
+    result.very_long = block_sum(result.very_long, shared);
     if (warp_id() != 0) return;
     // One slot of results for each block.
     result.part[0] = warp_sum(result.part[0]);
