@@ -10,11 +10,22 @@
 
 namespace dml::cuda {
 
+// The arithmetic of derivatives times points. A derivative has the range of a float, which float16 lacks; tf32 holds a
+// float16 exactly and has it.
+template <typename Math>
+struct DerivativeMathOf {
+    using Type = Math;
+};
+template <>
+struct DerivativeMathOf<HalfMath<__half>> {
+    using Type = Tf32Math<__half, false>;
+};
+
 template <typename Math>
 struct MatrixEngine {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    using GradMath = typename GradMathOf<Math>::Type;
+    using GradMath = typename DerivativeMathOf<Math>::Type;
     // Gradients of the accumulating type are summed in place.
     static constexpr bool kInPlace = std::is_same_v<T, Acc>;
     static constexpr int64_t kSumBudget = 28ll << 20;  // bytes of gradients of parts, of all sides

@@ -15,8 +15,7 @@ template <typename Math, bool kLarge>
 struct SimilarityTraits {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    using Tile = TileTraits<Math>;
-    using TileShape = std::conditional_t<kLarge, typename Tile::TileShape, Shape<32, 64, 2, 2, false>>;
+    using TileShape = std::conditional_t<kLarge, SquareTile<Math>, Shape<32, 64, 2, 2, false>>;
     static constexpr int kRows = TileShape::kRows, kCols = TileShape::kCols, kThreads = TileShape::kThreads;
     static constexpr int kLines = kRows + kCols;
     // Small tiles: 128 floats along k are on their way at once.

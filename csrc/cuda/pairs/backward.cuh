@@ -17,7 +17,7 @@ struct GradientGroup {
 // Backward's workspace on tiles.
 template <typename Weight, typename Acc>
 struct GradientWorkspace {
-    Weight* weights;                 // of a tile group
+    GroupWeights<Weight> weights;    // of a tile group
     Acc *parts, *sums;               // of parts of lines; of 16-bit gradients
     Partials<Acc> weight_partials;   // sums of the weights of a tile group's lines
     Acc *row_weights, *col_weights;  // sums of the weights of all rows, of all columns; null: not needed
@@ -36,6 +36,7 @@ struct BackwardPass {
     const Launcher<Math>& launcher;
     const Acc* grad_loss;
     GradientWorkspace<Weight, Acc> workspace;
+    ImageSlots<Math>& images;
 
     void run(T* grad_queries, T* grad_refs) const {
         const Problem& p = launcher.p;
@@ -63,7 +64,7 @@ struct BackwardPass {
 
     // Adds to both groups what their pairs give. fresh: nothing has been added to either.
     void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
-        launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles,
+        launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles, &images,
                                  [&](auto tile_group, MergeStep step) {
                                      tile_group.cache_filled = tile_group.cache != nullptr;
                                      step.rows_first = step.rows_first && fresh;
@@ -79,8 +80,8 @@ struct BackwardPass {
                MergeStep step) const {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;
-        launch(pair_weights<Math, Weight>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(1), launcher.stream, tile_group, launcher.formula(),
+        launch(pair_weights<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
+               PairGrid<Math>::shared_bytes(kWeightQuantities), launcher.stream, tile_group, launcher.formula(),
                arrays.row_stats, launcher.upstream(grad_loss), arrays.kept, workspace.weights,
                workspace.weight_partials);
         if (!Policy::sums_weights(p)) return;
@@ -105,16 +106,16 @@ struct BackwardPass {
         const int wanted =
             (rows.sum ? tile_group.row_tiles : 0) + (cols.sum && !diagonal ? tile_group.col_tiles : 0);
         const auto launch_panels = [&](auto panel) {
-            using Traits = GradTraits<GradMath, decltype(panel)::value>;
+            using Traits = GradTraits<Math, decltype(panel)::value>;
             const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
             const int64_t parts = parts_of_a_line(tile_group);
-            launch(add_gradients<GradMath, Traits::kCols>,
+            launch(add_gradients<Math, Traits::kCols>,
                    dim3(unsigned(panels), unsigned(owners), unsigned(parts)), dim3(Traits::kThreads),
                    Traits::kSharedBytes, launcher.stream, tile_group, gradients, launcher.arrays.kept,
                    workspace.weights);
             merge_parts(tile_group, gradients, int(parts) - 1);
         };
-        constexpr int kWide = kWidePanel<GradMath>;
+        constexpr int kWide = kWidePanel<Math>;
         if (p.dim > kNarrowPanel &&
             (p.dim + kWide - 1) / kWide * wanted >= launcher.task.tuning.wide_blocks) {
             launch_panels(std::integral_constant<int, kWide>());
@@ -184,17 +185,19 @@ struct BackwardPass {
     }
 };
 
+// bytes: the workspace, which begins with the images.
 template <typename Math>
 void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss,
                     typename Math::Value* grad_queries, typename Math::Value* grad_refs,
-                    unsigned char* bytes) {
+                    ImageSlots<Math>& images, unsigned char* bytes) {
     using Acc = typename Math::Acc;
     using Policy = GradientPolicy<Math>;
     const Task& task = launcher.task;
     const Problem& p = launcher.p;
+    bytes += Policy::image_bytes(p, Policy::shape(task));
     GradientWorkspace<typename Policy::Weight, Acc> workspace = {};
-    workspace.weights = reinterpret_cast<typename Policy::Weight*>(bytes);
-    bytes += Policy::weight_bytes(task);
+    workspace.weights = Policy::weights_at(task, bytes);
+    bytes += Policy::weight_bytes(task) + Policy::up_bytes(task);
     workspace.parts = reinterpret_cast<Acc*>(bytes);
     bytes += Policy::part_bytes(task);
     workspace.sums = reinterpret_cast<Acc*>(bytes);
@@ -204,25 +207,31 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
         workspace.row_weights = workspace.weight_partials.data + Policy::weight_partials_size(task);
         workspace.col_weights = workspace.row_weights + (p.square ? 0 : p.queries.count);
     }
-    BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
+    BackwardPass<Math>{launcher, grad_loss, workspace, images}.run(grad_queries, grad_refs);
 }
 
 // The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace. A batch
 // without pairs takes the matrix path.
 template <typename Math, typename Acc = typename Math::Acc>
 void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
-                        const Acc* grad_loss, double* sums) {
+                        const Acc* grad_loss, double* sums, ImageSlots<Math>& images) {
     const Task& task = launcher.task;
     const LearnedParams& learned = task.learned;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
     const int64_t slots = TilePolicy<Math>::param_slots(task);
-    const ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient};
-    launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
-        all.cache_filled = all.cache != nullptr;
-        launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
-               ParamLayout<Math>::kSharedBytes, launcher.stream, all, launcher.formula(),
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
-    });
+    const bool cached = launcher.arrays.cache != nullptr;
+    ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient, true, false};
+    launcher.for_tile_groups(GradientPolicy<Math>::shape(task), rows, cols, cached ? nullptr : &images,
+                             [&](auto group, MergeStep) {
+                                 group.cache_filled = cached;
+                                 by_params.last = group.row_tile + group.row_tiles == rows.end &&
+                                                  group.col_tile + group.col_tiles == cols.end;
+                                 launch(sum_terms_by_params<Math>, dim3(unsigned(slots)),
+                                        dim3(TileTraits<Math>::kThreads), ParamLayout<Math>::kSharedBytes,
+                                        launcher.stream, group, launcher.formula(), launcher.arrays.row_stats,
+                                        launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
+                                 by_params.first = false;
+                             });
 }
 
 }  // namespace dml::cuda

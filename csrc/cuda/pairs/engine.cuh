@@ -23,6 +23,18 @@ struct Engine {
     static void count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream);
 };
 
+// The arithmetic of the matrix path, which multiplies points as they come: floats on tf32 units.
+template <typename Math>
+struct MatrixMathOf {
+    using Type = Math;
+};
+template <int Parts>
+struct MatrixMathOf<ScaledMath<Parts>> {
+    using Type = Tf32Math<float, Parts == 2>;
+};
+template <typename Math>
+using OnMatrix = MatrixEngine<typename MatrixMathOf<Math>::Type>;
+
 // Which path a batch takes: the matrix path, or tiles.
 template <typename Math>
 bool takes_matrix(const Task& task) {
@@ -47,11 +59,13 @@ int64_t Engine<Math>::saved_bytes(const Task& task, bool save_for_backward) {
            learned_bytes<int64_t>(task.problem.queries.count, task.learned.count, sizeof(typename Math::Acc));
 }
 
-// With aligned rows, which are packed at `bytes` where they are not, and the place of the learned formula.
+// With the place of the learned formula; for the matrix path with aligned rows, which are packed at `bytes` where they are
+// not.
 template <typename Math>
 Task prepared_task(const Task& task, bool save_for_backward, void* saved, unsigned char*& bytes,
                    cudaStream_t stream) {
-    Task prepared = with_aligned_rows<typename Math::Value>(task, bytes, stream);
+    Task prepared =
+        takes_matrix<Math>(task) ? with_aligned_rows<typename Math::Value>(task, bytes, stream) : task;
     if (task.learned.count > 0)
         prepared.learned.made =
             static_cast<unsigned char*>(saved) + path_bytes<Math>(task, save_for_backward);
@@ -60,17 +74,15 @@ Task prepared_task(const Task& task, bool save_for_backward, void* saved, unsign
 
 template <typename Math>
 int64_t Engine<Math>::forward_workspace_bytes(const Task& task) {
-    return packed_bytes<typename Math::Value>(task.problem) +
-           (takes_matrix<Math>(task) ? MatrixEngine<Math>{task}.forward_workspace_bytes()
-                                     : TilePolicy<Math>::forward_workspace_bytes(task));
+    if (!takes_matrix<Math>(task)) return TilePolicy<Math>::forward_workspace_bytes(task);
+    return packed_bytes<typename Math::Value>(task.problem) + OnMatrix<Math>{task}.forward_workspace_bytes();
 }
 
 template <typename Math>
 int64_t Engine<Math>::backward_workspace_bytes(const Task& task) {
-    return packed_bytes<typename Math::Value>(task.problem) +
-           (takes_matrix<Math>(task)
-                ? MatrixEngine<Math>{task}.backward_workspace_bytes()
-                : GradientPolicy<Math>::workspace_bytes(task) + TilePolicy<Math>::param_bytes(task));
+    if (!takes_matrix<Math>(task))
+        return TilePolicy<Math>::param_bytes(task) + GradientPolicy<Math>::workspace_bytes(task);
+    return packed_bytes<typename Math::Value>(task.problem) + OnMatrix<Math>{task}.backward_workspace_bytes();
 }
 
 template <typename Math>
@@ -81,7 +93,7 @@ void Engine<Math>::forward(const Task& task, bool save_for_backward, void* saved
     Learned<typename Math::Acc>::make(aligned, stream);
     auto* result = static_cast<typename Math::Acc*>(loss);
     if (takes_matrix<Math>(task)) {
-        MatrixEngine<Math>{aligned}.forward(save_for_backward, saved, result, bytes, stream);
+        OnMatrix<Math>{aligned}.forward(save_for_backward, saved, result, bytes, stream);
         return;
     }
     const SavedLayout<Math> layout = {aligned, save_for_backward};
@@ -100,7 +112,7 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     const auto* upstream = static_cast<const Acc*>(grad_loss);
     T *queries = static_cast<T*>(grad_queries), *refs = static_cast<T*>(grad_refs);
     if (takes_matrix<Math>(task)) {
-        MatrixEngine<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, stream);
+        OnMatrix<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, stream);
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
@@ -110,24 +122,25 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     }
     const SavedLayout<Math> layout = {aligned, saved_for_backward};
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
-    if (queries || refs) backward_tiles(launcher, upstream, queries, refs, bytes);
-    // The workspace of the gradients is free again.
+    auto* param_sums = reinterpret_cast<double*>(bytes);
+    bytes += TilePolicy<Math>::param_bytes(task);
+    ImageSlots<Math> images(task.problem, GradientPolicy<Math>::shape(task), bytes, stream);
+    if (queries || refs) backward_tiles(launcher, upstream, queries, refs, images, bytes);
     if (learned.gradient)
-        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream,
-                           reinterpret_cast<double*>(bytes));
+        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream, param_sums, images);
 }
 
 template <typename Math>
 int64_t Engine<Math>::count_workspace_bytes(const Task& task) {
     return packed_bytes<typename Math::Value>(task.problem) +
-           MatrixEngine<Math>{task}.count_workspace_bytes();
+           OnMatrix<Math>{task}.count_workspace_bytes();
 }
 
 template <typename Math>
 void Engine<Math>::count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream) {
     auto* bytes = static_cast<unsigned char*>(workspace);
     const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, stream);
-    MatrixEngine<Math>{aligned}.count(counts, bytes, stream);
+    OnMatrix<Math>{aligned}.count(counts, bytes, stream);
 }
 
 }  // namespace dml::cuda

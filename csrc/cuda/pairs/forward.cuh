@@ -44,23 +44,28 @@ void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, voi
     const Problem& p = launcher.p;
     const TileGroupShape shape = Policy::forward_shape(task);
     const bool mining = p.mining.on;
-    const Results<Acc> results = launcher.results(workspace, loss);
+    auto* bytes = static_cast<unsigned char*>(workspace);
+    ImageSlots<Math> images(p, shape, bytes, launcher.stream);
+    const Results<Acc> results = launcher.results(bytes + Policy::image_bytes(p, shape), loss);
     const Partials<Acc> partials = {results.data + Policy::results_size(task)};
     Acc* extremes = mining && Policy::has_extremes(p)
                         ? partials.data + partials_size(shape.tiles(), Policy::kTile, p.square)
                         : nullptr;
     const ForwardPass<Math> pass = {launcher, partials, extremes, results};
-    const auto for_tile_groups = [&](const auto& f) {
-        launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), f);
+    const bool caches = launcher.arrays.cache != nullptr;
+    const auto for_tile_groups = [&](bool multiplies, const auto& f) {
+        launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), multiplies ? &images : nullptr, f);
     };
 
     launcher.prepare(launcher.queries(), !mining);
     if (!p.square) launcher.prepare(launcher.refs(), false);
-    if (mining)
-        for_tile_groups([&](const auto& tile_group, MergeStep step) { pass.find_hardest(tile_group, step); });
+    if (mining) {
+        for_tile_groups(true, [&](const auto& tile_group, MergeStep step) { pass.find_hardest(tile_group, step); });
+    }
     for (int stage = 0; stage < (formula_facts(p.formula).context ? 2 : 1); ++stage) {
-        for_tile_groups([&](auto tile_group, MergeStep step) {
-            tile_group.cache_filled = tile_group.cache && (mining || stage == 1);
+        const bool cached = caches && (mining || stage == 1);
+        for_tile_groups(!cached, [&](auto tile_group, MergeStep step) {
+            tile_group.cache_filled = cached;
             pass.gather(tile_group, step, stage == 1);
         });
     }

@@ -11,20 +11,10 @@
 
 namespace dml::cuda {
 
-// The arithmetic of weights times points. A weight has the range of a float, which float16 lacks; tf32 holds
-// a float16 exactly and has it.
-template <typename Math>
-struct GradMathOf {
-    using Type = Math;
-};
-template <>
-struct GradMathOf<HalfMath<__half>> {
-    using Type = Tf32Math<__half, false>;
-};
-
 template <typename Math>
 struct GradientPolicy : TilePolicy<Math> {
     using typename TilePolicy<Math>::T;
+    using TilePolicy<Math>::image_bytes;
     using typename TilePolicy<Math>::Acc;
     using GradMath = typename GradMathOf<Math>::Type;
     using Weight = typename WeightOf<GradMath>::Type;
@@ -32,28 +22,42 @@ struct GradientPolicy : TilePolicy<Math> {
     using TilePolicy<Math>::tiles_along;
     using TilePolicy<Math>::group_shape;
     static constexpr bool kSeparateSums = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
-    static constexpr int64_t kBudget = 62ll << 20;        // bytes of cache, weights and sums together
-    static constexpr int64_t kWeightBudget = 24ll << 20;  // bytes of weights at once
-    static constexpr int64_t kPartBudget = 4ll << 20;     // bytes of gradients of parts of lines
+    static constexpr int64_t kBudget = 62ll << 20;  // bytes of cache, images, weights and sums together
+    // Bytes of weights at once, which leave sums of 16-bit gradients their room.
+    static constexpr int64_t kWeightBudget = (kSeparateSums ? 16ll : 24ll) << 20;
+    static constexpr int64_t kPartBudget = 4ll << 20;  // bytes of gradients of parts of lines
+
+    static int64_t cached_bytes(const Task& task) {
+        return TilePolicy<Math>::caches(task) ? TilePolicy<Math>::similarity_bytes(task.problem) : 0;
+    }
+    // Of a tile's weights, and of the powers of two of its lines.
+    static constexpr int64_t kTileWeights = kTile * kTile * int64_t(sizeof(Weight));
+    static constexpr int64_t kTileUps = kScalesWeights<GradMath> ? 2 * kTile * int64_t(sizeof(float)) : 0;
 
     static TileGroupShape shape(const Task& task) {
-        constexpr int64_t kTiles = kWeightBudget / (kTile * kTile * int64_t(sizeof(Weight)));
         const Problem& p = task.problem;
+        // Images have two thirds of what the cache leaves, at most, weights the rest.
+        const int64_t left = kBudget - kPartBudget - cached_bytes(task);
+        const int64_t image_budget = std::min(TilePolicy<Math>::kImageBudget, left * 2 / 3);
+        const int64_t images = std::min(TilePolicy<Math>::image_bytes_of_all(p), image_budget);
+        const int64_t tiles = std::min(kWeightBudget, left - images) / (kTileWeights + kTileUps);
         const int most = std::min(std::min(task.tuning.tile_group, kMaxTileGroup),
-                                  static_cast<int>(std::sqrt(double(kTiles))));
+                                  static_cast<int>(std::sqrt(double(tiles))));
+        const TileGroupShape largest = group_shape(p, most, image_budget);
+        if (!p.square) return largest;
         // Groups of equal size: the last should not be a sliver.
-        const int64_t along = std::max(tiles_along(p.queries.count), tiles_along(p.refs.count));
-        const int64_t count = (along + most - 1) / most;
-        return group_shape(p, p.square ? (along + count - 1) / count : most);
+        const int64_t along = tiles_along(p.queries.count), count = (along + largest.rows - 1) / largest.rows;
+        return group_shape(p, (along + count - 1) / count, image_budget);
     }
-    static int64_t weight_bytes(const Task& task) {
-        return shape(task).tiles() * kTile * kTile * int64_t(sizeof(Weight));
+    static int64_t weight_bytes(const Task& task) { return shape(task).tiles() * kTileWeights; }
+    static int64_t up_bytes(const Task& task) { return shape(task).tiles() * kTileUps; }
+    static GroupWeights<Weight> weights_at(const Task& task, unsigned char* bytes) {
+        return {reinterpret_cast<Weight*>(bytes), reinterpret_cast<float*>(bytes + weight_bytes(task))};
     }
-    // What cache and weights leave of the budget.
+    // What cache, images and weights leave of the budget.
     static int64_t room(const Task& task) {
-        const int64_t cache =
-            TilePolicy<Math>::caches(task) ? TilePolicy<Math>::similarity_bytes(task.problem) : 0;
-        return kBudget - weight_bytes(task) - cache;
+        return kBudget - weight_bytes(task) - up_bytes(task) - image_bytes(task.problem, shape(task)) -
+               cached_bytes(task);
     }
 
     // ---- groups of rows ----------------------------------------------------------------------------------
@@ -129,13 +133,15 @@ struct GradientPolicy : TilePolicy<Math> {
         return partials_size(shape(task).tiles(), kTile, true);
     }
 
-    // Weights of a tile group, gradients of parts of its lines, sums of 16-bit gradients, sums of weights.
+    // Images, weights of a tile group and their powers of two, gradients of parts of its lines, sums of 16-bit
+    // gradients, sums of weights.
     static int64_t workspace_bytes(const Task& task) {
         const Problem& p = task.problem;
         int64_t numbers = 0;
         if (sums_weights(p))
             numbers = weight_partials_size(task) + p.queries.count + (p.square ? 0 : p.refs.count);
-        return weight_bytes(task) + part_bytes(task) + sum_bytes(task) + numbers * int64_t(sizeof(Acc));
+        return image_bytes(p, shape(task)) + weight_bytes(task) + up_bytes(task) + part_bytes(task) +
+               sum_bytes(task) + numbers * int64_t(sizeof(Acc));
     }
 };
 

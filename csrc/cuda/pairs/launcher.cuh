@@ -3,6 +3,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/pairs/find_extremes.cuh"
+#include "cuda/pairs/image_slots.cuh"
 #include "cuda/pairs/merge.h"
 #include "cuda/pairs/saved_layout.cuh"
 #include "cuda/pairs/task_arguments.cuh"
@@ -19,7 +20,7 @@ struct Launcher {
     using Policy = TilePolicy<Math>;
     static_assert(Policy::kTile == Merge<Acc>::kTile, "merges know the tiles");
 
-    const Task& task;  // with aligned rows
+    const Task& task;
     SavedArrays<Acc> arrays;
     cudaStream_t stream;
     const Problem& p = task.problem;
@@ -34,14 +35,15 @@ struct Launcher {
     TileRange all_rows() const { return {0, Policy::tiles_along(p.queries.count)}; }
     TileRange all_cols() const { return {0, Policy::tiles_along(p.refs.count)}; }
 
-    // Calls f(tile_group, step) in a fixed order. (In a square matrix the rows below the first groups were
+    // Calls f(tile_group, step) in a fixed order. images: null where no kernel reads them. (In a square matrix the rows below the first groups were
     // first visited as those groups' columns.)
     template <typename F>
-    void for_tile_groups(TileGroupShape shape, TileRange rows, TileRange cols, const F& f) const {
+    void for_tile_groups(TileGroupShape shape, TileRange rows, TileRange cols, ImageSlots<Math>* images,
+                         const F& f) const {
         for (int64_t i = rows.begin; i < rows.end; i += shape.rows) {
             const int64_t first = p.square ? std::max(i, cols.begin) : cols.begin;
             for (int64_t j = first; j < cols.end; j += shape.cols) {
-                const TileGroup<T, Acc> tile_group = {queries(),
+                TileGroup<T, Acc> tile_group = {queries(),
                                                       refs(),
                                                       p.square,
                                                       p.self_index,
@@ -55,7 +57,10 @@ struct Launcher {
                                                       all_cols().end,
                                                       all_cols().end,
                                                       arrays.cache,
-                                                      false};
+                                                      false,
+                                                      {},
+                                                      {}};
+                if (images) images->bring(tile_group);
                 f(tile_group, MergeStep{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
             }
         }

@@ -34,7 +34,9 @@ struct Merge {
                 group.all_col_tiles,
                 group.used_col_tiles,
                 group.cache,
-                group.cache_filled};
+                group.cache_filled,
+                {},
+                {}};
     }
 
     // of_cols: columns have partial results of their own.

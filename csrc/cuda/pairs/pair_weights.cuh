@@ -16,7 +16,23 @@
 
 namespace dml::cuda {
 
-// The type that weights are stored in: what a product in GradMath would round them to anyway.
+// The arithmetic of weights times points. Weights have the range of floats, which float16 lacks: beside them a tile
+// keeps a power of two for each of its lines (WeightMath).
+template <typename Math>
+struct GradMathOf {
+    using Type = Math;
+};
+template <>
+struct GradMathOf<HalfMath<__half>> {
+    using Type = WeightMath<__half, 1>;
+};
+template <int Parts>
+struct GradMathOf<ScaledMath<Parts>> {
+    using Type = WeightMath<float, Parts>;
+};
+
+// The type that weights are stored in: what a product in GradMath would round them to anyway. Big parts of float16 have
+// as many digits as tf32.
 template <typename GradMath>
 struct WeightOf {
     using Type = typename GradMath::Acc;
@@ -26,9 +42,14 @@ struct WeightOf<HalfMath<T>> {
     using Type = T;
 };
 template <typename T>
-struct WeightOf<Tf32Math<T, false>> {
+struct WeightOf<WeightMath<T, 1>> {
     using Type = RoundedToTf32;
 };
+
+template <typename GradMath>
+inline constexpr bool kScalesWeights = false;
+template <typename T, int Parts>
+inline constexpr bool kScalesWeights<WeightMath<T, Parts>> = true;
 
 // How far apart the log-sum-exps of a tile's lines may lie.
 template <typename Acc>
@@ -43,6 +64,9 @@ DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) 
     careful = careful || top - least > kWidestValues<Acc>;
     return top;
 }
+
+// Quantities that warps exchange: a line's sum, and its largest weight times the scale of the point it multiplies.
+inline constexpr int kWeightSum = 0, kLargestWeight = 1, kWeightQuantities = 2;
 
 // Shared numbers of each line.
 enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineValue };
@@ -73,7 +97,7 @@ struct TileWeights {
         RowWeight<Acc> weight;
         if (row >= 0 && (tile_group.square || line < kTile))
             weight = RowWeight<Acc>::load(row_stats, row, upstream);
-        Acc* scratch = Grid::scratch(1);
+        Acc* scratch = Grid::scratch(kWeightQuantities);
         if constexpr (kNegExp)
             top_neg = common_value<Math>(weight.d_neg != Acc(0), weight.neg, scratch, careful);
         if constexpr (kPosExp)
@@ -216,33 +240,48 @@ struct TileWeights {
 
 // ---- the kernel -----------------------------------------------------------------------------------------
 
-// weights: [row_tiles, col_tiles, kTile, kTile] of the tile group. sums: of each line's weights, written
-// where distances of rows that are not normalised need them.
-template <typename Math, typename Weight, typename T = typename Math::Value,
-          typename Acc = typename Math::Acc>
+// A tile group's weights: [row_tiles, col_tiles, kTile, kTile], and where they are scaled the powers of two of each
+// tile's rows and columns: [row_tiles, col_tiles, 2, kTile].
+template <typename Weight>
+struct GroupWeights {
+    Weight* weights;
+    float* ups;
+};
+
+// Weights' sums of each line are written where distances of rows that are not normalised need them.
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     pair_weights(const __grid_constant__ TileGroup<T, Acc> all,
                  const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
-                 Upstream<Acc> upstream, const uint8_t* kept, Weight* weights, Partials<Acc> sums) {
+                 Upstream<Acc> upstream, const uint8_t* kept,
+                 GroupWeights<typename WeightOf<typename GradMathOf<Math>::Type>::Type> to, Partials<Acc> sums) {
     using Traits = TileTraits<Math>;
     using Grid = PairGrid<Math>;
+    using GradMath = typename GradMathOf<Math>::Type;
+    using Weight = typename WeightOf<GradMath>::Type;
     constexpr int kTile = Traits::kTile;
+    constexpr bool kScales = kScalesWeights<GradMath>, kScaledPoints = PartsOf<Math>::kScaled;
     const auto tile_group = all.template in_use<kTile>();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
     const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
     if (!tile_group.has(ti, tj) || (kept && !(kept[tile_group.tile_index(ti, tj)] & kHasGradient))) return;
     const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, false);
     const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Weight* out = weights + (int64_t(row_tile) * tile_group.col_tiles + col_tile) * kTile * kTile;
-    const WarpExchange<Grid> exchange = {Grid::scratch(1)};
+    const int64_t slot = int64_t(row_tile) * tile_group.col_tiles + col_tile;
+    Weight* out = to.weights + slot * kTile * kTile;
+    const WarpExchange<Grid> exchange = {Grid::scratch(kWeightQuantities)};
     const Similarity kind = tile_group.similarity;
     const bool unscaled = kind.euclidean && !kind.normalize;
     const Acc range = unscaled ? Acc(1) : row_stats.header[kRange];
+    // Of the image's row of a line of the tile.
+    const auto scale_of = [&](const Image& image, int line) {
+        return kScaledPoints ? Acc(image.scales[line]) : Acc(1);
+    };
 
     struct alignas(16) Row {
         Weight w[Grid::kCols];
     };
-    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {};
+    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {}, col_largest[Grid::kCols] = {};
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_norms[j] = unscaled ? Acc(1) : norms[kTile + Grid::col(j)];
     const auto write = [&](int i, const typename Grid::Sims& sims, const typename Grid::Sims& w) {
@@ -272,7 +311,18 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
                 row_sum += Acc(row.w[j]);
                 col_sums[j] += Acc(row.w[j]);
             }
-            exchange.put_row(0, i, merge_lanes<Grid>(row_sum, Plus{}));
+            exchange.put_row(kWeightSum, i, merge_lanes<Grid>(row_sum, Plus{}));
+        }
+        if constexpr (kScales) {
+            const Acc row_scale = scale_of(tile_group.row_image, row_tile * kTile + Grid::row(i));
+            Acc largest = 0;
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc size = std::fabs(x.s[j]);
+                largest = std::fmax(largest, size * scale_of(tile_group.col_image, col_tile * kTile + Grid::col(j)));
+                col_largest[j] = std::fmax(col_largest[j], size * row_scale);
+            }
+            exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
@@ -282,14 +332,18 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         tile_weights.load_lines(ti, tj);
         tile_weights.for_rows(write);
     });
-    if (!unscaled) return;
-    exchange.put_cols(0, col_sums, Plus{});
+    if (!unscaled && !kScales) return;
+    if (unscaled) exchange.put_cols(kWeightSum, col_sums, Plus{});
+    if constexpr (kScales) exchange.put_cols(kLargestWeight, col_largest, Maximum{});
     block_sync();
     const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
     if (line >= Grid::kLines) return;
+    if constexpr (kScales)
+        to.ups[slot * Grid::kLines + line] = scale_up(exchange.get(kLargestWeight, line, Maximum{}));
+    if (!unscaled) return;
     const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
     sums.template at<kTile>(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
-        exchange.get(0, line, Plus{});
+        exchange.get(kWeightSum, line, Plus{});
 }
 
 }  // namespace dml::cuda

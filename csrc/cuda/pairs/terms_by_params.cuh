@@ -1,8 +1,8 @@
 // Large batches, backward, where parameters learn: the gradient by them, in one launch. What a parameter does to
 // the terms of the tiles' pairs is the first half of the gradient (pair_weights.cuh) with the derivatives by the
 // parameter in place of those by the similarity, and summed over all pairs; what it does to a row's loss for
-// constant terms is known from forward. Blocks share tiles and rows; the one that finishes last, as a ticket
-// tells, adds what they found.
+// constant terms is known from forward. Blocks share a tile group's tiles, a launch each, and with the last group the
+// rows; the block that finishes last, as a ticket tells, adds what they found.
 #pragma once
 
 #include "cuda/pairs/learned_params.cuh"
@@ -14,7 +14,7 @@ namespace dml::cuda {
 // whether the block is the last.
 template <typename Math>
 struct ParamLayout {
-    static constexpr int kTotals = PairGrid<Math>::shared_bytes(1);
+    static constexpr int kTotals = PairGrid<Math>::shared_bytes(kWeightQuantities);
     static constexpr int kScratch = kTotals + kMaxParams * int(sizeof(double));
     static constexpr int kLast = kScratch + kWarpSize * int(sizeof(double));
     static constexpr int kSharedBytes = kLast + 16;
@@ -27,6 +27,7 @@ struct ByParams {
     double* sums;      // [params, blocks]
     unsigned* ticket;  // 0 before and after
     double* gradient;  // [params + 1], the last number 0
+    bool first, last;  // tile group
 };
 
 // What the parameters do to the terms of the block's tiles, upstream included, added to totals.
@@ -38,7 +39,8 @@ DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const A
     const int64_t tiles = int64_t(tile_group.row_tiles) * tile_group.col_tiles;
 #pragma unroll 1
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const int64_t ti = t / tile_group.col_tiles, tj = t % tile_group.col_tiles;
+        const int64_t ti = tile_group.row_tile + t / tile_group.col_tiles,
+                      tj = tile_group.col_tile + t % tile_group.col_tiles;
         if (!tile_group.has(ti, tj) || (kept && !(kept[tile_group.tile_index(ti, tj)] & kHasGradient)))
             continue;
         block_sync();  // the tile before is done with
@@ -58,7 +60,7 @@ DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const A
                         for (int j = 0; j < Grid::kCols; ++j) sum += w.s[j];
                         Grid::put_sims(i, sims);  // careful terms have taken their place
                     });
-                sum = block_sum(sum, Grid::scratch(1));
+                sum = block_sum(sum, Grid::scratch(kWeightQuantities));
                 if (threadIdx.x == 0) totals[k] += double(sum);
             }
         });
@@ -66,7 +68,6 @@ DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const A
     block_sync();
 }
 
-// all: a group of all tiles.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     sum_terms_by_params(const __grid_constant__ TileGroup<T, Acc> all,
@@ -86,9 +87,13 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     for (int k = 0; k < by_params.params; ++k) {
         const int64_t first = int64_t(blockIdx.x) * threads + thread, step = int64_t(gridDim.x) * threads;
         const double sum =
-            block_sum(sum_rows_by_param(by_params.rows, k, first, step, row_stats, upstream), scratch);
-        if (thread == 0) by_params.sums[int64_t(k) * gridDim.x + blockIdx.x] = totals[k] + sum;
+            by_params.last
+                ? block_sum(sum_rows_by_param(by_params.rows, k, first, step, row_stats, upstream), scratch)
+                : 0.0;
+        double& slot = by_params.sums[int64_t(k) * gridDim.x + blockIdx.x];
+        if (thread == 0) slot = (by_params.first ? 0.0 : slot) + totals[k] + sum;
     }
+    if (!by_params.last) return;
     if (thread == 0) *last = take_ticket(by_params.ticket) + 1 == gridDim.x;
     block_sync();
     if (!*last) return;

@@ -8,37 +8,42 @@
 namespace dml::cuda {
 
 // Columns of the gradient that a thread block owns, at most: every panel reads all weights again.
-template <typename GradMath>
-inline constexpr int kWidePanel = GradMath::kTensorCores ? 128 : 64;
+template <typename Math>
+inline constexpr int kWidePanel = Math::kTensorCores ? 128 : 64;
 inline constexpr int kNarrowPanel = 64;
 
-template <typename GradMath, int Cols>
+template <typename Math, int Cols>
 struct GradTraits {
-    using T = typename GradMath::Value;
-    using Acc = typename GradMath::Acc;
+    using GradMath = typename GradMathOf<Math>::Type;
+    using Acc = typename Math::Acc;
     using Weight = typename WeightOf<GradMath>::Type;
-    static constexpr int kTile = TileTraits<GradMath>::kTile;
+    using Layout = PointsLayout<Math>;
+    static constexpr bool kScales = kScalesWeights<GradMath>, kScaledPoints = PartsOf<Math>::kScaled;
+    static constexpr int kTile = kTileSide<Math>;
     static constexpr int kCols = Cols;  // of the gradient, for one block
-    using TileShape = Shape<kTile, kCols, kCols == 64 ? 4 : 2, kCols == 64 ? 2 : 4, true>;
+    // Weights that are scaled on their way to the tensor cores are scaled by as few warps as possible.
+    static constexpr bool kTall = kScales || kCols == 64;
+    using TileShape = Shape<kTile, kCols, kTall ? 4 : 2, kTall ? 2 : 4, true>;
     static constexpr int kThreads = TileShape::kThreads;
     static constexpr int kStages = 4;
     // Whole rounds through the stages take more registers.
     static constexpr bool kWholeRounds =
-        !kNeedsManyRegisters<GradMath> && (kCols == kNarrowPanel || sizeof(T) == 2);
-    static constexpr int kDepth = 64 / int(sizeof(T) > sizeof(Weight) ? sizeof(T) : sizeof(Weight));
-    static constexpr int kPitch = kDepth + kPad<Weight>;  // weights with rows along k
-    // Four neighbours along k start in different quarters of the banks, eight for 16-bit elements.
-    static constexpr int kAcrossPitch = kTile + (sizeof(Weight) == 8 ? 2 : 8);
-    // Points likewise, which lanes read as vectors: of four rows, or of every second of eight.
-    static constexpr bool kHalfVectors = sizeof(T) == 2 && sizeof(Weight) == 4;
-    static constexpr int kPointPitch = kCols + (sizeof(T) == 8 ? 2 : kHalfVectors ? 16 : 8);
+        !kNeedsManyRegisters<GradMath> && (kCols == kNarrowPanel || sizeof(Weight) == 2);
+    static constexpr int kDepth = 64 / int(sizeof(Weight));
+    // Rows along k: lanes read two floats each of eight rows, or eight 16-byte rows, from different banks.
+    static constexpr int kPitch = kDepth + (kScales ? 8 : kPad<Weight>);
+    // Rows of k: four rows of k, two apart, start in different quarters of the banks; for 16-bit elements eight.
+    static constexpr int kAcrossPitch = kTile + (kScales ? 4 : sizeof(Weight) == 8 ? 2 : 8);
+    using Boxes = BoxesOfImage<Layout, kDepth, kCols, kThreads>;
     static constexpr int kWeightElements =
         kTile * kPitch > kDepth* kAcrossPitch ? kTile * kPitch : kDepth * kAcrossPitch;
-    static constexpr int kWeightBytes = kWeightElements * int(sizeof(Weight));
-    static constexpr int kStageBytes = kWeightBytes + kDepth * kPointPitch * int(sizeof(T));
+    static constexpr int kPoints = kWeightElements * int(sizeof(Weight));  // of a stage
+    static constexpr int kUps = kPoints + Boxes::kBytes;
+    static constexpr int kScaleBytes = (kTile + kDepth) * int(sizeof(float));
+    static constexpr int kStageBytes = kUps + (kScales ? kScaleBytes : 0);
     static constexpr int kList = kStages * kStageBytes;  // which tiles to visit
     static constexpr int kSharedBytes = kList + (kMaxLine + 1) * int(sizeof(int));
-    static_assert(kWeightBytes % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
+    static_assert(kPoints % 16 == 0 && kStageBytes % 16 == 0, "copies of 16 bytes");
 };
 
 // One side's running gradient: its rows from row0 on, contiguous.
@@ -96,11 +101,11 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
 // of these tiles.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
 DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_group, int line, Part part,
-                                    const uint8_t* kept, const typename Traits::Weight* weights, int64_t d0) {
+                                    const uint8_t* kept,
+                                    const GroupWeights<typename Traits::Weight>& weights, int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
-    constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch,
-                  kPointPitch = Traits::kPointPitch;
+    constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch;
     constexpr int kSlices = kTile / kDepth;  // of one tile
     static_assert(kSlices % Traits::kStages == 0, "whole rounds");
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kStages * Traits::kStageBytes);
@@ -111,32 +116,48 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
         return tile_group.has(ti, tj) && (!kept || (kept[tile_group.tile_index(ti, tj)] & kHasGradient));
     });
 
-    const ColumnBoxes<T, kDepth, Traits::kCols, kPointPitch, kThreads> points(
-        Transposed ? tile_group.rows.points : tile_group.cols.points,
-        (Transposed ? tile_group.row_tile : tile_group.col_tile) * kTile, d0);
+    const Image& image = Transposed ? tile_group.row_image : tile_group.col_image;
+    const typename Traits::Boxes points(image, d0);
     using AlongSlot = WholeBoxes<Weight, kTile, kDepth, kTile, kPitch, kThreads>;
     using AcrossSlot = WholeBoxes<Weight, kDepth, kTile, kTile, kAcrossPitch, kThreads>;
-    const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(
-        weights + int64_t(line) * (Transposed ? 1 : tile_group.col_tiles) * kTile * kTile);
-    const unsigned slot_size = unsigned(Transposed ? tile_group.col_tiles : 1) * kTile * kTile;
+    const int first_slot = line * (Transposed ? 1 : tile_group.col_tiles);
+    const std::conditional_t<Transposed, AcrossSlot, AlongSlot> boxes(weights.weights +
+                                                                      int64_t(first_slot) * kTile * kTile);
+    const unsigned slots_apart = unsigned(Transposed ? tile_group.col_tiles : 1);
     const auto weights_of = [&](int stage) {
         return reinterpret_cast<Weight*>(bytes + stage * Traits::kStageBytes);
     };
-    const auto points_of = [&](int stage) {
-        return reinterpret_cast<T*>(bytes + stage * Traits::kStageBytes + Traits::kWeightBytes);
+    const auto points_of = [&](int stage) { return bytes + stage * Traits::kStageBytes + Traits::kPoints; };
+    const auto ups_of = [&](int stage) {
+        return reinterpret_cast<float*>(bytes + stage * Traits::kStageBytes + Traits::kUps);
     };
     const int* slots = list + 1 + part.begin(list[0]);
     const int count = part.end(list[0]) - part.begin(list[0]);
     unsigned slice = 0;
     const auto next = [&](int stage) {
         const unsigned slot = unsigned(slots[slice / kSlices]), k = slice % kSlices * kDepth;
-        boxes.start(weights_of(stage), slot * slot_size + k * (Transposed ? kTile : 1));
-        points.start(points_of(stage), int(slot * kTile + k));
+        boxes.start(weights_of(stage), slot * slots_apart * (kTile * kTile) + k * (Transposed ? kTile : 1));
+        points.start(points_of(stage), slot, int(k));
+        if constexpr (Traits::kScales) {
+            const float* ups = weights.ups + (first_slot + int64_t(slot) * slots_apart) * (2 * kTile) +
+                               (Transposed ? kTile : 0);
+            const int t = int(threadIdx.x) * 4;
+            if (t < kTile) {
+                cp_async<16>(ups_of(stage) + t, ups + t);
+            } else if (Traits::kScaledPoints && t < kTile + kDepth) {
+                cp_async<16>(ups_of(stage) + t, image.scales + slot * kTile + k + (t - kTile));
+            }
+        }
         ++slice;
     };
     const auto use = [&](int stage, const auto& fetch) {
-        const AcrossK<T, kPointPitch> slice{points_of(stage)};
-        if constexpr (Transposed) {
+        const AcrossImage<typename Traits::Layout, kDepth, Traits::kCols> slice{points_of(stage)};
+        if constexpr (Traits::kScales) {
+            const float *ups = ups_of(stage), *scales = Traits::kScaledPoints ? ups + kTile : nullptr;
+            const auto* data = reinterpret_cast<const float*>(weights_of(stage));
+            using Weights = ScaledWeights<Transposed ? Traits::kAcrossPitch : Traits::kPitch, !Transposed>;
+            product.template add<kDepth>(Weights{data, ups, scales}, slice, fetch);
+        } else if constexpr (Transposed) {
             product.template add<kDepth>(AcrossK<Weight, kAcrossPitch>{weights_of(stage)}, slice, fetch);
         } else {
             product.template add<kDepth>(AlongK<Weight, kPitch>{weights_of(stage)}, slice, fetch);
@@ -147,13 +168,12 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
 
 // Thread block (x, y, z): panel x of the gradient's columns, line y (rows of tiles first, then columns of
 // tiles), part z of the line. A diagonal group serves the same points as rows and as columns.
-template <typename GradMath, int Cols, typename T = typename GradMath::Value,
-          typename Acc = typename GradMath::Acc>
-__global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlocks<GradMath>)
+template <typename Math, int Cols, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+__global__ void __launch_bounds__(GradTraits<Math, Cols>::kThreads, kTileBlocks<typename GradMathOf<Math>::Type>)
     add_gradients(const __grid_constant__ TileGroup<T, Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
-                  const typename GradTraits<GradMath, Cols>::Weight* weights) {
-    using Traits = GradTraits<GradMath, Cols>;
+                  GroupWeights<typename GradTraits<Math, Cols>::Weight> weights) {
+    using Traits = GradTraits<Math, Cols>;
     constexpr int kTile = Traits::kTile;
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
     const int line = int(blockIdx.y) - (side == 0 ? 0 : all.row_tiles);
@@ -163,7 +183,7 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     const auto tile_group = all.template in_use<kTile>();
     const int64_t d0 = int64_t(blockIdx.x) * Traits::kCols;
 
-    using Sum = Product<GradMath, typename Traits::TileShape>;
+    using Sum = Product<typename Traits::GradMath, typename Traits::TileShape>;
     Sum product;
     if (side == 0) add_weighted_points<Traits, false>(product, tile_group, line, part, kept, weights, d0);
     if (side == 1 || tile_group.diagonal())

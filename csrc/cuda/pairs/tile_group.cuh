@@ -4,9 +4,8 @@
 // points only pairs i < j are visited: each serves row i and, transposed, row j.
 #pragma once
 
-#include "cuda/common/math.cuh"
 #include "cuda/pairs/pair_loss.h"
-#include "cuda/pairs/rows.cuh"
+#include "cuda/pairs/write_image.cuh"
 
 namespace dml::cuda {
 
@@ -17,6 +16,10 @@ template <typename T>
 inline constexpr bool kNeedsManyRegisters<SimtMath<T>> = true;
 template <typename T>
 inline constexpr bool kNeedsManyRegisters<Tf32Math<T, true>> = true;
+template <>
+inline constexpr bool kNeedsManyRegisters<ScaledMath<2>> = true;
+template <typename T>
+inline constexpr bool kNeedsManyRegisters<WeightMath<T, 2>> = true;
 
 // Thread blocks of a tile kernel per multiprocessor: of two, one multiplies while the other visits its pairs.
 // From sm_120 on shared memory holds one.
@@ -32,22 +35,24 @@ inline constexpr int kTileBlocks = kNeedsManyRegisters<Math> ? 1 : 2;
 template <typename Math>
 inline constexpr int kPairBlocks = kTileBlocks<Math>;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <typename T>
-inline constexpr int kPairBlocks<Tf32Math<T, false>> = 1;
+template <>
+inline constexpr int kPairBlocks<ScaledMath<1>> = 1;
 #endif
 
 template <typename Math>
+using SquareTile = Shape<kTileSide<Math>, kTileSide<Math>, 2, 4, false>;
+
+template <typename Math>
 struct TileTraits {
-    using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    // 128 for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
-    static constexpr int kTile = Math::kTensorCores ? 128 : 64;
-    using TileShape = Shape<kTile, kTile, 2, 4, false>;
+    using Layout = PointsLayout<Math>;
+    using TileShape = SquareTile<Math>;
+    static constexpr int kTile = kTileSide<Math>;
     static constexpr int kThreads = TileShape::kThreads;
-    static constexpr int kStages = 3;
-    static constexpr int kDepth = 64 / int(sizeof(T));  // k-slice
-    static constexpr int kPitch = kDepth + kPad<T>;
-    static constexpr int kStageBytes = 2 * kTile * kPitch * int(sizeof(T));
+    using Slices = RowsOfImage<Layout, kThreads>;
+    static constexpr int kStages = Layout::kParts == 2 ? 2 : 3;
+    static constexpr int kDepth = kSliceBytes / int(sizeof(typename Layout::Element));  // k-slice
+    static constexpr int kStageBytes = 2 * Slices::kBytes;
     // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
     static constexpr int kSimPitch = kTile + kPad<Acc>;
     static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
@@ -55,7 +60,8 @@ struct TileTraits {
     static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
     static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
     static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
-    static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
+    static constexpr int kFactors = kNorms + 2 * kTile * int(sizeof(Acc));
+    static constexpr int kFlags = kFactors + (PartsOf<Math>::kScaled ? 2 * kTile * int(sizeof(Acc)) : 0);
     static constexpr int kEnd =
         kFlags + kWarpSize * int(sizeof(int));  // where the kernels' other arrays begin
 };
@@ -73,6 +79,7 @@ struct TileGroup {
     int64_t all_row_tiles, all_col_tiles, used_col_tiles;
     Acc* cache;         // [tiles, kTile, kTile] or null
     bool cache_filled;  // an earlier launch has stored the similarities
+    Image row_image, col_image;  // of the group's rows and columns
 
     DML_INLINE int64_t tile_index(int64_t ti, int64_t tj) const {
         return square ? ti * (2 * all_row_tiles - ti + 1) / 2 + (tj - ti) : ti * all_col_tiles + tj;
@@ -102,43 +109,40 @@ struct LoadedTile {
     int64_t* col_labels;  // [kTile]
 };
 
-// The bare dot products of a tile's rows and columns. Takes the first kStages * kStageBytes of shared memory.
-template <typename Math, typename T = typename Math::Value>
-DML_DEVICE void multiply_tile(Product<Math, typename TileTraits<Math>::TileShape>& product,
-                              unsigned char* shared, const Matrix<T>& rows, int64_t row0,
-                              const Matrix<T>& cols, int64_t col0) {
+// The bare dot products of the images' rows of a tile and of another. Takes the first kStages * kStageBytes of shared
+// memory.
+template <typename Math>
+DML_DEVICE void multiply_tile(Product<Math, SquareTile<Math>>& product, unsigned char* shared, const Image& rows,
+                              int row_tile, const Image& cols, int col_tile, int64_t dim) {
     using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kPitch = Traits::kPitch;
-    using Slices = RowSlices<T, kTile, kDepth, kPitch, Traits::kThreads>;
-    Slices row_slices(rows, row0), col_slices(cols, col0);
-    const auto stage_of = [&](int stage) {
-        return reinterpret_cast<T*>(shared + stage * Traits::kStageBytes);
-    };
-    const auto first = [&](int stage) {
-        row_slices.start_first(stage_of(stage), rows);
-        col_slices.start_first(stage_of(stage) + kTile * kPitch, cols);
-    };
+    using Slices = typename Traits::Slices;
+    const Slices row_slices(rows, row_tile), col_slices(cols, col_tile);
+    unsigned slice = 0;
     const auto next = [&](int stage) {
-        row_slices.start_next(stage_of(stage));
-        col_slices.start_next(stage_of(stage) + kTile * kPitch);
+        unsigned char* to = shared + stage * Traits::kStageBytes;
+        row_slices.start(to, slice);
+        col_slices.start(to + Slices::kBytes, slice);
+        ++slice;
     };
     const auto use = [&](int stage, const auto& fetch) {
-        const T* from = stage_of(stage);
-        product.template add<kDepth>(AlongK<T, kPitch>{from}, AlongK<T, kPitch>{from + kTile * kPitch},
-                                     fetch);
+        using View = AlongImage<typename Traits::Layout>;
+        const unsigned char* from = shared + stage * Traits::kStageBytes;
+        product.template add<Traits::kDepth>(View{from}, View{from + Slices::kBytes}, fetch);
     };
-    pipeline<Traits::kStages, false>(Slices::count(rows), first, next, use);
+    const int slices = int((dim + Traits::kDepth - 1) / Traits::kDepth);
+    pipeline<Traits::kStages, false>(slices, next, next, use);
 }
 
 // Inverse norms from which on the product of two is in range.
 template <typename Acc>
 inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 
-// Writes a tile's similarities to sim.
+// Writes a tile's similarities to sim. factors: of lines, their norms times the scales of their images.
 template <typename Math, typename Sum, typename T, typename Acc>
 DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& tile_group, int64_t row0,
-                                   int64_t col0, const Acc* norms, int* flags, Acc* sim) {
+                                   int64_t col0, const Acc* norms, const Acc* factors, int* flags, Acc* sim) {
     using Traits = TileTraits<Math>;
+    constexpr bool kScaled = PartsOf<Math>::kScaled;
     constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = Traits::kThreads;
     using Run = Vector<Acc, Sum::kRun>;
     if (!tile_group.similarity.euclidean) {
@@ -146,7 +150,7 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
         product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
             Run s;
 #pragma unroll
-            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e] * (norms[r] * norms[kTile + c + e]);
+            for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e] * (factors[r] * factors[kTile + c + e]);
             if constexpr (Sum::kRun == 1) {
                 check = std::fma(s.value[0], s.value[0], check);
             } else {
@@ -155,9 +159,9 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
             }
             *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
-        // Whether the norm of this thread's line is in the range where products need no check. It is read where it
-        // is used: the product leaves no register to keep the answer in.
-        const bool plain = int(threadIdx.x) >= 2 * kTile || norms[threadIdx.x] >= kPlainNorm<Acc>;
+        // Whether the norm of this thread's line is in the range where products need no check, as scaled rows are. It
+        // is read where it is used: the product leaves no register to keep the answer in.
+        const bool plain = kScaled || int(threadIdx.x) >= 2 * kTile || norms[threadIdx.x] >= kPlainNorm<Acc>;
         const bool unusual = warp_any(!plain || check - check != Acc(0));
         if (lane_id() == 0) flags[warp_id()] = unusual ? 1 : 0;
         block_sync();
@@ -177,13 +181,20 @@ DML_DEVICE void store_similarities(const Sum& product, const TileGroup<T, Acc>& 
         constexpr int kRowStep = kThreads / kTile;
         const int c = int(threadIdx.x) % kTile;
         const Acc norm = norms[kTile + c];
+        const auto unscaled = [&](Acc dot, int r) {
+            if constexpr (kScaled) {
+                dot *= tile_group.row_image.scales[row0 - tile_group.row_tile * kTile + r];
+                dot *= tile_group.col_image.scales[col0 - tile_group.col_tile * kTile + c];
+            }
+            return dot;
+        };
 #pragma unroll 1
         for (int r = int(threadIdx.x) / kTile; r < kTile; r += kRowStep) {
             Acc& s = sim[r * kSimPitch + c];
             const bool pair = row0 + r < tile_group.rows.points.rows &&
                               col0 + c < tile_group.cols.points.rows &&
                               !(tile_group.square && row0 + r >= col0 + c);
-            Acc x = pair ? quick_similarity(tile_group.similarity, s, norms[r], norm) : Acc(0);
+            Acc x = pair ? quick_similarity(tile_group.similarity, unscaled(s, r), norms[r], norm) : Acc(0);
             for (uint32_t near = warp_ballot(x != x); near; near &= near - 1) {
                 const int lane = __ffs(int(near)) - 1, at = c - lane_id() + lane;
                 const Acc y =
@@ -206,8 +217,11 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
     unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
     int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
     Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
+    Acc* factors = norms;
+    if constexpr (PartsOf<Math>::kScaled) factors = shared_array<Acc>(Traits::kFactors, 2 * kTile);
     int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
     Acc* sim = reinterpret_cast<Acc*>(bytes);
+    const int row_tile = int(ti - tile_group.row_tile), col_tile = int(tj - tile_group.col_tile);
     const Matrix<T>&rows = tile_group.rows.points, &cols = tile_group.cols.points;
     const int64_t row0 = ti * kTile, col0 = tj * kTile;
 
@@ -219,14 +233,19 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
         const bool inside = i < (is_row ? rows.rows : cols.rows);
         labels[t] = inside ? (is_row ? tile_group.rows.labels : tile_group.cols.labels)[i] : 0;
         norms[t] = inside ? (is_row ? tile_group.rows.norms : tile_group.cols.norms)[i] : Acc(0);
+        if constexpr (PartsOf<Math>::kScaled) {
+            if (!tile_group.cache_filled)
+                factors[t] = norms[t] * (is_row ? tile_group.row_image.scales[row_tile * kTile + t]
+                                                : tile_group.col_image.scales[col_tile * kTile + t - kTile]);
+        }
     }
     const LoadedTile<Math> tile = {row0, col0, sim, labels, labels + kTile};
     // Computed where it is used: the product leaves no registers to keep it in.
     const auto cached = [&] { return tile_group.cache + tile_group.tile_index(ti, tj) * kTile * kTile; };
     if (!tile_group.cache_filled) {
-        Product<Math, typename Traits::TileShape> product;
-        multiply_tile(product, bytes, rows, row0, cols, col0);
-        store_similarities<Math>(product, tile_group, row0, col0, norms, flags, sim);
+        Product<Math, SquareTile<Math>> product;
+        multiply_tile<Math>(product, bytes, tile_group.row_image, row_tile, tile_group.col_image, col_tile, rows.cols);
+        store_similarities<Math>(product, tile_group, row0, col0, norms, factors, flags, sim);
         if (tile_group.cache) {
             using Chunks = ChunkShare<Acc, kTile, kTile, kThreads>;
             using Chunk = Vector<Acc, Chunks::kElements>;

@@ -56,12 +56,43 @@ struct TilePolicy {
     // Whether each tile's extremes are stored: they tell which tiles mining emptied.
     static bool has_extremes(const Problem& p) { return extremes_bytes(count_tiles(p), sizeof(Acc)) > 0; }
 
-    // Squares of `size` tiles, or the same area where one side has fewer tiles.
-    static TileGroupShape group_shape(const Problem& p, int64_t size) {
+    // ---- images: of all points where they are small, else of a tile group's rows and columns --------------
+
+    static constexpr int64_t kImageBudget = 24ll << 20;       // bytes of the images of a tile group
+    static constexpr int64_t kWholeImageBudget = 10ll << 20;  // bytes up to which all points have their image
+
+    // Of the points of one tile.
+    static int64_t image_bytes_of_tile(const Problem& p) {
+        return PointsLayout<Math>::tile_bytes(p.dim) +
+               (PartsOf<Math>::kScaled ? kTile * int64_t(sizeof(float)) : 0);
+    }
+    static int64_t image_bytes_of_all(const Problem& p) {
+        return (tiles_along(p.queries.count) + (p.square ? 0 : tiles_along(p.refs.count))) *
+               image_bytes_of_tile(p);
+    }
+    static bool has_whole_images(const Problem& p) { return image_bytes_of_all(p) <= kWholeImageBudget; }
+    // Tiles of rows and of columns whose points have images at a time.
+    static TileGroupShape imaged_tiles(const Problem& p, TileGroupShape shape) {
+        if (!has_whole_images(p)) return shape;
+        return {tiles_along(p.queries.count), p.square ? 0 : tiles_along(p.refs.count)};
+    }
+    static int64_t image_bytes(const Problem& p, TileGroupShape shape) {
+        const TileGroupShape tiles = imaged_tiles(p, shape);
+        return (tiles.rows + tiles.cols) * image_bytes_of_tile(p);
+    }
+
+    // Squares of `size` tiles, or the same area where one side has fewer tiles; less where their images would not
+    // fit.
+    static TileGroupShape group_shape(const Problem& p, int64_t size, int64_t image_budget) {
         const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
+        const int64_t imaged = has_whole_images(p)
+                                   ? rows + cols
+                                   : std::max<int64_t>(image_budget / image_bytes_of_tile(p), 2);
+        size = std::min(size, p.square && has_whole_images(p) ? size : imaged / 2);
         if (p.square) return {std::min(size, rows), std::min(size, rows)};
         const auto longer = [&](int64_t tiles, int64_t shorter) {
-            const int64_t most = std::min<int64_t>({tiles, size * size / shorter, 2 * kMaxTileGroup});
+            const int64_t most =
+                std::min<int64_t>({tiles, size * size / shorter, 2 * kMaxTileGroup, imaged - shorter});
             const int64_t count = (tiles + most - 1) / most;
             return (tiles + count - 1) / count;  // of equal size: the last should not be a sliver
         };
@@ -73,7 +104,7 @@ struct TilePolicy {
         return {longer(rows, few), few};
     }
     static TileGroupShape forward_shape(const Task& task) {
-        return group_shape(task.problem, std::min(task.tuning.tile_group, kMaxTileGroup));
+        return group_shape(task.problem, std::min(task.tuning.tile_group, kMaxTileGroup), kImageBudget);
     }
 
     // Slots of row results before they are reduced: one a warp of a merge.
@@ -92,12 +123,13 @@ struct TilePolicy {
         return round_up(param_slots(task) * task.learned.count * int64_t(sizeof(double)), 16);
     }
 
-    // Forward's workspace: row results, partial results of a tile group, the tiles' extremes.
+    // Forward's workspace: images, row results, partial results of a tile group, the tiles' extremes.
     static int64_t forward_workspace_bytes(const Task& task) {
-        int64_t numbers =
-            results_size(task) + partials_size(forward_shape(task).tiles(), kTile, task.problem.square);
-        if (task.problem.mining.on && has_extremes(task.problem)) numbers += 2 * count_tiles(task.problem);
-        return numbers * int64_t(sizeof(Acc));
+        const Problem& p = task.problem;
+        const TileGroupShape shape = forward_shape(task);
+        int64_t numbers = results_size(task) + partials_size(shape.tiles(), kTile, p.square);
+        if (p.mining.on && has_extremes(p)) numbers += 2 * count_tiles(p);
+        return image_bytes(p, shape) + numbers * int64_t(sizeof(Acc));
     }
 };
 

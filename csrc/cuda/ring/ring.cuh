@@ -94,29 +94,30 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     constexpr int64_t kNumber = sizeof(typename Math::Acc);
     const int64_t n = p.queries.count, m = p.refs.count, tiles = Policy::count_tiles(p);
     if (n == 0 || m == 0) return {};
-    const int64_t packed = packed_bytes<typename Math::Value>(p);
+    const int64_t images = Policy::image_bytes(p, Policy::forward_shape(task));
     const int64_t partials = partials_size(Policy::forward_shape(task).tiles(), Policy::kTile, false);
     int64_t backward = kHeader + kStatsPerRow * n + n + m;
     if (Policy::sums_weights(p)) backward += Policy::weight_partials_size(task) + n + m;
     const int64_t made = learned_bytes<int64_t>(0, task.learned.count, kNumber);
-    return {packed + made + (n + m + partials) * kNumber,
-            packed + made + Policy::param_bytes(task) + Policy::weight_bytes(task) +
-                Policy::part_bytes(task) + backward * kNumber,
+    return {made + images + (n + m + partials) * kNumber,
+            made + Policy::param_bytes(task) + Policy::image_bytes(p, Policy::shape(task)) +
+                Policy::weight_bytes(task) + Policy::up_bytes(task) + Policy::part_bytes(task) + backward * kNumber,
             extremes_bytes(tiles, kNumber), Policy::has_kept(p) ? tiles : 0};
 }
 
 template <typename Math>
 void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, void* extremes, void* kept,
                             void* workspace, cudaStream_t stream) {
-    using T = typename Math::Value;
     using Acc = typename Math::Acc;
     check_stage(asked.problem, stage);
     const int64_t n = asked.problem.queries.count, m = asked.problem.refs.count;
     if (n == 0 || m == 0) return;
     auto* bytes = static_cast<unsigned char*>(workspace);
-    const Task task =
-        with_made_formula<Acc>(with_aligned_rows<T>(in_tiles(asked), bytes, stream), bytes, stream);
+    const Task task = with_made_formula<Acc>(in_tiles(asked), bytes, stream);
     const Problem& p = task.problem;
+    const TileGroupShape shape = TilePolicy<Math>::forward_shape(task);
+    ImageSlots<Math> images(p, shape, bytes, stream);
+    bytes += TilePolicy<Math>::image_bytes(p, shape);
     Acc* norms = reinterpret_cast<Acc*>(bytes);
     const RowStats<Acc> row_stats = state_of(static_cast<Acc*>(state), n);
     const Launcher<Math> launcher = {task, block_arrays(row_stats, norms, n, kept), stream};
@@ -132,7 +133,7 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
         launch(examine_norms<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, norms, n + m,
                true, row_stats.header);
     }
-    launcher.for_tile_groups(TilePolicy<Math>::forward_shape(task), launcher.all_rows(), launcher.all_cols(),
+    launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), &images,
                              [&](const auto& tile_group, MergeStep) {
                                  const MergeStep step = {false, false, false};
                                  if (stage == BlockStage::kHardest) {
@@ -151,7 +152,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     using Acc = typename Math::Acc;
     using Policy = GradientPolicy<Math>;
     auto* bytes = static_cast<unsigned char*>(workspace);
-    Task task = with_made_formula<Acc>(with_aligned_rows<T>(in_tiles(asked), bytes, stream), bytes, stream);
+    Task task = with_made_formula<Acc>(in_tiles(asked), bytes, stream);
     const Problem& p = task.problem;
     task.problem.reduction = Reduction::kSum;  // the upstream gradient is in the rows' weights
     task.problem.return_sums = false;
@@ -161,8 +162,10 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     GradientWorkspace<typename Policy::Weight, Acc> space = {};
     auto* param_sums = reinterpret_cast<double*>(bytes);
     bytes += Policy::param_bytes(task);
-    space.weights = reinterpret_cast<typename Policy::Weight*>(bytes);
-    space.parts = reinterpret_cast<Acc*>(bytes + Policy::weight_bytes(task));
+    ImageSlots<Math> images(p, Policy::shape(task), bytes, stream);
+    bytes += Policy::image_bytes(p, Policy::shape(task));
+    space.weights = Policy::weights_at(task, bytes);
+    space.parts = reinterpret_cast<Acc*>(bytes + Policy::weight_bytes(task) + Policy::up_bytes(task));
     Acc* numbers = space.parts + Policy::part_bytes(task) / int64_t(sizeof(Acc));
     Acc* norms = numbers + kHeader + kStatsPerRow * n;
     space.weight_partials = {norms + n + m};
@@ -187,9 +190,9 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     // 3. The gradients, summed in place.
     const Acc* one = row_stats.header + kScale;
     Acc *row_sums = static_cast<Acc*>(grad_rows), *block_sums = static_cast<Acc*>(grad_block);
-    if (task.learned.gradient) gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums);
+    if (task.learned.gradient) gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums, images);
     if (!row_sums && !block_sums) return;
-    const BackwardPass<Math> pass{launcher, one, space};
+    const BackwardPass<Math> pass{launcher, one, space, images};
     pass.add_pairs({launcher.all_rows(), row_sums}, {launcher.all_cols(), block_sums}, true);
     const auto finish = [&](const Rows<T, Acc>& rows, const Acc* weight_sums, Acc* grad) {
         if (!grad) return;
