@@ -237,7 +237,7 @@ def fragment_order():
 
 
 @schedules
-@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["half", "bfloat16", "float"])
 @pytest.mark.parametrize(
     ("m", "n", "d", "stride", "offset"),
     [
@@ -249,27 +249,38 @@ def fragment_order():
     ],
 )
 def test_similarities(similarities, dtype, m, n, d, stride, offset, schedule):
+    """Small integers, exactly; or floats of any length, to 2^-22 of the rows' largest components."""
     draw = np.random.default_rng(m + n + d)
-    sent, points = [], []
+    sent, points, down, across = [], [], blocks(m, TILE), blocks(n, TILE)
     for rows in (m, n):
-        (words,), values = encode(draw.integers(-4, 5, offset + rows * stride), dtype, 1)
-        sent.append(words.tobytes())
-        points.append(values[offset:].reshape(rows, stride)[:, :d])
+        count = offset + rows * stride
+        if dtype == "float":
+            values = (draw.normal(size=count) * 2.0 ** draw.integers(-60, 60, count)).astype(np.float32)
+            sent.append(values.tobytes())
+        else:
+            (words,), values = encode(draw.integers(-4, 5, count), dtype, 1)
+            sent.append(words.tobytes())
+        points.append(values[offset:].reshape(rows, stride)[:, :d].astype(np.float64))
     done = run(similarities, dtype, m, n, d, stride, offset, stdin=b"".join(sent), schedule=schedule)
     assert done.returncode == 0, done.stderr.decode()
     out = np.frombuffer(done.stdout, np.float32)
-    down, across = blocks(m, TILE), blocks(n, TILE)
-    norms, tiles = np.split(out[: m + n], [m]), out[m + n :].reshape(down, across, -1)
-    products = np.empty((down, across, TILE, TILE), np.float32)
-    products[(..., *fragment_order())] = tiles
+    scales = [1.0, 1.0]
+    if dtype == "float":
+        *scales, out = np.split(out, np.cumsum([down * TILE, across * TILE]))
+        assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)  # powers of two
+        scales = [scale.astype(np.float64) for scale in scales]
+    products = np.empty((down, across, TILE, TILE), np.float64)
+    products[(..., *fragment_order())] = out.reshape(down, across, -1)
     products = products.transpose(0, 2, 1, 3).reshape(down * TILE, across * TILE)
-    assert np.array_equal(products[:m, :n], points[0] @ points[1].T)
     assert not products[m:].any()  # zero past the edges
     assert not products[:, n:].any()
-    for x, norm in zip(points, norms, strict=True):
-        length = np.sqrt((x**2).sum(1))
-        expected = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
-        assert np.allclose(norm, expected, rtol=1e-6, atol=0)
+    truth = points[0] @ points[1].T
+    if dtype == "float":
+        found = products[:m, :n] * scales[0][:m, None] * scales[1][:n]
+        sizes = [np.abs(x).max(1) for x in points]
+        assert (np.abs(found - truth) <= 2.0**-21 * d * np.outer(*sizes)).all()
+    else:
+        assert np.array_equal(products[:m, :n], truth)
 
 
 def test_sanitizers_find_nothing_in_similarities():
@@ -280,11 +291,12 @@ def test_sanitizers_find_nothing_in_similarities():
         assert done.returncode == 0, done.stderr.decode()
 
 
+WRITE_IMAGE = "cuda/pairs/write_image.cuh"
 SIMILARITY_BUGS = {
-    "no_swizzle": ("cuda/common/swizzle.cuh", "((column / kChunk) ^ (row % 8)) * 16", "column / kChunk * 16"),
-    "rows_past_the_last": ("cuda/hopper/images.cuh", "i < points.rows ? points.cols : 0;", "points.cols;"),
-    "columns_past_the_last": ("cuda/hopper/images.cuh", "d + e < last ? row[d + e] : T(0.0f)", "row[d + e]"),
-    "rows_taken_for_aligned": ("cuda/hopper/images.cuh", "is_aligned && d + kChunk", "d + kChunk"),
+    "no_swizzle": ("cuda/common/swizzle.cuh", "(chunk ^ (row / kRowsOfBanks % kChunks))", "chunk"),
+    "rows_past_the_last": (WRITE_IMAGE, "i < points.rows ? points.cols : 0;", "points.cols;"),
+    "columns_past_the_last": (WRITE_IMAGE, "d + e < cols ? row[d + e] : T(0.0f)", "row[d + e]"),
+    "rows_taken_for_aligned": (WRITE_IMAGE, "is_aligned && d + kElements", "d + kElements"),
     "floats_stored_elsewhere": (
         "cuda/hopper/product.cuh", "kConsumers + thread) * 4", "kConsumers + (thread ^ 1)) * 4",
     ),

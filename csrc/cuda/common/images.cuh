@@ -13,8 +13,9 @@ namespace dml::cuda {
 
 struct Image {
     const unsigned char* blocks = nullptr;  // [tiles][blocks across][parts][rows of a tile][128 bytes]
-    const float* scales = nullptr;          // [rows] powers of two, by which the image's rows are the matrix's; null: 1
-    int across = 0;                         // blocks side by side
+    const float* scales =
+        nullptr;     // [rows] powers of two, by which the image's rows are the matrix's; null: 1
+    int across = 0;  // blocks side by side
 };
 
 template <typename Part, int Rows, int Parts>
@@ -47,7 +48,7 @@ struct ChunksOfThread {
     static DML_DEVICE void for_each(const F& f) {
         if (Chunks < Threads && int(threadIdx.x) >= Chunks) return;
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) f(int(threadIdx.x) + c * Threads);
+        for (int c = 0; c < kCount; ++c) f(threadIdx.x + unsigned(c * Threads));
     }
 };
 
@@ -69,9 +70,10 @@ class RowsOfImage {
 
     DML_DEVICE void start(unsigned char* shared, unsigned slice) const {
         const unsigned char* block = tile_ + uint64_t(slice / kSlices) * unsigned(Layout::kBlockBytes);
-        const int first = int(slice % kSlices) * kChunks;
-        Share::for_each([&](int c) {
-            const int chunk = c % kChunks, row = c / kChunks;  // of all parts: a part's rows are whole patterns
+        const unsigned first = slice % kSlices * kChunks;
+        // A part's rows are whole patterns of the swizzle, so the parts' rows count on.
+        Share::for_each([&](unsigned c) {
+            const unsigned chunk = c % kChunks, row = c / kChunks;
             cp_async<kChunkBytes>(shared + swizzled_chunk<kSliceBytes>(row, chunk),
                                   block + swizzled_chunk(row, first + chunk));
         });
@@ -114,11 +116,12 @@ class BoxesOfImage {
     // Rows `row` .. of a tile. Past the last block it is copied again: what comes of it lies past the edge.
     DML_DEVICE void start(unsigned char* shared, unsigned tile, int row) const {
         const unsigned char* from = blocks_ + tile * tile_bytes_ + row * kSwizzleBytes;
-        Share::for_each([&](int c) {
-            const int box = c / kChunks, part = box / kBlocks, block = box % kBlocks < last_ ? box % kBlocks : last_;
-            cp_async<kChunkBytes>(shared + c * kChunkBytes,
-                                  from + block * Layout::kBlockBytes + part * Layout::kPartBytes +
-                                      c % kChunks * kChunkBytes);
+        Share::for_each([&](unsigned thread_chunk) {
+            const int c = int(thread_chunk), box = c / kChunks, part = box / kBlocks,
+                      block = box % kBlocks < last_ ? box % kBlocks : last_;
+            cp_async<kChunkBytes>(
+                shared + c * kChunkBytes,
+                from + block * Layout::kBlockBytes + part * Layout::kPartBytes + c % kChunks * kChunkBytes);
         });
     }
 };

@@ -252,7 +252,7 @@ struct ScaledMath<2> {
     }
     template <typename View>
     static DML_DEVICE void load(B (&b)[1], const View& view, int col, int k) {
-        const auto load_part = [&](const View& part, uint32_t(&to)[kSteps][2]) {
+        const auto load_part = [&](const View& part, uint32_t (&to)[kSteps][2]) {
             uint32_t x[4];
             ldmatrix_x4(x, part.at(col + lane_id() % 8, k + 8 * (lane_id() / 8)));
 #pragma unroll

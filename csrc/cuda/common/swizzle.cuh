@@ -15,18 +15,18 @@ inline constexpr int kChunkBytes = 16;
 inline constexpr int kSwizzleBytes = 128;                // a row of a block of an image
 inline constexpr int kPatternBytes = 8 * kSwizzleBytes;  // eight rows, after which the swizzle repeats
 
-// The byte at which a chunk of a row begins.
+// The byte at which a chunk of a row begins. (Unsigned, so that rows a whole pattern apart are a constant apart.)
 template <int RowBytes = kSwizzleBytes>
-DML_DEVICE int swizzled_chunk(int row, int chunk) {
-    constexpr int kRowsOfBanks = kSwizzleBytes / RowBytes, kChunks = RowBytes / kChunkBytes;
-    return row * RowBytes + (chunk ^ (row / kRowsOfBanks % kChunks)) * kChunkBytes;
+DML_DEVICE int swizzled_chunk(unsigned row, unsigned chunk) {
+    constexpr unsigned kRowsOfBanks = kSwizzleBytes / RowBytes, kChunks = RowBytes / kChunkBytes;
+    return int(row * RowBytes + (chunk ^ (row / kRowsOfBanks % kChunks)) * kChunkBytes);
 }
 
 // The byte at which an element begins.
 template <typename T, int RowBytes = kSwizzleBytes>
-DML_DEVICE int swizzled_byte(int row, int column) {
-    constexpr int kElements = kChunkBytes / int(sizeof(T));
-    return swizzled_chunk<RowBytes>(row, column / kElements) + column % kElements * int(sizeof(T));
+DML_DEVICE int swizzled_byte(unsigned row, unsigned column) {
+    constexpr unsigned kElements = kChunkBytes / sizeof(T);
+    return swizzled_chunk<RowBytes>(row, column / kElements) + int(column % kElements * sizeof(T));
 }
 
 }  // namespace dml

@@ -12,7 +12,7 @@ DML_DEVICE int fragment_place(int thread, int i) { return (i / 4 * kConsumers + 
 // Tile (blockIdx.y, blockIdx.x) of the products, stored behind one another, row by row of tiles.
 template <typename T, int kParts>
 __global__ void __launch_bounds__(kTileThreads, kParts == 1 ? 2 : 1)
-    products(Image<T> rows, Image<T> columns, float* tiles, int slices) {
+    products(Image rows, Image columns, float* tiles, int slices) {
     TileProduct<T, Major::kK, Major::kK, kParts> product;
     product.init_barriers();
     if (product.is_producer()) {
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kTileThreads, kParts == 1 ? 2 : 1)
     }
     float sums[kWgmmaRegisters];
     product.consume(sums, slices);
-    float* const tile = tiles + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kTileSide * kTileSide;
+    float* const tile = tiles + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kProductTile * kProductTile;
 #pragma unroll
     for (int i = 0; i < kWgmmaRegisters; i += 4) {
         *reinterpret_cast<float4*>(tile + fragment_place(int(threadIdx.x), i)) =

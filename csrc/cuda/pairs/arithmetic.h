@@ -31,9 +31,9 @@ auto with_arithmetic(const Task& task, const F& f) {
 }  // namespace dml::cuda
 
 // For each arithmetic: the template is instantiated in instantiations/*.cu.
-#define DML_EXTERN_ENGINES(Kernels)                         \
-    extern template struct Kernels<SimtMath<double>>;       \
-    extern template struct Kernels<ScaledMath<2>>;  \
-    extern template struct Kernels<ScaledMath<1>>; \
-    extern template struct Kernels<HalfMath<__half>>;       \
+#define DML_EXTERN_ENGINES(Kernels)                   \
+    extern template struct Kernels<SimtMath<double>>; \
+    extern template struct Kernels<ScaledMath<2>>;    \
+    extern template struct Kernels<ScaledMath<1>>;    \
+    extern template struct Kernels<HalfMath<__half>>; \
     extern template struct Kernels<HalfMath<__nv_bfloat16>>;

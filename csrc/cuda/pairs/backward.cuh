@@ -81,9 +81,9 @@ struct BackwardPass {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;
         launch(pair_weights<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(kWeightQuantities), launcher.stream, tile_group, launcher.formula(),
-               arrays.row_stats, launcher.upstream(grad_loss), arrays.kept, workspace.weights,
-               workspace.weight_partials);
+               PairGrid<Math>::shared_bytes(kWeightQuantities), launcher.stream, tile_group,
+               launcher.formula(), arrays.row_stats, launcher.upstream(grad_loss), arrays.kept,
+               workspace.weights, workspace.weight_partials);
         if (!Policy::sums_weights(p)) return;
         Merge<Acc>::weights(Merge<Acc>::without_points(tile_group), workspace.weight_partials, arrays.kept,
                             step, rows.sum ? workspace.row_weights : nullptr,

@@ -132,8 +132,7 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
 
 template <typename Math>
 int64_t Engine<Math>::count_workspace_bytes(const Task& task) {
-    return packed_bytes<typename Math::Value>(task.problem) +
-           OnMatrix<Math>{task}.count_workspace_bytes();
+    return packed_bytes<typename Math::Value>(task.problem) + OnMatrix<Math>{task}.count_workspace_bytes();
 }
 
 template <typename Math>

@@ -54,13 +54,15 @@ void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, voi
     const ForwardPass<Math> pass = {launcher, partials, extremes, results};
     const bool caches = launcher.arrays.cache != nullptr;
     const auto for_tile_groups = [&](bool multiplies, const auto& f) {
-        launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), multiplies ? &images : nullptr, f);
+        launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(),
+                                 multiplies ? &images : nullptr, f);
     };
 
     launcher.prepare(launcher.queries(), !mining);
     if (!p.square) launcher.prepare(launcher.refs(), false);
     if (mining) {
-        for_tile_groups(true, [&](const auto& tile_group, MergeStep step) { pass.find_hardest(tile_group, step); });
+        for_tile_groups(true,
+                        [&](const auto& tile_group, MergeStep step) { pass.find_hardest(tile_group, step); });
     }
     for (int stage = 0; stage < (formula_facts(p.formula).context ? 2 : 1); ++stage) {
         const bool cached = caches && (mining || stage == 1);

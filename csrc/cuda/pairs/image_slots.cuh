@@ -15,7 +15,7 @@ class ImageSlots {
 
     struct Slot {
         unsigned char* memory;
-        int64_t tiles;          // room for so many
+        int64_t tiles;            // room for so many
         TileRange held = {0, 0};  // what is there
 
         Image image(int64_t dim) const {
@@ -39,8 +39,8 @@ class ImageSlots {
             slot.held = whole_ ? TileRange{0, Policy::tiles_along(rows.points.rows)} : wanted;
             const int64_t lines = (slot.held.end - slot.held.begin) * Policy::kTile;
             const Image image = slot.image(dim);
-            launch(write_image<Math>, dim3(unsigned(lines / kImageRows)), dim3(kImageThreads), 0, stream_, rows,
-                   slot.held.begin * Policy::kTile, slot.memory, const_cast<float*>(image.scales));
+            launch(write_image<Math>, dim3(unsigned(lines / kImageRows)), dim3(kImageThreads), 0, stream_,
+                   rows, slot.held.begin * Policy::kTile, slot.memory, const_cast<float*>(image.scales));
         }
         return Layout::from(slot.image(dim), wanted.begin - slot.held.begin);
     }

@@ -44,22 +44,22 @@ struct Launcher {
             const int64_t first = p.square ? std::max(i, cols.begin) : cols.begin;
             for (int64_t j = first; j < cols.end; j += shape.cols) {
                 TileGroup<T, Acc> tile_group = {queries(),
-                                                      refs(),
-                                                      p.square,
-                                                      p.self_index,
-                                                      p.mine_self_pair,
-                                                      p.similarity,
-                                                      i,
-                                                      j,
-                                                      static_cast<int>(std::min(shape.rows, rows.end - i)),
-                                                      static_cast<int>(std::min(shape.cols, cols.end - j)),
-                                                      all_rows().end,
-                                                      all_cols().end,
-                                                      all_cols().end,
-                                                      arrays.cache,
-                                                      false,
-                                                      {},
-                                                      {}};
+                                                refs(),
+                                                p.square,
+                                                p.self_index,
+                                                p.mine_self_pair,
+                                                p.similarity,
+                                                i,
+                                                j,
+                                                static_cast<int>(std::min(shape.rows, rows.end - i)),
+                                                static_cast<int>(std::min(shape.cols, cols.end - j)),
+                                                all_rows().end,
+                                                all_cols().end,
+                                                all_cols().end,
+                                                arrays.cache,
+                                                false,
+                                                {},
+                                                {}};
                 if (images) images->bring(tile_group);
                 f(tile_group, MergeStep{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
             }

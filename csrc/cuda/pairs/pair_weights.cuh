@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     pair_weights(const __grid_constant__ TileGroup<T, Acc> all,
                  const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
                  Upstream<Acc> upstream, const uint8_t* kept,
-                 GroupWeights<typename WeightOf<typename GradMathOf<Math>::Type>::Type> to, Partials<Acc> sums) {
+                 GroupWeights<typename WeightOf<typename GradMathOf<Math>::Type>::Type> to,
+                 Partials<Acc> sums) {
     using Traits = TileTraits<Math>;
     using Grid = PairGrid<Math>;
     using GradMath = typename GradMathOf<Math>::Type;
@@ -319,7 +320,8 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
                 const Acc size = std::fabs(x.s[j]);
-                largest = std::fmax(largest, size * scale_of(tile_group.col_image, col_tile * kTile + Grid::col(j)));
+                largest = std::fmax(largest,
+                                    size * scale_of(tile_group.col_image, col_tile * kTile + Grid::col(j)));
                 col_largest[j] = std::fmax(col_largest[j], size * row_scale);
             }
             exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));

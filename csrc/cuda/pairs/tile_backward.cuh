@@ -101,8 +101,8 @@ DML_DEVICE void list_slots(int* list, int slots, const F& wanted) {
 // of these tiles.
 template <typename Traits, bool Transposed, typename Sum, typename T, typename Acc>
 DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_group, int line, Part part,
-                                    const uint8_t* kept,
-                                    const GroupWeights<typename Traits::Weight>& weights, int64_t d0) {
+                                    const uint8_t* kept, const GroupWeights<typename Traits::Weight>& weights,
+                                    int64_t d0) {
     using Weight = typename Traits::Weight;
     constexpr int kTile = Traits::kTile, kDepth = Traits::kDepth, kThreads = Traits::kThreads;
     constexpr int kPitch = Traits::kPitch, kAcrossPitch = Traits::kAcrossPitch;
@@ -169,7 +169,8 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<T, Acc>& tile_
 // Thread block (x, y, z): panel x of the gradient's columns, line y (rows of tiles first, then columns of
 // tiles), part z of the line. A diagonal group serves the same points as rows and as columns.
 template <typename Math, int Cols, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(GradTraits<Math, Cols>::kThreads, kTileBlocks<typename GradMathOf<Math>::Type>)
+__global__ void __launch_bounds__(GradTraits<Math, Cols>::kThreads,
+                                  kTileBlocks<typename GradMathOf<Math>::Type>)
     add_gradients(const __grid_constant__ TileGroup<T, Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
                   GroupWeights<typename GradTraits<Math, Cols>::Weight> weights) {

@@ -77,8 +77,8 @@ struct TileGroup {
     int64_t row_tile, col_tile;
     int row_tiles, col_tiles;
     int64_t all_row_tiles, all_col_tiles, used_col_tiles;
-    Acc* cache;         // [tiles, kTile, kTile] or null
-    bool cache_filled;  // an earlier launch has stored the similarities
+    Acc* cache;                  // [tiles, kTile, kTile] or null
+    bool cache_filled;           // an earlier launch has stored the similarities
     Image row_image, col_image;  // of the group's rows and columns
 
     DML_INLINE int64_t tile_index(int64_t ti, int64_t tj) const {
@@ -112,8 +112,8 @@ struct LoadedTile {
 // The bare dot products of the images' rows of a tile and of another. Takes the first kStages * kStageBytes of shared
 // memory.
 template <typename Math>
-DML_DEVICE void multiply_tile(Product<Math, SquareTile<Math>>& product, unsigned char* shared, const Image& rows,
-                              int row_tile, const Image& cols, int col_tile, int64_t dim) {
+DML_DEVICE void multiply_tile(Product<Math, SquareTile<Math>>& product, unsigned char* shared,
+                              const Image& rows, int row_tile, const Image& cols, int col_tile, int64_t dim) {
     using Traits = TileTraits<Math>;
     using Slices = typename Traits::Slices;
     const Slices row_slices(rows, row_tile), col_slices(cols, col_tile);
@@ -244,7 +244,8 @@ DML_DEVICE LoadedTile<Math> load_tile(const TileGroup<T, Acc>& tile_group, int64
     const auto cached = [&] { return tile_group.cache + tile_group.tile_index(ti, tj) * kTile * kTile; };
     if (!tile_group.cache_filled) {
         Product<Math, SquareTile<Math>> product;
-        multiply_tile<Math>(product, bytes, tile_group.row_image, row_tile, tile_group.col_image, col_tile, rows.cols);
+        multiply_tile<Math>(product, bytes, tile_group.row_image, row_tile, tile_group.col_image, col_tile,
+                            rows.cols);
         store_similarities<Math>(product, tile_group, row0, col0, norms, factors, flags, sim);
         if (tile_group.cache) {
             using Chunks = ChunkShare<Acc, kTile, kTile, kThreads>;

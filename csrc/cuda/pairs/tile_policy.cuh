@@ -85,9 +85,8 @@ struct TilePolicy {
     // fit.
     static TileGroupShape group_shape(const Problem& p, int64_t size, int64_t image_budget) {
         const int64_t rows = tiles_along(p.queries.count), cols = tiles_along(p.refs.count);
-        const int64_t imaged = has_whole_images(p)
-                                   ? rows + cols
-                                   : std::max<int64_t>(image_budget / image_bytes_of_tile(p), 2);
+        const int64_t imaged =
+            has_whole_images(p) ? rows + cols : std::max<int64_t>(image_budget / image_bytes_of_tile(p), 2);
         size = std::min(size, p.square && has_whole_images(p) ? size : imaged / 2);
         if (p.square) return {std::min(size, rows), std::min(size, rows)};
         const auto longer = [&](int64_t tiles, int64_t shorter) {

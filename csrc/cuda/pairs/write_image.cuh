@@ -26,8 +26,7 @@ template <typename Math>
 inline constexpr int kTileSide = Math::kTensorCores ? 128 : 64;
 
 template <typename Math>
-using PointsLayout =
-    ImageLayout<typename PartsOf<Math>::Type, kTileSide<Math>, PartsOf<Math>::kCount>;
+using PointsLayout = ImageLayout<typename PartsOf<Math>::Type, kTileSide<Math>, PartsOf<Math>::kCount>;
 
 inline constexpr int kImageThreads = 256;
 inline constexpr int kImageRows = kImageThreads / kWarpSize;  // of a thread block: a warp a row
@@ -44,7 +43,8 @@ DML_DEVICE void write_chunk(const T (&x)[Count], float up, unsigned char* chunk)
         for (int i = 0; i < 4; ++i) split_half2(x[2 * i] * up, x[2 * i + 1] * up, big[i], small[i]);
         *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(big);
         if constexpr (Parts::kCount == 2)
-            *reinterpret_cast<uint4*>(chunk + PointsLayout<Math>::kPartBytes) = reinterpret_cast<const uint4&>(small);
+            *reinterpret_cast<uint4*>(chunk + PointsLayout<Math>::kPartBytes) =
+                reinterpret_cast<const uint4&>(small);
     }
 }
 
@@ -52,7 +52,8 @@ DML_DEVICE void write_chunk(const T (&x)[Count], float up, unsigned char* chunk)
 // scales: of its rows, where they are scaled. A launch of a warp for each row of these tiles.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(kImageThreads)
-    write_image(const __grid_constant__ Rows<T, Acc> all, int64_t first, unsigned char* blocks, float* scales) {
+    write_image(const __grid_constant__ Rows<T, Acc> all, int64_t first, unsigned char* blocks,
+                float* scales) {
     using Layout = PointsLayout<Math>;
     constexpr int kElements = kChunkBytes / int(sizeof(typename Layout::Element));
     const Matrix<T> points = all.in_use().points;
@@ -93,8 +94,9 @@ __global__ void __launch_bounds__(kImageThreads)
         alignas(16) T x[kElements];
         load(chunk, x);
         constexpr int kChunks = kSwizzleBytes / kChunkBytes;
-        write_chunk<Math>(x, up, tile + chunk / kChunks * Layout::kBlockBytes +
-                                     swizzled_chunk(int(line % Layout::kRows), int(chunk % kChunks)));
+        write_chunk<Math>(x, up,
+                          tile + chunk / kChunks * Layout::kBlockBytes +
+                              swizzled_chunk(int(line % Layout::kRows), int(chunk % kChunks)));
     }
 }
 

@@ -101,7 +101,8 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     const int64_t made = learned_bytes<int64_t>(0, task.learned.count, kNumber);
     return {made + images + (n + m + partials) * kNumber,
             made + Policy::param_bytes(task) + Policy::image_bytes(p, Policy::shape(task)) +
-                Policy::weight_bytes(task) + Policy::up_bytes(task) + Policy::part_bytes(task) + backward * kNumber,
+                Policy::weight_bytes(task) + Policy::up_bytes(task) + Policy::part_bytes(task) +
+                backward * kNumber,
             extremes_bytes(tiles, kNumber), Policy::has_kept(p) ? tiles : 0};
 }
 
