@@ -235,7 +235,7 @@ struct Call {
     Call(const Batch& of, bool matrix)
         : batch(of),
           task(with_path(of.task, matrix)),
-          saved(size_t(saved_bytes(task, true))),
+          saved(size_t(saved_bytes(task))),
           loss(8),
           forward_space(size_t(forward_workspace_bytes(task))),
           backward_space(size_t(backward_workspace_bytes(task))),
@@ -251,7 +251,7 @@ struct Call {
         cuda::forward(task, true, saved.get(), loss.get(), forward_space.get(), stream);
     }
     void backward(cudaStream_t stream) const {
-        cuda::backward(task, true, saved.get(), upstream.get(), of_queries.get(),
+        cuda::backward(task, saved.get(), upstream.get(), of_queries.get(),
                        batch.shape.m > 0 ? of_refs.get() : nullptr, backward_space.get(), stream);
     }
     // The loss, then all gradients.

@@ -24,7 +24,8 @@ bool is_cuda(const std::string& device) { return device == "cuda"; }
 SymInt saved_bytes(const std::string& device, const SymInt& n, const SymInt& m, bool square,
                    bool both_directions, int64_t itemsize, bool save_for_backward, int64_t device_params) {
     if (is_cuda(device))
-        return cuda::saved_bytes_of<SymInt>(n, m, square, itemsize, save_for_backward, device_params);
+        return cuda::saved_bytes_of<SymInt>(n, m, square, itemsize, save_for_backward ? cuda::kCacheBytes : 0,
+                                            device_params);
     return cpu::Layout<SymInt>({n, m, square, both_directions}, itemsize, save_for_backward).bytes;
 }
 

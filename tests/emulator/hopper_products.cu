@@ -12,7 +12,7 @@ namespace {
 using cuda::Image;
 
 template <typename T, Major kA, Major kB, int kParts>
-__global__ void __launch_bounds__(cuda::kTileThreads, kParts == 1 ? 2 : 1)
+__global__ void __launch_bounds__(cuda::kWgmmaThreads, kParts == 1 ? 2 : 1)
     multiply(Image a, Image b, float* c, int slices) {
     cuda::TileProduct<T, kA, kB, kParts> product;
     product.init_barriers();
@@ -43,7 +43,7 @@ void run(const Sizes& s) {
     const auto a = read<unsigned char>(size_t(s.a_down) * size_t(s.a_across) * block);
     const auto b = read<unsigned char>(size_t(s.b_down) * size_t(s.b_across) * block);
     Array<float> c(size_t(s.down) * size_t(s.across) * cuda::kProductTile * cuda::kProductTile);
-    launch(multiply<T, kA, kB, kParts>, dim3(unsigned(s.across), unsigned(s.down)), dim3(cuda::kTileThreads),
+    launch(multiply<T, kA, kB, kParts>, dim3(unsigned(s.across), unsigned(s.down)), dim3(cuda::kWgmmaThreads),
            cuda::TileProduct<T, kA, kB, kParts>::kSharedBytes, nullptr, image(a, s.a_across),
            image(b, s.b_across), c.data(), s.slices);
     write(c);

@@ -39,7 +39,7 @@ void run(const int (&n)[5]) {
     const Points<Math> rows(n[0], n[2], n[3], n[4]), columns(n[1], n[2], n[3], n[4]);
     const dim3 grid(unsigned(Points<Math>::tiles(n[1])), unsigned(Points<Math>::tiles(n[0])));
     Array<float> tiles(size_t(grid.x) * grid.y * cuda::kProductTile * cuda::kProductTile);
-    launch(cuda::products<Element, kParts>, grid, dim3(cuda::kTileThreads),
+    launch(cuda::products<Element, kParts>, grid, dim3(cuda::kWgmmaThreads),
            cuda::TileProduct<Element, Major::kK, Major::kK, kParts>::kSharedBytes, nullptr, rows.image,
            columns.image, tiles.data(), rows.image.across);
     if (kParts == 2) {

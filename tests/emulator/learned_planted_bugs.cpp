@@ -12,7 +12,7 @@ using namespace dml::cuda;
 
 namespace {
 
-using Math = Tf32Math<float, true>;
+using Math = ScaledMath<2>;
 
 void run(int64_t n, int64_t m) {
     constexpr int64_t kDim = 8;
@@ -33,7 +33,7 @@ void run(int64_t n, int64_t m) {
     const int64_t gradient_bytes = (params + 1) * int64_t(sizeof(double));
     const Buffer gradient = poisoned(gradient_bytes);
     task.learned = {params, values.as<double>(), gradient.as<double>()};
-    const Buffer saved = poisoned(Engine<Math>::saved_bytes(task, true));
+    const Buffer saved = poisoned(Engine<Math>::saved_bytes(task));
     const Buffer loss = poisoned(sizeof(float));
     const Buffer forward_space = poisoned(Engine<Math>::forward_workspace_bytes(task));
     Engine<Math>::forward(task, true, saved.data.get(), loss.data.get(), forward_space.data.get(), nullptr);
@@ -41,8 +41,8 @@ void run(int64_t n, int64_t m) {
     for (int again = 0; again < 2; ++again) {
         std::memset(gradient.data.get(), 0xff, size_t(gradient_bytes));
         const Buffer backward_space = poisoned(Engine<Math>::backward_workspace_bytes(task));
-        Engine<Math>::backward(task, true, saved.data.get(), &upstream, nullptr, nullptr,
-                               backward_space.data.get(), nullptr);
+        Engine<Math>::backward(task, saved.data.get(), &upstream, nullptr, nullptr, backward_space.data.get(),
+                               nullptr);
         std::fwrite(gradient.data.get(), 1, size_t(gradient_bytes), stdout);
     }
 }

@@ -13,7 +13,7 @@ from . import build
 
 HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "ring", "triplets")]
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").rglob("*.cu")), *HOST_SIDES]
-NARROW = {"f32", "f32_tf32", "f16", "bf16"}  # the arithmetics, but for float64
+NARROW = {"f32", "f32_tf32", "f16", "bf16", "look_float"}  # the arithmetics, but for float64
 KERNELS = {"all": SOURCES, "double": [source for source in SOURCES if source.stem not in NARROW]}
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32"]

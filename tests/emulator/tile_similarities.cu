@@ -2,25 +2,12 @@
 // similarity euclidean and normalize (0, 1). Rows and columns come from stdin, both contiguous; similarities go to stdout.
 #include <cstdlib>
 
-#include "cuda/pairs/find_extremes.cuh"
+#include "cuda/pairs/prepare_rows.cuh"
+#include "cuda/pairs/tile_similarities.cuh"
 #include "planted_bugs.h"
 
 namespace dml {
 namespace {
-
-template <typename Math>
-__global__ void __launch_bounds__(cuda::TileTraits<Math>::kThreads, 1)
-    tile_similarities(const __grid_constant__ cuda::TileGroup<float, float> group, float* out) {
-    using Traits = cuda::TileTraits<Math>;
-    const auto tile = cuda::load_tile<Math>(group, blockIdx.y, blockIdx.x);
-    block_sync();
-    const int64_t rows = group.rows.points.rows, cols = group.cols.points.rows;
-    for (int e = int(threadIdx.x); e < Traits::kTile * Traits::kTile; e += Traits::kThreads) {
-        const int r = e / Traits::kTile, c = e % Traits::kTile;
-        if (tile.row0 + r < rows && tile.col0 + c < cols)
-            out[(tile.row0 + r) * cols + tile.col0 + c] = tile.sim[r * Traits::kSimPitch + c];
-    }
-}
 
 template <typename Math>
 struct Side {
@@ -54,9 +41,12 @@ struct Side {
 template <typename Math>
 void run(int64_t n, int64_t m, int64_t dim, Similarity similarity) {
     Side<Math> rows(n, dim, similarity), cols(m, dim, similarity);
-    cuda::TileGroup<float, float> group = {};
-    group.rows = rows.rows(n, dim);
-    group.cols = cols.rows(m, dim);
+    const cuda::Rows<float, float> of_rows = rows.rows(n, dim), of_cols = cols.rows(m, dim);
+    constexpr int64_t kTile = cuda::kTileSide<float>;
+    Array<float> tiles(size_t(rows.tiles * cols.tiles * kTile * kTile));
+    cuda::TileGroup<float> group = {};
+    group.rows = {n, of_rows.labels, of_rows.norms, nullptr};
+    group.cols = {m, of_cols.labels, of_cols.norms, nullptr};
     group.similarity = similarity;
     group.row_tiles = int(rows.tiles);
     group.col_tiles = int(cols.tiles);
@@ -64,9 +54,17 @@ void run(int64_t n, int64_t m, int64_t dim, Similarity similarity) {
     group.all_col_tiles = group.used_col_tiles = cols.tiles;
     group.row_image = rows.image(dim);
     group.col_image = cols.image(dim);
+    group.similarities = tiles.data();
+    launch(cuda::tile_similarities<Math>, dim3(unsigned(cols.tiles), unsigned(rows.tiles)),
+           dim3(cuda::kTileThreads), cuda::ProductTraits<Math>::kSharedBytes, nullptr, group, of_rows.points,
+           of_cols.points, cuda::TileNeed<float>{});
+    wait_for_kernels();
     Array<float> out(size_t(n * m));
-    launch(tile_similarities<Math>, dim3(unsigned(cols.tiles), unsigned(rows.tiles)),
-           dim3(cuda::TileTraits<Math>::kThreads), cuda::TileTraits<Math>::kEnd, nullptr, group, out.data());
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < m; ++j)
+            out[size_t(i * m + j)] =
+                tiles[size_t(((i / kTile * cols.tiles + j / kTile) * kTile + i % kTile) * kTile + j % kTile)];
+    }
     write(out);
 }
 
@@ -75,7 +73,8 @@ void run(int64_t n, int64_t m, int64_t dim, Similarity similarity) {
 
 int main(int count, char** arguments) {
     return dml::report([&] {
-        if (count != 7) throw std::runtime_error("arguments: parts, rows, columns, dimension, euclidean, normalize");
+        if (count != 7)
+            throw std::runtime_error("arguments: parts, rows, columns, dimension, euclidean, normalize");
         int n[6];
         for (int i = 0; i < 6; ++i) n[i] = std::atoi(arguments[1 + i]);
         const dml::Similarity similarity = {n[4] != 0, n[5] != 0};

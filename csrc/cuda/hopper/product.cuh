@@ -11,7 +11,7 @@ DML_DEVICE int fragment_place(int thread, int i) { return (i / 4 * kConsumers + 
 
 // Tile (blockIdx.y, blockIdx.x) of the products, stored behind one another, row by row of tiles.
 template <typename T, int kParts>
-__global__ void __launch_bounds__(kTileThreads, kParts == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kWgmmaThreads, kParts == 1 ? 2 : 1)
     products(Image rows, Image columns, float* tiles, int slices) {
     TileProduct<T, Major::kK, Major::kK, kParts> product;
     product.init_barriers();

@@ -19,7 +19,7 @@ namespace dml::cuda {
 
 inline constexpr int kProductTile = 128, kSliceDepth = 64, kStages = 3;
 inline constexpr int kConsumerWarps = 8, kConsumers = kConsumerWarps * kWarpSize;
-inline constexpr int kTileThreads = kConsumers + kWarpSize;
+inline constexpr int kWgmmaThreads = kConsumers + kWarpSize;
 
 template <typename T, Major kA, Major kB, int kParts>
 class TileProduct {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/matrix/saved_matrix.cuh"
-#include "cuda/pairs/tile_group.cuh"
+#include "cuda/pairs/product_shape.cuh"
 
 namespace dml::cuda {
 
@@ -154,7 +154,7 @@ struct SimilarityTile {
 
 // One block a tile, row by row.
 template <typename Math, bool kLarge, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(SimilarityTraits<Math, kLarge>::kThreads, kLarge ? kTileBlocks<Math> : 2)
+__global__ void __launch_bounds__(SimilarityTraits<Math, kLarge>::kThreads, kLarge ? kProductBlocks<Math> : 2)
     similarities(const __grid_constant__ SimilarityTask<T, Acc> task) {
     using Traits = SimilarityTraits<Math, kLarge>;
     let_next_kernel_start();

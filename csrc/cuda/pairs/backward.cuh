@@ -1,9 +1,9 @@
 // Backward's launches on tiles: tile groups of weights, each multiplied by the points before the next.
 #pragma once
 
+#include "cuda/pairs/finish_gradient.cuh"
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
-#include "cuda/pairs/terms_by_params.cuh"
 
 namespace dml::cuda {
 
@@ -17,10 +17,10 @@ struct GradientGroup {
 // Backward's workspace on tiles.
 template <typename Weight, typename Acc>
 struct GradientWorkspace {
-    GroupWeights<Weight> weights;    // of a tile group
-    Acc *parts, *sums;               // of parts of lines; of 16-bit gradients
-    Partials<Acc> weight_partials;   // sums of the weights of a tile group's lines
-    Acc *row_weights, *col_weights;  // sums of the weights of all rows, of all columns; null: not needed
+    GroupWeights<Weight, Acc> weights;  // of a tile group
+    Acc *parts, *sums;                  // of parts of lines; of 16-bit gradients
+    Partials<Acc> weight_partials;      // sums of the weights of a tile group's lines
+    Acc *row_weights, *col_weights;     // sums of the weights of all rows, of all columns; null: not needed
 };
 
 template <typename Math>
@@ -37,6 +37,9 @@ struct BackwardPass {
     const Acc* grad_loss;
     GradientWorkspace<Weight, Acc> workspace;
     ImageSlots<Math>& images;
+
+    // Weights take the place of similarities that are not cached.
+    Acc* similarities() const { return reinterpret_cast<Acc*>(workspace.weights.weights); }
 
     void run(T* grad_queries, T* grad_refs) const {
         const Problem& p = launcher.p;
@@ -65,8 +68,7 @@ struct BackwardPass {
     // Adds to both groups what their pairs give. fresh: nothing has been added to either.
     void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
         launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles, &images,
-                                 [&](auto tile_group, MergeStep step) {
-                                     tile_group.cache_filled = tile_group.cache != nullptr;
+                                 similarities(), [&](const auto& tile_group, MergeStep step) {
                                      step.rows_first = step.rows_first && fresh;
                                      step.cols_first = step.cols_first && fresh;
                                      weigh(tile_group, rows, cols, step);
@@ -76,22 +78,20 @@ struct BackwardPass {
 
    private:
     // 1. A tile group's similarities become weights.
-    void weigh(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
-               MergeStep step) const {
-        const Problem& p = launcher.p;
+    void weigh(const TileGroup<Acc>& tile_group, const Group& rows, const Group& cols, MergeStep step) const {
         const SavedArrays<Acc>& arrays = launcher.arrays;
-        launch(pair_weights<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(kWeightQuantities), launcher.stream, tile_group,
-               launcher.formula(), arrays.row_stats, launcher.upstream(grad_loss), arrays.kept,
-               workspace.weights, workspace.weight_partials);
-        if (!Policy::sums_weights(p)) return;
-        Merge<Acc>::weights(Merge<Acc>::without_points(tile_group), workspace.weight_partials, arrays.kept,
-                            step, rows.sum ? workspace.row_weights : nullptr,
+        const TileNeed<Acc> need = {arrays.row_stats, nullptr, arrays.kept};
+        if (!arrays.cache) launcher.multiply(tile_group, need);
+        Look<Acc>::weights(tile_group, launcher.formula(), need, launcher.upstream(grad_loss),
+                           workspace.weights, workspace.weight_partials, launcher.stream);
+        if (!Policy::sums_weights(launcher.p)) return;
+        Merge<Acc>::weights(tile_group, workspace.weight_partials, arrays.kept, step,
+                            rows.sum ? workspace.row_weights : nullptr,
                             cols.sum ? workspace.col_weights : nullptr, launcher.stream);
     }
 
     // 2. Weights times points, in panels of the gradient's columns.
-    void multiply(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
+    void multiply(const TileGroup<Acc>& tile_group, const Group& rows, const Group& cols,
                   MergeStep step) const {
         const Problem& p = launcher.p;
         const bool diagonal = tile_group.diagonal();
@@ -101,6 +101,7 @@ struct BackwardPass {
             // The side with fewer lines has the longer ones.
             {tile_group.row_tiles <= tile_group.col_tiles,
              tile_group.col_tiles <= tile_group.row_tiles && !diagonal},
+            p.dim,
             workspace.parts};
         const int owners = tile_group.row_tiles + (diagonal ? 0 : tile_group.col_tiles);
         const int wanted =
@@ -124,7 +125,7 @@ struct BackwardPass {
         }
     }
 
-    int64_t parts_of_a_line(const TileGroup<T, Acc>& tile_group) const {
+    int64_t parts_of_a_line(const TileGroup<Acc>& tile_group) const {
         const Task& task = launcher.task;
         const TileGroupShape shape = {tile_group.row_tiles, tile_group.col_tiles};
         const bool diagonal = tile_group.diagonal();
@@ -134,7 +135,7 @@ struct BackwardPass {
     }
 
     // 3. The other parts of shared lines are added to the first.
-    void merge_parts(const TileGroup<T, Acc>& tile_group, const Gradients<Acc>& gradients, int count) const {
+    void merge_parts(const TileGroup<Acc>& tile_group, const Gradients<Acc>& gradients, int count) const {
         const int64_t dim = launcher.p.dim;
         const int64_t pitch = gradients.tiles(tile_group.row_tiles, tile_group.col_tiles) * kTile * dim;
         const Acc* parts = gradients.parts;
@@ -197,7 +198,7 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     bytes += Policy::image_bytes(p, Policy::shape(task));
     GradientWorkspace<typename Policy::Weight, Acc> workspace = {};
     workspace.weights = Policy::weights_at(task, bytes);
-    bytes += Policy::weight_bytes(task) + Policy::up_bytes(task);
+    bytes += Policy::weight_bytes(task);
     workspace.parts = reinterpret_cast<Acc*>(bytes);
     bytes += Policy::part_bytes(task);
     workspace.sums = reinterpret_cast<Acc*>(bytes);
@@ -210,26 +211,25 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     BackwardPass<Math>{launcher, grad_loss, workspace, images}.run(grad_queries, grad_refs);
 }
 
-// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace. A batch
-// without pairs takes the matrix path.
+// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace; similarities: of a
+// tile group. A batch without pairs takes the matrix path.
 template <typename Math, typename Acc = typename Math::Acc>
 void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
-                        const Acc* grad_loss, double* sums, ImageSlots<Math>& images) {
+                        const Acc* grad_loss, double* sums, ImageSlots<Math>& images, Acc* similarities) {
     const Task& task = launcher.task;
     const LearnedParams& learned = task.learned;
+    const SavedArrays<Acc>& arrays = launcher.arrays;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
-    const int64_t slots = TilePolicy<Math>::param_slots(task);
-    const bool cached = launcher.arrays.cache != nullptr;
+    const TileNeed<Acc> need = {arrays.row_stats, nullptr, arrays.kept};
     ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient, true, false};
-    launcher.for_tile_groups(GradientPolicy<Math>::shape(task), rows, cols, cached ? nullptr : &images,
-                             [&](auto group, MergeStep) {
-                                 group.cache_filled = cached;
+    launcher.for_tile_groups(GradientPolicy<Math>::shape(task), rows, cols, arrays.cache ? nullptr : &images,
+                             similarities, [&](const auto& group, MergeStep) {
+                                 if (!arrays.cache) launcher.multiply(group, need);
                                  by_params.last = group.row_tile + group.row_tiles == rows.end &&
                                                   group.col_tile + group.col_tiles == cols.end;
-                                 launch(sum_terms_by_params<Math>, dim3(unsigned(slots)),
-                                        dim3(TileTraits<Math>::kThreads), ParamLayout<Math>::kSharedBytes,
-                                        launcher.stream, group, launcher.formula(), launcher.arrays.row_stats,
-                                        launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
+                                 Look<Acc>::params(group, TilePolicy<Math>::param_slots(task),
+                                                   launcher.formula(), need, launcher.upstream(grad_loss),
+                                                   by_params, launcher.stream);
                                  by_params.first = false;
                              });
 }

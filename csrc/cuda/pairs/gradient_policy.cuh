@@ -22,42 +22,31 @@ struct GradientPolicy : TilePolicy<Math> {
     using TilePolicy<Math>::tiles_along;
     using TilePolicy<Math>::group_shape;
     static constexpr bool kSeparateSums = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
-    static constexpr int64_t kBudget = 62ll << 20;  // bytes of cache, images, weights and sums together
+    using TilePolicy<Math>::kBudget;
+    using TilePolicy<Math>::cached_bytes;
     // Bytes of weights at once, which leave sums of 16-bit gradients their room.
     static constexpr int64_t kWeightBudget = (kSeparateSums ? 16ll : 24ll) << 20;
     static constexpr int64_t kPartBudget = 4ll << 20;  // bytes of gradients of parts of lines
 
-    static int64_t cached_bytes(const Task& task) {
-        return TilePolicy<Math>::caches(task) ? TilePolicy<Math>::similarity_bytes(task.problem) : 0;
-    }
-    // Of a tile's weights, and of the powers of two of its lines.
-    static constexpr int64_t kTileWeights = kTile * kTile * int64_t(sizeof(Weight));
-    static constexpr int64_t kTileUps = kScalesWeights<GradMath> ? 2 * kTile * int64_t(sizeof(float)) : 0;
+    // Weights take the place of a tile group's similarities. Of a tile, the powers of two of its lines:
+    static constexpr int64_t kTileUps = kScalesWeights<Weight> ? 2 * kTile * int64_t(sizeof(float)) : 0;
 
     static TileGroupShape shape(const Task& task) {
-        const Problem& p = task.problem;
-        // Images have two thirds of what the cache leaves, at most, weights the rest.
-        const int64_t left = kBudget - kPartBudget - cached_bytes(task);
-        const int64_t image_budget = std::min(TilePolicy<Math>::kImageBudget, left * 2 / 3);
-        const int64_t images = std::min(TilePolicy<Math>::image_bytes_of_all(p), image_budget);
-        const int64_t tiles = std::min(kWeightBudget, left - images) / (kTileWeights + kTileUps);
-        const int most = std::min(std::min(task.tuning.tile_group, kMaxTileGroup),
-                                  static_cast<int>(std::sqrt(double(tiles))));
-        const TileGroupShape largest = group_shape(p, most, image_budget);
-        if (!p.square) return largest;
-        // Groups of equal size: the last should not be a sliver.
-        const int64_t along = tiles_along(p.queries.count), count = (along + largest.rows - 1) / largest.rows;
-        return group_shape(p, (along + count - 1) / count, image_budget);
+        return TilePolicy<Math>::shape_within(task, kBudget - kPartBudget - cached_bytes(task), kWeightBudget,
+                                              TilePolicy<Math>::kPlaceBytes + kTileUps);
     }
-    static int64_t weight_bytes(const Task& task) { return shape(task).tiles() * kTileWeights; }
-    static int64_t up_bytes(const Task& task) { return shape(task).tiles() * kTileUps; }
-    static GroupWeights<Weight> weights_at(const Task& task, unsigned char* bytes) {
-        return {reinterpret_cast<Weight*>(bytes), reinterpret_cast<float*>(bytes + weight_bytes(task))};
+    static int64_t place_bytes(const Task& task) {
+        return shape(task).tiles() * TilePolicy<Math>::kPlaceBytes;
+    }
+    static int64_t weight_bytes(const Task& task) {
+        return place_bytes(task) + shape(task).tiles() * kTileUps;
+    }
+    static GroupWeights<Weight, Acc> weights_at(const Task& task, unsigned char* bytes) {
+        return {reinterpret_cast<Weight*>(bytes), reinterpret_cast<float*>(bytes + place_bytes(task))};
     }
     // What cache, images and weights leave of the budget.
     static int64_t room(const Task& task) {
-        return kBudget - weight_bytes(task) - up_bytes(task) - image_bytes(task.problem, shape(task)) -
-               cached_bytes(task);
+        return kBudget - weight_bytes(task) - image_bytes(task.problem, shape(task)) - cached_bytes(task);
     }
 
     // ---- groups of rows ----------------------------------------------------------------------------------
@@ -140,8 +129,8 @@ struct GradientPolicy : TilePolicy<Math> {
         int64_t numbers = 0;
         if (sums_weights(p))
             numbers = weight_partials_size(task) + p.queries.count + (p.square ? 0 : p.refs.count);
-        return image_bytes(p, shape(task)) + weight_bytes(task) + up_bytes(task) + part_bytes(task) +
-               sum_bytes(task) + numbers * int64_t(sizeof(Acc));
+        return image_bytes(p, shape(task)) + weight_bytes(task) + part_bytes(task) + sum_bytes(task) +
+               numbers * int64_t(sizeof(Acc));
     }
 };
 

@@ -55,9 +55,9 @@ class ImageSlots {
     ImageSlots(const ImageSlots&) = delete;
 
     // Sees to it that the group's rows and columns have images.
-    void bring(TileGroup<T, Acc>& group) {
-        group.row_image = bring(0, group.rows, {group.row_tile, group.row_tile + group.row_tiles});
-        group.col_image = bring(1, group.cols, {group.col_tile, group.col_tile + group.col_tiles});
+    void bring(TileGroup<Acc>& group, const Rows<T, Acc>& rows, const Rows<T, Acc>& cols) {
+        group.row_image = bring(0, rows, {group.row_tile, group.row_tile + group.row_tiles});
+        group.col_image = bring(1, cols, {group.col_tile, group.col_tile + group.col_tiles});
     }
 };
 

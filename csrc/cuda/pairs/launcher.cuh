@@ -2,23 +2,26 @@
 #pragma once
 
 #include "cuda/common/launch.h"
-#include "cuda/pairs/find_extremes.cuh"
 #include "cuda/pairs/image_slots.cuh"
+#include "cuda/pairs/look.h"
 #include "cuda/pairs/merge.h"
+#include "cuda/pairs/prepare_rows.cuh"
 #include "cuda/pairs/saved_layout.cuh"
 #include "cuda/pairs/task_arguments.cuh"
+#include "cuda/pairs/tile_similarities.cuh"
 
 namespace dml::cuda {
 
 extern template struct Merge<float>;
 extern template struct Merge<double>;
+extern template struct Look<float>;
+extern template struct Look<double>;
 
 template <typename Math>
 struct Launcher {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     using Policy = TilePolicy<Math>;
-    static_assert(Policy::kTile == Merge<Acc>::kTile, "merges know the tiles");
 
     const Task& task;
     SavedArrays<Acc> arrays;
@@ -29,41 +32,44 @@ struct Launcher {
     Rows<T, Acc> refs() const {
         return p.square ? queries() : rows(p.refs, arrays.ref_norms, p.num_valid_refs);
     }
-    static dim3 tile_grid(const TileGroup<T, Acc>& tile_group) {
-        return dim3(unsigned(tile_group.col_tiles), unsigned(tile_group.row_tiles));
-    }
     TileRange all_rows() const { return {0, Policy::tiles_along(p.queries.count)}; }
     TileRange all_cols() const { return {0, Policy::tiles_along(p.refs.count)}; }
 
-    // Calls f(tile_group, step) in a fixed order. images: null where no kernel reads them. (In a square matrix the rows below the first groups were
-    // first visited as those groups' columns.)
+    // Calls f(tile_group, step) in a fixed order. images: null where no kernel reads them. similarities: of a tile group;
+    // null where all are cached. (In a square matrix the rows below the first groups were first visited as those groups'
+    // columns.)
     template <typename F>
     void for_tile_groups(TileGroupShape shape, TileRange rows, TileRange cols, ImageSlots<Math>* images,
-                         const F& f) const {
+                         Acc* similarities, const F& f) const {
         for (int64_t i = rows.begin; i < rows.end; i += shape.rows) {
             const int64_t first = p.square ? std::max(i, cols.begin) : cols.begin;
             for (int64_t j = first; j < cols.end; j += shape.cols) {
-                TileGroup<T, Acc> tile_group = {queries(),
-                                                refs(),
-                                                p.square,
-                                                p.self_index,
-                                                p.mine_self_pair,
-                                                p.similarity,
-                                                i,
-                                                j,
-                                                static_cast<int>(std::min(shape.rows, rows.end - i)),
-                                                static_cast<int>(std::min(shape.cols, cols.end - j)),
-                                                all_rows().end,
-                                                all_cols().end,
-                                                all_cols().end,
-                                                arrays.cache,
-                                                false,
-                                                {},
-                                                {}};
-                if (images) images->bring(tile_group);
+                TileGroup<Acc> tile_group = {lines(queries()),
+                                             lines(refs()),
+                                             p.square,
+                                             p.self_index,
+                                             p.mine_self_pair,
+                                             p.similarity,
+                                             i,
+                                             j,
+                                             static_cast<int>(std::min(shape.rows, rows.end - i)),
+                                             static_cast<int>(std::min(shape.cols, cols.end - j)),
+                                             all_rows().end,
+                                             all_cols().end,
+                                             all_cols().end,
+                                             {},
+                                             {},
+                                             arrays.cache ? arrays.cache : similarities,
+                                             arrays.cache != nullptr};
+                if (images) images->bring(tile_group, queries(), refs());
                 f(tile_group, MergeStep{j == cols.begin, i == rows.begin, j + shape.cols >= cols.end});
             }
         }
+    }
+    // The similarities of the tiles that are needed.
+    void multiply(const TileGroup<Acc>& tile_group, const TileNeed<Acc>& need) const {
+        launch(tile_similarities<Math>, tile_grid(tile_group), dim3(kTileThreads),
+               ProductTraits<Math>::kSharedBytes, stream, tile_group, queries().points, refs().points, need);
     }
 
     // Whether a term of 0 counts.
@@ -94,6 +100,9 @@ struct Launcher {
     }
 
    private:
+    static Lines<Acc> lines(const Rows<T, Acc>& rows) {
+        return {rows.points.rows, rows.labels, rows.norms, rows.used};
+    }
     Rows<T, Acc> rows(const Points& side, Acc* norms, const int64_t* used) const {
         return {{static_cast<const T*>(side.data), side.stride, side.count, p.dim}, side.labels, norms, used};
     }

@@ -12,46 +12,35 @@ namespace dml::cuda {
 
 // Shared memory: that of tiles and lines, then the block's sum for each parameter, scratch of block_sum, and
 // whether the block is the last.
-template <typename Math>
+template <typename Acc>
 struct ParamLayout {
-    static constexpr int kTotals = PairGrid<Math>::shared_bytes(kWeightQuantities);
+    static constexpr int kTotals = PairGrid<Acc>::shared_bytes(kWeightQuantities);
     static constexpr int kScratch = kTotals + kMaxParams * int(sizeof(double));
     static constexpr int kLast = kScratch + kWarpSize * int(sizeof(double));
     static constexpr int kSharedBytes = kLast + 16;
 };
 
-template <typename Acc>
-struct ByParams {
-    RowsByParams<Acc> rows;
-    int params;
-    double* sums;      // [params, blocks]
-    unsigned* ticket;  // 0 before and after
-    double* gradient;  // [params + 1], the last number 0
-    bool first, last;  // tile group
-};
-
 // What the parameters do to the terms of the block's tiles, upstream included, added to totals.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const AnyFormula<Acc>& any_formula,
-                                    const RowStats<Acc>& row_stats, const Upstream<Acc>& upstream,
-                                    const uint8_t* kept, double* totals) {
-    using Grid = PairGrid<Math>;
+template <typename Acc>
+DML_DEVICE void add_terms_by_params(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& any_formula,
+                                    const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
+                                    double* totals) {
+    using Grid = PairGrid<Acc>;
     const int64_t tiles = int64_t(tile_group.row_tiles) * tile_group.col_tiles;
 #pragma unroll 1
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         const int64_t ti = tile_group.row_tile + t / tile_group.col_tiles,
                       tj = tile_group.col_tile + t % tile_group.col_tiles;
-        if (!tile_group.has(ti, tj) || (kept && !(kept[tile_group.tile_index(ti, tj)] & kHasGradient)))
-            continue;
+        if (!tile_group.has(ti, tj) || !need.has_gradient(tile_group, ti, tj)) continue;
         block_sync();  // the tile before is done with
-        const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, false);
+        const LoadedTile<Acc> tile = load_pairs(tile_group, ti, tj, false);
         any_formula.visit([&](const auto& formula) {
             using Formula = std::decay_t<decltype(formula)>;
             using Derived = DerivedByParam<Acc, Formula>;
 #pragma unroll 1
             for (int k = 0; k < count_names(Formula::kParams); ++k) {
                 const Derived derived = derived_by<Formula, Acc>(any_formula.learned, formula, k);
-                TileWeights<Math, Derived, T> terms = {tile_group, tile, derived, row_stats, upstream};
+                TileWeights<Derived, Acc> terms = {tile_group, tile, derived, need.row_stats, upstream};
                 terms.load_lines(ti, tj);
                 Acc sum = 0;
                 terms.template for_rows<true>(
@@ -68,20 +57,20 @@ DML_DEVICE void add_terms_by_params(const TileGroup<T, Acc>& tile_group, const A
     block_sync();
 }
 
-template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    sum_terms_by_params(const __grid_constant__ TileGroup<T, Acc> all,
-                        const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
-                        Upstream<Acc> upstream, const uint8_t* kept,
+template <typename Acc>
+__global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
+    sum_terms_by_params(const __grid_constant__ TileGroup<Acc> all,
+                        const __grid_constant__ AnyFormula<Acc> any_formula,
+                        const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
                         const __grid_constant__ ByParams<Acc> by_params) {
-    using Layout = ParamLayout<Math>;
+    using Layout = ParamLayout<Acc>;
+    const RowStats<Acc>& row_stats = need.row_stats;
     const int thread = int(threadIdx.x), threads = int(blockDim.x);
     double* totals = shared_array<double>(Layout::kTotals, kMaxParams);
     double* scratch = shared_array<double>(Layout::kScratch, kWarpSize);
     int* last = shared_array<int>(Layout::kLast, 4);
     if (thread < kMaxParams) totals[thread] = 0;
-    add_terms_by_params<Math>(all.template in_use<PairGrid<Math>::kTile>(), any_formula, row_stats, upstream,
-                              kept, totals);
+    add_terms_by_params(all.in_use(), any_formula, need, upstream, totals);
     // Tiles are all but the whole work: a share of the rows is small beside a tile.
 #pragma unroll 1
     for (int k = 0; k < by_params.params; ++k) {

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/pairs/partials.cuh"
 #include "cuda/pairs/row_stats.cuh"
-#include "cuda/pairs/tile_group.cuh"
+#include "cuda/pairs/write_image.cuh"
 
 namespace dml::cuda {
 
@@ -39,17 +40,15 @@ template <typename Math>
 struct TilePolicy {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    static constexpr int kTile = TileTraits<Math>::kTile;
-    static_assert(kTile == tile_side(sizeof(Acc)), "the sizes of what is saved follow from the tiles");
+    static constexpr int kTile = kTileSide<Acc>;
+    static constexpr int64_t kPlaceBytes = kTile * kTile * int64_t(sizeof(Acc));  // of a tile's similarities
 
     static int64_t tiles_along(int64_t rows) { return (rows + kTile - 1) / kTile; }
     static int64_t count_tiles(const Problem& p) {
         return tile_count_of(p.queries.count, p.refs.count, p.square, sizeof(Acc));
     }
-    static int64_t similarity_bytes(const Problem& p) {
-        return count_tiles(p) * kTile * kTile * int64_t(sizeof(Acc));
-    }
-    // Whether forward keeps all similarities.
+    static int64_t similarity_bytes(const Problem& p) { return count_tiles(p) * kPlaceBytes; }
+    // Whether all similarities are kept from forward for backward; else there are those of a tile group.
     static bool caches(const Task& task) { return similarity_bytes(task.problem) <= task.tuning.cache_bytes; }
     // Whether each tile has a kept flag.
     static bool has_kept(const Problem& p) { return knows_kept(count_tiles(p)) != 0; }
@@ -102,8 +101,38 @@ struct TilePolicy {
         const int64_t few = std::min(size, cols);
         return {longer(rows, few), few};
     }
+    // The groups of a pass whose cache, images, and places of so many bytes a tile leave room for the rest.
+    static constexpr int64_t kBudget = 62ll << 20;  // bytes of all
+    static TileGroupShape shape_within(const Task& task, int64_t left, int64_t most_places,
+                                       int64_t place_bytes) {
+        const Problem& p = task.problem;
+        // Images have two thirds at most, the places the rest.
+        const int64_t image_budget = std::min(kImageBudget, place_bytes > 0 ? left * 2 / 3 : left);
+        const int64_t images = std::min(image_bytes_of_all(p), image_budget);
+        const int64_t tiles = place_bytes > 0 ? std::min(most_places, left - images) / place_bytes
+                                              : int64_t(kMaxTileGroup) * kMaxTileGroup;
+        const int most = std::min(std::min(task.tuning.tile_group, kMaxTileGroup),
+                                  static_cast<int>(std::sqrt(double(tiles))));
+        const TileGroupShape largest = group_shape(p, most, image_budget);
+        if (!p.square) return largest;
+        // Groups of equal size: the last should not be a sliver.
+        const int64_t along = tiles_along(p.queries.count), count = (along + largest.rows - 1) / largest.rows;
+        return group_shape(p, (along + count - 1) / count, image_budget);
+    }
+    static int64_t cached_bytes(const Task& task) {
+        return caches(task) ? similarity_bytes(task.problem) : 0;
+    }
+    static constexpr int64_t kPartialBudget = 4ll << 20;      // bytes of partial results
+    static constexpr int64_t kSimilarityBudget = 24ll << 20;  // bytes of a tile group's similarities
     static TileGroupShape forward_shape(const Task& task) {
-        return group_shape(task.problem, std::min(task.tuning.tile_group, kMaxTileGroup), kImageBudget);
+        const Problem& p = task.problem;
+        const int64_t extremes = p.mining.on ? extremes_bytes(count_tiles(p), sizeof(Acc)) : 0;
+        return shape_within(task, kBudget - kPartialBudget - extremes - cached_bytes(task), kSimilarityBudget,
+                            caches(task) ? 0 : kPlaceBytes);
+    }
+    // Of a tile group's similarities, where not all are kept.
+    static int64_t group_similarity_bytes(const Task& task, TileGroupShape shape) {
+        return caches(task) ? 0 : shape.tiles() * kPlaceBytes;
     }
 
     // Slots of row results before they are reduced: one a warp of a merge.
@@ -122,13 +151,14 @@ struct TilePolicy {
         return round_up(param_slots(task) * task.learned.count * int64_t(sizeof(double)), 16);
     }
 
-    // Forward's workspace: images, row results, partial results of a tile group, the tiles' extremes.
+    // Forward's workspace: images, similarities of a tile group, row results, partial results of a tile group, the
+    // tiles' extremes.
     static int64_t forward_workspace_bytes(const Task& task) {
         const Problem& p = task.problem;
         const TileGroupShape shape = forward_shape(task);
         int64_t numbers = results_size(task) + partials_size(shape.tiles(), kTile, p.square);
         if (p.mining.on && has_extremes(p)) numbers += 2 * count_tiles(p);
-        return image_bytes(p, shape) + numbers * int64_t(sizeof(Acc));
+        return image_bytes(p, shape) + group_similarity_bytes(task, shape) + numbers * int64_t(sizeof(Acc));
     }
 };
 

@@ -3,7 +3,7 @@
 
 #include "cuda/common/images.cuh"
 #include "cuda/common/math.cuh"
-#include "cuda/pairs/rows.cuh"
+#include "cuda/pairs/tile_group.cuh"
 
 namespace dml::cuda {
 
@@ -21,12 +21,9 @@ struct PartsOf<ScaledMath<Parts>> {
     static constexpr bool kScaled = true;
 };
 
-// 128 rows for the tensor cores; plain multiply-adds have no registers for that many double accumulators.
 template <typename Math>
-inline constexpr int kTileSide = Math::kTensorCores ? 128 : 64;
-
-template <typename Math>
-using PointsLayout = ImageLayout<typename PartsOf<Math>::Type, kTileSide<Math>, PartsOf<Math>::kCount>;
+using PointsLayout =
+    ImageLayout<typename PartsOf<Math>::Type, kTileSide<typename Math::Acc>, PartsOf<Math>::kCount>;
 
 inline constexpr int kImageThreads = 256;
 inline constexpr int kImageRows = kImageThreads / kWarpSize;  // of a thread block: a warp a row

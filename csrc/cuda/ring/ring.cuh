@@ -94,15 +94,15 @@ BlockSizes BlockEngine<Math>::sizes(const Task& asked) {
     constexpr int64_t kNumber = sizeof(typename Math::Acc);
     const int64_t n = p.queries.count, m = p.refs.count, tiles = Policy::count_tiles(p);
     if (n == 0 || m == 0) return {};
-    const int64_t images = Policy::image_bytes(p, Policy::forward_shape(task));
+    const TileGroupShape forward = Policy::forward_shape(task);
+    const int64_t tiled = Policy::image_bytes(p, forward) + Policy::group_similarity_bytes(task, forward);
     const int64_t partials = partials_size(Policy::forward_shape(task).tiles(), Policy::kTile, false);
     int64_t backward = kHeader + kStatsPerRow * n + n + m;
     if (Policy::sums_weights(p)) backward += Policy::weight_partials_size(task) + n + m;
     const int64_t made = learned_bytes<int64_t>(0, task.learned.count, kNumber);
-    return {made + images + (n + m + partials) * kNumber,
+    return {made + tiled + (n + m + partials) * kNumber,
             made + Policy::param_bytes(task) + Policy::image_bytes(p, Policy::shape(task)) +
-                Policy::weight_bytes(task) + Policy::up_bytes(task) + Policy::part_bytes(task) +
-                backward * kNumber,
+                Policy::weight_bytes(task) + Policy::part_bytes(task) + backward * kNumber,
             extremes_bytes(tiles, kNumber), Policy::has_kept(p) ? tiles : 0};
 }
 
@@ -119,7 +119,8 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
     const TileGroupShape shape = TilePolicy<Math>::forward_shape(task);
     ImageSlots<Math> images(p, shape, bytes, stream);
     bytes += TilePolicy<Math>::image_bytes(p, shape);
-    Acc* norms = reinterpret_cast<Acc*>(bytes);
+    Acc* const similarities = reinterpret_cast<Acc*>(bytes);
+    Acc* norms = reinterpret_cast<Acc*>(bytes + TilePolicy<Math>::group_similarity_bytes(task, shape));
     const RowStats<Acc> row_stats = state_of(static_cast<Acc*>(state), n);
     const Launcher<Math> launcher = {task, block_arrays(row_stats, norms, n, kept), stream};
     const ForwardPass<Math> pass = {launcher,
@@ -134,13 +135,13 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
         launch(examine_norms<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, norms, n + m,
                true, row_stats.header);
     }
-    launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), &images,
+    launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), &images, similarities,
                              [&](const auto& tile_group, MergeStep) {
                                  const MergeStep step = {false, false, false};
                                  if (stage == BlockStage::kHardest) {
                                      pass.find_hardest(tile_group, step);
                                  } else {
-                                     pass.gather(tile_group, step, stage == BlockStage::kPositives);
+                                     pass.gather(tile_group, step, stage == BlockStage::kPositives, false);
                                  }
                              });
 }
@@ -166,7 +167,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     ImageSlots<Math> images(p, Policy::shape(task), bytes, stream);
     bytes += Policy::image_bytes(p, Policy::shape(task));
     space.weights = Policy::weights_at(task, bytes);
-    space.parts = reinterpret_cast<Acc*>(bytes + Policy::weight_bytes(task) + Policy::up_bytes(task));
+    space.parts = reinterpret_cast<Acc*>(bytes + Policy::weight_bytes(task));
     Acc* numbers = space.parts + Policy::part_bytes(task) / int64_t(sizeof(Acc));
     Acc* norms = numbers + kHeader + kStatsPerRow * n;
     space.weight_partials = {norms + n + m};
@@ -191,9 +192,10 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     // 3. The gradients, summed in place.
     const Acc* one = row_stats.header + kScale;
     Acc *row_sums = static_cast<Acc*>(grad_rows), *block_sums = static_cast<Acc*>(grad_block);
-    if (task.learned.gradient) gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums, images);
-    if (!row_sums && !block_sums) return;
     const BackwardPass<Math> pass{launcher, one, space, images};
+    if (task.learned.gradient)
+        gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums, images, pass.similarities());
+    if (!row_sums && !block_sums) return;
     pass.add_pairs({launcher.all_rows(), row_sums}, {launcher.all_cols(), block_sums}, true);
     const auto finish = [&](const Rows<T, Acc>& rows, const Acc* weight_sums, Acc* grad) {
         if (!grad) return;
