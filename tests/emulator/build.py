@@ -71,6 +71,7 @@ def build_for_gpu(source, target="-arch=native"):
         "-std=c++17",
         "-O3",
         "--expt-relaxed-constexpr",
+        "-DDML_BUILDS_SM90A",
         target,
         *INCLUDES,
         str(source),

@@ -23,6 +23,7 @@ void run(int64_t n, int64_t m) {
     std::copy_n(kParams[int(kFormula)], params, values.as<double>());
     Task task;
     task.tuning.matrix_bytes = 0;
+    task.tuning.tile_group = 2;  // several groups
     Problem& p = task.problem;
     p.queries = queries.view;
     p.square = m == 0;

@@ -126,6 +126,7 @@ class Tuning(ctypes.Structure):
         "wide_blocks",
         "line_blocks",
         "split_slots",
+        "wgmma",
     )
 
     @classmethod

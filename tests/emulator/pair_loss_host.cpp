@@ -69,6 +69,7 @@ void dml_sizes(const Arguments* a, int save_for_backward, int64_t* out) {
 int dml_forward(const Arguments* a, int save_for_backward, void* saved, void* loss, void* workspace,
                 char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         forward(task_that_saves(*a, save_for_backward), save_for_backward != 0, saved, loss, workspace,
                 nullptr);
     });
@@ -77,6 +78,7 @@ int dml_forward(const Arguments* a, int save_for_backward, void* saved, void* lo
 int dml_backward(const Arguments* a, int saved_for_backward, void* saved, const void* grad_loss,
                  void* grad_embeddings, void* grad_ref_emb, void* workspace, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         backward(task_that_saves(*a, saved_for_backward), saved, grad_loss, grad_embeddings, grad_ref_emb,
                  workspace, nullptr);
     });
@@ -86,6 +88,7 @@ int dml_backward(const Arguments* a, int saved_for_backward, void* saved, const 
 int dml_launches(const Arguments* a, int with_backward, int need_embeddings, int need_ref_emb, char* out,
                  int64_t out_capacity, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         std::string record;
         emulator::record_launches(&record);
         const Task task = task_of(*a);

@@ -207,8 +207,9 @@ def test_the_stand_alone_driver():
     program = cached([driver, engine], ["g++", "-rdynamic", str(driver), str(engine)], suffix="")
     done = run(program)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()[-2000:]
-    dependent = run(program, "dependent", "times")
-    assert [json.loads(line)["dependent"] for line in dependent.stdout.splitlines()] == [1] * 6
+    for option in ("dependent", "wgmma"):
+        asked = run(program, option, "times")
+        assert [json.loads(line)[option] for line in asked.stdout.splitlines()] == [1] * 6
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     checked = [line for line in lines if "check" in line]
     assert {line["check"] for line in checked} == set(library.formulas())

@@ -91,7 +91,9 @@ class TileProduct {
     }
 
    public:
-    static constexpr int kSharedBytes = kStages * (kStageBytes + 2 * int(sizeof(Mbarrier)));
+    static constexpr int kStagesBytes = kStages * kStageBytes;
+    static constexpr int kSharedBytes = kStagesBytes + kStages * 2 * int(sizeof(Mbarrier));
+    DML_DEVICE char* stages() const { return stages_; }
 
     DML_DEVICE TileProduct()
         : stages_(array<char>(0, kStages * kStageBytes)),

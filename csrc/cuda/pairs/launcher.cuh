@@ -2,13 +2,13 @@
 #pragma once
 
 #include "cuda/common/launch.h"
+#include "cuda/hopper/similarities.cuh"
 #include "cuda/pairs/image_slots.cuh"
 #include "cuda/pairs/look.h"
 #include "cuda/pairs/merge.h"
 #include "cuda/pairs/prepare_rows.cuh"
 #include "cuda/pairs/saved_layout.cuh"
 #include "cuda/pairs/task_arguments.cuh"
-#include "cuda/pairs/tile_similarities.cuh"
 
 namespace dml::cuda {
 
@@ -68,8 +68,16 @@ struct Launcher {
     }
     // The similarities of the tiles that are needed.
     void multiply(const TileGroup<Acc>& tile_group, const TileNeed<Acc>& need) const {
+        const Matrix<T> row_points = queries().points, col_points = refs().points;
+        if constexpr (kHasWgmma<Math>) {
+            if (takes_wgmma(task.tuning.wgmma)) {
+                launch(wgmma_similarities<Math>, tile_grid(tile_group), dim3(kWgmmaThreads),
+                       kWgmmaSharedBytes<Math>, stream, tile_group, row_points, col_points, need);
+                return;
+            }
+        }
         launch(tile_similarities<Math>, tile_grid(tile_group), dim3(kTileThreads),
-               ProductTraits<Math>::kSharedBytes, stream, tile_group, queries().points, refs().points, need);
+               ProductTraits<Math>::kSharedBytes, stream, tile_group, row_points, col_points, need);
     }
 
     // Whether a term of 0 counts.

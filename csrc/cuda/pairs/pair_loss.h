@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 
 #include "core/problem.h"
 #include "cuda/pairs/saved_sizes.h"
@@ -15,7 +17,16 @@
 
 namespace dml::cuda {
 
-// How float32 inputs are multiplied: by three tf32 products, or by one.
+// Whether wgmma, which has not run on hardware, is asked for: by DML_CUDA_WGMMA=1.
+inline bool asks_for_wgmma() {
+    static const bool asks = [] {
+        const char* const value = std::getenv("DML_CUDA_WGMMA");
+        return value && std::string(value) == "1";
+    }();
+    return asks;
+}
+
+// How float32 inputs are multiplied: as accurately as float32, or as tf32.
 enum class Precision { kFull, kTf32 };
 
 // Thresholds between paths. Tests lower them to reach every path with few points.
@@ -31,6 +42,7 @@ struct Tuning {
     int64_t wide_blocks = 128;            // thread blocks from which on a gradient is cut into wide panels
     int64_t line_blocks = 512;            // thread blocks that share the long lines of a gradient
     int64_t split_slots = 2;              // tiles of a line worth a thread block of their own in the gradient
+    bool wgmma = asks_for_wgmma();        // whether Hopper GPUs multiply tiles by wgmma
 };
 
 // Parameters that are on the device, in place of those of the problem.

@@ -53,6 +53,9 @@ struct TileGroup {
         const int64_t index = of_all_tiles ? tile_index(ti, tj) : slot(ti, tj);
         return similarities + index * (kTileSide<Acc> * kTileSide<Acc>);
     }
+    // The scales of the images of a row and a column.
+    DML_DEVICE float row_scale(int64_t i) const { return row_image.scales[i - row_tile * kTileSide<Acc>]; }
+    DML_DEVICE float col_scale(int64_t j) const { return col_image.scales[j - col_tile * kTileSide<Acc>]; }
     DML_DEVICE TileGroup in_use() const {
         TileGroup result = *this;
         result.cols = cols.in_use();
@@ -77,13 +80,19 @@ DML_DEVICE int64_t line_of_thread(const TileGroup<Acc>& tile_group, int64_t ti, 
     return i < (is_row ? tile_group.rows : tile_group.cols).count ? i : -1;
 }
 
-// Whether `value` holds for any thread of the block; every thread gets the answer. flags: a number for each warp, in
-// shared memory. Two barriers.
-DML_DEVICE bool block_any(bool value, int* flags) {
+// A barrier for all threads of a block.
+struct BlockSync {
+    DML_DEVICE void operator()() const { block_sync(); }
+};
+
+// Whether `value` holds for any of the first kTileThreads of a block; they all get the answer. flags: a number for each
+// warp, in shared memory. Two barriers.
+template <typename Sync = BlockSync>
+DML_DEVICE bool block_any(bool value, int* flags, const Sync& sync = {}) {
     value = warp_any(value);
-    block_sync();  // previous readers of the flags are done
+    sync();  // previous readers of the flags are done
     if (lane_id() == 0) flags[warp_id()] = value ? 1 : 0;
-    block_sync();
+    sync();
     int any = 0;
     for (int w = 0; w < kTileThreads / kWarpSize; ++w) any |= flags[w];
     return any != 0;

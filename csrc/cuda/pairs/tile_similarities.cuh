@@ -8,6 +8,51 @@
 
 namespace dml::cuda {
 
+// Shared memory of a kernel, an array at a time.
+struct SharedArrays {
+    template <typename T>
+    static DML_DEVICE T* at(int byte_offset, int count) {
+        return shared_array<T>(byte_offset, count);
+    }
+};
+
+// What a block has of its tile's lines: rows, then columns.
+template <typename Math>
+struct TileLines {
+    using Acc = typename Math::Acc;
+    static constexpr int kCount = 2 * kTileSide<Acc>;
+    static constexpr bool kScaled = PartsOf<Math>::kScaled;
+    static constexpr int kFactors = kCount * int(sizeof(Acc));
+    static constexpr int kLabels = (kScaled ? 2 : 1) * kFactors;
+    static constexpr int kFlags = kLabels + kCount * int(sizeof(int64_t));
+    static constexpr int kBytes = kFlags + kWarpSize * int(sizeof(int));
+    static_assert(kCount <= kTileThreads, "a thread for each line");
+
+    Acc *norms, *factors;  // factors: norms times the scales of their images
+    int64_t* labels;       // room for them
+    int* flags;            // a number for each warp
+
+    template <typename Arrays>
+    DML_DEVICE TileLines(int first_byte, Arrays)
+        : norms(Arrays::template at<Acc>(first_byte, kCount)),
+          factors(kScaled ? Arrays::template at<Acc>(first_byte + kFactors, kCount) : norms),
+          labels(Arrays::template at<int64_t>(first_byte + kLabels, kCount)),
+          flags(Arrays::template at<int>(first_byte + kFlags, kWarpSize)) {}
+
+    // By a thread for each line.
+    DML_DEVICE void load(const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj) {
+        constexpr int kTile = kTileSide<Acc>;
+        const int line = int(threadIdx.x);
+        if (line >= kCount) return;
+        const int64_t i = line_of_thread(tile_group, ti, tj);
+        norms[line] = i >= 0 ? (line < kTile ? tile_group.rows : tile_group.cols).norms[i] : Acc(0);
+        if constexpr (kScaled) {
+            factors[line] = norms[line] * (line < kTile ? tile_group.row_scale(ti * kTile + line)
+                                                        : tile_group.col_scale(tj * kTile + line - kTile));
+        }
+    }
+};
+
 template <typename Math>
 struct ProductTraits {
     using Acc = typename Math::Acc;
@@ -23,11 +68,8 @@ struct ProductTraits {
     static constexpr int kSimBytes = kTile * kSimPitch * int(sizeof(Acc));
     // Shared memory. The similarities take the place of the slices they were computed from.
     static constexpr int kTileBytes = kSimBytes > kStages* kStageBytes ? kSimBytes : kStages * kStageBytes;
-    static constexpr int kNorms = (kTileBytes + 15) / 16 * 16;
-    static constexpr int kFactors = kNorms + 2 * kTile * int(sizeof(Acc));
-    static constexpr int kLabels = kFactors + (PartsOf<Math>::kScaled ? 2 * kTile * int(sizeof(Acc)) : 0);
-    static constexpr int kFlags = kLabels + 2 * kTile * int(sizeof(int64_t));
-    static constexpr int kSharedBytes = kFlags + kWarpSize * int(sizeof(int));
+    static constexpr int kLines = (kTileBytes + 15) / 16 * 16;
+    static constexpr int kSharedBytes = kLines + TileLines<Math>::kBytes;
 };
 
 // The bare dot products of the images' rows of a tile and of another. Takes the first kStages * kStageBytes of shared
@@ -58,15 +100,19 @@ DML_DEVICE void multiply_tile(Product<Math, SquareTile<Math>>& product, unsigned
 template <typename Acc>
 inline constexpr Acc kPlainNorm = Acc(sizeof(Acc) == 8 ? 1e-145 : 1e-15);
 
-// Writes a tile's similarities to sim. factors: of lines, their norms times the scales of their images.
-template <typename Math, typename Sum, typename T, typename Acc>
-DML_DEVICE void put_similarities(const Sum& product, const TileGroup<Acc>& tile_group,
-                                 const Matrix<T>& row_points, int64_t row0, const Matrix<T>& col_points,
-                                 int64_t col0, const Acc* norms, const Acc* factors, int* flags, Acc* sim) {
+// Writes a tile's similarities to sim [kTile, kSimPitch], by the first kTileThreads threads of a block, which hold its
+// product; then from there to global memory.
+template <typename Math, typename Sum, typename T, typename Acc, typename Sync>
+DML_DEVICE void put_similarities(const Sum& product, const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj,
+                                 const Matrix<T>& row_points, const Matrix<T>& col_points,
+                                 const TileLines<Math>& lines, Acc* sim, const Sync& sync) {
     using Traits = ProductTraits<Math>;
     constexpr bool kScaled = PartsOf<Math>::kScaled;
-    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch, kThreads = kTileThreads;
+    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch;
+    const Acc *norms = lines.norms, *factors = lines.factors;
+    const int64_t row0 = ti * kTile, col0 = tj * kTile;
     using Run = Vector<Acc, Sum::kRun>;
+    bool unusual = true;  // distances; cosines at the edges, of zero rows and out of range
     if (!tile_group.similarity.euclidean) {
         Acc check = 0;  // not finite once a similarity is not
         product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
@@ -84,33 +130,29 @@ DML_DEVICE void put_similarities(const Sum& product, const TileGroup<Acc>& tile_
         // Whether the norm of this thread's line is in the range where products need no check, as scaled rows are. It
         // is read where it is used: the product leaves no register to keep the answer in.
         const bool plain = kScaled || int(threadIdx.x) >= 2 * kTile || norms[threadIdx.x] >= kPlainNorm<Acc>;
-        if (!block_any(!plain || check - check != Acc(0), flags)) return;
-        block_sync();
+        unusual = block_any(!plain || check - check != Acc(0), lines.flags, sync);
     }
-    {  // distances; cosines at the edges, of zero rows and out of range
+    if (unusual) {
+        sync();
         product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {
             Run s;
 #pragma unroll
             for (int e = 0; e < Sum::kRun; ++e) s.value[e] = dots[e];
             *reinterpret_cast<Run*>(sim + r * kSimPitch + c) = s;
         });
-        block_sync();
-        constexpr int kRowStep = kThreads / kTile;
+        sync();
+        constexpr int kRowStep = kTileThreads / kTile;
         const int c = int(threadIdx.x) % kTile;
         const Acc norm = norms[kTile + c];
-        const auto unscaled = [&](Acc dot, int r) {
-            if constexpr (kScaled) {
-                dot *= tile_group.row_image.scales[row0 - tile_group.row_tile * kTile + r];
-                dot *= tile_group.col_image.scales[col0 - tile_group.col_tile * kTile + c];
-            }
-            return dot;
-        };
 #pragma unroll 1
         for (int r = int(threadIdx.x) / kTile; r < kTile; r += kRowStep) {
             Acc& s = sim[r * kSimPitch + c];
             const bool pair = row0 + r < tile_group.rows.count && col0 + c < tile_group.cols.count &&
                               !(tile_group.square && row0 + r >= col0 + c);
-            Acc x = pair ? quick_similarity(tile_group.similarity, unscaled(s, r), norms[r], norm) : Acc(0);
+            Acc dot = s;
+            if constexpr (kScaled)
+                dot = dot * tile_group.row_scale(row0 + r) * tile_group.col_scale(col0 + c);
+            Acc x = pair ? quick_similarity(tile_group.similarity, dot, norms[r], norm) : Acc(0);
             for (uint32_t near = warp_ballot(x != x); near; near &= near - 1) {
                 const int lane = __ffs(int(near)) - 1, at = c - lane_id() + lane;
                 const Acc y = careful_similarity(tile_group.similarity, row_points, row0 + r, norms[r],
@@ -119,47 +161,8 @@ DML_DEVICE void put_similarities(const Sum& product, const TileGroup<Acc>& tile_
             }
             s = x;
         }
-        block_sync();
+        sync();
     }
-}
-
-// A block a tile; those that are not needed are passed over.
-template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(kTileThreads, kProductBlocks<Math>)
-    tile_similarities(const __grid_constant__ TileGroup<Acc> all, Matrix<T> row_points, Matrix<T> col_points,
-                      const __grid_constant__ TileNeed<Acc> need) {
-    using Traits = ProductTraits<Math>;
-    constexpr int kTile = Traits::kTile, kSimPitch = Traits::kSimPitch;
-    const auto tile_group = all.in_use();
-    const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
-    const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
-    int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
-    int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
-    if (!tile_group.has(ti, tj) || !need.of(tile_group, ti, tj, labels, flags)) return;
-    unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
-    Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Acc* factors = norms;
-    if constexpr (PartsOf<Math>::kScaled) factors = shared_array<Acc>(Traits::kFactors, 2 * kTile);
-    Acc* sim = reinterpret_cast<Acc*>(bytes);
-
-    static_assert(2 * kTile <= kTileThreads, "a thread for each line");
-    if (int(threadIdx.x) < 2 * kTile) {
-        const int t = int(threadIdx.x);
-        const bool is_row = t < kTile;
-        const int64_t i = line_of_thread(tile_group, ti, tj);
-        norms[t] = i >= 0 ? (is_row ? tile_group.rows : tile_group.cols).norms[i] : Acc(0);
-        if constexpr (PartsOf<Math>::kScaled)
-            factors[t] = norms[t] * (is_row ? tile_group.row_image.scales[row_tile * kTile + t]
-                                            : tile_group.col_image.scales[col_tile * kTile + t - kTile]);
-    }
-    {
-        Product<Math, SquareTile<Math>> product;
-        multiply_tile<Math>(product, bytes, tile_group.row_image, row_tile, tile_group.col_image, col_tile,
-                            row_points.cols);
-        put_similarities<Math>(product, tile_group, row_points, ti * kTile, col_points, tj * kTile, norms,
-                               factors, flags, sim);
-    }
-    block_sync();
     using Chunks = ChunkShare<Acc, kTile, kTile, kTileThreads>;
     using Chunk = Vector<Acc, Chunks::kElements>;
     const Acc* from = sim + Chunks::row() * kSimPitch + Chunks::col();
@@ -169,6 +172,26 @@ __global__ void __launch_bounds__(kTileThreads, kProductBlocks<Math>)
         *reinterpret_cast<Chunk*>(to + c * Chunks::kRowStep * kTile) =
             *reinterpret_cast<const Chunk*>(from + c * Chunks::kRowStep * kSimPitch);
     }
+}
+
+// A block a tile; those that are not needed are passed over.
+template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
+__global__ void __launch_bounds__(kTileThreads, kProductBlocks<Math>)
+    tile_similarities(const __grid_constant__ TileGroup<Acc> all, Matrix<T> row_points, Matrix<T> col_points,
+                      const __grid_constant__ TileNeed<Acc> need) {
+    using Traits = ProductTraits<Math>;
+    const auto tile_group = all.in_use();
+    const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
+    const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
+    TileLines<Math> lines(Traits::kLines, SharedArrays{});
+    if (!tile_group.has(ti, tj) || !need.of(tile_group, ti, tj, lines.labels, lines.flags)) return;
+    unsigned char* bytes = shared_array<unsigned char>(0, Traits::kTileBytes);
+    lines.load(tile_group, ti, tj);
+    Product<Math, SquareTile<Math>> product;
+    multiply_tile<Math>(product, bytes, tile_group.row_image, row_tile, tile_group.col_image, col_tile,
+                        row_points.cols);
+    put_similarities(product, tile_group, ti, tj, row_points, col_points, lines,
+                     reinterpret_cast<Acc*>(bytes), BlockSync{});
 }
 
 }  // namespace dml::cuda
