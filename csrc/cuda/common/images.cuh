@@ -39,7 +39,7 @@ struct ImageLayout {
     }
 };
 
-// How threads share chunks of rows: a thread has the chunk `first` and those kStep further on.
+// How threads share chunks: calls f(0, chunk), f(1, chunk) .. for those of this thread, which lie Threads apart.
 template <int Chunks, int Threads>
 struct ChunksOfThread {
     static constexpr int kCount = (Chunks + Threads - 1) / Threads;
@@ -48,7 +48,7 @@ struct ChunksOfThread {
     static DML_DEVICE void for_each(const F& f) {
         if (Chunks < Threads && int(threadIdx.x) >= Chunks) return;
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) f(threadIdx.x + unsigned(c * Threads));
+        for (int c = 0; c < kCount; ++c) f(c, threadIdx.x + unsigned(c * Threads));
     }
 };
 
@@ -72,7 +72,7 @@ class RowsOfImage {
         const unsigned char* block = tile_ + uint64_t(slice / kSlices) * unsigned(Layout::kBlockBytes);
         const unsigned first = slice % kSlices * kChunks;
         // A part's rows are whole patterns of the swizzle, so the parts' rows count on.
-        Share::for_each([&](unsigned c) {
+        Share::for_each([&](int, unsigned c) {
             const unsigned chunk = c % kChunks, row = c / kChunks;
             cp_async<kChunkBytes>(shared + swizzled_chunk<kSliceBytes>(row, chunk),
                                   block + swizzled_chunk(row, first + chunk));
@@ -101,27 +101,31 @@ class BoxesOfImage {
     static_assert(Columns % Layout::kColumns == 0 && Depth % 8 == 0, "whole blocks and patterns");
     using Share = ChunksOfThread<Layout::kParts * kBlocks * kChunks, Threads>;
     const unsigned char* blocks_;
-    uint64_t tile_bytes_;
-    int last_;  // block in the image
+    unsigned across_;
+    unsigned offsets_[Share::kCount];  // of the thread's chunks, in the blocks of a tile
 
    public:
     static constexpr int kBytes = Layout::kParts * kBlocks * kChunks * kChunkBytes;
 
-    // Of columns col0 .. of the image, whose rows are those of its tiles.
+    // Of columns col0 .. of the image, whose rows are those of its tiles. Past the last block it is copied again: what
+    // comes of it lies past the edge.
     DML_DEVICE BoxesOfImage(const Image& image, int64_t col0)
-        : blocks_(Layout::block(image, 0, col0 / Layout::kColumns)),
-          tile_bytes_(uint64_t(image.across) * Layout::kBlockBytes),
-          last_(image.across - 1 - int(col0 / Layout::kColumns)) {}
+        : blocks_(Layout::block(image, 0, col0 / Layout::kColumns)), across_(unsigned(image.across)) {
+        const unsigned last = across_ - 1u - unsigned(col0 / Layout::kColumns);
+#pragma unroll
+        for (int n = 0; n < Share::kCount; ++n) {
+            const unsigned c = threadIdx.x + unsigned(n * Threads), box = c / kChunks, block = box % kBlocks;
+            offsets_[n] = (block < last ? block : last) * Layout::kBlockBytes +
+                          box / kBlocks * Layout::kPartBytes + c % kChunks * kChunkBytes;
+        }
+    }
 
-    // Rows `row` .. of a tile. Past the last block it is copied again: what comes of it lies past the edge.
-    DML_DEVICE void start(unsigned char* shared, unsigned tile, int row) const {
-        const unsigned char* from = blocks_ + tile * tile_bytes_ + row * kSwizzleBytes;
-        Share::for_each([&](unsigned thread_chunk) {
-            const int c = int(thread_chunk), box = c / kChunks, part = box / kBlocks,
-                      block = box % kBlocks < last_ ? box % kBlocks : last_;
-            cp_async<kChunkBytes>(
-                shared + c * kChunkBytes,
-                from + block * Layout::kBlockBytes + part * Layout::kPartBytes + c % kChunks * kChunkBytes);
+    // Rows `row` .. of a tile.
+    DML_DEVICE void start(unsigned char* shared, unsigned tile, unsigned row) const {
+        const unsigned char* from = blocks_ + uint64_t(tile * across_) * unsigned(Layout::kBlockBytes) +
+                                    row * unsigned(kSwizzleBytes);
+        Share::for_each([&](int n, unsigned c) {
+            cp_async<kChunkBytes>(shared + c * kChunkBytes, from + offsets_[n]);
         });
     }
 };

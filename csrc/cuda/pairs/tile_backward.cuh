@@ -122,15 +122,15 @@ DML_DEVICE void add_weighted_points(Sum& product, const TileGroup<Acc>& tile_gro
         const unsigned slot = unsigned(slots[slice / kSlices]), k = slice % kSlices * kDepth;
         boxes.start(weights_of(stage),
                     slot * slots_apart * unsigned(weights.kPlace) + k * (Transposed ? kTile : 1));
-        points.start(points_of(stage), slot, int(k));
+        points.start(points_of(stage), slot, k);
         if constexpr (Traits::kScales) {
-            const float* ups = weights.ups + (first_slot + int64_t(slot) * slots_apart) * (2 * kTile) +
-                               (Transposed ? kTile : 0);
-            const int t = int(threadIdx.x) * 4;
-            if (t < kTile) {
-                cp_async<16>(ups_of(stage) + t, ups + t);
-            } else if (Traits::kScaledPoints && t < kTile + kDepth) {
-                cp_async<16>(ups_of(stage) + t, image.scales + slot * kTile + k + (t - kTile));
+            const unsigned t = threadIdx.x * 4u;
+            if (t < unsigned(kTile)) {
+                const unsigned lines =
+                    (unsigned(first_slot) + slot * slots_apart) * 2u + (Transposed ? 1u : 0u);
+                cp_async<16>(ups_of(stage) + t, weights.ups + lines * unsigned(kTile) + t);
+            } else if (Traits::kScaledPoints && t < unsigned(kTile + kDepth)) {
+                cp_async<16>(ups_of(stage) + t, image.scales + slot * unsigned(kTile) + k + (t - kTile));
             }
         }
         ++slice;

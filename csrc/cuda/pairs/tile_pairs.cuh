@@ -196,10 +196,10 @@ DML_DEVICE LoadedTile<Acc> load_tile(const TileGroup<Acc>& tile_group, int64_t t
     static_assert(2 * kTile <= kTileThreads, "a thread for each line");
     if (int(threadIdx.x) < 2 * kTile) {
         const int t = int(threadIdx.x);
-        const Lines<Acc>& lines = t < kTile ? tile_group.rows : tile_group.cols;
+        const bool is_row = t < kTile;
         const int64_t i = line_of_thread(tile_group, ti, tj);
-        labels[t] = i >= 0 ? lines.labels[i] : 0;
-        norms[t] = i >= 0 ? lines.norms[i] : Acc(0);
+        labels[t] = i >= 0 ? (is_row ? tile_group.rows : tile_group.cols).labels[i] : 0;
+        norms[t] = i >= 0 ? (is_row ? tile_group.rows : tile_group.cols).norms[i] : Acc(0);
     }
     cp_async_wait<0>();
     block_sync();
