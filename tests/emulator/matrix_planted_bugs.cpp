@@ -52,7 +52,8 @@ void run(const Plane& queries, const Plane* refs, int64_t num_valid_refs, bool i
     const Buffer loss = poisoned(sizeof(float)), of_queries = poisoned(n * kDim * int64_t(sizeof(float))),
                  of_refs = poisoned(m * kDim * int64_t(sizeof(float)));
     const float upstream = 1.0f;
-    engine.forward(true, saved.data.get(), loss.as<float>(), forward_space.data.get(), nullptr);
+    engine.forward(true, saved.data.get(), loss.as<float>(), forward_space.data.get(), Previous::kHasEnded,
+                   nullptr);
     engine.backward(saved.data.get(), &upstream, of_queries.as<float>(), refs ? of_refs.as<float>() : nullptr,
                     backward_space.data.get(), nullptr);
     std::fwrite(loss.data.get(), sizeof(float), 1, stdout);

@@ -126,7 +126,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 }
 
 // Of a kernel that calls wait_for_previous_kernel() in every block, before it touches what its op writes. The
-// launch before it was an ordinary one, of the same op.
+// launch before it was one of the same op, and every launch of an op but the first may be such: as each waits,
+// all before the previous one have ended, too.
 template <typename... Params, typename... Args>
 void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                       cudaStream_t stream, Args&&... args) {

@@ -79,7 +79,8 @@ DML_DEVICE void wait_for_previous_kernel() {
 #endif
 }
 
-// In the kernel before it: once all blocks have said so, or ended, the next one may be brought in.
+// In the kernel before it, after its own wait: once all blocks have said so, or ended, the next one may be
+// brought in.
 DML_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

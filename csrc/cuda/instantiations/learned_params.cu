@@ -16,11 +16,11 @@ void Learned<Acc>::make(const Task& task, cudaStream_t stream) {
 
 template <typename Acc>
 void Learned<Acc>::reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                          cudaStream_t stream) {
+                          Previous previous, cudaStream_t stream) {
     const LearnedParams& learned = task.learned;
-    launch(reduce_by_params<Acc>, dim3(unsigned(learned.count + 1)), dim3(kReduceThreads), kReduceSharedBytes,
-           stream, rows_by_params<Acc>(task), learned.count, row_stats, upstream_of(task, grad_loss),
-           learned.gradient);
+    launch_after(previous, reduce_by_params<Acc>, dim3(unsigned(learned.count + 1)), dim3(kReduceThreads),
+                 kReduceSharedBytes, stream, rows_by_params<Acc>(task), learned.count, row_stats,
+                 upstream_of(task, grad_loss), learned.gradient);
 }
 
 template struct Learned<float>;

@@ -48,9 +48,9 @@ void launch_counts_of(const Task& task, const SavedMatrix<Acc>& saved, int64_t f
     const Problem& p = task.problem;
     const bool block_a_row = has_long_rows(task);
     const CountTask<Acc> of = {matrix_rows(p, saved, first), p.queries.count, counts};
-    launch(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
-           dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
-           RowsLayout<Acc>::kScratchSize * sizeof(Acc), stream, of);
+    launch_dependent(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
+                     dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
+                     RowsLayout<Acc>::kScratchSize * sizeof(Acc), stream, of);
 }
 
 }  // namespace

@@ -19,38 +19,39 @@ dim3 merge_grid(const TileGroup<T, Acc>& tile_group, bool of_cols) {
 template <typename Acc>
 void Merge<Acc>::extremes(const Lines& tile_group, bool of_cols, const RowStats<Acc>& row_stats,
                           const Partials<Acc>& partials, MergeStep step, Acc epsilon, cudaStream_t stream) {
-    launch(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads),
-           kMergeBytes<Acc>, stream, tile_group, row_stats, partials, step, epsilon);
+    launch_dependent(merge_extremes<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols),
+                     dim3(kMergeThreads), kMergeBytes<Acc>, stream, tile_group, row_stats, partials, step,
+                     epsilon);
 }
 
 template <typename Acc>
 void Merge<Acc>::sums(const Lines& tile_group, bool of_cols, const AnyFormula<Acc>& formula, bool second,
                       const RowStats<Acc>& row_stats, const Partials<Acc>& partials, const uint8_t* kept,
                       MergeStep step, bool mining, const Results<Acc>& results, cudaStream_t stream) {
-    launch(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads),
-           kMergeBytes<Acc>, stream, tile_group, formula, second, row_stats, partials, kept, step, mining,
-           results);
+    launch_dependent(merge_sums<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, of_cols), dim3(kMergeThreads),
+                     kMergeBytes<Acc>, stream, tile_group, formula, second, row_stats, partials, kept, step,
+                     mining, results);
 }
 
 template <typename Acc>
 void Merge<Acc>::weights(const Lines& tile_group, const Partials<Acc>& partials, const uint8_t* kept,
                          MergeStep step, Acc* row_sums, Acc* col_sums, cudaStream_t stream) {
-    launch(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads),
-           kMergeBytes<Acc>, stream, tile_group, partials, kept, step, row_sums, col_sums);
+    launch_dependent(merge_weights<kTile, Acc, Acc>, merge_grid<kTile>(tile_group, true), dim3(kMergeThreads),
+                     kMergeBytes<Acc>, stream, tile_group, partials, kept, step, row_sums, col_sums);
 }
 
 template <typename Acc>
 void Merge<Acc>::gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums,
                           cudaStream_t stream) {
-    launch(merge_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)), dim3(kPartThreads),
-           0, stream, parts, count, pitch, size, sums);
+    launch_dependent(merge_gradient<Acc>, dim3(unsigned((size + kPartThreads - 1) / kPartThreads)),
+                     dim3(kPartThreads), 0, stream, parts, count, pitch, size, sums);
 }
 
 template <typename Acc>
 void Merge<Acc>::reduce(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
                         const Division& division, Acc* loss, cudaStream_t stream) {
-    launch(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, row_stats, rows,
-           results, division, loss);
+    launch_dependent(reduce_results<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream,
+                     row_stats, rows, results, division, loss);
 }
 
 template struct Merge<float>;

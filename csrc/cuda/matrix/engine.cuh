@@ -35,31 +35,34 @@ struct MatrixEngine {
 
     int64_t forward_workspace_bytes() const { return RowsWorkspace<Acc>(p).bytes(); }
 
-    void forward(bool has_backward, void* saved_bytes, Acc* loss, void* workspace,
+    void forward(bool has_backward, void* saved_bytes, Acc* loss, void* workspace, Previous previous,
                  cudaStream_t stream) const {
         const SavedMatrix<Acc> saved(p, saved_bytes);
         const RowsWorkspace<Acc> space(p, workspace);
-        multiply(saved, space.ticket, stream);
+        multiply(saved, space.ticket, previous, stream);
         launch_rows(task, saved, has_backward, space, loss, stream);
     }
-    void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+    void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, Previous previous,
+                  cudaStream_t stream) const {
         if (p.queries.count * p.refs.count > task.tuning.small_tile_pairs) {
-            multiply_tiles<true>(saved, ticket, stream);
+            multiply_tiles<true>(saved, ticket, previous, stream);
         } else {
-            multiply_tiles<false>(saved, ticket, stream);
+            multiply_tiles<false>(saved, ticket, previous, stream);
         }
     }
     template <bool kLarge>
-    void multiply_tiles(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+    void multiply_tiles(const SavedMatrix<Acc>& saved, unsigned* ticket, Previous previous,
+                        cudaStream_t stream) const {
         using Traits = SimilarityTraits<Math, kLarge>;
         const auto tiles = [](int64_t count, int size) {
             return std::max<int64_t>((count + size - 1) / size, 1);
         };
         const SimilarityTask<T, Acc> of = {queries(saved), refs(saved), p.square,
                                            p.similarity,   saved,       ticket};
-        launch(similarities<Math, kLarge>,
-               dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
-               dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+        launch_after(
+            previous, similarities<Math, kLarge>,
+            dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
+            dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
     }
 
     // ---- counting -----------------------------------------------------------------------------------------
@@ -87,10 +90,12 @@ struct MatrixEngine {
     // counts: [2, rows] how many positives and negatives mining keeps of each row.
     void count(int64_t* counts, void* workspace, cudaStream_t stream) const {
         auto* const ticket = static_cast<unsigned*>(workspace);  // nobody draws one
+        Previous previous = Previous::kHasEnded;
         for (int64_t first = 0; first < p.queries.count; first += rows_at_once()) {
             const Task part = rows_from(first);
             const SavedMatrix<Acc> saved(part.problem, static_cast<unsigned char*>(workspace) + kTicketBytes);
-            MatrixEngine{part}.multiply(saved, ticket, stream);
+            MatrixEngine{part}.multiply(saved, ticket, previous, stream);
+            previous = Previous::kMayRun;
             launch_counts(task, saved, first, counts, stream);
         }
     }

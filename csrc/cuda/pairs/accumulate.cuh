@@ -388,6 +388,8 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     accumulate(const __grid_constant__ TileGroup<T, Acc> all,
                const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> row_stats,
                Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept, bool count_zeros) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     constexpr int kTile = TileTraits<Math>::kTile;
     const auto tile_group = all.template in_use<kTile>();
     const int64_t ti = tile_group.row_tile + blockIdx.y, tj = tile_group.col_tile + blockIdx.x;

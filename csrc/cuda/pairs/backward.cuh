@@ -108,10 +108,10 @@ struct BackwardPass {
             using Traits = GradTraits<GradMath, decltype(panel)::value>;
             const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
             const int64_t parts = parts_of_a_line(tile_group);
-            launch(add_gradients<GradMath, Traits::kCols>,
-                   dim3(unsigned(panels), unsigned(owners), unsigned(parts)), dim3(Traits::kThreads),
-                   Traits::kSharedBytes, launcher.stream, tile_group, gradients, launcher.arrays.kept,
-                   workspace.weights);
+            launch_dependent(add_gradients<GradMath, Traits::kCols>,
+                             dim3(unsigned(panels), unsigned(owners), unsigned(parts)),
+                             dim3(Traits::kThreads), Traits::kSharedBytes, launcher.stream, tile_group,
+                             gradients, launcher.arrays.kept, workspace.weights);
             merge_parts(tile_group, gradients, int(parts) - 1);
         };
         constexpr int kWide = kWidePanel<GradMath>;
@@ -155,9 +155,10 @@ struct BackwardPass {
         constexpr int kRows = kFinishThreads / kWarpSize;
         const int64_t begin = group.tiles.begin * kTile;
         const int64_t end = std::min(group.tiles.end * kTile, rows.points.rows);
-        launch(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
-               dim3(kFinishThreads), 0, launcher.stream, rows, begin, end, launcher.p.similarity,
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum, grad);
+        launch_dependent(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
+                         dim3(kFinishThreads), 0, launcher.stream, rows, begin, end, launcher.p.similarity,
+                         launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum,
+                         grad);
     }
 
     // The group of rows of `tiles`: its sum is in `sums`, or in place in the side's gradient.
@@ -211,7 +212,7 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
 // without pairs takes the matrix path.
 template <typename Math, typename Acc = typename Math::Acc>
 void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
-                        const Acc* grad_loss, double* sums) {
+                        const Acc* grad_loss, double* sums, Previous previous) {
     const Task& task = launcher.task;
     const LearnedParams& learned = task.learned;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
@@ -219,9 +220,10 @@ void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>&
     const ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient};
     launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
         all.cache_filled = all.cache != nullptr;
-        launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
-               ParamLayout<Math>::kSharedBytes, launcher.stream, all, launcher.formula(),
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
+        launch_after(previous, sum_terms_by_params<Math>, dim3(unsigned(slots)),
+                     dim3(TileTraits<Math>::kThreads), ParamLayout<Math>::kSharedBytes, launcher.stream, all,
+                     launcher.formula(), launcher.arrays.row_stats, launcher.upstream(grad_loss),
+                     launcher.arrays.kept, by_params);
     });
 }
 

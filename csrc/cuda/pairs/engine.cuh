@@ -79,14 +79,15 @@ void Engine<Math>::forward(const Task& task, bool save_for_backward, void* saved
     auto* bytes = static_cast<unsigned char*>(workspace);
     const Task aligned = prepared_task<Math>(task, save_for_backward, saved, bytes, stream);
     Learned<typename Math::Acc>::make(aligned, stream);
+    const Previous previous = aligned.learned.count > 0 ? Previous::kMayRun : Previous::kHasEnded;
     auto* result = static_cast<typename Math::Acc*>(loss);
     if (takes_matrix<Math>(task)) {
-        MatrixEngine<Math>{aligned}.forward(save_for_backward, saved, result, bytes, stream);
+        MatrixEngine<Math>{aligned}.forward(save_for_backward, saved, result, bytes, previous, stream);
         return;
     }
     const SavedLayout<Math> layout = {aligned, save_for_backward};
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
-    forward_tiles(launcher, result, bytes);
+    forward_tiles(launcher, result, bytes, previous);
 }
 
 template <typename Math>
@@ -99,12 +100,14 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     const LearnedParams& learned = aligned.learned;
     const auto* upstream = static_cast<const Acc*>(grad_loss);
     T *queries = static_cast<T*>(grad_queries), *refs = static_cast<T*>(grad_refs);
+    // A gradient that is wanted has elements, and so launches before that by parameters.
+    const Previous previous = queries || refs ? Previous::kMayRun : Previous::kHasEnded;
     if (takes_matrix<Math>(task)) {
         MatrixEngine<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, stream);
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
-            Learned<Acc>::reduce(aligned, row_stats, upstream, stream);
+            Learned<Acc>::reduce(aligned, row_stats, upstream, previous, stream);
         }
         return;
     }
@@ -113,8 +116,8 @@ void Engine<Math>::backward(const Task& task, bool saved_for_backward, void* sav
     if (queries || refs) backward_tiles(launcher, upstream, queries, refs, bytes);
     // The workspace of the gradients is free again.
     if (learned.gradient)
-        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream,
-                           reinterpret_cast<double*>(bytes));
+        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream, reinterpret_cast<double*>(bytes),
+                           previous);
 }
 
 template <typename Math>

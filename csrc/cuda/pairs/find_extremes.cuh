@@ -15,6 +15,8 @@ inline constexpr int kNormThreads = 256;
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kNormThreads)
     prepare_rows(Rows<T, Acc> rows, Similarity similarity, RowStats<Acc> row_stats, bool open) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = int64_t(blockIdx.x) * (kNormThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= points.rows) return;
@@ -62,6 +64,8 @@ DML_DEVICE void store_tile_extremes(const Extremes<Acc>& found, Acc* out) {
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
 __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     find_extremes(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Grid = PairGrid<Math>;
     constexpr int kTile = Grid::kTile;
     const auto tile_group = all.template in_use<kTile>();

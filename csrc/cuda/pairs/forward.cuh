@@ -18,8 +18,9 @@ struct ForwardPass {
 
     void find_hardest(const TileGroup<T, Acc>& tile_group, MergeStep step) const {
         const Problem& p = launcher.p;
-        launch(find_extremes<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(2), launcher.stream, tile_group, partials, extremes);
+        launch_dependent(find_extremes<Math>, launcher.tile_grid(tile_group),
+                         dim3(TileTraits<Math>::kThreads), PairGrid<Math>::shared_bytes(2), launcher.stream,
+                         tile_group, partials, extremes);
         Merge<Acc>::extremes(Merge<Acc>::without_points(tile_group), p.square, launcher.arrays.row_stats,
                              partials, step, Acc(p.mining.epsilon), launcher.stream);
     }
@@ -28,16 +29,18 @@ struct ForwardPass {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;
         const AnyFormula<Acc> formula = launcher.formula();
-        launch(accumulate<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(most_summed(p.formula)), launcher.stream, tile_group, formula,
-               second, arrays.row_stats, partials, extremes, arrays.kept, launcher.count_zeros());
+        launch_dependent(accumulate<Math>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
+                         PairGrid<Math>::shared_bytes(most_summed(p.formula)), launcher.stream, tile_group,
+                         formula, second, arrays.row_stats, partials, extremes, arrays.kept,
+                         launcher.count_zeros());
         Merge<Acc>::sums(Merge<Acc>::without_points(tile_group), p.square, formula, second, arrays.row_stats,
                          partials, arrays.kept, step, p.mining.on, results, launcher.stream);
     }
 };
 
 template <typename Math>
-void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, void* workspace) {
+void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, void* workspace,
+                   Previous previous) {
     using Acc = typename Math::Acc;
     using Policy = TilePolicy<Math>;
     const Task& task = launcher.task;
@@ -54,8 +57,7 @@ void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, voi
         launcher.for_tile_groups(shape, launcher.all_rows(), launcher.all_cols(), f);
     };
 
-    launcher.prepare(launcher.queries(), !mining);
-    if (!p.square) launcher.prepare(launcher.refs(), false);
+    launcher.prepare(!mining, previous);
     if (mining)
         for_tile_groups([&](const auto& tile_group, MergeStep step) { pass.find_hardest(tile_group, step); });
     for (int stage = 0; stage < (formula_facts(p.formula).context ? 2 : 1); ++stage) {

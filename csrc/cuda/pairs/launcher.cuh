@@ -76,11 +76,10 @@ struct Launcher {
                 rows_by_params<Acc>(task)};
     }
 
-    // Norms of rows; open: also bounds that keep everything.
-    void prepare(const Rows<T, Acc>& rows, bool open) const {
-        constexpr int kRows = kNormThreads / kWarpSize;
-        launch(prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
-               dim3(kNormThreads), 0, stream, rows, p.similarity, arrays.row_stats, open);
+    // Norms of the points; open: also bounds that keep everything.
+    void prepare(bool open, Previous previous) const {
+        prepare(queries(), open, previous);
+        if (!p.square) prepare(refs(), false, Previous::kMayRun);
     }
     void reduce(const Results<Acc>& results, Acc* loss) const {
         Merge<Acc>::reduce(arrays.row_stats, p.queries.count, results,
@@ -89,6 +88,11 @@ struct Launcher {
     }
 
    private:
+    void prepare(const Rows<T, Acc>& rows, bool open, Previous previous) const {
+        constexpr int kRows = kNormThreads / kWarpSize;
+        launch_after(previous, prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
+                     dim3(kNormThreads), 0, stream, rows, p.similarity, arrays.row_stats, open);
+    }
     Rows<T, Acc> rows(const Points& side, Acc* norms, const int64_t* used) const {
         return {{static_cast<const T*>(side.data), side.stride, side.count, p.dim}, side.labels, norms, used};
     }

@@ -2,6 +2,7 @@
 // (instantiations/learned_params.cu), not for each arithmetic.
 #pragma once
 
+#include "cuda/common/launch.h"
 #include "cuda/pairs/pair_loss.h"
 #include "cuda/pairs/row_stats.cuh"
 
@@ -13,7 +14,7 @@ struct Learned {
     static void make(const Task& task, cudaStream_t stream);
     // The gradient by the parameters, where forward has summed what they do to terms.
     static void reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                       cudaStream_t stream);
+                       Previous previous, cudaStream_t stream);
 };
 extern template struct Learned<float>;
 extern template struct Learned<double>;

@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
     pair_weights(const __grid_constant__ TileGroup<T, Acc> all,
                  const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
                  Upstream<Acc> upstream, const uint8_t* kept, Weight* weights, Partials<Acc> sums) {
+    let_next_kernel_start();
     using Traits = TileTraits<Math>;
     using Grid = PairGrid<Math>;
     constexpr int kTile = Traits::kTile;

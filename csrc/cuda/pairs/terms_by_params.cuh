@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
                         const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
                         Upstream<Acc> upstream, const uint8_t* kept,
                         const __grid_constant__ ByParams<Acc> by_params) {
+    wait_for_previous_kernel();
     using Layout = ParamLayout<Math>;
     const int thread = int(threadIdx.x), threads = int(blockDim.x);
     double* totals = shared_array<double>(Layout::kTotals, kMaxParams);

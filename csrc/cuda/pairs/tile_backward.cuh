@@ -153,6 +153,8 @@ __global__ void __launch_bounds__(GradTraits<GradMath, Cols>::kThreads, kTileBlo
     add_gradients(const __grid_constant__ TileGroup<T, Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
                   const typename GradTraits<GradMath, Cols>::Weight* weights) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Traits = GradTraits<GradMath, Cols>;
     constexpr int kTile = Traits::kTile;
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;
@@ -232,6 +234,8 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity,
                     RowStats<Acc> row_stats, Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum,
                     Out* grad) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;

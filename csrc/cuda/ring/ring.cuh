@@ -125,8 +125,7 @@ void BlockEngine<Math>::add(const Task& asked, BlockStage stage, void* state, vo
                                     static_cast<Acc*>(extremes),
                                     Results<Acc>{nullptr, 0, nullptr, p.reduction, nullptr, {}}};
 
-    launcher.prepare(launcher.queries(), false);
-    launcher.prepare(launcher.refs(), false);
+    launcher.prepare(false, Previous::kHasEnded);
     const bool first = stage == BlockStage::kHardest || (!p.mining.on && stage != BlockStage::kPositives);
     if (first) {  // every stage meets the same points
         launch(examine_norms<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, norms, n + m,
@@ -176,8 +175,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     // 2. Norms, and the rows' weights.
     const RowStats<Acc> row_stats = state_of(numbers, n);
     const Launcher<Math> launcher = {task, block_arrays(row_stats, norms, n, flags), stream};
-    launcher.prepare(launcher.queries(), false);
-    launcher.prepare(launcher.refs(), false);
+    launcher.prepare(false, Previous::kHasEnded);
     launch(examine_norms<Acc>, dim3(1), dim3(kReduceThreads), kReduceSharedBytes, stream, norms, n + m, false,
            row_stats.header);
     const RowStats<Acc> given = state_of(const_cast<Acc*>(static_cast<const Acc*>(weights)), n);
@@ -187,7 +185,8 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     // 3. The gradients, summed in place.
     const Acc* one = row_stats.header + kScale;
     Acc *row_sums = static_cast<Acc*>(grad_rows), *block_sums = static_cast<Acc*>(grad_block);
-    if (task.learned.gradient) gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums);
+    if (task.learned.gradient)
+        gradient_by_params(launcher, RowsByParams<Acc>{}, one, param_sums, Previous::kMayRun);
     if (!row_sums && !block_sums) return;
     const BackwardPass<Math> pass{launcher, one, space};
     pass.add_pairs({launcher.all_rows(), row_sums}, {launcher.all_cols(), block_sums}, true);
