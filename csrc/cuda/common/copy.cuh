@@ -208,6 +208,7 @@ int64_t packed_stride(int64_t cols) {
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const T* data, int64_t stride, int64_t rows, int64_t cols, int64_t pitch, T* packed) {
+    wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * (kPackThreads / kWarpSize) + warp_id();
     if (i >= rows) return;
 #pragma unroll 4

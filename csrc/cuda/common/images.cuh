@@ -124,9 +124,8 @@ class BoxesOfImage {
     DML_DEVICE void start(unsigned char* shared, unsigned tile, unsigned row) const {
         const unsigned char* from = blocks_ + uint64_t(tile * across_) * unsigned(Layout::kBlockBytes) +
                                     row * unsigned(kSwizzleBytes);
-        Share::for_each([&](int n, unsigned c) {
-            cp_async<kChunkBytes>(shared + c * kChunkBytes, from + offsets_[n]);
-        });
+        Share::for_each(
+            [&](int n, unsigned c) { cp_async<kChunkBytes>(shared + c * kChunkBytes, from + offsets_[n]); });
     }
 };
 

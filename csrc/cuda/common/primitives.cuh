@@ -72,15 +72,15 @@ DML_DEVICE void warp_sync() { __syncwarp(); }
 
 // ---- between kernels --------------------------------------------------------------------------
 
-// First thing in every block of a kernel that launch_dependent launches: waits until the kernel before it has
-// ended and its writes are visible. Nothing in code for older GPUs, which launch_dependent launches as others.
+// First thing in every block of a kernel that Launches launches: waits until the kernel before it has ended and its
+// writes are visible. Nothing in code for older GPUs, which it launches as others.
 DML_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// In the kernel before it: once all blocks have said so, or ended, the next one may be brought in.
+// In the kernel before it, after its own wait: once all blocks have said so, or ended, the next one may be brought in.
 DML_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -62,6 +62,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, PartsOf<Math>::kCount == 1 ? 2 
     wgmma_similarities(const __grid_constant__ TileGroup<float> all, Matrix<T> row_points,
                        Matrix<T> col_points, const __grid_constant__ TileNeed<float> need) {
 #if DML_COMPILES_WGMMA
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Tile = WgmmaProduct<Math>;
     const auto tile_group = all.in_use();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);

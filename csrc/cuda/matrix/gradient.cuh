@@ -285,6 +285,7 @@ __global__ void __launch_bounds__(MatrixGradientTraits<GradMath, kWhole>::kThrea
                                   kWhole ? 1 : kProductBlocks<GradMath>)
     matrix_gradient(const __grid_constant__ MatrixGradientTask<T, Acc> task) {
     using Traits = MatrixGradientTraits<GradMath, kWhole>;
+    wait_for_previous_kernel();
     if (!kWhole) let_next_kernel_start();
     const int of = blockIdx.x < task.blocks[0] ? 0 : 1;
     const GradientSide<T, Acc>& side = task.sides[of];

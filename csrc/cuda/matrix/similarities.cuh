@@ -157,6 +157,7 @@ template <typename Math, bool kLarge, typename T = typename Math::Value, typenam
 __global__ void __launch_bounds__(SimilarityTraits<Math, kLarge>::kThreads, kLarge ? kProductBlocks<Math> : 2)
     similarities(const __grid_constant__ SimilarityTask<T, Acc> task) {
     using Traits = SimilarityTraits<Math, kLarge>;
+    wait_for_previous_kernel();
     let_next_kernel_start();
     if (blockIdx.x == 0 && threadIdx.x == 0) *task.ticket = 0;
     const int64_t cols = rows_in_use(task.cols.used, task.cols.points.rows);

@@ -357,6 +357,8 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
                const __grid_constant__ AnyFormula<Acc> any_formula, bool second,
                const __grid_constant__ TileNeed<Acc> need, Partials<Acc> partials, uint8_t* kept,
                bool count_zeros) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Traits = TileTraits<Acc>;
     const auto tile_group = all.in_use();
     const int64_t ti = tile_group.row_tile + blockIdx.y, tj = tile_group.col_tile + blockIdx.x;

@@ -83,11 +83,11 @@ struct BackwardPass {
         const TileNeed<Acc> need = {arrays.row_stats, nullptr, arrays.kept};
         if (!arrays.cache) launcher.multiply(tile_group, need);
         Look<Acc>::weights(tile_group, launcher.formula(), need, launcher.upstream(grad_loss),
-                           workspace.weights, workspace.weight_partials, launcher.stream);
+                           workspace.weights, workspace.weight_partials, launcher.launches);
         if (!Policy::sums_weights(launcher.p)) return;
         Merge<Acc>::weights(tile_group, workspace.weight_partials, arrays.kept, step,
                             rows.sum ? workspace.row_weights : nullptr,
-                            cols.sum ? workspace.col_weights : nullptr, launcher.stream);
+                            cols.sum ? workspace.col_weights : nullptr, launcher.launches);
     }
 
     // 2. Weights times points, in panels of the gradient's columns.
@@ -110,10 +110,10 @@ struct BackwardPass {
             using Traits = GradTraits<Math, decltype(panel)::value>;
             const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
             const int64_t parts = parts_of_a_line(tile_group);
-            launch(add_gradients<Math, Traits::kCols>,
-                   dim3(unsigned(panels), unsigned(owners), unsigned(parts)), dim3(Traits::kThreads),
-                   Traits::kSharedBytes, launcher.stream, tile_group, gradients, launcher.arrays.kept,
-                   workspace.weights);
+            launcher.launches(add_gradients<Math, Traits::kCols>,
+                              dim3(unsigned(panels), unsigned(owners), unsigned(parts)),
+                              dim3(Traits::kThreads), Traits::kSharedBytes, tile_group, gradients,
+                              launcher.arrays.kept, workspace.weights);
             merge_parts(tile_group, gradients, int(parts) - 1);
         };
         constexpr int kWide = kWidePanel<Math>;
@@ -145,7 +145,7 @@ struct BackwardPass {
             const int64_t first = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTile;
             if (gradient.sum && rows > 0 && count > 0) {
                 Merge<Acc>::gradient(parts, count, pitch, std::min(rows, gradient.count - first) * dim,
-                                     gradient.sum + (first - gradient.row0) * dim, launcher.stream);
+                                     gradient.sum + (first - gradient.row0) * dim, launcher.launches);
             }
             parts += rows * dim;
         }
@@ -157,9 +157,10 @@ struct BackwardPass {
         constexpr int kRows = kFinishThreads / kWarpSize;
         const int64_t begin = group.tiles.begin * kTile;
         const int64_t end = std::min(group.tiles.end * kTile, rows.points.rows);
-        launch(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
-               dim3(kFinishThreads), 0, launcher.stream, rows, begin, end, launcher.p.similarity,
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum, grad);
+        launcher.launches(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
+                          dim3(kFinishThreads), 0, rows, begin, end, launcher.p.similarity,
+                          launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum,
+                          grad);
     }
 
     // The group of rows of `tiles`: its sum is in `sums`, or in place in the side's gradient.
@@ -229,7 +230,7 @@ void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>&
                                                   group.col_tile + group.col_tiles == cols.end;
                                  Look<Acc>::params(group, TilePolicy<Math>::param_slots(task),
                                                    launcher.formula(), need, launcher.upstream(grad_loss),
-                                                   by_params, launcher.stream);
+                                                   by_params, launcher.launches);
                                  by_params.first = false;
                              });
 }

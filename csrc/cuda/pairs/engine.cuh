@@ -62,9 +62,9 @@ int64_t Engine<Math>::saved_bytes(const Task& task) {
 // With the place of the learned formula; for the matrix path with aligned rows, which are packed at `bytes` where they are
 // not.
 template <typename Math>
-Task prepared_task(const Task& task, void* saved, unsigned char*& bytes, cudaStream_t stream) {
+Task prepared_task(const Task& task, void* saved, unsigned char*& bytes, Launches& launches) {
     Task prepared =
-        takes_matrix<Math>(task) ? with_aligned_rows<typename Math::Value>(task, bytes, stream) : task;
+        takes_matrix<Math>(task) ? with_aligned_rows<typename Math::Value>(task, bytes, launches) : task;
     if (task.learned.count > 0)
         prepared.learned.made = static_cast<unsigned char*>(saved) + path_bytes<Math>(task);
     return prepared;
@@ -86,43 +86,45 @@ int64_t Engine<Math>::backward_workspace_bytes(const Task& task) {
 template <typename Math>
 void Engine<Math>::forward(const Task& task, bool save_for_backward, void* saved, void* loss, void* workspace,
                            cudaStream_t stream) {
+    Launches launches(stream);
     auto* bytes = static_cast<unsigned char*>(workspace);
-    const Task aligned = prepared_task<Math>(task, saved, bytes, stream);
-    Learned<typename Math::Acc>::make(aligned, stream);
+    const Task aligned = prepared_task<Math>(task, saved, bytes, launches);
+    Learned<typename Math::Acc>::make(aligned, launches);
     auto* result = static_cast<typename Math::Acc*>(loss);
     if (takes_matrix<Math>(task)) {
-        OnMatrix<Math>{aligned}.forward(save_for_backward, saved, result, bytes, stream);
+        OnMatrix<Math>{aligned}.forward(save_for_backward, saved, result, bytes, launches);
         return;
     }
     const SavedLayout<Math> layout = {aligned};
-    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
+    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), launches};
     forward_tiles(launcher, result, bytes);
 }
 
 template <typename Math>
 void Engine<Math>::backward(const Task& task, void* saved, const void* grad_loss, void* grad_queries,
                             void* grad_refs, void* workspace, cudaStream_t stream) {
+    Launches launches(stream);
     using T = typename Math::Value;
     auto* bytes = static_cast<unsigned char*>(workspace);
     using Acc = typename Math::Acc;
-    const Task aligned = prepared_task<Math>(task, saved, bytes, stream);
+    const Task aligned = prepared_task<Math>(task, saved, bytes, launches);
     const LearnedParams& learned = aligned.learned;
     const auto* upstream = static_cast<const Acc*>(grad_loss);
     T *queries = static_cast<T*>(grad_queries), *refs = static_cast<T*>(grad_refs);
     if (takes_matrix<Math>(task)) {
-        OnMatrix<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, stream);
+        OnMatrix<Math>{aligned}.backward(saved, upstream, queries, refs, bytes, launches);
         if (learned.gradient) {
             RowStats<Acc> row_stats = {};
             row_stats.header = static_cast<Acc*>(saved);
-            Learned<Acc>::reduce(aligned, row_stats, upstream, stream);
+            Learned<Acc>::reduce(aligned, row_stats, upstream, launches);
         }
         return;
     }
     const SavedLayout<Math> layout = {aligned};
-    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), stream};
+    const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), launches};
     auto* param_sums = reinterpret_cast<double*>(bytes);
     bytes += TilePolicy<Math>::param_bytes(task);
-    ImageSlots<Math> images(task.problem, GradientPolicy<Math>::shape(task), bytes, stream);
+    ImageSlots<Math> images(task.problem, GradientPolicy<Math>::shape(task), bytes, launches);
     if (queries || refs) backward_tiles(launcher, upstream, queries, refs, images, bytes);
     if (learned.gradient)
         gradient_by_params(
@@ -138,9 +140,10 @@ int64_t Engine<Math>::count_workspace_bytes(const Task& task) {
 
 template <typename Math>
 void Engine<Math>::count_pairs(const Task& task, int64_t* counts, void* workspace, cudaStream_t stream) {
+    Launches launches(stream);
     auto* bytes = static_cast<unsigned char*>(workspace);
-    const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, stream);
-    OnMatrix<Math>{aligned}.count(counts, bytes, stream);
+    const Task aligned = with_aligned_rows<typename Math::Value>(task, bytes, launches);
+    OnMatrix<Math>{aligned}.count(counts, bytes, launches);
 }
 
 }  // namespace dml::cuda

@@ -29,6 +29,8 @@ DML_DEVICE void store_tile_extremes(const Extremes<Acc>& found, Acc* out) {
 template <typename Acc>
 __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     find_extremes(const __grid_constant__ TileGroup<Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Grid = PairGrid<Acc>;
     constexpr int kTile = Grid::kTile;
     const auto tile_group = all.in_use();

@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_gradient(Rows<T, Acc> rows, int64_t begin, int64_t end, Similarity similarity,
                     RowStats<Acc> row_stats, Upstream<Acc> upstream, const Acc* weight_sums, const Acc* sum,
                     Out* grad) {
+    wait_for_previous_kernel();
     const int64_t i = begin + int64_t(blockIdx.x) * (kFinishThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= end) return;

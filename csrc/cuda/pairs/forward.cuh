@@ -18,9 +18,9 @@ struct ForwardPass {
     void find_hardest(const TileGroup<Acc>& tile_group, MergeStep step) const {
         const Problem& p = launcher.p;
         launcher.multiply(tile_group, TileNeed<Acc>{launcher.arrays.row_stats});
-        Look<Acc>::extremes(tile_group, partials, extremes, launcher.stream);
+        Look<Acc>::extremes(tile_group, partials, extremes, launcher.launches);
         Merge<Acc>::extremes(tile_group, p.square, launcher.arrays.row_stats, partials, step,
-                             Acc(p.mining.epsilon), launcher.stream);
+                             Acc(p.mining.epsilon), launcher.launches);
     }
     // second: the positives of a formula with context.
     void gather(const TileGroup<Acc>& tile_group, MergeStep step, bool second, bool stays) const {
@@ -31,9 +31,9 @@ struct ForwardPass {
         const TileNeed<Acc> need = {arrays.row_stats, extremes, nullptr, second && arrays.kept};
         if (!stays) launcher.multiply(tile_group, need);
         Look<Acc>::sums(tile_group, formula, second, need, partials, arrays.kept, launcher.count_zeros(),
-                        p.formula, launcher.stream);
+                        p.formula, launcher.launches);
         Merge<Acc>::sums(tile_group, p.square, formula, second, arrays.row_stats, partials, arrays.kept, step,
-                         p.mining.on, results, launcher.stream);
+                         p.mining.on, results, launcher.launches);
     }
 };
 
@@ -46,7 +46,7 @@ void forward_tiles(const Launcher<Math>& launcher, typename Math::Acc* loss, voi
     const TileGroupShape shape = Policy::forward_shape(task);
     const bool mining = p.mining.on;
     auto* bytes = static_cast<unsigned char*>(workspace);
-    ImageSlots<Math> images(p, shape, bytes, launcher.stream);
+    ImageSlots<Math> images(p, shape, bytes, launcher.launches);
     bytes += Policy::image_bytes(p, shape);
     Acc* const similarities = reinterpret_cast<Acc*>(bytes);
     bytes += Policy::group_similarity_bytes(task, shape);

@@ -24,7 +24,7 @@ class ImageSlots {
         }
     };
     const bool square_, whole_;
-    cudaStream_t stream_;
+    Launches& launches_;
     Slot slots_[2];  // of rows and of columns
 
     // The image of these tiles of a side.
@@ -39,15 +39,15 @@ class ImageSlots {
             slot.held = whole_ ? TileRange{0, Policy::tiles_along(rows.points.rows)} : wanted;
             const int64_t lines = (slot.held.end - slot.held.begin) * Policy::kTile;
             const Image image = slot.image(dim);
-            launch(write_image<Math>, dim3(unsigned(lines / kImageRows)), dim3(kImageThreads), 0, stream_,
-                   rows, slot.held.begin * Policy::kTile, slot.memory, const_cast<float*>(image.scales));
+            launches_(write_image<Math>, dim3(unsigned(lines / kImageRows)), dim3(kImageThreads), 0, rows,
+                      slot.held.begin * Policy::kTile, slot.memory, const_cast<float*>(image.scales));
         }
         return Layout::from(slot.image(dim), wanted.begin - slot.held.begin);
     }
 
    public:
-    ImageSlots(const Problem& p, TileGroupShape shape, unsigned char* memory, cudaStream_t stream)
-        : square_(p.square), whole_(Policy::has_whole_images(p)), stream_(stream) {
+    ImageSlots(const Problem& p, TileGroupShape shape, unsigned char* memory, Launches& launches)
+        : square_(p.square), whole_(Policy::has_whole_images(p)), launches_(launches) {
         const TileGroupShape tiles = Policy::imaged_tiles(p, shape);
         slots_[0] = {memory, tiles.rows};
         slots_[1] = {memory + tiles.rows * Policy::image_bytes_of_tile(p), tiles.cols};

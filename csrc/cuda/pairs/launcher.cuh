@@ -1,4 +1,4 @@
-// A task with its memory and stream, and the kernel arguments that follow from it.
+// A task with its memory and launches, and the kernel arguments that follow from it.
 #pragma once
 
 #include "cuda/common/launch.h"
@@ -25,7 +25,7 @@ struct Launcher {
 
     const Task& task;
     SavedArrays<Acc> arrays;
-    cudaStream_t stream;
+    Launches& launches;
     const Problem& p = task.problem;
 
     Rows<T, Acc> queries() const { return rows(p.queries, arrays.query_norms, nullptr); }
@@ -71,13 +71,13 @@ struct Launcher {
         const Matrix<T> row_points = queries().points, col_points = refs().points;
         if constexpr (kHasWgmma<Math>) {
             if (takes_wgmma(task.tuning.wgmma)) {
-                launch(wgmma_similarities<Math>, tile_grid(tile_group), dim3(kWgmmaThreads),
-                       kWgmmaSharedBytes<Math>, stream, tile_group, row_points, col_points, need);
+                launches(wgmma_similarities<Math>, tile_grid(tile_group), dim3(kWgmmaThreads),
+                         kWgmmaSharedBytes<Math>, tile_group, row_points, col_points, need);
                 return;
             }
         }
-        launch(tile_similarities<Math>, tile_grid(tile_group), dim3(kTileThreads),
-               ProductTraits<Math>::kSharedBytes, stream, tile_group, row_points, col_points, need);
+        launches(tile_similarities<Math>, tile_grid(tile_group), dim3(kTileThreads),
+                 ProductTraits<Math>::kSharedBytes, tile_group, row_points, col_points, need);
     }
 
     // Whether a term of 0 counts.
@@ -98,13 +98,13 @@ struct Launcher {
     // Norms of rows; open: also bounds that keep everything.
     void prepare(const Rows<T, Acc>& rows, bool open) const {
         constexpr int kRows = kNormThreads / kWarpSize;
-        launch(prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
-               dim3(kNormThreads), 0, stream, rows, p.similarity, arrays.row_stats, open);
+        launches(prepare_rows<T, Acc>, dim3(unsigned((rows.points.rows + kRows - 1) / kRows)),
+                 dim3(kNormThreads), 0, rows, p.similarity, arrays.row_stats, open);
     }
     void reduce(const Results<Acc>& results, Acc* loss) const {
         Merge<Acc>::reduce(arrays.row_stats, p.queries.count, results,
                            Division{p.reduction, !p.return_sums, formula_facts(p.formula).parts}, loss,
-                           stream);
+                           launches);
     }
 
    private:

@@ -31,18 +31,18 @@ template <typename Acc>
 struct Look {
     // tile_extremes: see find_extremes.cuh.
     static void extremes(const TileGroup<Acc>& tile_group, const Partials<Acc>& partials, Acc* tile_extremes,
-                         cudaStream_t stream);
+                         Launches& launches);
     // second: the positives of a formula with context.
     static void sums(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& formula, bool second,
                      const TileNeed<Acc>& need, const Partials<Acc>& partials, uint8_t* kept,
-                     bool count_zeros, FormulaId which, cudaStream_t stream);
+                     bool count_zeros, FormulaId which, Launches& launches);
     template <typename Weight>
     static void weights(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& formula,
                         const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
-                        const GroupWeights<Weight, Acc>& to, const Partials<Acc>& sums, cudaStream_t stream);
+                        const GroupWeights<Weight, Acc>& to, const Partials<Acc>& sums, Launches& launches);
     static void params(const TileGroup<Acc>& tile_group, int64_t blocks, const AnyFormula<Acc>& formula,
                        const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
-                       const ByParams<Acc>& by_params, cudaStream_t stream);
+                       const ByParams<Acc>& by_params, Launches& launches);
 };
 
 }  // namespace dml::cuda

@@ -88,6 +88,8 @@ template <typename Acc>
 __global__ void __launch_bounds__(kMergeThreads, 1)
     merge_extremes(const __grid_constant__ TileGroup<Acc> all, RowStats<Acc> row_stats,
                    Partials<Acc> partials, MergeStep step, Acc epsilon) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
     if (!has_line(tile_group, side, line)) return;
@@ -155,6 +157,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
                const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> row_stats,
                Partials<Acc> partials, const uint8_t* kept, MergeStep step, bool mining,
                Results<Acc> results) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
     if (!has_line(tile_group, side, line)) return;
@@ -205,6 +209,8 @@ template <typename Acc>
 __global__ void __launch_bounds__(kMergeThreads, 1)
     merge_weights(const __grid_constant__ TileGroup<Acc> all, Partials<Acc> partials, const uint8_t* kept,
                   MergeStep step, Acc* row_sums, Acc* col_sums) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
     Acc* sums = side == 0 ? row_sums : col_sums;
@@ -231,6 +237,8 @@ inline constexpr int kPartThreads = 256;
 template <typename Acc>
 __global__ void __launch_bounds__(kPartThreads)
     merge_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
     if (i >= size) return;
     Acc sum = sums[i];

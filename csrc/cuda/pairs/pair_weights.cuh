@@ -212,6 +212,8 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
                  const __grid_constant__ AnyFormula<Acc> any_formula,
                  const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
                  GroupWeights<Weight, Acc> to, Partials<Acc> sums) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Traits = TileTraits<Acc>;
     using Grid = PairGrid<Acc>;
     constexpr int kTile = Traits::kTile;

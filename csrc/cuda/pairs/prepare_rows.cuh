@@ -12,6 +12,8 @@ inline constexpr int kNormThreads = 256;
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kNormThreads)
     prepare_rows(Rows<T, Acc> rows, Similarity similarity, RowStats<Acc> row_stats, bool open) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = int64_t(blockIdx.x) * (kNormThreads / kWarpSize) + warp_id();
     const Matrix<T>& points = rows.points;
     if (i >= points.rows) return;

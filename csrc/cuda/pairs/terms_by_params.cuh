@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
                         const __grid_constant__ AnyFormula<Acc> any_formula,
                         const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
                         const __grid_constant__ ByParams<Acc> by_params) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Layout = ParamLayout<Acc>;
     const RowStats<Acc>& row_stats = need.row_stats;
     const int thread = int(threadIdx.x), threads = int(blockDim.x);

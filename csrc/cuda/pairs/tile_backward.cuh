@@ -159,6 +159,8 @@ __global__ void __launch_bounds__(GradTraits<Math, Cols>::kThreads,
     add_gradients(const __grid_constant__ TileGroup<Acc> all,
                   const __grid_constant__ Gradients<Acc> gradients, const uint8_t* kept,
                   GroupWeights<typename GradTraits<Math, Cols>::Weight, Acc> weights) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Traits = GradTraits<Math, Cols>;
     constexpr int kTile = Traits::kTile;
     const int side = int(blockIdx.y) < all.row_tiles ? 0 : 1;

@@ -179,6 +179,8 @@ template <typename Math, typename T = typename Math::Value, typename Acc = typen
 __global__ void __launch_bounds__(kTileThreads, kProductBlocks<Math>)
     tile_similarities(const __grid_constant__ TileGroup<Acc> all, Matrix<T> row_points, Matrix<T> col_points,
                       const __grid_constant__ TileNeed<Acc> need) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Traits = ProductTraits<Math>;
     const auto tile_group = all.in_use();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);

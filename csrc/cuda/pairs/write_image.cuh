@@ -51,6 +51,8 @@ template <typename Math, typename T = typename Math::Value, typename Acc = typen
 __global__ void __launch_bounds__(kImageThreads)
     write_image(const __grid_constant__ Rows<T, Acc> all, int64_t first, unsigned char* blocks,
                 float* scales) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     using Layout = PointsLayout<Math>;
     constexpr int kElements = kChunkBytes / int(sizeof(typename Layout::Element));
     const Matrix<T> points = all.in_use().points;
