@@ -67,9 +67,8 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
     const int64_t workspace_bytes = engine.backward_workspace_bytes(in.task);
     const Tensor workspace = workspace_bytes > 0 ? bytes(workspace_bytes, c.embeddings) : Tensor();
     const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
-    engine.backward(in.task, saved.data_ptr(), upstream.const_data_ptr(),
-                    data_or_null(grad_emb), data_or_null(grad_ref),
-                    workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
+    engine.backward(in.task, saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
+                    data_or_null(grad_ref), workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
                     c10::cuda::getCurrentCUDAStream());
     return {need_emb ? laid_out_as(c.embeddings, grad_emb) : grad_emb,
             need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref, grad_params};

@@ -190,7 +190,13 @@ def test_catches_a_planted_bug(bug):
     x, y = draw_points(130, 97) * 3, draw_points(140, 97, 1) * 5
     wgmma = bug in WGMMA_BUGS
     changed = [with_change(*(WGMMA_BUGS if wgmma else BUGS)[bug])]
-    for sanitizer, schedule in [("none", "round_robin"), ("none", "warp_first"), ("thread", "warp_first")]:
+    seen_by = [
+        ("none", "round_robin"),
+        ("none", "warp_first"),
+        ("address", "warp_first"),
+        ("thread", "warp_first"),
+    ]
+    for sanitizer, schedule in seen_by:
         broken = build(SOURCES, sanitizer=sanitizer, folders=changed)
         sent = words(x, "float")[0] + words(y, "float")[0]
         done = run(broken, "float", int(wgmma), 130, 140, 97, 97, 0, *COSINE, stdin=sent, schedule=schedule)

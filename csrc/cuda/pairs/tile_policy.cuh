@@ -119,8 +119,9 @@ struct TilePolicy {
         const int64_t along = tiles_along(p.queries.count), count = (along + largest.rows - 1) / largest.rows;
         return group_shape(p, (along + count - 1) / count, image_budget);
     }
+    // What the cache takes of it; a larger one, which the caller asked for, comes on top.
     static int64_t cached_bytes(const Task& task) {
-        return caches(task) ? similarity_bytes(task.problem) : 0;
+        return caches(task) ? std::min(similarity_bytes(task.problem), kCacheBytes) : 0;
     }
     static constexpr int64_t kPartialBudget = 4ll << 20;      // bytes of partial results
     static constexpr int64_t kSimilarityBudget = 24ll << 20;  // bytes of a tile group's similarities
