@@ -20,7 +20,11 @@ PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
+# For `make sanitize`: kernels are built with this sanitizer, and its runtime is preloaded.
+SANITIZER = os.environ.get("DML_EMULATOR_SANITIZER", "none")
+# Bytes on either side of every buffer, which the kernels must leave alone. AddressSanitizer has its own, and
+# sees reads, too.
+GUARD = 0 if SANITIZER == "address" else 64
 
 
 # ---- the structs of arguments.h, field by field ------------------------------------------------------------
@@ -148,13 +152,14 @@ def shared(sources):
     """A shared library of sources and the emulator. Compiles what is not cached, two files at a time."""
     native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
     # Without unique symbols: else a table of csrc's is dml_cuda._C's own, which may be an older build.
-    kernel = [*build.COMMON, *build.WARNINGS, "-O1", "-fPIC", "-fno-gnu-unique", *native]
+    sanitize = build.kernel_flags(SANITIZER)
+    kernel = [*build.COMMON, *build.WARNINGS, *sanitize, "-fPIC", "-fno-gnu-unique", *native]
     with ThreadPoolExecutor(2) as pool:
         objects = [
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
             *pool.map(lambda s: build._compile(s, kernel), sources),
         ]
-    link = ["g++", "-shared", "-Wl,-z,lazy", *map(str, objects)]
+    link = ["g++", "-shared", *build.LINKED[SANITIZER], "-Wl,-z,lazy", *map(str, objects)]
     return build.cached(objects, link, suffix=".so")
 
 
@@ -189,8 +194,12 @@ def call(library, function, *arguments, schedule, buffers):
     error = ctypes.create_string_buffer(1000)
     if getattr(library, function)(*arguments, error, ctypes.c_int64(1000)):
         raise RuntimeError(error.value.decode())
+    look_after_guards(buffers)
+
+
+def look_after_guards(buffers):
     for raw in buffers:
-        assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
+        assert (torch.cat([raw[:GUARD], raw[len(raw) - GUARD :]]) == 255).all(), "a guard was overwritten"
 
 
 def poisoned(count, dtype):
