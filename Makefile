@@ -7,8 +7,8 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 SOURCES := $(filter csrc/%,$(FORMATTED)) setup.py pyproject.toml
 PYTEST := $(PY) -m pytest -n 2
 
-.PHONY: demo data examples check test test-long test-all wheel docs recipes browser release bench readme lint format ptxas \
-  gpu-check clean
+.PHONY: demo data examples check test test-long test-all sanitize wheel docs recipes browser release bench readme lint \
+  format ptxas gpu-check clean
 
 demo: $(VENV)/built
 	$(PY) -m examples.demo
@@ -41,6 +41,15 @@ test-long: $(VENV)/built
 # Every case of all of these: values in all combinations, all sanitizers, every architecture of every kernel.
 test-all: check
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not check and not release"
+
+# The CUDA engine's tests on the emulator, with kernels under AddressSanitizer. Not those that build programs of
+# their own.
+sanitize: $(VENV)/built
+	DML_EMULATOR_SANITIZER=address ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(PYTEST) --dist worksteal --brief \
+	  $(patsubst %,tests/emulator/test_%_emulated.py,cuda matrix learned_params ring triplets ranking) \
+	  -k "not planted and not sanitizers and not race and not stand_alone and not every_block_of"
 
 # What a release has besides the package, and its tests; about ten minutes on two free cores.
 release: wheel docs recipes browser

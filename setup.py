@@ -171,9 +171,10 @@ def dependencies() -> list[str]:
 
 
 # What nvcc's front end compiles for. Its output (PTX) serves every newer architecture: only the assembler
-# must run for each. From 9.0 on a kernel can wait for the one before it; from 10.0 and 12.0 on some ask for
-# fewer blocks on a multiprocessor.
+# must run for each. From 9.0 on a kernel can wait for the one before it, and 9.0 alone, as 9.0a, has wgmma;
+# from 10.0 and 12.0 on some ask for fewer blocks on a multiprocessor.
 FRONT_ENDS = (80, 90, 100, 120)
+WGMMA = "-DDML_BUILDS_SM90A"  # in csrc/cuda/hopper/wgmma_choice.h
 
 
 def nvcc_targets(architectures: str) -> list[str]:
@@ -185,7 +186,10 @@ def nvcc_targets(architectures: str) -> list[str]:
             return []
         code = int(number[1] + number[2])
         front_end = max(f for f in FRONT_ENDS if f <= code)
-        flags.append(f"-gencode=arch=compute_{front_end},code=sm_{code}{number[3]}")
+        if code == 90:  # all GPUs of 9.0 have what 9.0a stands for
+            flags += ["-gencode=arch=compute_90a,code=sm_90a", WGMMA]
+        else:
+            flags.append(f"-gencode=arch=compute_{front_end},code=sm_{code}{number[3]}")
         if number[4]:
             flags.append(f"-gencode=arch=compute_{front_end},code=compute_{front_end}")
     return list(dict.fromkeys(flags))

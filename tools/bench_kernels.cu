@@ -2,7 +2,7 @@
 // constants of the hardware that decide between designs. Built by tools/bench_kernels.py, with nvcc for a GPU
 // or with g++ for the emulator. Prints one JSON object a line. Arguments: constants, check, times, cases (few of
 // check's, for the sanitizers), or several; without any all but cases. With `dependent` first, kernels may begin
-// while the one before them ends.
+// while the one before them ends; with `wgmma`, tiles are multiplied so.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -235,7 +235,7 @@ struct Call {
     Call(const Batch& of, bool matrix)
         : batch(of),
           task(with_path(of.task, matrix)),
-          saved(size_t(saved_bytes(task, true))),
+          saved(size_t(saved_bytes(task))),
           loss(8),
           forward_space(size_t(forward_workspace_bytes(task))),
           backward_space(size_t(backward_workspace_bytes(task))),
@@ -251,7 +251,7 @@ struct Call {
         cuda::forward(task, true, saved.get(), loss.get(), forward_space.get(), stream);
     }
     void backward(cudaStream_t stream) const {
-        cuda::backward(task, true, saved.get(), upstream.get(), of_queries.get(),
+        cuda::backward(task, saved.get(), upstream.get(), of_queries.get(),
                        batch.shape.m > 0 ? of_refs.get() : nullptr, backward_space.get(), stream);
     }
     // The loss, then all gradients.
@@ -329,10 +329,12 @@ void time_all(const std::vector<Shape>& shapes) {
                 const double forward = time_of(own.stream, [&] { call.forward(own.stream); });
                 const double backward = time_of(own.stream, [&] { call.backward(own.stream); });
                 std::printf(
-                    "{\"times\": \"%s\", \"dependent\": %d, \"n\": %lld, \"m\": %lld, \"dim\": %lld, "
+                    "{\"times\": \"%s\", \"dependent\": %d, \"wgmma\": %d, \"n\": %lld, \"m\": %lld, "
+                    "\"dim\": %lld, "
                     "\"type\": \"%s\", \"forward_us\": %.2f, \"backward_us\": %.2f}\n",
-                    matrix ? "matrix" : "tiles", asks_for_dependent_launches(), (long long)shape.n,
-                    (long long)shape.m, (long long)shape.dim, kKindNames[int(kind)], forward, backward);
+                    matrix ? "matrix" : "tiles", asks_for_dependent_launches(), asks_for_wgmma(),
+                    (long long)shape.n, (long long)shape.m, (long long)shape.dim, kKindNames[int(kind)],
+                    forward, backward);
                 std::fflush(stdout);
             }
         }
@@ -390,9 +392,8 @@ void measure_constants() {
     report("one empty kernel", [&] { run(do_nothing, 1); });
     report("eleven empty kernels", [&] { run(do_nothing, 11); });
     report("eleven empty kernels, ten of them dependent", [&] {
-        run(do_nothing, 1);
-        for (int k = 0; k < 10; ++k)
-            launch_dependent(do_nothing, dim3(blocks), dim3(256), 0, own.stream, word.get());
+        Launches launches(own.stream);
+        for (int k = 0; k < 11; ++k) launches(do_nothing, dim3(blocks), dim3(256), 0, word.get());
     });
     report("one ticket a block", [&] { run(draw_tickets, 1); });
     report("cold code, 250", [&] { run(run_cold_code<125>, 1); });
@@ -411,10 +412,16 @@ void measure_constants() {
 
 int main(int count, char** arguments) {
     std::vector<std::string> asked(arguments + 1, arguments + count);
-    if (!asked.empty() && asked.front() == "dependent") {
-        setenv("DML_CUDA_DEPENDENT_LAUNCH", "1", 1);
+    const auto begins_with = [&](const char* option, const char* variable) {
+        if (asked.empty() || asked.front() != option) return;
+        setenv(variable, "1", 1);
         asked.erase(asked.begin());
-    }
+    };
+    begins_with("dependent", "DML_CUDA_DEPENDENT_LAUNCH");
+    begins_with("wgmma", "DML_CUDA_WGMMA");
+#if defined(DML_CUDA_ON_HOST)
+    if (asks_for_wgmma()) emulator::device() = {4, 227 * 1024, 90};
+#endif
     const auto wants = [&](const char* part) {
         return asked.empty() || std::find(asked.begin(), asked.end(), part) != asked.end();
     };

@@ -18,6 +18,7 @@ from tools.machine_code import FLAGS, find_nvcc, with_headers
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "bench_kernels"
 DRIVER = ROOT / "tools" / "bench_kernels.cu"
+PARTS = [[], "dependent", "wgmma", "constants", "check", "times", "cases"]
 ENGINE = [
     *sorted((ROOT / "csrc" / "cuda" / "instantiations").glob("*.cu")),
     *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("pairs/pair_loss", "ring/ring", "ring/rows")),
@@ -37,12 +38,20 @@ def _make(command: list[str], inputs: list[Path], name: str, suffix: str = "") -
     return target
 
 
+def _native_architecture() -> str:
+    ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip().replace(".", "")
+    return "90a" if found == "90" else found
+
+
 def build(architecture: str = "native", jobs: int | None = None) -> Path:
     """The program for one architecture."""
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("tools.bench_kernels: found no nvcc")
-    where = ["-arch=native"] if architecture == "native" else [f"-arch=sm_{architecture}"]
+    if architecture == "native":
+        architecture = _native_architecture()
+    where = [f"-arch=sm_{architecture}"]
     common = [nvcc, *FLAGS, *where, f"-I{ROOT / 'csrc'}"]
 
     def compiled(source: Path) -> Path:
@@ -55,7 +64,7 @@ def build(architecture: str = "native", jobs: int | None = None) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], "dependent", "constants", "check", "times", "cases"])
+    parser.add_argument("parts", nargs="*", choices=PARTS)
     parser.add_argument("--arch", default="native", help="such as 90a (the GPU that is there)")
     parser.add_argument("--jobs", type=int, help="sources compiled at a time (all cores)")
     parser.add_argument("--build", action="store_true", help="only build")

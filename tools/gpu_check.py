@@ -27,6 +27,7 @@ LIMIT_SECONDS = 480
 KERNEL_TESTS = ["tests/cuda/test_cuda.py", "tests/cuda/test_devices.py"]
 # The emulator's tests run their small kernels on the GPU too: do both agree on what PTX means?
 GPU_TESTS = [*KERNEL_TESTS, "tests/cuda/test_ring_cuda.py", "tests/emulator/test_emulator.py"]
+HOPPER_TESTS = [f"tests/emulator/test_{name}_emulated.py" for name in ("hopper", "tile_similarities")]
 PYTEST = [sys.executable, "-m", "pytest"]
 # Several processes share the GPU, where pytest-xdist is there.
 SHARED = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
@@ -69,13 +70,15 @@ def known_parts(out: Path, gpu: str, seconds: float) -> dict[str, Part]:
     race = "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1"
     kernel_tests = [*PYTEST, *SHARED, *GPU_TESTS, "-k", "not race_detector"]  # which needs no GPU
     dependent = driver("dependent", "constants"), driver("dependent", "cases", "times")
+    wgmma_tests = [*PYTEST, *SHARED, *HOPPER_TESTS, "-k", "gpu"]
     python = sys.executable, "-m"
     return {
         "driver": Part(240, [driver("constants"), driver("check"), driver("times"), *dependent]),
         "profile": Part(120, [[*profiled(*ncu), "times"], [*profiled(*race), "cases"]]),
         "build": Part(60, [[sys.executable, "setup.py", "build_ext", "--inplace"]]),
         "tests": Part(120, [kernel_tests]),
-        "hopper": Part(30, [[*PYTEST, *SHARED, "tests/emulator/test_hopper_emulated.py", "-k", "gpu"]]),
+        # wgmma is checked against mma before anything is timed with it.
+        "hopper": Part(60, [wgmma_tests, driver("wgmma", "check"), driver("wgmma", "times")]),
         "host": Part(20, [[*python, "tools.host_times"]]),
         "kernels": Part(60, [[*python, "tools.kernel_times", "--out", str(out / f"{name}-kernels.json")]]),
         "memcheck": Part(300, [sanitizer("memcheck")]),

@@ -26,10 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "90a", "100", "120")
 # The virtual architecture that nvcc's front end compiles each for, as in setup.py.
-FRONT_ENDS = {"80": "80", "90a": "90", "100": "100", "120": "120"}
-# Of sources with wgmma, which only this front end knows.
-HOPPER_FRONT_END = {"90a": "90a"}
-FLAGS = ("-O3", "-std=c++17", *COMMON_NVCC_FLAGS)  # as in setup.py
+FRONT_ENDS = {"80": "80", "90a": "90a", "100": "100", "120": "120"}
+FLAGS = ("-O3", "-std=c++17", "-DDML_BUILDS_SM90A", *COMMON_NVCC_FLAGS)  # as in setup.py
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "DMMA", "HGMMA")
 
 
@@ -92,11 +90,11 @@ def _cubin(folder, architecture):
     return folder / f"sm_{architecture}.cubin"
 
 
-def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS, front_ends=FRONT_ENDS):
+def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS):
     """The folder of a source's cubins and ptxas report, compiled unless cached: one nvcc command, without the
     host side."""
     source = Path(source).resolve()
-    targets = [f"-gencode=arch=compute_{front_ends[a]},code=sm_{a}" for a in architectures]
+    targets = [f"-gencode=arch=compute_{FRONT_ENDS[a]},code=sm_{a}" for a in architectures]
     digest = hashlib.sha256(" ".join([_nvcc_version(), *targets, *flags]).encode())
     for path in with_headers(source):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -116,7 +114,7 @@ def compile_source(source, architectures=ARCHITECTURES, flags=FLAGS, front_ends=
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         for architecture in architectures:
             # nvcc names a cubin after its front end, or not at all, where that suffices.
-            names = f"*.sm_{architecture}.cubin", f"*.compute_{front_ends[architecture]}.cubin", "*.cubin"
+            names = f"*.sm_{architecture}.cubin", f"*.compute_{FRONT_ENDS[architecture]}.cubin", "*.cubin"
             os.replace(next(path for name in names for path in kept.glob(name)), _cubin(fresh, architecture))
         (fresh / "ptxas.txt").write_text(done.stderr)
         (fresh / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")
@@ -265,11 +263,11 @@ def occupancy(architecture, threads, registers, static_shared=0):
 # ---- all together --------------------------------------------------------------------------------------
 
 
-def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True, front_ends=FRONT_ENDS):
+def analyse(source, architectures=ARCHITECTURES, flags=FLAGS, disassemble=True):
     """The kernels of one source for some architectures, or for the one named."""
     if isinstance(architectures, str):
         architectures = (architectures,)
-    folder = compile_source(source, architectures, flags, front_ends)
+    folder = compile_source(source, architectures, flags)
     report = (folder / "ptxas.txt").read_text()
     kernels = []
     for architecture in architectures:

@@ -44,7 +44,8 @@ struct PairOptions {
     bool
         both_directions;  // the rows of ref_emb have losses too, over the rows of embeddings: rows N to N + M
     std::string_view precision;  // how CUDA multiplies float32: ieee | tf32
-    bool save_for_backward;      // whether similarities may be kept for backward
+    bool save_for_backward;      // whether a backward may follow
+    int64_t cache_bytes;  // similarities that are then kept for it; below 0: as many as the engine sees fit
     // float64 on the CPU: params, then epsilon, in place of those above. A compiled graph reads it when it
     // runs, so other values do not compile another graph. With it `epsilon` only says whether there is
     // mining. On the GPU of the points, where parameters learn: params, then a number that does not count.
@@ -52,14 +53,14 @@ struct PairOptions {
 
     static constexpr char kSchema[] =
         "str formula, float[] params, float? epsilon, str similarity, str reduction, bool mine_self_pair, "
-        "bool return_sums, bool both_directions, str precision, bool save_for_backward, Tensor? "
-        "dynamic_params";
-    using Values =
-        std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
-                   c10::string_view, bool, bool, bool, c10::string_view, bool, const OptionalTensor&>;
+        "bool return_sums, bool both_directions, str precision, bool save_for_backward, "
+        "int cache_bytes, Tensor? dynamic_params";
+    using Values = std::tuple<c10::string_view, at::ArrayRef<double>, std::optional<double>, c10::string_view,
+                              c10::string_view, bool, bool, bool, c10::string_view, bool, int64_t,
+                              const OptionalTensor&>;
     Values values() const {
-        return {formula,     params,          epsilon,   similarity,        reduction,     mine_self_pair,
-                return_sums, both_directions, precision, save_for_backward, dynamic_params};
+        return {formula,     params,          epsilon,   similarity,        reduction,   mine_self_pair,
+                return_sums, both_directions, precision, save_for_backward, cache_bytes, dynamic_params};
     }
 };
 

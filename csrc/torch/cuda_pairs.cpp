@@ -27,7 +27,7 @@ ForwardResult pair_loss(const Call& c) {
     const c10::cuda::CUDAGuard guard(c.embeddings.device());
     Inputs in(c);
     const EntryPoints& engine = *in.engine;
-    const int64_t saved_bytes = engine.saved_bytes(in.task, c.save_for_backward),
+    const int64_t saved_bytes = engine.saved_bytes(in.task),
                   workspace_bytes = engine.forward_workspace_bytes(in.task);
     const bool behind = workspace_bytes <= kWorkspaceBehindSaved;
     const Tensor saved = bytes(saved_bytes + (behind ? workspace_bytes : 0), c.embeddings);
@@ -56,7 +56,7 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
         in.task.learned.gradient = grad_params.mutable_data_ptr<double>();
     }
     const EntryPoints& engine = *in.engine;
-    check_backward(c, grad_loss, saved, engine.saved_bytes(in.task, c.save_for_backward));
+    check_backward(c, grad_loss, saved, engine.saved_bytes(in.task));
     const Tensor upstream = grad_loss.to(in.accumulate.dtype()).contiguous();
     const auto gradient = [&](const Tensor* points) {
         return points ? at::empty(points->sizes(), points->options())
@@ -67,9 +67,8 @@ BackwardResult pair_loss_backward(const Call& c, const Tensor& grad_loss, const 
     const int64_t workspace_bytes = engine.backward_workspace_bytes(in.task);
     const Tensor workspace = workspace_bytes > 0 ? bytes(workspace_bytes, c.embeddings) : Tensor();
     const auto data_or_null = [](const Tensor& x) { return x.numel() > 0 ? x.data_ptr() : nullptr; };
-    engine.backward(in.task, c.save_for_backward, saved.data_ptr(), upstream.const_data_ptr(),
-                    data_or_null(grad_emb), data_or_null(grad_ref),
-                    workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
+    engine.backward(in.task, saved.data_ptr(), upstream.const_data_ptr(), data_or_null(grad_emb),
+                    data_or_null(grad_ref), workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
                     c10::cuda::getCurrentCUDAStream());
     return {need_emb ? laid_out_as(c.embeddings, grad_emb) : grad_emb,
             need_ref && c.ref_emb ? laid_out_as(*c.ref_emb, grad_ref) : grad_ref, grad_params};

@@ -22,10 +22,13 @@ using c10::SymInt;
 bool is_cuda(const std::string& device) { return device == "cuda"; }
 
 SymInt saved_bytes(const std::string& device, const SymInt& n, const SymInt& m, bool square,
-                   bool both_directions, int64_t itemsize, bool save_for_backward, int64_t device_params) {
+                   bool both_directions, int64_t itemsize, bool save_for_backward, int64_t cache_bytes,
+                   int64_t device_params) {
+    if (!save_for_backward) cache_bytes = 0;
     if (is_cuda(device))
-        return cuda::saved_bytes_of<SymInt>(n, m, square, itemsize, save_for_backward, device_params);
-    return cpu::Layout<SymInt>({n, m, square, both_directions}, itemsize, save_for_backward).bytes;
+        return cuda::saved_bytes_of<SymInt>(n, m, square, itemsize,
+                                            cache_bytes < 0 ? cuda::kCacheBytes : cache_bytes, device_params);
+    return cpu::Layout<SymInt>({n, m, square, both_directions}, itemsize, cache_bytes).bytes;
 }
 
 std::vector<SymInt> ring_state_shape(const std::string& device, const SymInt& n) {
@@ -63,7 +66,7 @@ void def_sizes(pybind11::module_& m) {
     using pybind11::arg;
     m.def("saved_bytes", &saved_bytes, "Bytes that pair_loss leaves for its backward.", arg("device"),
           arg("n"), arg("m"), arg("square"), arg("both_directions"), arg("itemsize"),
-          arg("save_for_backward"), arg("device_params") = 0);
+          arg("save_for_backward"), arg("cache_bytes"), arg("device_params") = 0);
     m.def("ring_stages", &ring_stages,
           "The stages in which a formula's rows meet all blocks of columns, in order.", arg("device"),
           arg("formula"), arg("mining"));

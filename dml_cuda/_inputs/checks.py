@@ -85,12 +85,12 @@ def check_parameter(
             check(name, extreme.item())
 
 
-def check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object, least: int = 1) -> None:
     """A whole number of any integer type, NumPy's too."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def _check_points(name: str, points: object) -> None:

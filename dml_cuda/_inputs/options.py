@@ -17,6 +17,7 @@ from .checks import (
     Reduction,
     Similarity,
     check_choice,
+    check_count,
     check_flag,
     check_number,
 )
@@ -51,6 +52,10 @@ class PairOptions(TypedDict, total=False):
             default.
         class_weights: ``[C]`` factors of the rows' losses by their label, which is then a class in [0, C); as
             ``row_weights=class_weights[labels]`` in every call. ``None`` by default.
+        cache_bytes: how many bytes of similarities the fused kernels keep from forward to backward, which
+            computes the others again: more memory for less time, in float32 (of float64 points: float64).
+            ``None`` (the default): 64 MiB on the CPU, 32 with ``ref_emb``; on a GPU, which keeps all or none
+            of a batch beyond 32 MiB, 34. The result does not depend on it.
     """
 
     epsilon: float | None
@@ -60,6 +65,7 @@ class PairOptions(TypedDict, total=False):
     backend: Backend
     check_pairs: bool
     class_weights: Tensor | None
+    cache_bytes: int | None
 
 
 NAMES = tuple(PairOptions.__annotations__)
@@ -75,6 +81,7 @@ class Options(NamedTuple):
     backend: str
     check_pairs: bool
     class_weights: Tensor | None = None
+    cache_bytes: int | None = None
 
     @property
     def measure(self) -> str:
@@ -141,6 +148,7 @@ def check_options(
         options.get("backend", "auto"),
         options.get("check_pairs", False),
         options.get("class_weights"),
+        options.get("cache_bytes"),
     )
     if checked.epsilon is not None:
         check_number("epsilon", checked.epsilon)
@@ -152,4 +160,6 @@ def check_options(
     check_flag("check_pairs", checked.check_pairs)
     if checked.class_weights is not None:
         check_factors("class_weights", checked.class_weights, "[C]")
+    if checked.cache_bytes is not None:
+        check_count("cache_bytes", checked.cache_bytes, least=0)
     return checked

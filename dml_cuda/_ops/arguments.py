@@ -35,6 +35,7 @@ class OpOptions(NamedTuple):
     both_directions: bool = False  # the rows of ref_emb have losses too: rows N to N + M
     precision: str = "ieee"  # how CUDA multiplies float32: ieee or tf32
     save_for_backward: bool = False
+    cache_bytes: int = -1  # similarities that are then kept; below 0: as many as the engine sees fit
     dynamic_params: Tensor | None = None
 
     @property
@@ -63,7 +64,8 @@ class OpOptions(NamedTuple):
 
 def op_options(formula: str, params: list[float | Tensor], similarity: str, options: Options) -> OpOptions:
     """The public options as the ops take them; ``similarity`` is ``options.measure``."""
-    return OpOptions(formula, params, options.epsilon, similarity, options.reduction)
+    cache = -1 if options.cache_bytes is None else int(options.cache_bytes)
+    return OpOptions(formula, params, options.epsilon, similarity, options.reduction, cache_bytes=cache)
 
 
 @constant_result  # a graph multiplies as was set when it was made, forward and backward alike

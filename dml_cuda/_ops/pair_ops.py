@@ -13,7 +13,8 @@ def _pair_loss(a):
     m = n if a.ref_emb is None else a.ref_emb.shape[0]
     dtype, device = computed_dtype(a.embeddings.dtype), a.embeddings.device.type
     shape = n, m, a.ref_emb is None, a.both_directions
-    size = _C.saved_bytes(device, *shape, dtype.itemsize, a.save_for_backward, _device_params(a))
+    kept = a.save_for_backward, a.cache_bytes
+    size = _C.saved_bytes(device, *shape, dtype.itemsize, *kept, _device_params(a))
     lines = n + m if a.both_directions else n
     shape = (lines,) if a.reduction == "none" else (4,) if a.return_sums else ()
     return a.embeddings.new_empty(shape, dtype=dtype), a.embeddings.new_empty(size, dtype=torch.uint8)

@@ -163,7 +163,12 @@ def _compile(source: Source, target: Target, folder: Path, log: Path) -> Path:
         sources += sorted((cuda / "instantiations").glob("*.cu"))
         sources += [cuda / f"{name}.cu" for name in ("pairs/pair_loss", "ring/ring", "ring/rows")]
         macros += ["-DDML_WITH_CUDA"]
-        codes = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in target.gpu]
+        codes = []
+        for gpu in target.gpu:
+            if gpu == "90":  # as in setup.py
+                gpu = "90a"
+                macros += ["-DDML_BUILDS_SM90A"]
+            codes += [f"-gencode=arch=compute_{gpu},code=sm_{gpu}"]
         hidden = ["-Xcompiler", "-fvisibility=hidden"]
         cuda_flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", *codes, *hidden, *macros]
     with _build_environment():

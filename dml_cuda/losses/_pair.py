@@ -196,6 +196,7 @@ class PairLoss(FormulaModule):
     normalize_embeddings: bool | None = option()
     check_pairs: bool = option()
     class_weights: Tensor | None = option()
+    cache_bytes: int | None = option()
 
     def forward(
         self,

@@ -62,7 +62,7 @@ def circle_loss(
         embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
             :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``, ``cache_bytes``;
             see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:

@@ -60,7 +60,7 @@ def contrastive_loss(
         indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
         embeddings, labels, ref_emb, ref_labels, row_weights: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``,
-            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``;
+            ``reduction="mean_nonzero"``, ``backend``, ``check_pairs``, ``class_weights``, ``cache_bytes``;
             see :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:

@@ -102,7 +102,8 @@ def lifted_structure_loss(
         indices_tuple: as in :func:`multi_similarity_loss`, but a pair that is listed twice counts twice.
         embeddings, labels, ref_emb, ref_labels, row_weights: as in :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``, ``cache_bytes``; see
+            :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.

@@ -69,7 +69,8 @@ def multi_similarity_loss(
             :class:`dml_cuda.MultiSimilarityMiner` for the same embeddings is never materialised.
         row_weights: ``[N]`` factors of the rows' losses; what a mean divides by stays as it is.
         options: ``epsilon``, ``similarity="cosine"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``, ``cache_bytes``; see
+            :class:`dml_cuda.PairOptions`.
 
     Returns:
         A scalar, or ``[N]`` for ``reduction="none"``, in the dtype of ``embeddings`` (under autocast

@@ -152,7 +152,8 @@ def ranked_list_loss(
         embeddings, labels, ref_emb, ref_labels, indices_tuple, row_weights: as in
             :func:`multi_similarity_loss`.
         options: ``epsilon``, ``similarity="euclidean"``, ``normalize_embeddings``, ``reduction="mean"``,
-            ``backend``, ``check_pairs``, ``class_weights``; see :class:`dml_cuda.PairOptions`.
+            ``backend``, ``check_pairs``, ``class_weights``, ``cache_bytes``; see
+            :class:`dml_cuda.PairOptions`.
 
     Returns, Raises:
         As :func:`multi_similarity_loss`.

@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.slow(150), pytest.mark.long]
 
 needs_nvcc = pytest.mark.skipif(machine_code.find_nvcc() is None, reason="nvcc is not installed")
 
-# The arithmetics that multiply on tensor cores (csrc/cuda/common/math.cuh), as kernel names hold them.
-TENSOR_CORES = re.compile(r"\b(HalfMath|Tf32Math)\b")
+# Kernels that multiply, on tensor cores but in float64.
+PRODUCTS = re.compile(r"(similarities|matrix_gradient|tile_similarities|add_gradients)<")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,10 +54,12 @@ def test_kernels(compilations, source, architecture):
         assert kernel.code_bytes > 0, where
         if kernel.name.startswith("finish_matrix"):  # which may be launched while the one before runs
             assert ("ACQBULK" in kernel.instructions) == (architecture != "80"), where
-        if TENSOR_CORES.search(kernel.name):
-            assert machine_code.matrix_instructions(kernel).get("HMMA", 0) > 0, where
-        elif "SimtMath" in kernel.name:
-            assert not machine_code.matrix_instructions(kernel), where
+        expected = set()
+        if PRODUCTS.match(kernel.name) and "SimtMath" not in kernel.name:
+            expected = {"HMMA"}
+        elif kernel.name.startswith("wgmma") and architecture == "90a":
+            expected = {"HGMMA"}
+        assert set(machine_code.matrix_instructions(kernel)) == expected, where
 
 
 # ---- the primitives ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cuda/pairs/pair_loss.h"
+#include "machine.h"
 
 namespace emulator {
 
@@ -35,7 +36,7 @@ struct Options {
 
 struct TuningOptions {  // negative: the default
     int64_t matrix_bytes, small_tile_pairs, long_row, whole_line, gradient_blocks, tile_group, cache_bytes,
-        sum_bytes, wide_blocks, line_blocks, split_slots;
+        sum_bytes, wide_blocks, line_blocks, split_slots, wgmma;
 };
 
 struct Arguments {
@@ -83,7 +84,19 @@ inline dml::cuda::Task task_of(const Arguments& a) {
     set(task.tuning.wide_blocks, t.wide_blocks);
     set(task.tuning.line_blocks, t.line_blocks);
     set(task.tuning.split_slots, t.split_slots);
+    set(task.tuning.wgmma, t.wgmma);
     return task;
 }
+
+// While it lives the device has wgmma, if these ask for it.
+class DeviceFor {
+    const Device before_ = device();
+
+   public:
+    explicit DeviceFor(const TuningOptions& tuning) {
+        if (tuning.wgmma > 0) device() = {4, 227 * 1024, 90};
+    }
+    ~DeviceFor() { device() = before_; }
+};
 
 }  // namespace emulator

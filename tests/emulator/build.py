@@ -37,6 +37,12 @@ SANITIZERS = {
 LINKED = {**SANITIZERS, "blocks": ["-Wl,--wrap=memcpy"]}
 
 
+def kernel_flags(sanitizer):
+    """Of the compiler, for kernels that a sanitizer watches."""
+    # With AddressSanitizer's checks in it, code is optimised for twice as long as it then runs.
+    return ["-Og" if sanitizer == "address" else "-O1", *SANITIZERS[sanitizer]]
+
+
 def with_change(header, old, new):
     """A folder with a copy of a header of csrc in which `old`, which stands there once, is `new`: with a bug
     planted. Among the folders given to ``build`` it hides the original."""
@@ -52,14 +58,11 @@ def with_change(header, old, new):
 
 def build(sources, *, sanitizer="address", defines=(), folders=()):
     """Compiles .cu and .cpp sources, links them with the emulator and returns the program's path."""
-    sanitize = SANITIZERS[sanitizer]
-    # With AddressSanitizer's checks in it, code is optimised for twice as long as it then runs.
-    optimize = "-Og" if sanitizer == "address" else "-O1"
     common = [*COMMON, *WARNINGS, *(f"-D{name}" for name in defines)]
-    kernel_flags = [*(f"-I{folder}" for folder in folders), *common, optimize, *sanitize]
+    flags = [*(f"-I{folder}" for folder in folders), *common, *kernel_flags(sanitizer)]
     runtime = [*RUNTIME, *([HERE / "between_blocks.cpp"] if sanitizer == "blocks" else [])]
     objects = [_compile(source, [*common, "-O3"]) for source in runtime]
-    objects += [_compile(Path(source).resolve(), kernel_flags) for source in sources]
+    objects += [_compile(Path(source).resolve(), flags) for source in sources]
     return cached([*reversed(objects)], ["g++", *LINKED[sanitizer], *map(str, objects)], suffix="")
 
 
@@ -71,6 +74,7 @@ def build_for_gpu(source, target="-arch=native"):
         "-std=c++17",
         "-O3",
         "--expt-relaxed-constexpr",
+        "-DDML_BUILDS_SM90A",
         target,
         *INCLUDES,
         str(source),
@@ -93,10 +97,15 @@ def is_seen(sources, bug, right):
     return False
 
 
+def plain_environment():
+    """Without the runtime of a sanitizer, which is for kernels in this process (library.py)."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def run(program, *arguments, schedule="round_robin", seed=0, stdin=b"", timeout=300):
     """Runs a program under one schedule and seed; returns the CompletedProcess, with bytes."""
     environment = {
-        **os.environ,
+        **plain_environment(),
         "DML_EMULATOR_SCHEDULE": schedule,
         "DML_EMULATOR_SEED": str(seed),
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -124,7 +133,13 @@ def cached(inputs, command, suffix):
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait for it
         if not target.exists():
             fresh = target.with_name(f"{target.name}.{os.getpid()}")
-            done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, "-o", str(fresh)],
+                env=plain_environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
             os.replace(fresh, target)  # whole or not at all, whatever interrupts

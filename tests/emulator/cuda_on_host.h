@@ -141,10 +141,11 @@ DML_DEVICE void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)
     emulator::warp_rendezvous(MmaOnHost<T>::multiply, &request, site);
 }
 
+template <typename T>
 DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               Site site = Site::here()) {
     for (float& x : acc) x = 0.0f;
-    mma<Tf32>(acc, a, b, site);
+    mma<T>(acc, a, b, site);
 }
 
 // ---- conversions ------------------------------------------------------------------------------
@@ -152,6 +153,11 @@ DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uin
 template <typename T>
 DML_DEVICE uint32_t pack2(float low, float high) {
     return uint32_t(T(low).bits) | uint32_t(T(high).bits) << 16;
+}
+
+DML_DEVICE void unpack2(uint32_t pair, float& low, float& high) {
+    low = emulator::half_bits_to_float(uint16_t(pair));
+    high = emulator::half_bits_to_float(uint16_t(pair >> 16));
 }
 
 DML_DEVICE float exp2_approx(float x) {

@@ -12,8 +12,8 @@ namespace {
 using cuda::Image;
 
 template <typename T, Major kA, Major kB, int kParts>
-__global__ void __launch_bounds__(cuda::kTileThreads, kParts == 1 ? 2 : 1)
-    multiply(Image<T> a, Image<T> b, float* c, int slices) {
+__global__ void __launch_bounds__(cuda::kWgmmaThreads, kParts == 1 ? 2 : 1)
+    multiply(Image a, Image b, float* c, int slices) {
     cuda::TileProduct<T, kA, kB, kParts> product;
     product.init_barriers();
     if (product.is_producer()) {
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(cuda::kTileThreads, kParts == 1 ? 2 : 1)
     float sums[kWgmmaRegisters];
     product.consume(sums, slices);
     const int warpgroup = int(threadIdx.x) / kWarpgroupSize, thread = int(threadIdx.x) % kWarpgroupSize;
-    const int row0 = int(blockIdx.y) * cuda::kTileSide + warpgroup * kWgmmaM,
-              column0 = int(blockIdx.x) * cuda::kTileSide, columns = int(gridDim.x) * cuda::kTileSide;
+    const int row0 = int(blockIdx.y) * cuda::kProductTile + warpgroup * kWgmmaM,
+              column0 = int(blockIdx.x) * cuda::kProductTile, columns = int(gridDim.x) * cuda::kProductTile;
 #pragma unroll
     for (int i = 0; i < kWgmmaRegisters; ++i)
         c[(row0 + fragment_row(thread, i)) * columns + column0 + fragment_column(thread, i)] = sums[i];
@@ -36,14 +36,14 @@ struct Sizes {
 
 template <typename T, Major kA, Major kB, int kParts>
 void run(const Sizes& s) {
-    const auto image = [&](const Array<char>& bytes, int blocks_across) {
-        return Image<T>{reinterpret_cast<const T*>(bytes.data()), blocks_across, kParts};
+    const auto image = [&](const Array<unsigned char>& bytes, int blocks_across) {
+        return Image{bytes.data(), nullptr, blocks_across};
     };
-    const size_t block = size_t(kParts) * kBlockBytes;
-    const auto a = read<char>(size_t(s.a_down) * size_t(s.a_across) * block);
-    const auto b = read<char>(size_t(s.b_down) * size_t(s.b_across) * block);
-    Array<float> c(size_t(s.down) * size_t(s.across) * cuda::kTileSide * cuda::kTileSide);
-    launch(multiply<T, kA, kB, kParts>, dim3(unsigned(s.across), unsigned(s.down)), dim3(cuda::kTileThreads),
+    const size_t block = cuda::ImageLayout<T, cuda::kProductTile, kParts>::kBlockBytes;
+    const auto a = read<unsigned char>(size_t(s.a_down) * size_t(s.a_across) * block);
+    const auto b = read<unsigned char>(size_t(s.b_down) * size_t(s.b_across) * block);
+    Array<float> c(size_t(s.down) * size_t(s.across) * cuda::kProductTile * cuda::kProductTile);
+    launch(multiply<T, kA, kB, kParts>, dim3(unsigned(s.across), unsigned(s.down)), dim3(cuda::kWgmmaThreads),
            cuda::TileProduct<T, kA, kB, kParts>::kSharedBytes, nullptr, image(a, s.a_across),
            image(b, s.b_across), c.data(), s.slices);
     write(c);

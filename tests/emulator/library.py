@@ -13,14 +13,18 @@ from . import build
 
 HOST_SIDES = [build.HERE / f"{name}_host.cpp" for name in ("pair_loss", "ring", "triplets")]
 SOURCES = [*sorted((build.ROOT / "csrc" / "cuda").rglob("*.cu")), *HOST_SIDES]
-NARROW = {"f32", "f32_tf32", "f16", "bf16"}  # the arithmetics, but for float64
+NARROW = {"f32", "f32_tf32", "f16", "bf16", "look_float"}  # the arithmetics, but for float64
 KERNELS = {"all": SOURCES, "double": [source for source in SOURCES if source.stem not in NARROW]}
 SCALARS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PRECISIONS = ["full", "tf32"]
 SIMILARITIES = {"cosine": (0, 1), "dot": (0, 0), "euclidean": (1, 1), "euclidean_raw": (1, 0)}
 MAX_PARAMS = 8
 REDUCTIONS = ["mean", "mean_nonzero", "mean_valid", "sum", "none"]
-GUARD = 64  # bytes on either side of every buffer, which the kernels must leave alone
+# For `make sanitize`: kernels are built with this sanitizer, and its runtime is preloaded.
+SANITIZER = os.environ.get("DML_EMULATOR_SANITIZER", "none")
+# Bytes on either side of every buffer, which the kernels must leave alone. AddressSanitizer has its own, and
+# sees reads, too.
+GUARD = 0 if SANITIZER == "address" else 64
 
 
 # ---- the structs of arguments.h, field by field ------------------------------------------------------------
@@ -126,6 +130,7 @@ class Tuning(ctypes.Structure):
         "wide_blocks",
         "line_blocks",
         "split_slots",
+        "wgmma",
     )
 
     @classmethod
@@ -147,13 +152,14 @@ def shared(sources):
     """A shared library of sources and the emulator. Compiles what is not cached, two files at a time."""
     native = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []  # without, std::fma is slow
     # Without unique symbols: else a table of csrc's is dml_cuda._C's own, which may be an older build.
-    kernel = [*build.COMMON, *build.WARNINGS, "-O1", "-fPIC", "-fno-gnu-unique", *native]
+    sanitize = build.kernel_flags(SANITIZER)
+    kernel = [*build.COMMON, *build.WARNINGS, *sanitize, "-fPIC", "-fno-gnu-unique", *native]
     with ThreadPoolExecutor(2) as pool:
         objects = [
             *pool.map(lambda s: build._compile(s, [*build.COMMON, "-O3", "-fPIC"]), build.RUNTIME),
             *pool.map(lambda s: build._compile(s, kernel), sources),
         ]
-    link = ["g++", "-shared", "-Wl,-z,lazy", *map(str, objects)]
+    link = ["g++", "-shared", *build.LINKED[SANITIZER], "-Wl,-z,lazy", *map(str, objects)]
     return build.cached(objects, link, suffix=".so")
 
 
@@ -188,8 +194,12 @@ def call(library, function, *arguments, schedule, buffers):
     error = ctypes.create_string_buffer(1000)
     if getattr(library, function)(*arguments, error, ctypes.c_int64(1000)):
         raise RuntimeError(error.value.decode())
+    look_after_guards(buffers)
+
+
+def look_after_guards(buffers):
     for raw in buffers:
-        assert (torch.cat([raw[:GUARD], raw[-GUARD:]]) == 255).all(), "a guard was overwritten"
+        assert (torch.cat([raw[:GUARD], raw[len(raw) - GUARD :]]) == 255).all(), "a guard was overwritten"
 
 
 def poisoned(count, dtype):

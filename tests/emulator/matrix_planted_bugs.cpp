@@ -52,9 +52,10 @@ void run(const Plane& queries, const Plane* refs, int64_t num_valid_refs, bool i
     const Buffer loss = poisoned(sizeof(float)), of_queries = poisoned(n * kDim * int64_t(sizeof(float))),
                  of_refs = poisoned(m * kDim * int64_t(sizeof(float)));
     const float upstream = 1.0f;
-    engine.forward(true, saved.data.get(), loss.as<float>(), forward_space.data.get(), nullptr);
+    Launches in_forward(nullptr), in_backward(nullptr);
+    engine.forward(true, saved.data.get(), loss.as<float>(), forward_space.data.get(), in_forward);
     engine.backward(saved.data.get(), &upstream, of_queries.as<float>(), refs ? of_refs.as<float>() : nullptr,
-                    backward_space.data.get(), nullptr);
+                    backward_space.data.get(), in_backward);
     std::fwrite(loss.data.get(), sizeof(float), 1, stdout);
     std::fwrite(of_queries.data.get(), sizeof(float), size_t(n * kDim), stdout);
     if (refs) std::fwrite(of_refs.data.get(), sizeof(float), size_t(m * kDim), stdout);

@@ -32,6 +32,13 @@ PointList<T> point_list(T*, const void* data, int64_t count, int64_t dim) {
     return {static_cast<const T*>(data), count, dim};
 }
 
+// The task, without a cache where nothing is saved for backward.
+Task task_that_saves(const Arguments& a, int save_for_backward) {
+    Task task = task_of(a);
+    if (!save_for_backward) task.tuning.cache_bytes = 0;
+    return task;
+}
+
 }  // namespace
 
 extern "C" {
@@ -53,22 +60,26 @@ const char* dml_formula_names() {
 
 // out, in bytes: what is saved, the workspaces of forward and backward.
 void dml_sizes(const Arguments* a, int save_for_backward, int64_t* out) {
-    const Task task = task_of(*a);
-    out[0] = saved_bytes(task, save_for_backward != 0);
+    const Task task = task_that_saves(*a, save_for_backward);
+    out[0] = saved_bytes(task);
     out[1] = forward_workspace_bytes(task);
     out[2] = backward_workspace_bytes(task);
 }
 
 int dml_forward(const Arguments* a, int save_for_backward, void* saved, void* loss, void* workspace,
                 char* error, int64_t capacity) {
-    return guarded(error, capacity,
-                   [&] { forward(task_of(*a), save_for_backward != 0, saved, loss, workspace, nullptr); });
+    return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
+        forward(task_that_saves(*a, save_for_backward), save_for_backward != 0, saved, loss, workspace,
+                nullptr);
+    });
 }
 
 int dml_backward(const Arguments* a, int saved_for_backward, void* saved, const void* grad_loss,
                  void* grad_embeddings, void* grad_ref_emb, void* workspace, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
-        backward(task_of(*a), saved_for_backward != 0, saved, grad_loss, grad_embeddings, grad_ref_emb,
+        const emulator::DeviceFor device(a->tuning);
+        backward(task_that_saves(*a, saved_for_backward), saved, grad_loss, grad_embeddings, grad_ref_emb,
                  workspace, nullptr);
     });
 }
@@ -77,13 +88,14 @@ int dml_backward(const Arguments* a, int saved_for_backward, void* saved, const 
 int dml_launches(const Arguments* a, int with_backward, int need_embeddings, int need_ref_emb, char* out,
                  int64_t out_capacity, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         std::string record;
         emulator::record_launches(&record);
         const Task task = task_of(*a);
         alignas(16) char any[16];
         forward(task, with_backward != 0, any, any, any, nullptr);
         if (with_backward) {
-            backward(task, true, any, any, need_embeddings ? any : nullptr, need_ref_emb ? any : nullptr, any,
+            backward(task, any, any, need_embeddings ? any : nullptr, need_ref_emb ? any : nullptr, any,
                      nullptr);
         }
         emulator::record_launches(nullptr);

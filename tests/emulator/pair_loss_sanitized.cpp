@@ -45,14 +45,14 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
     std::copy_n(p.params, params, values.as<double>());
     if (learns) task.learned = {params, values.as<double>(), by_params.as<double>()};
 
-    const Buffer saved(Engine<Math>::saved_bytes(task, true));
+    const Buffer saved(Engine<Math>::saved_bytes(task));
     const Buffer result(sizeof(Acc)), upstream(sizeof(Acc)), grad_queries(n * dim * int64_t(sizeof(T))),
         grad_refs(m * dim * int64_t(sizeof(T)));
     *upstream.as<Acc>() = Acc(1);
     const Buffer forward_space(Engine<Math>::forward_workspace_bytes(task));
     const Buffer backward_space(Engine<Math>::backward_workspace_bytes(task));
     Engine<Math>::forward(task, true, saved.data.get(), result.data.get(), forward_space.data.get(), nullptr);
-    Engine<Math>::backward(task, true, saved.data.get(), upstream.data.get(), grad_queries.data.get(),
+    Engine<Math>::backward(task, saved.data.get(), upstream.data.get(), grad_queries.data.get(),
                            p.square ? nullptr : grad_refs.data.get(), backward_space.data.get(), nullptr);
     if (!(*result.as<Acc>() > Acc(0))) {
         std::fprintf(stderr, "a loss of %g\n", double(*result.as<Acc>()));
@@ -98,6 +98,6 @@ void run_all(Scalar scalar, bool formulas) {
 int main() {
     return watched([] {
         run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16, false);
-        run_all<Tf32Math<float, true>>(Scalar::kFloat32, true);
+        run_all<ScaledMath<2>>(Scalar::kFloat32, true);
     });
 }

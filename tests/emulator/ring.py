@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .library import Arguments, Batch, Options, Tuning, call, load_for, poisoned
+from .library import Arguments, Batch, Options, Tuning, call, load_for, look_after_guards, poisoned
 
 STAGES = ["start", "hardest", "negatives", "positives", "both"]  # as BlockStage
 CONTEXT = ("nt_xent", "tuplet_margin")  # formulas whose positives see the negatives' accumulator
@@ -104,8 +104,7 @@ class Blocks:
                 self.found[k] = None if is_first else flags[k][0]
                 self.add(stage, block, state, known, self.found[k])
             self.turn(stage, state, raw)
-        for _, guarded in (*extremes, *flags):
-            assert (torch.cat([guarded[:64], guarded[-64:]]) == 255).all(), "a guard was overwritten"
+        look_after_guards(raw for _, raw in (*extremes, *flags))
         losses, raw_losses = poisoned(4 * n, self.acc)
         self.weights, raw_weights = poisoned(numbers, self.acc)
         work, raw_work = poisoned(n, torch.uint8)

@@ -30,6 +30,7 @@ int dml_turn_rows(const Arguments* a, int64_t stage, void* state, char* error, i
 int dml_add_block(const Arguments* a, int64_t stage, void* state, void* extremes, void* kept, void* workspace,
                   char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         add_block(task_of(*a), static_cast<BlockStage>(stage), state, extremes, kept, workspace, nullptr);
     });
 }
@@ -43,6 +44,7 @@ int dml_finish_rows(const Arguments* a, const void* state, const int64_t* pairs,
 int dml_block_backward(const Arguments* a, const void* weights, const void* grad_parts, const void* kept,
                        void* grad_rows, void* grad_block, void* workspace, char* error, int64_t capacity) {
     return guarded(error, capacity, [&] {
+        const emulator::DeviceFor device(a->tuning);
         block_backward(task_of(*a), weights, grad_parts, kept, grad_rows, grad_block, workspace, nullptr);
     });
 }

@@ -107,6 +107,6 @@ void run_all(Scalar scalar, bool formulas) {
 int main() {
     return watched([] {
         run_all<HalfMath<__nv_bfloat16>>(Scalar::kBFloat16, false);
-        run_all<Tf32Math<float, true>>(Scalar::kFloat32, true);
+        run_all<ScaledMath<2>>(Scalar::kFloat32, true);
     });
 }

@@ -50,10 +50,13 @@ LARGE_MATRIX = {"small_tile_pairs": 0, "long_row": 0, "whole_line": 0, "gradient
 # shared among thread blocks.
 LARGE = {"matrix_bytes": 0, "tile_group": 2, "cache_bytes": 0, "wide_blocks": 0, "line_blocks": 0}
 CACHED = {"matrix_bytes": 0, "tile_group": 2, "cache_bytes": 1 << 30, "split_slots": 1}
-PATHS = {"matrix": MATRIX, "large_matrix": LARGE_MATRIX, "large": LARGE, "cached": CACHED}
+# As LARGE, with products by wgmma.
+WGMMA = {**LARGE, "wgmma": 1}
+PORTABLE = {"matrix": MATRIX, "large_matrix": LARGE_MATRIX, "large": LARGE, "cached": CACHED}
+PATHS = {**PORTABLE, "wgmma": WGMMA}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
-by_path = pytest.mark.parametrize("path", PATHS)
+by_path = pytest.mark.parametrize("path", PORTABLE)
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 by_formula = pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
 by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
@@ -85,7 +88,7 @@ def verify(case, arithmetic, path, **options):
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("m", [None, 150], ids=["square", "rect"])
 @by_arithmetic
-@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large", "wgmma"])
 def test_every_kernel(path, arithmetic, m, epsilon, loss):
     """Each path, arithmetic, loss, shape of the matrix, with and without mining."""
     n = 70 if path == "matrix" else 260  # 3 or 5 tiles a side: several tile groups, the last one partial
@@ -119,7 +122,7 @@ def test_every_formula(formula, path, similarity, m, epsilon):
 @pytest.mark.parametrize(
     "arithmetic", [a for a in ARITHMETICS if a.dtype != torch.float64], ids=lambda a: a.name
 )
-@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large", "wgmma"])
 @by_formula
 def test_every_formula_in_every_arithmetic(formula, path, arithmetic, similarity):
     verify(
@@ -648,16 +651,17 @@ ROW_COUNTS = (100, 1025, 2900, 4096, 5000, 30_000, 200_000, 700_000, 1_000_000, 
 @pytest.mark.parametrize("d", [1, 33, 128, 1024, 16_384, 100_000])
 def test_memory_stays_bounded(arithmetic, d):
     """Inputs, gradient, 64 bytes a row and 64 MiB, by the sizes that the engine itself asks for; and a copy
-    of rows that are not aligned. The float32 sums for 16-bit gradients of 128 rows, the least there can be,
-    count beyond 20,000 dimensions."""
+    of rows that are not aligned. The images of two tiles of 128 rows and the float32 sums for 16-bit
+    gradients of one, the least there can be, count beyond 20,000 dimensions."""
     row_bytes = d * arithmetic.dtype.itemsize
     packed = 0 if row_bytes % 16 == 0 else -(-row_bytes // 16) * 16
+    least_images = 2 * 128 * row_bytes if d > 20_000 else 0
     least_sums = 128 * 4 * d if arithmetic.dtype.itemsize == 2 and d > 20_000 else 0
     for n in ROW_COUNTS:
         for m in (None, 1, 300, 4096, *ROW_COUNTS[-4:]):
             e = engine_of_sizes(arithmetic.dtype, n, m, d, precision=arithmetic.precision)
             saved, forward, backward = e.ask_sizes()
-            allowed = (64 + packed) * (n + (m or 0)) + (64 << 20)
+            allowed = (64 + packed) * (n + (m or 0)) + (64 << 20) + least_images
             assert saved + forward <= allowed, (n, m)
             assert saved + backward <= allowed + least_sums, (n, m)
 
@@ -668,7 +672,8 @@ def test_one_group_of_sums_where_it_fits():
     sums = engine_of_sizes(torch.float16, 5120, None, 512).ask_sizes()[2] - weights + 128 * 512 * 4
     assert sums == 5120 * 512 * 4
     one_tile = engine_of_sizes(torch.float16, 1_000_000, None, 512, tuning={"sum_bytes": 0}).ask_sizes()[2]
-    assert one_tile <= (24 << 20) + 128 * 512 * 4
+    images, weights = 24 << 20, 16 << 20
+    assert one_tile <= images + weights + 128 * 512 * 4
 
 
 @pytest.mark.parametrize("tiles", [1, 2])

@@ -131,6 +131,7 @@ TICKET = "*last = take_ticket(task.ticket) + 1 == gridDim.x"
 RELAXED = "*last = __atomic_fetch_add(task.ticket, 1u, __ATOMIC_{}) + 1 == gridDim.x"
 BEFORE_TICKET = "= sum;\n    }\n    block_sync();\n"
 WAIT_FOR = "wait_for_previous_kernel();\n"
+FINISH = "constexpr int kRows = kFinishThreads / kWarpSize;\n    "
 RACES = {
     "ticket_without_fence": (ROWS, TICKET, RELAXED.format("RELAXED")),
     "ticket_that_only_releases": (ROWS, TICKET, RELAXED.format("RELEASE")),
@@ -150,8 +151,8 @@ RACES = {
     ),
     "parts_read_without_a_wait": (
         GRADIENT,
-        WAIT_FOR,
-        "if (blockIdx.x > 0) wait_for_previous_kernel();\n",
+        FINISH + WAIT_FOR,
+        FINISH + "if (blockIdx.x > 0) wait_for_previous_kernel();\n",
     ),
     "only_one_thread_waits": (ROWS, WAIT_FOR, "if (threadIdx.x == 0) wait_for_previous_kernel();\n"),
 }
@@ -207,8 +208,9 @@ def test_the_stand_alone_driver():
     program = cached([driver, engine], ["g++", "-rdynamic", str(driver), str(engine)], suffix="")
     done = run(program)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()[-2000:]
-    dependent = run(program, "dependent", "times")
-    assert [json.loads(line)["dependent"] for line in dependent.stdout.splitlines()] == [1] * 6
+    for option in ("dependent", "wgmma"):
+        asked = run(program, option, "times")
+        assert [json.loads(line)[option] for line in asked.stdout.splitlines()] == [1] * 6
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     checked = [line for line in lines if "check" in line]
     assert {line["check"] for line in checked} == set(library.formulas())

@@ -348,8 +348,8 @@ def test_sizes_are_as_said():
         for similarity in library.SIMILARITIES:
             numbers, forward, backward, extremes, kept = sizes(1_000_000, 1_000_000, dtype, similarity)
             assert numbers == 4 + 6 * 1_000_000
-            assert forward <= (8 << 20) + 2_000_000 * acc
-            assert backward <= (32 << 20) + 11_000_000 * acc
+            assert forward <= (56 << 20) + 2_000_000 * acc
+            assert backward <= (62 << 20) + 11_000_000 * acc
             tiles = -((-1_000_000 // side) ** 2)
             assert extremes == 0
             assert kept == 0

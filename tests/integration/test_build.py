@@ -176,11 +176,17 @@ def test_cuda_found(tmp_path, choice):
     [
         (
             "",
-            ["80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "120,code=sm_120", "120,code=compute_120"],
+            [
+                "80,code=sm_80",
+                "90a,code=sm_90a",
+                "100,code=sm_100",
+                "120,code=sm_120",
+                "120,code=compute_120",
+            ],
         ),
-        ("8.6;9.0+PTX", ["80,code=sm_86", "90,code=sm_90", "90,code=compute_90"]),
+        ("8.6;9.0+PTX", ["80,code=sm_86", "90a,code=sm_90a", "90,code=compute_90"]),
         ("10.3 12.1", ["100,code=sm_103", "120,code=sm_121"]),
-        ("9.0a;10.0a", ["90,code=sm_90a", "100,code=sm_100a"]),
+        ("9.0a;10.0a", ["90a,code=sm_90a", "100,code=sm_100a"]),
         ("Hopper", []),  # torch's builder knows the names
     ],
 )
@@ -189,9 +195,10 @@ def test_one_front_end_for_several_architectures(tmp_path, asked, targets):
     assert run.returncode == 0, run.stderr
     flags = [flag for flag in run.stdout.split() if flag.startswith("-gencode")]
     assert flags == [f"-gencode=arch=compute_{target}" for target in targets]
-    if not asked:  # what tools.machine_code compiles, which looks at 9.0 as 9.0a
+    assert ("-DDML_BUILDS_SM90A" in run.stdout.split()) == any("sm_90a" in target for target in targets)
+    if not asked:  # what tools.machine_code compiles
         built = {flag.split("code=")[-1]: flag.split("compute_")[1].split(",")[0] for flag in flags[:4]}
-        assert built == {f"sm_{a.rstrip('a')}": f for a, f in machine_code.FRONT_ENDS.items()}
+        assert built == {f"sm_{a}": f for a, f in machine_code.FRONT_ENDS.items()}
 
 
 def test_architectures_follow_the_compiler_not_torch(tmp_path):

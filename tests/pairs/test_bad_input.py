@@ -90,6 +90,8 @@ COMMON = {
         ["normalize_embeddings", "True or False", "int"],
     ),
     "check_pairs": ({"check_pairs": None}, TypeError, ["check_pairs", "True or False", "NoneType"]),
+    "cache_bytes": ({"cache_bytes": 1e9}, TypeError, ["cache_bytes", "integer", "float"]),
+    "cache_bytes_below_0": ({"cache_bytes": -1}, ValueError, ["cache_bytes", "at least 0", "-1"]),
     "no such option": ({"epsilom": 0.1}, TypeError, ["epsilom", "options", "epsilon", "similarity"]),
     "backend": ({"backend": "cuda"}, ValueError, ["backend", "auto", "reference", "cuda"]),
     "backend number": ({"backend": 1}, TypeError, ["backend", "auto", "int"]),
@@ -218,7 +220,7 @@ arguments = {
     "self_index": None, "num_valid_refs": None, "row_weights": None,
     "formula": "circle", "params": [0.4, 80.0, 1.0],
     "similarity": "cosine", "reduction": "mean", "return_sums": False, "both_directions": False,
-    "epsilon": 0.1, "mine_self_pair": True, "precision": "ieee", "save_for_backward": True,
+    "epsilon": 0.1, "mine_self_pair": True, "precision": "ieee", "save_for_backward": True, "cache_bytes": -1,
     "dynamic_params": None,
 }
 value, saved = torch.ops.dml_cuda.pair_loss(**arguments)

@@ -27,6 +27,7 @@ SHARED = {  # every shared option, at another value than its default
     "reduction": "none",
     "backend": "reference",
     "check_pairs": True,
+    "cache_bytes": 0,
 }
 
 
@@ -50,7 +51,7 @@ def test_options_reach_the_function(loss):
             (gradient,) = torch.autograd.grad(changed, leaf)
             (before,) = torch.autograd.grad(loss.module()(leaf, labels), leaf)
             assert not torch.allclose(gradient, before)
-        elif name not in ("backend", "check_pairs"):
+        elif name not in ("backend", "check_pairs", "cache_bytes"):
             assert changed.shape != default.shape or not torch.equal(changed, default), name
     options = other_options(loss)
     everything = loss.module(**options)
@@ -212,11 +213,11 @@ def test_repr():
     shared = "epsilon=None, similarity='cosine', normalize_embeddings=None, reduction={!r}, backend='auto', "
     assert repr(dml_cuda.MultiSimilarityLoss(beta=40)) == (
         f"MultiSimilarityLoss(alpha=2.0, beta=40, base=0.5, {shared.format('mean')}check_pairs=False, "
-        "class_weights=None)"
+        "class_weights=None, cache_bytes=None)"
     )
     assert repr(dml_cuda.CircleLoss(gamma=256)) == (
         "CircleLoss(m=0.4, gamma=256, detach_weights=True, "
-        f"{shared.format('mean_nonzero')}check_pairs=False, class_weights=None)"
+        f"{shared.format('mean_nonzero')}check_pairs=False, class_weights=None, cache_bytes=None)"
     )
 
 

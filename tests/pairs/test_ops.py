@@ -109,7 +109,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("dml_cuda::")
         if name in ("pair_loss", "pair_loss_backward"):
-            self.options[name] = OpOptions(*args[7:18])
+            self.options[name] = OpOptions(*args[7:19])
         return function(*args, **(kwargs or {}))
 
 
@@ -137,7 +137,7 @@ def test_a_compiled_graph_keeps_its_precision(precision, monkeypatch):
     def record(module, _):
         for node in module.graph.nodes:
             if "dml_cuda" in str(node.target):
-                seen[node.target.name()] = OpOptions(*node.args[7:18]).precision
+                seen[node.target.name()] = OpOptions(*node.args[7:19]).precision
         return make_boxed_func(module.forward)
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)

@@ -2,7 +2,7 @@
 
 from tools.kernel_times import table, total_times
 
-FIND = "void dml::cuda::find_extremes<dml::cuda::Tf32Math<float, true>, float>(dml::cuda::TileGroup<float>)"
+FIND = "void dml::cuda::find_extremes<float>(dml::cuda::TileGroup<float>, dml::cuda::Partials<float>)"
 
 
 def test_kernels_are_added_up_without_those_of_pytorch():

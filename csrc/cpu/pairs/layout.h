@@ -9,8 +9,8 @@
 
 namespace dml::cpu {
 
-// The most memory for similarity tiles from forward to backward. Rectangular problems have less, as the
-// gradient of the columns comes on top.
+// The most memory for similarity tiles from forward to backward, unless the caller says how much. Rectangular problems have
+// less, as the gradient of the columns comes on top.
 constexpr int64_t kSquareCacheBytes = int64_t(64) << 20, kCacheBytes = int64_t(32) << 20;
 
 // Tiles are smaller for small batches: more tiles to distribute, and fewer pairs near the diagonal computed
@@ -51,14 +51,14 @@ template <typename Int>
 struct Layout {
     Int plan, kept, tiles, cached, bytes;
 
-    // itemsize: of the compute type.
-    Layout(const Shape<Int>& shape, int64_t itemsize, bool save_tiles) {
+    // itemsize: of the compute type. cache_bytes: of tiles; below 0: as above.
+    Layout(const Shape<Int>& shape, int64_t itemsize, int64_t cache_bytes) {
         const Int &n = shape.n, &m = shape.m;
         const bool square = shape.square;
         const Int side = tile_side(n, m), count = tile_count_of(n, m, square);
         const Int tile_bytes = side * side * Int(itemsize);
-        const Int most = Int(square ? kSquareCacheBytes : kCacheBytes) / tile_bytes;
-        cached = save_tiles ? size_min(count, most) : Int(0);
+        if (cache_bytes < 0) cache_bytes = square ? kSquareCacheBytes : kCacheBytes;
+        cached = size_min(count, Int(cache_bytes) / tile_bytes);
         plan = round_up((Int(kStatsPerRow) * shape.lines() + Int(3)) * Int(itemsize), 64);
         const Int plan_numel = Int(3) * n + (square ? Int(0) : shape.both_directions ? Int(3) * m : m);
         kept = round_up(plan + plan_numel * Int(sizeof(int32_t)), 64);

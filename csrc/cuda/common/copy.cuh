@@ -12,14 +12,20 @@
 
 namespace dml::cuda {
 
-// A matrix in global memory whose rows begin and end on multiples of 16 bytes; in packed rows the columns
-// between cols and that multiple are 0.
+// A matrix in global memory. The copies here take one whose rows begin and end on multiples of 16 bytes; in packed rows
+// the columns between cols and that multiple are 0.
 template <typename T>
 struct Matrix {
     const T* data;   // [rows, cols]
     int64_t stride;  // from row to row, in elements
     int64_t rows, cols;
 };
+
+// Whether rows begin on multiples of 16 bytes.
+template <typename T>
+DML_DEVICE bool begin_on_chunks(const Matrix<T>& m) {
+    return (reinterpret_cast<uintptr_t>(m.data) | uint64_t(m.stride) * sizeof(T)) % 16 == 0;
+}
 
 // Elements of padding after every row of a shared tile: 16 bytes. Rows of 128 bytes are then an odd multiple
 // of 16 bytes apart, so the eight 16-byte rows of an ldmatrix, or eight lanes reading 16 bytes down a column,
@@ -202,6 +208,7 @@ int64_t packed_stride(int64_t cols) {
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const T* data, int64_t stride, int64_t rows, int64_t cols, int64_t pitch, T* packed) {
+    wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * (kPackThreads / kWarpSize) + warp_id();
     if (i >= rows) return;
 #pragma unroll 4

@@ -125,12 +125,23 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     launch_after(Previous::kHasEnded, kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
-// Of a kernel that calls wait_for_previous_kernel() in every block, before it touches what its op writes. The
-// launch before it was an ordinary one, of the same op.
-template <typename... Params, typename... Args>
-void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                      cudaStream_t stream, Args&&... args) {
-    launch_after(Previous::kMayRun, kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
-}
+// The launches of an op, on its stream. The first is an ordinary one. Kernels of the others may be brought in while the one
+// before ends: each begins with wait_for_previous_kernel() in every block, so all before that one have ended, too.
+class Launches {
+    const cudaStream_t stream_;
+    bool any_ = false;
+
+   public:
+    explicit Launches(cudaStream_t stream) : stream_(stream) {}
+    Launches(const Launches&) = delete;
+
+    template <typename... Params, typename... Args>
+    void operator()(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) {
+        if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+        launch_after(any_ ? Previous::kMayRun : Previous::kHasEnded, kernel, grid, block, shared_bytes,
+                     stream_, std::forward<Args>(args)...);
+        any_ = true;
+    }
+};
 
 }  // namespace dml

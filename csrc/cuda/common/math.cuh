@@ -201,7 +201,7 @@ struct Tf32Math {
             mma<Tf32>(acc, a.big[0], b.big[0]);
         } else {
             float step[4];
-            mma_from_zero(step, a.small[0], b.big[0]);
+            mma_from_zero<Tf32>(step, a.small[0], b.big[0]);
             mma<Tf32>(step, a.small[1], b.big[1]);
             mma<Tf32>(step, a.big[0], b.small[0]);
             mma<Tf32>(step, a.big[1], b.small[1]);
@@ -210,6 +210,159 @@ struct Tf32Math {
 #pragma unroll
             for (int e = 0; e < 4; ++e) acc[e] += step[e];
         }
+    }
+};
+
+// ---- float16 parts of scaled floats ---------------------------------------------------------------------
+//
+// Rows are powers of two times x = big + small / 2048, both float16 (images.cuh). With two parts the product is big big +
+// (big small + small big) / 2048, as accurate as float32; with one it is big big, as accurate as tf32.
+
+template <int kParts>
+struct ScaledMath;
+
+template <>
+struct ScaledMath<1> : HalfMath<__half> {
+    using Value = float;
+};
+
+template <>
+struct ScaledMath<2> {
+    using Value = float;
+    using Acc = float;
+    using Half = HalfMath<__half>;
+    static constexpr bool kTensorCores = true, kInterleaves = false;
+    // Tensor cores truncate their sums: every kSteps steps start at 0 and join the sum by an addition, which rounds.
+    static constexpr int kSteps = 2, kDepth = kSteps * Half::kDepth;
+    struct A {
+        Half::A big[kSteps], small[kSteps];
+    };
+    struct B {
+        uint32_t big[kSteps][2], small[kSteps][2];
+    };
+    static constexpr int at_once(int /*tiles*/, bool /*across*/) { return 1; }
+
+    template <typename View>
+    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            Half::load(a.big[step], view, row, k + step * Half::kDepth);
+            Half::load(a.small[step], view.part(1), row, k + step * Half::kDepth);
+        }
+    }
+    template <typename View>
+    static DML_DEVICE void load(B (&b)[1], const View& view, int col, int k) {
+        const auto load_part = [&](const View& part, uint32_t (&to)[kSteps][2]) {
+            uint32_t x[4];
+            ldmatrix_x4(x, part.at(col + lane_id() % 8, k + 8 * (lane_id() / 8)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to[i / 2][i % 2] = x[i];
+        };
+        load_part(view, b[0].big);
+        load_part(view.part(1), b[0].small);
+    }
+    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
+        float step[4];
+        mma_from_zero<__half>(step, a.small[0].r, b.big[0]);
+        mma<__half>(step, a.small[1].r, b.big[1]);
+        mma<__half>(step, a.big[0].r, b.small[0]);
+        mma<__half>(step, a.big[1].r, b.small[1]);
+#pragma unroll
+        for (float& x : step) x *= kSmallScale;
+        mma<__half>(step, a.big[0].r, b.big[0]);
+        mma<__half>(step, a.big[1].r, b.big[1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[e] += step[e];
+    }
+};
+
+// Weights in shared memory: floats, and powers of two for each row, which bring its largest element into the range of
+// float16, and for each k, of the image they are multiplied by.
+template <int Pitch, bool AlongK>
+struct ScaledWeights {
+    using Value = float;
+    static constexpr bool kAlongK = AlongK;
+    const float* data;
+    const float* ups;     // [rows]
+    const float* scales;  // [depth]; null: 1
+
+    // Element (i, k) and (i, k + 1).
+    DML_DEVICE void pair(int i, int k, float& x, float& y) const {
+        if constexpr (kAlongK) {
+            const auto both = *reinterpret_cast<const Vector<float, 2>*>(data + i * Pitch + k);
+            x = both.value[0];
+            y = both.value[1];
+        } else {
+            x = data[k * Pitch + i];
+            y = data[(k + 1) * Pitch + i];
+        }
+        if (scales) {
+            x *= scales[k];
+            y *= scales[k + 1];
+        }
+        x *= ups[i];
+        y *= ups[i];
+    }
+};
+
+// Such weights times the rows of an image: each step of a product starts at 0 and joins its sum at the scale of its row.
+template <typename ValueType, int kParts>
+struct WeightMath {
+    using Value = ValueType;
+    using Acc = float;
+    using Half = HalfMath<__half>;
+    static constexpr bool kTensorCores = true, kInterleaves = false;
+    static constexpr int kDepth = Half::kDepth;
+    struct A {
+        uint32_t big[4], small[kParts == 2 ? 4 : 1];
+        float down[2];
+    };
+    struct B {
+        Half::B big, small;
+    };
+    static constexpr int at_once(int tiles, bool across) { return Half::at_once(tiles, across); }
+
+    template <typename View>
+    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
+        const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float x, y;
+            view.pair(row + g + 8 * (i % 2), k + 2 * t + 8 * (i / 2), x, y);
+            if constexpr (kParts == 2) {
+                split_half2(x, y, a.big[i], a.small[i]);
+            } else {
+                a.big[i] = pack2<__half>(x, y);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) a.down[half] = reciprocal_of_power(view.ups[row + g + 8 * half]);
+    }
+    template <int Tiles, typename View>
+    static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
+        Half::B part[Tiles];
+        Half::load(part, view, col, k);
+#pragma unroll
+        for (int i = 0; i < Tiles; ++i) b[i].big = part[i];
+        if constexpr (kParts == 2) {
+            Half::load(part, view.part(1), col, k);
+#pragma unroll
+            for (int i = 0; i < Tiles; ++i) b[i].small = part[i];
+        }
+    }
+    static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
+        float step[4];
+        if constexpr (kParts == 2) {
+            mma_from_zero<__half>(step, a.small, b.big.r);
+            mma<__half>(step, a.big, b.small.r);
+#pragma unroll
+            for (float& x : step) x *= kSmallScale;
+            mma<__half>(step, a.big, b.big.r);
+        } else {
+            mma_from_zero<__half>(step, a.big, b.big.r);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[e] = std::fma(step[e], a.down[e / 2], acc[e]);
     }
 };
 

@@ -29,6 +29,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace dml {
 
@@ -71,15 +72,15 @@ DML_DEVICE void warp_sync() { __syncwarp(); }
 
 // ---- between kernels --------------------------------------------------------------------------
 
-// First thing in every block of a kernel that launch_dependent launches: waits until the kernel before it has
-// ended and its writes are visible. Nothing in code for older GPUs, which launch_dependent launches as others.
+// First thing in every block of a kernel that Launches launches: waits until the kernel before it has ended and its
+// writes are visible. Nothing in code for older GPUs, which it launches as others.
 DML_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// In the kernel before it: once all blocks have said so, or ended, the next one may be brought in.
+// In the kernel before it, after its own wait: once all blocks have said so, or ended, the next one may be brought in.
 DML_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -184,12 +185,21 @@ DML_DEVICE void mma<Tf32>(float (&acc)[4], const uint32_t (&a)[4], const uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// acc = A B, in tf32.
+// acc = A B.
+template <typename T>
 DML_DEVICE void mma_from_zero(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+    if constexpr (std::is_same_v<T, Tf32>) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+            : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+    } else {
+        static_assert(std::is_same_v<T, __half>, "tf32 and float16");
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+            : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+    }
 }
 
 // ---- conversions ------------------------------------------------------------------------------
@@ -208,6 +218,13 @@ template <>
 DML_DEVICE uint32_t pack2<__nv_bfloat16>(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// The two float16 numbers of such a register.
+DML_DEVICE void unpack2(uint32_t pair, float& low, float& high) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
+    low = both.x;
+    high = both.y;
 }
 
 // 2^x to about 2 units in the last place; subnormal results become 0.
@@ -263,6 +280,29 @@ DML_DEVICE uint32_t to_tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 DML_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
     big = to_tf32(x) & 0xffffe000u;
     small = __float_as_uint(x - __uint_as_float(big));
+}
+
+// ---- float16 parts ----------------------------------------------------------------------------
+
+inline constexpr float kSmallScale = 1.0f / 2048;  // what the small parts are multiplied by
+
+// The power of two that brings a number, the largest of its kind, to 2^13 .. 2^14; 1 for 0. It and its reciprocal are
+// in the range of floats.
+DML_DEVICE float scale_up(float largest) {
+    if (largest == 0.0f) return 1.0f;
+    const int exponent = int(__float_as_uint(largest) >> 23 & 255u), up = 267 - exponent;
+    return __uint_as_float(uint32_t(up < 253 ? up : 253) << 23);
+}
+DML_DEVICE float reciprocal_of_power(float power) {
+    return __uint_as_float((254u << 23) - __float_as_uint(power));
+}
+
+// Two floats as parts, x = big + small / 2048, to the larger of 2^-23 |x| and 2^-36.
+DML_DEVICE void split_half2(float x, float y, uint32_t& big, uint32_t& small) {
+    big = pack2<__half>(x, y);
+    float big_x, big_y;
+    unpack2(big, big_x, big_y);
+    small = pack2<__half>((x - big_x) * 2048.0f, (y - big_y) * 2048.0f);
 }
 
 }  // namespace dml

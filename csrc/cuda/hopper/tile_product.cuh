@@ -11,23 +11,24 @@
 // and joined to the others by a rounded addition: tensor cores truncate their sums, of which this keeps them short.
 #pragma once
 
+#include "cuda/common/images.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/wgmma.cuh"
-#include "cuda/hopper/images.cuh"
 
 namespace dml::cuda {
 
-inline constexpr int kTileSide = 128, kSliceDepth = 64, kStages = 3;
+inline constexpr int kProductTile = 128, kSliceDepth = 64, kStages = 3;
 inline constexpr int kConsumerWarps = 8, kConsumers = kConsumerWarps * kWarpSize;
-inline constexpr int kTileThreads = kConsumers + kWarpSize;
-inline constexpr float kSmallScale = 1.0f / 2048;  // what the small parts are multiplied by
+inline constexpr int kWgmmaThreads = kConsumers + kWarpSize;
 
 template <typename T, Major kA, Major kB, int kParts>
 class TileProduct {
     static_assert(kParts == 1 || kParts == 2, "whole, or big and small parts");
-    static constexpr int kOperandBytes = kParts * kBlockBytes;  // 128 x 64, or 64 x 128
-    static constexpr int kStageBytes = 2 * kOperandBytes;       // A, then B
-    static constexpr int kHalfBytes = kBlockBytes / 2;          // 64 rows of a block
+    using Layout = ImageLayout<T, kProductTile, kParts>;
+    static constexpr int kPartBytes = Layout::kPartBytes;
+    static constexpr int kOperandBytes = Layout::kBlockBytes;  // 128 x 64, or 64 x 128
+    static constexpr int kStageBytes = 2 * kOperandBytes;      // A, then B
+    static constexpr int kHalfBytes = kPartBytes / 2;          // 64 rows of a block
     static constexpr int kSteps = kSliceDepth / kWgmmaK;
 
     char* stages_;
@@ -52,21 +53,21 @@ class TileProduct {
     // A slice of an operand: of a K-major one 128 rows of a block; of an MN-major one half the rows of two blocks
     // side by side. If there is no second block its place is left as it is: what comes of it lies past the edge.
     template <Major kMajor>
-    static DML_DEVICE int operand_bytes(const Image<T>& image, int tile) {
+    static DML_DEVICE int operand_bytes(const Image& image, int tile) {
         if constexpr (kMajor == Major::kK) return kOperandBytes;
-        return image.blocks_across - 2 * tile > 1 ? kOperandBytes : kOperandBytes / 2;
+        return image.across - 2 * tile > 1 ? kOperandBytes : kOperandBytes / 2;
     }
     template <Major kMajor>
-    static DML_DEVICE void copy_operand(char* to, const Image<T>& image, int tile, int slice,
-                                        Mbarrier* full) {
+    static DML_DEVICE void copy_operand(char* to, const Image& image, int tile, int slice, Mbarrier* full) {
         if constexpr (kMajor == Major::kK) {
-            bulk_copy(to, image.block(tile, slice), kOperandBytes, full);
+            bulk_copy(to, Layout::block(image, tile, slice), kOperandBytes, full);
         } else {
             const int blocks = operand_bytes<kMajor>(image, tile) / (kParts * kHalfBytes);
             for (int block = 0; block < blocks; ++block) {
-                const char* from = image.block(slice / 2, 2 * tile + block) + slice % 2 * kHalfBytes;
+                const unsigned char* from =
+                    Layout::block(image, slice / 2, 2 * tile + block) + slice % 2 * kHalfBytes;
                 for (int part = 0; part < kParts; ++part) {
-                    bulk_copy(to + part * kBlockBytes + block * kHalfBytes, from + part * kBlockBytes,
+                    bulk_copy(to + part * kPartBytes + block * kHalfBytes, from + part * kPartBytes,
                               kHalfBytes, full);
                 }
             }
@@ -80,8 +81,8 @@ class TileProduct {
     // acc += A B of a slice, of these parts of the operands; or, unless it accumulates, acc = A B.
     static DML_DEVICE void multiply(float (&acc)[kWgmmaRegisters], uint64_t a, uint64_t b, int part_a,
                                     int part_b, bool accumulate) {
-        a = offset_operand(a, part_a * kBlockBytes);
-        b = offset_operand(b, part_b * kBlockBytes);
+        a = offset_operand(a, part_a * kPartBytes);
+        b = offset_operand(b, part_b * kPartBytes);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             wgmma<T, kA, kB>(acc, offset_operand(a, step * kStepBytes<kA>),
@@ -90,7 +91,9 @@ class TileProduct {
     }
 
    public:
-    static constexpr int kSharedBytes = kStages * (kStageBytes + 2 * int(sizeof(Mbarrier)));
+    static constexpr int kStagesBytes = kStages * kStageBytes;
+    static constexpr int kSharedBytes = kStagesBytes + kStages * 2 * int(sizeof(Mbarrier));
+    DML_DEVICE char* stages() const { return stages_; }
 
     DML_DEVICE TileProduct()
         : stages_(array<char>(0, kStages * kStageBytes)),
@@ -112,7 +115,7 @@ class TileProduct {
     }
 
     // By the producer warp: slices of rows `tile_a` of A and columns `tile_b` of B.
-    DML_DEVICE void produce(const Image<T>& a, const Image<T>& b, int tile_a, int tile_b, int slices) {
+    DML_DEVICE void produce(const Image& a, const Image& b, int tile_a, int tile_b, int slices) {
         if (lane_id() != 0) return;
         const int bytes = operand_bytes<kA>(a, tile_a) + operand_bytes<kB>(b, tile_b);
         Turn turn;

@@ -21,7 +21,7 @@ MatrixRows<Acc> matrix_rows(const Problem& p, const SavedMatrix<Acc>& saved, int
 
 template <typename Acc>
 void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_backward,
-                    const RowsWorkspace<Acc>& space, Acc* loss, cudaStream_t stream) {
+                    const RowsWorkspace<Acc>& space, Acc* loss, Launches& launches) {
     const Problem& p = task.problem;
     const FormulaFacts facts = formula_facts(p.formula);
     const bool block_a_row = has_long_rows(task);
@@ -37,40 +37,40 @@ void launch_rows_of(const Task& task, const SavedMatrix<Acc>& saved, bool has_ba
         space.ticket,
         {p.reduction, !p.return_sums, facts.parts},
         loss};
-    launch_dependent(block_a_row ? finish_matrix_rows<true, Acc> : finish_matrix_rows<false, Acc>,
-                     dim3(unsigned(blocks)), dim3(kTeamThreads), RowsLayout<Acc>::kBytes, stream, of,
-                     AnyFormula<Acc>(p, task.learned.made));
+    launches(block_a_row ? finish_matrix_rows<true, Acc> : finish_matrix_rows<false, Acc>,
+             dim3(unsigned(blocks)), dim3(kTeamThreads), RowsLayout<Acc>::kBytes, of,
+             AnyFormula<Acc>(p, task.learned.made));
 }
 
 template <typename Acc>
 void launch_counts_of(const Task& task, const SavedMatrix<Acc>& saved, int64_t first, int64_t* counts,
-                      cudaStream_t stream) {
+                      Launches& launches) {
     const Problem& p = task.problem;
     const bool block_a_row = has_long_rows(task);
     const CountTask<Acc> of = {matrix_rows(p, saved, first), p.queries.count, counts};
-    launch(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
-           dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
-           RowsLayout<Acc>::kScratchSize * sizeof(Acc), stream, of);
+    launches(block_a_row ? count_kept_pairs<true, Acc> : count_kept_pairs<false, Acc>,
+             dim3(unsigned(blocks_of(saved.rows, block_a_row))), dim3(kTeamThreads),
+             RowsLayout<Acc>::kScratchSize * sizeof(Acc), of);
 }
 
 }  // namespace
 
 void launch_rows(const Task& task, const SavedMatrix<float>& saved, bool has_backward,
-                 const RowsWorkspace<float>& space, float* loss, cudaStream_t stream) {
-    launch_rows_of(task, saved, has_backward, space, loss, stream);
+                 const RowsWorkspace<float>& space, float* loss, Launches& launches) {
+    launch_rows_of(task, saved, has_backward, space, loss, launches);
 }
 void launch_rows(const Task& task, const SavedMatrix<double>& saved, bool has_backward,
-                 const RowsWorkspace<double>& space, double* loss, cudaStream_t stream) {
-    launch_rows_of(task, saved, has_backward, space, loss, stream);
+                 const RowsWorkspace<double>& space, double* loss, Launches& launches) {
+    launch_rows_of(task, saved, has_backward, space, loss, launches);
 }
 
 void launch_counts(const Task& task, const SavedMatrix<float>& saved, int64_t first, int64_t* counts,
-                   cudaStream_t stream) {
-    launch_counts_of(task, saved, first, counts, stream);
+                   Launches& launches) {
+    launch_counts_of(task, saved, first, counts, launches);
 }
 void launch_counts(const Task& task, const SavedMatrix<double>& saved, int64_t first, int64_t* counts,
-                   cudaStream_t stream) {
-    launch_counts_of(task, saved, first, counts, stream);
+                   Launches& launches) {
+    launch_counts_of(task, saved, first, counts, launches);
 }
 
 }  // namespace dml::cuda

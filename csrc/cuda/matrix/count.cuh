@@ -20,6 +20,7 @@ struct CountTask : MatrixRows<Acc> {
 template <bool kBlock, typename Acc>
 __global__ void __launch_bounds__(kTeamThreads, 2)
     count_kept_pairs(const __grid_constant__ CountTask<Acc> task) {
+    wait_for_previous_kernel();
     constexpr int kRows = kBlock ? 1 : kTeamWarps;  // of a block at once
     const Team<kBlock, Acc> team = {shared_array<Acc>(0, kMostMerged * kTeamWarps)};
     const int64_t cols = rows_in_use(task.num_valid_refs, task.refs);

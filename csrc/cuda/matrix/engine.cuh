@@ -10,11 +10,22 @@
 
 namespace dml::cuda {
 
+// The arithmetic of derivatives times points. A derivative has the range of a float, which float16 lacks; tf32 holds a
+// float16 exactly and has it.
+template <typename Math>
+struct DerivativeMathOf {
+    using Type = Math;
+};
+template <>
+struct DerivativeMathOf<HalfMath<__half>> {
+    using Type = Tf32Math<__half, false>;
+};
+
 template <typename Math>
 struct MatrixEngine {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    using GradMath = typename GradMathOf<Math>::Type;
+    using GradMath = typename DerivativeMathOf<Math>::Type;
     // Gradients of the accumulating type are summed in place.
     static constexpr bool kInPlace = std::is_same_v<T, Acc>;
     static constexpr int64_t kSumBudget = 28ll << 20;  // bytes of gradients of parts, of all sides
@@ -35,31 +46,30 @@ struct MatrixEngine {
 
     int64_t forward_workspace_bytes() const { return RowsWorkspace<Acc>(p).bytes(); }
 
-    void forward(bool has_backward, void* saved_bytes, Acc* loss, void* workspace,
-                 cudaStream_t stream) const {
+    void forward(bool has_backward, void* saved_bytes, Acc* loss, void* workspace, Launches& launches) const {
         const SavedMatrix<Acc> saved(p, saved_bytes);
         const RowsWorkspace<Acc> space(p, workspace);
-        multiply(saved, space.ticket, stream);
-        launch_rows(task, saved, has_backward, space, loss, stream);
+        multiply(saved, space.ticket, launches);
+        launch_rows(task, saved, has_backward, space, loss, launches);
     }
-    void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+    void multiply(const SavedMatrix<Acc>& saved, unsigned* ticket, Launches& launches) const {
         if (p.queries.count * p.refs.count > task.tuning.small_tile_pairs) {
-            multiply_tiles<true>(saved, ticket, stream);
+            multiply_tiles<true>(saved, ticket, launches);
         } else {
-            multiply_tiles<false>(saved, ticket, stream);
+            multiply_tiles<false>(saved, ticket, launches);
         }
     }
     template <bool kLarge>
-    void multiply_tiles(const SavedMatrix<Acc>& saved, unsigned* ticket, cudaStream_t stream) const {
+    void multiply_tiles(const SavedMatrix<Acc>& saved, unsigned* ticket, Launches& launches) const {
         using Traits = SimilarityTraits<Math, kLarge>;
         const auto tiles = [](int64_t count, int size) {
             return std::max<int64_t>((count + size - 1) / size, 1);
         };
         const SimilarityTask<T, Acc> of = {queries(saved), refs(saved), p.square,
                                            p.similarity,   saved,       ticket};
-        launch(similarities<Math, kLarge>,
-               dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
-               dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+        launches(similarities<Math, kLarge>,
+                 dim3(unsigned(tiles(p.queries.count, Traits::kRows) * tiles(p.refs.count, Traits::kCols))),
+                 dim3(Traits::kThreads), Traits::kSharedBytes, of);
     }
 
     // ---- counting -----------------------------------------------------------------------------------------
@@ -85,13 +95,13 @@ struct MatrixEngine {
         return kTicketBytes + MatrixSizes<int64_t>(rows_at_once(), p.refs.count, false, sizeof(Acc)).bytes;
     }
     // counts: [2, rows] how many positives and negatives mining keeps of each row.
-    void count(int64_t* counts, void* workspace, cudaStream_t stream) const {
+    void count(int64_t* counts, void* workspace, Launches& launches) const {
         auto* const ticket = static_cast<unsigned*>(workspace);  // nobody draws one
         for (int64_t first = 0; first < p.queries.count; first += rows_at_once()) {
             const Task part = rows_from(first);
             const SavedMatrix<Acc> saved(part.problem, static_cast<unsigned char*>(workspace) + kTicketBytes);
-            MatrixEngine{part}.multiply(saved, ticket, stream);
-            launch_counts(task, saved, first, counts, stream);
+            MatrixEngine{part}.multiply(saved, ticket, launches);
+            launch_counts(task, saved, first, counts, launches);
         }
     }
 
@@ -133,7 +143,7 @@ struct MatrixEngine {
     }
 
     void backward(void* saved_bytes, const Acc* grad_loss, T* grad_queries, T* grad_refs, void* workspace,
-                  cudaStream_t stream) const {
+                  Launches& launches) const {
         const SavedMatrix<Acc> saved(p, saved_bytes);
         MatrixGradientTask<T, Acc> both = {{}, {}, saved, p.similarity, upstream_of(task, grad_loss)};
         both.sides[0] = {queries(saved), refs(saved), true,    p.square,    0, p.queries.count, 1,
@@ -142,7 +152,7 @@ struct MatrixEngine {
                          1,           nullptr,        nullptr, nullptr, grad_refs};
         const bool wanted[2] = {grad_queries != nullptr, grad_refs != nullptr};
         if (is_whole()) {
-            add<true>(both, wanted, stream);
+            add<true>(both, wanted, launches);
             return;
         }
         Acc* numbers_of[2] = {static_cast<Acc*>(workspace),
@@ -172,14 +182,14 @@ struct MatrixEngine {
                     rest = both.sides[k].end - side.end;
                     begin = rest > 0 ? side.end : begin;
                 }
-                add<false>(of, now, stream);
+                add<false>(of, now, launches);
             }
         }
     }
 
     // One group of rows of each side that is wanted.
     template <bool kWhole>
-    void add(MatrixGradientTask<T, Acc>& of, const bool (&wanted)[2], cudaStream_t stream) const {
+    void add(MatrixGradientTask<T, Acc>& of, const bool (&wanted)[2], Launches& launches) const {
         using Traits = MatrixGradientTraits<GradMath, kWhole>;
         int parts = 1;
         const auto divide = [&](int64_t rows_of_block) {
@@ -193,11 +203,11 @@ struct MatrixEngine {
         };
         const unsigned blocks = divide(Traits::kRows);
         const unsigned panels = unsigned((p.dim + Traits::kCols - 1) / Traits::kCols);
-        launch(matrix_gradient<GradMath, kWhole>, dim3(blocks, panels, unsigned(parts)),
-               dim3(Traits::kThreads), Traits::kSharedBytes, stream, of);
+        launches(matrix_gradient<GradMath, kWhole>, dim3(blocks, panels, unsigned(parts)),
+                 dim3(Traits::kThreads), Traits::kSharedBytes, of);
         if (kWhole) return;
-        launch_dependent(finish_matrix_gradient<T, Acc>, dim3(divide(kFinishThreads / kWarpSize)),
-                         dim3(kFinishThreads), 0, stream, of);
+        launches(finish_matrix_gradient<T, Acc>, dim3(divide(kFinishThreads / kWarpSize)),
+                 dim3(kFinishThreads), 0, of);
     }
 };
 

@@ -11,7 +11,10 @@
 #pragma once
 
 #include "cuda/matrix/saved_matrix.cuh"
-#include "cuda/pairs/gradient_policy.cuh"
+#include "cuda/pairs/finish_gradient.cuh"
+#include "cuda/pairs/grad_math.cuh"
+#include "cuda/pairs/list_slots.cuh"
+#include "cuda/pairs/product_shape.cuh"
 
 namespace dml::cuda {
 
@@ -279,9 +282,10 @@ struct MatrixGradientBlock {
 template <typename GradMath, bool kWhole, typename T = typename GradMath::Value,
           typename Acc = typename GradMath::Acc>
 __global__ void __launch_bounds__(MatrixGradientTraits<GradMath, kWhole>::kThreads,
-                                  kWhole ? 1 : kTileBlocks<GradMath>)
+                                  kWhole ? 1 : kProductBlocks<GradMath>)
     matrix_gradient(const __grid_constant__ MatrixGradientTask<T, Acc> task) {
     using Traits = MatrixGradientTraits<GradMath, kWhole>;
+    wait_for_previous_kernel();
     if (!kWhole) let_next_kernel_start();
     const int of = blockIdx.x < task.blocks[0] ? 0 : 1;
     const GradientSide<T, Acc>& side = task.sides[of];

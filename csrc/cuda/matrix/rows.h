@@ -33,14 +33,14 @@ struct RowsWorkspace {
 };
 
 void launch_rows(const Task& task, const SavedMatrix<float>& saved, bool has_backward,
-                 const RowsWorkspace<float>& space, float* loss, cudaStream_t stream);
+                 const RowsWorkspace<float>& space, float* loss, Launches& launches);
 void launch_rows(const Task& task, const SavedMatrix<double>& saved, bool has_backward,
-                 const RowsWorkspace<double>& space, double* loss, cudaStream_t stream);
+                 const RowsWorkspace<double>& space, double* loss, Launches& launches);
 
 // Rows [first, first + saved.rows) of the task's. counts: [2, all rows].
 void launch_counts(const Task& task, const SavedMatrix<float>& saved, int64_t first, int64_t* counts,
-                   cudaStream_t stream);
+                   Launches& launches);
 void launch_counts(const Task& task, const SavedMatrix<double>& saved, int64_t first, int64_t* counts,
-                   cudaStream_t stream);
+                   Launches& launches);
 
 }  // namespace dml::cuda

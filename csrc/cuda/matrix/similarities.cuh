@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/matrix/saved_matrix.cuh"
-#include "cuda/pairs/tile_group.cuh"
+#include "cuda/pairs/product_shape.cuh"
 
 namespace dml::cuda {
 
@@ -15,8 +15,7 @@ template <typename Math, bool kLarge>
 struct SimilarityTraits {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
-    using Tile = TileTraits<Math>;
-    using TileShape = std::conditional_t<kLarge, typename Tile::TileShape, Shape<32, 64, 2, 2, false>>;
+    using TileShape = std::conditional_t<kLarge, SquareTile<Math>, Shape<32, 64, 2, 2, false>>;
     static constexpr int kRows = TileShape::kRows, kCols = TileShape::kCols, kThreads = TileShape::kThreads;
     static constexpr int kLines = kRows + kCols;
     // Small tiles: 128 floats along k are on their way at once.
@@ -155,9 +154,10 @@ struct SimilarityTile {
 
 // One block a tile, row by row.
 template <typename Math, bool kLarge, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(SimilarityTraits<Math, kLarge>::kThreads, kLarge ? kTileBlocks<Math> : 2)
+__global__ void __launch_bounds__(SimilarityTraits<Math, kLarge>::kThreads, kLarge ? kProductBlocks<Math> : 2)
     similarities(const __grid_constant__ SimilarityTask<T, Acc> task) {
     using Traits = SimilarityTraits<Math, kLarge>;
+    wait_for_previous_kernel();
     let_next_kernel_start();
     if (blockIdx.x == 0 && threadIdx.x == 0) *task.ticket = 0;
     const int64_t cols = rows_in_use(task.cols.used, task.cols.points.rows);

@@ -10,41 +10,10 @@
 
 #include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/partials.cuh"
-#include "cuda/pairs/row_stats.cuh"
+#include "cuda/pairs/tile_need.cuh"
 #include "cuda/pairs/tile_pairs.cuh"
 
 namespace dml::cuda {
-
-// Whether any line may keep a pair of the tile, from the tile's extremes and the lines' bounds.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE bool may_keep(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
-                         const RowStats<Acc>& row_stats, const Acc* tile_extremes, bool negatives) {
-    const int64_t index = tile_group.tile_index(ti, tj);
-    const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
-    const bool counts = i >= 0 && (tile_group.square || int(threadIdx.x) < TileTraits<Math>::kTile);
-    const bool keeps = counts && (tile_extremes[2 * index] < row_stats.pos_below[i] ||
-                                  (negatives && tile_extremes[2 * index + 1] > row_stats.neg_above[i]));
-    return block_any<Math>(keeps);
-}
-
-// Whether a tile holds a positive pair.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE bool has_positives(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
-    using Traits = TileTraits<Math>;
-    constexpr int kTile = Traits::kTile;
-    int64_t* labels = shared_array<int64_t>(Traits::kLabels, 2 * kTile);
-    const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
-    const int line = int(threadIdx.x);
-    if (i >= 0) labels[line] = (line < kTile ? tile_group.rows : tile_group.cols).labels[i];
-    block_sync();
-    bool any = false;
-    if (i >= 0 && line < kTile) {
-        const int64_t cols = tile_group.cols.points.rows - tj * kTile;
-        for (int c = 0; c < (cols < kTile ? int(cols) : kTile); ++c)
-            any = any || labels[kTile + c] == labels[line];
-    }
-    return block_any<Math>(any);
-}
 
 // Exponentials count at least kLeastExp, to distinguish a line that kept nothing from one far below the
 // tile's largest term; where their sum is less than kLeastSum the line is gathered again.
@@ -135,12 +104,12 @@ struct PairTerms {
 };
 
 // A line's log-sum-exps again, relative to its own largest terms, by one thread.
-template <typename Math, Stage kStage, typename Formula, typename Acc>
+template <Stage kStage, typename Formula, typename Acc>
 DML_DEVICE void gather_carefully(const Formula& formula, int line, Acc below, Acc above,
                                  Acc (&q)[kQuantities]) {
-    using Grid = PairGrid<Math>;
+    using Grid = PairGrid<Acc>;
     using Summed = SummedQuantities<Formula, kStage>;
-    constexpr int kTile = Grid::kTile, kPitch = TileTraits<Math>::kSimPitch;
+    constexpr int kTile = Grid::kTile, kPitch = TileTraits<Acc>::kSimPitch;
     const bool is_row = line < kTile;
     const Acc* sims = is_row ? &Grid::sim(line, 0) : &Grid::sim(0, line - kTile);
     const int* crossing_ids = Grid::ids() + (is_row ? kTile : 0);
@@ -184,14 +153,14 @@ DML_DEVICE void gather_carefully(const Formula& formula, int line, Acc below, Ac
 enum LineBound { kLinePosBelow, kLineNegAbove, kLineContext, kNegScratch, kPosScratch };
 
 // 1. Bounds and context of each line; lines without pairs of their own keep nothing.
-template <typename Math, Stage kStage, typename T, typename Acc>
-DML_DEVICE void load_bounds(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj, int lines,
+template <Stage kStage, typename Acc>
+DML_DEVICE void load_bounds(const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj, int lines,
                             const RowStats<Acc>& row_stats) {
-    constexpr int kLines = PairGrid<Math>::kLines;
-    Acc* numbers = PairGrid<Math>::line_numbers();
+    constexpr int kLines = PairGrid<Acc>::kLines;
+    Acc* numbers = PairGrid<Acc>::line_numbers();
     const int line = int(threadIdx.x);
     if (line >= kLines) return;
-    const int64_t i = line_of_thread<Math>(tile_group, ti, tj);
+    const int64_t i = line_of_thread(tile_group, ti, tj);
     const bool used = i >= 0 && line < lines;
     numbers[kLinePosBelow * kLines + line] = used ? row_stats.pos_below[i] : Bounds<Acc>::none().pos_below;
     numbers[kLineNegAbove * kLines + line] = used ? row_stats.neg_above[i] : Bounds<Acc>::none().neg_above;
@@ -200,10 +169,10 @@ DML_DEVICE void load_bounds(const TileGroup<T, Acc>& tile_group, int64_t ti, int
 }
 
 // 2. The tile's largest terms, which are those of the least or the greatest similarity.
-template <typename Math, Stage kStage, typename Formula, typename Acc>
-DML_DEVICE void find_largest_terms(const Formula& formula, const ColumnIds<PairGrid<Math>>& col_ids,
+template <Stage kStage, typename Formula, typename Acc>
+DML_DEVICE void find_largest_terms(const Formula& formula, const ColumnIds<PairGrid<Acc>>& col_ids,
                                    Acc& top_neg, Acc& top_pos) {
-    using Grid = PairGrid<Math>;
+    using Grid = PairGrid<Acc>;
     using Summed = SummedQuantities<Formula, kStage>;
     constexpr int kKinds = Formula::kPosInNeg ? 1 : 2;  // negatives, positives; or all together
     Acc least[kKinds], greatest[kKinds];
@@ -235,8 +204,8 @@ DML_DEVICE void find_largest_terms(const Formula& formula, const ColumnIds<PairG
     }
     const auto top = [&](int kind, LineBound place, const auto& term) {
         Acc* scratch = Grid::line_numbers() + place * Grid::kLines;
-        const Acc low = -block_max<Math>(-least[kind], scratch);
-        const Acc high = block_max<Math>(greatest[kind], scratch + kWarpSize);
+        const Acc low = -block_max(-least[kind], scratch);
+        const Acc high = block_max(greatest[kind], scratch + kWarpSize);
         return std::fmax(term(low), term(high));
     };
     if constexpr (Summed::kNegExp) top_neg = top(0, kNegScratch, [&](Acc s) { return formula.neg_term(s); });
@@ -245,11 +214,11 @@ DML_DEVICE void find_largest_terms(const Formula& formula, const ColumnIds<PairG
 }
 
 // 3. Sums of each line, by all threads. Both: for the columns, too.
-template <typename Math, Stage kStage, bool kBoth, typename Formula, typename Acc>
+template <Stage kStage, bool kBoth, typename Formula, typename Acc>
 DML_DEVICE void sum_pairs(const PairTerms<Formula, kStage, Acc>& terms,
-                          const ColumnIds<PairGrid<Math>>& col_ids,
-                          const WarpExchange<PairGrid<Math>>& exchange) {
-    using Grid = PairGrid<Math>;
+                          const ColumnIds<PairGrid<Acc>>& col_ids,
+                          const WarpExchange<PairGrid<Acc>>& exchange) {
+    using Grid = PairGrid<Acc>;
     using Summed = SummedQuantities<Formula, kStage>;
     using Sums = LineSums<Formula, kStage, Acc>;
     constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
@@ -315,11 +284,11 @@ DML_DEVICE void sum_pairs(const PairTerms<Formula, kStage, Acc>& terms,
 }
 
 // 4. The quantities of this thread's line. Returns whether a derivative of the line can be not 0.
-template <typename Math, Stage kStage, typename Formula, typename Acc>
+template <Stage kStage, typename Formula, typename Acc>
 DML_DEVICE bool line_quantities(const Formula& formula, int line, Acc top_neg, Acc top_pos,
-                                const WarpExchange<PairGrid<Math>>& exchange, Acc (&q)[kQuantities]) {
+                                const WarpExchange<PairGrid<Acc>>& exchange, Acc (&q)[kQuantities]) {
     using Summed = SummedQuantities<Formula, kStage>;
-    constexpr int kLines = PairGrid<Math>::kLines;
+    constexpr int kLines = PairGrid<Acc>::kLines;
     LineSums<Formula, kStage, Acc> sums;
     sums.for_each([&](int quantity, Acc& x) { x = exchange.get(quantity, line, Plus{}); });
     no_quantities<Formula, kStage>(q);
@@ -334,78 +303,79 @@ DML_DEVICE bool line_quantities(const Formula& formula, int line, Acc top_neg, A
     if constexpr (Summed::kPoss) set(Summed::kPosExp, 2, top_pos, sums.pos_count, sums.pos);
     if constexpr (Summed::kContext) q[1] = sums.context;
     if constexpr (Summed::kNegExp || Summed::kPosExp) {
-        const Acc* numbers = PairGrid<Math>::line_numbers();
+        const Acc* numbers = PairGrid<Acc>::line_numbers();
         if (careful)
-            gather_carefully<Math, kStage>(formula, line, numbers[kLinePosBelow * kLines + line],
-                                           numbers[kLineNegAbove * kLines + line], q);
+            gather_carefully<kStage>(formula, line, numbers[kLinePosBelow * kLines + line],
+                                     numbers[kLineNegAbove * kLines + line], q);
     }
     return any;
 }
 
 // Returns whether this thread's line found a derivative that can be not 0.
-template <typename Math, Stage kStage, typename Formula, typename T, typename Acc>
-DML_DEVICE bool gather_tile(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
-                            const Formula& formula, const RowStats<Acc>& row_stats,
-                            const Partials<Acc>& partials, bool count_zeros) {
-    using Grid = PairGrid<Math>;
+template <Stage kStage, typename Formula, typename Acc>
+DML_DEVICE bool gather_tile(const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj, const Formula& formula,
+                            const RowStats<Acc>& row_stats, const Partials<Acc>& partials, bool count_zeros) {
+    using Grid = PairGrid<Acc>;
     using Summed = SummedQuantities<Formula, kStage>;
     constexpr int kTile = Grid::kTile;
     const int line = int(threadIdx.x), lines = tile_group.square ? Grid::kLines : kTile;
 
-    load_bounds<Math, kStage>(tile_group, ti, tj, lines, row_stats);
+    load_bounds<kStage>(tile_group, ti, tj, lines, row_stats);
     const ColumnIds<Grid> col_ids;
     Acc top_neg = 0, top_pos = 0;
     if constexpr (Summed::kNegExp || Summed::kPosExp)
-        find_largest_terms<Math, kStage>(formula, col_ids, top_neg, top_pos);
+        find_largest_terms<kStage>(formula, col_ids, top_neg, top_pos);
     block_sync();
 
     const WarpExchange<Grid> exchange = {Grid::scratch(Summed::kCount)};
     const PairTerms<Formula, kStage, Acc> terms = {formula, top_neg, top_pos,
                                                    count_zeros ? Acc(1) : kZeroCounts<Acc>};
     if (tile_group.square) {
-        sum_pairs<Math, kStage, true>(terms, col_ids, exchange);
+        sum_pairs<kStage, true>(terms, col_ids, exchange);
     } else {
-        sum_pairs<Math, kStage, false>(terms, col_ids, exchange);
+        sum_pairs<kStage, false>(terms, col_ids, exchange);
     }
     block_sync();
 
     if (line >= lines) return false;
     Acc q[kQuantities];
-    const bool any = line_quantities<Math, kStage>(formula, line, top_neg, top_pos, exchange, q);
+    const bool any = line_quantities<kStage>(formula, line, top_neg, top_pos, exchange, q);
     const int side = line < kTile ? 0 : 1;
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int slot = side == 0 ? col : row, at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
 #pragma unroll
-    for (int k = 0; k < kQuantities; ++k) partials.template at<kTile>(tile_group, side, slot, k, at) = q[k];
+    for (int k = 0; k < kQuantities; ++k) partials.at(tile_group, side, slot, k, at) = q[k];
     return any;
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------
 
-// tile_extremes: [tiles, 2] or null. kept: [tiles] flags, or null. A skipped tile leaves no partial results.
-template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    accumulate(const __grid_constant__ TileGroup<T, Acc> all,
-               const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> row_stats,
-               Partials<Acc> partials, const Acc* tile_extremes, uint8_t* kept, bool count_zeros) {
-    constexpr int kTile = TileTraits<Math>::kTile;
-    const auto tile_group = all.template in_use<kTile>();
+// kept: [tiles] flags, or null. A tile that is not needed leaves no partial results.
+template <typename Acc>
+__global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
+    accumulate(const __grid_constant__ TileGroup<Acc> all,
+               const __grid_constant__ AnyFormula<Acc> any_formula, bool second,
+               const __grid_constant__ TileNeed<Acc> need, Partials<Acc> partials, uint8_t* kept,
+               bool count_zeros) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    using Traits = TileTraits<Acc>;
+    const auto tile_group = all.in_use();
     const int64_t ti = tile_group.row_tile + blockIdx.y, tj = tile_group.col_tile + blockIdx.x;
     if (!tile_group.has(ti, tj)) return;
     const int64_t index = tile_group.tile_index(ti, tj);
     const uint8_t before = kept && second ? kept[index] & kHasGradient : 0;
-    if ((tile_extremes && !may_keep<Math>(tile_group, ti, tj, row_stats, tile_extremes, !second)) ||
-        (second && kept && !has_positives<Math>(tile_group, ti, tj))) {
+    if (!need.of(tile_group, ti, tj, Traits::labels(), Traits::flags())) {
         if (threadIdx.x == 0) kept[index] = before;
         return;
     }
-    load_pairs<Math>(tile_group, ti, tj, false);
+    load_pairs(tile_group, ti, tj, false);
     bool any = false;
     any_formula.visit([&](const auto& formula) {
         using Formula = std::decay_t<decltype(formula)>;
         const auto gather = [&](auto stage) {
-            any = gather_tile<Math, decltype(stage)::value>(tile_group, ti, tj, formula, row_stats, partials,
-                                                            count_zeros);
+            any = gather_tile<decltype(stage)::value>(tile_group, ti, tj, formula, need.row_stats, partials,
+                                                      count_zeros);
         };
         if constexpr (!Formula::kContext) {
             gather(std::integral_constant<Stage, Stage::kBoth>{});
@@ -416,7 +386,7 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         }
     });
     if (!kept) return;
-    any = block_any<Math>(any);
+    any = block_any<Acc>(any);
     if (threadIdx.x == 0) kept[index] = before | kHasPartials | (any ? kHasGradient : 0);
 }
 

@@ -25,7 +25,7 @@ int64_t packed_bytes(const Problem& p) {
 
 // The task with aligned points. Copies lie at the beginning of the workspace, which is advanced past them.
 template <typename T>
-Task with_aligned_rows(Task task, unsigned char*& workspace, cudaStream_t stream) {
+Task with_aligned_rows(Task task, unsigned char*& workspace, Launches& launches) {
     Problem& p = task.problem;
     if (p.dim * int64_t(sizeof(T)) >= 1ll << 31)
         throw std::invalid_argument("dml_cuda: rows of 2 GiB or more");
@@ -34,8 +34,8 @@ Task with_aligned_rows(Task task, unsigned char*& workspace, cudaStream_t stream
         if (bytes == 0) return;
         T* packed = reinterpret_cast<T*>(workspace);
         constexpr int kRows = kPackThreads / kWarpSize;
-        launch(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0,
-               stream, static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
+        launches(pack_rows<T>, dim3(unsigned((points.count + kRows - 1) / kRows)), dim3(kPackThreads), 0,
+                 static_cast<const T*>(points.data), points.stride, points.count, p.dim, pitch, packed);
         points.data = packed;
         points.stride = pitch;
         workspace += bytes;

@@ -21,19 +21,19 @@ auto with_arithmetic(const Task& task, const F& f) {
     }
     switch (task.precision) {
         case Precision::kTf32:
-            return f(Kernels<Tf32Math<float, false>>());
+            return f(Kernels<ScaledMath<1>>());
         case Precision::kFull:
             break;
     }
-    return f(Kernels<Tf32Math<float, true>>());
+    return f(Kernels<ScaledMath<2>>());
 }
 
 }  // namespace dml::cuda
 
 // For each arithmetic: the template is instantiated in instantiations/*.cu.
-#define DML_EXTERN_ENGINES(Kernels)                         \
-    extern template struct Kernels<SimtMath<double>>;       \
-    extern template struct Kernels<Tf32Math<float, true>>;  \
-    extern template struct Kernels<Tf32Math<float, false>>; \
-    extern template struct Kernels<HalfMath<__half>>;       \
+#define DML_EXTERN_ENGINES(Kernels)                   \
+    extern template struct Kernels<SimtMath<double>>; \
+    extern template struct Kernels<ScaledMath<2>>;    \
+    extern template struct Kernels<ScaledMath<1>>;    \
+    extern template struct Kernels<HalfMath<__half>>; \
     extern template struct Kernels<HalfMath<__nv_bfloat16>>;

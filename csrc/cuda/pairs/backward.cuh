@@ -1,9 +1,9 @@
 // Backward's launches on tiles: tile groups of weights, each multiplied by the points before the next.
 #pragma once
 
+#include "cuda/pairs/finish_gradient.cuh"
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
-#include "cuda/pairs/terms_by_params.cuh"
 
 namespace dml::cuda {
 
@@ -17,10 +17,10 @@ struct GradientGroup {
 // Backward's workspace on tiles.
 template <typename Weight, typename Acc>
 struct GradientWorkspace {
-    Weight* weights;                 // of a tile group
-    Acc *parts, *sums;               // of parts of lines; of 16-bit gradients
-    Partials<Acc> weight_partials;   // sums of the weights of a tile group's lines
-    Acc *row_weights, *col_weights;  // sums of the weights of all rows, of all columns; null: not needed
+    GroupWeights<Weight, Acc> weights;  // of a tile group
+    Acc *parts, *sums;                  // of parts of lines; of 16-bit gradients
+    Partials<Acc> weight_partials;      // sums of the weights of a tile group's lines
+    Acc *row_weights, *col_weights;     // sums of the weights of all rows, of all columns; null: not needed
 };
 
 template <typename Math>
@@ -36,6 +36,10 @@ struct BackwardPass {
     const Launcher<Math>& launcher;
     const Acc* grad_loss;
     GradientWorkspace<Weight, Acc> workspace;
+    ImageSlots<Math>& images;
+
+    // Weights take the place of similarities that are not cached.
+    Acc* similarities() const { return reinterpret_cast<Acc*>(workspace.weights.weights); }
 
     void run(T* grad_queries, T* grad_refs) const {
         const Problem& p = launcher.p;
@@ -63,9 +67,8 @@ struct BackwardPass {
 
     // Adds to both groups what their pairs give. fresh: nothing has been added to either.
     void add_pairs(const Group& rows, const Group& cols, bool fresh) const {
-        launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles,
-                                 [&](auto tile_group, MergeStep step) {
-                                     tile_group.cache_filled = tile_group.cache != nullptr;
+        launcher.for_tile_groups(Policy::shape(launcher.task), rows.tiles, cols.tiles, &images,
+                                 similarities(), [&](const auto& tile_group, MergeStep step) {
                                      step.rows_first = step.rows_first && fresh;
                                      step.cols_first = step.cols_first && fresh;
                                      weigh(tile_group, rows, cols, step);
@@ -75,22 +78,20 @@ struct BackwardPass {
 
    private:
     // 1. A tile group's similarities become weights.
-    void weigh(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
-               MergeStep step) const {
-        const Problem& p = launcher.p;
+    void weigh(const TileGroup<Acc>& tile_group, const Group& rows, const Group& cols, MergeStep step) const {
         const SavedArrays<Acc>& arrays = launcher.arrays;
-        launch(pair_weights<Math, Weight>, launcher.tile_grid(tile_group), dim3(TileTraits<Math>::kThreads),
-               PairGrid<Math>::shared_bytes(1), launcher.stream, tile_group, launcher.formula(),
-               arrays.row_stats, launcher.upstream(grad_loss), arrays.kept, workspace.weights,
-               workspace.weight_partials);
-        if (!Policy::sums_weights(p)) return;
-        Merge<Acc>::weights(Merge<Acc>::without_points(tile_group), workspace.weight_partials, arrays.kept,
-                            step, rows.sum ? workspace.row_weights : nullptr,
-                            cols.sum ? workspace.col_weights : nullptr, launcher.stream);
+        const TileNeed<Acc> need = {arrays.row_stats, nullptr, arrays.kept};
+        if (!arrays.cache) launcher.multiply(tile_group, need);
+        Look<Acc>::weights(tile_group, launcher.formula(), need, launcher.upstream(grad_loss),
+                           workspace.weights, workspace.weight_partials, launcher.launches);
+        if (!Policy::sums_weights(launcher.p)) return;
+        Merge<Acc>::weights(tile_group, workspace.weight_partials, arrays.kept, step,
+                            rows.sum ? workspace.row_weights : nullptr,
+                            cols.sum ? workspace.col_weights : nullptr, launcher.launches);
     }
 
     // 2. Weights times points, in panels of the gradient's columns.
-    void multiply(const TileGroup<T, Acc>& tile_group, const Group& rows, const Group& cols,
+    void multiply(const TileGroup<Acc>& tile_group, const Group& rows, const Group& cols,
                   MergeStep step) const {
         const Problem& p = launcher.p;
         const bool diagonal = tile_group.diagonal();
@@ -100,21 +101,22 @@ struct BackwardPass {
             // The side with fewer lines has the longer ones.
             {tile_group.row_tiles <= tile_group.col_tiles,
              tile_group.col_tiles <= tile_group.row_tiles && !diagonal},
+            p.dim,
             workspace.parts};
         const int owners = tile_group.row_tiles + (diagonal ? 0 : tile_group.col_tiles);
         const int wanted =
             (rows.sum ? tile_group.row_tiles : 0) + (cols.sum && !diagonal ? tile_group.col_tiles : 0);
         const auto launch_panels = [&](auto panel) {
-            using Traits = GradTraits<GradMath, decltype(panel)::value>;
+            using Traits = GradTraits<Math, decltype(panel)::value>;
             const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
             const int64_t parts = parts_of_a_line(tile_group);
-            launch(add_gradients<GradMath, Traits::kCols>,
-                   dim3(unsigned(panels), unsigned(owners), unsigned(parts)), dim3(Traits::kThreads),
-                   Traits::kSharedBytes, launcher.stream, tile_group, gradients, launcher.arrays.kept,
-                   workspace.weights);
+            launcher.launches(add_gradients<Math, Traits::kCols>,
+                              dim3(unsigned(panels), unsigned(owners), unsigned(parts)),
+                              dim3(Traits::kThreads), Traits::kSharedBytes, tile_group, gradients,
+                              launcher.arrays.kept, workspace.weights);
             merge_parts(tile_group, gradients, int(parts) - 1);
         };
-        constexpr int kWide = kWidePanel<GradMath>;
+        constexpr int kWide = kWidePanel<Math>;
         if (p.dim > kNarrowPanel &&
             (p.dim + kWide - 1) / kWide * wanted >= launcher.task.tuning.wide_blocks) {
             launch_panels(std::integral_constant<int, kWide>());
@@ -123,7 +125,7 @@ struct BackwardPass {
         }
     }
 
-    int64_t parts_of_a_line(const TileGroup<T, Acc>& tile_group) const {
+    int64_t parts_of_a_line(const TileGroup<Acc>& tile_group) const {
         const Task& task = launcher.task;
         const TileGroupShape shape = {tile_group.row_tiles, tile_group.col_tiles};
         const bool diagonal = tile_group.diagonal();
@@ -133,7 +135,7 @@ struct BackwardPass {
     }
 
     // 3. The other parts of shared lines are added to the first.
-    void merge_parts(const TileGroup<T, Acc>& tile_group, const Gradients<Acc>& gradients, int count) const {
+    void merge_parts(const TileGroup<Acc>& tile_group, const Gradients<Acc>& gradients, int count) const {
         const int64_t dim = launcher.p.dim;
         const int64_t pitch = gradients.tiles(tile_group.row_tiles, tile_group.col_tiles) * kTile * dim;
         const Acc* parts = gradients.parts;
@@ -143,7 +145,7 @@ struct BackwardPass {
             const int64_t first = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTile;
             if (gradient.sum && rows > 0 && count > 0) {
                 Merge<Acc>::gradient(parts, count, pitch, std::min(rows, gradient.count - first) * dim,
-                                     gradient.sum + (first - gradient.row0) * dim, launcher.stream);
+                                     gradient.sum + (first - gradient.row0) * dim, launcher.launches);
             }
             parts += rows * dim;
         }
@@ -155,9 +157,10 @@ struct BackwardPass {
         constexpr int kRows = kFinishThreads / kWarpSize;
         const int64_t begin = group.tiles.begin * kTile;
         const int64_t end = std::min(group.tiles.end * kTile, rows.points.rows);
-        launch(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
-               dim3(kFinishThreads), 0, launcher.stream, rows, begin, end, launcher.p.similarity,
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum, grad);
+        launcher.launches(finish_gradient<T, Acc>, dim3(unsigned((end - begin + kRows - 1) / kRows)),
+                          dim3(kFinishThreads), 0, rows, begin, end, launcher.p.similarity,
+                          launcher.arrays.row_stats, launcher.upstream(grad_loss), weight_sums, group.sum,
+                          grad);
     }
 
     // The group of rows of `tiles`: its sum is in `sums`, or in place in the side's gradient.
@@ -184,16 +187,18 @@ struct BackwardPass {
     }
 };
 
+// bytes: the workspace, which begins with the images.
 template <typename Math>
 void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss,
                     typename Math::Value* grad_queries, typename Math::Value* grad_refs,
-                    unsigned char* bytes) {
+                    ImageSlots<Math>& images, unsigned char* bytes) {
     using Acc = typename Math::Acc;
     using Policy = GradientPolicy<Math>;
     const Task& task = launcher.task;
     const Problem& p = launcher.p;
+    bytes += Policy::image_bytes(p, Policy::shape(task));
     GradientWorkspace<typename Policy::Weight, Acc> workspace = {};
-    workspace.weights = reinterpret_cast<typename Policy::Weight*>(bytes);
+    workspace.weights = Policy::weights_at(task, bytes);
     bytes += Policy::weight_bytes(task);
     workspace.parts = reinterpret_cast<Acc*>(bytes);
     bytes += Policy::part_bytes(task);
@@ -204,25 +209,30 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
         workspace.row_weights = workspace.weight_partials.data + Policy::weight_partials_size(task);
         workspace.col_weights = workspace.row_weights + (p.square ? 0 : p.queries.count);
     }
-    BackwardPass<Math>{launcher, grad_loss, workspace}.run(grad_queries, grad_refs);
+    BackwardPass<Math>{launcher, grad_loss, workspace, images}.run(grad_queries, grad_refs);
 }
 
-// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace. A batch
-// without pairs takes the matrix path.
+// The gradient by the parameters: of the terms, and of `by_rows`. sums: [params, slots] of workspace; similarities: of a
+// tile group. A batch without pairs takes the matrix path.
 template <typename Math, typename Acc = typename Math::Acc>
 void gradient_by_params(const Launcher<Math>& launcher, const RowsByParams<Acc>& by_rows,
-                        const Acc* grad_loss, double* sums) {
+                        const Acc* grad_loss, double* sums, ImageSlots<Math>& images, Acc* similarities) {
     const Task& task = launcher.task;
     const LearnedParams& learned = task.learned;
+    const SavedArrays<Acc>& arrays = launcher.arrays;
     const TileRange rows = launcher.all_rows(), cols = launcher.all_cols();
-    const int64_t slots = TilePolicy<Math>::param_slots(task);
-    const ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient};
-    launcher.for_tile_groups({rows.end, cols.end}, rows, cols, [&](auto all, MergeStep) {
-        all.cache_filled = all.cache != nullptr;
-        launch(sum_terms_by_params<Math>, dim3(unsigned(slots)), dim3(TileTraits<Math>::kThreads),
-               ParamLayout<Math>::kSharedBytes, launcher.stream, all, launcher.formula(),
-               launcher.arrays.row_stats, launcher.upstream(grad_loss), launcher.arrays.kept, by_params);
-    });
+    const TileNeed<Acc> need = {arrays.row_stats, nullptr, arrays.kept};
+    ByParams<Acc> by_params = {by_rows, learned.count, sums, learned.ticket(), learned.gradient, true, false};
+    launcher.for_tile_groups(GradientPolicy<Math>::shape(task), rows, cols, arrays.cache ? nullptr : &images,
+                             similarities, [&](const auto& group, MergeStep) {
+                                 if (!arrays.cache) launcher.multiply(group, need);
+                                 by_params.last = group.row_tile + group.row_tiles == rows.end &&
+                                                  group.col_tile + group.col_tiles == cols.end;
+                                 Look<Acc>::params(group, TilePolicy<Math>::param_slots(task),
+                                                   launcher.formula(), need, launcher.upstream(grad_loss),
+                                                   by_params, launcher.launches);
+                                 by_params.first = false;
+                             });
 }
 
 }  // namespace dml::cuda

@@ -1,4 +1,4 @@
-// Large batches, before the formula: the rows' norms, and every row's hardest pairs.
+// Large batches: every row's hardest pairs.
 #pragma once
 
 #include "cuda/pairs/partials.cuh"
@@ -7,43 +7,10 @@
 
 namespace dml::cuda {
 
-// ---- every row's norm ---------------------------------------------------------------------------------
-
-inline constexpr int kNormThreads = 256;
-
-// One warp a row. open: also sets the row's bounds so that every pair is kept.
-template <typename T, typename Acc>
-__global__ void __launch_bounds__(kNormThreads)
-    prepare_rows(Rows<T, Acc> rows, Similarity similarity, RowStats<Acc> row_stats, bool open) {
-    const int64_t i = int64_t(blockIdx.x) * (kNormThreads / kWarpSize) + warp_id();
-    const Matrix<T>& points = rows.points;
-    if (i >= points.rows) return;
-    constexpr int kVector = 16 / int(sizeof(T));  // rows are aligned
-    const T* row = points.data + i * points.stride;
-    Acc squares = 0;
-    const auto add = [&](T value) { squares = std::fma(Acc(value), Acc(value), squares); };
-    const int64_t whole = points.cols / kVector * kVector;
-#pragma unroll 4
-    for (int64_t d = lane_id() * kVector; d < whole; d += kWarpSize * kVector) {
-        const auto values = *reinterpret_cast<const Vector<T, kVector>*>(row + d);
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) add(values.value[e]);
-    }
-    if (whole + lane_id() < points.cols) add(row[whole + lane_id()]);
-    squares = warp_sum(squares);
-    if (lane_id() != 0) return;
-    rows.norms[i] = row_norm(squares, points, i, similarity);
-    if (!open) return;
-    row_stats.neg_above[i] = Bounds<Acc>::all().neg_above;
-    row_stats.pos_below[i] = Bounds<Acc>::all().pos_below;
-}
-
-// ---- the hardest pairs ------------------------------------------------------------------------------------
-
 // Merges the lines' extremes over the thread block, to out [2].
-template <typename Math, typename Acc>
+template <typename Acc>
 DML_DEVICE void store_tile_extremes(const Extremes<Acc>& found, Acc* out) {
-    Acc* warp_extremes = PairGrid<Math>::line_numbers();
+    Acc* warp_extremes = PairGrid<Acc>::line_numbers();
     const Acc least = warp_min(found.min_pos), greatest = warp_max(found.max_neg);
     if (lane_id() == 0) {
         warp_extremes[warp_id()] = least;
@@ -52,23 +19,25 @@ DML_DEVICE void store_tile_extremes(const Extremes<Acc>& found, Acc* out) {
     block_sync();
     if (threadIdx.x != 0) return;
     Extremes<Acc> extremes;
-    for (int w = 0; w < TileTraits<Math>::kThreads / kWarpSize; ++w)
+    for (int w = 0; w < kTileThreads / kWarpSize; ++w)
         extremes.merge({warp_extremes[w], warp_extremes[kWarpSize + w]});
     out[0] = extremes.min_pos;
     out[1] = extremes.max_neg;
 }
 
 // tile_extremes: [tiles, 2] the least positive and greatest negative similarity of each tile, or null.
-template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    find_extremes(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
-    using Grid = PairGrid<Math>;
+template <typename Acc>
+__global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
+    find_extremes(const __grid_constant__ TileGroup<Acc> all, Partials<Acc> partials, Acc* tile_extremes) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    using Grid = PairGrid<Acc>;
     constexpr int kTile = Grid::kTile;
-    const auto tile_group = all.template in_use<kTile>();
+    const auto tile_group = all.in_use();
     const int row = int(blockIdx.y), col = int(blockIdx.x);
     const int64_t ti = tile_group.row_tile + row, tj = tile_group.col_tile + col;
     if (!tile_group.has(ti, tj)) return;
-    load_pairs<Math>(tile_group, ti, tj, true);
+    load_pairs(tile_group, ti, tj, true);
     const WarpExchange<Grid> exchange = {Grid::scratch(2)};
 
     const ColumnIds<Grid> col_ids;
@@ -121,10 +90,10 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
         const int side = line < kTile ? 0 : 1;
         const int slot = side == 0 ? col : row,
                   at = side == 0 ? row * kTile + line : (col - 1) * kTile + line;
-        partials.template at<kTile>(tile_group, side, slot, 0, at) = found.min_pos;
-        partials.template at<kTile>(tile_group, side, slot, 1, at) = found.max_neg;
+        partials.at(tile_group, side, slot, 0, at) = found.min_pos;
+        partials.at(tile_group, side, slot, 1, at) = found.max_neg;
     }
-    if (tile_extremes) store_tile_extremes<Math>(found, tile_extremes + 2 * tile_group.tile_index(ti, tj));
+    if (tile_extremes) store_tile_extremes(found, tile_extremes + 2 * tile_group.tile_index(ti, tj));
 }
 
 }  // namespace dml::cuda

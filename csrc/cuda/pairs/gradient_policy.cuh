@@ -11,20 +11,10 @@
 
 namespace dml::cuda {
 
-// The arithmetic of weights times points. A weight has the range of a float, which float16 lacks; tf32 holds
-// a float16 exactly and has it.
-template <typename Math>
-struct GradMathOf {
-    using Type = Math;
-};
-template <>
-struct GradMathOf<HalfMath<__half>> {
-    using Type = Tf32Math<__half, false>;
-};
-
 template <typename Math>
 struct GradientPolicy : TilePolicy<Math> {
     using typename TilePolicy<Math>::T;
+    using TilePolicy<Math>::image_bytes;
     using typename TilePolicy<Math>::Acc;
     using GradMath = typename GradMathOf<Math>::Type;
     using Weight = typename WeightOf<GradMath>::Type;
@@ -32,28 +22,31 @@ struct GradientPolicy : TilePolicy<Math> {
     using TilePolicy<Math>::tiles_along;
     using TilePolicy<Math>::group_shape;
     static constexpr bool kSeparateSums = !std::is_same_v<T, Acc>;  // gradients are narrower than their sums
-    static constexpr int64_t kBudget = 62ll << 20;        // bytes of cache, weights and sums together
-    static constexpr int64_t kWeightBudget = 24ll << 20;  // bytes of weights at once
-    static constexpr int64_t kPartBudget = 4ll << 20;     // bytes of gradients of parts of lines
+    using TilePolicy<Math>::kBudget;
+    using TilePolicy<Math>::cached_bytes;
+    // Bytes of weights at once, which leave sums of 16-bit gradients their room.
+    static constexpr int64_t kWeightBudget = (kSeparateSums ? 16ll : 24ll) << 20;
+    static constexpr int64_t kPartBudget = 4ll << 20;  // bytes of gradients of parts of lines
+
+    // Weights take the place of a tile group's similarities. Of a tile, the powers of two of its lines:
+    static constexpr int64_t kTileUps = kScalesWeights<Weight> ? 2 * kTile * int64_t(sizeof(float)) : 0;
 
     static TileGroupShape shape(const Task& task) {
-        constexpr int64_t kTiles = kWeightBudget / (kTile * kTile * int64_t(sizeof(Weight)));
-        const Problem& p = task.problem;
-        const int most = std::min(std::min(task.tuning.tile_group, kMaxTileGroup),
-                                  static_cast<int>(std::sqrt(double(kTiles))));
-        // Groups of equal size: the last should not be a sliver.
-        const int64_t along = std::max(tiles_along(p.queries.count), tiles_along(p.refs.count));
-        const int64_t count = (along + most - 1) / most;
-        return group_shape(p, p.square ? (along + count - 1) / count : most);
+        return TilePolicy<Math>::shape_within(task, kBudget - kPartBudget - cached_bytes(task), kWeightBudget,
+                                              TilePolicy<Math>::kPlaceBytes + kTileUps);
+    }
+    static int64_t place_bytes(const Task& task) {
+        return shape(task).tiles() * TilePolicy<Math>::kPlaceBytes;
     }
     static int64_t weight_bytes(const Task& task) {
-        return shape(task).tiles() * kTile * kTile * int64_t(sizeof(Weight));
+        return place_bytes(task) + shape(task).tiles() * kTileUps;
     }
-    // What cache and weights leave of the budget.
+    static GroupWeights<Weight, Acc> weights_at(const Task& task, unsigned char* bytes) {
+        return {reinterpret_cast<Weight*>(bytes), reinterpret_cast<float*>(bytes + place_bytes(task))};
+    }
+    // What cache, images and weights leave of the budget.
     static int64_t room(const Task& task) {
-        const int64_t cache =
-            TilePolicy<Math>::caches(task) ? TilePolicy<Math>::similarity_bytes(task.problem) : 0;
-        return kBudget - weight_bytes(task) - cache;
+        return kBudget - weight_bytes(task) - image_bytes(task.problem, shape(task)) - cached_bytes(task);
     }
 
     // ---- groups of rows ----------------------------------------------------------------------------------
@@ -129,13 +122,15 @@ struct GradientPolicy : TilePolicy<Math> {
         return partials_size(shape(task).tiles(), kTile, true);
     }
 
-    // Weights of a tile group, gradients of parts of its lines, sums of 16-bit gradients, sums of weights.
+    // Images, weights of a tile group and their powers of two, gradients of parts of its lines, sums of 16-bit
+    // gradients, sums of weights.
     static int64_t workspace_bytes(const Task& task) {
         const Problem& p = task.problem;
         int64_t numbers = 0;
         if (sums_weights(p))
             numbers = weight_partials_size(task) + p.queries.count + (p.square ? 0 : p.refs.count);
-        return weight_bytes(task) + part_bytes(task) + sum_bytes(task) + numbers * int64_t(sizeof(Acc));
+        return image_bytes(p, shape(task)) + weight_bytes(task) + part_bytes(task) + sum_bytes(task) +
+               numbers * int64_t(sizeof(Acc));
     }
 };
 

@@ -21,6 +21,7 @@ static_assert(kMakeThreads >= kMaxParams, "a thread for each parameter");
 template <typename Acc>
 __global__ void __launch_bounds__(kMakeThreads)
     make_formula(FormulaId id, const double* values, unsigned char* learned, unsigned* ticket) {
+    wait_for_previous_kernel();
     with_formula(id, [&](auto tag) {
         using Formula = typename decltype(tag)::template Of<Acc>;
         using By = ByParam<Acc, Formula>;
@@ -56,6 +57,7 @@ template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_by_params(RowsByParams<Acc> rows, int params, RowStats<Acc> row_stats, Upstream<Acc> upstream,
                      double* out) {
+    wait_for_previous_kernel();
     const int k = int(blockIdx.x);
     double sum = 0;
     if (k < params) sum = sum_rows_by_param(rows, k, threadIdx.x, blockDim.x, row_stats, upstream);

@@ -10,10 +10,10 @@ namespace dml::cuda {
 template <typename Acc>
 struct Learned {
     // Makes the formula of the parameters' values; nothing where none learns.
-    static void make(const Task& task, cudaStream_t stream);
+    static void make(const Task& task, Launches& launches);
     // The gradient by the parameters, where forward has summed what they do to terms.
     static void reduce(const Task& task, const RowStats<Acc>& row_stats, const Acc* grad_loss,
-                       cudaStream_t stream);
+                       Launches& launches);
 };
 extern template struct Learned<float>;
 extern template struct Learned<double>;
@@ -21,11 +21,11 @@ extern template struct Learned<double>;
 // The task with its formula made at the beginning of the workspace, which is advanced; unchanged where no
 // parameter learns.
 template <typename Acc>
-Task with_made_formula(Task task, unsigned char*& workspace, cudaStream_t stream) {
+Task with_made_formula(Task task, unsigned char*& workspace, Launches& launches) {
     if (task.learned.count == 0) return task;
     task.learned.made = workspace;
     workspace += learned_bytes<int64_t>(0, task.learned.count, sizeof(Acc));
-    Learned<Acc>::make(task, stream);
+    Learned<Acc>::make(task, launches);
     return task;
 }
 

@@ -5,6 +5,7 @@
 #include "cuda/pairs/any_formula.cuh"
 #include "cuda/pairs/partials.cuh"
 #include "cuda/pairs/reduce.cuh"
+#include "cuda/pairs/tile_need.cuh"
 
 namespace dml::cuda {
 
@@ -20,16 +21,16 @@ inline constexpr int kMergeBytes = kMergeScratch<Acc> + kWarpSize * int(sizeof(A
 // diagonal; on it both sides are the same points) a column. Calls f(numbers [Count, kMergeBatch]) for a batch
 // of slots at a time, in order; numbers are `none` where the tile's kept flag lacks the bit. The lines of a block
 // lie in one tile, so lanes read the flags of a batch together, and no load waits for another.
-template <int Tile, int Count, typename T, typename Acc, typename F>
-DML_DEVICE void for_slots(const TileGroup<T, Acc>& tile_group, const Partials<Acc>& partials, int side,
-                          int line, const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
-    static_assert(Tile % kWarpSize == 0 && kMergeBatch <= kWarpSize, "as the lanes share");
-    const int line_tile = line / Tile;
+template <int Count, typename Acc, typename F>
+DML_DEVICE void for_slots(const TileGroup<Acc>& tile_group, const Partials<Acc>& partials, int side, int line,
+                          const uint8_t* kept, uint8_t bit, const Acc (&none)[Count], const F& f) {
+    static_assert(kTileSide<Acc> % kWarpSize == 0 && kMergeBatch <= kWarpSize, "as the lanes share");
+    const int line_tile = line / kTileSide<Acc>;
 #pragma unroll 1
     for (int part = side; part < (tile_group.diagonal() ? 2 : side + 1); ++part) {
         const bool as_row = part == 0;
         const int slots = as_row ? tile_group.col_tiles : tile_group.row_tiles;
-        const int lines = (as_row ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
+        const int lines = (as_row ? tile_group.row_tiles : tile_group.col_tiles) * kTileSide<Acc>;
 #pragma unroll 1
         for (int first = warp_id() * kMergeBatch; first < slots; first += kMergeWarps * kMergeBatch) {
             const int slot = first + lane_id();
@@ -38,7 +39,7 @@ DML_DEVICE void for_slots(const TileGroup<T, Acc>& tile_group, const Partials<Ac
             const uint32_t present =
                 warp_ballot(lane_id() < kMergeBatch && slot < slots && tile_group.has(ti, tj) &&
                             (!kept || (kept[tile_group.tile_index(ti, tj)] & bit) != 0));
-            const Acc* numbers = &partials.template at<Tile>(tile_group, part, first, 0, line);
+            const Acc* numbers = &partials.at(tile_group, part, first, 0, line);
             Acc q[Count][kMergeBatch];
 #pragma unroll
             for (int b = 0; b < kMergeBatch; ++b) {
@@ -71,35 +72,37 @@ DML_DEVICE bool gather_warps(const Acc (&found)[Count], Acc (&all)[Count][kMerge
 }
 
 // Whether the tile group has the line; the answer is the same for a whole thread block.
-template <int Tile, typename T, typename Acc>
-DML_DEVICE bool has_line(const TileGroup<T, Acc>& tile_group, int side, int line) {
-    static_assert(Tile % kWarpSize == 0, "whole blocks");
-    return line < (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
+template <typename Acc>
+DML_DEVICE bool has_line(const TileGroup<Acc>& tile_group, int side, int line) {
+    static_assert(kTileSide<Acc> % kWarpSize == 0, "whole blocks");
+    return line < (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * kTileSide<Acc>;
 }
 // The row of a line, or -1 past the last one. Such a thread merges along with its warp and stores nothing.
-template <int Tile, typename T, typename Acc>
-DML_DEVICE int64_t merge_row(const TileGroup<T, Acc>& tile_group, int side, int line) {
-    const int64_t i = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * Tile + line;
-    return i < (side == 0 ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
+template <typename Acc>
+DML_DEVICE int64_t merge_row(const TileGroup<Acc>& tile_group, int side, int line) {
+    const int64_t i = (side == 0 ? tile_group.row_tile : tile_group.col_tile) * kTileSide<Acc> + line;
+    return i < (side == 0 ? tile_group.rows : tile_group.cols).count ? i : -1;
 }
 
-template <int Tile, typename T, typename Acc>
+template <typename Acc>
 __global__ void __launch_bounds__(kMergeThreads, 1)
-    merge_extremes(const __grid_constant__ TileGroup<T, Acc> all, RowStats<Acc> row_stats,
+    merge_extremes(const __grid_constant__ TileGroup<Acc> all, RowStats<Acc> row_stats,
                    Partials<Acc> partials, MergeStep step, Acc epsilon) {
-    const auto tile_group = all.template in_use<Tile>();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
-    if (!has_line<Tile>(tile_group, side, line)) return;
+    if (!has_line(tile_group, side, line)) return;
     Extremes<Acc> found;
     const Acc none[2] = {infinity<Acc>(), -infinity<Acc>()};
-    for_slots<Tile>(tile_group, partials, side, line, nullptr, kHasPartials, none,
-                    [&](const Acc(&q)[2][kMergeBatch]) {
+    for_slots(tile_group, partials, side, line, nullptr, kHasPartials, none,
+              [&](const Acc(&q)[2][kMergeBatch]) {
 #pragma unroll
-                        for (int b = 0; b < kMergeBatch; ++b) found.merge({q[0][b], q[1][b]});
-                    });
+                  for (int b = 0; b < kMergeBatch; ++b) found.merge({q[0][b], q[1][b]});
+              });
     Acc all_found[2][kMergeWarps];
     if (!gather_warps({found.min_pos, found.max_neg}, all_found)) return;
-    const int64_t i = merge_row<Tile>(tile_group, side, line);
+    const int64_t i = merge_row(tile_group, side, line);
     if (i < 0) return;
     const RunningRow<Acc> row{row_stats, i};
     found = step.first(side) ? Extremes<Acc>() : Extremes<Acc>{row.min_pos(), row.max_neg()};
@@ -116,8 +119,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     }
 }
 
-template <int Tile, Stage kStage, typename Formula, typename T, typename Acc>
-DML_DEVICE RowResult<Acc> merge_row_sums(const TileGroup<T, Acc>& tile_group, int side, int line, int64_t i,
+template <Stage kStage, typename Formula, typename Acc>
+DML_DEVICE RowResult<Acc> merge_row_sums(const TileGroup<Acc>& tile_group, int side, int line, int64_t i,
                                          const Formula& formula, const RowStats<Acc>& row_stats,
                                          const Partials<Acc>& partials, const uint8_t* kept, MergeStep step,
                                          bool mining, const Results<Acc>& results) {
@@ -125,8 +128,8 @@ DML_DEVICE RowResult<Acc> merge_row_sums(const TileGroup<T, Acc>& tile_group, in
     Acc none[kQuantities];
     no_quantities<Formula, kStage>(none);
     if (kStage == Stage::kPositives) part.neg.b = none[1] = Acc(0);
-    for_slots<Tile>(tile_group, partials, side, line, kept, kHasPartials, none,
-                    [&](const Acc(&q)[kQuantities][kMergeBatch]) { part.template merge<kStage>(q); });
+    for_slots(tile_group, partials, side, line, kept, kHasPartials, none,
+              [&](const Acc(&q)[kQuantities][kMergeBatch]) { part.template merge<kStage>(q); });
     Acc found[kQuantities][kMergeWarps];
     if (!gather_warps({part.neg.a, part.neg.b, part.pos.a, part.pos.b}, found) || i < 0) return {};
     const RunningRow<Acc> row{row_stats, i};
@@ -148,23 +151,25 @@ DML_DEVICE RowResult<Acc> merge_row_sums(const TileGroup<T, Acc>& tile_group, in
     }
 }
 
-template <int Tile, typename T, typename Acc>
+template <typename Acc>
 __global__ void __launch_bounds__(kMergeThreads, 1)
-    merge_sums(const __grid_constant__ TileGroup<T, Acc> all,
+    merge_sums(const __grid_constant__ TileGroup<Acc> all,
                const __grid_constant__ AnyFormula<Acc> any_formula, bool second, RowStats<Acc> row_stats,
                Partials<Acc> partials, const uint8_t* kept, MergeStep step, bool mining,
                Results<Acc> results) {
-    const auto tile_group = all.template in_use<Tile>();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
-    if (!has_line<Tile>(tile_group, side, line)) return;
-    const int64_t i = merge_row<Tile>(tile_group, side, line);
+    if (!has_line(tile_group, side, line)) return;
+    const int64_t i = merge_row(tile_group, side, line);
     RowResult<Acc> result;
     bool finished = step.rows_last && side == 0;
     any_formula.visit([&](const auto& formula) {
         using Formula = std::decay_t<decltype(formula)>;
         const auto merge = [&](auto stage) {
-            result = merge_row_sums<Tile, decltype(stage)::value>(
-                tile_group, side, line, i, formula, row_stats, partials, kept, step, mining, results);
+            result = merge_row_sums<decltype(stage)::value>(tile_group, side, line, i, formula, row_stats,
+                                                            partials, kept, step, mining, results);
         };
         if constexpr (!Formula::kContext) {
             merge(std::integral_constant<Stage, Stage::kBoth>{});
@@ -178,9 +183,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     if (!finished) return;
     if (!tile_group.square && tile_group.row_tile == 0) {
         // References matter by their norms only. Blocks past the last row store nothing.
-        const int64_t rows = min(tile_group.rows.points.rows, int64_t(tile_group.row_tiles) * Tile);
+        const int64_t rows = min(tile_group.rows.count, int64_t(tile_group.row_tiles) * kTileSide<Acc>);
         const int64_t step_size = (rows + kWarpSize - 1) / kWarpSize * kMergeThreads;
-        for (int64_t j = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x; j < tile_group.cols.points.rows;
+        for (int64_t j = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x; j < tile_group.cols.count;
              j += step_size) {
             result.not_finite += Acc(!is_finite(tile_group.cols.norms[j]));
             result.very_long += Acc(is_very_long(tile_group.cols.norms[j]));
@@ -200,24 +205,25 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
 }
 
 // Adds the sums of a tile group's weights to those of its rows and columns; null: not wanted.
-template <int Tile, typename T, typename Acc>
+template <typename Acc>
 __global__ void __launch_bounds__(kMergeThreads, 1)
-    merge_weights(const __grid_constant__ TileGroup<T, Acc> all, Partials<Acc> partials, const uint8_t* kept,
+    merge_weights(const __grid_constant__ TileGroup<Acc> all, Partials<Acc> partials, const uint8_t* kept,
                   MergeStep step, Acc* row_sums, Acc* col_sums) {
-    const auto tile_group = all.template in_use<Tile>();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const auto tile_group = all.in_use();
     const int side = int(blockIdx.y), line = int(blockIdx.x) * kWarpSize + lane_id();
     Acc* sums = side == 0 ? row_sums : col_sums;
-    if (!sums || !has_line<Tile>(tile_group, side, line)) return;
+    if (!sums || !has_line(tile_group, side, line)) return;
     Acc sum = 0;
     const Acc none[1] = {Acc(0)};
-    for_slots<Tile>(tile_group, partials, side, line, kept, kHasGradient, none,
-                    [&](const Acc(&q)[1][kMergeBatch]) {
+    for_slots(tile_group, partials, side, line, kept, kHasGradient, none, [&](const Acc(&q)[1][kMergeBatch]) {
 #pragma unroll
-                        for (int b = 0; b < kMergeBatch; ++b) sum += q[0][b];
-                    });
+        for (int b = 0; b < kMergeBatch; ++b) sum += q[0][b];
+    });
     Acc found[1][kMergeWarps];
     if (!gather_warps({sum}, found)) return;
-    const int64_t i = merge_row<Tile>(tile_group, side, line);
+    const int64_t i = merge_row(tile_group, side, line);
     if (i < 0) return;
     sum = step.first(side) ? Acc(0) : sums[i];
 #pragma unroll
@@ -231,6 +237,8 @@ inline constexpr int kPartThreads = 256;
 template <typename Acc>
 __global__ void __launch_bounds__(kPartThreads)
     merge_gradient(const Acc* parts, int count, int64_t pitch, int64_t size, Acc* sums) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = int64_t(blockIdx.x) * kPartThreads + threadIdx.x;
     if (i >= size) return;
     Acc sum = sums[i];

@@ -8,9 +8,8 @@ namespace dml::cuda {
 
 DML_EXTERN_ENGINES(Engine)
 
-int64_t saved_bytes(const Task& task, bool save_for_backward) {
-    return with_arithmetic<Engine>(task,
-                                   [&](auto engine) { return engine.saved_bytes(task, save_for_backward); });
+int64_t saved_bytes(const Task& task) {
+    return with_arithmetic<Engine>(task, [&](auto engine) { return engine.saved_bytes(task); });
 }
 
 int64_t forward_workspace_bytes(const Task& task) {
@@ -27,11 +26,10 @@ void forward(const Task& task, bool save_for_backward, void* saved, void* loss, 
         task, [&](auto engine) { engine.forward(task, save_for_backward, saved, loss, workspace, stream); });
 }
 
-void backward(const Task& task, bool saved_for_backward, void* saved, const void* grad_loss,
-              void* grad_queries, void* grad_refs, void* workspace, cudaStream_t stream) {
+void backward(const Task& task, void* saved, const void* grad_loss, void* grad_queries, void* grad_refs,
+              void* workspace, cudaStream_t stream) {
     with_arithmetic<Engine>(task, [&](auto engine) {
-        engine.backward(task, saved_for_backward, saved, grad_loss, grad_queries, grad_refs, workspace,
-                        stream);
+        engine.backward(task, saved, grad_loss, grad_queries, grad_refs, workspace, stream);
     });
 }
 

@@ -10,55 +10,46 @@
 // computes an exponential for each line.
 #pragma once
 
+#include "cuda/pairs/pair_weights.h"
 #include "cuda/pairs/partials.cuh"
 #include "cuda/pairs/row_weights.cuh"
+#include "cuda/pairs/tile_need.cuh"
 #include "cuda/pairs/tile_pairs.cuh"
 
 namespace dml::cuda {
-
-// The type that weights are stored in: what a product in GradMath would round them to anyway.
-template <typename GradMath>
-struct WeightOf {
-    using Type = typename GradMath::Acc;
-};
-template <typename T>
-struct WeightOf<HalfMath<T>> {
-    using Type = T;
-};
-template <typename T>
-struct WeightOf<Tf32Math<T, false>> {
-    using Type = RoundedToTf32;
-};
 
 // How far apart the log-sum-exps of a tile's lines may lie.
 template <typename Acc>
 inline constexpr Acc kWidestValues = Acc(sizeof(Acc) == 4 ? 40 : 500);
 
 // The largest log-sum-exp of the lines that count; careful is set where the least lies too far below.
-template <typename Math, typename Acc>
+template <typename Acc>
 DML_DEVICE Acc common_value(bool counts, Acc value, Acc* shared, bool& careful) {
     counts = counts && is_finite(value);
-    const Acc top = block_max<Math>(counts ? value : -infinity<Acc>(), shared);
-    const Acc least = -block_max<Math>(counts ? -value : -infinity<Acc>(), shared + kWarpSize);
+    const Acc top = block_max(counts ? value : -infinity<Acc>(), shared);
+    const Acc least = -block_max(counts ? -value : -infinity<Acc>(), shared + kWarpSize);
     careful = careful || top - least > kWidestValues<Acc>;
     return top;
 }
+
+// Quantities that warps exchange: a line's sum, and its largest weight times the scale of the point it multiplies.
+inline constexpr int kWeightSum = 0, kLargestWeight = 1, kWeightQuantities = 2;
 
 // Shared numbers of each line.
 enum LineNumber { kPosBound, kNegBound, kPosWeight, kNegWeight, kLineValue };
 
 // ---- dL/ds of a tile's pairs -----------------------------------------------------------------------------
 
-template <typename Math, typename Formula, typename T, typename Acc = typename Math::Acc>
+template <typename Formula, typename Acc>
 struct TileWeights {
-    using Grid = PairGrid<Math>;
+    using Grid = PairGrid<Acc>;
     using Sims = typename Grid::Sims;
     static constexpr int kTile = Grid::kTile, kLines = Grid::kLines;
     static constexpr bool kNegExp = Formula::kNeg == Accumulator::kLogSumExp,
                           kPosExp = Formula::kPos == Accumulator::kLogSumExp;
 
-    const TileGroup<T, Acc>& tile_group;
-    const LoadedTile<Math>& tile;
+    const TileGroup<Acc>& tile_group;
+    const LoadedTile<Acc>& tile;
     const Formula& formula;
     const RowStats<Acc>& row_stats;
     const Upstream<Acc>& upstream;
@@ -69,16 +60,14 @@ struct TileWeights {
     DML_DEVICE void load_lines(int64_t ti, int64_t tj) {
         Acc* numbers = Grid::line_numbers();
         const int line = int(threadIdx.x);
-        const int64_t row = line_of_thread<Math>(tile_group, ti, tj);
+        const int64_t row = line_of_thread(tile_group, ti, tj);
         RowWeight<Acc> weight;
         if (row >= 0 && (tile_group.square || line < kTile))
             weight = RowWeight<Acc>::load(row_stats, row, upstream);
-        Acc* scratch = Grid::scratch(1);
-        if constexpr (kNegExp)
-            top_neg = common_value<Math>(weight.d_neg != Acc(0), weight.neg, scratch, careful);
+        Acc* scratch = Grid::scratch(kWeightQuantities);
+        if constexpr (kNegExp) top_neg = common_value(weight.d_neg != Acc(0), weight.neg, scratch, careful);
         if constexpr (kPosExp)
-            top_pos =
-                common_value<Math>(weight.d_pos != Acc(0), weight.pos, scratch + 2 * kWarpSize, careful);
+            top_pos = common_value(weight.d_pos != Acc(0), weight.pos, scratch + 2 * kWarpSize, careful);
         if (line < kLines) {
             const auto factor = [&](bool exponential, Acc d, Acc value, Acc top) {
                 if (!exponential || careful || d == Acc(0)) return d;
@@ -175,7 +164,7 @@ struct TileWeights {
         const auto load = [&](int64_t at, int64_t rows) {
             return at < rows ? RowWeight<Acc>::load(row_stats, at, upstream) : RowWeight<Acc>{};
         };
-        const RowWeight<Acc> row_weight = load(tile.row0 + row, tile_group.rows.points.rows);
+        const RowWeight<Acc> row_weight = load(tile.row0 + row, tile_group.rows.count);
 #pragma unroll 1
         for (int j = 0; j < Grid::kCols; ++j) {
             const int col = Grid::col(j);
@@ -185,7 +174,7 @@ struct TileWeights {
             Acc sum = 0;
 #pragma unroll 1
             for (int side = 0; side < (tile_group.square ? 2 : 1); ++side) {
-                if (side == 1) line_weight = load(tile.col0 + col, tile_group.cols.points.rows);
+                if (side == 1) line_weight = load(tile.col0 + col, tile_group.cols.count);
                 sum += line_weight.of(formula, positive, s);
             }
             Grid::sim(row, col) = sum;
@@ -216,33 +205,41 @@ struct TileWeights {
 
 // ---- the kernel -----------------------------------------------------------------------------------------
 
-// weights: [row_tiles, col_tiles, kTile, kTile] of the tile group. sums: of each line's weights, written
-// where distances of rows that are not normalised need them.
-template <typename Math, typename Weight, typename T = typename Math::Value,
-          typename Acc = typename Math::Acc>
-__global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
-    pair_weights(const __grid_constant__ TileGroup<T, Acc> all,
-                 const __grid_constant__ AnyFormula<Acc> any_formula, RowStats<Acc> row_stats,
-                 Upstream<Acc> upstream, const uint8_t* kept, Weight* weights, Partials<Acc> sums) {
-    using Traits = TileTraits<Math>;
-    using Grid = PairGrid<Math>;
+// Weights' sums of each line are written where distances of rows that are not normalised need them.
+template <typename Weight, typename Acc>
+__global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
+    pair_weights(const __grid_constant__ TileGroup<Acc> all,
+                 const __grid_constant__ AnyFormula<Acc> any_formula,
+                 const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
+                 GroupWeights<Weight, Acc> to, Partials<Acc> sums) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    using Traits = TileTraits<Acc>;
+    using Grid = PairGrid<Acc>;
     constexpr int kTile = Traits::kTile;
-    const auto tile_group = all.template in_use<kTile>();
+    constexpr bool kScales = kScalesWeights<Weight>;
+    const auto tile_group = all.in_use();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
     const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
-    if (!tile_group.has(ti, tj) || (kept && !(kept[tile_group.tile_index(ti, tj)] & kHasGradient))) return;
-    const LoadedTile<Math> tile = load_pairs<Math>(tile_group, ti, tj, false);
+    if (!tile_group.has(ti, tj) || !need.has_gradient(tile_group, ti, tj)) return;
+    const RowStats<Acc>& row_stats = need.row_stats;
+    const LoadedTile<Acc> tile = load_pairs(tile_group, ti, tj, false);
     const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
-    Weight* out = weights + (int64_t(row_tile) * tile_group.col_tiles + col_tile) * kTile * kTile;
-    const WarpExchange<Grid> exchange = {Grid::scratch(1)};
+    const int64_t slot = tile_group.slot(ti, tj);
+    Weight* out = to.weights + slot * to.kPlace;
+    const WarpExchange<Grid> exchange = {Grid::scratch(kWeightQuantities)};
     const Similarity kind = tile_group.similarity;
     const bool unscaled = kind.euclidean && !kind.normalize;
     const Acc range = unscaled ? Acc(1) : row_stats.header[kRange];
+    // Of the image's row of a line of the tile.
+    const auto scale_of = [&](const Image& image, int line) {
+        return image.scales ? Acc(image.scales[line]) : Acc(1);
+    };
 
     struct alignas(16) Row {
         Weight w[Grid::kCols];
     };
-    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {};
+    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {}, col_largest[Grid::kCols] = {};
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_norms[j] = unscaled ? Acc(1) : norms[kTile + Grid::col(j)];
     const auto write = [&](int i, const typename Grid::Sims& sims, const typename Grid::Sims& w) {
@@ -272,24 +269,40 @@ __global__ void __launch_bounds__(TileTraits<Math>::kThreads, kPairBlocks<Math>)
                 row_sum += Acc(row.w[j]);
                 col_sums[j] += Acc(row.w[j]);
             }
-            exchange.put_row(0, i, merge_lanes<Grid>(row_sum, Plus{}));
+            exchange.put_row(kWeightSum, i, merge_lanes<Grid>(row_sum, Plus{}));
+        }
+        if constexpr (kScales) {
+            const Acc row_scale = scale_of(tile_group.row_image, row_tile * kTile + Grid::row(i));
+            Acc largest = 0;
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc size = std::fabs(x.s[j]);
+                largest = std::fmax(largest,
+                                    size * scale_of(tile_group.col_image, col_tile * kTile + Grid::col(j)));
+                col_largest[j] = std::fmax(col_largest[j], size * row_scale);
+            }
+            exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));
         }
         *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
     any_formula.visit([&](const auto& formula) {
         using Formula = std::decay_t<decltype(formula)>;
-        TileWeights<Math, Formula, T> tile_weights = {tile_group, tile, formula, row_stats, upstream};
+        TileWeights<Formula, Acc> tile_weights = {tile_group, tile, formula, row_stats, upstream};
         tile_weights.load_lines(ti, tj);
         tile_weights.for_rows(write);
     });
-    if (!unscaled) return;
-    exchange.put_cols(0, col_sums, Plus{});
+    if (!unscaled && !kScales) return;
+    if (unscaled) exchange.put_cols(kWeightSum, col_sums, Plus{});
+    if constexpr (kScales) exchange.put_cols(kLargestWeight, col_largest, Maximum{});
     block_sync();
     const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
     if (line >= Grid::kLines) return;
+    if constexpr (kScales)
+        to.ups[slot * Grid::kLines + line] = scale_up(exchange.get(kLargestWeight, line, Maximum{}));
+    if (!unscaled) return;
     const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
-    sums.template at<kTile>(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
-        exchange.get(0, line, Plus{});
+    sums.at(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
+        exchange.get(kWeightSum, line, Plus{});
 }
 
 }  // namespace dml::cuda

@@ -13,21 +13,16 @@ template <typename Acc>
 struct Partials {
     Acc* data;
 
-    template <int Tile, typename T>
-    DML_DEVICE Acc& at(const TileGroup<T, Acc>& tile_group, int side, int slot, int quantity,
-                       int line) const {
-        const int lines = (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * Tile;
-        const int64_t side_size = int64_t(tile_group.row_tiles) * tile_group.col_tiles * Tile * kQuantities;
+    DML_DEVICE Acc& at(const TileGroup<Acc>& tile_group, int side, int slot, int quantity, int line) const {
+        const int lines = (side == 0 ? tile_group.row_tiles : tile_group.col_tiles) * kTileSide<Acc>;
+        const int64_t side_size =
+            int64_t(tile_group.row_tiles) * tile_group.col_tiles * kTileSide<Acc> * kQuantities;
         return data[side * side_size + (int64_t(slot) * kQuantities + quantity) * lines + line];
     }
 };
 inline int64_t partials_size(int64_t tiles, int tile, bool both_sides) {
     return (both_sides ? 2 : 1) * tiles * tile * kQuantities;
 }
-
-// Bits of a tile's kept flag.
-inline constexpr uint8_t kHasGradient = 1;  // a derivative in it can be not 0
-inline constexpr uint8_t kHasPartials = 2;  // the present pass has left partial results
 
 // Whether a merge visits the rows and columns of a tile group for the first time, and its rows for the last.
 struct MergeStep {

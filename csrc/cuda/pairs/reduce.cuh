@@ -86,6 +86,7 @@ template <typename Acc>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, Division division,
                    Acc* result) {
+    wait_for_previous_kernel();
     reduce_slots<kReduceThreads>(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
 }
 

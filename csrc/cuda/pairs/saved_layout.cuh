@@ -19,11 +19,10 @@ struct SavedLayout {
     using Acc = typename Math::Acc;
     using Policy = TilePolicy<Math>;
     const Task& task;
-    bool saves;  // whether a backward may follow
 
     TileSizes<int64_t> sizes() const {
         const Problem& p = task.problem;
-        return {p.queries.count, p.refs.count, p.square, sizeof(Acc), saves, task.tuning.cache_bytes};
+        return {p.queries.count, p.refs.count, p.square, sizeof(Acc), task.tuning.cache_bytes};
     }
     int64_t bytes() const { return sizes().bytes; }
 
@@ -36,7 +35,7 @@ struct SavedLayout {
         Acc* norms = a + kStatsPerRow * n;
         const RowStats<Acc> row_stats = {header,    a,         a + n,     a + 2 * n,
                                          a + 3 * n, a + 4 * n, a + 5 * n, saved + at.flags};
-        Acc* cache = saves && at.caches ? reinterpret_cast<Acc*>(saved + at.similarities) : nullptr;
+        Acc* cache = at.caches ? reinterpret_cast<Acc*>(saved + at.similarities) : nullptr;
         uint8_t* kept = Policy::has_kept(p) ? saved + at.kept : nullptr;
         return {row_stats, norms, p.square ? norms : norms + n, cache, kept};
     }

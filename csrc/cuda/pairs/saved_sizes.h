@@ -42,17 +42,16 @@ Int extremes_bytes(const Int& tiles, int64_t acc_bytes) {
 template <typename Int>
 struct TileSizes {
     Int similarities, flags, kept, bytes;
-    Int caches;  // 1 or 0: whether similarities may be kept for backward
+    Int caches;  // 1 or 0: whether all similarities are kept
 
-    TileSizes(const Int& n, const Int& m, bool square, int64_t acc_bytes, bool save,
-              int64_t cache_bytes = kCacheBytes) {
+    TileSizes(const Int& n, const Int& m, bool square, int64_t acc_bytes, int64_t cache_bytes) {
         const Int tiles = tile_count_of(n, m, square, acc_bytes);
         const int64_t side = tile_side(acc_bytes);
         const Int all_similarities = tiles * Int(side * side * acc_bytes);
         caches = is_positive(Int(cache_bytes + 1) - all_similarities);
         const Int numbers = Int(kHeader) + Int(kStatsPerRow + 1) * n + (square ? Int(0) : m);
         similarities = round_up(numbers * Int(acc_bytes), 16);
-        flags = similarities + (save ? all_similarities * caches : Int(0));
+        flags = similarities + all_similarities * caches;
         kept = flags + n;
         bytes = round_up(kept + tiles * knows_kept(tiles), 16);
     }
@@ -73,11 +72,11 @@ Int learned_bytes(const Int& n, int64_t params, int64_t acc_bytes) {
 
 // Bytes that forward saves: of the matrix path, or of tiles.
 template <typename Int>
-Int saved_bytes_of(const Int& n, const Int& m, bool square, int64_t acc_bytes, bool save,
+Int saved_bytes_of(const Int& n, const Int& m, bool square, int64_t acc_bytes, int64_t cache_bytes,
                    int64_t params = 0) {
     const Int matrix = uses_matrix(n, m, acc_bytes);
     return matrix * MatrixSizes<Int>(n, m, square, acc_bytes).bytes +
-           (Int(1) - matrix) * TileSizes<Int>(n, m, square, acc_bytes, save).bytes +
+           (Int(1) - matrix) * TileSizes<Int>(n, m, square, acc_bytes, cache_bytes).bytes +
            learned_bytes(n, params, acc_bytes);
 }
 

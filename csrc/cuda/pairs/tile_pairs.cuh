@@ -6,19 +6,55 @@
 // comparison is false, so the loops need no mask.
 #pragma once
 
+#include "cuda/common/math.cuh"
 #include "cuda/pairs/tile_group.cuh"
 
 namespace dml::cuda {
 
-template <typename Math>
+// Thread blocks of a kernel that visits pairs per multiprocessor. From sm_120 on shared memory holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <typename Acc>
+inline constexpr int kPairBlocks = 1;
+#else
+template <typename Acc>
+inline constexpr int kPairBlocks = sizeof(Acc) == 8 ? 1 : 2;
+#endif
+
+// Shared memory of kernels that visit pairs.
+template <typename Acc>
+struct TileTraits {
+    static constexpr int kTile = kTileSide<Acc>;
+    // Rows of similarities are 16 bytes longer than the tile, so that eight rows start in different banks.
+    static constexpr int kSimPitch = kTile + kPad<Acc>;
+    static constexpr int kTileBytes = kTile * kSimPitch * int(sizeof(Acc));
+    static constexpr int kLabels = (kTileBytes + 15) / 16 * 16;
+    static constexpr int kNorms = kLabels + 2 * kTile * int(sizeof(int64_t));
+    static constexpr int kFlags = kNorms + 2 * kTile * int(sizeof(Acc));
+    static constexpr int kEnd =
+        kFlags + kWarpSize * int(sizeof(int));  // where the kernels' other arrays begin
+
+    static DML_DEVICE int64_t* labels() { return shared_array<int64_t>(kLabels, 2 * kTile); }
+    static DML_DEVICE int* flags() { return shared_array<int>(kFlags, kWarpSize); }
+};
+
+// The tile of a block: its similarities and the labels of both sides, in shared memory.
+template <typename Acc>
+struct LoadedTile {
+    int64_t row0, col0;
+    Acc* sim;             // [kTile, kSimPitch]
+    int64_t* row_labels;  // [kTile]
+    int64_t* col_labels;  // [kTile]
+};
+
+template <typename AccType>
 struct PairGrid {
-    using Traits = TileTraits<Math>;
-    using Acc = typename Math::Acc;
+    using Acc = AccType;
+    using Traits = TileTraits<Acc>;
     static constexpr int kTile = Traits::kTile, kLines = 2 * kTile;  // rows, then columns
     static constexpr int kLaneRows = 8, kLaneCols = 4;               // lanes of a warp
-    static constexpr int kWarpRows = 2, kWarpCols = Traits::kThreads / kWarpSize / kWarpRows;
+    static constexpr int kWarpRows = 2, kWarpCols = kTileThreads / kWarpSize / kWarpRows;
     static constexpr int kRows = kTile / kWarpRows / kLaneRows, kCols = kTile / kWarpCols / kLaneCols;
-    static_assert(kLines <= Traits::kThreads, "a thread for each line");
+    static_assert(kLines <= kTileThreads, "a thread for each line");
 
     // Shared memory, after the tile's.
     static constexpr int kIds = Traits::kEnd;
@@ -64,23 +100,15 @@ struct PairGrid {
 };
 
 // Whether `value` holds for any thread of the block; every thread gets the answer. Two barriers.
-template <typename Math>
+template <typename Acc>
 DML_DEVICE bool block_any(bool value) {
-    using Traits = TileTraits<Math>;
-    int* flags = shared_array<int>(Traits::kFlags, kWarpSize);
-    value = warp_any(value);
-    block_sync();  // previous readers of the flags are done
-    if (lane_id() == 0) flags[warp_id()] = value ? 1 : 0;
-    block_sync();
-    int any = 0;
-    for (int w = 0; w < Traits::kThreads / kWarpSize; ++w) any |= flags[w];
-    return any != 0;
+    return block_any(value, TileTraits<Acc>::flags());
 }
 
 // The largest of all threads' numbers.
-template <typename Math, typename Acc>
+template <typename Acc>
 DML_DEVICE Acc block_max(Acc x, Acc* shared) {
-    constexpr int kWarps = TileTraits<Math>::kThreads / kWarpSize, kAtOnce = 16 / int(sizeof(Acc));
+    constexpr int kWarps = kTileThreads / kWarpSize, kAtOnce = 16 / int(sizeof(Acc));
     x = warp_max(x);
     if (lane_id() == 0) shared[warp_id()] = x;
     block_sync();
@@ -104,27 +132,16 @@ DML_DEVICE Acc quick_exp(Acc x) {
     }
 }
 
-// The row or column of this thread's line, or -1.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE int64_t line_of_thread(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj) {
-    constexpr int kTile = TileTraits<Math>::kTile;
-    const int line = int(threadIdx.x);
-    if (line >= 2 * kTile) return -1;
-    const bool is_row = line < kTile;
-    const int64_t i = is_row ? ti * kTile + line : tj * kTile + line - kTile;
-    return i < (is_row ? tile_group.rows : tile_group.cols).points.rows ? i : -1;
-}
-
 // Ids of 32 bits, equal where the labels of the tile's lines are: the labels' lower halves where all upper
 // halves agree, else the first line that has the label.
-template <typename Math>
-DML_DEVICE void number_labels(const LoadedTile<Math>& tile) {
-    using Grid = PairGrid<Math>;
+template <typename Acc>
+DML_DEVICE void number_labels(const LoadedTile<Acc>& tile) {
+    using Grid = PairGrid<Acc>;
     const int line = int(threadIdx.x);
     const int64_t* labels = tile.row_labels;  // the columns' follow
     const int64_t label = line < Grid::kLines ? labels[line] : labels[0];
     int id = int(uint32_t(label));
-    if (block_any<Math>((label ^ labels[0]) >> 32 != 0)) {
+    if (block_any<Acc>((label ^ labels[0]) >> 32 != 0)) {
         id = 0;
         while (labels[id] != label) ++id;
     }
@@ -133,48 +150,71 @@ DML_DEVICE void number_labels(const LoadedTile<Math>& tile) {
 }
 
 // Sets elements that are no pair to NaN: past the edges and, where square, on the diagonal and left of it.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE void mark_edges(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
-    using Traits = TileTraits<Math>;
+template <typename Acc>
+DML_DEVICE void mark_edges(const TileGroup<Acc>& tile_group, const LoadedTile<Acc>& tile) {
+    using Traits = TileTraits<Acc>;
     constexpr int kTile = Traits::kTile;
-    const int64_t rows = tile_group.rows.points.rows - tile.row0,
-                  cols = tile_group.cols.points.rows - tile.col0;
+    const int64_t rows = tile_group.rows.count - tile.row0, cols = tile_group.cols.count - tile.col0;
     const bool diagonal = tile_group.square && tile.row0 == tile.col0;
     if (rows >= kTile && cols >= kTile && !diagonal) return;
     block_sync();  // the similarities have been read for the cache
-    for (int e = int(threadIdx.x); e < kTile * kTile; e += Traits::kThreads) {
+    for (int e = int(threadIdx.x); e < kTile * kTile; e += kTileThreads) {
         const int r = e / kTile, c = e % kTile;
-        if (r >= rows || c >= cols || (diagonal && c <= r)) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
+        if (r >= rows || c >= cols || (diagonal && c <= r)) PairGrid<Acc>::sim(r, c) = not_a_number<Acc>();
     }
     block_sync();
 }
 
 // Sets the pair of a row and itself to NaN, where that is a positive.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE void mark_self(const TileGroup<T, Acc>& tile_group, const LoadedTile<Math>& tile) {
-    constexpr int kTile = TileTraits<Math>::kTile;
+template <typename Acc>
+DML_DEVICE void mark_self(const TileGroup<Acc>& tile_group, const LoadedTile<Acc>& tile) {
+    constexpr int kTile = TileTraits<Acc>::kTile;
     if (!tile_group.self_index) return;
     block_sync();
     const int r = int(threadIdx.x);
-    if (r < kTile && tile.row0 + r < tile_group.rows.points.rows) {
+    if (r < kTile && tile.row0 + r < tile_group.rows.count) {
         const int64_t self = tile_group.self_index[tile.row0 + r];
         if (self >= tile.col0 && self < tile.col0 + kTile) {
             const int c = int(self - tile.col0);
-            if (tile.row_labels[r] == tile.col_labels[c]) PairGrid<Math>::sim(r, c) = not_a_number<Acc>();
+            if (tile.row_labels[r] == tile.col_labels[c]) PairGrid<Acc>::sim(r, c) = not_a_number<Acc>();
         }
     }
     block_sync();
 }
 
+// The similarities, labels and norms of a tile.
+template <typename Acc>
+DML_DEVICE LoadedTile<Acc> load_tile(const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj) {
+    using Traits = TileTraits<Acc>;
+    constexpr int kTile = Traits::kTile;
+    Acc* sim = reinterpret_cast<Acc*>(shared_array<unsigned char>(0, Traits::kTileBytes));
+    WholeBoxes<Acc, kTile, kTile, kTile, Traits::kSimPitch, kTileThreads>(tile_group.similarities_of(ti, tj))
+        .start(sim, 0);
+    cp_async_commit();
+    int64_t* labels = Traits::labels();
+    Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
+    static_assert(2 * kTile <= kTileThreads, "a thread for each line");
+    if (int(threadIdx.x) < 2 * kTile) {
+        const int t = int(threadIdx.x);
+        const bool is_row = t < kTile;
+        const int64_t i = line_of_thread(tile_group, ti, tj);
+        labels[t] = i >= 0 ? (is_row ? tile_group.rows : tile_group.cols).labels[i] : 0;
+        norms[t] = i >= 0 ? (is_row ? tile_group.rows : tile_group.cols).norms[i] : Acc(0);
+    }
+    cp_async_wait<0>();
+    block_sync();
+    return {ti * kTile, tj * kTile, sim, labels, labels + kTile};
+}
+
 // A tile whose pairs can be visited. for_mining: pairs of rows and themselves stay where mine_self_pair says
 // so.
-template <typename Math, typename T, typename Acc>
-DML_DEVICE LoadedTile<Math> load_pairs(const TileGroup<T, Acc>& tile_group, int64_t ti, int64_t tj,
-                                       bool for_mining) {
-    const LoadedTile<Math> tile = load_tile<Math>(tile_group, ti, tj);
-    mark_edges<Math>(tile_group, tile);
-    if (!for_mining || !tile_group.mine_self_pair) mark_self<Math>(tile_group, tile);
-    number_labels<Math>(tile);
+template <typename Acc>
+DML_DEVICE LoadedTile<Acc> load_pairs(const TileGroup<Acc>& tile_group, int64_t ti, int64_t tj,
+                                      bool for_mining) {
+    const LoadedTile<Acc> tile = load_tile(tile_group, ti, tj);
+    mark_edges(tile_group, tile);
+    if (!for_mining || !tile_group.mine_self_pair) mark_self(tile_group, tile);
+    number_labels(tile);
     return tile;
 }
 

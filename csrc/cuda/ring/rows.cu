@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kRowThreads)
     finish_rows_of(const __grid_constant__ AnyFormula<Acc> any_formula, bool mining, Reduction reduction,
                    int64_t rows, RowStats<Acc> from, const int64_t* pairs, Acc* losses, RowStats<Acc> to,
                    RowsByParams<Acc> by_params) {
+    wait_for_previous_kernel();
     const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
     if (i < kHeader) to.header[i] = from.header[i];
     if (i >= rows) return;
@@ -115,16 +116,17 @@ void finish_rows(const Task& asked, const void* state, const int64_t* pairs, voi
         using Acc = decltype(number);
         const int64_t rows = p.queries.count;
         auto* bytes = static_cast<unsigned char*>(workspace);
-        const Task task = with_made_formula<Acc>(asked, bytes, stream);
+        Launches launches(stream);
+        const Task task = with_made_formula<Acc>(asked, bytes, launches);
         RowStats<Acc> to = state_of(static_cast<Acc*>(weights), rows);
         to.flags = bytes;
         RowsByParams<Acc> by_params = {};
         if (task.learned.count > 0)
             by_params = {task.learned.made, static_cast<Acc*>(weights) + state_numbers(rows), rows};
-        launch(finish_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0, stream,
-               AnyFormula<Acc>(p, task.learned.made), p.mining.on, p.reduction, rows,
-               state_of(const_cast<Acc*>(static_cast<const Acc*>(state)), rows), pairs,
-               static_cast<Acc*>(losses), to, by_params);
+        launches(finish_rows_of<Acc>, row_blocks(std::max<int64_t>(rows, 1)), dim3(kRowThreads), 0,
+                 AnyFormula<Acc>(p, task.learned.made), p.mining.on, p.reduction, rows,
+                 state_of(const_cast<Acc*>(static_cast<const Acc*>(state)), rows), pairs,
+                 static_cast<Acc*>(losses), to, by_params);
     });
 }
 
