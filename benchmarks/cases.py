@@ -158,6 +158,15 @@ def _memory_case(
     return Case("memory", loss, n, d, epsilon, peers=peers, once=True)
 
 
+def _cache_cases() -> list[Case]:
+    """Batches of which the default cache holds a part on the CPU, and nothing on a GPU."""
+    return [
+        Case("cache", "multi_similarity", 8192, d, epsilon, dtype=dtype, peers=("fused", "cached"))
+        for d, dtype in ((128, "float32"), (512, "float32"), (512, "bfloat16"))
+        for epsilon in (EPSILON, None)
+    ]
+
+
 def _family_cases() -> list[Case]:
     """Every loss over all pairs, with its default options."""
     return [
@@ -241,6 +250,7 @@ def _cpu_cases() -> list[Case]:
         *_drop_in_cases(),
         *_triplet_cases(),
         *_ranking_cases(),
+        *_cache_cases(),
     ]
 
 
@@ -254,7 +264,7 @@ def _cuda_cases() -> list[Case]:
         cases += _training_cases(large, mined, dtype=dtype)
     memory = [_memory_case(131_072, 128), _memory_case(1_000_000, 128, peers=("fused",))]
     others = *_pml_protocol(), *_family_cases(), *_forward_cases(), *memory, *_drop_in_cases()
-    return [*cases, *others, *_triplet_cases()]
+    return [*cases, *others, *_triplet_cases(), *_cache_cases()]
 
 
 def default_cases(device: str) -> list[Case]:

@@ -16,6 +16,7 @@ from .report import split
 _STYLE = {
     "fused": ("#D55E00", "o"),
     "fused_graph": ("#F0A060", "o"),
+    "cached": ("#E69F00", "o"),
     "compiled": ("#009E73", "s"),
     "reference": ("#0072B2", "D"),
     "chunked": ("#CC79A7", "^"),
