@@ -15,7 +15,8 @@ namespace {
 
 template <typename Math>
 void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, FormulaId formula,
-         Similarity similarity, const Tuning& tuning, bool learns = false) {
+         Similarity similarity, const Tuning& tuning, bool learns = false,
+         Reduction reduction = Reduction::kMean) {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     const Cloud<T> queries(n, dim, stride), refs(m > 0 ? m : 1, dim, dim);
@@ -29,6 +30,7 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
     p.scalar = scalar;
     p.formula = formula;
     p.similarity = similarity;
+    p.reduction = reduction;
     std::copy_n(kParams[int(formula)], 3, p.params);
     p.mining = {formula == FormulaId::multi_similarity || formula == FormulaId::nt_xent, 0.1};
     // Every query is the reference of its number, if there is one, and the last references are still empty.
@@ -46,14 +48,18 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
     if (learns) task.learned = {params, values.as<double>(), by_params.as<double>()};
 
     const Buffer saved(Engine<Math>::saved_bytes(task));
-    const Buffer result(sizeof(Acc)), upstream(sizeof(Acc)), grad_queries(n * dim * int64_t(sizeof(T))),
-        grad_refs(m * dim * int64_t(sizeof(T)));
-    *upstream.as<Acc>() = Acc(1);
+    const int64_t losses = reduction == Reduction::kNone ? n : 1;
+    const Buffer result(losses * int64_t(sizeof(Acc))), upstream(losses * int64_t(sizeof(Acc))),
+        grad_queries(n * dim * int64_t(sizeof(T))), grad_refs(m * dim * int64_t(sizeof(T)));
+    std::fill_n(upstream.as<Acc>(), losses, Acc(1));
     const Buffer forward_space(Engine<Math>::forward_workspace_bytes(task));
     const Buffer backward_space(Engine<Math>::backward_workspace_bytes(task));
     Engine<Math>::forward(task, true, saved.data.get(), result.data.get(), forward_space.data.get(), nullptr);
     Engine<Math>::backward(task, saved.data.get(), upstream.data.get(), grad_queries.data.get(),
                            p.square ? nullptr : grad_refs.data.get(), backward_space.data.get(), nullptr);
+    const Buffer counts(2 * n * int64_t(sizeof(int64_t))),
+        count_space(Engine<Math>::count_workspace_bytes(task));
+    Engine<Math>::count_pairs(task, counts.as<int64_t>(), count_space.data.get(), nullptr);
     if (!(*result.as<Acc>() > Acc(0))) {
         std::fprintf(stderr, "a loss of %g\n", double(*result.as<Acc>()));
         std::exit(1);
@@ -90,6 +96,12 @@ void run_all(Scalar scalar, bool formulas) {
     run<Math>(scalar, 260, 0, 8, 8, FormulaId::nt_xent, cosine, large);
     run<Math>(scalar, 37, 70, 8, 8, FormulaId::nt_xent, cosine, matrix);
     run<Math>(scalar, 70, 90, 8, 8, FormulaId::contrastive, raw, large_matrix);
+    // A class head; parts of a line; a loss for each row.
+    run<Math>(scalar, 4, 10000, 8, 8, FormulaId::multi_similarity, cosine, matrix);
+    run<Math>(scalar, 37, 70, 264, 264, FormulaId::contrastive, cosine, matrix);
+    for (const Tuning& tuning : {matrix, large})
+        run<Math>(scalar, 140, 150, 8, 8, FormulaId::multi_similarity, cosine, tuning, false,
+                  Reduction::kNone);
     run<Math>(scalar, 140, 150, 72, 72, FormulaId::sup_con, cosine, large);
 }
 

@@ -368,7 +368,7 @@ def test_neither_the_cache_nor_wide_panels_change_a_bit(d, m, arithmetic):
 def test_sanitizers_find_nothing(sources, sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
     program = build([HERE / source for source in sources], sanitizer=sanitizer)
-    done = run_program(program, schedule=schedule, seed=1)
+    done = run_program(program, schedule=schedule, seed=1, timeout=900)
     assert done.returncode == 0, done.stderr.decode()
 
 
