@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow(300), pytest.mark.long]
 PAIRS = ROOT / "csrc" / "cuda" / "indexed" / "listed_pairs.cu"
 ROW_KERNELS = [
     ROOT / "csrc" / "cuda" / "instantiations" / f"{name}.cu"
-    for name in ("merge", "matrix_rows", "learned_params")
+    for name in ("merge", "look_float", "matrix_rows", "learned_params")
 ]
 # MATRIX is what small batches take; LARGE_MATRIX multiplies large tiles, has a block for each row, and cuts
 # gradients into panels and parts. Both leave similarities in a matrix; the others visit tiles.

@@ -32,7 +32,10 @@ from dml_cuda import _C
 pytestmark = [pytest.mark.slow(100), pytest.mark.long]
 
 F32, F64, BF16, F16 = BY_NAME["f32"], BY_NAME["f64"], BY_NAME["bf16"], BY_NAME["f16"]
-ROWS, MERGES = (ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("ring/rows", "instantiations/merge"))
+KERNELS = [
+    ROOT / "csrc" / "cuda" / f"{name}.cu"
+    for name in ("ring/rows", "instantiations/merge", "instantiations/look_float")
+]
 UNEVEN = (70, 0, 1, 129, 40)  # columns of the blocks, in the order in which they come
 
 
@@ -380,6 +383,6 @@ def test_stages_of_another_formula_are_refused():
 @pytest.mark.parametrize(("sanitizer", "schedule"), SANITIZED)
 def test_sanitizers_find_nothing(sanitizer, schedule):
     """No address out of bounds, no misalignment, no overflow; no race within a block or between blocks."""
-    program = build([HERE / "ring_sanitized.cpp", ROWS, MERGES], sanitizer=sanitizer)
+    program = build([HERE / "ring_sanitized.cpp", *KERNELS], sanitizer=sanitizer)
     done = run_program(program, schedule=schedule, seed=1)
     assert done.returncode == 0, done.stderr.decode()
