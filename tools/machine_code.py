@@ -317,7 +317,7 @@ def row_instructions(name, architecture="90a"):
 
 def sources():
     """The .cu files, the largest first: two are compiled at a time, and long ones should not end alone."""
-    first = ("f32", "f32_tf32", "f16", "bf16", "f64")
+    first = ("matrix_rows", "look_float", "look_double", "f64")
     order = {name: place for place, name in enumerate(first)}
     found = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     return sorted(found, key=lambda path: order.get(path.stem, len(first)))
