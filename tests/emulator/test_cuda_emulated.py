@@ -743,14 +743,14 @@ def test_shared_lines_take_little_memory():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("save", [True, False])
-def test_the_fake_kernel_tells_the_same_sizes(save, dtype):
+@pytest.mark.parametrize(("save", "cache"), [(True, -1), (True, 1 << 30), (True, 0), (False, -1)])
+def test_the_fake_kernel_tells_the_same_sizes(save, cache, dtype):
     """torch.compile plans with what dml_cuda._ops says of the saved tensors."""
     sizes = (0, 1, 100, 256, 257, 512, 513, 1024, 3000, 4096, 4097, 100_000, 3_000_000)
     itemsize = 8 if dtype == torch.float64 else 4
     for n, m, d in product(sizes, (None, *sizes), (16, 128, 129, 512)):
-        e = engine_of_sizes(dtype, n, m, d, save_for_backward=save)
-        of = "cuda", n, n if m is None else m, m is None, False, itemsize, save
+        e = engine_of_sizes(dtype, n, m, d, save_for_backward=save, tuning={"cache_bytes": cache})
+        of = "cuda", n, n if m is None else m, m is None, False, itemsize, save, cache
         assert dml_cuda._C.saved_bytes(*of) == e.ask_sizes()[0], (n, m, d)
         if d == 16:
             e.arguments.options.learned = 1  # an address that is not read
