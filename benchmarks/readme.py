@@ -27,6 +27,7 @@ SECTION = Section("benchmarks")
 BEGIN, END, insert = SECTION.begin, SECTION.end, SECTION.insert
 _RESULTS = Path(__file__).parent / "results"
 _COLUMNS = {
+    "cached": "all cached",
     "reference": "dense PyTorch",
     "compiled": "`torch.compile`",
     "pml": "PML",

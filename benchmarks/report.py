@@ -12,7 +12,7 @@ from rich.text import Text
 from .machine import one_line
 from .peers import LEGEND, TITLES
 
-SPEEDUP_PEERS = ("reference", "compiled", "pml", "chunked")
+SPEEDUP_PEERS = ("cached", "reference", "compiled", "pml", "chunked")
 MEMORY_PEERS = ("fused", *SPEEDUP_PEERS)
 NOTHING = "–"
 _FILE_WIDTH = 110
