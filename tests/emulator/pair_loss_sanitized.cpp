@@ -23,13 +23,8 @@ void run(Scalar scalar, int64_t n, int64_t m, int64_t dim, int64_t stride, Formu
     Task task;
     task.tuning = tuning;
     Problem& p = task.problem;
-    p.queries = queries.view;
-    p.square = m == 0;
-    p.refs = p.square ? p.queries : refs.view;
-    p.dim = dim;
+    p = problem_of(queries, refs, m, dim, formula, similarity);
     p.scalar = scalar;
-    p.formula = formula;
-    p.similarity = similarity;
     p.reduction = reduction;
     std::copy_n(kParams[int(formula)], 3, p.params);
     p.mining = {formula == FormulaId::multi_similarity || formula == FormulaId::nt_xent, 0.1};

@@ -56,6 +56,20 @@ struct Cloud {
     }
 };
 
+// The queries among themselves where m is 0, else against the refs.
+template <typename T>
+Problem problem_of(const Cloud<T>& queries, const Cloud<T>& refs, int64_t m, int64_t dim, FormulaId formula,
+                   Similarity similarity) {
+    Problem p;
+    p.queries = queries.view;
+    p.square = m == 0;
+    p.refs = p.square ? p.queries : refs.view;
+    p.dim = dim;
+    p.formula = formula;
+    p.similarity = similarity;
+    return p;
+}
+
 // The parameters of the formulas, by number.
 inline constexpr double kParams[][3] = {{2, 50, 0.5}, {0.4, 80, 1}, {0.9, -3}, {2, 40, 0.5}, {0.1}, {0.1}};
 

@@ -28,12 +28,7 @@ void run(int64_t n, int64_t m, Similarity similarity, const Tuning& tuning) {
     Task task;
     task.tuning = tuning;
     Problem& p = task.problem;
-    p.queries = queries.view;
-    p.square = m == 0;
-    p.refs = p.square ? p.queries : refs.view;
-    p.dim = kDim;
-    p.formula = kFormula;
-    p.similarity = similarity;
+    p = problem_of(queries, refs, m, kDim, kFormula, similarity);
     p.mining = {true, 0.1};
     const int64_t by_params_bytes = (params + 1) * int64_t(sizeof(double)),
                   query_bytes = n * kDim * int64_t(sizeof(float)),

@@ -1,5 +1,5 @@
 // Launches of the kernels that look at the pairs of a tile group, whose similarities are there. They are compiled once
-// for float and double (instantiations/look.cuh), not for each arithmetic.
+// for float and double (instantiations/look_*.cu), not for each arithmetic.
 #pragma once
 
 #include "cuda/common/launch.h"
