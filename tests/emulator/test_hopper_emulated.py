@@ -14,7 +14,8 @@ SEEDS = [0, 1, 2]
 TARGET = "-gencode=arch=compute_90a,code=sm_90a"
 BLOCK_ROWS, BLOCK_COLUMNS, TILE, SLICE = 128, 64, 128, 64
 LAYOUTS = ["product", "gradient", "transposed"]
-KINDS = [("half", 1), ("half", 2), ("bfloat16", 1)]
+# Type, parts, whether a slice and a row have a scale.
+KINDS = [("half", 1, 0), ("half", 2, 0), ("bfloat16", 1, 0), ("half", 1, 1), ("half", 2, 1)]
 
 no_hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not find_nvcc()
 on_hopper = pytest.mark.skipif(no_hopper, reason="needs a Hopper GPU and nvcc")
@@ -60,8 +61,10 @@ def encode(values, dtype, parts):
     return [big, small], big.astype(np.float64) + small.astype(np.float64) / 2048
 
 
-def multiply(program, layout="product", dtype="half", parts=1, m=256, n=128, k=456, whole=False, **how):
-    """Runs C = A B; returns the process, the result (None if it failed) and the truth."""
+def multiply(
+    program, layout="product", dtype="half", parts=1, scaled=0, m=256, n=128, k=456, whole=False, **how
+):
+    """Runs C = A B, or scaled C_ij = sum_k 2^(k // 64 % 3 + i % 5) a_ik b_kj; returns the process, the result (None if it failed) and the truth."""
     draw = np.random.default_rng(m + n + k)
     values = [draw.integers(-4, 5, s) if whole else draw.standard_normal(s) for s in ((m, k), (k, n))]
     if whole and parts == 2:  # big parts of 5 to 7 and small ones that are not lost, and all sums exact
@@ -69,16 +72,17 @@ def multiply(program, layout="product", dtype="half", parts=1, m=256, n=128, k=4
         values = [v * draw.choice([-1, 1], v.shape) for v in values]
     a_parts, a = encode(values[0], dtype, parts)
     b_parts, b = encode(values[1], dtype, parts)
-    truth = a @ b
+    up = 2.0 ** (np.arange(m)[:, None] % TILE % 5 + np.arange(k) // SLICE % 3) if scaled else 1.0
+    truth = (up * a) @ b
     if parts == 2:  # small times small is left out
-        truth -= (a - a_parts[0]) @ (b - b_parts[0])
+        truth -= (up * (a - a_parts[0])) @ (b - b_parts[0])
     if layout == "transposed":
         a_parts = [np.ascontiguousarray(part.T) for part in a_parts]
     if layout == "product":
         b_parts = [np.ascontiguousarray(part.T) for part in b_parts]
     (a_bytes, a_blocks), (b_bytes, b_blocks) = image(a_parts), image(b_parts)
     tiles = blocks(m, TILE), blocks(n, TILE)
-    arguments = [dtype, layout, parts, *tiles, blocks(k, SLICE), *a_blocks, *b_blocks]
+    arguments = [dtype, layout, parts, scaled, *tiles, blocks(k, SLICE), *a_blocks, *b_blocks]
     done = run(program, *arguments, stdin=a_bytes + b_bytes, **how)
     result = np.frombuffer(done.stdout, np.float32) if done.stdout else None
     if result is not None:
@@ -95,12 +99,12 @@ def products(request):
 
 
 @schedules
-@pytest.mark.parametrize(("dtype", "parts"), KINDS)
+@pytest.mark.parametrize(("dtype", "parts", "scaled"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_product(products, layout, dtype, parts, schedule):
+def test_product(products, layout, dtype, parts, scaled, schedule):
     """Fewer slices than stages, as many, and more; tiles that are not whole."""
     for seed, (m, n, k) in enumerate([(128, 128, 64), (100, 70, 40), (129, 60, 192), (130, 200, 456)]):
-        how = {"dtype": dtype, "parts": parts, "schedule": schedule, "seed": seed}
+        how = {"dtype": dtype, "parts": parts, "scaled": scaled, "schedule": schedule, "seed": seed}
         done, result, truth = multiply(products, layout, m=m, n=n, k=k, whole=True, **how)
         assert done.returncode == 0, done.stderr.decode()
         assert np.array_equal(result, truth)  # no rounding anywhere
@@ -129,13 +133,13 @@ def test_sanitizers_find_nothing(sanitizer, schedule):
 
 
 TILE_PRODUCT, WGMMA = "cuda/hopper/tile_product.cuh", "cuda/common/wgmma.cuh"
-WAIT_FULL = "mbarrier_wait(&full_[turn.stage], turn.parity);"
-WAIT_EMPTY = "mbarrier_wait(&empty_[turn.stage], turn.parity ^ 1);"
+WAIT_FULL = "mbarrier_wait(&full_[turn_.stage], turn_.parity);"
+WAIT_EMPTY = "mbarrier_wait(&empty_[turn_.stage], turn_.parity ^ 1);"
 EXPECT = "mbarrier_arrive_expect(full, bytes);"
-RELEASE = "if (slice > 0) release(turn.stage_before());"
+RELEASE = "if (slice > 0) release(turn_.stage_before());"
 OFFSETS = "kMajor == Major::kMn ? next_columns : 16, kPatternBytes);"
 SWAPPED = "kPatternBytes, kMajor == Major::kMn ? next_columns : 16);"
-MULTIPLY = "multiply(sums, a, b, 0, 0, true);"
+MULTIPLY = "multiply<kA, kB>(sums, a, b, 0, 0, true);"
 RESULT = None
 
 
@@ -150,7 +154,7 @@ BUGS = {
     "wrong_parity_of_full": bug(TILE_PRODUCT, WAIT_FULL, WAIT_FULL.replace("parity", "parity ^ 1")),
     "no_wait_on_empty": bug(TILE_PRODUCT, WAIT_EMPTY, ""),
     "wrong_parity_of_empty": bug(TILE_PRODUCT, WAIT_EMPTY, WAIT_EMPTY.replace(" ^ 1", ""), b"deadlock"),
-    "stage_released_early": bug(TILE_PRODUCT, RELEASE, "release(turn.stage);", b"overwrites what the wgmma"),
+    "stage_released_early": bug(TILE_PRODUCT, RELEASE, "release(turn_.stage);", b"overwrites what the wgmma"),
     "expects_too_little": bug(TILE_PRODUCT, EXPECT, EXPECT.replace("bytes", "bytes - 16")),
     "expects_too_much": bug(TILE_PRODUCT, EXPECT, EXPECT.replace("bytes", "bytes + 16"), b"deadlock"),
     "no_init_fence": bug(TILE_PRODUCT, "fence_mbarrier_init();", "", b"without a fence"),
@@ -188,7 +192,7 @@ BUGS = {
     "no_fence": bug(TILE_PRODUCT, "wgmma_fence(sums);", "", b"no wgmma_fence"),
     "no_second_fence": bug(
         TILE_PRODUCT,
-        "kSmallScale;\n                wgmma_fence(fresh);",
+        "kSmallScale;\n                    wgmma_fence(fresh);",
         "kSmallScale;",
         b"no wgmma_fence",
         parts=2,

@@ -157,9 +157,8 @@ class WholeBoxes {
 // Runs use(stage, fetch) over `slices` slices in order, while copies run Stages - 1 ahead: first(stage)
 // starts the first, next(stage) each of the others. use calls fetch() once, when its first loads are issued.
 // One barrier a slice serves both directions: it publishes the copies of all threads, and it follows every
-// thread's use of the slice before, whose stage is filled next. WholeRounds: the number of slices is a
-// multiple of Stages, so stages are compile-time constants.
-template <int Stages, bool WholeRounds, typename First, typename Next, typename Use>
+// thread's use of the slice before, whose stage is filled next.
+template <int Stages, typename First, typename Next, typename Use>
 DML_DEVICE void pipeline(int slices, const First& first, const Next& next, const Use& use) {
     if (slices > 0) first(0);
     cp_async_commit();
@@ -168,26 +167,17 @@ DML_DEVICE void pipeline(int slices, const First& first, const Next& next, const
         if (k < slices) next(k);
         cp_async_commit();  // an empty group still counts, which keeps the wait uniform
     }
-    const auto step = [&](bool more, int stage, int free) {
+    int stage = 0, free = Stages - 1;
+#pragma unroll 1
+    for (int k = 0; k < slices; ++k) {
         cp_async_wait<Stages - 2>();
         block_sync();
         use(stage, [&] {
-            if (more) next(free);
+            if (k + Stages - 1 < slices) next(free);
             cp_async_commit();
         });
-    };
-    int stage = 0, free = Stages - 1;
-#pragma unroll 1
-    for (int k = 0; k < slices; k += WholeRounds ? Stages : 1) {
-        if constexpr (WholeRounds) {
-            const bool last_round = k + Stages >= slices;
-#pragma unroll
-            for (int s = 0; s < Stages; ++s) step(s == 0 || !last_round, s, (s + Stages - 1) % Stages);
-        } else {
-            step(k + Stages - 1 < slices, stage, free);
-            free = stage;
-            stage = stage + 1 == Stages ? 0 : stage + 1;
-        }
+        free = stage;
+        stage = stage + 1 == Stages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
     block_sync();  // the stages may be reused

@@ -6,6 +6,8 @@
 // then small ones.
 #pragma once
 
+#include <type_traits>
+
 #include "core/portable.h"
 #include "cuda/common/swizzle.cuh"
 
@@ -51,6 +53,29 @@ struct ChunksOfThread {
         for (int c = 0; c < kCount; ++c) f(c, threadIdx.x + unsigned(c * Threads));
     }
 };
+
+// Writes a chunk of an image's row, and of its small parts, from as many elements on 16 bytes.
+template <typename Layout, typename T, int Count>
+DML_DEVICE void write_chunk(const T (&x)[Count], unsigned char* chunk) {
+    using Element = typename Layout::Element;
+    static_assert(Count * int(sizeof(Element)) == kChunkBytes, "a chunk");
+    if constexpr (std::is_same_v<T, Element>) {
+        *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(x);
+    } else {
+        alignas(16) uint32_t big[4], small[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (Layout::kParts == 2) {
+                split_half2(x[2 * i], x[2 * i + 1], big[i], small[i]);
+            } else {
+                big[i] = pack2<Element>(x[2 * i], x[2 * i + 1]);
+            }
+        }
+        *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(big);
+        if constexpr (Layout::kParts == 2)
+            *reinterpret_cast<uint4*>(chunk + Layout::kPartBytes) = reinterpret_cast<const uint4&>(small);
+    }
+}
 
 // ---- slices along k: rows of the image are rows of the product ------------------------------------------------
 
@@ -101,8 +126,7 @@ class BoxesOfImage {
     static_assert(Columns % Layout::kColumns == 0 && Depth % 8 == 0, "whole blocks and patterns");
     using Share = ChunksOfThread<Layout::kParts * kBlocks * kChunks, Threads>;
     const unsigned char* blocks_;
-    unsigned across_;
-    unsigned offsets_[Share::kCount];  // of the thread's chunks, in the blocks of a tile
+    unsigned across_, last_;
 
    public:
     static constexpr int kBytes = Layout::kParts * kBlocks * kChunks * kChunkBytes;
@@ -110,22 +134,20 @@ class BoxesOfImage {
     // Of columns col0 .. of the image, whose rows are those of its tiles. Past the last block it is copied again: what
     // comes of it lies past the edge.
     DML_DEVICE BoxesOfImage(const Image& image, int64_t col0)
-        : blocks_(Layout::block(image, 0, col0 / Layout::kColumns)), across_(unsigned(image.across)) {
-        const unsigned last = across_ - 1u - unsigned(col0 / Layout::kColumns);
-#pragma unroll
-        for (int n = 0; n < Share::kCount; ++n) {
-            const unsigned c = threadIdx.x + unsigned(n * Threads), box = c / kChunks, block = box % kBlocks;
-            offsets_[n] = (block < last ? block : last) * Layout::kBlockBytes +
-                          box / kBlocks * Layout::kPartBytes + c % kChunks * kChunkBytes;
-        }
-    }
+        : blocks_(Layout::block(image, 0, col0 / Layout::kColumns)),
+          across_(unsigned(image.across)),
+          last_(across_ - 1u - unsigned(col0 / Layout::kColumns)) {}
 
-    // Rows `row` .. of a tile.
+    // Rows `row` .. of a tile. (Nothing is kept from one to the next: products need the registers.)
     DML_DEVICE void start(unsigned char* shared, unsigned tile, unsigned row) const {
         const unsigned char* from = blocks_ + uint64_t(tile * across_) * unsigned(Layout::kBlockBytes) +
                                     row * unsigned(kSwizzleBytes);
-        Share::for_each(
-            [&](int n, unsigned c) { cp_async<kChunkBytes>(shared + c * kChunkBytes, from + offsets_[n]); });
+        Share::for_each([&](int, unsigned c) {
+            const unsigned box = c / kChunks, block = box % kBlocks;
+            cp_async<kChunkBytes>(shared + c * kChunkBytes,
+                                  from + (block < last_ ? block : last_) * Layout::kBlockBytes +
+                                      box / kBlocks * Layout::kPartBytes + c % kChunks * kChunkBytes);
+        });
     }
 };
 

@@ -72,7 +72,7 @@ template <typename T>
 struct HalfMath {
     using Value = T;
     using Acc = float;
-    static constexpr bool kTensorCores = true, kInterleaves = false;
+    static constexpr bool kTensorCores = true, kInterleaves = false, kStepByStep = false;
     static constexpr int kDepth = kMmaK<T>;
     struct A {
         uint32_t r[4];
@@ -119,7 +119,7 @@ template <typename T, bool Split>
 struct Tf32Math {
     using Value = T;
     using Acc = float;
-    static constexpr bool kTensorCores = true, kInterleaves = true;
+    static constexpr bool kTensorCores = true, kInterleaves = true, kStepByStep = false;
     // Tensor cores truncate their sums. For float32 accuracy every kSteps steps start at 0 and join the sum
     // by an ordinary addition, which rounds.
     static constexpr int kSteps = Split ? 2 : 1;
@@ -231,7 +231,7 @@ struct ScaledMath<2> {
     using Value = float;
     using Acc = float;
     using Half = HalfMath<__half>;
-    static constexpr bool kTensorCores = true, kInterleaves = false;
+    static constexpr bool kTensorCores = true, kInterleaves = false, kStepByStep = false;
     // Tensor cores truncate their sums: every kSteps steps start at 0 and join the sum by an addition, which rounds.
     static constexpr int kSteps = 2, kDepth = kSteps * Half::kDepth;
     struct A {
@@ -276,33 +276,12 @@ struct ScaledMath<2> {
     }
 };
 
-// Weights in shared memory: floats, and powers of two for each row, which bring its largest element into the range of
-// float16, and for each k, of the image they are multiplied by.
-template <int Pitch, bool AlongK>
-struct ScaledWeights {
-    using Value = float;
-    static constexpr bool kAlongK = AlongK;
-    const float* data;
-    const float* ups;     // [rows]
-    const float* scales;  // [depth]; null: 1
-
-    // Element (i, k) and (i, k + 1).
-    DML_DEVICE void pair(int i, int k, float& x, float& y) const {
-        if constexpr (kAlongK) {
-            const auto both = *reinterpret_cast<const Vector<float, 2>*>(data + i * Pitch + k);
-            x = both.value[0];
-            y = both.value[1];
-        } else {
-            x = data[k * Pitch + i];
-            y = data[(k + 1) * Pitch + i];
-        }
-        if (scales) {
-            x *= scales[k];
-            y *= scales[k + 1];
-        }
-        x *= ups[i];
-        y *= ups[i];
-    }
+// Weights in shared memory: parts of floats (images.cuh), and for each row the power of two by which it is that of the
+// weights.
+template <typename View>
+struct ScaledRows {
+    View parts;
+    const float* scales;  // [rows]
 };
 
 // Such weights times the rows of an image: each step of a product starts at 0 and joins its sum at the scale of its row.
@@ -311,11 +290,11 @@ struct WeightMath {
     using Value = ValueType;
     using Acc = float;
     using Half = HalfMath<__half>;
-    static constexpr bool kTensorCores = true, kInterleaves = false;
+    static constexpr bool kTensorCores = true, kInterleaves = false, kStepByStep = kParts == 1;
     static constexpr int kDepth = Half::kDepth;
     struct A {
-        uint32_t big[4], small[kParts == 2 ? 4 : 1];
-        float down[2];
+        Half::A big, small;
+        float scale[2];
     };
     struct B {
         Half::B big, small;
@@ -323,20 +302,11 @@ struct WeightMath {
     static constexpr int at_once(int tiles, bool across) { return Half::at_once(tiles, across); }
 
     template <typename View>
-    static DML_DEVICE void load(A& a, const View& view, int row, int k) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
+    static DML_DEVICE void load(A& a, const ScaledRows<View>& view, int row, int k) {
+        Half::load(a.big, view.parts, row, k);
+        if constexpr (kParts == 2) Half::load(a.small, view.parts.part(1), row, k);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float x, y;
-            view.pair(row + g + 8 * (i % 2), k + 2 * t + 8 * (i / 2), x, y);
-            if constexpr (kParts == 2) {
-                split_half2(x, y, a.big[i], a.small[i]);
-            } else {
-                a.big[i] = pack2<__half>(x, y);
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) a.down[half] = reciprocal_of_power(view.ups[row + g + 8 * half]);
+        for (int half = 0; half < 2; ++half) a.scale[half] = view.scales[row + lane_id() / 4 + 8 * half];
     }
     template <int Tiles, typename View>
     static DML_DEVICE void load(B (&b)[Tiles], const View& view, int col, int k) {
@@ -353,16 +323,16 @@ struct WeightMath {
     static DML_DEVICE void multiply(float (&acc)[4], const A& a, const B& b) {
         float step[4];
         if constexpr (kParts == 2) {
-            mma_from_zero<__half>(step, a.small, b.big.r);
-            mma<__half>(step, a.big, b.small.r);
+            mma_from_zero<__half>(step, a.small.r, b.big.r);
+            mma<__half>(step, a.big.r, b.small.r);
 #pragma unroll
             for (float& x : step) x *= kSmallScale;
-            mma<__half>(step, a.big, b.big.r);
+            mma<__half>(step, a.big.r, b.big.r);
         } else {
-            mma_from_zero<__half>(step, a.big, b.big.r);
+            mma_from_zero<__half>(step, a.big.r, b.big.r);
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[e] = std::fma(step[e], a.down[e / 2], acc[e]);
+        for (int e = 0; e < 4; ++e) acc[e] = std::fma(step[e], a.scale[e / 2], acc[e]);
     }
 };
 
@@ -387,12 +357,14 @@ struct Product<Math, Shape, true> {
     static DML_DEVICE int row0() { return warp_id() / Shape::kWarpCols * kRowTiles * 16; }
     static DML_DEVICE int col0() { return warp_id() % Shape::kWarpCols * kColTiles * 8; }
 
-    // Calls between() after the first fragments are loaded.
+    // Calls between() after the first fragments are loaded, or before where they leave no registers for it.
     template <int Depth, typename ViewA, typename ViewB, typename F>
     DML_DEVICE void add(const ViewA& view_a, const ViewB& view_b, const F& between) {
         static_assert(Depth % Math::kDepth == 0, "whole steps only");
         static_assert(ViewB::kAlongK != Shape::kAcross, "as the shape says");
-#pragma unroll
+        constexpr int kStepsAtOnce = Math::kStepByStep ? 1 : Depth / Math::kDepth;
+        if constexpr (Math::kStepByStep) between();
+#pragma unroll kStepsAtOnce
         for (int k = 0; k < Depth; k += Math::kDepth) {
             typename Math::A a[kRowTiles];
 #pragma unroll
@@ -401,7 +373,7 @@ struct Product<Math, Shape, true> {
             for (int j = 0; j < kColTiles; j += kAtOnce) {
                 typename Math::B b[kAtOnce];
                 Math::load(b, view_b, col0() + 8 * j, k);
-                if (k == 0 && j == 0) between();
+                if (!Math::kStepByStep && k == 0 && j == 0) between();
 #pragma unroll
                 for (int n = 0; n < kAtOnce; ++n) {
 #pragma unroll

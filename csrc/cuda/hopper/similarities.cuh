@@ -22,35 +22,18 @@ struct PatternAlignedArrays {
     }
 };
 
-// The tile of a warpgroup's accumulators, as Product has it.
-struct WgmmaTile {
-    static constexpr int kRun = 2;
-    const float (&sums)[kWgmmaRegisters];
-    template <typename F>
-    DML_DEVICE void for_each_run(const F& f) const {
-        const int thread = int(threadIdx.x) % kWarpgroupSize,
-                  row0 = int(threadIdx.x) / kWarpgroupSize * kWgmmaM;
-#pragma unroll
-        for (int i = 0; i < kWgmmaRegisters; i += 2) {
-            const float run[2] = {sums[i], sums[i + 1]};
-            f(row0 + fragment_row(thread, i), fragment_column(thread, i), run);
-        }
-    }
-};
-
 // A barrier for the consumers, when the producer is gone.
 struct ConsumerSync {
     DML_DEVICE void operator()() const { named_barrier_sync(1, kConsumers); }
 };
 
 template <typename Math>
-using WgmmaProduct = TileProduct<typename PartsOf<Math>::Type, Major::kK, Major::kK, PartsOf<Math>::kCount>;
+using WgmmaProduct = TileProduct<typename PartsOf<Math>::Type, PartsOf<Math>::kCount>;
 template <typename Math>
 inline constexpr int kWgmmaSharedBytes = WgmmaProduct<Math>::kSharedBytes + TileLines<Math>::kBytes;
 
 #else
 
-inline constexpr int kWgmmaThreads = 288;
 template <typename Math>
 inline constexpr int kWgmmaSharedBytes = 0;
 
@@ -75,11 +58,13 @@ __global__ void __launch_bounds__(kWgmmaThreads, PartsOf<Math>::kCount == 1 ? 2 
     Tile product;
     product.init_barriers();
     if (product.is_producer()) {
-        product.produce(tile_group.row_image, tile_group.col_image, row_tile, col_tile, slices);
+        const auto of_tile = [](int tile) { return [=](int slice) { return SlicePlace{tile, slice, 0}; }; };
+        product.template produce<Major::kK, Major::kK>(tile_group.row_image, of_tile(row_tile),
+                                                       tile_group.col_image, of_tile(col_tile), slices);
         return;
     }
-    float sums[kWgmmaRegisters];
-    product.consume(sums, slices);
+    float sums[kWgmmaRegisters] = {};
+    product.template consume<Major::kK, Major::kK>(sums, slices, [](int) { return RowScales{{1.0f, 1.0f}}; });
     ConsumerSync{}();  // the stages have been read, and make room for the similarities
     static_assert(ProductTraits<Math>::kSimBytes <= Tile::kStagesBytes, "room for them");
     put_similarities(WgmmaTile{sums}, tile_group, ti, tj, row_points, col_points, lines,

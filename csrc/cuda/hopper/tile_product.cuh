@@ -7,38 +7,42 @@
 // Operands come K-major (an image's rows are rows of the tile, or columns) or MN-major (its rows are k), so that the
 // image of points is the operand of their similarities, and of weights times points.
 //
-// With two parts, x = big + 2^-11 small, a slice's product is big big + 2^-11 (big small + small big), summed from 0
-// and joined to the others by a rounded addition: tensor cores truncate their sums, of which this keeps them short.
+// Tensor cores truncate their sums. Where these are joined, a slice's product is summed from 0 and joins the others by a
+// rounded addition, times a power of two for its rows. With two parts, x = big + 2^-11 small, it is big big +
+// 2^-11 (big small + small big).
 #pragma once
 
 #include "cuda/common/images.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/wgmma.cuh"
+#include "cuda/hopper/wgmma_choice.h"
 
 namespace dml::cuda {
 
-inline constexpr int kProductTile = 128, kSliceDepth = 64, kStages = 3;
+inline constexpr int kSliceDepth = 64, kStages = 3;
 inline constexpr int kConsumerWarps = 8, kConsumers = kConsumerWarps * kWarpSize;
-inline constexpr int kWgmmaThreads = kConsumers + kWarpSize;
+static_assert(kWgmmaThreads == kConsumers + kWarpSize, "consumers, and the producer");
 
-template <typename T, Major kA, Major kB, int kParts>
+// Where a slice of an operand lies in its image. K-major: the rows of a tile in one block. MN-major: half the rows of a
+// tile, in two blocks side by side.
+struct SlicePlace {
+    int tile, block, half;
+};
+
+// A power of two for each of the two rows that a thread has of a slice's product.
+struct RowScales {
+    float of[2];
+};
+
+template <typename T, int kParts, bool kJoins = kParts == 2>
 class TileProduct {
-    static_assert(kParts == 1 || kParts == 2, "whole, or big and small parts");
+    static_assert(kParts == 1 || (kParts == 2 && kJoins), "whole, or big and small parts");
     using Layout = ImageLayout<T, kProductTile, kParts>;
     static constexpr int kPartBytes = Layout::kPartBytes;
     static constexpr int kOperandBytes = Layout::kBlockBytes;  // 128 x 64, or 64 x 128
     static constexpr int kStageBytes = 2 * kOperandBytes;      // A, then B
     static constexpr int kHalfBytes = kPartBytes / 2;          // 64 rows of a block
     static constexpr int kSteps = kSliceDepth / kWgmmaK;
-
-    char* stages_;
-    Mbarrier* full_;
-    Mbarrier* empty_;
-
-    template <typename U>
-    static DML_DEVICE U* array(int byte_offset, int count) {
-        return pattern_aligned_array<U>(byte_offset, count);
-    }
 
     // A place in the ring of stages, and the parity of the phases of its round.
     struct Turn {
@@ -50,22 +54,34 @@ class TileProduct {
         DML_DEVICE int stage_before() const { return stage == 0 ? kStages - 1 : stage - 1; }
     };
 
-    // A slice of an operand: of a K-major one 128 rows of a block; of an MN-major one half the rows of two blocks
-    // side by side. If there is no second block its place is left as it is: what comes of it lies past the edge.
+    char* stages_;
+    Mbarrier* full_;
+    Mbarrier* empty_;
+    Turn turn_;  // of the producer, or of a consumer
+
+    template <typename U>
+    static DML_DEVICE U* array(int byte_offset, int count) {
+        return pattern_aligned_array<U>(byte_offset, count);
+    }
+
+    // Blocks of a slice. If an MN-major one has no second block its place is left as it is: what comes of it lies past
+    // the edge.
     template <Major kMajor>
-    static DML_DEVICE int operand_bytes(const Image& image, int tile) {
-        if constexpr (kMajor == Major::kK) return kOperandBytes;
-        return image.across - 2 * tile > 1 ? kOperandBytes : kOperandBytes / 2;
+    static DML_DEVICE int blocks_of(const Image& image, SlicePlace place) {
+        return kMajor == Major::kMn && place.block + 1 < image.across ? 2 : 1;
     }
     template <Major kMajor>
-    static DML_DEVICE void copy_operand(char* to, const Image& image, int tile, int slice, Mbarrier* full) {
+    static DML_DEVICE int bytes_of(const Image& image, SlicePlace place) {
+        return kMajor == Major::kK ? kOperandBytes : blocks_of<kMajor>(image, place) * kParts * kHalfBytes;
+    }
+    template <Major kMajor>
+    static DML_DEVICE void copy_operand(char* to, const Image& image, SlicePlace place, Mbarrier* full) {
         if constexpr (kMajor == Major::kK) {
-            bulk_copy(to, Layout::block(image, tile, slice), kOperandBytes, full);
+            bulk_copy(to, Layout::block(image, place.tile, place.block), kOperandBytes, full);
         } else {
-            const int blocks = operand_bytes<kMajor>(image, tile) / (kParts * kHalfBytes);
-            for (int block = 0; block < blocks; ++block) {
+            for (int block = 0; block < blocks_of<kMajor>(image, place); ++block) {
                 const unsigned char* from =
-                    Layout::block(image, slice / 2, 2 * tile + block) + slice % 2 * kHalfBytes;
+                    Layout::block(image, place.tile, place.block + block) + place.half * kHalfBytes;
                 for (int part = 0; part < kParts; ++part) {
                     bulk_copy(to + part * kPartBytes + block * kHalfBytes, from + part * kPartBytes,
                               kHalfBytes, full);
@@ -79,6 +95,7 @@ class TileProduct {
     }
 
     // acc += A B of a slice, of these parts of the operands; or, unless it accumulates, acc = A B.
+    template <Major kA, Major kB>
     static DML_DEVICE void multiply(float (&acc)[kWgmmaRegisters], uint64_t a, uint64_t b, int part_a,
                                     int part_b, bool accumulate) {
         a = offset_operand(a, part_a * kPartBytes);
@@ -96,9 +113,9 @@ class TileProduct {
     DML_DEVICE char* stages() const { return stages_; }
 
     DML_DEVICE TileProduct()
-        : stages_(array<char>(0, kStages * kStageBytes)),
-          full_(array<Mbarrier>(kStages * kStageBytes, kStages)),
-          empty_(array<Mbarrier>(kStages * (kStageBytes + int(sizeof(Mbarrier))), kStages)) {}
+        : stages_(array<char>(0, kStagesBytes)),
+          full_(array<Mbarrier>(kStagesBytes, kStages)),
+          empty_(array<Mbarrier>(kStagesBytes + kStages * int(sizeof(Mbarrier)), kStages)) {}
 
     static DML_DEVICE bool is_producer() { return warp_id() == kConsumerWarps; }
 
@@ -114,61 +131,92 @@ class TileProduct {
         block_sync();
     }
 
-    // By the producer warp: slices of rows `tile_a` of A and columns `tile_b` of B.
-    DML_DEVICE void produce(const Image& a, const Image& b, int tile_a, int tile_b, int slices) {
+    // By the producer warp, for each consume: place_a(slice) and place_b(slice) of the two operands.
+    template <Major kA, Major kB, typename PlaceA, typename PlaceB>
+    DML_DEVICE void produce(const Image& a, const PlaceA& place_a, const Image& b, const PlaceB& place_b,
+                            int slices) {
         if (lane_id() != 0) return;
-        const int bytes = operand_bytes<kA>(a, tile_a) + operand_bytes<kB>(b, tile_b);
-        Turn turn;
 #pragma unroll 1
-        for (int slice = 0; slice < slices; ++slice, turn.advance()) {
-            char* const to = stages_ + turn.stage * kStageBytes;
-            Mbarrier* const full = &full_[turn.stage];
-            mbarrier_wait(&empty_[turn.stage], turn.parity ^ 1);  // in the first round nobody is waited for
+        for (int slice = 0; slice < slices; ++slice, turn_.advance()) {
+            const SlicePlace at_a = place_a(slice), at_b = place_b(slice);
+            char* const to = stages_ + turn_.stage * kStageBytes;
+            Mbarrier* const full = &full_[turn_.stage];
+            mbarrier_wait(&empty_[turn_.stage], turn_.parity ^ 1);  // in the first round nobody is waited for
+            const int bytes = bytes_of<kA>(a, at_a) + bytes_of<kB>(b, at_b);
             mbarrier_arrive_expect(full, bytes);
-            copy_operand<kA>(to, a, tile_a, slice, full);
-            copy_operand<kB>(to + kOperandBytes, b, tile_b, slice, full);
+            copy_operand<kA>(to, a, at_a, full);
+            copy_operand<kB>(to + kOperandBytes, b, at_b, full);
         }
     }
 
-    // By the consumer warps: sums = the sum over slices, at least one, of this warpgroup's 64 x 128 tile.
-    DML_DEVICE void consume(float (&sums)[kWgmmaRegisters], int slices) {
+    // By the consumer warps: adds the slices' product to sums, of this warpgroup's 64 x 128 tile. scales(slice): the
+    // RowScales of this thread, where products are joined.
+    template <Major kA, Major kB, typename Scales>
+    DML_DEVICE void consume(float (&sums)[kWgmmaRegisters], int slices, const Scales& scales) {
         const int warpgroup = warp_id() / 4;
         // Both kinds of operand A have their second 64 rows half a block behind the first.
         const uint64_t first_a = operand<kA>(stages_ + warpgroup * kHalfBytes, kHalfBytes);
         const uint64_t first_b = operand<kB>(stages_ + kOperandBytes, kHalfBytes);
-        Turn turn;
-#pragma unroll
-        for (float& sum : sums) sum = 0.0f;
 #pragma unroll 1
-        for (int slice = 0; slice < slices; ++slice, turn.advance()) {
-            const uint64_t a = offset_operand(first_a, turn.stage * kStageBytes);
-            const uint64_t b = offset_operand(first_b, turn.stage * kStageBytes);
-            mbarrier_wait(&full_[turn.stage], turn.parity);
-            if constexpr (kParts == 1) {
+        for (int slice = 0; slice < slices; ++slice, turn_.advance()) {
+            const uint64_t a = offset_operand(first_a, turn_.stage * kStageBytes);
+            const uint64_t b = offset_operand(first_b, turn_.stage * kStageBytes);
+            RowScales scale;
+            if constexpr (kJoins) scale = scales(slice);
+            mbarrier_wait(&full_[turn_.stage], turn_.parity);
+            if constexpr (!kJoins) {
                 wgmma_fence(sums);
-                multiply(sums, a, b, 0, 0, true);
+                multiply<kA, kB>(sums, a, b, 0, 0, true);
                 wgmma_commit();
                 wgmma_wait<1>();  // for the slice before
-                if (slice > 0) release(turn.stage_before());
+                if (slice > 0) release(turn_.stage_before());
             } else {
                 float fresh[kWgmmaRegisters];
                 wgmma_fence(fresh);
-                multiply(fresh, a, b, 0, 1, false);
-                multiply(fresh, a, b, 1, 0, true);
+                if constexpr (kParts == 2) {
+                    multiply<kA, kB>(fresh, a, b, 0, 1, false);
+                    multiply<kA, kB>(fresh, a, b, 1, 0, true);
+                    wgmma_commit();
+                    wgmma_wait<0>(fresh);
+#pragma unroll
+                    for (float& x : fresh) x *= kSmallScale;
+                    wgmma_fence(fresh);
+                }
+                multiply<kA, kB>(fresh, a, b, 0, 0, kParts == 2);
                 wgmma_commit();
                 wgmma_wait<0>(fresh);
+                release(turn_.stage);
 #pragma unroll
-                for (float& x : fresh) x *= kSmallScale;
-                wgmma_fence(fresh);
-                multiply(fresh, a, b, 0, 0, true);
-                wgmma_commit();
-                wgmma_wait<0>(fresh);
-                release(turn.stage);
-#pragma unroll
-                for (int i = 0; i < kWgmmaRegisters; ++i) sums[i] += fresh[i];
+                for (int i = 0; i < kWgmmaRegisters; ++i)
+                    sums[i] = std::fma(fresh[i], scale.of[i / 2 % 2], sums[i]);
             }
         }
-        if constexpr (kParts == 1) wgmma_wait<0>(sums);
+        if constexpr (!kJoins) {
+            wgmma_wait<0>(sums);
+            if (slices > 0) release(turn_.stage_before());
+        }
+    }
+};
+
+// The tile of a warpgroup's accumulators, as Product has it.
+struct WgmmaTile {
+    static constexpr int kRun = 2;
+    const float (&sums)[kWgmmaRegisters];
+
+    // Of a thread of the warpgroup: the first of its rows in the tile.
+    static DML_DEVICE int row0() {
+        return int(threadIdx.x) / kWarpgroupSize * kWgmmaM +
+               fragment_row(int(threadIdx.x) % kWarpgroupSize, 0);
+    }
+    template <typename F>
+    DML_DEVICE void for_each_run(const F& f) const {
+        const int thread = int(threadIdx.x) % kWarpgroupSize,
+                  first = int(threadIdx.x) / kWarpgroupSize * kWgmmaM;
+#pragma unroll
+        for (int i = 0; i < kWgmmaRegisters; i += 2) {
+            const float run[2] = {sums[i], sums[i + 1]};
+            f(first + fragment_row(thread, i), fragment_column(thread, i), run);
+        }
     }
 };
 

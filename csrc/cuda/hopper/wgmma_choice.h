@@ -15,12 +15,15 @@
 
 namespace dml::cuda {
 
+inline constexpr int kProductTile = 128, kWgmmaThreads = 288;  // of the kernels: tile_product.cuh
+
 // asked: by asks_for_wgmma (pairs/pair_loss.h), or by a test.
 inline bool takes_wgmma(bool asked) {
 #if DML_COMPILES_WGMMA
     return asked && device_limits().compute_capability == 90;
 #else
-    return asked && false;
+    static_cast<void>(asked);
+    return false;
 #endif
 }
 

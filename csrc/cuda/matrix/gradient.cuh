@@ -12,7 +12,6 @@
 
 #include "cuda/matrix/saved_matrix.cuh"
 #include "cuda/pairs/finish_gradient.cuh"
-#include "cuda/pairs/grad_math.cuh"
 #include "cuda/pairs/list_slots.cuh"
 #include "cuda/pairs/product_shape.cuh"
 
@@ -20,6 +19,20 @@ namespace dml::cuda {
 
 inline constexpr int kGradientCols = 128;  // dimensions of a block
 inline constexpr int kMostListed = 512;    // chunks of a line at once
+
+// The type that weights are stored in: what a product in GradMath would round them to anyway.
+template <typename GradMath>
+struct WeightOf {
+    using Type = typename GradMath::Acc;
+};
+template <typename T>
+struct WeightOf<HalfMath<T>> {
+    using Type = T;
+};
+template <typename T>
+struct WeightOf<Tf32Math<T, false>> {
+    using Type = RoundedToTf32;
+};
 
 template <typename GradMath, bool kWhole>
 struct MatrixGradientTraits {
@@ -233,7 +246,7 @@ struct MatrixGradientBlock {
                 product.template add<kDepth>(AlongK<Weight, Traits::kWeightPitch>{weights()},
                                              AcrossK<T, Traits::kPointPitch>{points_of(s)}, fetch);
             };
-            pipeline<Traits::kStages, false>(slices, next, next, use);
+            pipeline<Traits::kStages>(slices, next, next, use);
         }
         if (!task.sums_weights()) return;
 #pragma unroll

@@ -90,7 +90,7 @@ struct SimilarityTile {
                         squares[e % 2] = std::fma(Acc(x.value[e]), Acc(x.value[e]), squares[e % 2]);
                 }
             };
-            pipeline<Traits::kStages, false>(Rows::count(points), first, next, use);
+            pipeline<Traits::kStages>(Rows::count(points), first, next, use);
         }
         using Sum = Product<Math, typename Traits::TileShape>;
         product.for_each_run([&](int r, int c, const Acc(&dots)[Sum::kRun]) {

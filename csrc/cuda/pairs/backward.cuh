@@ -1,6 +1,7 @@
 // Backward's launches on tiles: tile groups of weights, each multiplied by the points before the next.
 #pragma once
 
+#include "cuda/hopper/gradients.cuh"
 #include "cuda/pairs/finish_gradient.cuh"
 #include "cuda/pairs/gradient_policy.cuh"
 #include "cuda/pairs/launcher.cuh"
@@ -15,12 +16,12 @@ struct GradientGroup {
 };
 
 // Backward's workspace on tiles.
-template <typename Weight, typename Acc>
+template <typename Math, typename Acc = typename Math::Acc>
 struct GradientWorkspace {
-    GroupWeights<Weight, Acc> weights;  // of a tile group
-    Acc *parts, *sums;                  // of parts of lines; of 16-bit gradients
-    Partials<Acc> weight_partials;      // sums of the weights of a tile group's lines
-    Acc *row_weights, *col_weights;     // sums of the weights of all rows, of all columns; null: not needed
+    GroupWeights<WeightLayout<Math>> weights;  // of a tile group
+    Acc *parts, *sums;                         // of parts of lines; of 16-bit gradients
+    Partials<Acc> weight_partials;             // sums of the weights of a tile group's lines
+    Acc *row_weights, *col_weights;  // sums of the weights of all rows, of all columns; null: not needed
 };
 
 template <typename Math>
@@ -28,18 +29,16 @@ struct BackwardPass {
     using T = typename Math::Value;
     using Acc = typename Math::Acc;
     using Policy = GradientPolicy<Math>;
-    using GradMath = typename Policy::GradMath;
-    using Weight = typename Policy::Weight;
     using Group = GradientGroup<Acc>;
     static constexpr int kTile = Policy::kTile;
 
     const Launcher<Math>& launcher;
     const Acc* grad_loss;
-    GradientWorkspace<Weight, Acc> workspace;
+    GradientWorkspace<Math> workspace;
     ImageSlots<Math>& images;
 
     // Weights take the place of similarities that are not cached.
-    Acc* similarities() const { return reinterpret_cast<Acc*>(workspace.weights.weights); }
+    Acc* similarities() const { return reinterpret_cast<Acc*>(workspace.weights.images[0]); }
 
     void run(T* grad_queries, T* grad_refs) const {
         const Problem& p = launcher.p;
@@ -106,15 +105,23 @@ struct BackwardPass {
         const int owners = tile_group.row_tiles + (diagonal ? 0 : tile_group.col_tiles);
         const int wanted =
             (rows.sum ? tile_group.row_tiles : 0) + (cols.sum && !diagonal ? tile_group.col_tiles : 0);
+        const int64_t parts = parts_of_a_line(tile_group);
+        const auto launch = [&](auto kernel, int panel, int threads, int shared_bytes) {
+            const int64_t panels = (p.dim + panel - 1) / panel;
+            launcher.launches(kernel, dim3(unsigned(panels), unsigned(owners), unsigned(parts)),
+                              dim3(threads), shared_bytes, tile_group, gradients, launcher.arrays.kept,
+                              workspace.weights);
+            merge_parts(tile_group, gradients, int(parts) - 1);
+        };
+        if constexpr (kHasWgmma<Math>) {
+            if (takes_wgmma(launcher.task.tuning.wgmma)) {
+                launch(wgmma_gradients<Math>, kProductTile, kWgmmaThreads, kWgmmaGradientBytes<Math>);
+                return;
+            }
+        }
         const auto launch_panels = [&](auto panel) {
             using Traits = GradTraits<Math, decltype(panel)::value>;
-            const int64_t panels = (p.dim + Traits::kCols - 1) / Traits::kCols;
-            const int64_t parts = parts_of_a_line(tile_group);
-            launcher.launches(add_gradients<Math, Traits::kCols>,
-                              dim3(unsigned(panels), unsigned(owners), unsigned(parts)),
-                              dim3(Traits::kThreads), Traits::kSharedBytes, tile_group, gradients,
-                              launcher.arrays.kept, workspace.weights);
-            merge_parts(tile_group, gradients, int(parts) - 1);
+            launch(add_gradients<Math, Traits::kCols>, Traits::kCols, Traits::kThreads, Traits::kSharedBytes);
         };
         constexpr int kWide = kWidePanel<Math>;
         if (p.dim > kNarrowPanel &&
@@ -197,7 +204,7 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     const Task& task = launcher.task;
     const Problem& p = launcher.p;
     bytes += Policy::image_bytes(p, Policy::shape(task));
-    GradientWorkspace<typename Policy::Weight, Acc> workspace = {};
+    GradientWorkspace<Math> workspace = {};
     workspace.weights = Policy::weights_at(task, bytes);
     bytes += Policy::weight_bytes(task);
     workspace.parts = reinterpret_cast<Acc*>(bytes);

@@ -1,12 +1,13 @@
-// The arithmetic of backward's weights times points, and the type of the weights.
+// The arithmetic of backward's weights times points on tiles, and how the weights lie in images.
 #pragma once
 
 #include "cuda/common/math.cuh"
+#include "cuda/pairs/tile_group.cuh"
 
 namespace dml::cuda {
 
-// The arithmetic of weights times points. Weights have the range of floats, which float16 lacks: beside them a tile
-// keeps a power of two for each of its lines (WeightMath).
+// Weights have the range of floats, which float16 lacks: an image of float16 parts has a power of two for each of a
+// tile's lines (WeightMath).
 template <typename Math>
 struct GradMathOf {
     using Type = Math;
@@ -20,23 +21,15 @@ struct GradMathOf<ScaledMath<Parts>> {
     using Type = WeightMath<float, Parts>;
 };
 
-// The type that weights are stored in: what a product in GradMath would round them to anyway. Big parts of float16 have
-// as many digits as tf32.
 template <typename GradMath>
-struct WeightOf {
-    using Type = typename GradMath::Acc;
+struct WeightLayoutOf {
+    using Type = ImageLayout<typename GradMath::Value, kTileSide<typename GradMath::Acc>, 1>;
 };
-template <typename T>
-struct WeightOf<HalfMath<T>> {
-    using Type = T;
+template <typename T, int Parts>
+struct WeightLayoutOf<WeightMath<T, Parts>> {
+    using Type = ImageLayout<__half, kTileSide<float>, Parts>;
 };
-template <typename T>
-struct WeightOf<Tf32Math<T, false>> {
-    using Type = RoundedToTf32;
-};
-template <typename T>
-struct WeightOf<WeightMath<T, 1>> {
-    using Type = RoundedToTf32;
-};
+template <typename Math>
+using WeightLayout = typename WeightLayoutOf<typename GradMathOf<Math>::Type>::Type;
 
 }  // namespace dml::cuda

@@ -17,7 +17,7 @@ struct GradientPolicy : TilePolicy<Math> {
     using TilePolicy<Math>::image_bytes;
     using typename TilePolicy<Math>::Acc;
     using GradMath = typename GradMathOf<Math>::Type;
-    using Weight = typename WeightOf<GradMath>::Type;
+    using Weights = GroupWeights<WeightLayout<Math>>;
     using TilePolicy<Math>::kTile;
     using TilePolicy<Math>::tiles_along;
     using TilePolicy<Math>::group_shape;
@@ -25,25 +25,16 @@ struct GradientPolicy : TilePolicy<Math> {
     using TilePolicy<Math>::kBudget;
     using TilePolicy<Math>::cached_bytes;
     // Bytes of weights at once, which leave sums of 16-bit gradients their room.
-    static constexpr int64_t kWeightBudget = (kSeparateSums ? 16ll : 24ll) << 20;
+    static constexpr int64_t kWeightBudget = (kSeparateSums ? 16ll : 32ll) << 20;
     static constexpr int64_t kPartBudget = 4ll << 20;  // bytes of gradients of parts of lines
 
-    // Weights take the place of a tile group's similarities. Of a tile, the powers of two of its lines:
-    static constexpr int64_t kTileUps = kScalesWeights<Weight> ? 2 * kTile * int64_t(sizeof(float)) : 0;
-
+    // Weights take the place of a tile group's similarities.
     static TileGroupShape shape(const Task& task) {
         return TilePolicy<Math>::shape_within(task, kBudget - kPartBudget - cached_bytes(task), kWeightBudget,
-                                              TilePolicy<Math>::kPlaceBytes + kTileUps);
+                                              Weights::kBytes);
     }
-    static int64_t place_bytes(const Task& task) {
-        return shape(task).tiles() * TilePolicy<Math>::kPlaceBytes;
-    }
-    static int64_t weight_bytes(const Task& task) {
-        return place_bytes(task) + shape(task).tiles() * kTileUps;
-    }
-    static GroupWeights<Weight, Acc> weights_at(const Task& task, unsigned char* bytes) {
-        return {reinterpret_cast<Weight*>(bytes), reinterpret_cast<float*>(bytes + place_bytes(task))};
-    }
+    static int64_t weight_bytes(const Task& task) { return shape(task).tiles() * Weights::kBytes; }
+    static Weights weights_at(const Task& task, unsigned char* bytes) { return {bytes, shape(task).tiles()}; }
     // What cache, images and weights leave of the budget.
     static int64_t room(const Task& task) {
         return kBudget - weight_bytes(task) - image_bytes(task.problem, shape(task)) - cached_bytes(task);

@@ -26,11 +26,11 @@ void Look<Acc>::sums(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& fo
 }
 
 template <typename Acc>
-template <typename Weight>
+template <typename Layout>
 void Look<Acc>::weights(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& formula,
                         const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
-                        const GroupWeights<Weight, Acc>& to, const Partials<Acc>& sums, Launches& launches) {
-    launches(pair_weights<Weight, Acc>, tile_grid(tile_group), dim3(kTileThreads),
+                        const GroupWeights<Layout>& to, const Partials<Acc>& sums, Launches& launches) {
+    launches(pair_weights<Layout, Acc>, tile_grid(tile_group), dim3(kTileThreads),
              PairGrid<Acc>::shared_bytes(kWeightQuantities), tile_group, formula, need, upstream, to, sums);
 }
 
@@ -44,8 +44,8 @@ void Look<Acc>::params(const TileGroup<Acc>& tile_group, int64_t blocks, const A
 
 }  // namespace dml::cuda
 
-#define DML_WEIGHTS(Weight, Acc)                                             \
+#define DML_WEIGHTS(Acc, ...)                                                \
     template void dml::cuda::Look<Acc>::weights(                             \
         const dml::cuda::TileGroup<Acc>&, const dml::cuda::AnyFormula<Acc>&, \
         const dml::cuda::TileNeed<Acc>&, const dml::cuda::Upstream<Acc>&,    \
-        const dml::cuda::GroupWeights<Weight, Acc>&, const dml::cuda::Partials<Acc>&, Launches&)
+        const dml::cuda::GroupWeights<__VA_ARGS__>&, const dml::cuda::Partials<Acc>&, Launches&)

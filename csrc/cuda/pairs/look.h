@@ -36,10 +36,10 @@ struct Look {
     static void sums(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& formula, bool second,
                      const TileNeed<Acc>& need, const Partials<Acc>& partials, uint8_t* kept,
                      bool count_zeros, FormulaId which, Launches& launches);
-    template <typename Weight>
+    template <typename Layout>
     static void weights(const TileGroup<Acc>& tile_group, const AnyFormula<Acc>& formula,
                         const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
-                        const GroupWeights<Weight, Acc>& to, const Partials<Acc>& sums, Launches& launches);
+                        const GroupWeights<Layout>& to, const Partials<Acc>& sums, Launches& launches);
     static void params(const TileGroup<Acc>& tile_group, int64_t blocks, const AnyFormula<Acc>& formula,
                        const TileNeed<Acc>& need, const Upstream<Acc>& upstream,
                        const ByParams<Acc>& by_params, Launches& launches);

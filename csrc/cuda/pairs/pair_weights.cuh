@@ -205,19 +205,47 @@ struct TileWeights {
 
 // ---- the kernel -----------------------------------------------------------------------------------------
 
+// A weight as its image has it, but for scales, which are powers of two.
+template <typename Layout, typename Acc>
+DML_DEVICE Acc stored_weight(Acc x) {
+    if constexpr (std::is_same_v<typename Layout::Element, __nv_bfloat16>) {
+        return Acc(__nv_bfloat16(x));
+    } else if constexpr (kScalesWeights<Layout> && Layout::kParts == 1) {
+        return Acc(RoundedToTf32(x));  // a float16 has as many digits
+    } else {
+        return x;
+    }
+}
+
+// A thread's weights in row i of a tile, to its image.
+template <typename Layout, typename Grid>
+DML_DEVICE void write_weights(unsigned char* image, int i, const typename Grid::Sims& weights) {
+    constexpr int kElements = kChunkBytes / int(sizeof(typename Layout::Element));
+#pragma unroll
+    for (int j = 0; j < Grid::kCols; j += kElements) {
+        alignas(16) typename Grid::Acc chunk[kElements];
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) chunk[e] = weights.s[j + e];
+        const int col = Grid::col(j), column = col % Layout::kColumns;
+        write_chunk<Layout>(chunk, image + col / Layout::kColumns * Layout::kBlockBytes +
+                                       swizzled_chunk(unsigned(Grid::row(i)), unsigned(column / kElements)));
+    }
+}
+
 // Weights' sums of each line are written where distances of rows that are not normalised need them.
-template <typename Weight, typename Acc>
+template <typename Layout, typename Acc>
 __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     pair_weights(const __grid_constant__ TileGroup<Acc> all,
                  const __grid_constant__ AnyFormula<Acc> any_formula,
-                 const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
-                 GroupWeights<Weight, Acc> to, Partials<Acc> sums) {
+                 const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream, GroupWeights<Layout> to,
+                 Partials<Acc> sums) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     using Traits = TileTraits<Acc>;
     using Grid = PairGrid<Acc>;
+    using Sims = typename Grid::Sims;
     constexpr int kTile = Traits::kTile;
-    constexpr bool kScales = kScalesWeights<Weight>;
+    constexpr bool kScales = kScalesWeights<Layout>;
     const auto tile_group = all.in_use();
     const int row_tile = int(blockIdx.y), col_tile = int(blockIdx.x);
     const int64_t ti = tile_group.row_tile + row_tile, tj = tile_group.col_tile + col_tile;
@@ -226,64 +254,57 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     const LoadedTile<Acc> tile = load_pairs(tile_group, ti, tj, false);
     const Acc* norms = shared_array<Acc>(Traits::kNorms, 2 * kTile);
     const int64_t slot = tile_group.slot(ti, tj);
-    Weight* out = to.weights + slot * to.kPlace;
+    const auto image_of = [&](int side) { return to.images[side] + slot * to.kPlaceBytes; };
     const WarpExchange<Grid> exchange = {Grid::scratch(kWeightQuantities)};
     const Similarity kind = tile_group.similarity;
     const bool unscaled = kind.euclidean && !kind.normalize;
     const Acc range = unscaled ? Acc(1) : row_stats.header[kRange];
-    // Of the image's row of a line of the tile.
-    const auto scale_of = [&](const Image& image, int line) {
-        return image.scales ? Acc(image.scales[line]) : Acc(1);
-    };
+    const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
+    // Of the points' images, in the place of the labels, which have become ids; load_lines has a barrier.
+    Acc* scales = reinterpret_cast<Acc*>(Traits::labels());  // [2 kTile]
+    if (kScales && line < Grid::kLines) {
+        const Image& image = side == 0 ? tile_group.row_image : tile_group.col_image;
+        scales[line] =
+            image.scales ? Acc(image.scales[(side == 0 ? row_tile : col_tile - 1) * kTile + line]) : Acc(1);
+    }
 
-    struct alignas(16) Row {
-        Weight w[Grid::kCols];
-    };
+    // 1. Weights; where they are scaled they take the place of the similarities for now.
     Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {}, col_largest[Grid::kCols] = {};
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_norms[j] = unscaled ? Acc(1) : norms[kTile + Grid::col(j)];
-    const auto write = [&](int i, const typename Grid::Sims& sims, const typename Grid::Sims& w) {
+    const auto write = [&](int i, const Sims& sims, const Sims& w) {
         const Acc row_norm = unscaled ? Acc(1) : norms[Grid::row(i)] * range;
-        typename Grid::Sims x = w;
+        Sims x = w;
         if (kind.euclidean) {
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) x.s[j] = by_distance(x.s[j], sims.s[j]);
         }
-        Row row;
 #pragma unroll
-        for (int j = 0; j < Grid::kCols; ++j) x.s[j] = x.s[j] * row_norm * col_norms[j];
-        if constexpr (sizeof(Weight) == 2) {
-#pragma unroll
-            for (int j = 0; j < Grid::kCols; j += 2) {
-                const uint32_t both = pack2<Weight>(x.s[j], x.s[j + 1]);
-                std::memcpy(&row.w[j], &both, sizeof both);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < Grid::kCols; ++j) row.w[j] = Weight(x.s[j]);
-        }
+        for (int j = 0; j < Grid::kCols; ++j)
+            x.s[j] = stored_weight<Layout>(x.s[j] * row_norm * col_norms[j]);
         if (unscaled) {
             Acc row_sum = 0;
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
-                row_sum += Acc(row.w[j]);
-                col_sums[j] += Acc(row.w[j]);
+                row_sum += x.s[j];
+                col_sums[j] += x.s[j];
             }
             exchange.put_row(kWeightSum, i, merge_lanes<Grid>(row_sum, Plus{}));
         }
         if constexpr (kScales) {
-            const Acc row_scale = scale_of(tile_group.row_image, row_tile * kTile + Grid::row(i));
+            const Acc scale = scales[Grid::row(i)];
             Acc largest = 0;
 #pragma unroll
             for (int j = 0; j < Grid::kCols; ++j) {
                 const Acc size = std::fabs(x.s[j]);
-                largest = std::fmax(largest,
-                                    size * scale_of(tile_group.col_image, col_tile * kTile + Grid::col(j)));
-                col_largest[j] = std::fmax(col_largest[j], size * row_scale);
+                largest = std::fmax(largest, size * scales[kTile + Grid::col(j)]);
+                col_largest[j] = std::fmax(col_largest[j], size * scale);
             }
             exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));
+            Grid::put_sims(i, x);
+        } else {
+            write_weights<Layout, Grid>(image_of(0), i, x);
         }
-        *reinterpret_cast<Row*>(out + Grid::row(i) * kTile + Grid::col(0)) = row;
     };
     any_formula.visit([&](const auto& formula) {
         using Formula = std::decay_t<decltype(formula)>;
@@ -295,14 +316,32 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     if (unscaled) exchange.put_cols(kWeightSum, col_sums, Plus{});
     if constexpr (kScales) exchange.put_cols(kLargestWeight, col_largest, Maximum{});
     block_sync();
-    const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
-    if (line >= Grid::kLines) return;
-    if constexpr (kScales)
-        to.ups[slot * Grid::kLines + line] = scale_up(exchange.get(kLargestWeight, line, Maximum{}));
-    if (!unscaled) return;
-    const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
-    sums.at(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
-        exchange.get(kWeightSum, line, Plus{});
+    if (unscaled && line < Grid::kLines) {
+        const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
+        sums.at(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
+            exchange.get(kWeightSum, line, Plus{});
+    }
+    if constexpr (kScales) {  // 2. The power of two of each line, and the images.
+        Acc* ups = Grid::line_numbers();
+        if (line < Grid::kLines) {
+            ups[line] = scale_up(exchange.get(kLargestWeight, line, Maximum{}));
+            to.scales[side][slot * kTile + line % kTile] = reciprocal_of_power(ups[line]);
+        }
+        block_sync();
+#pragma unroll 1
+        for (int i = 0; i < Grid::kRows; ++i) {
+            const Sims x = Grid::sims(i);
+            const Acc scale = scales[Grid::row(i)], up = ups[Grid::row(i)];
+            Sims by_row, by_col;
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                by_row.s[j] = x.s[j] * scales[kTile + Grid::col(j)] * up;
+                by_col.s[j] = x.s[j] * scale * ups[kTile + Grid::col(j)];
+            }
+            write_weights<Layout, Grid>(image_of(0), i, by_row);
+            write_weights<Layout, Grid>(image_of(1), i, by_col);
+        }
+    }
 }
 
 }  // namespace dml::cuda

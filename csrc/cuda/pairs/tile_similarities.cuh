@@ -93,7 +93,7 @@ DML_DEVICE void multiply_tile(Product<Math, SquareTile<Math>>& product, unsigned
         product.template add<Traits::kDepth>(View{from}, View{from + Slices::kBytes}, fetch);
     };
     const int slices = int((dim + Traits::kDepth - 1) / Traits::kDepth);
-    pipeline<Traits::kStages, false>(slices, next, next, use);
+    pipeline<Traits::kStages>(slices, next, next, use);
 }
 
 // Inverse norms from which on the product of two is in range.

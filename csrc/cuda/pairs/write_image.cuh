@@ -28,23 +28,6 @@ using PointsLayout =
 inline constexpr int kImageThreads = 256;
 inline constexpr int kImageRows = kImageThreads / kWarpSize;  // of a thread block: a warp a row
 
-// A chunk of the image's row, from elements x times `up`.
-template <typename Math, typename T, int Count>
-DML_DEVICE void write_chunk(const T (&x)[Count], float up, unsigned char* chunk) {
-    using Parts = PartsOf<Math>;
-    if constexpr (!Parts::kScaled) {
-        *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(x);
-    } else {
-        alignas(16) uint32_t big[4], small[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) split_half2(x[2 * i] * up, x[2 * i + 1] * up, big[i], small[i]);
-        *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(big);
-        if constexpr (Parts::kCount == 2)
-            *reinterpret_cast<uint4*>(chunk + PointsLayout<Math>::kPartBytes) =
-                reinterpret_cast<const uint4&>(small);
-    }
-}
-
 // The image of the tiles from row `first` on, of rows that may begin anywhere; rows that are not in use are 0 there.
 // scales: of its rows, where they are scaled. A launch of a warp for each row of these tiles.
 template <typename Math, typename T = typename Math::Value, typename Acc = typename Math::Acc>
@@ -93,9 +76,12 @@ __global__ void __launch_bounds__(kImageThreads)
         alignas(16) T x[kElements];
         load(chunk, x);
         constexpr int kChunks = kSwizzleBytes / kChunkBytes;
-        write_chunk<Math>(x, up,
-                          tile + chunk / kChunks * Layout::kBlockBytes +
-                              swizzled_chunk(int(line % Layout::kRows), int(chunk % kChunks)));
+        if constexpr (PartsOf<Math>::kScaled) {
+#pragma unroll
+            for (T& element : x) element *= up;
+        }
+        write_chunk<Layout>(x, tile + chunk / kChunks * Layout::kBlockBytes +
+                                   swizzled_chunk(int(line % Layout::kRows), int(chunk % kChunks)));
     }
 }
 

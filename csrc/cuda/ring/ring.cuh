@@ -165,7 +165,7 @@ void BlockEngine<Math>::backward(const Task& asked, const void* weights, const v
     const int64_t n = p.queries.count, m = p.refs.count;
 
     // 1. The workspace.
-    GradientWorkspace<typename Policy::Weight, Acc> space = {};
+    GradientWorkspace<Math> space = {};
     auto* param_sums = reinterpret_cast<double*>(bytes);
     bytes += Policy::param_bytes(task);
     ImageSlots<Math> images(p, Policy::shape(task), bytes, launches);
