@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(cuda::kWgmmaThreads, kScaled || kParts == 2 ? 
         return;
     }
     float sums[kWgmmaRegisters] = {};
-    const int first = cuda::WgmmaTile::row0();
     product.template consume<kA, kB>(sums, slices, [&](int slice) {
         const auto scale = [&](int row) { return kScaled ? float(1 << (slice % 3 + row % 5)) : 1.0f; };
-        return cuda::RowScales{{scale(first), scale(first + 8)}};
+        return cuda::RowScales{{scale(cuda::WgmmaTile::row(0)), scale(cuda::WgmmaTile::row(2))}};
     });
     const int row0 = int(blockIdx.y) * cuda::kProductTile, column0 = int(blockIdx.x) * cuda::kProductTile,
               columns = int(gridDim.x) * cuda::kProductTile;

@@ -64,7 +64,8 @@ def encode(values, dtype, parts):
 def multiply(
     program, layout="product", dtype="half", parts=1, scaled=0, m=256, n=128, k=456, whole=False, **how
 ):
-    """Runs C = A B, or scaled C_ij = sum_k 2^(k // 64 % 3 + i % 5) a_ik b_kj; returns the process, the result (None if it failed) and the truth."""
+    """Runs C = A B, or scaled C_ij = sum_k 2^(k // 64 % 3 + i % 5) a_ik b_kj; returns the process, the result
+    (None if it failed) and the truth."""
     draw = np.random.default_rng(m + n + k)
     values = [draw.integers(-4, 5, s) if whole else draw.standard_normal(s) for s in ((m, k), (k, n))]
     if whole and parts == 2:  # big parts of 5 to 7 and small ones that are not lost, and all sums exact
@@ -124,9 +125,14 @@ def test_product_rounds_as_tensor_cores_do(products, layout):
 @pytest.mark.parametrize(("sanitizer", "schedule"), SANITIZED)
 def test_sanitizers_find_nothing(sanitizer, schedule):
     program = build([HERE / "hopper_products.cu"], sanitizer=sanitizer)
-    for layout, parts in [("product", 1), ("product", 2), ("transposed", 1)]:
+    for layout, parts, scaled in [
+        ("product", 1, 0),
+        ("product", 2, 0),
+        ("transposed", 1, 1),
+        ("gradient", 2, 1),
+    ]:
         done, result, truth = multiply(
-            program, layout, parts=parts, m=130, n=60, k=300, whole=True, schedule=schedule
+            program, layout, parts=parts, scaled=scaled, m=130, n=60, k=300, whole=True, schedule=schedule
         )
         assert done.returncode == 0, done.stderr.decode()
         assert np.array_equal(result, truth)

@@ -45,6 +45,50 @@ def test_a_planted_bug_changes_the_gradient(bug, right):
     assert done.returncode != 0 or done.stdout != right
 
 
+# ---- weights times points by wgmma -------------------------------------------------------------------------
+
+TILE_PRODUCT, HOPPER = "cuda/hopper/tile_product.cuh", "cuda/hopper/gradients.cuh"
+WGMMA_BUGS = {
+    "scale_of_another_row": (HOPPER, "WgmmaTile::row(2)", "WgmmaTile::row(1)"),
+    "scales_of_another_tile": (HOPPER, "scales + tiles.slot(tile(slice))", "scales + tile(slice)"),
+    "weights_of_the_other_half": (HOPPER, "Transposed ? 0 : half, half", "Transposed ? 0 : half, 0"),
+    "points_of_the_other_half": (HOPPER, "block, slice % 2}", "block, 0}"),
+    "weights_for_rows_of_columns": (
+        HOPPER,
+        "consume(product, sums, weights.image(1))",
+        "consume(product, sums, weights.image(0))",
+    ),
+    "points_of_another_panel": (HOPPER, "2 * int(blockIdx.x)", "int(blockIdx.x)"),
+    "columns_listed_over_rows": (HOPPER, "lists + kListSize", "lists"),
+    "stage_kept_between_products": (TILE_PRODUCT, "if (slices > 0) release(turn_.stage_before());", ""),
+    "not_joined_at_the_scale": (TILE_PRODUCT, "scale.of[i / 2 % 2]", "scale.of[i % 2]"),
+}
+
+
+@pytest.fixture(scope="module")
+def right_by_wgmma():
+    done = run_program(build_with(sanitizer="none"), "wgmma")
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def test_no_race_by_wgmma(right_by_wgmma):
+    done = run_program(build_with(sanitizer="blocks"), "wgmma", schedule="warp_first", seed=1)
+    assert done.returncode == 0, done.stderr.decode()[:3000]
+    assert done.stdout == right_by_wgmma
+
+
+FIRST = "scales_of_another_tile", "weights_of_the_other_half", "stage_kept_between_products"
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=[pytest.mark.whole] * (bug not in FIRST)) for bug in WGMMA_BUGS]
+)
+def test_a_planted_bug_changes_the_gradient_by_wgmma(bug, right_by_wgmma):
+    done = run_program(build_with(WGMMA_BUGS[bug], sanitizer="none"), "wgmma", schedule="warp_first", seed=1)
+    assert done.returncode != 0 or done.stdout != right_by_wgmma
+
+
 # ---- between blocks, and between launches ------------------------------------------------------------------
 
 WAIT = "    wait_for_previous_kernel();\n"
@@ -58,7 +102,7 @@ BEGINS = {
     "accumulate": ("cuda/pairs/accumulate.cuh", "uint8_t* kept, bool count_zeros) {\n"),
     "merge_sums": (MERGES, "               Results<Acc> results) {\n"),
     "reduce_results": (REDUCE, "                   Acc* result) {\n"),
-    "add_gradients": (GRADIENT, "GroupWeights<typename GradTraits<Math, Cols>::Weight, Acc> weights) {\n"),
+    "add_gradients": (GRADIENT, "GroupWeights<WeightLayout<Math>> weights) {\n"),
     "merge_gradient": (MERGES, "int64_t size, Acc* sums) {\n"),
     "finish_gradient": (FINISH, "                    Out* grad) {\n"),
     "sum_terms_by_params": (TERMS, "const __grid_constant__ ByParams<Acc> by_params) {\n"),
@@ -89,7 +133,7 @@ RACES = {
     ),
     "results_read_before_the_wait": before_wait("reduce_results", "    *result = results.data[0];\n"),
     "weights_read_before_the_wait": before_wait(
-        "add_gradients", "    if (weights.weights[0] > 1e30f) return;\n"
+        "add_gradients", "    if (weights.scales[0][0] > 1e30f) return;\n"
     ),
     "partials_written_before_the_merge_has_read_them": before_wait(
         "find_extremes", "    if (threadIdx.x == 0) partials.data[0] = 0;\n"
@@ -134,14 +178,19 @@ FORWARD = [
 BACKWARD = ["write_image", "pair_weights", "add_gradients", "finish_gradient"]
 
 
+@pytest.mark.parametrize("wgmma", [0, 1], ids=["mma", "wgmma"])
 @pytest.mark.parametrize("learns", [False, True])
-def test_launches_that_may_begin_early(learns):
+def test_launches_that_may_begin_early(learns, wgmma):
     """Those that follow one of their own op: not the first of forward, nor the first of backward."""
     engine = library.Engine(
-        torch.randn(300, 8), torch.arange(300) // 2, tuning={"matrix_bytes": 0}, epsilon=0.1, learns=learns
-    )
+        torch.randn(300, 8), torch.arange(300) // 2, tuning={"matrix_bytes": 0, "wgmma": wgmma}, epsilon=0.1,
+        learns=learns,
+    )  # fmt: skip
     forward = ["make_formula"] * learns + FORWARD
     backward = BACKWARD + ["sum_terms_by_params"] * learns
+    if wgmma:
+        other = {"tile_similarities": "wgmma_similarities", "add_gradients": "wgmma_gradients"}
+        forward, backward = ([other.get(name, name) for name in names] for names in (forward, backward))
     launches = engine.launches()
     assert all(name in symbol for name, (symbol, *_) in zip(forward + backward, launches, strict=True)), (
         launches

@@ -179,7 +179,7 @@ WGMMA_BUGS = {
         "cuda/common/swizzle.cuh", "(chunk ^ (row / kRowsOfBanks % kChunks))", "chunk",
     ),
     "sums_of_the_other_warpgroup": (
-        "cuda/hopper/similarities.cuh", "/ kWarpgroupSize * kWgmmaM", "/ kWarpgroupSize * 0",
+        "cuda/hopper/tile_product.cuh", "/ kWarpgroupSize * kWgmmaM", "/ kWarpgroupSize * 0",
     ),
     "stages_written_over": ("cuda/hopper/similarities.cuh", "    ConsumerSync{}();", "    "),
 }  # fmt: skip

@@ -1,5 +1,6 @@
-// Runs tiles of float32 whose parameters learn, forward and twice backward, and writes loss and gradients to
-// stdout: every bug that test_tile_planted_bugs.py plants in the kernels shows.
+// Runs tiles whose parameters learn, forward and twice backward, and writes loss and gradients to stdout: every bug
+// that test_tile_planted_bugs.py plants in the kernels shows. Of float32; with the argument `wgmma` by wgmma, and of
+// bfloat16 as well.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -12,27 +13,25 @@ using namespace dml::cuda;
 
 namespace {
 
-using Math = ScaledMath<2>;
-constexpr int64_t kDim = 8;
-
 void write(const Buffer& numbers, int64_t bytes) {
     std::fwrite(numbers.data.get(), 1, size_t(bytes), stdout);
 }
 
-void run(int64_t n, int64_t m, Similarity similarity, const Tuning& tuning) {
+template <typename Math>
+void run(int64_t n, int64_t m, int64_t dim, Similarity similarity, const Tuning& tuning) {
     constexpr FormulaId kFormula = FormulaId::multi_similarity;
-    const Cloud<float> queries(n, kDim, kDim), refs(std::max<int64_t>(m, 1), kDim, kDim);
+    using T = typename Math::Value;
+    const Cloud<T> queries(n, dim, dim), refs(std::max<int64_t>(m, 1), dim, dim);
     const int params = kFormulas[int(kFormula)].params;
     const Buffer values(params * int64_t(sizeof(double)));
     std::copy_n(kParams[int(kFormula)], params, values.as<double>());
     Task task;
     task.tuning = tuning;
     Problem& p = task.problem;
-    p = problem_of(queries, refs, m, kDim, kFormula, similarity);
+    p = problem_of(queries, refs, m, dim, kFormula, similarity);
     p.mining = {true, 0.1};
     const int64_t by_params_bytes = (params + 1) * int64_t(sizeof(double)),
-                  query_bytes = n * kDim * int64_t(sizeof(float)),
-                  ref_bytes = m * kDim * int64_t(sizeof(float));
+                  query_bytes = n * dim * int64_t(sizeof(T)), ref_bytes = m * dim * int64_t(sizeof(T));
     const Buffer by_params = poisoned(by_params_bytes);
     task.learned = {params, values.as<double>(), by_params.as<double>()};
     const Buffer saved = poisoned(Engine<Math>::saved_bytes(task));
@@ -57,18 +56,27 @@ void run(int64_t n, int64_t m, Similarity similarity, const Tuning& tuning) {
 
 }  // namespace
 
-int main() {
-    return watched([] {
+int main(int count, char**) {
+    return watched([&] {
         Tuning whole;
         whole.matrix_bytes = 0;
+        whole.wgmma = count > 1;
+        if (whole.wgmma) emulator::device() = {4, 227 * 1024, 90};
         Tuning groups = whole;  // of tiles, and parts of lines
         groups.tile_group = 2;
         groups.cache_bytes = 0;
         groups.split_slots = 1;
         const Similarity cosine, raw = {true, false};
-        run(300, 0, cosine, whole);
-        run(300, 0, cosine, groups);
-        run(140, 270, cosine, whole);
-        run(140, 270, raw, groups);  // which sums the weights of lines
+        using Float = ScaledMath<2>;
+        if (whole.wgmma) {
+            run<Float>(300, 0, 136, cosine, whole);
+            run<HalfMath<__nv_bfloat16>>(300, 0, 8, cosine, whole);
+            run<HalfMath<__nv_bfloat16>>(140, 270, 8, cosine, groups);
+            return;
+        }
+        run<Float>(300, 0, 8, cosine, whole);
+        run<Float>(300, 0, 8, cosine, groups);
+        run<Float>(140, 270, 8, cosine, whole);
+        run<Float>(140, 270, 8, raw, groups);  // which sums the weights of lines
     });
 }

@@ -41,10 +41,9 @@ struct LineSlices {
     template <typename Product>
     DML_DEVICE void consume(Product& product, float (&sums)[kWgmmaRegisters],
                             const Image& weights_image) const {
-        const float* scales = weights_image.scales + WgmmaTile::row0();
         product.template consume<kMajor, Major::kMn>(sums, count(), [&](int slice) {
-            const float* of_tile = scales + tiles.slot(tile(slice)) * kProductTile;
-            return RowScales{{of_tile[0], of_tile[8]}};
+            const float* of_tile = weights_image.scales + tiles.slot(tile(slice)) * kProductTile;
+            return RowScales{{of_tile[WgmmaTile::row(0)], of_tile[WgmmaTile::row(2)]}};
         });
     }
 };

@@ -29,7 +29,7 @@ struct SlicePlace {
     int tile, block, half;
 };
 
-// A power of two for each of the two rows that a thread has of a slice's product.
+// A power of two for each of the two rows that a thread has of a slice's product: WgmmaTile::row(0) and row(2).
 struct RowScales {
     float of[2];
 };
@@ -203,19 +203,19 @@ struct WgmmaTile {
     static constexpr int kRun = 2;
     const float (&sums)[kWgmmaRegisters];
 
-    // Of a thread of the warpgroup: the first of its rows in the tile.
-    static DML_DEVICE int row0() {
-        return int(threadIdx.x) / kWarpgroupSize * kWgmmaM +
-               fragment_row(int(threadIdx.x) % kWarpgroupSize, 0);
+    // The row and column of the tile that sums[i] of this thread is of.
+    static DML_DEVICE int row(int i) {
+        const int thread = int(threadIdx.x);
+        return thread / kWarpgroupSize * kWgmmaM + fragment_row(thread % kWarpgroupSize, i);
     }
+    static DML_DEVICE int column(int i) { return fragment_column(int(threadIdx.x) % kWarpgroupSize, i); }
+
     template <typename F>
     DML_DEVICE void for_each_run(const F& f) const {
-        const int thread = int(threadIdx.x) % kWarpgroupSize,
-                  first = int(threadIdx.x) / kWarpgroupSize * kWgmmaM;
 #pragma unroll
         for (int i = 0; i < kWgmmaRegisters; i += 2) {
             const float run[2] = {sums[i], sums[i + 1]};
-            f(first + fragment_row(thread, i), fragment_column(thread, i), run);
+            f(row(i), column(i), run);
         }
     }
 };
