@@ -299,20 +299,27 @@ def formulas():
     return {name: pair for name, pair in chosen.items() if "kOnCuda = false" not in texts[pair[0]]}
 
 
-def row_instructions(name, architecture="90a"):
-    """{whether a block has a row: instructions} of the matrix path's kernel on rows, in float, with the one
-    formula of this name: what a multiprocessor reads for the first time."""
-    header, struct = formulas()[name]
-    folder = CACHE / "formulas" / name
+def instructions_of_one(formula, source, learns, architecture="90a"):
+    """{kernel: instructions} of a source of the instantiations with the one formula of this name; unless it
+    `learns`, without what runs only where parameters do."""
+    header, struct = formulas()[formula]
+    folder = CACHE / "formulas" / (formula if learns else f"{formula}_fixed")
     folder.mkdir(parents=True, exist_ok=True)
+    fixed = f"""namespace dml {{
+template <typename T>
+struct Fixed : {struct}<T> {{
+    using {struct}<T>::{struct};
+    static constexpr const char* kParams = "";
+}};
+}}
+"""
     (folder / "custom_formula.h").write_text(
-        f'#pragma once\n#include "losses/{header.name}"\n#define DML_FORMULAS(X) X({name}, {struct})\n'
+        f'#pragma once\n#include "losses/{header.name}"\n{"" if learns else fixed}'
+        f"#define DML_FORMULAS(X) X({formula}, {struct if learns else 'Fixed'})\n"
     )
     flags = (*FLAGS, "-DDML_CUSTOM_FORMULA", f"-I{folder}")
-    source = ROOT / "csrc" / "cuda" / "instantiations" / "matrix_rows.cu"
-    kernels = {kernel.name: kernel for kernel in analyse(source, architecture, flags)}
-    found = {block: kernels[f"finish_matrix_rows<{str(block).lower()},float>"] for block in (False, True)}
-    return {block: sum(kernel.instructions.values()) for block, kernel in found.items()}
+    kernels = analyse(ROOT / "csrc" / "cuda" / "instantiations" / f"{source}.cu", architecture, flags)
+    return {kernel.name: sum(kernel.instructions.values()) for kernel in kernels}
 
 
 def sources():
@@ -405,8 +412,9 @@ def main():
         parser.error("nvcc is not on the PATH")
     if options.formulas:
         for name in formulas():
-            counts = row_instructions(name)
-            print(f"{name:20} {counts[False]:6} a warp a row {counts[True]:6} a block a row", flush=True)
+            rows = [instructions_of_one(name, "matrix_rows", learns) for learns in (False, True)]
+            fixed, learn = (counts["finish_matrix_rows<false,float>"] for counts in rows)
+            print(f"{name:20} {fixed:6}, {learn:6} with parameters that learn", flush=True)
         return
     architectures = tuple(options.arch or ARCHITECTURES)
     files = options.sources or sources()

@@ -83,6 +83,8 @@ struct RowDerivatives {
 template <typename T, typename Formula>
 struct WithDerivatives : Formula {
     static_assert(Complete<T, Formula>::kYes, "");
+    // A constant, as nvcc makes 0 of count_names where it is called in device code: that has no strings.
+    static constexpr int kParamCount = count_names(Formula::kParams);
 
     static DML_INLINE constexpr NeededPairs needed_pairs() {
         return {Formula::kNeedsPos, Formula::kNeedsNeg};

@@ -45,11 +45,17 @@ struct PairOptions {
         both_directions;  // the rows of ref_emb have losses too, over the rows of embeddings: rows N to N + M
     std::string_view precision;  // how CUDA multiplies float32: ieee | tf32
     bool save_for_backward;      // whether a backward may follow
-    int64_t cache_bytes;  // similarities that are then kept for it; below 0: as many as the engine sees fit
+    int64_t cache_bytes;         // see kept_bytes
     // float64 on the CPU: params, then epsilon, in place of those above. A compiled graph reads it when it
     // runs, so other values do not compile another graph. With it `epsilon` only says whether there is
     // mining. On the GPU of the points, where parameters learn: params, then a number that does not count.
     OptionalTensor dynamic_params;
+
+    // Similarities are kept for a backward that may follow; below 0: as many as the engine sees fit.
+    static int64_t kept_bytes(bool save_for_backward, int64_t cache_bytes) {
+        return save_for_backward ? cache_bytes : 0;
+    }
+    int64_t kept_bytes() const { return kept_bytes(save_for_backward, cache_bytes); }
 
     static constexpr char kSchema[] =
         "str formula, float[] params, float? epsilon, str similarity, str reduction, bool mine_self_pair, "

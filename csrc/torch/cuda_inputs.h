@@ -89,8 +89,7 @@ struct Inputs : BatchInputs {
             row_weights = c.row_weights->to(accumulate.dtype()).contiguous();
             task.row_weights = row_weights->const_data_ptr();
         }
-        if (c.cache_bytes >= 0) task.tuning.cache_bytes = c.cache_bytes;
-        if (!c.save_for_backward) task.tuning.cache_bytes = 0;
+        if (c.kept_bytes() >= 0) task.tuning.cache_bytes = c.kept_bytes();
         params = set_learned(task, c, c.embeddings.device());
     }
 };

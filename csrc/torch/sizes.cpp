@@ -24,7 +24,7 @@ bool is_cuda(const std::string& device) { return device == "cuda"; }
 SymInt saved_bytes(const std::string& device, const SymInt& n, const SymInt& m, bool square,
                    bool both_directions, int64_t itemsize, bool save_for_backward, int64_t cache_bytes,
                    int64_t device_params) {
-    if (!save_for_backward) cache_bytes = 0;
+    cache_bytes = PairOptions::kept_bytes(save_for_backward, cache_bytes);
     if (is_cuda(device))
         return cuda::saved_bytes_of<SymInt>(n, m, square, itemsize,
                                             cache_bytes < 0 ? cuda::kCacheBytes : cache_bytes, device_params);

@@ -62,6 +62,28 @@ def test_kernels(compilations, source, architecture):
         assert set(machine_code.matrix_instructions(kernel)) == expected, where
 
 
+# Of each source with formulas the kernels that parameters which learn give more to do.
+LEARNING = {
+    "learned_params": ["make_formula"],
+    "matrix_rows": ["finish_matrix_rows"],
+    "look_float": ["sum_terms_by_params"],
+    "merge": ["merge_sums"],
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", LEARNING)
+def test_parameters_that_learn_take_instructions(source):
+    """nvcc drops without a word what it takes for a loop over no parameters."""
+    fixed, learns = (
+        machine_code.instructions_of_one("multi_similarity", source, learns) for learns in (False, True)
+    )
+    assert fixed.keys() == learns.keys()
+    more = {name for name in fixed if learns[name] > fixed[name]}
+    assert {name.split("<")[0] for name in more} == set(LEARNING[source])
+    assert all(name in more for name in fixed if name.split("<")[0] in LEARNING[source])
+
+
 # ---- the primitives ------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ template <typename T, typename Formula>
 void row_by_params(const double* params, const Gathered<T>& gathered, const T upstream[2],
                    double* by_params) {
     if (!Formula::may_have_loss(gathered)) return;
-    for (int k = 0; k < count_names(Formula::kParams); ++k) {
+    for (int k = 0; k < Formula::kParamCount; ++k) {
         T part[2];
         ByParam<T, Formula>(params, k).row(gathered, part);
         for (int p = 0; p < Formula::kParts; ++p) by_params[k] += double(upstream[p]) * double(part[p]);

@@ -174,7 +174,7 @@ BackwardResult backward(const Call& call, const Tensor& grad_loss, const Tensor&
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
     const Shape<int64_t> shape = {n, refs.capacity, problem.square, problem.both_directions};
-    const Layout<int64_t> layout(shape, sizeof(T), call.save_for_backward ? call.cache_bytes : 0);
+    const Layout<int64_t> layout(shape, sizeof(T), call.kept_bytes());
     check_backward(call, grad_loss, saved_bytes, layout.bytes);
     auto* saved = saved_bytes.data_ptr<uint8_t>();
     need_ref = need_ref && call.ref_emb.has_value();

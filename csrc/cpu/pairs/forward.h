@@ -153,7 +153,7 @@ ForwardResult forward(const Call& call) {
     const References refs(call);
     const int64_t n = call.embeddings.size(0);
     const Shape<int64_t> shape = {n, refs.capacity, problem.square, problem.both_directions};
-    const Layout<int64_t> layout(shape, sizeof(T), call.save_for_backward ? call.cache_bytes : 0);
+    const Layout<int64_t> layout(shape, sizeof(T), call.kept_bytes());
     const auto options = call.embeddings.options().dtype(c10::CppTypeToScalarType<T>::value);
     Tensor saved = at::empty({layout.bytes}, options.dtype(at::kByte));
     auto* bytes = saved.data_ptr<uint8_t>();

@@ -17,7 +17,7 @@ inline constexpr int kWgmmaGradientBytes =
     WgmmaGradient<Math>::kSharedBytes + 2 * kListSize * int(sizeof(int));
 
 // The slices of a line's tiles, two of each tile: of weights, which lie K-major where the line is a row of tiles and
-// M-major where it is a column, and of the columns of points from block `panel` on.
+// M-major where it is a column, and of two blocks of the points' columns.
 template <bool Transposed>
 struct LineSlices {
     static constexpr Major kMajor = Transposed ? Major::kMn : Major::kK;

@@ -177,7 +177,7 @@ struct RowPairs {
                                     int64_t i) const {
         constexpr int kLast = Formula::kParts - 1;
 #pragma unroll 1
-        for (int k = 0; k < count_names(Formula::kParams); ++k) {
+        for (int k = 0; k < Formula::kParamCount; ++k) {
             const auto derived = derived_by<Formula, Acc>(by_params.learned, formula, k);
             Acc sums[2] = {Acc(0), Acc(0)}, part[2];
             for_each<1>(self, [&](Acc s, bool positive) {

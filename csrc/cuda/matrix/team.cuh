@@ -23,7 +23,7 @@ struct Team {
     template <int Count, typename Merge>
     DML_DEVICE void merge(Acc (&x)[Count], const Merge& merge) const {
         static_assert(Count <= kMostMerged, "room for so many");
-#pragma unroll
+#pragma unroll 1
         for (int m = kWarpSize / 2; m > 0; m /= 2) {
 #pragma unroll
             for (int k = 0; k < Count; ++k) x[k] = merge(x[k], shfl_xor(x[k], m));

@@ -194,7 +194,7 @@ struct BackwardPass {
     }
 };
 
-// bytes: the workspace, which begins with the images.
+// bytes: the workspace, behind the images.
 template <typename Math>
 void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* grad_loss,
                     typename Math::Value* grad_queries, typename Math::Value* grad_refs,
@@ -203,7 +203,6 @@ void backward_tiles(const Launcher<Math>& launcher, const typename Math::Acc* gr
     using Policy = GradientPolicy<Math>;
     const Task& task = launcher.task;
     const Problem& p = launcher.p;
-    bytes += Policy::image_bytes(p, Policy::shape(task));
     GradientWorkspace<Math> workspace = {};
     workspace.weights = Policy::weights_at(task, bytes);
     bytes += Policy::weight_bytes(task);

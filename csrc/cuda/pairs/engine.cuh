@@ -124,13 +124,13 @@ void Engine<Math>::backward(const Task& task, void* saved, const void* grad_loss
     const Launcher<Math> launcher = {aligned, layout.arrays(static_cast<unsigned char*>(saved)), launches};
     auto* param_sums = reinterpret_cast<double*>(bytes);
     bytes += TilePolicy<Math>::param_bytes(task);
-    ImageSlots<Math> images(task.problem, GradientPolicy<Math>::shape(task), bytes, launches);
+    const TileGroupShape shape = GradientPolicy<Math>::shape(task);
+    ImageSlots<Math> images(task.problem, shape, bytes, launches);
+    bytes += TilePolicy<Math>::image_bytes(task.problem, shape);
     if (queries || refs) backward_tiles(launcher, upstream, queries, refs, images, bytes);
     if (learned.gradient)
-        gradient_by_params(
-            launcher, rows_by_params<Acc>(aligned), upstream, param_sums, images,
-            reinterpret_cast<Acc*>(
-                bytes + TilePolicy<Math>::image_bytes(task.problem, GradientPolicy<Math>::shape(task))));
+        gradient_by_params(launcher, rows_by_params<Acc>(aligned), upstream, param_sums, images,
+                           reinterpret_cast<Acc*>(bytes));
 }
 
 template <typename Math>

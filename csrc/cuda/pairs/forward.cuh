@@ -5,8 +5,7 @@
 
 namespace dml::cuda {
 
-// The steps of forward on one tile group, each followed by its merge into the rows. stays: the group's similarities are
-// there from a pass before.
+// The steps of forward on one tile group, each followed by its merge into the rows.
 template <typename Math>
 struct ForwardPass {
     using Acc = typename Math::Acc;
@@ -22,7 +21,7 @@ struct ForwardPass {
         Merge<Acc>::extremes(tile_group, p.square, launcher.arrays.row_stats, partials, step,
                              Acc(p.mining.epsilon), launcher.launches);
     }
-    // second: the positives of a formula with context.
+    // second: the positives of a formula with context. stays: the similarities are there from a pass before.
     void gather(const TileGroup<Acc>& tile_group, MergeStep step, bool second, bool stays) const {
         const Problem& p = launcher.p;
         const SavedArrays<Acc>& arrays = launcher.arrays;

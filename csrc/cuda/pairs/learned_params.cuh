@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMakeThreads)
         using By = ByParam<Acc, Formula>;
         const int k = int(threadIdx.x);
         if (k == 0) *reinterpret_cast<Formula*>(learned) = Formula(values);
-        if (k < count_names(Formula::kParams))
+        if (k < Formula::kParamCount)
             *reinterpret_cast<By*>(learned + kFormulaBytes + k * kByParamBytes) = By(values, k);
     });
     if (threadIdx.x == 0) *ticket = 0;

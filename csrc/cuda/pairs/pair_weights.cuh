@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     }
 
     // 1. Weights; where they are scaled they take the place of the similarities for now.
-    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {}, col_largest[Grid::kCols] = {};
+    Acc col_norms[Grid::kCols], col_sums[Grid::kCols] = {};
 #pragma unroll
     for (int j = 0; j < Grid::kCols; ++j) col_norms[j] = unscaled ? Acc(1) : norms[kTile + Grid::col(j)];
     const auto write = [&](int i, const Sims& sims, const Sims& w) {
@@ -292,15 +292,6 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
             exchange.put_row(kWeightSum, i, merge_lanes<Grid>(row_sum, Plus{}));
         }
         if constexpr (kScales) {
-            const Acc scale = scales[Grid::row(i)];
-            Acc largest = 0;
-#pragma unroll
-            for (int j = 0; j < Grid::kCols; ++j) {
-                const Acc size = std::fabs(x.s[j]);
-                largest = std::fmax(largest, size * scales[kTile + Grid::col(j)]);
-                col_largest[j] = std::fmax(col_largest[j], size * scale);
-            }
-            exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));
             Grid::put_sims(i, x);
         } else {
             write_weights<Layout, Grid>(image_of(0), i, x);
@@ -314,14 +305,30 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     });
     if (!unscaled && !kScales) return;
     if (unscaled) exchange.put_cols(kWeightSum, col_sums, Plus{});
-    if constexpr (kScales) exchange.put_cols(kLargestWeight, col_largest, Maximum{});
+    if constexpr (kScales) {  // 2. Each line's largest weight, at the scales of the points.
+        Acc col_largest[Grid::kCols] = {};
+#pragma unroll 1
+        for (int i = 0; i < Grid::kRows; ++i) {
+            const Sims x = Grid::sims(i);
+            const Acc scale = scales[Grid::row(i)];
+            Acc largest = 0;
+#pragma unroll
+            for (int j = 0; j < Grid::kCols; ++j) {
+                const Acc size = std::fabs(x.s[j]);
+                largest = std::fmax(largest, size * scales[kTile + Grid::col(j)]);
+                col_largest[j] = std::fmax(col_largest[j], size * scale);
+            }
+            exchange.put_row(kLargestWeight, i, merge_lanes<Grid>(largest, Maximum{}));
+        }
+        exchange.put_cols(kLargestWeight, col_largest, Maximum{});
+    }
     block_sync();
     if (unscaled && line < Grid::kLines) {
         const int at = side == 0 ? row_tile * kTile + line : (col_tile - 1) * kTile + line;
         sums.at(tile_group, side, side == 0 ? col_tile : row_tile, 0, at) =
             exchange.get(kWeightSum, line, Plus{});
     }
-    if constexpr (kScales) {  // 2. The power of two of each line, and the images.
+    if constexpr (kScales) {  // 3. The power of two of each line, and the images.
         Acc* ups = Grid::line_numbers();
         if (line < Grid::kLines) {
             ups[line] = scale_up(exchange.get(kLargestWeight, line, Maximum{}));

@@ -283,7 +283,7 @@ DML_DEVICE RowResult<Acc> finish_row(const RowStats<Acc>& row_stats, int64_t i, 
     const RowsByParams<Acc>& by_params = results.by_params;
     if (by_params.numbers) {
 #pragma unroll 1
-        for (int k = 0; k < count_names(Formula::kParams); ++k) {
+        for (int k = 0; k < Formula::kParamCount; ++k) {
             Acc part[2];
             row_by_param(derived_by<Formula, Acc>(by_params.learned, formula, k), finished, part);
             by_params.at(k, 0, i) = part[0];

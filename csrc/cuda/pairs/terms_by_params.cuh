@@ -38,7 +38,7 @@ DML_DEVICE void add_terms_by_params(const TileGroup<Acc>& tile_group, const AnyF
             using Formula = std::decay_t<decltype(formula)>;
             using Derived = DerivedByParam<Acc, Formula>;
 #pragma unroll 1
-            for (int k = 0; k < count_names(Formula::kParams); ++k) {
+            for (int k = 0; k < Formula::kParamCount; ++k) {
                 const Derived derived = derived_by<Formula, Acc>(any_formula.learned, formula, k);
                 TileWeights<Derived, Acc> terms = {tile_group, tile, derived, need.row_stats, upstream};
                 terms.load_lines(ti, tj);
