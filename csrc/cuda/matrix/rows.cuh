@@ -93,9 +93,19 @@ struct RowPairs {
     // f(similarity, whether positive) for this thread's pairs but `left_out`, in ascending order.
     template <int Unroll, typename F>
     DML_DEVICE void for_each(int left_out, const F& f) const {
-#pragma unroll Unroll
-        for (int j = team.thread(); j < cols; j += team.kThreads) {
-            if (j != left_out) f(pairs[j], labels[j] == label);
+#pragma unroll 1
+        for (int first = team.thread(); first < cols; first += Unroll * team.kThreads) {
+            Acc s[Unroll];
+            bool positive[Unroll];
+#pragma unroll
+            for (int u = 0; u < Unroll; ++u) {
+                const int j = first + u * team.kThreads;
+                const bool inside = j < cols && j != left_out;
+                s[u] = inside ? pairs[j] : not_a_number<Acc>();
+                positive[u] = inside && labels[j] == label;
+            }
+#pragma unroll
+            for (int u = 0; u < Unroll; ++u) f(s[u], positive[u]);
         }
     }
 
@@ -285,8 +295,9 @@ __global__ void __launch_bounds__(kTeamThreads,
             found[0] += Acc(!is_finite(task.saved.ref_norms[j]));
             found[1] += Acc(is_very_long(task.saved.ref_norms[j]));
         }
-        total.not_finite += warp_sum(found[0]);
-        total.very_long += warp_sum(found[1]);
+        Team<false, Acc>{nullptr}.merge(found, Plus{});
+        total.not_finite += found[0];
+        total.very_long += found[1];
     }
     if (lane_id() == 0) Results<Acc>{numbers, kTeamWarps, nullptr, {}, nullptr, {}}.store(warp_id(), total);
     block_sync();
@@ -302,8 +313,8 @@ __global__ void __launch_bounds__(kTeamThreads,
     RowStats<Acc> row_stats = {};
     row_stats.header = task.saved.header;
     row_stats.flags = task.flags;
-    reduce_slots<kTeamThreads>(row_stats, rows, task.results, task.division,
-                               shared_array<Acc>(Layout::kReduce, kWarpSize), task.loss);
+    reduce_slots<kTeamThreads, 1>(row_stats, rows, task.results, task.division,
+                                  shared_array<Acc>(Layout::kReduce, kWarpSize), task.loss);
 }
 
 }  // namespace dml::cuda

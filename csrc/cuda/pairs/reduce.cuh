@@ -28,17 +28,17 @@ struct Division {
 // By one block of kThreads, of which each warp adds up a share of one number. shared: [warps]. result: [1], or [4]
 // undivided, or [rows] without a reduction, already written. If any point is not finite, every row that has the
 // pairs it needs becomes NaN, and so does every gradient; if no row has, all stays 0.
-template <int kThreads, typename Acc>
+template <int kThreads, int kUnroll, typename Acc>
 DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const Results<Acc>& results,
                              const Division& division, Acc* shared, Acc* result) {
     constexpr int kNumbers = 8, kShares = kThreads / kWarpSize / kNumbers;
     static_assert(kResultNumbers <= kNumbers && kShares > 0, "a warp for each number");
-    const int number = warp_id() % kNumbers, share = warp_id() / kNumbers;
+    const int number = warp_id() % kNumbers, share = warp_id() / kNumbers, slots = int(results.slots);
     Acc sum = 0;
     if (number < kResultNumbers) {
-#pragma unroll 4
-        for (int64_t slot = share * kWarpSize + lane_id(); slot < results.slots; slot += kShares * kWarpSize)
-            sum += results.data[number * results.slots + slot];
+#pragma unroll kUnroll
+        for (int slot = share * kWarpSize + lane_id(); slot < slots; slot += kShares * kWarpSize)
+            sum += results.data[number * slots + slot];
     }
     sum = warp_sum(sum);
     if (lane_id() == 0) shared[warp_id()] = sum;
@@ -49,17 +49,8 @@ DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const
         for (int s = 1; s < kShares; ++s) x += shared[s * kNumbers + k];
         return x;
     };
-    RowResult<Acc> r;
-    r.part[0] = total(0);
-    r.part[1] = total(1);
-    r.count[0] = total(2);
-    r.count[1] = total(3);
-    r.eligible = total(4);
-    r.not_finite = total(5);
-    r.very_long = total(6);
-
-    const bool finite = r.not_finite == Acc(0);
-    const Acc poison = r.eligible > Acc(0) ? not_a_number<Acc>() : Acc(0);
+    const bool finite = total(kNotFinite) == Acc(0);
+    const Acc poison = total(kEligibleRows) > Acc(0) ? not_a_number<Acc>() : Acc(0);
     if (results.rows && !finite) {
         for (int64_t i = threadIdx.x; i < rows; i += blockDim.x)
             results.rows[i] = row_stats.flags[i] & kEligible ? not_a_number<Acc>() : Acc(0);
@@ -67,18 +58,20 @@ DML_DEVICE void reduce_slots(const RowStats<Acc>& row_stats, int64_t rows, const
     if (threadIdx.x != 0) return;
     const bool mean = division.divide && division.reduction != Reduction::kSum && !results.rows;
     Acc loss = 0;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < 2; ++k) {
-        const Acc scale = !mean ? Acc(1) : r.count[k] > Acc(0) ? Acc(1) / r.count[k] : Acc(0);
+        const Acc count = total(kCounts + k), scale = !mean            ? Acc(1)
+                                                      : count > Acc(0) ? Acc(1) / count
+                                                                       : Acc(0);
+        const Acc part = !finite && k < division.parts ? poison : total(kSums + k);
         row_stats.header[kScale + k] = scale;
-        if (!finite && k < division.parts) r.part[k] = poison;
-        loss += r.part[k] * scale;
+        loss += part * scale;
         if (division.divide) continue;
-        result[k] = r.part[k];
-        result[2 + k] = r.count[k];
+        result[k] = part;
+        result[2 + k] = count;
     }
     row_stats.header[kHealth] = rows == 0 ? Acc(0) : finite ? Acc(1) : poison;
-    row_stats.header[kRange] = r.very_long > Acc(0) ? long_rows_range<Acc>() : Acc(1);
+    row_stats.header[kRange] = total(kVeryLong) > Acc(0) ? long_rows_range<Acc>() : Acc(1);
     if (division.divide && !results.rows) result[0] = loss;
 }
 
@@ -87,7 +80,8 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_results(RowStats<Acc> row_stats, int64_t rows, Results<Acc> results, Division division,
                    Acc* result) {
     wait_for_previous_kernel();
-    reduce_slots<kReduceThreads>(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize), result);
+    reduce_slots<kReduceThreads, 4>(row_stats, rows, results, division, shared_array<Acc>(0, kWarpSize),
+                                    result);
 }
 
 inline constexpr size_t kReduceSharedBytes = kWarpSize * sizeof(double);

@@ -157,7 +157,9 @@ struct RowResult {
         very_long += more.very_long;
     }
 };
-inline constexpr int kResultNumbers = 7;
+// Where its numbers are.
+inline constexpr int kSums = 0, kCounts = 2, kEligibleRows = 4, kNotFinite = 5, kVeryLong = 6,
+                     kResultNumbers = 7;
 
 // What parameters that learn do to the rows' losses.
 template <typename Acc>
