@@ -282,6 +282,10 @@ DML_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
     small = __float_as_uint(x - __uint_as_float(big));
 }
 
+// warp_id, of which the compiler knows that all lanes have the same. What hangs on it does not diverge, and shuffles
+// there need no code for the case.
+DML_DEVICE int uniform_warp_id() { return shfl(warp_id(), 0); }
+
 // ---- float16 parts ----------------------------------------------------------------------------
 
 inline constexpr float kSmallScale = 1.0f / 2048;  // what the small parts are multiplied by

@@ -94,12 +94,12 @@ struct RowPairs {
     template <int Unroll, typename F>
     DML_DEVICE void for_each(int left_out, const F& f) const {
 #pragma unroll 1
-        for (int first = team.thread(); first < cols; first += Unroll * team.kThreads) {
+        for (int first = 0; first < cols; first += Unroll * team.kThreads) {
             Acc s[Unroll];
             bool positive[Unroll];
 #pragma unroll
             for (int u = 0; u < Unroll; ++u) {
-                const int j = first + u * team.kThreads;
+                const int j = first + u * team.kThreads + team.thread();
                 const bool inside = j < cols && j != left_out;
                 s[u] = inside ? pairs[j] : not_a_number<Acc>();
                 positive[u] = inside && labels[j] == label;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kTeamThreads,
     const int64_t rows = task.saved.rows, used = rows_in_use(task.num_valid_refs, task.refs);
     RowResult<Acc> total;
 #pragma unroll 1
-    for (int64_t i = int64_t(blockIdx.x) * kRows + (kBlock ? 0 : warp_id()); i < rows;
+    for (int64_t i = int64_t(blockIdx.x) * kRows + (kBlock ? 0 : uniform_warp_id()); i < rows;
          i += int64_t(gridDim.x) * kRows) {
         total.add(finish_matrix_row<kBlock>(task, any_formula, team, i, used));
     }
