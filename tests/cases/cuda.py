@@ -73,7 +73,10 @@ FORMULAS = [*map(formula, LOSSES), *(on_cosines for on_cosines, _ in OTHERS.valu
 
 
 def on_distances(name):
-    """A formula with parameters for distances, whose similarities lie below 0."""
+    """A formula with parameters for distances, whose similarities lie below 0. They are no cosines of angles:
+    near a distance of 1 the derivative of an angle has no bound."""
+    if name == "tuplet_margin":
+        return name, (0.0, 8.0)
     return OTHERS[name][1] if name in OTHERS else formula(name, "euclidean")
 
 
@@ -167,7 +170,7 @@ def clear_margin(case, arithmetic):
 def of_similarity(loss, similarity, n, d, arithmetic, **options):
     """A case of a formula whose parameters suit the similarity."""
     name, _ = loss
-    turns = loss == MARGIN_SOFTMAX and similarity == "dot"  # the angle of a dot product is none
+    turns = name in ("margin_softmax", "tuplet_margin") and similarity == "dot"  # which has no angle either
     if similarity.startswith("euclidean") or turns:
         loss = on_distances(name)
     case = make(n, d, arithmetic, loss=loss, similarity=similarity, **options)

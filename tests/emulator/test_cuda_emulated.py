@@ -56,7 +56,8 @@ PORTABLE = {"matrix": MATRIX, "large_matrix": LARGE_MATRIX, "large": LARGE, "cac
 PATHS = {**PORTABLE, "wgmma": WGMMA}
 SCHEDULES = [("round_robin", 0), ("round_robin", 1), ("warp_first", 2), ("warp_first", 3)]
 
-by_path = pytest.mark.parametrize("path", PORTABLE)
+by_path = pytest.mark.parametrize("path", PATHS)
+by_portable_path = pytest.mark.parametrize("path", PORTABLE)
 by_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=lambda a: a.name)
 by_formula = pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula[0])
 by_loss = pytest.mark.parametrize("loss", [MS, CIRCLE], ids=["ms", "circle"])
@@ -109,7 +110,7 @@ def test_one_case_of_every_formula(formula):
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
 @pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
 @pytest.mark.parametrize("similarity", library.SIMILARITIES)
-@by_path
+@by_portable_path
 @by_formula
 def test_every_formula(formula, path, similarity, m, epsilon):
     n = 60 if path == "matrix" else 140
@@ -182,7 +183,7 @@ def test_losses_that_round_to_zero(loss, path, arithmetic):
 
 @pytest.mark.parametrize("mine_self_pair", [True, False])
 @pytest.mark.parametrize("epsilon", [0.1, None], ids=["mined", "all"])
-@by_path
+@by_portable_path
 @by_formula
 def test_whether_mining_sees_a_row_itself(formula, path, epsilon, mine_self_pair):
     for arithmetic in (F64,) if path == "cached" else (F64, F32):
@@ -198,7 +199,7 @@ RECTANGLES = [(1, 5, 1), (1, 40, 130), (17, 65, 3), (64, 128, 64), (129, 2, 127)
 
 @pytest.mark.parametrize(("n", "d", "m"), [*((n, d, None) for n, d in SQUARES), *RECTANGLES])
 @pytest.mark.parametrize("arithmetic", [F64, F32, F16, BF16], ids=lambda a: a.name)
-@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large", "wgmma"])
 def test_awkward_sizes(path, arithmetic, n, d, m):
     # In one dimension all similarities are 1 or -1, and mining bounds are met exactly or not at all.
     verify(make(n, d, arithmetic, m=m, classes=3, epsilon=0.15, loss=MS), arithmetic, path)
@@ -242,7 +243,7 @@ def test_only_rows_that_are_not_aligned_are_packed(dtype, m):
 
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "mean_valid", "sum", "none"])
 @pytest.mark.parametrize("m", [None, 90], ids=["square", "rect"])
-@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large", "wgmma"])
 @by_loss
 def test_reductions(loss, path, m, reduction):
     upstream = torch.randn(150, generator=torch.Generator().manual_seed(1)) if reduction == "none" else -2.5
@@ -269,7 +270,7 @@ def test_a_row_that_is_itself_among_the_references(loss, path, arithmetic, some,
 
 
 @pytest.mark.parametrize("epsilon", [0.3, None], ids=["mined", "all"])
-@by_path
+@by_portable_path
 def test_a_row_whose_copy_among_the_references_is_an_older_one(path, epsilon):
     """A pair of equal points has no gradient; this one has, and must be left out all the same."""
     n, m = (30, 50) if path == "matrix" else (70, 140)
@@ -309,7 +310,7 @@ def test_a_row_whose_only_positive_is_itself(loss, path):
     check(case, F32, losses, grads)
 
 
-@by_path
+@by_portable_path
 @pytest.mark.parametrize("loss", [MS, CIRCLE, CIRCLE_NOT_DETACHED], ids=["ms", "circle", "not_detached"])
 def test_dot_products(loss, path):
     case = make(140, 9, F64, loss=loss, similarity="dot", spread=0.3)
@@ -317,7 +318,7 @@ def test_dot_products(loss, path):
     verify(case, F64, path)
 
 
-@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large"])
+@pytest.mark.parametrize("path", ["matrix", "large_matrix", "large", "wgmma"])
 def test_only_the_gradients_asked_for(path):
     case = make(140, 20, F32, m=150, epsilon=0.1)
     loss, (grad_q, none) = run(case, F32, path, needs=(True, False))
