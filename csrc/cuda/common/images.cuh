@@ -55,12 +55,11 @@ struct ChunksOfThread {
 };
 
 // Writes a chunk of an image's row, and of its small parts, from as many elements on 16 bytes.
-template <typename Layout, typename T, int Count>
-DML_DEVICE void write_chunk(const T (&x)[Count], unsigned char* chunk) {
+template <typename Layout, typename T>
+DML_DEVICE void write_chunk(const T* x, unsigned char* chunk) {
     using Element = typename Layout::Element;
-    static_assert(Count * int(sizeof(Element)) == kChunkBytes, "a chunk");
     if constexpr (std::is_same_v<T, Element>) {
-        *reinterpret_cast<uint4*>(chunk) = reinterpret_cast<const uint4&>(x);
+        *reinterpret_cast<uint4*>(chunk) = *reinterpret_cast<const uint4*>(x);
     } else {
         alignas(16) uint32_t big[4], small[4];
 #pragma unroll

@@ -223,12 +223,10 @@ DML_DEVICE void write_weights(unsigned char* image, int i, const typename Grid::
     constexpr int kElements = kChunkBytes / int(sizeof(typename Layout::Element));
 #pragma unroll
     for (int j = 0; j < Grid::kCols; j += kElements) {
-        alignas(16) typename Grid::Acc chunk[kElements];
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) chunk[e] = weights.s[j + e];
         const int col = Grid::col(j), column = col % Layout::kColumns;
-        write_chunk<Layout>(chunk, image + col / Layout::kColumns * Layout::kBlockBytes +
-                                       swizzled_chunk(unsigned(Grid::row(i)), unsigned(column / kElements)));
+        write_chunk<Layout>(weights.s + j,
+                            image + col / Layout::kColumns * Layout::kBlockBytes +
+                                swizzled_chunk(unsigned(Grid::row(i)), unsigned(column / kElements)));
     }
 }
 
@@ -237,8 +235,8 @@ template <typename Layout, typename Acc>
 __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     pair_weights(const __grid_constant__ TileGroup<Acc> all,
                  const __grid_constant__ AnyFormula<Acc> any_formula,
-                 const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream, GroupWeights<Layout> to,
-                 Partials<Acc> sums) {
+                 const __grid_constant__ TileNeed<Acc> need, Upstream<Acc> upstream,
+                 const __grid_constant__ GroupWeights<Layout> to, Partials<Acc> sums) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     using Traits = TileTraits<Acc>;
