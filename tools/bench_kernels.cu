@@ -109,8 +109,19 @@ struct Stream {
 
 // ---- a batch -----------------------------------------------------------------------------------------------
 
-enum class Kind { kFloat32, kTf32, kBFloat16, kFloat64 };
-constexpr const char* kKindNames[] = {"float32", "tf32", "bfloat16", "float64"};
+enum class Kind { kFloat32, kTf32, kBFloat16, kFloat16, kFloat64 };
+constexpr const char* kKindNames[] = {"float32", "tf32", "bfloat16", "float16", "float64"};
+constexpr Scalar kScalars[] = {Scalar::kFloat32, Scalar::kFloat32, Scalar::kBFloat16, Scalar::kFloat16,
+                               Scalar::kFloat64};
+
+// Calls f(a number of this kind).
+template <typename F>
+auto with_number(Kind kind, const F& f) {
+    if (kind == Kind::kFloat64) return f(double());
+    if (kind == Kind::kBFloat16) return f(__nv_bfloat16());
+    if (kind == Kind::kFloat16) return f(__half());
+    return f(float());
+}
 
 // Numbers around class centres, rounded to bfloat16, so that all types have the same. Another seed gives other
 // points around the same centres.
@@ -136,32 +147,29 @@ std::vector<float> make_points(int64_t n, int64_t dim, const std::vector<int64_t
 }
 
 std::vector<unsigned char> as_kind(const std::vector<float>& x, Kind kind) {
-    const size_t size = kind == Kind::kFloat64 ? 8 : kind == Kind::kBFloat16 ? 2 : 4;
-    std::vector<unsigned char> bytes(x.size() * size);
-    for (size_t i = 0; i < x.size(); ++i) {
-        if (kind == Kind::kFloat64) {
-            const double wide = x[i];
-            std::memcpy(&bytes[i * size], &wide, size);
-        } else {  // the upper half of a float is a bfloat16
-            std::memcpy(&bytes[i * size], reinterpret_cast<const unsigned char*>(&x[i]) + (4 - size), size);
+    return with_number(kind, [&](auto number) {
+        std::vector<unsigned char> bytes(x.size() * sizeof number);
+        for (size_t i = 0; i < x.size(); ++i) {
+            number = decltype(number)(x[i]);
+            std::memcpy(&bytes[i * sizeof number], &number, sizeof number);
         }
-    }
-    return bytes;
+        return bytes;
+    });
 }
 
 std::vector<double> as_doubles(const std::vector<unsigned char>& bytes, Kind kind) {
-    const size_t size = kind == Kind::kFloat64 ? 8 : kind == Kind::kBFloat16 ? 2 : 4;
-    std::vector<double> x(bytes.size() / size);
-    for (size_t i = 0; i < x.size(); ++i) {
-        if (kind == Kind::kFloat64) {
-            std::memcpy(&x[i], &bytes[i * size], size);
-        } else {
-            float narrow = 0;
-            std::memcpy(reinterpret_cast<unsigned char*>(&narrow) + (4 - size), &bytes[i * size], size);
-            x[i] = narrow;
+    return with_number(kind, [&](auto number) {
+        std::vector<double> x(bytes.size() / sizeof number);
+        for (size_t i = 0; i < x.size(); ++i) {
+            std::memcpy(&number, &bytes[i * sizeof number], sizeof number);
+            if constexpr (sizeof number == 2) {
+                x[i] = double(float(number));
+            } else {
+                x[i] = double(number);
+            }
         }
-    }
-    return x;
+        return x;
+    });
 }
 
 struct Shape {
@@ -215,9 +223,7 @@ struct Batch {
         p.square = of.m == 0;
         p.refs = p.square ? p.queries : Points{refs.get(), of.dim, device_ref_labels.get(), of.m};
         p.dim = of.dim;
-        p.scalar = type == Kind::kFloat64    ? Scalar::kFloat64
-                   : type == Kind::kBFloat16 ? Scalar::kBFloat16
-                                             : Scalar::kFloat32;
+        p.scalar = kScalars[int(type)];
         p.formula = formula.id;
         const auto params = params_of(formula);
         std::copy(params.begin(), params.end(), p.params);
@@ -287,30 +293,37 @@ double relative_error(const std::vector<double>& x, const std::vector<double>& t
     return std::isnan(error) ? INFINITY : std::sqrt(error / std::max(norm, 1e-300));
 }
 
-// Formulas by the matrix path, against tiles in float64. Returns whether all are near it.
+// Formulas by both paths, against tiles in float64. Returns whether all are near it.
 bool check_all(const std::vector<Shape>& shapes, const std::vector<FormulaInfo>& formulas) {
     bool right = true;
+    const auto check = [&](const Shape& shape, const FormulaInfo& formula, bool mining, Kind kind,
+                           bool matrix, const std::vector<double>& truth) {
+        const Batch batch(kind, shape, formula, mining);
+        const Call call(batch, matrix);
+        const std::vector<double> found = call.results();
+        const double loss = std::fabs(found[0] - truth[0]) / std::max(std::fabs(truth[0]), 1.0);
+        const double gradient = relative_error(found, truth, 1);
+        const double near = kind == Kind::kFloat64 ? 1e-11 : kind == Kind::kFloat32 ? 2e-5 : 3e-2;
+        const bool repeated = call.results() == found;
+        const bool good = loss < near && gradient < near && repeated;
+        right = right && good;
+        std::printf(
+            "{\"check\": \"%s\", \"path\": \"%s\", \"wgmma\": %d, \"mining\": %d, \"n\": %lld, \"m\": %lld, "
+            "\"dim\": %lld, \"type\": \"%s\", \"loss_error\": %.3g, \"gradient_error\": %.3g, \"repeated\": "
+            "%d, "
+            "\"good\": %d}\n",
+            std::string(formula.name).c_str(), matrix ? "matrix" : "tiles", asks_for_wgmma(), mining,
+            (long long)shape.n, (long long)shape.m, (long long)shape.dim, kKindNames[int(kind)], loss,
+            gradient, repeated, good);
+    };
     for (const Shape& shape : shapes) {
         for (const FormulaInfo& formula : formulas) {
             for (const bool mining : {false, true}) {
                 const std::vector<double> truth =
                     Call(Batch(Kind::kFloat64, shape, formula, mining), false).results();
-                for (const Kind kind : {Kind::kFloat32, Kind::kTf32, Kind::kBFloat16, Kind::kFloat64}) {
-                    const Batch batch(kind, shape, formula, mining);
-                    const Call matrix(batch, true);
-                    const std::vector<double> found = matrix.results();
-                    const double loss = std::fabs(found[0] - truth[0]) / std::max(std::fabs(truth[0]), 1.0);
-                    const double gradient = relative_error(found, truth, 1);
-                    const double near = kind == Kind::kFloat64 ? 1e-11 : kind == Kind::kFloat32 ? 2e-5 : 3e-2;
-                    const bool repeated = matrix.results() == found;
-                    const bool good = loss < near && gradient < near && repeated;
-                    right = right && good;
-                    std::printf(
-                        "{\"check\": \"%s\", \"mining\": %d, \"n\": %lld, \"m\": %lld, \"dim\": %lld, "
-                        "\"type\": \"%s\", \"loss_error\": %.3g, \"gradient_error\": %.3g, "
-                        "\"repeated\": %d, \"good\": %d}\n",
-                        std::string(formula.name).c_str(), mining, (long long)shape.n, (long long)shape.m,
-                        (long long)shape.dim, kKindNames[int(kind)], loss, gradient, repeated, good);
+                for (int kind = 0; kind <= int(Kind::kFloat64); ++kind) {
+                    for (const bool matrix : {true, false})
+                        check(shape, formula, mining, Kind(kind), matrix, truth);
                 }
             }
         }

@@ -200,8 +200,8 @@ def test_the_driver_is_asked_once_for_each_device():
 
 
 def test_the_stand_alone_driver():
-    """What a GPU runs first (tools/bench_kernels.cu), on the emulator: every formula by the matrix path
-    against tiles in float64; times and constants only run."""
+    """What a GPU runs first (tools/bench_kernels.cu), on the emulator: every formula by both paths against
+    tiles in float64; times and constants only run."""
     driver = _compile(ROOT / "tools" / "bench_kernels.cu", [*COMMON, "-O1"])
     library.load()
     engine = Path(library.load()._name)
@@ -211,6 +211,9 @@ def test_the_stand_alone_driver():
     for option in ("dependent", "wgmma"):
         asked = run(program, option, "times")
         assert [json.loads(line)[option] for line in asked.stdout.splitlines()] == [1] * 6
+    by_wgmma = [json.loads(line) for line in run(program, "wgmma", "cases").stdout.splitlines()]
+    assert all(line["good"] and line["wgmma"] for line in by_wgmma)
+    assert {line["path"] for line in by_wgmma} == {"matrix", "tiles"}
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     checked = [line for line in lines if "check" in line]
     assert {line["check"] for line in checked} == set(library.formulas())
