@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kTileThreads, kPairBlocks<Acc>)
     const bool unscaled = kind.euclidean && !kind.normalize;
     const Acc range = unscaled ? Acc(1) : row_stats.header[kRange];
     const int line = int(threadIdx.x), side = line < kTile ? 0 : 1;
-    // Of the points' images, in the place of the labels, which have become ids; load_lines has a barrier.
+    // Of the points' images, in the place of labels that have become ids; load_lines has a barrier.
     Acc* scales = reinterpret_cast<Acc*>(Traits::labels());  // [2 kTile]
     if (kScales && line < Grid::kLines) {
         const Image& image = side == 0 ? tile_group.row_image : tile_group.col_image;

@@ -57,8 +57,7 @@ struct PairGrid {
     static_assert(kLines <= kTileThreads, "a thread for each line");
 
     // Shared memory, after the tile's.
-    static constexpr int kIds = Traits::kEnd;
-    static constexpr int kLineNumbers = (kIds + kLines * int(sizeof(int)) + 15) / 16 * 16;
+    static constexpr int kLineNumbers = (Traits::kEnd + 15) / 16 * 16;
     static constexpr int kMaxLineNumbers = 5;
     static constexpr int kScratch = kLineNumbers + kMaxLineNumbers * kLines * int(sizeof(Acc));
     // For each quantity and line, a part from each warp along it.
@@ -89,7 +88,8 @@ struct PairGrid {
         reinterpret_cast<Sims&>(sim(row(i), col(0))) = s;
     }
 
-    static DML_DEVICE int* ids() { return shared_array<int>(kIds, kLines); }
+    // The labels become ids, in the second half of their place; the first is free then.
+    static DML_DEVICE int* ids() { return reinterpret_cast<int*>(Traits::labels()) + kLines; }
     // [kMaxLineNumbers][kLines]
     static DML_DEVICE Acc* line_numbers() {
         return shared_array<Acc>(kLineNumbers, kMaxLineNumbers * kLines);
@@ -145,6 +145,7 @@ DML_DEVICE void number_labels(const LoadedTile<Acc>& tile) {
         id = 0;
         while (labels[id] != label) ++id;
     }
+    block_sync();  // the labels have been read
     if (line < Grid::kLines) Grid::ids()[line] = id;
     block_sync();
 }
