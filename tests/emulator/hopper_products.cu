@@ -1,6 +1,6 @@
 // Products of images by csrc/cuda/hopper/tile_product.cuh, in all layouts that the engine needs. Arguments: type
-// (half, bfloat16), layout, parts (1, 2), whether slices and rows have scales (0, 1), tiles down, tiles across, slices along k, and of both images the blocks down
-// and across. The images come from stdin; C, in whole tiles of floats, goes to stdout.
+// (half, bfloat16), layout, parts (1, 2), whether slices and rows have scales (0, 1), tiles down, tiles across, slices
+// along k, and of both images the blocks down and across. The images come from stdin; C, in whole tiles of floats, goes to stdout.
 #include <cstdlib>
 
 #include "cuda/hopper/tile_product.cuh"

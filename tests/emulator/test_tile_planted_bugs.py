@@ -20,11 +20,20 @@ def build_with(change=None, **options):
     return build(SOURCES, defines=["DML_CUSTOM_FORMULA"], folders=folders, **options)
 
 
+UNITS = {"mma": [], "wgmma": ["wgmma"]}  # the program's arguments
+
+
+def run_unit(unit, change=None, *, sanitizer, **how):
+    return run_program(build_with(change, sanitizer=sanitizer), *UNITS[unit], **how)
+
+
 @pytest.fixture(scope="module")
 def right():
-    done = run_program(build_with(sanitizer="none"))
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+    """What the program prints by either unit."""
+    done = {unit: run_unit(unit, sanitizer="none") for unit in UNITS}
+    for unit in UNITS:
+        assert done[unit].returncode == 0, done[unit].stderr.decode()
+    return {unit: done[unit].stdout for unit in UNITS}
 
 
 TERMS, LEARNED = "cuda/pairs/terms_by_params.cuh", "cuda/pairs/learned_params.cuh"
@@ -37,12 +46,6 @@ BUGS = {
     "groups_left_out": (TERMS, "(by_params.first ? 0.0 : slot) + totals[k]", "totals[k]"),
     "terms_of_another_parameter": (TERMS, "totals[k] += double(sum)", "totals[0] += double(sum)"),
 }
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_changes_the_gradient(bug, right):
-    done = run_program(build_with(BUGS[bug], sanitizer="none"), schedule="warp_first", seed=1)
-    assert done.returncode != 0 or done.stdout != right
 
 
 # ---- weights times points by wgmma -------------------------------------------------------------------------
@@ -65,28 +68,23 @@ WGMMA_BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def right_by_wgmma():
-    done = run_program(build_with(sanitizer="none"), "wgmma")
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
-
-
-def test_no_race_by_wgmma(right_by_wgmma):
-    done = run_program(build_with(sanitizer="blocks"), "wgmma", schedule="warp_first", seed=1)
-    assert done.returncode == 0, done.stderr.decode()[:3000]
-    assert done.stdout == right_by_wgmma
-
-
-FIRST = "scales_of_another_tile", "weights_of_the_other_half", "stage_kept_between_products"
+RARE_WGMMA = WGMMA_BUGS.keys() - {
+    "scales_of_another_tile", "weights_of_the_other_half", "stage_kept_between_products",
+}  # fmt: skip
+OF_UNITS = {"mma": BUGS, "wgmma": WGMMA_BUGS}
 
 
 @pytest.mark.parametrize(
-    "bug", [pytest.param(bug, marks=[pytest.mark.whole] * (bug not in FIRST)) for bug in WGMMA_BUGS]
+    ("unit", "bug"),
+    [
+        pytest.param(unit, bug, marks=[pytest.mark.whole] * (bug in RARE_WGMMA))
+        for unit, bugs in OF_UNITS.items()
+        for bug in bugs
+    ],
 )
-def test_a_planted_bug_changes_the_gradient_by_wgmma(bug, right_by_wgmma):
-    done = run_program(build_with(WGMMA_BUGS[bug], sanitizer="none"), "wgmma", schedule="warp_first", seed=1)
-    assert done.returncode != 0 or done.stdout != right_by_wgmma
+def test_a_planted_bug_changes_the_gradient(unit, bug, right):
+    done = run_unit(unit, OF_UNITS[unit][bug], sanitizer="none", schedule="warp_first", seed=1)
+    assert done.returncode != 0 or done.stdout != right[unit]
 
 
 # ---- between blocks, and between launches ------------------------------------------------------------------
@@ -145,11 +143,12 @@ RACES = {
 RARER = "partials_written_before_the_merge_has_read_them", "weights_read_before_the_wait"
 
 
-def test_no_race_between_blocks(right):
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_race_between_blocks(unit, right):
     """Nor between a kernel and the one after it that need not have waited."""
-    done = run_program(build_with(sanitizer="blocks"), schedule="warp_first", seed=1)
+    done = run_unit(unit, sanitizer="blocks", schedule="warp_first", seed=1)
     assert done.returncode == 0, done.stderr.decode()[:3000]
-    assert done.stdout == right
+    assert done.stdout == right[unit]
 
 
 @pytest.mark.parametrize(

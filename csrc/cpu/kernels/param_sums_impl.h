@@ -50,7 +50,7 @@ class ParamSums {
     }
 
    private:
-    static constexpr int kCount = count_names(Formula::kParams);
+    static constexpr int kCount = Formula::kParamCount;
 
     // Writes coefficient * derivative for each parameter; returns that of the similarity. A function, as compilers
     // do not vectorise loops that declare such a struct.

@@ -41,7 +41,7 @@ struct ImageLayout {
     }
 };
 
-// How threads share chunks: calls f(0, chunk), f(1, chunk) .. for those of this thread, which lie Threads apart.
+// How threads share chunks: calls f(chunk) for those of this thread, which lie Threads apart.
 template <int Chunks, int Threads>
 struct ChunksOfThread {
     static constexpr int kCount = (Chunks + Threads - 1) / Threads;
@@ -50,7 +50,7 @@ struct ChunksOfThread {
     static DML_DEVICE void for_each(const F& f) {
         if (Chunks < Threads && int(threadIdx.x) >= Chunks) return;
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) f(c, threadIdx.x + unsigned(c * Threads));
+        for (int c = 0; c < kCount; ++c) f(threadIdx.x + unsigned(c * Threads));
     }
 };
 
@@ -96,7 +96,7 @@ class RowsOfImage {
         const unsigned char* block = tile_ + uint64_t(slice / kSlices) * unsigned(Layout::kBlockBytes);
         const unsigned first = slice % kSlices * kChunks;
         // A part's rows are whole patterns of the swizzle, so the parts' rows count on.
-        Share::for_each([&](int, unsigned c) {
+        Share::for_each([&](unsigned c) {
             const unsigned chunk = c % kChunks, row = c / kChunks;
             cp_async<kChunkBytes>(shared + swizzled_chunk<kSliceBytes>(row, chunk),
                                   block + swizzled_chunk(row, first + chunk));
@@ -141,7 +141,7 @@ class BoxesOfImage {
     DML_DEVICE void start(unsigned char* shared, unsigned tile, unsigned row) const {
         const unsigned char* from = blocks_ + uint64_t(tile * across_) * unsigned(Layout::kBlockBytes) +
                                     row * unsigned(kSwizzleBytes);
-        Share::for_each([&](int, unsigned c) {
+        Share::for_each([&](unsigned c) {
             const unsigned box = c / kChunks, block = box % kBlocks;
             cp_async<kChunkBytes>(shared + c * kChunkBytes,
                                   from + (block < last_ ? block : last_) * Layout::kBlockBytes +

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
     const Team<kBlock, Acc> team = {shared_array<Acc>(0, kMostMerged * kTeamWarps)};
     const int64_t cols = rows_in_use(task.num_valid_refs, task.refs);
 #pragma unroll 1
-    for (int64_t i = int64_t(blockIdx.x) * kRows + (kBlock ? 0 : warp_id()); i < task.saved.rows;
+    for (int64_t i = int64_t(blockIdx.x) * kRows + (kBlock ? 0 : uniform_warp_id()); i < task.saved.rows;
          i += int64_t(gridDim.x) * kRows) {
         const auto pairs = RowPairs<kBlock, Acc>::of(task, team, i, cols);
         Bounds<Acc> bounds = Bounds<Acc>::all();

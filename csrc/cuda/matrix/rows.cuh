@@ -90,7 +90,8 @@ struct RowPairs {
         return {team, rows.saved.pairs + i * rows.saved.pitch, rows.ref_labels, int(cols), int(self), label};
     }
 
-    // f(similarity, whether positive) for this thread's pairs but `left_out`, in ascending order.
+    // f(similarity, whether positive) for this thread's pairs in ascending order; NaN and false for `left_out` and past
+    // the last column, so that loops have no remainder.
     template <int Unroll, typename F>
     DML_DEVICE void for_each(int left_out, const F& f) const {
 #pragma unroll 1
