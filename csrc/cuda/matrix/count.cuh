@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
         }
         int count[2] = {0, 0};
         pairs.template for_each<4>(pairs.self, [&](Acc s, bool positive) {
-            if (positive ? s < bounds.pos_below : s > bounds.neg_above) ++count[positive ? 0 : 1];
+            count[0] += positive && s < bounds.pos_below;
+            count[1] += !positive && s > bounds.neg_above;
         });
         // In halves, which a float adds up exactly.
         constexpr int kHalf = 1 << 12;
